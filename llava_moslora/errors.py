@@ -11,7 +11,9 @@ interrupted one that only needs to be started again (75, ``EX_TEMPFAIL`` of syse
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
@@ -99,12 +101,16 @@ def printable(value: object, limit: int = 300) -> str:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's ``main``; a :class:`Refusal` becomes one line on stderr and its exit status, without a traceback.
 
-    ``--debug`` among the arguments keeps the traceback.
+    With ``LLAVA_MOSLORA_DEBUG=1`` in the environment the traceback is printed before it.
     """
     try:
         main()
     except Refusal as refusal:
-        if "--debug" in sys.argv:
+        if int(os.environ.get("RANK", "0")) > 0:
+            # All ranks usually refuse the same thing at the same time. Rank 0 says it; the launcher then ends the
+            # others within a second, and one that is still here was alone in refusing.
+            time.sleep(5)
+        if os.environ.get("LLAVA_MOSLORA_DEBUG"):
             traceback.print_exc()
         print(refusal.line(), file=sys.stderr, flush=True)
         sys.exit(refusal.exit_status)

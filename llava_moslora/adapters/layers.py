@@ -1,0 +1,221 @@
+"""MoSLoRA over ``nn.Linear`` and over bitsandbytes 4-bit and 8-bit linears: thin subclasses of PEFT's LoRA layers.
+
+Each class adds one parameter, ``lora_mixer`` (r×r, beside ``lora_A`` and ``lora_B``), and one PEFT variant that uses
+it; PEFT keeps its forward loops, its merging and its handling of several adapters.
+
+Shapes: r rank, in/out features of the layer. All weights are floating point, of one dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraVariant
+from torch import nn
+
+from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
+from llava_moslora.adapters.fold import delta
+from llava_moslora.adapters.kernel import low_rank_update
+from llava_moslora.errors import Refusal
+
+
+class MosLoraVariant(LoraVariant):
+    """What PEFT calls for an adapter made from a :class:`MosLoraConfig`; ``module`` is one of the layers below."""
+
+    @staticmethod
+    def init(module: MosLoraLayer, adapter_name: str, config: MosLoraConfig, **kwargs) -> None:
+        """Create W, as ``config`` (already settled for this module) says; a frozen identity is not stored."""
+        if not config.has_mixer:
+            return
+        rank = module.r[adapter_name]
+        mixer = nn.Linear(rank, rank, bias=False)
+        if not mixer.weight.is_meta:
+            init_mixer(mixer.weight.data, config.mixer_init)
+        module.lora_mixer[adapter_name] = mixer
+        module._move_adapter_to_device_of_base_layer(adapter_name)
+        if not config.train_mixer:
+            # PEFT re-applies this after everything that makes adapters trainable. The class default is shared.
+            module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter_name: ("lora_mixer",)}
+
+    @staticmethod
+    def forward(module: MosLoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
+        """``result + s·drop(x)·Aᵀ·Wᵀ·Bᵀ`` (paper eq. 7): x (…, in), result (…, out) → (…, out)."""
+        dropout = module.lora_dropout[active_adapter]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        weights = module.adapter_weights(active_adapter)
+        return low_rank_update(result, x, *weights, module.scaling[active_adapter], p)
+
+    @staticmethod
+    def merge_safe(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return add(orig_weight, module.get_delta_weight(active_adapter))
+
+    @staticmethod
+    def merge_unsafe(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
+        orig_weight.data.copy_(add(orig_weight.data, module.get_delta_weight(active_adapter)))
+
+    @staticmethod
+    def unmerge(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        return add(orig_weight, -module.get_delta_weight(active_adapter))
+
+
+def add(weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """``weight + update``, rounded once to the dtype of ``weight``."""
+    return (weight.to(update.dtype) + update).to(weight.dtype)
+
+
+def init_mixer(weight: torch.Tensor, how: str) -> None:
+    """Fill W (r, r) in place: one of ``config.MIXER_INITS`` (paper §3.2 and eq. 6)."""
+    rank = len(weight)
+    if how == "kaiming_uniform":
+        nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
+    elif how == "orthogonal":
+        weight.copy_(nn.init.orthogonal_(torch.empty(rank, rank)))  # in fp32: no 16-bit QR
+    elif how == "identity":
+        nn.init.eye_(weight)
+    elif how == "normal":
+        nn.init.normal_(weight)
+    elif how == "butterfly":
+        weight.copy_(torch.eye(rank // 2).repeat(2, 2))
+    else:
+        raise AssertionError(f"MosLoraConfig let the mixer start {how!r} through")
+
+
+class MosLoraLayer:
+    """What the layers share; comes before a PEFT LoRA layer class among the bases."""
+
+    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
+
+    # DeepSpeed ZeRO-3 gathers a submodule's weights when that submodule is called. The adapter reads A, W and B
+    # without calling them, so the layer is gathered as one unit, in forward and in backward.
+    _z3_leaf = True
+
+    _settling: MosLoraConfig | None = None  # the configuration of an adapter that PEFT is still putting in place
+
+    def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, target_name="", **kwargs):
+        # Settled here because PEFT's bitsandbytes layers do not hand target_name on to update_layer.
+        config = config.for_module(target_name)
+        super().__init__(base_layer, adapter_name, config=config, r=r, lora_alpha=lora_alpha, **kwargs)
+
+    def update_layer(self, adapter_name, r, lora_alpha, config, target_name="", **kwargs):
+        """Add an adapter: any :class:`peft.LoraConfig`, with a mixer if it is a :class:`MosLoraConfig`.
+
+        Raises:
+            Refusal: C-RANK if r exceeds min(in, out), or is odd for a butterfly.
+        """
+        if "lora_mixer" not in self._modules:
+            self.lora_mixer = nn.ModuleDict()
+        if isinstance(config, MosLoraConfig):
+            config = config.for_module(target_name)
+            if r > min(self.in_features, self.out_features):
+                raise Refusal(
+                    "C-RANK",
+                    "the rank exceeds what the layer can hold",
+                    key=target_name or type(self.get_base_layer()).__name__,
+                    found=r,
+                    expected=f"at most min(in, out) = {min(self.in_features, self.out_features)}",
+                    fix="lower r, or give this module its own rank in rank_pattern",
+                )
+            if config.mixer_init == "butterfly":
+                check_even_rank(target_name or "r", r)
+        super().update_layer(adapter_name, r, lora_alpha, config, target_name=target_name, **kwargs)
+        if isinstance(config, MosLoraConfig):
+            self._settling = config._whole
+
+    def set_adapter(self, adapter_names, inference_mode=False):
+        super().set_adapter(adapter_names, inference_mode)
+        # PEFT calls this on every layer once it has visited the whole model: the first moment when a target that
+        # matched nothing shows.
+        if self._settling is not None:
+            config, self._settling = self._settling, None
+            config.check_targets()
+
+    def resolve_lora_variant(self, *, config, **kwargs):
+        if isinstance(config, MosLoraConfig):
+            return MosLoraVariant()
+        return super().resolve_lora_variant(config=config, **kwargs)
+
+    def _cast_input_dtype(self, x, dtype):
+        # PEFT casts x to the adapter's dtype for every layer anew. Ours casts inside the operation, so that backward
+        # keeps the x that layers share.
+        if all(adapter in self.lora_variant for adapter in self.active_adapters):
+            return x
+        return super()._cast_input_dtype(x, dtype)
+
+    def adapter_weights(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """A (r, in), W (r, r) or None where nothing is mixed, B (out, r)."""
+        w = self.lora_mixer[adapter].weight if adapter in self.lora_mixer else None
+        return self.lora_A[adapter].weight, w, self.lora_B[adapter].weight
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """ΔW = s·B·W·A (out, in) in fp32 (fp64 for fp64 weights), for PEFT's merging."""
+        if adapter not in self.lora_variant:  # a plain LoRA beside ours
+            return super().get_delta_weight(adapter)
+        return delta(*self.adapter_weights(adapter), self.scaling[adapter])
+
+
+class MosLoraLinear(MosLoraLayer, lora.Linear):
+    """MoSLoRA over ``nn.Linear``."""
+
+
+class Unsupported:
+    """Stands in PEFT's table for every other kind of module: without it PEFT would put a plain LoRA there."""
+
+    def __init__(self, base_layer, adapter_name, *, target_name="", **kwargs):
+        raise Refusal(
+            "C-TARGET",
+            "MoSLoRA adapts nn.Linear and bitsandbytes 4-bit and 8-bit linears",
+            key=target_name,
+            found=type(base_layer).__name__,
+            fix="take it out of target_modules",
+        )
+
+
+def custom_modules() -> dict[type[nn.Module], type]:
+    """Base layer → our layer, for ``LoraConfig._register_custom_module``; the first match wins.
+
+    The order matters: bitsandbytes' classes inherit from ``nn.Linear``.
+    """
+    modules = {}
+    if is_bnb_4bit_available():
+        modules |= {bnb.nn.Linear4bit: MosLoraLinear4bit}
+    if is_bnb_available():
+        modules |= {bnb.nn.Linear8bitLt: MosLoraLinear8bitLt}
+    return modules | {nn.Linear: MosLoraLinear, nn.Module: Unsupported}
+
+
+if is_bnb_available():
+    import bitsandbytes as bnb
+    from peft.tuners.lora.bnb import Linear8bitLt
+
+    class MosLoraLinear8bitLt(MosLoraLayer, Linear8bitLt):
+        """MoSLoRA over an 8-bit linear. Merging quantises again, as in PEFT, with its rounding."""
+
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
+        """MoSLoRA over an NF4 or FP4 linear, with or without double quantisation."""
+
+        def __init__(self, base_layer, adapter_name, config, **kwargs):
+            super().__init__(base_layer, adapter_name, config, **kwargs)
+            # bitsandbytes otherwise repacks the weight in place at the first eval forward on a CPU with AVX512-BF16;
+            # its scales lose precision, and every dequantisation after that gives garbage.
+            self.get_base_layer().support_avx512bf16_for_cpu = False
+
+        def merge(self, safe_merge=False, adapter_names=None):
+            """Never in place: quantising the sum again would throw part of the adapter away.
+
+            Raises:
+                Refusal: C-MERGE, always.
+            """
+            raise Refusal(
+                "C-MERGE",
+                "an adapter is not merged into 4-bit weights",
+                found=type(self.get_base_layer()).__name__,
+                fix="merge into the original 16-bit weights or into the dequantised ones: "
+                "llava_moslora.adapters.fold.merge, llava_moslora.adapters.layers.merge_dequantised",
+            )

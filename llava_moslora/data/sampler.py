@@ -1,0 +1,135 @@
+"""The order of the records: a pure function of (seed, epoch, global batch), the same on any number of ranks.
+
+One global batch is what one optimizer step sees. The epoch's order is cut into global batches, and each of those is
+dealt to micro-batches and ranks, so changing the number of ranks, the accumulation or the batch per device (with the
+same product) changes who computes a record, never when it is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from llava_moslora.errors import Refusal
+
+ORDERS = ("modality_length", "shuffle", "sequential")
+GROUP = 50  # global batches that are sorted by length together, as in LLaVA's and XTuner's samplers
+
+
+class GlobalBatchSampler:
+    """A batch sampler for one rank; give it to ``DataLoader(batch_sampler=...)``.
+
+    ``order="modality_length"`` is the grouping of XTuner's ``LengthGroupedSampler``, from the same random numbers:
+    groups of 50 global batches, of one modality each (the last group of either is merged into one mixed group at the
+    end), in random order, sorted by falling length inside, so that a batch holds records of like length. The longest
+    record comes first, so that a lack of memory shows at the first step; unlike XTuner, it changes places only with a
+    record of its own modality, so that no batch but the last ones is mixed.
+
+    The last global batch is filled up from the start of the order.
+
+    Args:
+        lengths: int[n], tokens per record.
+        has_image: bool[n].
+        per_device_batch_size: records per micro-batch and rank.
+        accumulation: micro-batches per optimizer step.
+
+    Raises:
+        Refusal: D-FEW, fewer records than one global batch; C-ORDER, unknown order.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        has_image: Sequence[bool],
+        *,
+        per_device_batch_size: int,
+        accumulation: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        order: str = "modality_length",
+    ):
+        assert len(lengths) == len(has_image), "one length and one modality per record"
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        if order not in ORDERS:
+            raise Refusal("C-ORDER", "unknown order of records", found=order, expected=" | ".join(ORDERS))
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.has_image = np.asarray(has_image, dtype=bool)
+        self.per_device_batch_size = per_device_batch_size
+        self.accumulation = accumulation
+        self.world_size, self.rank = world_size, rank
+        self.seed, self.order = seed, order
+        self.epoch, self._cursor = 0, 0
+        self.global_batch_size = per_device_batch_size * accumulation * world_size
+        if len(self.lengths) < self.global_batch_size:
+            raise Refusal(
+                "D-FEW",
+                "fewer records than one global batch, which makes 0 optimizer steps",
+                found=len(self.lengths),
+                expected=f"at least {self.global_batch_size} = {per_device_batch_size} per device × {accumulation} "
+                f"accumulation × {world_size} ranks",
+                fix="lower --per_device_train_batch_size or --gradient_accumulation_steps",
+            )
+
+    @property
+    def global_batches(self) -> int:
+        """Global batches (optimizer steps) per epoch."""
+        return -(-len(self.lengths) // self.global_batch_size)
+
+    def __len__(self) -> int:
+        """Micro-batches of this rank per epoch."""
+        return self.global_batches * self.accumulation
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def start_at(self, global_batch: int) -> None:
+        """Let the next iteration (that one only) begin at this global batch of the epoch."""
+        assert 0 <= global_batch <= self.global_batches, f"global batch {global_batch} of {self.global_batches}"
+        self._cursor = global_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, size, share = self.epoch_order(), self.global_batch_size, self.per_device_batch_size * self.world_size
+        first, self._cursor = self._cursor, 0
+        for start in range(first * size, self.global_batches * size, share):
+            yield order[start : start + share][self.rank :: self.world_size].tolist()
+
+    def epoch_order(self) -> np.ndarray:
+        """int[global_batches · global_batch_size]: the record indices of the current epoch, for all ranks together."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.order == "sequential":
+            order = np.arange(len(self.lengths))
+        elif self.order == "shuffle":
+            order = torch.randperm(len(self.lengths), generator=generator).numpy()
+        else:
+            order = _modality_length_order(self.lengths, self.has_image, GROUP * self.global_batch_size, generator)
+        return np.resize(order, self.global_batches * self.global_batch_size)  # np.resize repeats from the start
+
+
+def _modality_length_order(
+    lengths: np.ndarray, has_image: np.ndarray, group_size: int, generator: torch.Generator
+) -> np.ndarray:
+    pictured, text = np.flatnonzero(has_image), np.flatnonzero(~has_image)
+    if len(pictured) == 0 or len(text) == 0:
+        groups = _groups(np.arange(len(lengths)), lengths, group_size, generator)
+    else:
+        by_picture = _groups(pictured, lengths, group_size, generator)
+        by_text = _groups(text, lengths, group_size, generator)
+        mixed = np.concatenate([by_picture[-1], by_text[-1]])
+        pure = by_picture[:-1] + by_text[:-1]
+        shuffled = torch.randperm(len(pure), generator=generator).tolist()
+        groups = [pure[k] for k in shuffled] + [mixed[np.argsort(-lengths[mixed], kind="stable")]]
+    order = np.concatenate(groups)
+    like_first = np.flatnonzero(has_image[order] == has_image[order[0]])
+    longest = like_first[np.argmax(lengths[order[like_first]])]
+    order[[0, longest]] = order[[longest, 0]]
+    return order
+
+
+def _groups(indices: np.ndarray, lengths: np.ndarray, size: int, generator: torch.Generator) -> list[np.ndarray]:
+    """``indices`` shuffled and cut into groups of ``size``, each sorted by falling length."""
+    shuffled = indices[torch.randperm(len(indices), generator=generator).numpy()]
+    cut = (shuffled[start : start + size] for start in range(0, len(shuffled), size))
+    return [group[np.argsort(-lengths[group], kind="stable")] for group in cut]

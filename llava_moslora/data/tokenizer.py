@@ -1,0 +1,244 @@
+"""The tokenizer of a language model folder, made ready for pictures.
+
+Two tokens are added to what the folder holds, both found or made by *name*, never by a hard-coded id:
+
+* ``<image>``, the placeholder that the data layer repeats once per picture feature. LLaMA-3 keeps unused reserved
+  tokens, so one of those is renamed and no embedding row is added; other tokenizers get it appended.
+* a padding token: the folder's own, else a reserved one renamed to ``<pad>``, else the unknown token (LLaVA's choice
+  for Vicuna), else an appended one.
+
+Code from a model folder is never run: ``tokenizer.json`` is read as data, without ``AutoTokenizer``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from llava_moslora.errors import Refusal
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+# Names that a published tokenizer reserves for later use, in the order in which they are taken.
+RESERVED_TOKENS = ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>")
+# LLaMA-3.1 added a token whose only purpose is padding but does not name it as the pad token.
+PAD_NAMES = (PAD_TOKEN, "<|finetune_right_pad_id|>")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in ``folder`` with an ``<image>`` token and a pad token; right padding.
+
+    ``save_pretrained`` followed by ``load_tokenizer`` (or by stock ``AutoTokenizer``) gives the same ids.
+
+    Raises:
+        Refusal: K-TOKENIZER, the folder or its tokenizer files are missing or unreadable.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise Refusal("K-TOKENIZER", "there is no such folder", file=folder, fix="give the downloaded model's folder")
+    state = _read_backend(folder)
+    settings = _read_settings(folder)
+
+    added = {token["content"]: token for token in state["added_tokens"]}
+    reserved = [name for name in RESERVED_TOKENS if name in added]
+    if IMAGE_TOKEN not in added and reserved:
+        _rename(state, added, reserved.pop(0), IMAGE_TOKEN)
+    if settings["pad_token"] is None:
+        settings["pad_token"] = next((name for name in PAD_NAMES if name in added), None)
+    if settings["pad_token"] is None and reserved:
+        _rename(state, added, reserved.pop(0), PAD_TOKEN)
+        settings["pad_token"] = PAD_TOKEN
+    if settings["pad_token"] is None:
+        settings["pad_token"] = settings["unk_token"]  # may be None still
+    if IMAGE_TOKEN in added:
+        added[IMAGE_TOKEN].update(special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
+    _forbid_merging_into(state, {name for name, token in added.items() if token["special"]})
+
+    # Constructed from the backend, not by from_pretrained: that may rebuild the normaliser by class name.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        **settings,
+    )
+    if IMAGE_TOKEN not in added:
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, normalized=False, special=True)})
+    return tokenizer
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of ``<image>``.
+
+    Raises:
+        Refusal: K-TOKENIZER, the tokenizer was not prepared by :func:`load_tokenizer`.
+    """
+    found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if found is None or found == tokenizer.unk_token_id:
+        raise Refusal(
+            "K-TOKENIZER",
+            "the tokenizer has no <image> token",
+            file=tokenizer.name_or_path or None,
+            fix="load it with load_tokenizer",
+        )
+    return found
+
+
+def _read_backend(folder: Path) -> dict:
+    """``tokenizer.json`` as a dictionary."""
+    if not (folder / "tokenizer.json").is_file():
+        raise Refusal(
+            "K-TOKENIZER",
+            "the folder holds no tokenizer.json",
+            file=folder,
+            found=", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder",
+            fix="download the tokenizer's files too",
+        )
+    state = _read_json(folder / "tokenizer.json")
+    if not isinstance(state, dict) or "model" not in state or not isinstance(state.get("added_tokens"), list):
+        raise Refusal("K-TOKENIZER", "not a tokenizer of the tokenizers library", file=folder / "tokenizer.json")
+    state["truncation"] = state["padding"] = None  # some folders were saved in the middle of a batched call
+    return state
+
+
+def _read_settings(folder: Path) -> dict:
+    """What the tokenizer's constructor takes from the JSON files beside ``tokenizer.json``."""
+    config: dict = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one wins
+        if (folder / name).is_file():
+            config.update(_read_json(folder / name))
+    settings: dict = {name: _content(config.get(name)) for name in NAMED_TOKENS}
+    if (limit := config.get("model_max_length")) is not None:
+        settings["model_max_length"] = limit
+    template = folder / "chat_template.jinja"
+    settings["chat_template"] = template.read_text("utf-8") if template.is_file() else config.get("chat_template")
+    return settings
+
+
+def _content(token: str | dict | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Refusal("K-TOKENIZER", "not valid JSON", file=path, found=error, fix="download it again") from None
+
+
+def _rename(state: dict, added: dict[str, dict], old: str, new: str) -> None:
+    """Give the reserved token ``old`` the name ``new``; its id stays."""
+    token = added.pop(old)
+    token["content"] = new
+    added[new] = token
+    vocabulary = state["model"]["vocab"]
+    if isinstance(vocabulary, dict) and old in vocabulary:
+        vocabulary[new] = vocabulary.pop(old)
+
+
+def _forbid_merging_into(state: dict, names: set[str]) -> None:
+    """Drop the BPE merges that would build a control token out of ordinary text.
+
+    Tokenizers converted from SentencePiece can hold such merges (``<`` + ``s>``); with ``split_special_tokens`` they
+    would turn a user's text into a control token all the same.
+    """
+    model = state["model"]
+    if model.get("type") == "BPE":
+        model["merges"] = [
+            merge
+            for merge in model["merges"]
+            if (merge.replace(" ", "", 1) if isinstance(merge, str) else merge[0] + merge[1]) not in names
+        ]
+
+
+class TextEncoder:
+    """Plain text to ids, in which no control token can appear.
+
+    A chunk of text is tokenised as the stock tokenizer would tokenise it at that place of a whole prompt. The places
+    differ only for tokenizers that put a space before the text (SentencePiece's dummy prefix):
+
+    * ``start``: nothing before it,
+    * ``fresh``: after a control token or a picture,
+    * ``joined``: directly after other text, which was encoded apart because training begins here.
+
+    Attributes:
+        ids: the id of every added token by its name.
+        bos: the id with which the tokenizer begins its texts, or ``None``.
+        controls: name by id of every control token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        backend = copy.deepcopy(tokenizer.backend_tokenizer)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # what transformers calls split_special_tokens
+        self.ids = dict(tokenizer.added_tokens_encoder)
+        first = tokenizer("a").input_ids[0]
+        self.bos = first if first == tokenizer.bos_token_id else None
+        self.controls = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        parts = [json.loads(part.__getstate__()) for part in (backend.normalizer, backend.pre_tokenizer) if part]
+        kinds = {kind for part in parts for kind in _prefixes(part)}
+        joined = _without_prefix(backend) if kinds else backend
+        self._at = {"start": backend, "fresh": joined if kinds == {"first"} else backend, "joined": joined}
+
+    def __call__(self, text: str, place: str) -> list[int]:
+        """Ids of ``text``; ``[]`` for the empty text.
+
+        Raises:
+            Refusal: D-CONTROL, the tokenizer turns this text into a control token in spite of everything.
+        """
+        ids = self._at[place].encode(text, add_special_tokens=False).ids if text else []
+        if not self.controls.keys().isdisjoint(ids):
+            name = next(self.controls[i] for i in ids if i in self.controls)
+            raise Refusal("D-CONTROL", f"the tokenizer reads this text as its control token {name}", found=text)
+        return ids
+
+
+_ENCODERS: WeakKeyDictionary[PreTrainedTokenizerFast, TextEncoder] = WeakKeyDictionary()
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+    """The :class:`TextEncoder` of a tokenizer, made once (copying LLaMA-3's vocabulary takes half a second)."""
+    if tokenizer not in _ENCODERS:
+        _ENCODERS[tokenizer] = TextEncoder(tokenizer)
+    return _ENCODERS[tokenizer]
+
+
+def _prefixes(part: dict) -> set[str]:
+    """``{"always"}``, ``{"first"}`` or nothing: where a normaliser or pre-tokenizer puts a space before the text."""
+    found = set()
+    for child in part.get("normalizers", []) + part.get("pretokenizers", []):
+        found |= _prefixes(child)
+    if part["type"] == "Metaspace" and part["prepend_scheme"] != "never":
+        found.add(part["prepend_scheme"])
+    if part["type"] == "Prepend" or (part["type"] == "ByteLevel" and part["add_prefix_space"]):
+        found.add("always")
+    return found
+
+
+def _without_prefix(backend: Tokenizer) -> Tokenizer:
+    state = json.loads(backend.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        state[name] = _strip_prefix(state[name]) if state[name] else None
+    bare = Tokenizer.from_str(json.dumps(state))
+    bare.encode_special_tokens = True
+    return bare
+
+
+def _strip_prefix(part: dict) -> dict | None:
+    part = dict(part)
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            part[name] = [kept for child in part[name] if (kept := _strip_prefix(child)) is not None]
+    if part["type"] == "Metaspace":
+        part["prepend_scheme"] = "never"
+    if part["type"] == "ByteLevel":
+        part["add_prefix_space"] = False
+    return None if part["type"] == "Prepend" else part

@@ -1,0 +1,79 @@
+"""Short-answer accuracy: one question at a time, the answer compared with the truth after normalisation."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llava_moslora.data.conversation import Turn
+from llava_moslora.data.images import load_image
+from llava_moslora.errors import Refusal
+from llava_moslora.inference.generate import Picture, answer
+from llava_moslora.inference.generate import Question as Asked
+from llava_moslora.inference.load import Answerer
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    image: str
+    question: str
+    answer: str
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """A JSON array of objects with ``id``, ``image``, ``question`` and ``answer``.
+
+    Raises:
+        Refusal: no such file, no JSON, or a record without one of the four.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Refusal("D-PATH", "no such file", file=path, key="--questions")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refusal("D-PARSE", "not JSON", file=path, found=error) from error
+    questions = []
+    for index, row in enumerate(rows):
+        missing = [key for key in ("id", "image", "question", "answer") if key not in row]
+        if missing:
+            raise Refusal("D-KEY", "a question without one of its parts", file=path, record=index, key=missing[0])
+        questions.append(Question(str(row["id"]), row["image"], row["question"], row["answer"]))
+    return questions
+
+
+def normalise(text: str) -> str:
+    """Lower case, without punctuation at the ends and without an article, as VQA scorers compare."""
+    return re.sub(r"^(a|an|the)\s+", "", text.strip().lower().strip(" .!?\"'"))
+
+
+def with_pictures(
+    answerer: Answerer, questions: list[Question], image_folder: str | Path, *, blank: bool = False
+) -> list[Asked]:
+    """Each question with its picture, as the first turn of a conversation of its own.
+
+    With ``blank`` every picture is replaced by one of the tower's mean colour: what is then still answered right was
+    not seen but guessed from the question.
+    """
+
+    def picture(question: Question) -> Picture:
+        return answerer.transform.blank() if blank else load_image(question.image, image_folder)
+
+    return [([picture(q)], [Turn("human", f"<image>\n{q.question}")]) for q in questions]
+
+
+def ask(answerer: Answerer, asked: list[Asked], *, batch_size: int = 16) -> list[str]:
+    """The model's greedy answers, in order, of at most 8 tokens."""
+    answers = answer(answerer, asked, max_new_tokens=8, batch_size=batch_size)
+    return list(tqdm(answers, total=len(asked), unit="question", dynamic_ncols=True))
+
+
+def accuracy(questions: list[Question], answers: list[str]) -> float:
+    """Share of answers equal to the truth after :func:`normalise`."""
+    right = sum(normalise(a) == normalise(q.answer) for q, a in zip(questions, answers, strict=True))
+    return right / len(questions)

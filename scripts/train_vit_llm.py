@@ -1,0 +1,113 @@
+"""Fine-tune a LLaVA with MoSLoRA in the LLM and in the vision tower; or, stage 1, pretrain its projector.
+
+    deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json \\
+        --model_name_or_path LLM --vision_tower CLIP --pretrain_mm_mlp_adapter PROJECTOR \\
+        --data_path llava_v1_5_mix665k.json --image_folder playground/data --output_dir runs/llama3-moslora --bf16 True
+
+``--help`` lists the flags; every shell recipe beside this file is one complete call.
+"""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import set_seed
+
+from llava_moslora.data.collate import Collator
+from llava_moslora.data.conversation import recognise_template
+from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.prepare import prepare
+from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
+from llava_moslora.errors import run_script
+from llava_moslora.models.assemble import add_adapters, assemble, describe, read_llm_config, tokens_per_picture, train_projector_only
+from llava_moslora.models.vision import read_vision_config
+from llava_moslora.runs import publish
+from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
+from llava_moslora.training.arguments import parse, tower_adapters
+from llava_moslora.training.run_folder import open_run
+from llava_moslora.training.trainer import MosLoraTrainer
+
+
+def main() -> None:
+    model_args, data_args, adapter_args, args = parse(sys.argv[1:])
+    main_process = args.process_index == 0
+    say = print if main_process else (lambda *_: None)
+
+    # 1. The parts, looked at before any weight is read
+    read_llm_config(model_args.model_name_or_path)
+    vision_config = read_vision_config(model_args.vision_tower)
+    tokenizer = load_tokenizer(model_args.model_name_or_path)
+    template = model_args.version or recognise_template(tokenizer)
+    say(f"conversation template: {template}")
+
+    # 2. The data, checked and tokenised once; found again by its content
+    dataset = prepare(
+        data_args.data_path,
+        data_args.image_folder,
+        tokenizer=tokenizer,
+        template=template,
+        tokens_per_image=tokens_per_picture(vision_config),
+        max_length=data_args.model_max_length,
+        cache_dir=data_args.data_cache,
+        num_proc=data_args.preprocessing_num_workers,
+    )
+
+    # 3. The model: three parts grafted together, frozen, then what is trained
+    set_seed(args.seed)
+    model, preprocessor = assemble(
+        model_args.model_name_or_path,
+        model_args.vision_tower,
+        model_args.pretrain_mm_mlp_adapter,
+        tokenizer=tokenizer,
+        image_token_id=image_token_id(tokenizer),
+        dtype=args.dtype,
+        bits=model_args.bits,
+    )
+    if adapter_args.tune_mm_mlp_adapter:
+        model = train_projector_only(model)
+    else:
+        model = add_adapters(model, *tower_adapters(adapter_args))
+    say(describe(model))
+
+    # 4. The run folder: what was asked for, on what, with which versions
+    run = Path(args.output_dir)
+    settings = {
+        "model": asdict(model_args) | {"version": template},
+        "data": asdict(data_args),
+        "adapter": asdict(adapter_args),
+        "training": args.to_sanitized_dict(),
+        "preprocessor": preprocessor,
+    }
+    lock = open_run(run, overwrite=args.overwrite) if main_process else None
+    publish.barrier()
+    if main_process:
+        write_run(run, settings)
+        tokenizer.save_pretrained(run / TOKENIZER)
+    facts = {
+        "llm": fingerprint(model_args.model_name_or_path),
+        "vision_tower": fingerprint(model_args.vision_tower),
+        "data": fingerprint(data_args.data_path),
+        "world_size": args.world_size,
+    }
+
+    # 5. Train
+    trainer = MosLoraTrainer(
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        data_collator=Collator(
+            tokenizer.pad_token_id,
+            data_args.image_folder,
+            ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio),
+        ),
+        data_order=data_args.data_order,
+        facts=facts,
+    )
+    trainer.train()
+    say(f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED")
+    if lock is not None:
+        lock.release()
+
+
+if __name__ == "__main__":
+    run_script(main)

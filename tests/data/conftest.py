@@ -1,0 +1,182 @@
+"""Tokenizers and pictures for the data tests: tiny ones made here, real ones where they are found.
+
+Real tokenizers are looked for, in this order, in the folder named by ``LLAVA_MOSLORA_TEST_ASSETS``, in
+``playground/parts`` and in ``../shared/data/tokenizers`` of the repository; a test that needs one is skipped, saying so.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from llava_moslora.data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PLACES = [
+    os.environ.get("LLAVA_MOSLORA_TEST_ASSETS", ""),
+    ROOT / "playground/parts",
+    ROOT.parent / "shared/data/tokenizers",
+]
+LLAMA3_NAMES = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+
+
+def find_asset(name: str) -> Path:
+    """The file or folder ``name``, or skip the test."""
+    for place in PLACES:
+        if place and (Path(place) / name).exists():
+            return Path(place) / name
+    pytest.skip(f"{name} is in none of LLAVA_MOSLORA_TEST_ASSETS, playground/parts, ../shared/data/tokenizers")
+
+
+def byte_level(folder: Path, controls: list[str], *, begins: bool, **named: str) -> Path:
+    """A tokenizer folder like LLaMA-3's or SmolLM2's: bytes, a few merges, control tokens that are only added tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "a"), ("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("Ġt", "he"), ("Ċ", "Ċ")]
+    vocab = {piece: k for k, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
+    backend = Tokenizer(models.BPE(vocab, merges))
+    words = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return _save(folder, backend, controls, begins, named)
+
+
+def sentencepiece_like(folder: Path, scheme: str, **named: str) -> Path:
+    """A tokenizer folder like Llama-2's. ``scheme``: the dummy prefix is put ``legacy`` (a normaliser), ``always``
+    (before every text between control tokens) or ``first`` (before the first one only)."""
+    letters = [*"▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:?!'<>/[]|_0123456789"]
+    merges = [
+        ("▁", "a"),
+        ("h", "e"),
+        ("▁", "t"),
+        ("▁t", "he"),
+        ("▁", "▁"),
+        ("s", ">"),
+        ("<", "s>"),
+        ("<", "/"),
+        ("</", "s>"),
+    ]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{k:02X}>" for k in range(256)), *letters]
+    pieces += [a + b for a, b in merges if a + b not in pieces]
+    backend = Tokenizer(
+        models.BPE({p: k for k, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    if scheme == "legacy":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
+    )
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **named}
+    return _save(folder, backend, ["<unk>", "<s>", "</s>"], True, named)
+
+
+def _save(folder: Path, backend: Tokenizer, controls: list[str], begins: bool, named: dict[str, str]) -> Path:
+    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in controls])
+    if begins:
+        bos = named["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(folder)
+    return folder
+
+
+TINY = {
+    "chatml": lambda folder: byte_level(
+        folder,
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        begins=False,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    ),
+    "llama3": lambda folder: byte_level(
+        folder, LLAMA3_NAMES, begins=True, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+    ),
+    "internlm2": lambda folder: byte_level(
+        folder,
+        ["<unk>", "<s>", "</s>", "<|action_start|>", "<|im_start|>", "<|im_end|>"],
+        begins=True,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="<unk>",
+    ),
+    "llama2-legacy": lambda folder: sentencepiece_like(folder, "legacy"),
+    "llama2-always": lambda folder: sentencepiece_like(folder, "always"),
+    "llama2-first": lambda folder: sentencepiece_like(folder, "first"),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """``tiny_folder(name)``: the saved folder of a tiny tokenizer, a key of ``TINY``."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = TINY[name](tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """``tiny(name)``: a tiny tokenizer, prepared for pictures."""
+    made: dict[str, PreTrainedTokenizerFast] = {}
+
+    def tokenizer(name: str) -> PreTrainedTokenizerFast:
+        if name not in made:
+            made[name] = load_tokenizer(tiny_folder(name))
+        return made[name]
+
+    return tokenizer
+
+
+@pytest.fixture
+def write_json(tmp_path):
+    """``write_json(records)``: the path of a data file."""
+
+    def write(records: object, name: str = "data.json") -> Path:
+        path = tmp_path / name
+        path.write_text(json.dumps(records), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """A folder with 0.png … 3.png of different shapes."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for k, (width, height) in enumerate([(8, 8), (20, 10), (9, 30), (5, 4)]):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{k}.png")
+    return folder
+
+
+def record(
+    text: str = "<image>\nWhat is it?", answer: str = "A cat.", image: object = "0.png", id: object = "r"
+) -> dict:
+    """A LLaVA-format record of one round."""
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    return {"id": id, **({} if image is None else {"image": image}), "conversations": turns}

@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from llava_moslora.errors import Refusal
+from llava_moslora.training.arguments import parse, tower_adapters
+
+
+def required(tmp_path) -> list[str]:
+    return [
+        *("--model_name_or_path", "llm", "--vision_tower", "clip", "--data_path", "d.json", "--image_folder", "i"),
+        *("--output_dir", str(tmp_path / "run")),
+    ]
+
+
+def test_flags_land_in_their_groups(tmp_path):
+    model, data, adapter, args = parse([*required(tmp_path), "--bits", "4", "--lora_r", "8", "--vision_lr", "1e-3"])
+    assert (model.bits, data.image_folder, adapter.lora_r, args.vision_lr) == (4, "i", 8, 1e-3)
+
+
+def test_defaults_are_the_papers_table_8(tmp_path):
+    _, _, adapter, args = parse(required(tmp_path))
+    assert (adapter.lora_r, adapter.lora_alpha, adapter.vision_lora_r, adapter.vision_lora_alpha) == (64, 128, 64, 16)
+    assert (adapter.lora_dropout, adapter.mixer_init, adapter.train_mixer) == (0.05, "kaiming_uniform", True)
+    assert (args.lr_scheduler_type, args.warmup_steps, args.max_grad_norm) == ("cosine", 0.03, 1.0)
+
+
+def test_towers_follow_each_other_unless_told(tmp_path):
+    _, _, adapter, _ = parse([*required(tmp_path), "--mixer_init", "orthogonal", "--vision_train_mixer", "False"])
+    llm, vision = tower_adapters(adapter)
+    assert (llm.mixer_init, llm.train_mixer) == ("orthogonal", True)
+    assert (vision.mixer_init, vision.train_mixer) == ("orthogonal", False)
+    assert tower_adapters(parse([*required(tmp_path), "--vision_lora_r", "0"])[2])[1] is None
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("lora_r: 4\nlora_target_modules: [q_proj, v_proj]\nbf16: true\nlearning_rate: 1e-4\n")
+    _, _, adapter, args = parse(["--config", str(file), *required(tmp_path), "--lora_r", "16"])
+    assert (adapter.lora_r, adapter.lora_target_modules) == (16, ["q_proj", "v_proj"])
+    assert (args.bf16, args.learning_rate) == (True, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--lora_rr", "8"], r"--lora_rr: unknown flag; fix: did you mean --lora_r\?"),
+        (["--learnin_rate=1"], r"--learnin_rate: unknown flag; fix: did you mean --learning_rate\?"),
+        (["--lora_r", "many"], "invalid int value: 'many'"),
+        (["--bits", "5"], "--bits: unknown base precision; found 5"),
+        (["--bf16", "True", "--fp16", "True"], "do not go together"),
+        (["stray"], "a value without a flag; found stray"),
+    ],
+)
+def test_wrong_flags_are_answered(tmp_path, extra, message):
+    with pytest.raises(Refusal, match=message):
+        parse([*required(tmp_path), *extra])
+
+
+def test_missing_flags_are_named():
+    with pytest.raises(Refusal, match="--vision_tower"):
+        parse(["--model_name_or_path", "x", "--output_dir", "y"])
+
+
+def test_missing_output_dir_is_named(tmp_path):
+    with pytest.raises(Refusal, match="--output_dir"):
+        parse(required(tmp_path)[:-2])
+
+
+def test_unknown_key_in_a_file(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"vision_lora_rank": 4}))
+    with pytest.raises(Refusal, match=r"c\.json:vision_lora_rank: unknown key; fix: did you mean --vision_lora_r\?"):
+        parse(["--config", str(file), *required(tmp_path)])
+
+
+def test_yaml_that_builds_objects_is_refused(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("lora_r: !!python/object/apply:os.getpid []\n")
+    with pytest.raises(Refusal, match="neither YAML nor JSON"):
+        parse(["--config", str(file), *required(tmp_path)])
+
+
+def test_deepspeed_file_is_looked_at_first(tmp_path):
+    with pytest.raises(Refusal, match=r"nowhere\.json:--deepspeed: no such file"):
+        parse([*required(tmp_path), "--deepspeed", "nowhere.json"])
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 2,}}')
+    with pytest.raises(Refusal, match=r"ds\.json:--deepspeed: not JSON; found line 1"):
+        parse([*required(tmp_path), "--deepspeed", str(file)])
