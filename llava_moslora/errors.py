@@ -2,7 +2,7 @@
 
 A refusal prints as::
 
-    error[C-FLAG] --lora_rr: unknown flag; found '--lora_rr'; expected a flag of this script; fix: did you mean --lora_r?
+    error[C-FLAG] --lora_rr: unknown flag; fix: did you mean --lora_r?
 
 The letter before the dash names the subject and decides the exit status of a script, so that a shell script or a job
 scheduler can tell a typing error (2) from a damaged checkpoint (3), a missing compiler (4), a diverged run (5) and an
@@ -94,7 +94,9 @@ def _rebuild(code: str, what: str, parts: dict) -> Refusal:
 def printable(value: object, limit: int = 300) -> str:
     """``value`` as one line: control, bidirectional and newline characters escaped, cut after ``limit`` characters."""
     text = value if isinstance(value, str) else str(value)
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[: limit + 1])
+    text = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[: limit + 1]
+    )
     return text if len(text) <= limit else text[:limit] + "…"
 
 

@@ -1,6 +1,7 @@
 """Ask an exported folder questions with nothing but stock transformers: this file must never import llava_moslora.
 
-    python playground/ask_stock.py EXPORT --questions test.json --image_folder images --output answers.json --probe logits.safetensors
+    python playground/ask_stock.py EXPORT --questions test.json --image_folder images \\
+        --output answers.json --probe logits.safetensors
 """
 
 import argparse
@@ -25,7 +26,8 @@ def main() -> None:
     args = parser.parse_args()
 
     questions = json.loads(Path(args.questions).read_text(encoding="utf-8"))
-    processor = AutoProcessor.from_pretrained(args.folder)
+    # Pillow scales pictures as training did; torchvision, transformers' default, differs by up to 1/64 per channel.
+    processor = AutoProcessor.from_pretrained(args.folder, backend="pil")
     processor.tokenizer.padding_side = "left"
     model = AutoModelForImageTextToText.from_pretrained(args.folder).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -34,7 +36,9 @@ def main() -> None:
         prompts = []
         for row in rows:
             content = [{"type": "image"}, {"type": "text", "text": row["question"]}]
-            prompts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+            prompts.append(
+                processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            )
         images = [Image.open(Path(args.image_folder) / row["image"]).convert("RGB") for row in rows]
         return processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device)
 

@@ -1,6 +1,6 @@
 """Keep a stage-1 run's projector as a small folder: float16 safetensors under transformers' names.
 
-    python playground/keep_projector.py playground/runs/projector-tiny playground/projector-tiny
+python playground/keep_projector.py playground/runs/projector-tiny playground/projector-tiny
 """
 
 import argparse

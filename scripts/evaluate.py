@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--questions", required=True, help="JSON array of questions")
     parser.add_argument("--image_folder", required=True)
     parser.add_argument("--untrained", action="store_true", help="the model as it was before the first step")
-    parser.add_argument("--blank", action="store_true", help="blank the picture: what is guessed from the question alone")
+    parser.add_argument(
+        "--blank", action="store_true", help="blank the picture: what is guessed from the question alone"
+    )
     parser.add_argument("--output", help="write accuracy and answers to this JSON file")
     parser.add_argument("--probe", metavar="FILE", help="write the first-token logits of the first 32 questions there")
     parser.add_argument("--batch_size", type=int, default=16)

@@ -19,7 +19,14 @@ from llava_moslora.data.images import ImageTransform
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import run_script
-from llava_moslora.models.assemble import add_adapters, assemble, describe, read_llm_config, tokens_per_picture, train_projector_only
+from llava_moslora.models.assemble import (
+    add_adapters,
+    assemble,
+    describe,
+    read_llm_config,
+    tokens_per_picture,
+    train_projector_only,
+)
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run

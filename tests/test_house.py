@@ -58,7 +58,9 @@ def test_readme_tree_names_every_file():
             inside = path.relative_to(folder).parts
             generated = folder.name in ("playground", "benchmarks") and inside[0] in ignored
             if path.suffix in kinds and path.name != "__init__.py" and not generated:
-                assert re.search(rf"\b{re.escape(path.name)}\b", tree), f"README's file tree lacks {path.relative_to(ROOT)}"
+                assert re.search(rf"\b{re.escape(path.name)}\b", tree), (
+                    f"README's file tree lacks {path.relative_to(ROOT)}"
+                )
 
 
 def test_no_remote_code_no_unsafe_loading():

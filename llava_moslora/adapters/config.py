@@ -94,7 +94,8 @@ class MosLoraConfig(LoraConfig):
         self._register_custom_module(custom_modules())
         self._declared = self.target_modules if isinstance(self.target_modules, set) else set()
         self._adapted: list[str] = []  # the modules that received this adapter, until `check_targets` has seen them
-        self._whole: MosLoraConfig | None = None  # for a module's copy: the configuration it comes from
+        self._whole: MosLoraConfig | None = None  # in a module's copy: the configuration it comes from,
+        self._module = ""  # and the name of the module
 
     def _refuse_combinations(self) -> None:
         marked = {f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")} - {"mixer_init"}
@@ -131,7 +132,7 @@ class MosLoraConfig(LoraConfig):
             return self
         self._adapted.append(module)
         config = copy.copy(self)
-        config._whole = self
+        config._whole, config._module = self, module
         for setting, value in self.settled(module).items():
             setattr(config, setting, value)
         return config

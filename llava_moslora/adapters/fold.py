@@ -9,6 +9,7 @@ Pure functions of tensors: no model is needed. Shapes: A (r, in), W (r, r) or No
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,14 +86,20 @@ def fold(adapter: Adapter) -> Adapter:
     return Adapter(LoraConfig(**kept), layers, adapter.others)
 
 
-def save(adapter: Adapter, folder: str | Path) -> None:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does: the published form for a plain
-    LoRA, else the training form."""
+def named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The tensors under the names that PEFT saves them by."""
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.others.items()}
     for name, layer in adapter.layers.items():
         for part, tensor in (("A", layer.a), ("mixer", layer.w), ("B", layer.b)):
             if tensor is not None:
                 tensors[f"{PEFT_PREFIX}{name}.lora_{part}.weight"] = tensor.contiguous()
-    adapter.config.inference_mode = True
-    adapter.config.save_pretrained(str(folder))
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    return tensors
+
+
+def save(adapter: Adapter, folder: str | Path) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does: a folded adapter as a plain LoRA,
+    any other in training form."""
+    config = copy.copy(adapter.config)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    save_file(named_tensors(adapter), Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})

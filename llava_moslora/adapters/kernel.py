@@ -53,16 +53,12 @@ def low_rank_update(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
     drop = round(dropout * STEPS)
     seed = torch.randint(torch.iinfo(torch.int64).max, (), device="cpu") if drop else None
-    return _low_rank(result, x, a, w, b, seed, float(scaling), drop, dtype)
+    # Generation calls this once per layer and token: without gradients the operation's bookkeeping is saved.
+    run = _low_rank if torch.is_grad_enabled() or drop else _forward
+    return run(result, x, a, w, b, seed, float(scaling), drop, dtype)
 
 
-@torch.library.custom_op(
-    "llava_moslora::low_rank",
-    mutates_args=(),
-    schema="(Tensor result, Tensor x, Tensor a, Tensor? w, Tensor b, Tensor? seed, float scaling, int drop, "
-    "ScalarType dtype) -> Tensor",
-)
-def _low_rank(result, x, a, w, b, seed, scaling, drop, dtype):
+def _forward(result, x, a, w, b, seed, scaling, drop, dtype):
     # Autocast would cast the operands of each product again, and only in the pass that runs inside it.
     with torch.autocast(x.device.type, enabled=False):
         rows, _ = _dropped_rows(x, seed, drop, dtype)
@@ -71,6 +67,15 @@ def _low_rank(result, x, a, w, b, seed, scaling, drop, dtype):
         if f.w is not None:
             v = v @ f.w.T
         return _add(result, v, f.b.T, _scale(scaling, drop))
+
+
+_low_rank = torch.library.custom_op(
+    "llava_moslora::low_rank",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor result, Tensor x, Tensor a, Tensor? w, Tensor b, Tensor? seed, float scaling, int drop, "
+    "ScalarType dtype) -> Tensor",
+)
 
 
 @torch.library.custom_op(

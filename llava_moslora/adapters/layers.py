@@ -9,12 +9,15 @@ Shapes: r rank, in/out features of the layer. All weights are floating point, of
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from peft import PeftModel
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
+from transformers import PreTrainedModel
 
 from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
 from llava_moslora.adapters.fold import delta
@@ -50,15 +53,30 @@ class MosLoraVariant(LoraVariant):
 
     @staticmethod
     def merge_safe(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        if module.keep_base and not module.merged_adapters:
+            module._cache_store(KEPT, orig_weight.clone())
         return add(orig_weight, module.get_delta_weight(active_adapter))
 
     @staticmethod
     def merge_unsafe(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        orig_weight.data.copy_(add(orig_weight.data, module.get_delta_weight(active_adapter)))
+        orig_weight.data.copy_(MosLoraVariant.merge_safe(module, active_adapter, orig_weight.data))
 
     @staticmethod
     def unmerge(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
+        # PEFT unmerges all adapters, one after the other: the kept base comes back with the last.
+        if KEPT in module._caches and not module.merged_adapters:
+            return module._cache_pop(KEPT)
         return add(orig_weight, -module.get_delta_weight(active_adapter))
+
+
+KEPT = "base weight before merging"
+
+
+def keep_base(model: nn.Module, keep: bool = True) -> None:
+    """Whether merging keeps a copy of each base weight, so that unmerging is exact instead of exact up to rounding."""
+    for module in model.modules():
+        if isinstance(module, MosLoraLayer):
+            module.keep_base = keep
 
 
 def add(weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
@@ -92,6 +110,7 @@ class MosLoraLayer:
     # without calling them, so the layer is gathered as one unit, in forward and in backward.
     _z3_leaf = True
 
+    keep_base = False  # see the function of that name
     _settling: MosLoraConfig | None = None  # the configuration of an adapter that PEFT is still putting in place
 
     def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, target_name="", **kwargs):
@@ -113,13 +132,13 @@ class MosLoraLayer:
                 raise Refusal(
                     "C-RANK",
                     "the rank exceeds what the layer can hold",
-                    key=target_name or type(self.get_base_layer()).__name__,
+                    key=config._module,
                     found=r,
                     expected=f"at most min(in, out) = {min(self.in_features, self.out_features)}",
                     fix="lower r, or give this module its own rank in rank_pattern",
                 )
             if config.mixer_init == "butterfly":
-                check_even_rank(target_name or "r", r)
+                check_even_rank(config._module, r)
         super().update_layer(adapter_name, r, lora_alpha, config, target_name=target_name, **kwargs)
         if isinstance(config, MosLoraConfig):
             self._settling = config._whole
@@ -154,6 +173,27 @@ class MosLoraLayer:
         if adapter not in self.lora_variant:  # a plain LoRA beside ours
             return super().get_delta_weight(adapter)
         return delta(*self.adapter_weights(adapter), self.scaling[adapter])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        """Refuse a part of an adapter: PEFT drops an unexpected mixer without a word, and only warns of a missing one.
+
+        Raises:
+            Refusal: K-ADAPTER naming the tensors that are missing from, and unexpected in, this layer.
+        """
+        own = {prefix + name for name, _ in self.named_parameters()}
+        unexpected = [name for name in state_dict if name.startswith(prefix + "lora_") and name not in own]
+        missing = []
+        for adapter in self.lora_variant:
+            parts = {name for name in own if f".{adapter}." in name[len(prefix) :]}
+            if not parts.isdisjoint(state_dict):  # this adapter is being loaded
+                missing += sorted(parts.difference(state_dict))
+        if missing or unexpected:
+            raise Refusal(
+                "K-ADAPTER",
+                f"tensors missing: {', '.join(missing) or 'none'}, unexpected: {', '.join(unexpected[:3]) or 'none'}",
+                fix="load the configuration that was saved with these weights",
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class MosLoraLinear(MosLoraLayer, lora.Linear):
@@ -216,6 +256,66 @@ if is_bnb_4bit_available():
                 "C-MERGE",
                 "an adapter is not merged into 4-bit weights",
                 found=type(self.get_base_layer()).__name__,
-                fix="merge into the original 16-bit weights or into the dequantised ones: "
-                "llava_moslora.adapters.fold.merge, llava_moslora.adapters.layers.merge_dequantised",
+                fix="merge into the original or into the dequantised weights: "
+                "llava_moslora.adapters.layers.merge_over_4bit",
             )
+
+    def dequantised(layer: bnb.nn.Linear4bit) -> torch.Tensor:
+        """The weight (out, in) that a 4-bit linear stands for, in the dtype it was quantised from.
+
+        Raises:
+            Refusal: C-MERGE if bitsandbytes has repacked it for CPU inference, which rounds its scales.
+        """
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise Refusal(
+                "C-MERGE",
+                "bitsandbytes has repacked this 4-bit weight for CPU inference; it cannot be dequantised any more",
+                found=f"{layer.in_features}→{layer.out_features}",
+                fix="load the base model again, and adapt or merge it before the first forward in eval mode",
+            )
+        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+    def merge_over_4bit(
+        model: PeftModel, originals: Mapping[str, torch.Tensor] | None = None
+    ) -> tuple[nn.Module, dict[str, str]]:
+        """Merge the active adapters of a model whose base is 4-bit; every 4-bit linear becomes an ``nn.Linear``.
+
+        Args:
+            model: is taken apart.
+            originals: module name → the 16-bit weight (out, in) that was quantised, for all 4-bit linears. Without
+                it the weights are dequantised: what training saw, while the originals are what the LLM was.
+
+        Returns:
+            The base model, merged, and what it was merged into, for the metadata of whatever is written.
+
+        Raises:
+            Refusal: C-MERGE for a missing original, or a weight that can no longer be dequantised.
+        """
+        base = model.get_base_model()
+        linears = {n: m for n, m in base.named_modules() if isinstance(m, MosLoraLinear4bit | bnb.nn.Linear4bit)}
+        # An adapted layer is replaced as a whole, with the bare layer in it.
+        linears = {n: m for n, m in linears.items() if n.rpartition(".")[0] not in linears}
+        if missing := [name for name in linears if originals is not None and name not in originals]:
+            raise Refusal(
+                "C-MERGE", f"{len(missing)} of {len(linears)} original weights missing", expected=", ".join(missing[:3])
+            )
+        kinds = set()
+        for name, module in linears.items():
+            layer = module.get_base_layer() if isinstance(module, MosLoraLinear4bit) else module
+            state = layer.weight.quant_state
+            kinds.add(f"{state.quant_type}{', double quantisation' if state.nested else ''}")
+            weight = dequantised(layer) if originals is None else originals[name]
+            if isinstance(module, MosLoraLinear4bit):
+                updates = [module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A]
+                weight = add(weight, sum(updates)) if updates else weight
+            merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            merged.weight = nn.Parameter(weight.to(layer.weight.device), requires_grad=False)
+            merged.bias = layer.bias
+            base.set_submodule(name, merged)
+        base = model.merge_and_unload()
+        if isinstance(base, PreTrainedModel) and base.is_quantized:
+            base.is_quantized = base.is_loaded_in_4bit = False
+            base.hf_quantizer = None
+            del base.config.quantization_config
+        source = "the original weights" if originals is not None else "the dequantised weights"
+        return base, {"merged_into": source, "quantised_for_training": "; ".join(sorted(kinds))}

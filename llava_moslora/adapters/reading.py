@@ -9,6 +9,7 @@ that runs and is wrong.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -18,11 +19,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 from safetensors.torch import load_file
+from torch import nn
 
 from llava_moslora.adapters.config import PEFT_NAME, SETTINGS, MosLoraConfig
-from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter, LowRank
+from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter, LowRank, named_tensors
 from llava_moslora.errors import Refusal
 
 # Saved names end in lora_A.weight, live ones (XTuner's .pth) carry the adapter's name: lora_A.default.weight. The
@@ -87,6 +90,31 @@ def for_model(adapter: Adapter, module_names: Iterable[str]) -> Adapter:
             fix="pass rename with the prefixes of the file and of the model",
         )
     return adapter if all(k == v for k, v in names.items()) else _renamed(adapter, lambda name: names.get(name, name))
+
+
+def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default", is_trainable: bool = False) -> PeftModel:
+    """Put an adapter into a model: what ``PeftModel.from_pretrained`` does, with nothing missing and nothing left over.
+
+    Args:
+        model: the base model, or a PeftModel that gets one adapter more.
+
+    Raises:
+        Refusal: K-ADAPTER naming the first tensors that the model or the adapter lacks.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    adapter = for_model(adapter, [name.replace(".base_layer", "") for name, _ in base.named_modules()])
+    config = copy.deepcopy(adapter.config)
+    config.inference_mode = not is_trainable
+    if isinstance(model, PeftModel):
+        model.add_adapter(adapter_name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name)
+    load = set_peft_model_state_dict(model, named_tensors(adapter), adapter_name)
+    missing = [key for key in load.missing_keys if f".{adapter_name}." in key]
+    for names, which in ((missing, "missing"), (load.unexpected_keys, "unexpected")):
+        if names:
+            raise Refusal("K-ADAPTER", f"{len(names)} {which} tensors", found=_few(names))
+    return model
 
 
 def _read_json(path: Path) -> dict:

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +28,7 @@ from llava_moslora.errors import Refusal
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200  # beyond it the short side is less than two of a tower's 336 pixels
+STRIP = 16_000_000  # pixels of background that are laid around a tall picture at once
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
@@ -115,7 +117,7 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
         )
     path = root / lexical
     try:
-        real_root, real = root.resolve(), path.resolve()
+        real_root, real = Path(os.path.realpath(root)), Path(os.path.realpath(path, strict=True))
         if not follow_links and not real.is_relative_to(real_root):
             raise Refusal(
                 "I-PATH",
@@ -146,7 +148,9 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
 def _open(path: Path, where: dict) -> Image.Image:
     """The picture with its header read."""
     try:
-        image = Image.open(path, formats=FORMATS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS below is stricter
+            image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise Refusal("I-SIZE", "the picture is too large", file=path, found=error, **where) from None
     except PermissionError as error:
@@ -313,14 +317,24 @@ class ImageTransform:
         return tuple(int(value * 255) for value in self.mean)
 
     def _pad(self, image: Image.Image) -> Image.Image:
-        """On a square of the mean colour, then scaled."""
+        """On a square of the mean colour, scaled.
+
+        Pillow scales rows first, then columns, with 8 bits in between. Doing the two passes ourselves gives the same
+        pixels, but the rows of pure background above and below a wide picture are never scaled, and of a tall picture
+        only a strip is ever as wide as the square (20,000 × 100 pixels would make a square of 1.2 GB).
+        """
         width, height = image.size
-        if width != height:
-            side = max(width, height)
-            square = Image.new("RGB", (side, side), self.background)
-            square.paste(image, ((side - width) // 2, (side - height) // 2))
-            image = square
-        return self._scale(image)
+        side = max(width, height)
+        to_height, to_width = (self.resize_to,) * 2 if isinstance(self.resize_to, int) else self.resize_to
+        narrow = Image.new("RGB", (to_width, side), self.background)  # rows scaled, columns not yet
+        if width >= height:
+            narrow.paste(image.resize((to_width, height), self.resample), (0, (side - height) // 2))
+        else:
+            for top in range(0, height, rows := max(1, STRIP // side)):
+                strip = Image.new("RGB", (side, min(rows, height - top)), self.background)
+                strip.paste(image.crop((0, top, width, top + strip.height)), ((side - width) // 2, 0))
+                narrow.paste(strip.resize((to_width, strip.height), self.resample), (0, top))
+        return narrow.resize((to_width, to_height), self.resample)
 
     def _scale(self, image: Image.Image) -> Image.Image:
         width, height = image.size

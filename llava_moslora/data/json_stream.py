@@ -17,6 +17,8 @@ from llava_moslora.errors import Refusal
 
 WINDOW = 1 << 20  # characters read at once
 LONGEST_VALUE = 64 << 20  # characters of one record; a longer one is a missing bracket or quote
+RECORD_KEY = "conversations"  # a file that is one object without it is no JSONL file of one record
+EXPECTED = "a JSON array of records, or one record per line"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TYPES = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
 
@@ -60,6 +62,16 @@ class JsonStream:
                 self._start += 1
                 yield from self._array()
             elif first == "{":
+                value, problem = self._value()
+                if not self._peek() and RECORD_KEY not in value:
+                    raise Refusal(
+                        "D-TYPE",
+                        "the top level is an object",
+                        file=self.path,
+                        found=f"keys {', '.join(value)}",
+                        expected=EXPECTED,
+                    )
+                yield value, problem
                 while self._peek():
                     yield self._value()
             else:
@@ -97,9 +109,10 @@ class JsonStream:
                     raise self._broken(error.msg, error.pos) from None
                 if len(self._window) - self._start > LONGEST_VALUE:
                     raise self._broken("a record has no end; a quote or a bracket is missing", self._start) from None
+                position = error.pos - self._start  # the window is about to slide on
                 if not self._more():
-                    at_end = error.pos >= len(self._window.rstrip()) or error.msg.startswith("Unterminated string")
-                    raise (self._ended() if at_end else self._broken(error.msg, error.pos)) from None
+                    unfinished = position >= len(self._window.rstrip()) or error.msg.startswith("Unterminated string")
+                    raise (self._ended() if unfinished else self._broken(error.msg, position)) from None
             else:
                 # A number at the window's edge would be cut short, but numbers are no records and are refused anyway.
                 self._start = end
@@ -123,7 +136,7 @@ class JsonStream:
         else:
             self._column += len(done)
         pending = self._window[self._start :]
-        data = self._file.read(max(WINDOW, len(pending)))
+        data = self._file.read(max(WINDOW, len(pending), 4))  # 4: a byte order mark whole
         at = self.bytes_read - len(self._rest)  # the offset in the file of the first byte to decode
         first, self.bytes_read = self.bytes_read == 0, self.bytes_read + len(data)
         raw = self._rest + data
@@ -153,7 +166,7 @@ class JsonStream:
             f"line {self._lines + newlines + 1} column {column}: {what[0].lower()}{what[1:]}",
             file=self.path,
             found=self._window[position : position + 30] or None,
-            expected="a JSON array of records, or one record per line",
+            expected=EXPECTED,
         )
 
     def _ended(self) -> Refusal:

@@ -7,7 +7,8 @@ Two tokens are added to what the folder holds, both found or made by *name*, nev
 * a padding token: the folder's own, else a reserved one renamed to ``<pad>``, else the unknown token (LLaVA's choice
   for Vicuna), else an appended one.
 
-Code from a model folder is never run: ``tokenizer.json`` is read as data, without ``AutoTokenizer``.
+Code from a model folder is never run: ``tokenizer.json`` or, where there is none, SentencePiece's ``tokenizer.model``
+is read as data, without ``AutoTokenizer``.
 """
 
 from __future__ import annotations
@@ -20,12 +21,18 @@ from weakref import WeakKeyDictionary
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.data.sentencepiece import read_sentencepiece
 from llava_moslora.errors import Refusal
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 # Names that a published tokenizer reserves for later use, in the order in which they are taken.
-RESERVED_TOKENS = ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>")
+RESERVED_TOKENS = (  # LLaMA-3, InternLM2
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "[UNUSED_TOKEN_0]",
+    "[UNUSED_TOKEN_1]",
+)
 # LLaMA-3.1 added a token whose only purpose is padding but does not name it as the pad token.
 PAD_NAMES = (PAD_TOKEN, "<|finetune_right_pad_id|>")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -42,8 +49,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     folder = Path(folder)
     if not folder.is_dir():
         raise Refusal("K-TOKENIZER", "there is no such folder", file=folder, fix="give the downloaded model's folder")
-    state = _read_backend(folder)
-    settings = _read_settings(folder)
+    state, settings = _read_folder(folder)
 
     added = {token["content"]: token for token in state["added_tokens"]}
     reserved = [name for name in RESERVED_TOKENS if name in added]
@@ -91,25 +97,8 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     return found
 
 
-def _read_backend(folder: Path) -> dict:
-    """``tokenizer.json`` as a dictionary."""
-    if not (folder / "tokenizer.json").is_file():
-        raise Refusal(
-            "K-TOKENIZER",
-            "the folder holds no tokenizer.json",
-            file=folder,
-            found=", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder",
-            fix="download the tokenizer's files too",
-        )
-    state = _read_json(folder / "tokenizer.json")
-    if not isinstance(state, dict) or "model" not in state or not isinstance(state.get("added_tokens"), list):
-        raise Refusal("K-TOKENIZER", "not a tokenizer of the tokenizers library", file=folder / "tokenizer.json")
-    state["truncation"] = state["padding"] = None  # some folders were saved in the middle of a batched call
-    return state
-
-
-def _read_settings(folder: Path) -> dict:
-    """What the tokenizer's constructor takes from the JSON files beside ``tokenizer.json``."""
+def _read_folder(folder: Path) -> tuple[dict, dict]:
+    """The backend's state (what ``tokenizer.json`` holds) and, from the files beside it, the constructor's settings."""
     config: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one wins
         if (folder / name).is_file():
@@ -119,7 +108,25 @@ def _read_settings(folder: Path) -> dict:
         settings["model_max_length"] = limit
     template = folder / "chat_template.jinja"
     settings["chat_template"] = template.read_text("utf-8") if template.is_file() else config.get("chat_template")
-    return settings
+
+    if (folder / "tokenizer.json").is_file():
+        state = _read_json(folder / "tokenizer.json")
+        if not isinstance(state, dict) or "model" not in state or not isinstance(state.get("added_tokens"), list):
+            raise Refusal("K-TOKENIZER", "not a tokenizer of the tokenizers library", file=folder / "tokenizer.json")
+        state["truncation"] = state["padding"] = None  # some folders were saved in the middle of a batched call
+    elif (folder / "tokenizer.model").is_file():
+        begins = config.get("add_bos_token", True)
+        state, named = read_sentencepiece(folder / "tokenizer.model", begins=begins)
+        settings.update({name: token for name, token in named.items() if settings[name] is None})
+    else:
+        raise Refusal(
+            "K-TOKENIZER",
+            "the folder holds neither tokenizer.json nor tokenizer.model",
+            file=folder,
+            found=", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder",
+            fix="download the tokenizer's files too",
+        )
+    return state, settings
 
 
 def _content(token: str | dict | None) -> str | None:

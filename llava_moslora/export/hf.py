@@ -62,7 +62,9 @@ def legacy_name(module: str) -> str:
     raise AssertionError(f"no part of LLaVA: {module}")
 
 
-def export_hf(run: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+def export_hf(
+    run: str | Path, output: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> Path:
     """Write the newest valid checkpoint of ``run``, merged, to ``output``; the folder appears whole or not at all.
 
     Args:
@@ -75,7 +77,9 @@ def export_hf(run: str | Path, output: str | Path, *, dtype: torch.dtype | None 
     run, output = Path(run), Path(output)
     settings = read_run(run)["settings"]
     if output.exists() and not overwrite:
-        raise Refusal("C-OUTPUT", "already exists", file=output, key="--output_dir", fix="choose another, or --overwrite")
+        raise Refusal(
+            "C-OUTPUT", "already exists", file=output, key="--output_dir", fix="choose another, or --overwrite"
+        )
     checkpoint = newest_checkpoint(run)
     parts = settings["model"]
     llm_config = read_llm_config(parts["model_name_or_path"])
@@ -103,7 +107,10 @@ def export_hf(run: str | Path, output: str | Path, *, dtype: torch.dtype | None 
     write_processor(
         staging, tokenizer, template, preprocessor, vision.config, pad=settings["data"]["image_aspect_ratio"] == "pad"
     )
-    write_json(staging / "export.json", {"run": str(run), "checkpoint": checkpoint.name, "base": parts, "merged": len(low_ranks)})
+    write_json(
+        staging / "export.json",
+        {"run": str(run), "checkpoint": checkpoint.name, "base": parts, "merged": len(low_ranks)},
+    )
     for file in staging.iterdir():
         fsync(file)
     if output.exists():  # overwrite: the old folder goes only when the new one is complete

@@ -1,4 +1,4 @@
-"""The processor files of an export, for transformers 4 and 5: pictures and prompts are made as they were in training."""
+"""The processor files of an export, for transformers 4 and 5: pictures and prompts are made as in training."""
 
 from __future__ import annotations
 
@@ -38,5 +38,10 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
     kind = "LlavaImageProcessor" if pad else "CLIPImageProcessor"
     write_json(
         folder / "preprocessor_config.json",
-        {**settings, **({"do_pad": True} if pad else {}), "image_processor_type": kind, "processor_class": "LlavaProcessor"},
+        {
+            **settings,
+            **({"do_pad": True} if pad else {}),
+            "image_processor_type": kind,
+            "processor_class": "LlavaProcessor",
+        },
     )

@@ -39,7 +39,7 @@ def answer(
 
 
 def batch(answerer: Answerer, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` int64[B, T], padded on the left; ``pixel_values`` float[N, 3, H, W] if any."""
+    """``input_ids``, ``attention_mask`` int64[B, T], padded on the left; ``pixel_values`` float[N, 3, H, W] or none."""
     tokenizer, model = answerer.tokenizer, answerer.model
     prompts = [
         encode_prompt(

@@ -84,8 +84,6 @@ def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
         )
         return model.to(dtype)
     config = model.config
-    tensors = read_projector(
-        checkpoint / "projector", config.vision_config.hidden_size, config.text_config.hidden_size
-    )
+    tensors = read_projector(checkpoint / "projector", config.vision_config.hidden_size, config.text_config.hidden_size)
     model.model.multi_modal_projector.load_state_dict(tensors, strict=True)
     return model

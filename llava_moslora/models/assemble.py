@@ -218,9 +218,13 @@ def _scale_to_words(projector: nn.Module, llm: PreTrainedModel) -> None:
 
 
 def linear_suffixes(model: nn.Module, tower: str) -> list[str]:
-    """Names of the linears inside the layers of ``tower``, without layer numbers: ``self_attn.q_proj``, ``mlp.fc1`` …"""
+    """Names of the linears inside the layers of ``tower``, without the layer: ``self_attn.q_proj``, ``mlp.fc1`` …"""
     pattern = re.compile(rf"{re.escape(tower)}\.(?:encoder\.)?layers\.\d+\.(.+)")
-    found = {m[1]: None for name, module in model.named_modules() if isinstance(module, nn.Linear) and (m := pattern.fullmatch(name))}
+    found = {
+        m[1]: None
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (m := pattern.fullmatch(name))
+    }
     return list(found)
 
 

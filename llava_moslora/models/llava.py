@@ -15,7 +15,7 @@ IGNORE_INDEX = -100  # transformers' value; the data layer writes it, the loss r
 
 
 class Llava(LlavaForConditionalGeneration):
-    """``LlavaForConditionalGeneration`` with a training forward of its own; without ``labels`` it is the stock model."""
+    """``LlavaForConditionalGeneration`` with its own training forward; without ``labels`` it is the stock model."""
 
     accepts_loss_kwargs = True  # the Trainer hands us the global batch's supervised-token count
 
@@ -56,7 +56,7 @@ class Llava(LlavaForConditionalGeneration):
         return LlavaCausalLMOutputWithPast(loss=loss)
 
     def _embed_with_unused_picture(self, input_ids: Tensor) -> Tensor:
-        """Word embeddings float[B, T, D] of a text-only batch, in a graph that still passes through tower and projector.
+        """Word embeddings float[B, T, D] of a text-only batch, in a graph that still passes through the vision tower.
 
         ZeRO-3 gathers parameters by collectives: a rank whose batch has no picture must take the same steps, forward
         and backward, as a rank whose batch has one, or both wait for ever. A blank picture's features are appended

@@ -51,11 +51,17 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
     file = _projector_file(Path(path))
     tensors = _read_tensors(file)
     for prefix, linears in LAYOUTS.items():
-        names = {f"{prefix}{there}.{part}": f"{here}.{part}" for there, here in zip(linears, _NAMED, strict=True) for part in ("weight", "bias")}
+        names = {
+            f"{prefix}{there}.{part}": f"{here}.{part}"
+            for there, here in zip(linears, _NAMED, strict=True)
+            for part in ("weight", "bias")
+        }
         if f"{prefix}{linears[0]}.weight" not in tensors:
             continue
         missing = sorted(set(names) - set(tensors))
-        extra = sorted(k for k in tensors if k.startswith(prefix + linears[0][:-1]) and k not in names) if prefix else []
+        extra = (
+            sorted(k for k in tensors if k.startswith(prefix + linears[0][:-1]) and k not in names) if prefix else []
+        )
         if missing or extra:
             raise Refusal(
                 "K-PROJECTOR",
@@ -75,12 +81,16 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
         file=file,
         found=", ".join(sorted(tensors)[:4]) + (" …" if len(tensors) > 4 else "") if tensors else "an empty file",
         expected="linears under one of the prefixes " + ", ".join(repr(p) for p in LAYOUTS),
-        fix="give the pretrained projector (LLaVA's mm_projector.bin, an XTuner projector folder or .pth, a LLaVA export)",
+        fix="give the pretrained projector: LLaVA's mm_projector.bin, an XTuner projector folder or .pth, an export",
     )
 
 
-def _check_shapes(file: Path, found: dict[str, Tensor], names: dict[str, str], vision_width: int, llm_width: int) -> None:
-    expected = dict(zip(KEYS, [(llm_width, vision_width), (llm_width,), (llm_width, llm_width), (llm_width,)], strict=True))
+def _check_shapes(
+    file: Path, found: dict[str, Tensor], names: dict[str, str], vision_width: int, llm_width: int
+) -> None:
+    expected = dict(
+        zip(KEYS, [(llm_width, vision_width), (llm_width,), (llm_width, llm_width), (llm_width,)], strict=True)
+    )
     for key, shape in expected.items():
         if tuple(found[key].shape) != shape:
             raise Refusal(
@@ -93,7 +103,9 @@ def _check_shapes(file: Path, found: dict[str, Tensor], names: dict[str, str], v
                 fix="give the projector that was pretrained with this vision tower and this LLM",
             )
         if not torch.isfinite(found[key]).all():
-            raise Refusal("K-FINITE", "NaN or Inf in the projector", file=file, key=names[key], fix="use another checkpoint")
+            raise Refusal(
+                "K-FINITE", "NaN or Inf in the projector", file=file, key=names[key], fix="use another checkpoint"
+            )
 
 
 def _projector_file(path: Path) -> Path:

@@ -106,7 +106,8 @@ def _folder_config(folder: Path) -> CLIPVisionConfig:
     try:
         return CLIPVisionConfig.from_pretrained(folder)
     except Exception as error:  # transformers validates fields with several kinds of errors of its own
-        raise Refusal("K-CONFIG", "not a usable CLIP configuration", file=folder / "config.json", found=error) from error
+        what = "not a usable CLIP configuration"
+        raise Refusal("K-CONFIG", what, file=folder / "config.json", found=error) from error
 
 
 def _load_folder(folder: Path, dtype: torch.dtype) -> tuple[CLIPVisionModel, dict[str, Any]]:
@@ -133,7 +134,10 @@ def _weight_files(folder: Path) -> list[Path]:
         raise Refusal("K-MISSING", "no weights in the folder", file=folder, expected=" or ".join(FOLDER_WEIGHTS))
     if entry.suffix != ".json":
         return [entry]
-    names = sorted(set(_read_json(entry).get("weight_map", {}).values()))
+    weight_map = _read_json(entry).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise Refusal("K-JSON", "not an index of weight files", file=entry, key="weight_map", found=weight_map)
+    names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name or not (folder / name).is_file():
             raise Refusal("K-MISSING", "a file of the index is not there", file=folder / name, fix="download it again")
@@ -167,11 +171,11 @@ def _compare(found: Mapping[str, tuple[Path, tuple[int, ...]]], config: CLIPVisi
 def _folder_processor(folder: Path, image_size: int) -> dict[str, Any]:
     """The folder's preprocessing in full and in today's spelling; it must yield pictures of the tower's size."""
     file = folder / "preprocessor_config.json"
-    if not file.is_file() and (folder / "processor_config.json").is_file():  # where transformers 5 puts it for CLIPModel
-        file = folder / "processor_config.json"
-        raw = _read_json(file).get("image_processor", {})
-    elif file.is_file():
+    if file.is_file():
         raw = _read_json(file)
+    elif (folder / "processor_config.json").is_file():  # where transformers 5 puts it for a CLIPModel
+        file = folder / "processor_config.json"
+        raw = _read_json(file).get("image_processor") or {}
     else:
         fix = "copy the file from where the tower came from; mean, std and size are not guessed"
         raise Refusal("K-MISSING", "the tower's preprocessing is not there", file=file, fix=fix)
@@ -232,7 +236,7 @@ def from_open_clip(
     Args:
         model_cfg: an open_clip model configuration (``embed_dim``, ``vision_cfg``, ``quick_gelu``, …).
         tensors: open_clip's state; only ``visual.*`` is read. ``visual.proj`` is CLIP's output projection and unused.
-        preprocess_cfg: open_clip's ``mean``, ``std``, ``interpolation``, ``resize_mode``; absent ones have its defaults.
+        preprocess_cfg: open_clip's ``mean``, ``std``, ``interpolation``, ``resize_mode``; its defaults where absent.
         source: named in refusals.
     """
     config = _open_clip_config(model_cfg, source)
@@ -342,7 +346,8 @@ def _open_clip_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     if not at:
         return _open_clip_folder(Path(arch))
     if arch not in open_clip.list_models():
-        raise Refusal("C-TOWER", "no open_clip architecture has this name", key=spec, found=arch, expected=_plain_list())
+        what = "no open_clip architecture has this name"
+        raise Refusal("C-TOWER", what, key=spec, found=arch, expected=_plain_list())
     model_cfg = open_clip.get_model_config(arch)
     if (objection := _objection(model_cfg["vision_cfg"])) is not None:
         raise Refusal("C-TOWER", f"{arch} is not a plain CLIP ViT: {objection}", key=spec, expected=_plain_list())
@@ -356,10 +361,9 @@ def _open_clip_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
         what = "neither a file nor one of the architecture's pretrained tags"
         raise Refusal("K-MISSING", what, file=weights, expected=f"a file, or {', '.join(tags) or 'no tag'}")
     tag_cfg = open_clip.get_pretrained_cfg(arch, where)
-    if bool(tag_cfg.get("quick_gelu")) != bool(model_cfg.get("quick_gelu")):
-        other = f"{arch}-quickgelu" if tag_cfg.get("quick_gelu") else arch.removesuffix("-quickgelu")
-        what = "these weights were trained with the other GELU"
-        raise Refusal("C-TOWER", what, key=spec, found=arch, expected=other, fix=f"--vision_tower {PREFIX}{other}@{where}")
+    if tag_cfg.get("quick_gelu") and not model_cfg.get("quick_gelu"):
+        what, fix = "these weights were trained with quick GELU", f"--vision_tower {PREFIX}{arch}-quickgelu@{where}"
+        raise Refusal("C-TOWER", what, key=spec, found=arch, expected=f"{arch}-quickgelu", fix=fix)
     return model_cfg, tag_cfg, Path(open_clip.download_pretrained(tag_cfg))
 
 
@@ -367,14 +371,15 @@ def _open_clip_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Pat
     if not folder.is_dir():
         what = "neither ARCH@FILE nor a folder"
         raise Refusal("K-MISSING", what, file=f"{PREFIX}{folder}", expected=SUPPORTED)
-    config = _read_json(folder / "open_clip_config.json")
-    if not isinstance(config.get("model_cfg", {}).get("vision_cfg"), dict) or "embed_dim" not in config["model_cfg"]:
-        what = "not an open_clip configuration"
-        raise Refusal("K-CONFIG", what, file=folder / "open_clip_config.json", key="model_cfg", found=config.get("model_cfg"))
+    file = folder / "open_clip_config.json"
+    config = _read_json(file)
+    model_cfg = config.get("model_cfg")
+    if not (isinstance(model_cfg, dict) and isinstance(model_cfg.get("vision_cfg"), dict) and "embed_dim" in model_cfg):
+        raise Refusal("K-CONFIG", "not an open_clip configuration", file=file, key="model_cfg", found=model_cfg)
     weights = next((folder / name for name in OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise Refusal("K-MISSING", "no weights in the folder", file=folder, expected=" or ".join(OPEN_CLIP_WEIGHTS))
-    return config["model_cfg"], config.get("preprocess_cfg", {}), weights
+    return model_cfg, config.get("preprocess_cfg") or {}, weights
 
 
 def read_visual_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -62,12 +62,16 @@ def read_manifest(folder: Path) -> dict:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise Refusal("K-MANIFEST", "no manifest: the folder was never finished", file=folder, fix="use another checkpoint")
+        raise Refusal(
+            "K-MANIFEST", "no manifest: the folder was never finished", file=folder, fix="use another checkpoint"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         listed = manifest["files"].items()
     except (ValueError, KeyError, AttributeError) as error:
-        raise Refusal("K-MANIFEST", "unreadable manifest", file=path, found=error, fix="use another checkpoint") from error
+        raise Refusal(
+            "K-MANIFEST", "unreadable manifest", file=path, found=error, fix="use another checkpoint"
+        ) from error
     for name, recorded in listed:
         file = folder / name
         if not file.is_file():

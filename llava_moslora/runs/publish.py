@@ -88,7 +88,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[Refusal]]:
-    """The newest checkpoint whose manifest and hashes verify, and why newer ones were passed over. They are left alone."""
+    """The newest checkpoint whose manifest and hashes verify, and why newer ones, left alone, were passed over."""
     passed_over = []
     for folder in checkpoints(run):
         try:
@@ -101,7 +101,7 @@ def newest_valid(run: Path) -> tuple[Path | None, list[Refusal]]:
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete finished checkpoints but the newest ``keep`` (at least two: the newest may be lost with its disk block)."""
+    """Delete finished checkpoints but the newest ``keep``, at least two: the newest may yet prove damaged."""
     finished = [folder for folder in checkpoints(run) if (folder / MANIFEST).is_file()]
     for folder in finished[max(keep, 2) :]:
         trash = folder.with_name(f".{folder.name}.trash")

@@ -50,7 +50,7 @@ def read_run(folder: str | Path) -> dict:
 
 
 def fingerprint(folder: str | Path) -> dict[str, str]:
-    """What identifies a model folder without reading its weights: hashes of its JSON files, sizes of its weight files."""
+    """What identifies a model folder without reading weights: hashes of its JSON files, sizes of its weight files."""
     folder = Path(folder)
     if folder.is_file():
         return {folder.name: sha256(folder)}

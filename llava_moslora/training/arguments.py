@@ -27,7 +27,9 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "folder of the LLM"})
     vision_tower: str = field(metadata={"help": "folder of the CLIP vision tower, or open_clip:ARCH@FILE"})
     pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "pretrained projector: file or folder"})
-    version: str | None = field(default=None, metadata={"help": "conversation template; default: told by the tokenizer"})
+    version: str | None = field(
+        default=None, metadata={"help": "conversation template; default: told by the tokenizer"}
+    )
     bits: int = field(default=16, metadata={"help": "16, or 4 for an NF4 LLM (QMoSLoRA)"})
 
     def __post_init__(self):
@@ -76,7 +78,7 @@ class TrainingArguments(HfTrainingArguments):
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False
     # the parser needs None first
-    report_to: None | str | list[str] = "tensorboard"
+    report_to: str | list[str] | None = "tensorboard"
     remove_unused_columns: bool = False
     # The order of the data is a function of the step, and our loader starts where the run stopped.
     ignore_data_skip: bool = True
@@ -85,7 +87,9 @@ class TrainingArguments(HfTrainingArguments):
 
     def __post_init__(self):
         if not self.output_dir:
-            raise Refusal("C-FLAG", "missing flag", key="--output_dir", fix="name the folder that the run is written to")
+            raise Refusal(
+                "C-FLAG", "missing flag", key="--output_dir", fix="name the folder that the run is written to"
+            )
         if not torch.cuda.is_available():
             self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
         if self.deepspeed and "RANK" in os.environ:

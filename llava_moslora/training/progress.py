@@ -16,7 +16,11 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         if state.is_world_process_zero:
             self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, disable=args.disable_tqdm
+                total=state.max_steps,
+                initial=state.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                disable=args.disable_tqdm,
             )
 
     def on_epoch_begin(self, args, state, control, **_):

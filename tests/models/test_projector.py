@@ -28,7 +28,9 @@ def test_every_layout_reads_the_same(tmp_path, prefix, suffix):
     if suffix == ".safetensors":
         save_file(content | others, file)
     else:
-        torch.save({"state_dict": content | others, "meta": {"epoch": 1}} if "wrapped" in suffix else content | others, file)
+        torch.save(
+            {"state_dict": content | others, "meta": {"epoch": 1}} if "wrapped" in suffix else content | others, file
+        )
     read = read_projector(file, E, D)
     assert tuple(read) == KEYS
     for here, there in zip(("linear_1", "linear_2"), linears, strict=True):
@@ -107,5 +109,5 @@ def test_missing_path_is_named(tmp_path, name):
 
 def test_folder_without_projector(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(Refusal, match="no projector file in this folder; found config.json"):
+    with pytest.raises(Refusal, match=r"no projector file in this folder; found config\.json"):
         read_projector(tmp_path, E, D)

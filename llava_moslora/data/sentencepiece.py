@@ -1,0 +1,140 @@
+"""A SentencePiece BPE model (``tokenizer.model``) as a tokenizer of the ``tokenizers`` library, with the same ids.
+
+Vicuna and InternLM2 come without a ``tokenizer.json``. transformers 5 can convert them, but loses Llama-2's dummy
+prefix (``Hello`` gets another id than ``▁Hello``) and lets ``<s>`` in a user's text become the control token.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2 as pb
+
+from llava_moslora.errors import Refusal
+
+SPACE = "▁"
+# InternLM2's vocabulary calls its control tokens [UNUSED_TOKEN_141] to [UNUSED_TOKEN_146]; these are the names that its
+# published tokenizer gives them.
+INTERNLM2_NAMES = {
+    "[UNUSED_TOKEN_141]": "<|plugin|>",
+    "[UNUSED_TOKEN_142]": "<|interpreter|>",
+    "[UNUSED_TOKEN_143]": "<|action_end|>",
+    "[UNUSED_TOKEN_144]": "<|action_start|>",
+    "[UNUSED_TOKEN_145]": "<|im_end|>",
+    "[UNUSED_TOKEN_146]": "<|im_start|>",
+}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # SentencePiece.Type
+
+
+def read_sentencepiece(path: str | Path, *, begins: bool = True) -> tuple[dict, dict[str, str]]:
+    """The state that ``tokenizer.json`` would have, and the names of its bos, eos and unk tokens.
+
+    Control pieces, and the reserved ``[UNUSED_TOKEN_n]``, become special tokens; a dummy prefix is put at the start of
+    every text between them, which is what LLaVA and XTuner get by tokenising such texts one by one.
+
+    Args:
+        begins: texts begin with the bos token.
+
+    Raises:
+        Refusal: K-TOKENIZER, not a SentencePiece BPE model with byte fallback and without text normalisation.
+    """
+    path = Path(path)
+    model = pb.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        raise Refusal(
+            "K-TOKENIZER", "not a SentencePiece model", file=path, fix="give the folder with tokenizer.json"
+        ) from None
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != pb.TrainerSpec.BPE or not trainer.byte_fallback or normalizer.precompiled_charsmap:
+        raise Refusal(
+            "K-TOKENIZER",
+            "only SentencePiece BPE models with byte fallback and no normalisation are supported",
+            file=path,
+            found=f"{pb.TrainerSpec.ModelType.Name(trainer.model_type)}, {normalizer.name}",
+        )
+    names = [INTERNLM2_NAMES.get(piece.piece, piece.piece) for piece in model.pieces]
+    vocabulary = {name: k for k, name in enumerate(names)}
+    if len(vocabulary) != len(names):
+        raise Refusal("K-TOKENIZER", "a piece occurs twice", file=path)
+    ordinary = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
+    added = [
+        {
+            "id": k,
+            "content": names[k],
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": piece.type != USER_DEFINED or piece.piece.startswith("[UNUSED_TOKEN_"),
+        }
+        for k, piece in enumerate(model.pieces)
+        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    named = {
+        f"{kind}_token": names[number]
+        for kind, number in [("bos", trainer.bos_id), ("eos", trainer.eos_id), ("unk", trainer.unk_id)]
+        if number >= 0
+    }
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    state = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [*prefix, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}],
+        },
+        "pre_tokenizer": None,
+        "post_processor": _bos_processor(named["bos_token"], trainer.bos_id)
+        if begins and trainer.bos_id >= 0
+        else None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                *strip,
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": named.get("unk_token"),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": _merges(ordinary, vocabulary),
+        },
+    }
+    return state, named
+
+
+def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> list[list[str]]:
+    """Every way to make an ordinary piece out of two, best score first, as SentencePiece would merge them."""
+    found = []
+    for piece, score in scores.items():
+        parts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]
+        pairs = [(vocabulary[a], vocabulary[b], a, b) for a, b in parts if a in scores and b in scores]
+        found += [(-score, *pair) for pair in sorted(pairs)]
+    found.sort(key=lambda merge: merge[0])
+    return [[a, b] for *_, a, b in found]
+
+
+def _bos_processor(name: str, number: int) -> dict:
+    """Puts the bos token before every text."""
+    first = [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": [*first, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
+    }

@@ -1,0 +1,79 @@
+"""Small models for the adapter tests; every one is the same each time it is built."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava_moslora.adapters.config import MosLoraConfig
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# Plain LoRA in this package's terms: nothing mixed, nothing stored
+IDENTITY = {"mixer_init": "identity", "train_mixer": False}
+
+
+def llama(dtype=torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=97,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+class Pair(nn.Module):
+    """Two linears of different shapes (64→96→64), float, 4-bit or 8-bit, each quantised from the same weights."""
+
+    def __init__(self, kind="float", dtype=torch.float32, double=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(64, 96).to(dtype), nn.Linear(96, 64).to(dtype)
+        for name in ("up", "down") if kind != "float" else ():
+            setattr(self, name, quantised(getattr(self, name), kind, double))
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def quantised(linear: nn.Linear, kind: str, double: bool) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    i, o, dtype = linear.in_features, linear.out_features, linear.weight.dtype
+    if kind == "nf4":
+        new = bnb.nn.Linear4bit(i, o, compute_dtype=dtype, quant_type="nf4", compress_statistics=double)
+        new.weight = bnb.nn.Params4bit(
+            linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double, module=new
+        )
+    else:
+        new = bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False)
+        new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    new.bias = linear.bias
+    return new.to("cpu")
+
+
+def adapted(model: nn.Module, autocast_adapter_dtype=True, plain=False, **settings) -> nn.Module:
+    """``model`` with a random adapter (B is not zero): MoSLoRA, or stock PEFT's LoRA if ``plain``."""
+    torch.manual_seed(1)
+    settings = {"r": 8, "lora_alpha": 12, "target_modules": ["up", "down"], **settings}
+    config = (LoraConfig if plain else MosLoraConfig)(**settings)
+    model = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    randomise(model)
+    return model
+
+
+def randomise(model: nn.Module, seed: int = 2) -> None:
+    """Random values for all adapter weights, the same in every model that has the same parameter names."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            generator = torch.Generator().manual_seed(seed + sum(name.encode()))
+            parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.2).to(parameter.dtype)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Distance relative to the size of what is expected, in the 2-norm."""
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()

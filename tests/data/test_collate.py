@@ -1,0 +1,80 @@
+"""Batches: shapes, padding, pictures in the order of their placeholders, errors that name the record."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from llava_moslora.data.collate import Collator, pad_left_prompts
+from llava_moslora.data.images import ImageTransform, load_image
+from llava_moslora.errors import Refusal
+
+TRANSFORM = ImageTransform(8, (8, 8), (0.5,) * 3, (0.5,) * 3)
+
+
+def row(length, images=(), record=0, id="r"):
+    ids = list(range(1, length + 1))
+    return {"input_ids": ids, "labels": [-100, *ids[1:]], "images": list(images), "record": record, "id": id}
+
+
+def test_batch(picture_folder):
+    collate = Collator(99, picture_folder, TRANSFORM)
+    batch = collate([row(3, ["1.png", "0.png"], 7), row(5, [], 8), row(2, ["2.png"], 9)])
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
+        "input_ids": (torch.int64, (3, 5)),
+        "attention_mask": (torch.int64, (3, 5)),
+        "labels": (torch.int64, (3, 5)),
+        "record": (torch.int64, (3,)),
+        "pixel_values": (torch.float32, (3, 3, 8, 8)),
+    }
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 99, 99], [1, 2, 3, 4, 5], [1, 2, 99, 99, 99]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5, [1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100], [-100, 2, 3, 4, 5], [-100, 2, -100, -100, -100]]
+    assert batch["record"].tolist() == [7, 8, 9]
+    for pixels, name in zip(batch["pixel_values"], ["1.png", "0.png", "2.png"], strict=True):
+        assert torch.equal(pixels, TRANSFORM(load_image(name, picture_folder)))
+
+
+def test_text_only_batch_has_no_pixels():
+    assert "pixel_values" not in Collator(0, None, TRANSFORM)([row(3), row(4)])
+
+
+def test_errors_name_the_record(picture_folder):
+    collate = Collator(0, picture_folder, TRANSFORM)
+    with pytest.raises(Refusal, match=r"\[I-MISSING\] .*nope.png:record 41 id=abc"):
+        collate([row(3), row(3, ["nope.png"], 41, "abc")])
+    masked = row(3, record=42, id="abc") | {"labels": [-100] * 3}
+    with pytest.raises(Refusal, match=r"\[D-LABELS\] record 42 id=abc: no token of this record is trained|:record 42"):
+        collate([row(3), masked])  # D21
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_worker_names_the_record_too(picture_folder, workers):
+    """R7: the refusal crosses the process boundary whole (torch shows its text in a new exception of the same class)."""
+    rows = [row(3, ["0.png"], k, f"id{k}") for k in range(6)]
+    rows[4]["images"] = ["broken.png"]
+    (picture_folder / "broken.png").write_bytes((picture_folder / "0.png").read_bytes()[:60])
+    loader = DataLoader(rows, batch_size=2, collate_fn=Collator(0, picture_folder, TRANSFORM), num_workers=workers)
+    with pytest.raises(Exception, match=r"\[I-DECODE\] .*record 4 id=id4:image: the picture is damaged"):
+        list(loader)
+
+
+def test_collator_is_small_to_send_to_workers(picture_folder):
+    collate = pickle.loads(pickle.dumps(Collator(0, picture_folder, TRANSFORM)))
+    assert collate([row(3, ["0.png"])])["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_left_padding():
+    batch = pad_left_prompts([[1, 2, 3], [4]], 9)
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [9, 9, 4]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_sixteen_bit_and_transparent_pictures_pass_through(picture_folder):
+    Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16)).save(picture_folder / "deep.png")
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(picture_folder / "clear.png")
+    pixels = Collator(0, picture_folder, TRANSFORM)([row(2, ["deep.png", "clear.png"])])["pixel_values"]
+    assert torch.equal(pixels[0], pixels[1])  # both white

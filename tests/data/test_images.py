@@ -1,0 +1,283 @@
+"""The bad-input table of the pictures (I1 to I17), and the transforms against transformers' PIL processors."""
+
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from llava_moslora.data import images
+from llava_moslora.data.images import ImageTransform, check_image, load_image
+from llava_moslora.errors import Refusal
+
+NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    Image.fromarray(NOISE).save(folder / "deep" / "ok.png")
+    return folder
+
+
+def test_a_good_picture(root):
+    image = load_image("deep/ok.png", root)
+    assert image.mode == "RGB"
+    assert np.array_equal(np.asarray(image), NOISE)
+    assert check_image("deep/ok.png", root) == (60, 40)
+    assert load_image("deep/../deep/./ok.png", root).size == (60, 40)
+
+
+def png_header(width: int, height: int, colour: int = 2) -> bytes:
+    """A PNG that claims a size, in a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+NAMES = [
+    (
+        "I1",
+        "nope.png",
+        r"\[I-MISSING\] .*nope.png:record 3 id=x:image: there is no such picture; .*check --image_folder",
+    ),
+    ("I1", "deep/ok.png/x", r"\[I-MISSING\]"),
+    ("I12", "/etc/passwd", r"\[I-PATH\] .*leads out of the image folder; found /etc/passwd"),
+    ("I12", "../../x", r"\[I-PATH\] .*leads out of the image folder"),
+    ("I12", "deep/../../x", r"\[I-PATH\] .*leads out of the image folder"),
+    ("I12", "..\\..\\x", r"\[I-PATH\] .*relative name with forward slashes"),
+    ("I12", "C:\\x.png", r"\[I-PATH\]"),
+    ("I12", "a\0b", r"\[I-PATH\]"),
+    ("I12", "x" * 5000, r"\[I-PATH\] .*the name cannot be a file's"),
+    ("I14", "deep", r"\[I-FILE\] .*not a regular file; found d"),
+    ("I15", "http://host/x.png", r"\[I-PATH\] .*never from a URL; found http://host/x.png; fix: download"),
+    ("I15", "file:///etc/passwd", r"\[I-PATH\] .*never from a URL"),
+    ("I15", "data:image/png;base64,AAAA", r"\[I-PATH\] .*never from a URL"),
+    ("I15", "//host/share/x.png", r"\[I-PATH\] .*never from a URL"),
+    ("I16", "no\nsuch\x1b[31m\u202egnp.png", r"\[I-MISSING\] .*no\\nsuch\\x1b\[31m\\u202egnp.png"),
+]
+
+
+@pytest.mark.parametrize(("case", "name", "message"), NAMES)
+@pytest.mark.parametrize("function", [load_image, check_image])
+def test_refused_names(root, function, case, name, message):
+    with pytest.raises(Refusal, match=message) as refusal:
+        function(name, root, record=3, record_id="x")
+    assert (refusal.value.record, refusal.value.exit_status) == (3, 2)
+    assert str(refusal.value).isprintable()
+
+
+def test_links(root, tmp_path):  # I13
+    outside = tmp_path / "outside.png"
+    outside.write_bytes((root / "deep/ok.png").read_bytes())
+    (root / "out.png").symlink_to(outside)
+    (root / "in.png").symlink_to(root / "deep/ok.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (tmp_path / "alias").symlink_to(root)
+    with pytest.raises(Refusal, match=r"\[I-PATH\] .*a symbolic link leads out .*--follow_image_links"):
+        load_image("out.png", root)
+    with pytest.raises(Refusal, match=r"\[I-"):
+        load_image("loop.png", root)
+    assert load_image("out.png", root, follow_links=True).size == (60, 40)
+    assert load_image("in.png", root).size == (60, 40)
+    assert load_image("deep/ok.png", tmp_path / "alias").size == (60, 40)
+
+
+def test_special_files(root):  # I14: opening a pipe would block for ever
+    os.mkfifo(root / "pipe.png")
+    with pytest.raises(Refusal, match=r"\[I-FILE\] .*not a regular file; found p"):
+        load_image("pipe.png", root)
+    with pytest.raises(Refusal, match=r"\[I-FILE\] .*found c"):
+        load_image("null", "/dev")
+
+
+def encoded(kind: str, image: Image.Image | None = None, **options: object) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    (image or Image.fromarray(NOISE)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+FILES = [
+    ("I2", b"", r"\[I-FORMAT\] .*the file is empty"),
+    ("I2", b"hello", r"\[I-FORMAT\] .*not a picture in a known format; .*expected JPEG \| PNG \| WEBP"),
+    ("I2", b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"\[I-FORMAT\] .*not a picture"),
+    ("I3", encoded("JPEG")[:-200], r"\[I-DECODE\] .*the picture is damaged; found OSError: .*truncated"),
+    ("I3", encoded("PNG")[:-200], r"\[I-DECODE\] .*the picture is damaged"),
+    ("I3", encoded("JPEG")[:30], r"\[I-FORMAT\]|\[I-DECODE\]"),
+    ("I3", encoded("WEBP")[:-200], r"\[I-FORMAT\]|\[I-DECODE\]"),
+    ("I6", encoded("TIFF", Image.fromarray(NOISE[..., 0].astype(np.float32))), r"\[I-MODE\] .*floating-point pixels"),
+    ("I6", encoded("TIFF", Image.fromarray(NOISE[..., 0].astype(np.int32))), r"\[I-MODE\] .*32-bit integer pixels"),
+    ("I9", png_header(13000, 13000), r"\[I-SIZE\] .*found 13000×13000 = 169 MP; expected at most 50 MP"),
+    ("I10", png_header(20000, 20000), r"\[I-SIZE\] .*too large"),
+    (
+        "I11",
+        png_header(20000, 1),
+        r"\[I-SHAPE\] .*the picture is a line; found 20000×1; expected sides no more than 1:200",
+    ),
+    ("I11", png_header(1, 201), r"\[I-SHAPE\]"),
+    ("I17", encoded("EPS"), r"\[I-FORMAT\] .*not a picture in a known format"),
+    ("I17", encoded("PDF"), r"\[I-FORMAT\]"),
+    ("I17", encoded("ICO"), r"\[I-FORMAT\]"),
+    ("I17", b"SIMPLE  =                    T" + b" " * 2850, r"\[I-FORMAT\]"),  # FITS
+]
+
+
+@pytest.mark.parametrize(("case", "content", "message"), FILES)
+@pytest.mark.filterwarnings("error")  # Pillow only warns of a decompression bomb
+def test_refused_files(root, case, content, message):
+    (root / "bad.png").write_bytes(content)
+    with pytest.raises(Refusal, match=message):
+        load_image("bad.png", root, record=3, record_id="x")
+    if case not in ("I3",):  # the header alone shows it
+        with pytest.raises(Refusal, match=message):
+            check_image("bad.png", root)
+
+
+GREY = Image.fromarray(NOISE[..., 0])
+MODES = [
+    ("L", GREY, (0, 0), [NOISE[0, 0, 0]] * 3),
+    ("1", Image.new("1", (4, 4), 1), (0, 0), [255, 255, 255]),
+    ("P", Image.new("RGB", (4, 4), (255, 0, 0)).convert("P"), (0, 0), [255, 0, 0]),
+    ("RGBA, opaque", Image.new("RGBA", (4, 4), (9, 8, 7, 255)), (0, 0), [9, 8, 7]),
+    ("RGBA, transparent: white", Image.new("RGBA", (4, 4), (9, 8, 7, 0)), (0, 0), [255, 255, 255]),
+    ("LA, half", Image.new("LA", (4, 4), (0, 51)), (0, 0), [204, 204, 204]),
+]
+
+
+@pytest.mark.parametrize(("mode", "image", "at", "colour"), MODES)
+def test_modes(root, mode, image, at, colour):  # I4
+    image.save(root / "mode.png")
+    loaded = load_image("mode.png", root)
+    assert loaded.mode == "RGB"
+    assert list(loaded.getpixel(at)) == colour
+
+
+def test_palette_transparency_shows_white(root):  # I4
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putpixel((0, 0), 0)
+    image.save(root / "p.png", transparency=0)
+    loaded = load_image("p.png", root)
+    assert loaded.getpixel((0, 0)) == (255, 255, 255)
+    assert loaded.getpixel((1, 1)) == (40, 50, 60)
+
+
+def test_cmyk(root):  # I4
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(root / "c.jpg", quality=100)
+    red, green, blue = load_image("c.jpg", root).getpixel((4, 4))
+    assert red > 250
+    assert green < 5
+    assert blue < 5
+
+
+def test_sixteen_bit_grey_is_scaled(root):  # I5: Pillow's convert("RGB") clips nearly everything to white
+    values = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(root / "deep.png")
+    assert np.asarray(load_image("deep.png", root))[0].tolist() == [[v] * 3 for v in (0, 1, 100, 255)]
+
+
+def test_first_frame_of_an_animation(root, caplog, monkeypatch):  # I7
+    monkeypatch.setattr(images, "_animated_seen", False)
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    for name in ("a.gif", "a.webp", "a.png"):
+        options = {"lossless": True} if name.endswith("webp") else {}
+        frames[0].save(root / name, save_all=True, append_images=frames[1:], **options)
+        assert load_image(name, root).getpixel((0, 0)) == (255, 0, 0)
+    assert caplog.text.count("animation") == 2  # both in the one warning
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(root, orientation):  # I8
+    how = Image.Transpose
+    undo = {2: how.FLIP_LEFT_RIGHT, 3: how.ROTATE_180, 4: how.FLIP_TOP_BOTTOM, 5: how.TRANSPOSE, 6: how.ROTATE_90,
+            7: how.TRANSVERSE, 8: how.ROTATE_270}  # fmt: skip
+    upright = Image.fromarray(NOISE)
+    stored = upright if orientation == 1 else upright.transpose(undo[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(root / "o.png", exif=exif)
+    assert np.array_equal(np.asarray(load_image("o.png", root)), NOISE)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_allowed_formats_whatever_their_name(root, kind):  # I17
+    (root / "x.dat").write_bytes(encoded(kind))
+    assert load_image("x.dat", root).size == (60, 40)
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tower")
+    CLIPImageProcessorPil(size={"shortest_edge": 33}, crop_size={"height": 33, "width": 33}).save_pretrained(folder)
+    return folder
+
+
+SIZES = [(64, 48), (48, 64), (33, 33), (34, 33), (1, 1), (7, 200), (200, 7), (640, 427), (20, 1), (199, 1), (1, 199)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("mode", "reference"), [("crop", CLIPImageProcessorPil), ("pad", LlavaImageProcessorPil)])
+@pytest.mark.parametrize("strip", [images.STRIP, 300])
+def test_pixels_equal_transformers(tower, monkeypatch, size, mode, reference, strip):
+    monkeypatch.setattr(images, "STRIP", strip)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    ours = ImageTransform.from_tower(tower, mode)(image)
+    theirs = reference(size={"shortest_edge": 33}, crop_size={"height": 33, "width": 33}, do_pad=mode == "pad")
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, torch.from_numpy(theirs(image, return_tensors="np")["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
+def test_other_settings_equal_transformers(tmp_path, resample):
+    settings = {"size": {"height": 20, "width": 24}, "crop_size": {"height": 31, "width": 22}, "resample": resample,
+                "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}  # fmt: skip
+    theirs = CLIPImageProcessorPil(**settings)
+    theirs.save_pretrained(tmp_path)
+    transform = ImageTransform.from_tower(tmp_path, "crop")
+    assert transform.size == (31, 22)
+    image = Image.fromarray(NOISE)
+    assert torch.equal(transform(image), torch.from_numpy(theirs(image, return_tensors="np")["pixel_values"][0]))
+
+
+def test_old_and_new_config_files(tmp_path):
+    old = {"size": 33, "crop_size": 33, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
+    expected = ImageTransform(33, (33, 33), (0.5,) * 3, (0.5,) * 3, mode="crop")
+    assert ImageTransform.from_tower(tmp_path, "crop") == expected
+    (tmp_path / "preprocessor_config.json").rename(tmp_path / "old.json")
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": old}))
+    assert ImageTransform.from_tower(tmp_path, "crop") == expected
+
+
+def test_tower_refusals(tmp_path, tower):
+    with pytest.raises(
+        Refusal, match=r"\[K-VISION\] .*does not say how pictures are prepared.*preprocessor_config.json"
+    ):
+        ImageTransform.from_tower(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 33, "image_std": [1, 1, 1]}')
+    with pytest.raises(Refusal, match=r"\[K-VISION\] .*image_mean: the picture settings lack a key"):
+        ImageTransform.from_tower(tmp_path)
+    with pytest.raises(Refusal, match=r"\[C-MODE\] --image_aspect_ratio: unknown picture mode; found square"):
+        ImageTransform.from_tower(tower, "square")
+
+
+def test_blank_is_the_padding(tower):
+    transform = ImageTransform.from_tower(tower, "pad")
+    blank = transform.blank()
+    assert blank.shape == (3, 33, 33)
+    assert blank.abs().max() < 0.02  # the mean colour, cut to whole numbers
+    wide = transform(Image.fromarray(np.zeros((10, 100, 3), dtype=np.uint8)))
+    assert torch.equal(wide[:, 0], blank[:, 0])

@@ -1,0 +1,192 @@
+"""The bad-input table of the data files: what is refused, in which words, and what is let through (D1 to D19, D24)."""
+
+import json
+import tracemalloc
+
+import pytest
+
+from llava_moslora.data import json_stream
+from llava_moslora.data.conversation import Turn
+from llava_moslora.data.records import read_records
+from llava_moslora.errors import Refusal
+
+
+def record(text="<image>\nWhat?", answer="A cat.", image="0.png", id="r"):
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    return {"id": id, **({} if image is None else {"image": image}), "conversations": turns}
+
+
+GOOD = json.dumps(record())
+WINDOWS = pytest.mark.parametrize("window", [1 << 20, 7, 1])
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """``read(content, window)``: the records of a file with that text or those bytes."""
+
+    def reader(content, window=1 << 20):
+        monkeypatch.setattr(json_stream, "WINDOW", window)
+        path = tmp_path / "data.json"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return list(read_records(path))
+
+    return reader
+
+
+@WINDOWS
+@pytest.mark.parametrize("content", [
+    f"[{GOOD},{GOOD}]",
+    f" [\n {GOOD} ,\r\n\t{GOOD}\n]\n\n",
+    f"{GOOD}\n{GOOD}\n",  # D3: JSONL
+    f"{GOOD}\r\n{GOOD}",
+    f"\ufeff[{GOOD},{GOOD}]",  # D4: byte order mark
+])  # fmt: skip
+def test_accepted(read, content, window):
+    first, second = read(content, window)
+    assert (first.index, second.index) == (0, 1)
+    assert first.id == "r"
+    assert first.images == ("0.png",)
+    assert first.turns == (Turn("human", "<image>\nWhat?"), Turn("gpt", "A cat."))
+
+
+@pytest.mark.parametrize(
+    "text", ["👩‍👩‍👧 🏳️‍🌈", "مرحبا \u202eabc", "nul \x00 byte", "日本語 a\u0301", "\u2028 \ud7ff \ue000", "<image> 🎉"]
+)
+@pytest.mark.parametrize("ascii", [True, False])
+@WINDOWS
+def test_unicode_round_trips(read, text, ascii, window):  # D18
+    (found,) = read(json.dumps([record(answer=text)], ensure_ascii=ascii), window)
+    assert found.turns[1].text == text
+
+
+def bad(**changes):
+    return json.dumps([record() | changes])
+
+
+def turns(*pairs):
+    return bad(conversations=[{"from": role, "value": value} for role, value in pairs])
+
+
+NOT_JSON = [
+    ("D1", "", r"\[D-PARSE\] .*data.json: the file is empty"),
+    ("D1", " \n\n ", r"\[D-PARSE\] .*the file is empty"),
+    ("D1", '[\n{"id" 1}, {"id": 12345678901234567890}]', r"line 2 column 7: expecting ':' delimiter; found 1},"),
+    ("D1", f"[{GOOD},]", r"\[D-PARSE\] .*line 1 column \d+: expecting value; found \]"),
+    ("D1", f"[{GOOD} {GOOD}]", r"\[D-PARSE\] .*line 1 column \d+: ',' or '\]' must follow a record"),
+    ("D1", f"[{GOOD}] x", r"\[D-PARSE\] .*there is more after the end of the array; found x"),
+    ("D1", f"{GOOD}\n{GOOD[:-1]}\n{GOOD}", r"\[D-PARSE\] .*line 3 column 1: expecting ',' delimiter"),
+    ("D1", "[tru]", r"\[D-PARSE\] .*line 1 column 2: expecting value; found tru"),
+    ("D1", '[{"id": "a\nb"}]', r"\[D-PARSE\] .*line 1 column 11: invalid control character at"),
+    ("D2", f"[{GOOD},\n{GOOD[:40]}", r"\[D-PARSE\] .*the file ends at byte \d+ .*probably an interrupted copy"),
+    ("D2", f"[{GOOD},", r"\[D-PARSE\] .*the file ends at byte"),
+    ("D2", f"[{GOOD}", r"\[D-PARSE\] .*the file ends at byte"),
+    ("D2", f"{GOOD}\n{GOOD[:-1]}", r"\[D-PARSE\] .*the file ends at byte"),
+    ("D5", GOOD.replace("What", "Prüf").encode("latin-1"), r"\[D-ENC\] .*not UTF-8 at byte \d+; found 0xfc"),
+    ("D5", f"[{GOOD}]".encode("utf-16"), r"\[D-ENC\] .*the file is UTF-16; expected UTF-8"),
+    ("D5", f"[{GOOD}]".encode() + b"\xe2\x82", r"\[D-ENC\] .*not UTF-8 at byte"),
+    ("D6", '"text"', r"\[D-TYPE\] .*the top level is neither an array nor one object per line"),
+    ("D6", "17", r"\[D-TYPE\] .*the top level is neither"),
+    ("D6", '{"data": [], "version": 1}', r"\[D-TYPE\] .*the top level is an object; .*expected a JSON array"),
+    ("D9", "[" * 100_000, r"\[D-PARSE\] .*brackets are nested too deeply"),
+    ("D9", '{"a":' * 100_000, r"\[D-PARSE\] .*brackets are nested too deeply"),
+]  # fmt: skip
+BAD_RECORDS = [
+    ("D6", '["text"]', r"\[D-TYPE\] .*record 0: a record must be an object; found a string"),
+    ("D6", "[null, 1]", r"\[D-TYPE\] .*record 0: a record must be an object; found null"),
+    ("D7", '[{"id": 1, "id": 2}]', r"\[D-JSON\] .*record 0 id=2: the key 'id' occurs twice in one object"),
+    ("D7", f"[{GOOD[:-1]}, \"x\": {{\"y\": 1, \"y\": 1}}}}]", r"\[D-JSON\] .*the key 'y' occurs twice"),
+    ("D8", '[{"id": NaN}]', r"\[D-JSON\] .*NaN is not a JSON value"),
+    ("D8", '[{"x": -Infinity}]', r"\[D-JSON\] .*-Infinity is not a JSON value"),
+    ("D8", f'[{{"id": {"9" * 5000}}}]', r"\[D-JSON\] .*a number of 5000 digits"),
+    ("D10", '[{"id": "a"}]', r"\[D-SCHEMA\] .*record 0 id=a:conversations: .*found no such key"),
+    ("D11", bad(conversations=[]), r"\[D-SCHEMA\] .*found an empty list"),
+    ("D11", bad(conversations=None), r"\[D-SCHEMA\] .*found null"),
+    ("D11", bad(conversations="hi"), r"\[D-SCHEMA\] .*found a string"),
+    ("D11", bad(conversations=["hi"]), r"\[D-SCHEMA\] .*conversations\[0\]: a turn must be an object .*found a string"),
+    ("D11", bad(conversations=[{"role": "user", "content": "x"}]), r"\[D-SCHEMA\] .*found keys role, content"),
+    ("D11", bad(conversations=[{"from": "human", "value": None}]), r"\[D-SCHEMA\] .*conversations\[0\]"),
+    ("D11", bad(id=[1]), r"\[D-SCHEMA\] .*id: must be a string or a number; found an array"),
+    ("D11", bad(image={"path": "x"}), r"\[D-SCHEMA\] .*image: must be a file name or a list of file names"),
+    ("D11", bad(image=""), r"\[D-SCHEMA\] .*image: must be a file name"),
+    ("D11", bad(image=["0.png", None]), r"\[D-SCHEMA\] .*image: must be a file name"),
+    ("D11", json.dumps([{"images": ["x"], "conversations": []}]), r"\[D-SCHEMA\] .*images: the key is spelled 'image'"),
+    ("D12", turns(("gpt", "x"), ("human", "x")), r"\[D-ROLE\] .*not in order; found gpt, human"),
+    ("D12", turns(("human", "x"), ("human", "x"), ("gpt", "x")), r"\[D-ROLE\] .*found human, human, gpt"),
+    ("D12", turns(("human", "<image>")), r"\[D-ROLE\] .*found human; expected .*ending with gpt"),
+    ("D12", turns(("human", "<image>"), ("gpt", "x"), ("human", "x")), r"\[D-ROLE\] .*found human, gpt, human"),
+    ("D12", turns(("bot", "x")), r"\[D-ROLE\] .*\[0\].from: unknown role; found bot; expected system"),
+    ("D12", turns(("human", "x"), ("system", "x"), ("gpt", "x")), r"\[D-ROLE\] .*not in order"),
+    ("D12", turns(("system", "x")), r"\[D-ROLE\] .*not in order"),
+    ("D13", turns(("human", "<image>"), ("gpt", " \n ")), r"\[D-EMPTY\] .*\[1\].value: the gpt turn is empty"),
+    ("D13", turns(("human", ""), ("gpt", "x")), r"\[D-EMPTY\] .*the human turn is empty"),
+    ("D14", bad(image=["0.png", "1.png"]), r"\[D-IMAGES\] .*found 1 <image>; expected 2 for 2 pictures"),
+    ("D14", json.dumps([record("<image><image>")]), r"\[D-IMAGES\] .*found 2 <image>; expected 1 for 1 pictures"),
+    ("D14", json.dumps([record(image=None)]), r"\[D-IMAGES\] .*but no picture; found 1 <image>, 0 pic"),
+    ("D14", json.dumps([record("What?\n<image>", image=None)]), r"\[D-IMAGES\] .*no picture"),
+    ("D15", json.dumps([record("What?")]), r"\[D-IMAGES\] .*found 0 <image>; expected 1 for 1 pictures"),
+    ("D15", json.dumps([record("What?", "<image>")]), r"\[D-IMAGES\] .*found 0 <image>"),
+    ("D19", json.dumps([record(answer="\ud83d")]), r"\[D-UNICODE\] .*half of a surrogate pair .*found \\ud83d"),
+    ("D19", json.dumps([record(image="\udc00")]), r"\[D-UNICODE\] .*half of a surrogate pair"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "content", "message"), NOT_JSON + BAD_RECORDS)
+@WINDOWS
+def test_refused(read, case, content, message, window):
+    if window == 1 and len(content) > 3000:
+        window = 7
+    with pytest.raises(Refusal, match=message) as refusal:
+        read(content, window)
+    assert refusal.value.exit_status == 2
+    assert "data.json" in str(refusal.value)
+    assert str(refusal.value).isprintable()
+
+
+def test_a_bad_record_is_named_by_index_and_id(read):
+    records = [record(id=k) for k in range(5)]
+    records[3]["conversations"][0]["value"] = "no picture"
+    with pytest.raises(Refusal, match=r"data.json:record 3 id=3: the human turns"):
+        read(json.dumps(records))
+
+
+def test_image_in_running_text_is_text(read):  # D16
+    (found,) = read(json.dumps([record("what does <image> mean in HTML?", "<image>\nis a tag", image=None)]))
+    assert found.images == ()
+    (found,) = read(json.dumps([record("<image>\nWhat?", "it says <image>")]))
+    assert found.images == ("0.png",)
+
+
+def test_optional_parts(read):
+    first, second, third = read(json.dumps([
+        {"conversations": record("a", image=None)["conversations"]},
+        record("a", image=None, id=17) | {"image": None, "source": {"any": ["thing"]}},
+        record("<image> and <image>", image=["a.png", "b/c.png"]) | {
+            "conversations": [{"from": "system", "value": "s"}, *record("<image> <image>")["conversations"]]
+        },
+    ]))  # fmt: skip
+    assert (first.id, second.id) == ("", "17")
+    assert third.images == ("a.png", "b/c.png")
+    assert third.turns[0] == Turn("system", "s")
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(Refusal, match=r"\[D-FILE\] .*no such file; fix: check --data_path"):
+        list(read_records(tmp_path / "nope.json"))
+
+
+def test_a_record_without_end_is_refused_before_it_fills_memory(read, monkeypatch):
+    monkeypatch.setattr(json_stream, "LONGEST_VALUE", 10_000)
+    with pytest.raises(Refusal, match="a record has no end; a quote or a bracket is missing"):
+        read('[{"id": "' + "x" * 100_000, window=1000)
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    path = tmp_path / "long.json"
+    text = json.dumps(record("<image>\n" + "word " * 400))
+    path.write_text("[" + ",\n".join([text] * 4000) + "]")
+    assert path.stat().st_size > 8e6
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(path)) == 4000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * json_stream.WINDOW

@@ -1,0 +1,190 @@
+"""The main job as a user runs it, tiny: two ranks under ZeRO-2, export, and the answers of stock transformers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+LAUNCHER = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
+
+
+def run(command: list[str], **environment) -> subprocess.CompletedProcess:
+    env = (
+        os.environ
+        | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        | environment
+    )
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
+
+
+def flags(parts, output: Path, **changes) -> list[str]:
+    settings = {
+        "model_name_or_path": parts.llm,
+        "vision_tower": parts.clip,
+        "pretrain_mm_mlp_adapter": parts.projector,
+        "data_path": parts.data,
+        "image_folder": parts.images,
+        "data_cache": output.parent / "cache",
+        "lora_r": 4,
+        "vision_lora_r": 2,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "output_dir": output,
+    } | changes
+    return [str(word) for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def trained(parts, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("main") / "run"
+    port = str(20000 + os.getpid() % 20000)
+    done = run(
+        [*LAUNCHER, "--master_port", port, "scripts/train_vit_llm.py", *flags(parts, output)]
+        + ["--deepspeed", "zero_configs/zero2.json", "--bf16", "True"]
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return output
+
+
+def test_checkpoint_holds_adapters_of_both_towers_and_the_projector(trained):
+    tensors = load_file(trained / "checkpoint-2" / "adapter" / "adapter_model.safetensors")
+    for part in ("language_model", "vision_tower"):
+        for factor in ("lora_A", "lora_mixer", "lora_B"):
+            assert any(part in name and factor in name for name in tensors)
+    assert sum("multi_modal_projector" in name for name in tensors) == 4
+    assert all(t.dtype == torch.float32 for t in tensors.values())  # the masters, not their 16-bit image
+    assert all(t.any() for name, t in tensors.items() if "lora_B" in name)  # two steps moved every B away from 0
+
+
+def test_training_form_is_refused_by_stock_peft(trained):
+    program = "import sys; from peft import PeftConfig; PeftConfig.from_pretrained(sys.argv[1])"
+    done = run([sys.executable, "-c", program, trained / "checkpoint-2" / "adapter"])
+    assert done.returncode != 0 and "KeyError: 'MOSLORA'" in done.stderr
+
+
+def test_run_is_on_record(trained, parts):
+    record = json.loads((trained / "run.json").read_text())
+    assert record["settings"]["model"]["version"] == "chatml"
+    assert record["versions"]["peft"] and "--lora_r" in record["command"]
+    manifest = json.loads((trained / "checkpoint-2" / "MANIFEST.json").read_text())
+    assert manifest["step"] == 2 and manifest["world_size"] == 2 and "config.json" in manifest["llm"]
+
+
+@pytest.fixture(scope="module")
+def merged(trained) -> Path:
+    folder = trained.parent / "merged"
+    done = run([sys.executable, "scripts/export.py", trained, "--output_dir", folder, "--dtype", "float32"])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_export_is_the_legacy_layout_with_a_complete_tower(merged):
+    with safe_open(merged / "model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+    roots = ("language_model.model.", "language_model.lm_head.", "vision_tower.vision_model.", "multi_modal_projector.")
+    assert all(name.startswith(roots) for name in names)
+    assert "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight" in names  # the layer training does without
+    config = json.loads((merged / "config.json").read_text())
+    assert config["vision_feature_layer"] == -2 and config["vision_config"]["num_hidden_layers"] == 3
+    assert config["model_type"] == "llava" and config["architectures"] == ["LlavaForConditionalGeneration"]
+
+
+# What a user's process does: stock transformers, nothing of ours.
+STOCK = """
+import sys, json, torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder, image, output = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
+model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+assert "llava_moslora" not in sys.modules
+content = [{"type": "image"}, {"type": "text", "text": "what colour is the shape?"}]
+prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+inputs = processor(images=Image.open(image).convert("RGB"), text=prompt, return_tensors="pt")
+with torch.inference_mode():
+    logits = model(**inputs).logits[0, -1].tolist()
+    answer = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:].tolist()
+json.dump({"ids": inputs["input_ids"][0].tolist(), "logits": logits, "answer": answer}, open(output, "w"))
+"""
+
+
+def test_stock_transformers_answers_as_the_run_does(trained, merged, parts, tmp_path):
+    from llava_moslora.data.conversation import Turn
+    from llava_moslora.inference.generate import batch, first_logits
+    from llava_moslora.inference.load import load_run
+
+    image = parts.images / "0.png"
+    done = run([sys.executable, "-c", STOCK, merged, image, tmp_path / "out.json"])
+    assert done.returncode == 0, done.stderr
+    stock = json.loads((tmp_path / "out.json").read_text())
+    answerer = load_run(trained)
+    question = ([Image.open(image).convert("RGB")], [Turn("human", "<image>\nwhat colour is the shape?")])
+    inputs = batch(answerer, [question])
+    assert inputs["input_ids"][0].tolist() == stock["ids"]
+    logits = first_logits(answerer, question)
+    torch.testing.assert_close(logits, torch.tensor(stock["logits"]), rtol=1e-4, atol=1e-4)
+    untrained = first_logits(load_run(trained, trained=False), question)
+    assert (logits - untrained).abs().max() > 1e-2  # training did something that the export could have lost
+    ids = answerer.model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert ids[0, inputs["input_ids"].shape[1] :].tolist() == stock["answer"]
+
+
+def test_export_does_not_overwrite_unasked(trained, merged):
+    done = run([sys.executable, "scripts/export.py", trained, "--output_dir", merged])
+    assert done.returncode == 2 and "already exists" in done.stderr
+
+
+WRONG = {
+    "missing LLM": ({"model_name_or_path": "nowhere/llama"}, "nowhere/llama:--model_name_or_path: no such folder"),
+    "missing tower": ({"vision_tower": "nowhere/clip"}, "nowhere/clip: no such folder"),
+    "unknown flag": ({"lora_rank": 4}, "--lora_rank: unknown flag; fix: did you mean --lora_r?"),
+    "missing data": ({"data_path": "nowhere.json"}, "nowhere.json: there is no such file"),
+    "missing DeepSpeed file": ({"deepspeed": "nowhere.json"}, "nowhere.json:--deepspeed: no such file"),
+}
+
+
+def refused(command: list[str]) -> str:
+    """The one line that a refused command prints."""
+    done = run([sys.executable, "scripts/train_vit_llm.py", *command])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error[")]
+    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_flags_are_answered_in_one_line(parts, tmp_path, case):
+    changes, message = WRONG[case]
+    assert message in refused(flags(parts, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_content_is_answered_in_one_line(parts, tmp_path):
+    from tiny import write_projector
+
+    other = write_projector(tmp_path / "other.safetensors", vision=48)
+    line = refused(flags(parts, tmp_path / "run", pretrain_mm_mlp_adapter=other))
+    assert "other.safetensors" in line and "expected [64, 32] (vision width 32, LLM width 64)" in line
+
+    (tmp_path / "empty.json").write_text("[]")
+    assert "empty.json" in refused(flags(parts, tmp_path / "run", data_path=tmp_path / "empty.json"))
+
+    rows = json.loads(parts.data.read_text())
+    rows[0]["image"] = "gone.png"
+    (tmp_path / "gone.json").write_text(json.dumps(rows))
+    line = refused(flags(parts, tmp_path / "run", data_path=tmp_path / "gone.json"))
+    assert "gone.png" in line and "record 0" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_unasked(trained, parts):
+    assert "the folder is not empty" in refused(flags(parts, trained))
+    assert (trained / "checkpoint-2" / "MANIFEST.json").is_file()
