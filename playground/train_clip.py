@@ -3,10 +3,10 @@
     python playground/train_clip.py --data playground/data/easy_vqa --out playground/clip-tiny
 
 No package ships a small CLIP, so the demo brings one: 64-pixel pictures in 16 patches, width 128, 5 layers, trained
-contrastively from scratch on the training pictures and their 24 captions, in about three minutes. Every batch holds each
-caption at most once: two red circles in one batch would be each other's wrong answer. The result is rounded to fp16 and
-converted to a ``CLIPVisionModel`` folder through ``llava_moslora.models.vision``, as any open_clip tower would be. One
-seed, one thread: a second run writes the same bytes on the same machine.
+contrastively from scratch on the training pictures and their 24 captions, in about three minutes. Every batch holds
+each caption at most once: two red circles in one batch would be each other's wrong answer. The result is rounded to
+fp16 and converted to a ``CLIPVisionModel`` folder through ``llava_moslora.models.vision``, as any open_clip tower would
+be. One seed, one thread: a second run writes the same bytes on the same machine.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def test_captions(data: Path) -> dict[str, str]:
 
 @torch.no_grad()
 def round_to_half(visual: torch.nn.Module) -> None:
-    """Make every weight one that fp16 can hold, so that the folder saved in fp16 *is* this model, not a copy near it."""
+    """Make every weight one that fp16 can hold: the folder saved in fp16 then *is* this model, not a copy near it."""
     for weight in visual.parameters():
         weight.copy_(weight.half())
 
@@ -200,7 +200,7 @@ def save_tower(model: open_clip.CLIP, out: Path) -> CLIPVisionModel:
     state = {f"vision_model.{name}": tensor.half().contiguous() for name, tensor in tower.state_dict().items()}
     save_file(state, out / "model.safetensors", metadata={"format": "pt"})
     tower.config.architectures, tower.config.dtype = ["CLIPVisionModel"], torch.float16
-    tower.config.to_json_file(out / "config.json", use_diff=False)
+    tower.config.save_pretrained(out)
     (out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
     return tower
 

@@ -31,7 +31,7 @@ from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.training.arguments import parse, tower_adapters
-from llava_moslora.training.run_folder import open_run
+from llava_moslora.training.run_folder import open_run, reopen_run
 from llava_moslora.training.trainer import MosLoraTrainer
 
 
@@ -84,18 +84,22 @@ def main() -> None:
         "adapter": asdict(adapter_args),
         "training": args.to_sanitized_dict(),
         "preprocessor": preprocessor,
+        "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
     }
-    lock = open_run(run, overwrite=args.overwrite) if main_process else None
-    publish.barrier()
-    if main_process:
-        write_run(run, settings)
-        tokenizer.save_pretrained(run / TOKENIZER)
     facts = {
         "llm": fingerprint(model_args.model_name_or_path),
         "vision_tower": fingerprint(model_args.vision_tower),
         "data": fingerprint(data_args.data_path),
-        "world_size": args.world_size,
     }
+    lock = checkpoint = None
+    if main_process:
+        if args.resume:
+            lock, checkpoint = reopen_run(run, settings, facts, args.allow_change)
+        else:
+            lock = open_run(run, overwrite=args.overwrite)
+        write_run(run, settings)
+        tokenizer.save_pretrained(run / TOKENIZER)
+    checkpoint = publish.from_rank_0(checkpoint)
 
     # 5. Train
     trainer = MosLoraTrainer(
@@ -110,7 +114,9 @@ def main() -> None:
         data_order=data_args.data_order,
         facts=facts,
     )
-    trainer.train()
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     say(f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED")
     if lock is not None:
         lock.release()

@@ -91,7 +91,7 @@ def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
         rows, dropped = _dropped_rows(x, seed, drop, dtype)
         f = _Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows))
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, O)
-        grad_x, grad_a, grad_w, grad_b = (rows.new_empty(0) for _ in needs)
+        grad_x = grad_a = grad_w = grad_b = None
 
         u = rows @ f.a.T  # (N, r), made again
         grad_v = (grad @ f.b).mul_(_scale(scaling, drop))  # (N, r)
@@ -109,8 +109,16 @@ def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
             if dropped is not None:
                 grad_x.masked_fill_(dropped, 0)
             grad_x = grad_x.view(x.shape)
-        grad_a, grad_w, grad_b = f.unfold(grad_a, grad_w, grad_b)
-    return [grad_x.to(x.dtype), grad_a.to(a.dtype), grad_w.to(a.dtype), grad_b.to(b.dtype)]
+        grads = (grad_x, *f.unfold(grad_a, grad_w, grad_b, needs[1:]))
+    return [
+        grad.to(like.dtype) if need else like.new_empty(0)
+        for grad, like, need in zip(grads, _likes(x, a, w, b), needs, strict=True)
+    ]
+
+
+def _likes(x, a, w, b):
+    """What the gradients look like; with no W the third is never wanted."""
+    return x, a, a if w is None else w, b
 
 
 class _Factors:
@@ -126,14 +134,14 @@ class _Factors:
             else:
                 self.a, self.folded_into = w @ a, "a"
 
-    def unfold(self, grad_a: Tensor, grad_w: Tensor, grad_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the gradients of these factors to those of A, W, B."""
+    def unfold(self, grad_a, grad_w, grad_b, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+        """From the gradients of these factors to those of A, W and B, as far as they are needed."""
         if self.folded_into is None:
             return grad_a, grad_w, grad_b
-        a, w, b = self.whole
+        (a, w, b), (need_a, need_w, need_b) = self.whole, needs
         if self.folded_into == "b":
-            return grad_a, b.T @ grad_b, grad_b @ w.T
-        return w.T @ grad_a, grad_a @ a.T, grad_b
+            return grad_a, b.T @ grad_b if need_w else None, grad_b @ w.T if need_b else None
+        return w.T @ grad_a if need_a else None, grad_a @ a.T if need_w else None, grad_b
 
 
 def folds(rows: int, a: Tensor, b: Tensor) -> bool:
@@ -183,10 +191,9 @@ def _(result, x, a, w, b, seed, scaling, drop, dtype):
 
 @_low_rank_backward.register_fake
 def _(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
-    likes = (x, a, a if w is None else w, b)
     return [
         torch.empty_like(like, memory_format=torch.contiguous_format) if need else like.new_empty(0)
-        for like, need in zip(likes, needs, strict=True)
+        for like, need in zip(_likes(x, a, w, b), needs, strict=True)
     ]
 
 

@@ -90,7 +90,8 @@ def init_mixer(weight: torch.Tensor, how: str) -> None:
     if how == "kaiming_uniform":
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
     elif how == "orthogonal":
-        weight.copy_(nn.init.orthogonal_(torch.empty(rank, rank)))  # in fp32: no 16-bit QR
+        exact = torch.promote_types(weight.dtype, torch.float32)  # there is no 16-bit QR
+        weight.copy_(nn.init.orthogonal_(torch.empty(rank, rank, dtype=exact)))
     elif how == "identity":
         nn.init.eye_(weight)
     elif how == "normal":

@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, count, islice
+from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -116,17 +116,24 @@ def prepare(
     if folder is not None and not folder.is_dir():
         raise Refusal("I-FOLDER", "there is no such folder", file=folder, fix="check --image_folder")
     job = _Job(data_path, folder, tokenizer, template, tokens_per_image, max_length, follow_image_links)
-    target = cache_dir / _key(job, on_bad_record)
+    target = cache_dir / _key(job)
     cache_dir.mkdir(parents=True, exist_ok=True)
     if not target.is_dir():
         with FileLock(f"{target}.lock"):
             if not target.is_dir():  # another rank may have built it while this one waited
                 _build(job, target, num_proc, on_bad_record, max_bad_share)
-    dataset = concatenate_datasets([Dataset.from_file(str(part)) for part in sorted(target.glob("*.arrow"))])
-    checked = json.loads((target / "report.json").read_bytes())["image_folder"]
-    if folder is not None and str(folder.resolve()) != checked:
-        log.warning("the pictures were checked in %s when this cache was built, not in %s", checked, folder)
+    dataset = _rows(target)
+    report = report_of(dataset)
+    _judge(report["problems"], report["records"], on_bad_record, max_bad_share)
+    if folder is not None and str(folder.resolve()) != report["image_folder"]:
+        log.warning(
+            "the pictures were checked in %s when this cache was built, not in %s", report["image_folder"], folder
+        )
     return dataset
+
+
+def _rows(folder: Path) -> Dataset:
+    return concatenate_datasets([Dataset.from_file(str(part)) for part in sorted(folder.glob("*.arrow"))])
 
 
 def report_of(dataset: Dataset) -> dict:
@@ -162,13 +169,13 @@ def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
         )
 
 
-def _key(job: _Job, on_bad_record: str) -> str:
+def _key(job: _Job) -> str:
     digest = hashlib.sha256()
     with job.file.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     digest.update(job.tokenizer.backend_tokenizer.to_str().encode())
-    rest = [job.tokenizer.special_tokens_map, job.template, job.tokens_per_image, job.max_length, on_bad_record]
+    rest = [job.tokenizer.special_tokens_map, job.template, job.tokens_per_image, job.max_length]
     digest.update(json.dumps([*rest, CODE_VERSION], default=str, sort_keys=True).encode())
     return f"{job.file.stem[:40]}-{digest.hexdigest()[:20]}"
 
@@ -177,19 +184,22 @@ def _build(job: _Job, target: Path, num_proc: int, on_bad_record: str, max_bad_s
     check_template(job.tokenizer, job.template)
     staging = target.with_name(f"{target.name}.staging")
     staging.mkdir(exist_ok=True)
-    counts: Counter = Counter()
+    counts: Counter = Counter(records=0, kept=0)
     problems: list[dict] = []
     for part in _run(job, staging, num_proc):
         counts.update(part["counts"])
         problems += part["problems"]
-    counts["records"] += 0
+    if counts["kept"]:
+        ids = Counter(_rows(staging)["id"][:])
+        counts["duplicate_ids"] = sum(times - 1 for name, times in ids.items() if name)
+    if counts["duplicate_ids"]:
+        log.warning("%s: %d records have the id of an earlier one", job.file, counts["duplicate_ids"])
     report = {**counts, "problems": problems, "image_folder": str(job.image_folder and job.image_folder.resolve())}
     for problem in problems[:SHOWN]:
         log.error("%s", problem["line"])
-    if problems and (on_bad_record == "fail" or len(problems) > max_bad_share * counts["records"]):
-        for number in {problem["part"] for problem in problems}:  # looked at again next time; the good parts stay
-            (staging / f"{number:06d}.json").unlink()
-        raise _summary(problems, counts["records"], job.file, on_bad_record, max_bad_share)
+    for number in {problem["part"] for problem in problems}:  # looked at again if this build is not published
+        (staging / f"{number:06d}.json").unlink()
+    _judge(problems, counts["records"], on_bad_record, max_bad_share)
     if not counts["kept"]:
         what = "no record is short enough" if counts["records"] else "there are no records"
         raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=job.file, found=f"{counts['records']} records")
@@ -198,15 +208,16 @@ def _build(job: _Job, target: Path, num_proc: int, on_bad_record: str, max_bad_s
     log.info("prepared %s: %s", job.file, ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
 
 
-def _summary(problems: list[dict], records: int, file: Path, policy: str, share: float) -> Refusal:
-    first = problems[0]
-    if len(problems) == 1 and policy == "fail":
-        return Refusal(**first["refusal"])
-    parts = dict(first["refusal"])
-    parts["what"] += f" (and {len(problems) - 1} more of {records} records cannot be used)"
+def _judge(problems: list[dict], records: int, policy: str, share: float) -> None:
+    """Refuse the data if the policy does not allow its problems."""
+    if not problems or (policy == "quarantine" and len(problems) <= share * records):
+        return
+    parts = dict(problems[0]["refusal"])
     if policy == "quarantine":
-        parts["fix"] = f"more than the share of {share:g} allowed by --max_bad_share"
-    return Refusal(**parts)
+        parts["fix"] = f"this is more than the share of {share:g} allowed by --max_bad_share"
+    if len(problems) > 1:
+        parts["what"] += f" (and {len(problems) - 1} more of {records} records cannot be used)"
+    raise Refusal(**parts)
 
 
 def _run(job: _Job, staging: Path, num_proc: int) -> Iterator[dict]:
@@ -214,20 +225,25 @@ def _run(job: _Job, staging: Path, num_proc: int) -> Iterator[dict]:
     stream = JsonStream(job.file)
     tasks = _tasks(stream, staging)
     size = job.file.stat().st_size
-    with (
-        tqdm(total=size, unit="B", unit_scale=True, desc=f"preparing {printable(job.file.name)}") as bar,
-        ProcessPoolExecutor(
-            num_proc, mp_context=get_context("fork"), initializer=_start_worker, initargs=(job,)
-        ) as pool,
-    ):
-        waiting: deque[Future] = deque()  # a window, or the whole file would be read ahead of the workers
-        for task in chain(tasks, [None] * 2 * num_proc):
-            if task is not None:
-                waiting.append(pool.submit(_work, task))
-            if waiting and (task is None or len(waiting) >= 2 * num_proc):
-                result = waiting.popleft().result()
-                bar.update(stream.bytes_read - bar.n)
-                yield result
+    with tqdm(total=size, unit="B", unit_scale=True, desc=f"preparing {printable(job.file.name)}") as bar:
+        for result in _map_in_order(tasks, job, num_proc):
+            bar.update(stream.bytes_read - bar.n)
+            yield result
+
+
+def _map_in_order(tasks: Iterator[_Task], job: _Job, num_proc: int) -> Iterator[dict]:
+    if num_proc == 1:
+        _start_worker(job)
+        yield from map(_work, tasks)
+        return
+    with ProcessPoolExecutor(num_proc, get_context("fork"), _start_worker, (job,)) as pool:
+        waiting: deque[Future] = deque()
+        for task in tasks:
+            waiting.append(pool.submit(_work, task))
+            if len(waiting) >= 2 * num_proc:  # a window, or the whole file would be read ahead of the workers
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 @dataclass(frozen=True)

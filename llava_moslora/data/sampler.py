@@ -34,6 +34,7 @@ class GlobalBatchSampler:
         has_image: bool[n].
         per_device_batch_size: records per micro-batch and rank.
         accumulation: micro-batches per optimizer step.
+        group: global batches that are sorted together; more means less padding and less random batches.
 
     Raises:
         Refusal: D-FEW, fewer records than one global batch; C-ORDER, unknown order.
@@ -50,6 +51,7 @@ class GlobalBatchSampler:
         rank: int = 0,
         seed: int = 0,
         order: str = "modality_length",
+        group: int = GROUP,
     ):
         assert len(lengths) == len(has_image), "one length and one modality per record"
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
@@ -60,7 +62,7 @@ class GlobalBatchSampler:
         self.per_device_batch_size = per_device_batch_size
         self.accumulation = accumulation
         self.world_size, self.rank = world_size, rank
-        self.seed, self.order = seed, order
+        self.seed, self.order, self.group = seed, order, group
         self.epoch, self._cursor = 0, 0
         self.global_batch_size = per_device_batch_size * accumulation * world_size
         if len(self.lengths) < self.global_batch_size:
@@ -104,7 +106,7 @@ class GlobalBatchSampler:
         elif self.order == "shuffle":
             order = torch.randperm(len(self.lengths), generator=generator).numpy()
         else:
-            order = _modality_length_order(self.lengths, self.has_image, GROUP * self.global_batch_size, generator)
+            order = _modality_length_order(self.lengths, self.has_image, self.group * self.global_batch_size, generator)
         return np.resize(order, self.global_batches * self.global_batch_size)  # np.resize repeats from the start
 
 

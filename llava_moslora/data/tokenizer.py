@@ -13,9 +13,9 @@ is read as data, without ``AutoTokenizer``.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from weakref import WeakKeyDictionary
 
 from tokenizers import AddedToken, Tokenizer
@@ -66,13 +66,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         added[IMAGE_TOKEN].update(special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
     _forbid_merging_into(state, {name for name, token in added.items() if token["special"]})
 
-    # Constructed from the backend, not by from_pretrained: that may rebuild the normaliser by class name.
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
-        padding_side="right",
-        clean_up_tokenization_spaces=False,
-        **settings,
-    )
+    # Not by from_pretrained, which may rebuild the normaliser by class name or ask the hub whether this is a Mistral;
+    # from a file, because an object would be copied.
+    with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        file.write(json.dumps(state, ensure_ascii=False))
+        file.flush()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_file=file.name, padding_side="right", clean_up_tokenization_spaces=False, **settings
+        )
     if IMAGE_TOKEN not in added:
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -182,10 +183,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        backend = copy.deepcopy(tokenizer.backend_tokenizer)
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True  # what transformers calls split_special_tokens
+        backend = tokenizer.backend_tokenizer
         self.ids = dict(tokenizer.added_tokens_encoder)
         first = tokenizer("a").input_ids[0]
         self.bos = first if first == tokenizer.bos_token_id else None
@@ -201,7 +199,16 @@ class TextEncoder:
         Raises:
             Refusal: D-CONTROL, the tokenizer turns this text into a control token in spite of everything.
         """
-        ids = self._at[place].encode(text, add_special_tokens=False).ids if text else []
+        backend = self._at[place]
+        # The backend is the stock tokenizer's own (a copy of LLaMA-3's costs a second), so nothing that a stock call
+        # left in it may count here, and nothing may be left in it for the next stock call.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        backend.encode_special_tokens = True  # what transformers calls split_special_tokens
+        ids = backend.encode(text, add_special_tokens=False).ids if text else []
+        backend.encode_special_tokens = False
         if not self.controls.keys().isdisjoint(ids):
             name = next(self.controls[i] for i in ids if i in self.controls)
             raise Refusal("D-CONTROL", f"the tokenizer reads this text as its control token {name}", found=text)
@@ -212,7 +219,7 @@ _ENCODERS: WeakKeyDictionary[PreTrainedTokenizerFast, TextEncoder] = WeakKeyDict
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
-    """The :class:`TextEncoder` of a tokenizer, made once (copying LLaMA-3's vocabulary takes half a second)."""
+    """The :class:`TextEncoder` of a tokenizer, made once."""
     if tokenizer not in _ENCODERS:
         _ENCODERS[tokenizer] = TextEncoder(tokenizer)
     return _ENCODERS[tokenizer]
@@ -234,9 +241,7 @@ def _without_prefix(backend: Tokenizer) -> Tokenizer:
     state = json.loads(backend.to_str())
     for name in ("normalizer", "pre_tokenizer"):
         state[name] = _strip_prefix(state[name]) if state[name] else None
-    bare = Tokenizer.from_str(json.dumps(state))
-    bare.encode_special_tokens = True
-    return bare
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _strip_prefix(part: dict) -> dict | None:

@@ -251,6 +251,7 @@ def from_open_clip(
     model, info = CLIPVisionModel.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
     )
+    model.config.name_or_path = ""  # loading from no folder leaves the word "None" there
     assert not info["missing_keys"], f"compared, yet missing: {sorted(info['missing_keys'])[:3]}"
     return model.eval(), processor
 

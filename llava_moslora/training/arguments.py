@@ -73,12 +73,13 @@ class TrainingArguments(HfTrainingArguments):
     vision_lr: float | None = field(default=None, metadata={"help": "default: as --learning_rate"})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "default: as --learning_rate"})
     mixer_lr: float | None = field(default=None, metadata={"help": "default: as the adapter around it"})
+    resume: bool = field(default=False, metadata={"help": "go on with the run in --output_dir, if one has begun"})
+    allow_change: list[str] = field(default_factory=list, metadata={"help": "settings that may differ when resuming"})
     overwrite: bool = field(default=False, metadata={"help": "delete the run that is in --output_dir"})
     # Three defaults of the Trainer that hide what a user needs to see, and one that would drop our columns.
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False
-    # the parser needs None first
-    report_to: str | list[str] | None = "tensorboard"
+    report_to: None | str | list[str] = "tensorboard"  # noqa: RUF036 (the parser needs None first)
     remove_unused_columns: bool = False
     # The order of the data is a function of the step, and our loader starts where the run stopped.
     ignore_data_skip: bool = True
@@ -90,6 +91,8 @@ class TrainingArguments(HfTrainingArguments):
             raise Refusal(
                 "C-FLAG", "missing flag", key="--output_dir", fix="name the folder that the run is written to"
             )
+        if self.resume and self.overwrite:
+            raise Refusal("C-FLAG", "cannot both go on with a run and delete it", key="--resume, --overwrite")
         if not torch.cuda.is_available():
             self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
         if self.deepspeed and "RANK" in os.environ:

@@ -1,4 +1,4 @@
-"""Opening ``--output_dir`` for a new run without losing what is in it."""
+"""Opening ``--output_dir``: a new run in an empty folder, or the old run where it stopped, and never a mixture."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from filelock import FileLock
 
 from llava_moslora.errors import Refusal
 from llava_moslora.runs import publish
+from llava_moslora.runs.manifest import read_manifest
+from llava_moslora.runs.record import RUN, read_run
+
+# What may differ between a run and its continuation: where things are written, how fast, how often.
+FREE = {
+    "data": {"data_cache", "preprocessing_num_workers"},
+    "model": set(),
+    "adapter": set(),
+}
+# Of the Trainer's many settings, those that change what is computed.
+TRAINING = (
+    *("learning_rate", "vision_lr", "mm_projector_lr", "mixer_lr", "weight_decay", "max_grad_norm"),
+    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
+    *("seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
+)
 
 
 def open_run(run: Path, *, overwrite: bool) -> FileLock:
@@ -17,9 +33,7 @@ def open_run(run: Path, *, overwrite: bool) -> FileLock:
     Raises:
         Refusal: the folder holds something and ``overwrite`` was not asked for, is no folder, or is in use.
     """
-    if run.exists() and not run.is_dir():
-        raise Refusal("C-OUTPUT", "not a folder", file=run, key="--output_dir", fix="choose another path")
-    lock = publish.lock_run(run)
+    lock = _lock(run)
     present = [p for p in run.iterdir() if p.name != ".lock"]
     if present and not overwrite:
         lock.release()
@@ -29,8 +43,69 @@ def open_run(run: Path, *, overwrite: bool) -> FileLock:
             file=run,
             key="--output_dir",
             found=", ".join(sorted(p.name for p in present)[:5]),
-            fix="choose another folder, or --overwrite True to delete this run",
+            fix="--resume True to go on with this run, --overwrite True to delete it, or another folder",
         )
     for path in present:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return lock
+
+
+def reopen_run(run: Path, settings: dict, facts: dict, allow_change: list[str]) -> tuple[FileLock, Path | None]:
+    """The locked folder of a run that may have begun, and the newest valid checkpoint to go on from (None: begin).
+
+    Args:
+        settings: of this call, as :func:`llava_moslora.runs.record.write_run` records them.
+        facts: fingerprints of this call's inputs, as every checkpoint's manifest states them.
+        allow_change: names of settings or facts that may differ from the run's.
+
+    Raises:
+        Refusal: settings or inputs differ from the run's and the difference is not allowed; the folder is in use, or
+            holds something that is no run.
+    """
+    lock = _lock(run)
+    if not [p for p in run.iterdir() if p.name != ".lock"]:
+        return lock, None
+    if not (run / RUN).is_file():
+        lock.release()
+        raise Refusal("C-OUTPUT", "not a run: nothing to resume", file=run, key="--output_dir", expected=f"{RUN} in it")
+    checkpoint, passed_over = publish.newest_valid(run)
+    for refusal in passed_over:
+        print(f"passed over: {refusal.line()}", flush=True)
+    changed = changes(read_run(run)["settings"], settings)
+    if checkpoint is not None:
+        manifest = read_manifest(checkpoint)
+        changed |= {name: (manifest.get(name), now) for name, now in facts.items() if manifest.get(name) != now}
+    changed = {name: both for name, both in changed.items() if name not in allow_change}
+    if changed:
+        lock.release()
+        raise Refusal(
+            "K-CHANGED",
+            "this call differs from the run that it would resume",
+            file=run,
+            key=", ".join(changed),
+            found="; ".join(f"{name} {now}" for name, (_, now) in changed.items()),
+            expected="; ".join(f"{name} {then}" for name, (then, _) in changed.items()),
+            fix=f"give the run's own values, or --allow_change {' '.join(changed)}",
+        )
+    return lock, checkpoint
+
+
+def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
+    """Settings that decide what is computed and differ: name → (then, now)."""
+    differing = {}
+    for group, free in FREE.items():
+        for name in then[group].keys() | now[group].keys():
+            if name not in free and then[group].get(name) != now[group].get(name):
+                differing[name] = (then[group].get(name), now[group].get(name))
+    for name in TRAINING:
+        if then["training"].get(name) != now["training"].get(name):
+            differing[name] = (then["training"].get(name), now["training"].get(name))
+    if then["global_batch_size"] != now["global_batch_size"]:  # its split over ranks and accumulation is free
+        differing["global_batch_size"] = (then["global_batch_size"], now["global_batch_size"])
+    return differing
+
+
+def _lock(run: Path) -> FileLock:
+    if run.exists() and not run.is_dir():
+        raise Refusal("C-OUTPUT", "not a folder", file=run, key="--output_dir", fix="choose another path")
+    return publish.lock_run(run)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -16,12 +17,13 @@ from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import ADAPTER_NAME, PROJECTOR, VISION
 from llava_moslora.runs import publish
-from llava_moslora.runs.manifest import write_json
+from llava_moslora.runs.manifest import MANIFEST, write_json
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.progress import Progress
-from llava_moslora.training.state import master_weights, trained_parameters
+from llava_moslora.training.state import Holder, random_state, set_random_state, trained_parameters
 
 ADAPTER_FOLDER, PROJECTOR_FOLDER = "adapter", "projector"
+MOMENTS_FILE, POSITION_FILE = "optimizer.safetensors", "position.json"
 
 
 class MosLoraTrainer(Trainer):
@@ -124,21 +126,70 @@ class MosLoraTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Publish ``checkpoint-N``: what was trained, as float32 masters, and the Trainer's state. No pickles."""
-        masters = master_weights(self.model, deepspeed=self.is_deepspeed_enabled)
+        holder = self._holder()
+        masters, moments = holder.masters(), holder.moments()
 
         def write(folder: Path) -> None:
+            write_json(folder / f"random-{self.args.process_index}.json", random_state())
             if publish.rank() == 0:
                 write_trained(folder, self.model, masters)
+                save_file(moments, folder / MOMENTS_FILE, metadata={"format": "pt"})
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-                write_json(folder / "scheduler.json", {"last_epoch": self.lr_scheduler.last_epoch})
+                position = {
+                    "adam_steps": holder.adam_steps(),
+                    "scheduler_steps": self.lr_scheduler.last_epoch,
+                    "loss_scale": holder.loss_scale(),
+                }
+                write_json(folder / POSITION_FILE, position)
 
         def facts() -> dict:
-            return {"step": self.state.global_step, "of": self.state.max_steps, "seed": self.args.seed, **self.facts}
+            progress = {"step": self.state.global_step, "of": self.state.max_steps}
+            return {**progress, "seed": self.args.seed, "world_size": self.args.world_size, **self.facts}
 
         run = Path(self.args.output_dir)
         publish.publish(run / f"checkpoint-{self.state.global_step}", write, facts)
         if publish.rank() == 0 and self.args.save_total_limit:
             publish.prune(run, self.args.save_total_limit)
+
+    def _holder(self) -> Holder:
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        return Holder(self.model, getattr(self.optimizer, "optimizer", self.optimizer), engine)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """As theirs, but the state comes from our portable checkpoint instead of DeepSpeed's or torch's pickles."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            checkpoint = Path(resume_from_checkpoint)
+            position = json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8"))
+            self._holder().restore(
+                read_trained(checkpoint, self.model),
+                load_file(checkpoint / MOMENTS_FILE),
+                position["adam_steps"],
+                position["loss_scale"],
+            )
+            set_schedule(self.lr_scheduler, position["scheduler_steps"])
+        return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
+        """Nothing yet: weights are put back together with the optimizer's state, in :meth:`_prepare_for_training`."""
+
+    def _load_rng_state(self, checkpoint) -> None:
+        """This rank's random streams as they were; a rank that is new (other world size) keeps its seeded ones."""
+        if checkpoint is not None:
+            file = Path(checkpoint) / f"random-{self.args.process_index}.json"
+            manifest = json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8"))
+            if manifest["world_size"] == self.args.world_size:
+                set_random_state(json.loads(file.read_text(encoding="utf-8")))
+
+
+def set_schedule(scheduler, steps: int) -> None:
+    """Put a LambdaLR (or accelerate's wrapper of one) where it is after ``steps`` steps."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    scheduler.last_epoch, scheduler._step_count = steps, steps + 1
+    rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def write_trained(folder: Path, model, masters: dict[str, torch.Tensor]) -> None:
@@ -153,6 +204,34 @@ def write_trained(folder: Path, model, masters: dict[str, torch.Tensor]) -> None
         folder / PROJECTOR_FOLDER / "model.safetensors",
         metadata={"format": "pt"},
     )
+
+
+def read_trained(checkpoint: Path, model) -> dict[str, torch.Tensor]:
+    """The float32 masters of a checkpoint by the names of ``model``'s parameters.
+
+    Raises:
+        Refusal: tensors missing or left over, such as an adapter of other targets.
+    """
+    if isinstance(model, PeftModel):
+        file = checkpoint / ADAPTER_FOLDER / "adapter_model.safetensors"
+        stored = load_file(file)
+        names = {name: live_to_saved(name) for name in trained_parameters(model)}
+    else:
+        file = checkpoint / PROJECTOR_FOLDER / "model.safetensors"
+        stored = load_file(file)
+        names = {name: live_to_saved(name).removeprefix("model.") for name in trained_parameters(model)}
+    differing = sorted(set(names.values()) ^ set(stored))
+    if differing:
+        raise Refusal(
+            "K-ADAPTER", "not the tensors that this run trains", file=file, found=", ".join(differing[:4]),
+            fix="resume with the flags of the run",
+        )  # fmt: skip
+    return {name: stored[saved] for name, saved in names.items()}
+
+
+def live_to_saved(name: str) -> str:
+    """PEFT's name of a trained tensor in a file, from its name in the live model."""
+    return name.replace(f".modules_to_save.{ADAPTER_NAME}", "").replace(f".{ADAPTER_NAME}.", ".")
 
 
 def parameter_rank(parameter: torch.nn.Parameter) -> int:

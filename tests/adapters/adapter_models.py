@@ -28,23 +28,24 @@ def llama(dtype=torch.float32) -> LlamaForCausalLM:
 
 
 class Pair(nn.Module):
-    """Two linears of different shapes (64→96→64), float, 4-bit or 8-bit, each quantised from the same weights."""
+    """Two linears of different shapes (64→96→64): "float", "nf4" (with double quantisation), "nf4 single" or "int8"."""
 
-    def __init__(self, kind="float", dtype=torch.float32, double=True):
+    def __init__(self, kind="float", dtype=torch.float32):
         super().__init__()
         torch.manual_seed(0)
         self.up, self.down = nn.Linear(64, 96).to(dtype), nn.Linear(96, 64).to(dtype)
         for name in ("up", "down") if kind != "float" else ():
-            setattr(self, name, quantised(getattr(self, name), kind, double))
+            setattr(self, name, quantised(getattr(self, name), kind))
 
     def forward(self, x):
         return self.down(torch.tanh(self.up(x)))
 
 
-def quantised(linear: nn.Linear, kind: str, double: bool) -> nn.Module:
+def quantised(linear: nn.Linear, kind: str) -> nn.Module:
     bnb = pytest.importorskip("bitsandbytes")
     i, o, dtype = linear.in_features, linear.out_features, linear.weight.dtype
-    if kind == "nf4":
+    if kind.startswith("nf4"):
+        double = kind == "nf4"
         new = bnb.nn.Linear4bit(i, o, compute_dtype=dtype, quant_type="nf4", compress_statistics=double)
         new.weight = bnb.nn.Params4bit(
             linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=double, module=new

@@ -58,6 +58,7 @@ def test_token_table(real, name, template):
     assert [("*" if t else "") + token for token, t in zip(names, trained, strict=True)] == table
 
 
+@pytest.mark.slow  # the tiny tokenizers show the same in a second
 @pytest.mark.parametrize(("name", "template"), TABLES)
 def test_stock_tokenizer_reads_our_prompt(real, tmp_path, name, template):
     """The saved tokenizer, loaded by stock transformers, gives the ids we train on."""
@@ -79,6 +80,7 @@ def test_recognised_and_stopped(real, name, template, stop):
     assert real(name).convert_ids_to_tokens(stop_token_ids(real(name), template)) == stop
 
 
+@pytest.mark.slow  # the tiny tokenizers show the same in a second
 @pytest.mark.parametrize(("name", "size", "image", "pad"), [
     ("smollm2", 49153, 49152, "<|im_end|>"),
     ("llama3", 128256, 128002, "<pad>"),

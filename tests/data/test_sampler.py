@@ -38,9 +38,9 @@ def interleaved(world, accumulation, batch, epoch=1, start=0, **options):
 
 
 @pytest.mark.parametrize("order", sampler.ORDERS)
-@pytest.mark.parametrize(("world", "accumulation", "batch"), [(1, 1, 16), (2, 1, 8), (4, 1, 4), (8, 1, 2), (1, 4, 4),
-                                                              (2, 4, 2), (4, 2, 2), (1, 16, 1), (16, 1, 1)])  # fmt: skip
-def test_same_ids_in_the_same_order_for_every_split(order, world, accumulation, batch):
+@pytest.mark.parametrize("split", ["1 1 16", "2 1 8", "4 1 4", "8 1 2", "1 4 4", "2 4 2", "4 2 2", "1 16 1", "16 1 1"])
+def test_same_ids_in_the_same_order_for_every_split(order, split):
+    world, accumulation, batch = map(int, split.split())
     whole = list(chain.from_iterable(interleaved(1, 1, 16, order=order)))
     split = interleaved(world, accumulation, batch, order=order)
     assert list(chain.from_iterable(split)) == whole
@@ -89,20 +89,18 @@ def test_parity_with_xtuner_by_hand(monkeypatch):
     """Groups of 4 records (2 global batches of 2), random numbers replaced by "reversed".
 
     Pictured records 0 to 8, text 9 to 14. Reversed and cut in fours, each group by falling length:
-    pictures [8 7 6 5] [4 3 2 1] [0], text [14 13 12 11] [10 9]. The last groups are merged: [0] + [10 9]. The pure ones,
-    reversed: text, pictures, pictures. The longest text is the first already.
+    pictures [8 7 6 5] [4 3 2 1] [0], text [14 13 12 11] [10 9]. The last groups are merged: [0] + [10 9]. The pure
+    ones, reversed: text, pictures, pictures. The longest text is the first already.
     """
     lengths = [5, 1, 4, 2, 3, 80, 60, 70, 50, 9, 8, 30, 10, 40, 20]
-    monkeypatch.setattr(sampler, "GROUP", 2)
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n - 1, -1, -1))
-    one = make(batch=2, lengths=lengths, pictured=[True] * 9 + [False] * 6)
+    one = make(batch=2, lengths=lengths, pictured=[True] * 9 + [False] * 6, group=2)
     assert one.epoch_order().tolist() == [13, 11, 14, 12, 2, 4, 3, 1, 5, 7, 6, 8, 9, 10, 0, 13]
 
 
 def test_the_longest_comes_first_without_mixing(monkeypatch):
-    monkeypatch.setattr(sampler, "GROUP", 1)
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
-    one = make(batch=2, lengths=[1, 2, 3, 4, 9, 5, 50, 60, 70], pictured=[True] * 6 + [False] * 3)
+    one = make(batch=2, lengths=[1, 2, 3, 4, 9, 5, 50, 60, 70], pictured=[True] * 6 + [False] * 3, group=1)
     # Groups: [1 0] [3 2] [4 5] and [7 6] [8]; [4 5] and [8] are merged. The longest picture, 4, changes with 1.
     assert one.epoch_order().tolist()[:9] == [4, 0, 3, 2, 7, 6, 8, 1, 5]
 
@@ -134,15 +132,18 @@ def padding_waste(one, lengths):
 
 
 def test_grouping_saves_padding():
-    """A length distribution like mix665k's: text from 30 to 2,048 tokens, pictures of 576 tokens and some text."""
+    """Lengths as in mix665k: 94 % pictures of 576 tokens with short talk, the rest long texts, all below 2,048."""
     rng = np.random.default_rng(2)
-    pictured = rng.random(40_000) < 0.94
-    text = np.minimum(2048, rng.lognormal(4.5, 1.1, 40_000).astype(int) + 30)
-    lengths = np.where(pictured, np.minimum(2048, 576 + text), text)
-    grouped = padding_waste(make(lengths=lengths, pictured=pictured), lengths)
-    shuffled = padding_waste(make(lengths=lengths, pictured=pictured, order="shuffle"), lengths)
-    assert grouped < 0.015
-    assert shuffled > 5 * grouped
+    pictured = rng.random(60_000) < 0.94
+    text = 30 + np.where(pictured, rng.lognormal(5.0, 0.8, 60_000), rng.lognormal(6.8, 0.8, 60_000)).astype(int)
+    lengths = np.minimum(2048, np.where(pictured, 576 + text, text))
+    waste = {
+        name: padding_waste(make(lengths=lengths, pictured=pictured, **options), lengths)
+        for name, options in {"50": {}, "200": {"group": 200}, "shuffle": {"order": "shuffle"}}.items()
+    }
+    assert 0.40 < waste["shuffle"] < 0.45
+    assert waste["50"] < 0.02
+    assert waste["200"] < 0.01
 
 
 def test_any_position_of_a_million_records_in_a_second():

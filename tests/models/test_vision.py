@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -195,6 +196,14 @@ def test_the_dtype_is_the_callers(tower_folder):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tower, _ = load_vision_tower(tower_folder, dtype)
         assert {p.dtype for p in tower.parameters()} == {dtype}
+
+
+def test_the_demos_tower_loads_and_is_small():
+    folder = Path(__file__).parents[2] / "playground" / "clip-tiny"
+    tower, processor = load_vision_tower(folder)
+    assert (tower.config.image_size, tower.config.patch_size) == (64, 16)
+    assert processor["image_mean"] == processor["image_std"] == [0.5, 0.5, 0.5]
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 2_000_000
 
 
 # --- preprocessing ---

@@ -1,0 +1,253 @@
+"""The prepared data set: columns, cache key, truncation, quarantine, interruption, several processes at once."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+
+from llava_moslora.data import prepare as module
+from llava_moslora.data.conversation import IGNORE_INDEX, show_labels
+from llava_moslora.data.conversation import Encoded as Pair
+from llava_moslora.data.prepare import check_template, prepare, report_of
+from llava_moslora.data.tokenizer import image_token_id
+from llava_moslora.errors import Refusal
+
+
+def record(text="<image>\nWhat?", answer="A cat.", image="0.png", id="r"):
+    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
+    return {"id": id, **({} if image is None else {"image": image}), "conversations": turns}
+
+
+@pytest.fixture
+def build(tiny, write_json, picture_folder, tmp_path):
+    """``build(records, ...)``: prepare them with the tiny ChatML tokenizer and 4 tokens per picture."""
+
+    def builder(records, name="data.json", **options):
+        path = records if isinstance(records, os.PathLike) else write_json(records, name)
+        settings = {"tokenizer": tiny("chatml"), "template": "chatml", "tokens_per_image": 4, "max_length": 200,
+                    "cache_dir": tmp_path / "cache"}  # fmt: skip
+        images = options.pop("image_folder", picture_folder)
+        return prepare(path, images, **(settings | options))
+
+    return builder
+
+
+def test_rows(build, tiny):
+    records = [
+        record(id=7),
+        record("hi", "ho", None, id="t"),
+        record("<image><image>", "two", ["1.png", "2.png"], id="m"),
+    ]
+    rows = build(records)
+    assert rows.column_names == ["input_ids", "labels", "images", "record", "id", "length", "has_image"]
+    assert rows["images"][:] == [["0.png"], [], ["1.png", "2.png"]]
+    assert rows["id"][:] == ["7", "t", "m"]
+    assert rows["record"][:] == [0, 1, 2]
+    assert rows["has_image"][:] == [True, False, True]
+    for row, pictures in zip(rows, [1, 0, 2], strict=True):
+        assert row["length"] == len(row["input_ids"]) == len(row["labels"])
+        assert row["input_ids"].count(image_token_id(tiny("chatml"))) == 4 * pictures
+    shown = show_labels(Pair(rows[0]["input_ids"], rows[0]["labels"], ()), tiny("chatml"), colour=False)
+    assert shown == ("<|im_start|>user\n<image>×4\nWhat?<|im_end|>\n<|im_start|>assistant\n⟦A cat.<|im_end|>⟧\n")
+    report = report_of(rows)
+    assert {k: report[k] for k in ("records", "kept", "with_pictures", "tokens")} == {
+        "records": 3, "kept": 3, "with_pictures": 2, "tokens": sum(rows["length"])
+    }  # fmt: skip
+    assert report["problems"] == []
+
+
+def test_cache_is_found_again_and_keyed_by_content(build, monkeypatch):
+    first = build([record()])
+    monkeypatch.setattr(module, "_build", lambda *_: pytest.fail("the cache was not used"))
+    assert build([record()])[:] == first[:]
+    monkeypatch.undo()
+    folder = os.path.dirname(first.cache_files[0]["filename"])
+    others = [
+        build([record(answer="A dog.")]),
+        build([record()], tokens_per_image=5),
+        build([record()], max_length=199),
+        build([record()], template="vicuna_v1"),
+    ]
+    monkeypatch.setattr(module, "CODE_VERSION", module.CODE_VERSION + 1)
+    others.append(build([record()]))
+    assert len({folder, *(os.path.dirname(one.cache_files[0]["filename"]) for one in others)}) == 6
+
+
+def rounds(*sizes, image_at=(0,)):
+    turns = []
+    for k, size in enumerate(sizes):
+        turns += [{"from": "human", "value": ("<image>\n" if k in image_at else "") + "q"},
+                  {"from": "gpt", "value": "x" * size}]  # fmt: skip
+    return {"id": "long", "image": [f"{k}.png" for k in range(len(image_at))], "conversations": turns}
+
+
+def test_truncation_drops_whole_trailing_rounds(build, tiny):
+    record_ = rounds(3, 3, 3, image_at=(0, 2))
+    whole = build([record_])[0]
+    ends = [k + 2 for k, label in enumerate(whole["labels"]) if label == tiny("chatml").eos_token_id]
+    for limit in range(ends[0], ends[2] + 1):
+        rows = build([record_], max_length=limit)
+        kept = sum(end <= limit for end in ends)
+        assert rows[0]["input_ids"] == whole["input_ids"][: ends[kept - 1]]
+        assert rows[0]["labels"] == whole["labels"][: ends[kept - 1]]
+        assert rows[0]["images"] == (["0.png", "1.png"] if kept == 3 else ["0.png"])
+        assert report_of(rows).get("turns_dropped", 0) == (kept < 3)
+
+
+def test_a_single_long_round_keeps_its_question_and_some_answer(build, tiny):
+    whole = build([rounds(50), record("<image>q", "a")])[0]
+    first = next(k for k, label in enumerate(whole["labels"]) if label != IGNORE_INDEX)
+    rows = build([rounds(50), record("<image>q", "a")], max_length=first + 10)
+    assert rows[0]["input_ids"] == whole["input_ids"][: first + 10]
+    assert rows[0]["labels"][first:] == whole["input_ids"][first : first + 10]
+    assert report_of(rows)["answers_cut"] == 1
+
+
+def test_a_question_that_does_not_fit_leaves_the_record_out(build, caplog):
+    caplog.set_level("INFO")
+    rows = build([record("q" * 300, "a", None), record(id="short")], max_length=100)
+    assert rows["id"][:] == ["short"]
+    assert rows["record"][:] == [1]
+    assert report_of(rows)["left_out"] == 1
+    assert "left_out 1" in caplog.text
+    with pytest.raises(Refusal, match=r"\[D-NONE\] .*no record is short enough: 0 optimizer steps; found 1 records"):
+        build([record("q" * 300, "a", None)], max_length=100)
+
+
+@pytest.mark.parametrize("limit", range(20, 60))
+def test_no_picture_is_cut_and_no_row_is_without_labels(build, tiny, limit):  # D20
+    try:
+        rows = build([rounds(9, 2, image_at=(0, 1)), rounds(30)], max_length=limit)
+    except Refusal as refusal:
+        assert refusal.code == "D-NONE"
+        return
+    for row in rows:
+        assert row["input_ids"].count(image_token_id(tiny("chatml"))) == 4 * len(row["images"])
+        assert any(label != IGNORE_INDEX for label in row["labels"])
+        assert len(row["input_ids"]) <= limit
+
+
+BAD = [
+    record(id=0),
+    record(id=1, image="nope.png"),
+    record(id=2, answer=" "),
+    record(id=3),
+    record(id=4, text="no tag"),
+]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_fail_policy_looks_at_everything_first(build, caplog, tmp_path, num_proc):
+    with pytest.raises(
+        Refusal, match=r"\[I-MISSING\] .*nope.png:record 1 id=1.* \(and 2 more of 5 records cannot be used\)"
+    ):
+        build(BAD, num_proc=num_proc)
+    for what in ("record 1 id=1", "record 2 id=2", "record 4 id=4"):
+        assert what in caplog.text
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.suffix != ".staging"]
+    with pytest.raises(Refusal, match=r"nope.png:record 1 id=1:image: there is no such picture; found nope.png"):
+        build(BAD[:2])
+
+
+def test_a_mended_picture_is_looked_at_again(build, picture_folder):
+    with pytest.raises(Refusal, match="I-MISSING"):
+        build([record(image="late.png")])
+    (picture_folder / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    assert len(build([record(image="late.png")])) == 1
+
+
+def test_quarantine(build):
+    rows = build(BAD, on_bad_record="quarantine", max_bad_share=0.6)
+    assert rows["record"][:] == [0, 3]
+    report = report_of(rows)
+    assert [problem["refusal"]["record"] for problem in report["problems"]] == [1, 2, 4]
+    assert [problem["refusal"]["code"] for problem in report["problems"]] == ["I-MISSING", "D-EMPTY", "D-IMAGES"]
+    with pytest.raises(Refusal, match=r"2 more of 5 .*more than the share of 0.5 allowed by --max_bad_share"):
+        build(BAD, on_bad_record="quarantine", max_bad_share=0.5)
+    with pytest.raises(Refusal, match=r"\[C-FLAG\] --on_bad_record: unknown policy; found skip; expected fail"):
+        build(BAD, on_bad_record="skip")
+
+
+def test_refusals(build, write_json, picture_folder, tmp_path):
+    with pytest.raises(Refusal, match=r"\[D-NONE\] .*there are no records: 0 optimizer steps"):  # D24
+        build([])
+    with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*no such folder; fix: check --image_folder"):
+        build([record()], image_folder=tmp_path / "nope")
+    with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*record 0 id=r: the record has a picture but no image folder"):
+        build([record()], image_folder=None)
+    with pytest.raises(Refusal, match=r"\[D-FILE\] .*no such file; fix: check --data_path"):
+        build(tmp_path / "nope.json")
+    broken = write_json([])
+    broken.write_text('[{"id": 1')
+    with pytest.raises(Refusal, match=r"\[D-PARSE\] .*interrupted copy"):
+        build(broken)
+
+
+def test_duplicate_ids_are_counted(build, caplog):  # D23
+    rows = build([record(id="a"), record(id="b"), record(id="a"), record(id="a")])
+    assert report_of(rows)["duplicate_ids"] == 2
+    assert "2 records have the id of an earlier one" in caplog.text
+
+
+def test_template_that_does_not_fit(tiny, monkeypatch):  # D22
+    check_template(tiny("chatml"), "chatml")
+    monkeypatch.setattr(module, "chat_template", lambda *_: "{{ messages[0]['content'] }}")
+    with pytest.raises(
+        Refusal, match=r"\[C-TEMPLATE\] .*the tokenizer reads the chatml prompt in another way at token 0"
+    ):
+        check_template(tiny("chatml"), "chatml")
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(build, monkeypatch):
+    monkeypatch.setattr(module, "PART", 2)
+    records = [record(id=str(k)) for k in range(9)]
+    done, work = [], module._work
+
+    def stop_at_two(task):
+        if task.number == 2:
+            raise KeyboardInterrupt
+        return work(task)
+
+    def note(task):
+        done.append((task.number, task.records is None))
+        return work(task)
+
+    monkeypatch.setattr(module, "_work", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        build(records)
+    monkeypatch.setattr(module, "_work", note)
+    rows = build(records)
+    assert rows["id"][:] == [str(k) for k in range(9)]
+    assert done == [(0, True), (1, True), (2, False), (3, False), (4, False)]
+
+
+def _prepare_in_child(path, images, tokenizer, cache, results):
+    rows = prepare(
+        path, images, tokenizer=tokenizer, template="chatml", tokens_per_image=4, max_length=99, cache_dir=cache
+    )
+    results.put((os.path.dirname(rows.cache_files[0]["filename"]), rows["id"][:]))
+
+
+def test_several_processes_at_once(tiny, write_json, picture_folder, tmp_path):
+    path = write_json([record(id=str(k)) for k in range(300)])
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    arguments = (path, picture_folder, tiny("chatml"), tmp_path / "cache", results)
+    children = [context.Process(target=_prepare_in_child, args=arguments) for _ in range(4)]
+    for child in children:
+        child.start()
+    found = [results.get(timeout=60) for _ in children]
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    assert len({folder for folder, _ in found}) == 1
+    assert all(ids == [str(k) for k in range(300)] for _, ids in found)
+    assert not list((tmp_path / "cache").glob("*.staging"))
+
+
+def test_many_workers_keep_the_order(build, monkeypatch):
+    monkeypatch.setattr(module, "PART", 3)
+    rows = build([record(id=str(k)) for k in range(50)], num_proc=3)
+    assert rows["id"][:] == [str(k) for k in range(50)]
+    assert json.loads(json.dumps(report_of(rows)))["kept"] == 50
