@@ -107,10 +107,6 @@ class MosLoraLayer:
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
 
-    # DeepSpeed ZeRO-3 gathers a submodule's weights when that submodule is called. The adapter reads A, W and B
-    # without calling them, so the layer is gathered as one unit, in forward and in backward.
-    _z3_leaf = True
-
     keep_base = False  # see the function of that name
     _settling: MosLoraConfig | None = None  # the configuration of an adapter that PEFT is still putting in place
 

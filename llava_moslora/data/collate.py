@@ -1,12 +1,13 @@
 """Rows of the prepared data set to one padded batch, pictures read and transformed on the way.
 
-Shapes: B rows, T the longest row's tokens, N pictures of all rows in order, H and W the vision tower's input size.
+Shapes: B lines, T the longest line's tokens, N pictures of all rows in order, H and W the vision tower's input size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,21 +21,29 @@ from llava_moslora.errors import Refusal
 class Collator:
     """Makes a batch of rows (dictionaries with ``input_ids labels images record id``).
 
+    With ``pack_to``, several records share a line of at most that many tokens (or of the longest record's), so that
+    less is padded. Positions restart at 0 with each record and there is no ``attention_mask``: that is how
+    transformers recognises packed lines (with ``use_cache=False``; a cache switches it off in silence), for every
+    attention implementation, and lets no record see another. The records of the batch, and so its loss, are the same as
+    without packing.
+
     Args:
-        pad_token_id: fills the right side of shorter rows; attention is 0 there and no label is trained.
+        pad_token_id: fills the right side of shorter lines; nothing attends to it and no label is trained.
         image_folder: where the rows' picture names start; needed when a row has pictures.
         transform: the vision tower's.
         follow_links: see :func:`~llava_moslora.data.images.load_image`.
+        pack_to: tokens per line; ``None``: one record per line.
     """
 
     pad_token_id: int
     image_folder: str | Path | None
     transform: ImageTransform
     follow_links: bool = False
+    pack_to: int | None = None
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """``input_ids attention_mask labels`` int64[B, T], ``record`` int64[B] and, if any row has pictures,
-        ``pixel_values`` float32[N, 3, H, W] in the order of their placeholders.
+        """``input_ids labels`` int64[B, T], ``attention_mask`` (packed: ``position_ids``) int64[B, T], ``record``
+        int64[rows] and, if any row has pictures, ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders.
 
         Raises:
             Refusal: I-..., a picture that cannot be used; D-LABELS, no token is trained. Both name the record.
@@ -44,12 +53,17 @@ class Collator:
                 raise Refusal(
                     "D-LABELS", "no token of this record is trained", record=row["record"], record_id=row["id"] or None
                 )
+        lines = [[row] for row in rows] if self.pack_to is None else pack(rows, self.pack_to)
+        rows = list(chain.from_iterable(lines))
         batch = {
-            "input_ids": _pad([row["input_ids"] for row in rows], self.pad_token_id),
-            "attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": _pad([row["labels"] for row in rows], IGNORE_INDEX),
+            "input_ids": _pad([_joined(line, "input_ids") for line in lines], self.pad_token_id),
+            "labels": _pad([_joined(line, "labels") for line in lines], IGNORE_INDEX),
             "record": torch.tensor([row["record"] for row in rows]),
         }
+        if self.pack_to is None:
+            batch["attention_mask"] = _pad([[1] * len(row["input_ids"]) for row in rows], 0)
+        else:
+            batch["position_ids"] = _positions(lines, batch["input_ids"].shape[1])
         pictures = [self._picture(name, row) for row in rows for name in row["images"]]
         if pictures:
             batch["pixel_values"] = torch.stack(pictures)
@@ -59,6 +73,34 @@ class Collator:
         assert self.image_folder is not None, "rows with pictures need an image folder; prepare refuses them without"
         where = {"record": row["record"], "record_id": row["id"], "follow_links": self.follow_links}
         return self.transform(load_image(name, self.image_folder, **where))
+
+
+def pack(rows: Sequence[dict], limit: int) -> list[list[dict]]:
+    """The rows dealt to lines of at most ``limit`` tokens: the longest first, each to the first line with room."""
+    lines: list[list[dict]] = []
+    room: list[int] = []
+    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):  # stable, so the same rows give the same lines
+        length = len(row["input_ids"])
+        line = next((k for k, free in enumerate(room) if free >= length), None)
+        if line is None:
+            lines.append([])
+            room.append(limit)
+            line = -1
+        lines[line].append(row)
+        room[line] -= length
+    return lines
+
+
+def _joined(line: list[dict], name: str) -> list[int]:
+    return [number for row in line for number in row[name]]
+
+
+def _positions(lines: list[list[dict]], longest: int) -> torch.Tensor:
+    """int64[B, T], counting from 0 in every record, and in the padding, which so becomes a record of its own."""
+    lengths = [[len(row["input_ids"]) for row in line] for line in lines]
+    return torch.stack([
+        torch.cat([torch.arange(length) for length in (*line, longest - sum(line))]) for line in lengths
+    ])  # fmt: skip
 
 
 def pad_left_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ __all__ = [
     "chat_template",
     "encode",
     "encode_prompt",
+    "label_runs",
     "recognise_template",
     "show_labels",
     "stop_token_ids",
@@ -210,19 +211,25 @@ def _check_order(turns: Sequence[Turn], last: str) -> None:
         )
 
 
-def show_labels(encoded: Encoded, tokenizer: PreTrainedTokenizerFast, *, colour: bool = True) -> str:
-    """A conversation for the eye: trained text green, or between ⟦ ⟧ without colour; pictures as ``<image>×576``."""
+def label_runs(
+    input_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[Literal["image", "masked", "trained"], str]]:
+    """A tokenised conversation cut into runs of one kind, decoded; a picture's run reads ``<image>×576``."""
     image = tokenizer.added_tokens_encoder.get(IMAGE_TOKEN)
-    open_, close = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     runs: list[tuple[str, list[int]]] = []
-    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+    for token, label in zip(input_ids, labels, strict=True):
         kind = "image" if token == image else "masked" if label == IGNORE_INDEX else "trained"
         if runs and runs[-1][0] == kind:
             runs[-1][1].append(token)
         else:
             runs.append((kind, [token]))
-    shown = ""
-    for kind, tokens in runs:
-        text = f"{IMAGE_TOKEN}×{len(tokens)}" if kind == "image" else tokenizer.decode(tokens)
-        shown += open_ + text + close if kind == "trained" else text
-    return shown
+    return [
+        (kind, f"{IMAGE_TOKEN}×{len(tokens)}" if kind == "image" else tokenizer.decode(tokens)) for kind, tokens in runs
+    ]
+
+
+def show_labels(encoded: Encoded, tokenizer: PreTrainedTokenizerFast, *, colour: bool = True) -> str:
+    """A conversation for the eye: trained text green, or between ⟦ ⟧ without colour."""
+    open_, close = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
+    runs = label_runs(encoded.input_ids, encoded.labels, tokenizer)
+    return "".join(open_ + text + close if kind == "trained" else text for kind, text in runs)

@@ -35,11 +35,12 @@ from llava_moslora.data.conversation import (
 )
 from llava_moslora.data.images import check_image
 from llava_moslora.data.json_stream import JsonStream
-from llava_moslora.data.records import Record, check_record
+from llava_moslora.data.parquet_stream import ParquetStream
+from llava_moslora.data.records import Record, check_record, open_stream
 from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.errors import Refusal, printable
 
-CODE_VERSION = 1  # raise it whenever ids, labels or columns of the same data would change
+CODE_VERSION = 2  # raise it whenever ids, labels or columns of the same data would change
 PART = 2048  # records per part: what is lost by an interruption, and what a worker holds in memory
 SHOWN = 20  # problems that are logged; all of them are in the report
 FEATURES = Features(
@@ -50,6 +51,7 @@ FEATURES = Features(
         "record": Value("int64"),
         "id": Value("string"),
         "length": Value("int32"),
+        "trained": Value("int32"),
         "has_image": Value("bool"),
     }
 )
@@ -87,7 +89,7 @@ def prepare(
     """The tokenised data set, from the cache or built now.
 
     Columns: ``input_ids`` and ``labels`` int32[length] with pictures expanded, ``images`` file names, ``record`` index
-    in the data file, ``id``, ``length``, ``has_image``.
+    in the data file, ``id``, ``length``, ``trained`` (tokens with a label), ``has_image``.
 
     A record longer than ``max_length`` loses whole trailing rounds; if already the first round is longer, its answer is
     cut at the end; if not even its question fits, the record is left out. All three are counted in the log and in
@@ -182,7 +184,8 @@ def _key(job: _Job) -> str:
 
 def _build(job: _Job, target: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
     check_template(job.tokenizer, job.template)
-    staging = target.with_name(f"{target.name}.staging")
+    checked_in = hashlib.sha256(str(job.image_folder and job.image_folder.resolve()).encode()).hexdigest()[:8]
+    staging = target.with_name(f"{target.name}.{checked_in}.staging")  # parts checked elsewhere are not taken over
     staging.mkdir(exist_ok=True)
     counts: Counter = Counter(records=0, kept=0)
     problems: list[dict] = []
@@ -222,7 +225,7 @@ def _judge(problems: list[dict], records: int, policy: str, share: float) -> Non
 
 def _run(job: _Job, staging: Path, num_proc: int) -> Iterator[dict]:
     """Build the parts that are missing; yields every part's counts and problems, in order."""
-    stream = JsonStream(job.file)
+    stream = open_stream(job.file)
     tasks = _tasks(stream, staging)
     size = job.file.stat().st_size
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"preparing {printable(job.file.name)}") as bar:
@@ -253,7 +256,7 @@ class _Task:
     records: list[tuple[int, object, str | None]] | None  # index, raw record, JSON problem; None: built already
 
 
-def _tasks(stream: JsonStream, staging: Path) -> Iterator[_Task]:
+def _tasks(stream: JsonStream | ParquetStream, staging: Path) -> Iterator[_Task]:
     numbered = ((index, raw, problem) for index, (raw, problem) in enumerate(stream))
     for number in count():
         records = list(islice(numbered, PART))
@@ -330,7 +333,7 @@ def _encode(record: Record, counts: Counter) -> dict | None:
         fitting = [end for end in encoded.ends if end <= limit]
         cut = fitting[-1] if fitting else limit
         ids, labels = ids[:cut], labels[:cut]
-        if all(label == IGNORE_INDEX for label in labels):
+        if labels.count(IGNORE_INDEX) == len(labels):
             counts["left_out"] += 1
             return None
         rounds = max(len(fitting), 1)
@@ -344,6 +347,7 @@ def _encode(record: Record, counts: Counter) -> dict | None:
         "record": record.index,
         "id": record.id,
         "length": len(ids),
+        "trained": len(labels) - labels.count(IGNORE_INDEX),
         "has_image": bool(images),
     }
 

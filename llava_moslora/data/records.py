@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llava_moslora.data.conversation import Turn
 from llava_moslora.data.json_stream import JsonStream, json_type
+from llava_moslora.data.parquet_stream import ParquetStream
 from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.errors import Refusal
 
@@ -40,13 +41,18 @@ class Record:
     turns: tuple[Turn, ...]
 
 
+def open_stream(path: str | Path) -> JsonStream | ParquetStream:
+    """The raw records of a file, by its suffix: ``.parquet``, or else a JSON array or JSONL."""
+    return ParquetStream(path) if Path(path).suffix == ".parquet" else JsonStream(path)
+
+
 def read_records(path: str | Path) -> Iterator[Record]:
-    """The records of a JSON array or JSONL file, in order; memory does not grow with the file.
+    """The records of a JSON array, JSONL or Parquet file, in order; memory does not grow with the file.
 
     Raises:
-        Refusal: at the first record that breaks a rule (D-...), or where the file is not JSON (D-PARSE, D-ENC).
+        Refusal: at the first record that breaks a rule (D-...), or where the file cannot be read (D-PARSE, D-ENC).
     """
-    for index, (raw, problem) in enumerate(JsonStream(path)):
+    for index, (raw, problem) in enumerate(open_stream(path)):
         yield check_record(raw, index, path, problem)
 
 

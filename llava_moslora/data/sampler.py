@@ -35,6 +35,8 @@ class GlobalBatchSampler:
         per_device_batch_size: records per micro-batch and rank.
         accumulation: micro-batches per optimizer step.
         group: global batches that are sorted together; more means less padding and less random batches.
+        source, weights: ``source[record]`` is a position in ``weights``, which says how often a record of that source
+            is seen in an epoch: with 2.5 each is seen twice, and half of them, drawn anew in every epoch, once more.
 
     Raises:
         Refusal: D-FEW, fewer records than one global batch; C-ORDER, unknown order.
@@ -52,6 +54,8 @@ class GlobalBatchSampler:
         seed: int = 0,
         order: str = "modality_length",
         group: int = GROUP,
+        source: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
     ):
         assert len(lengths) == len(has_image), "one length and one modality per record"
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
@@ -63,13 +67,17 @@ class GlobalBatchSampler:
         self.accumulation = accumulation
         self.world_size, self.rank = world_size, rank
         self.seed, self.order, self.group = seed, order, group
+        self.source = None if source is None else np.asarray(source, dtype=np.int64)
+        self.weights = weights
+        assert (source is None) == (weights is None), "source and weights go together"
         self.epoch, self._cursor = 0, 0
         self.global_batch_size = per_device_batch_size * accumulation * world_size
-        if len(self.lengths) < self.global_batch_size:
+        self.records_per_epoch = len(self._seen_records(torch.Generator().manual_seed(0)))
+        if self.records_per_epoch < self.global_batch_size:
             raise Refusal(
                 "D-FEW",
                 "fewer records than one global batch, which makes 0 optimizer steps",
-                found=len(self.lengths),
+                found=self.records_per_epoch,
                 expected=f"at least {self.global_batch_size} = {per_device_batch_size} per device × {accumulation} "
                 f"accumulation × {world_size} ranks",
                 fix="lower --per_device_train_batch_size or --gradient_accumulation_steps",
@@ -78,7 +86,7 @@ class GlobalBatchSampler:
     @property
     def global_batches(self) -> int:
         """Global batches (optimizer steps) per epoch."""
-        return -(-len(self.lengths) // self.global_batch_size)
+        return -(-self.records_per_epoch // self.global_batch_size)
 
     def __len__(self) -> int:
         """Micro-batches of this rank per epoch."""
@@ -101,13 +109,27 @@ class GlobalBatchSampler:
     def epoch_order(self) -> np.ndarray:
         """int[global_batches · global_batch_size]: the record indices of the current epoch, for all ranks together."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        seen = self._seen_records(generator)
         if self.order == "sequential":
-            order = np.arange(len(self.lengths))
+            order = seen
         elif self.order == "shuffle":
-            order = torch.randperm(len(self.lengths), generator=generator).numpy()
+            order = seen[torch.randperm(len(seen), generator=generator).numpy()]
         else:
-            order = _modality_length_order(self.lengths, self.has_image, self.group * self.global_batch_size, generator)
+            group_size = self.group * self.global_batch_size
+            order = seen[_modality_length_order(self.lengths[seen], self.has_image[seen], group_size, generator)]
         return np.resize(order, self.global_batches * self.global_batch_size)  # np.resize repeats from the start
+
+    def _seen_records(self, generator: torch.Generator) -> np.ndarray:
+        """The records of one epoch, rising; without weights, each once and no random number drawn."""
+        if self.source is None:
+            return np.arange(len(self.lengths))
+        times = np.zeros(len(self.lengths), dtype=np.int64)
+        for number, weight in enumerate(self.weights):
+            mine = np.flatnonzero(self.source == number)
+            times[mine] = int(weight)
+            more = round((weight - int(weight)) * len(mine))
+            times[mine[torch.randperm(len(mine), generator=generator)[:more].numpy()]] += 1
+        return np.repeat(np.arange(len(times)), times)
 
 
 def _modality_length_order(

@@ -7,7 +7,7 @@ output shard whatever the model's size; names are made here, never taken from a 
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -28,7 +27,8 @@ from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
 from llava_moslora.export.processor import write_processor
 from llava_moslora.inference.load import newest_checkpoint
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, mean_row, read_llm_config, tokens_per_picture
+from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, mean_row, tokens_per_picture
+from llava_moslora.models.llm import read_llm_config, read_llm_tensors
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import load_vision_tower
 from llava_moslora.runs.manifest import fsync, write_json
@@ -143,49 +143,17 @@ def _plan_state(state: dict[str, Tensor], prefix: str) -> Iterator[Planned]:
 
 
 def _plan_llm(folder: Path, config, vocabulary: int) -> Iterator[Planned]:
-    """The LLM's tensors from its shards, with rows for appended tokens, and a head of its own where it was tied."""
-    found = _safetensors_index(folder)
-    names = {f"language_model.{name}": name for name in found if not name.endswith(".inv_freq")}
-    if LM_HEAD not in names:
-        if not config.tie_word_embeddings:
-            raise Refusal("K-MISSING", "the LLM has no lm_head and is not tied", file=folder, expected="lm_head.weight")
-        names[LM_HEAD] = names[EMBEDDING]
-    for legacy, name in names.items():
-        rows = max(vocabulary - config.vocab_size, 0) if legacy in (EMBEDDING, LM_HEAD) else 0
-        shape = _shape(found[name], name)
-        numel = (shape[0] + rows) * shape[1] if rows else int(torch.Size(shape).numel())
-        yield Planned(legacy, numel, lambda file=found[name], name=name, rows=rows: _read(file, name, rows))
+    """The LLM's tensors from its files, with rows for appended tokens, and a head of its own where it was tied."""
+    tensors = {f"language_model.{name}": stored for name, stored in read_llm_tensors(folder, config).items()}
+    tensors.setdefault(LM_HEAD, tensors[EMBEDDING])  # absent only where it is tied
+    for name, stored in tensors.items():
+        rows = max(vocabulary - config.vocab_size, 0) if name in (EMBEDDING, LM_HEAD) else 0
+        numel = math.prod((stored.shape[0] + rows, *stored.shape[1:]))
+        yield Planned(name, numel, lambda stored=stored, rows=rows: _with_rows(stored.read(), rows))
 
 
-def _safetensors_index(folder: Path) -> dict[str, Path]:
-    """Tensor name → file, of a single-file or sharded safetensors folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: folder / file for name, file in names.items()}
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        raise Refusal("K-MISSING", "no safetensors weights", file=folder, expected="model.safetensors or its index")
-    with safe_open(file, framework="pt") as opened:
-        return dict.fromkeys(opened.keys(), file)
-
-
-def _shape(file: Path, name: str) -> list[int]:
-    with _open(file) as opened:
-        return opened.get_slice(name).get_shape()
-
-
-def _read(file: Path, name: str, extra_rows: int) -> Tensor:
-    with _open(file) as opened:
-        tensor = opened.get_tensor(name)
-    return torch.cat([tensor, mean_row(tensor).expand(extra_rows, -1)]) if extra_rows else tensor
-
-
-def _open(file: Path):
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, FileNotFoundError) as error:
-        raise Refusal("K-FILE", "a shard of the base cannot be read", file=file, found=error) from error
+def _with_rows(tensor: Tensor, extra: int) -> Tensor:
+    return torch.cat([tensor, mean_row(tensor).expand(extra, -1)]) if extra else tensor
 
 
 def _write_shards(folder: Path, plan: list[Planned], low_ranks: dict[str, LowRank], dtype: torch.dtype) -> None:

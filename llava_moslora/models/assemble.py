@@ -13,18 +13,22 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlavaConfig, PreTrainedModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava import Llava
+from llava_moslora.models.llm import load_llm, read_llm_config, sketch_llm
 from llava_moslora.models.projector import read_projector
-from llava_moslora.models.vision import load_vision_tower
+from llava_moslora.models.tensors import read_json
+from llava_moslora.models.vision import load_vision_tower, read_vision_config
 
 LLM, VISION, PROJECTOR, HEAD = "model.language_model", "model.vision_tower", "model.multi_modal_projector", "lm_head"
 ADAPTER_NAME = "default"
+APPENDED_TOKENS = 2  # the picture placeholder and a padding token, where the tokenizer has none to spare
 
 # What PEFT and the Trainer look for on the outermost model to know that a part of it is quantised.
 _QUANTISATION_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
@@ -32,7 +36,11 @@ _QUANTISATION_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit",
 
 @dataclass(frozen=True)
 class TowerAdapter:
-    """The adapter of one tower. ``target_modules`` are suffixes of linears; empty: every linear of every layer."""
+    """The adapter of one tower.
+
+    ``target_modules`` are suffixes of linears; empty: every linear of every layer. The LLM's ``lm_head`` is adapted
+    only where it is named (XTuner does so for InternLM2, whose head is called ``output``).
+    """
 
     r: int
     lora_alpha: float
@@ -40,39 +48,6 @@ class TowerAdapter:
     mixer_init: str = "kaiming_uniform"
     train_mixer: bool = True
     target_modules: tuple[str, ...] = ()
-
-
-def read_llm_config(folder: str | Path):
-    """The LLM's configuration, with what cannot be used refused before any weight is read.
-
-    Raises:
-        Refusal: no such folder, remote code asked for, or an architecture that LLaVA does not compose with.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise Refusal(
-            "C-PATH",
-            "no LLM here" if folder.is_dir() else "no such folder",
-            file=folder,
-            key="--model_name_or_path",
-            expected="a downloaded folder with config.json, tokenizer and *.safetensors",
-            fix="check the path, or download the model first: nothing is fetched at run time",
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise Refusal(
-            "C-MODEL", "not a configuration transformers knows", file=folder / "config.json", found=error
-        ) from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise Refusal(
-            "C-MODEL",
-            "the base is already quantised, and merging into it would not be exact",
-            file=folder / "config.json",
-            key="quantization_config",
-            fix="give the 16-bit folder; --bits 4 quantises it while loading",
-        )
-    return config
 
 
 def tokens_per_picture(vision_config) -> int:
@@ -93,9 +68,10 @@ def assemble(
     """The composed model in ``dtype``, everything frozen.
 
     Args:
-        llm_folder: a transformers causal LM with ``model`` and ``lm_head`` (LLaMA, Vicuna, Qwen, Mistral, …).
+        llm_folder: a causal LM's folder (:mod:`llava_moslora.models.llm`): LLaMA, Vicuna, InternLM2, Qwen, Mistral, …
         vision_tower: a CLIP folder or ``open_clip:ARCH@FILE`` (:mod:`llava_moslora.models.vision`).
         projector: a pretrained projector (:mod:`llava_moslora.models.projector`), or None for a new one.
+            A complete LLaVA's folder may stand for each of the three.
         tokenizer: with the image placeholder; where it has more tokens than the LLM has rows, the LLM gets rows.
         image_token_id: the placeholder's id.
         bits: 16, or 4 for an NF4 LLM (double quantisation, compute in ``dtype``).
@@ -104,12 +80,43 @@ def assemble(
         The model and the tower's image-processor settings (what ``preprocessor_config.json`` holds).
 
     Raises:
-        Refusal: a part is missing, damaged, or does not fit the others.
+        Refusal: a part is missing, damaged, or does not fit the others; known before a weight of a tower is read.
     """
-    read_llm_config(llm_folder)
+    llm_config, vision_config = read_llm_config(llm_folder), read_vision_config(vision_tower)
+    _check_tokens(tokenizer, image_token_id, llm_config, Path(llm_folder))
+    tensors = None
+    if projector is not None:
+        tensors = read_projector(projector, vision_config.hidden_size, llm_config.hidden_size)
     vision, preprocessor = load_vision_tower(vision_tower, dtype=dtype)
-    llm = _load_llm(llm_folder, dtype, bits)
+    llm = load_llm(llm_folder, dtype, bits)
     _add_token_rows(llm, len(tokenizer))
+    model = _compose(llm, vision, image_token_id, tokenizer.pad_token_id, dtype)
+    model.model.multi_modal_projector = _make_projector(model.config, tensors, dtype, llm)
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    assert not left, f"grafting left parameters on the meta device: {left[:4]}"
+    return model.requires_grad_(False), preprocessor
+
+
+def blueprint(
+    llm_config: PreTrainedConfig,
+    vision_config: CLIPVisionConfig,
+    llm: TowerAdapter | None,
+    vision: TowerAdapter | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> PeftModel:
+    """The model that :func:`assemble` and :func:`add_adapters` would make, every tensor on the meta device.
+
+    For sizes on paper: made in seconds, whatever the size, without memory.
+    """
+    sketch = sketch_llm(llm_config, Path(llm_config.name_or_path))
+    with torch.device("meta"):
+        tower = CLIPVisionModel(vision_config)
+        model = _compose(sketch, tower, None, None, dtype).to(dtype).requires_grad_(False)
+        return add_adapters(model, llm, vision)
+
+
+def _compose(llm: PreTrainedModel, vision: CLIPVisionModel, image_token_id, pad_token_id, dtype: torch.dtype) -> Llava:
+    """LLM and tower in one LLaVA; its projector is still on the meta device."""
     config = LlavaConfig(
         text_config=llm.config,
         vision_config=vision.config,
@@ -118,7 +125,7 @@ def assemble(
         # hidden_states[-2] named from the front: the last layer is not needed and is cut off below, and an index
         # from the end would then mean another layer.
         vision_feature_layer=vision.config.num_hidden_layers - 1,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=pad_token_id,
         dtype=dtype,
     )
     with torch.device("meta"), set_zero3_state():  # the frame only: its parts are replaced, nothing to partition
@@ -126,45 +133,35 @@ def assemble(
     model.model.language_model, model.lm_head = llm.model, llm.lm_head
     model.model.vision_tower = vision
     vision.encoder.layers = vision.encoder.layers[: config.vision_feature_layer]
-    model.model.multi_modal_projector = _load_projector(config, projector, dtype, llm)
     model.generation_config = llm.generation_config
     for mark in _QUANTISATION_MARKS:
         if hasattr(llm, mark):
             setattr(model, mark, getattr(llm, mark))
     if getattr(llm.config, "quantization_config", None) is not None:
         model.config.quantization_config = llm.config.quantization_config
-    left = [name for name, p in model.named_parameters() if p.is_meta]
-    assert not left, f"grafting left parameters on the meta device: {left[:4]}"
-    return model.requires_grad_(False), preprocessor
+    return model
 
 
-def _load_llm(folder: str | Path, dtype: torch.dtype, bits: int) -> PreTrainedModel:
-    quantization = None
-    if bits == 4:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head"],
-        )
-    elif bits != 16:
-        raise Refusal("C-FLAG", "unknown base precision", key="--bits", found=bits, expected="16 or 4")
-    try:
-        llm = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, quantization_config=quantization
-        )
-    except (OSError, RuntimeError) as error:
-        raise Refusal("K-FILE", "the LLM's weights cannot be read", file=folder, found=error) from error
-    if not (hasattr(llm, "model") and hasattr(llm, "lm_head")):
+def _check_tokens(tokenizer, image_token_id: int, config: PreTrainedConfig, folder: Path) -> None:
+    """Refuse a tokenizer that was not made for this LLM, as far as numbers can tell."""
+    fix = "give the LLM's own folder, tokenizer files included"
+    if not 0 <= image_token_id < len(tokenizer):
         raise Refusal(
-            "C-MODEL",
-            "this architecture does not compose into LlavaForConditionalGeneration",
-            file=folder,
-            found=type(llm).__name__,
-            expected="a causal LM with `model` and `lm_head`, such as LlamaForCausalLM",
-        )
-    return llm
+            "K-TOKENIZER", "the picture placeholder is no token of the tokenizer", file=folder, key="<image>",
+            found=image_token_id, expected=f"below {len(tokenizer)}", fix=fix,
+        )  # fmt: skip
+    if len(tokenizer) > config.vocab_size + APPENDED_TOKENS:
+        raise Refusal(
+            "K-TOKENIZER", "the tokenizer has more tokens than the LLM has rows", file=folder, key="vocab_size",
+            found=len(tokenizer), expected=f"at most {config.vocab_size} and {APPENDED_TOKENS} appended", fix=fix,
+        )  # fmt: skip
+    raw = read_json(folder / "config.json")
+    bos = raw.get("bos_token_id", raw.get("text_config", {}).get("bos_token_id"))  # not the class's default
+    if None not in (bos, tokenizer.bos_token_id) and bos != tokenizer.bos_token_id:
+        raise Refusal(
+            "K-TOKENIZER", "the tokenizer begins texts with another token than the LLM", file=folder,
+            key="bos_token_id", found=tokenizer.bos_token_id, expected=bos, fix=fix,
+        )  # fmt: skip
 
 
 def _add_token_rows(llm: PreTrainedModel, vocabulary: int) -> None:
@@ -192,10 +189,9 @@ def gathered(*parameters: nn.Parameter):
     return zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned))
 
 
-def _load_projector(config: LlavaConfig, path: str | Path | None, dtype: torch.dtype, llm) -> nn.Module:
+def _make_projector(config: LlavaConfig, tensors: dict | None, dtype: torch.dtype, llm: PreTrainedModel) -> nn.Module:
     projector = LlavaMultiModalProjector(config)
-    if path is not None:
-        tensors = read_projector(path, config.vision_config.hidden_size, config.text_config.hidden_size)
+    if tensors is not None:
         projector.load_state_dict(tensors, strict=True)
     else:
         _scale_to_words(projector, llm)
@@ -257,6 +253,10 @@ def add_adapters(model: Llava, llm: TowerAdapter | None, vision: TowerAdapter | 
         mixer_init_pattern={key: spec.mixer_init for key, spec in own.items()},
         train_mixer_pattern={key: spec.train_mixer for key, spec in own.items()},
     )
+    if vision is not None and is_deepspeed_zero3_enabled():
+        # ZeRO-3 frees an adapted layer's weights by a backward hook on its inputs. The pictures ask for no gradient,
+        # and on inputs without one torch fires that hook before the layer's backward instead of after it.
+        model.model.vision_tower.enable_input_require_grads()
     return get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
 
 
@@ -264,6 +264,9 @@ def _target_regex(model: nn.Module, tower: str, spec: TowerAdapter) -> str:
     available = linear_suffixes(model, tower)
     wanted = list(spec.target_modules) or available
     chosen = []
+    head = tower == LLM and HEAD in wanted
+    if head:
+        wanted.remove(HEAD)
     for name in wanted:
         matches = [suffix for suffix in available if suffix == name or suffix.endswith("." + name)]
         if not matches:
@@ -276,7 +279,8 @@ def _target_regex(model: nn.Module, tower: str, spec: TowerAdapter) -> str:
             )
         chosen += matches
     names = "|".join(re.escape(name) for name in dict.fromkeys(chosen))
-    return rf"{re.escape(tower)}\.(?:encoder\.)?layers\.\d+\.(?:{names})"
+    regexes = [rf"{re.escape(tower)}\.(?:encoder\.)?layers\.\d+\.(?:{names})"] if chosen else []
+    return "|".join(regexes + [HEAD] * head)
 
 
 def train_projector_only(model: Llava) -> Llava:

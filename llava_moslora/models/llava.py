@@ -1,6 +1,6 @@
 """LLaVA as it is trained here: transformers' model, with the loss computed only where it counts.
 
-Shapes: B batch, T tokens, N pictures, D LLM width, V vocabulary, S supervised positions of the whole batch.
+Shapes: B batch, T tokens, N pictures, P patches, D LLM width, V vocabulary, S supervised positions of the whole batch.
 """
 
 from __future__ import annotations
@@ -44,27 +44,32 @@ class Llava(LlavaForConditionalGeneration):
             return super().forward(
                 input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, **kwargs
             )
-        if pixel_values is None:
-            inputs = {"inputs_embeds": self._embed_with_unused_picture(input_ids)}
-        else:
-            inputs = {"input_ids": input_ids, "pixel_values": pixel_values}
-        hidden = self.model(attention_mask=attention_mask, use_cache=False, **inputs, **kwargs).last_hidden_state
+        embeds = self._embed(input_ids, pixel_values)
+        hidden = self.model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
         supervised = labels[:, 1:] != IGNORE_INDEX  # (B, T-1)
         logits = self.lm_head(hidden[:, :-1][supervised])  # (S, V)
         loss = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum")
         loss = loss / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
         return LlavaCausalLMOutputWithPast(loss=loss)
 
-    def _embed_with_unused_picture(self, input_ids: Tensor) -> Tensor:
-        """Word embeddings float[B, T, D] of a text-only batch, in a graph that still passes through the vision tower.
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+        """Word embeddings float[B, T, D] with the pictures' features in their places.
 
-        ZeRO-3 gathers parameters by collectives: a rank whose batch has no picture must take the same steps, forward
-        and backward, as a rank whose batch has one, or both wait for ever. A blank picture's features are appended
-        and cut off again, which changes no value and sends zeros backward.
+        A batch without pictures takes the same steps, forward and backward, with a blank picture whose features are
+        appended and cut off again: no value changes and zeros go backward. ZeRO-3 gathers parameters by collectives
+        and ahead of time, in the order in which modules ran before, so a rank that skips the tower, or only runs it at
+        another moment, would leave all of them waiting for ever.
         """
-        embeds = self.get_input_embeddings()(input_ids)
-        size = self.config.vision_config.image_size
-        blank = embeds.new_zeros(1, 3, size, size)
-        features = self.model.get_image_features(pixel_values=blank, return_dict=True).pooler_output[0]  # (P, D)
-        rows = torch.cat([embeds.flatten(0, 1), features[:0].to(embeds.dtype)])
-        return rows.view_as(embeds)
+        embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        blank = pixel_values is None
+        if blank:
+            size = self.config.vision_config.image_size
+            pixel_values = torch.zeros(1, 3, size, size)
+        pixel_values = pixel_values.to(embeds.device, embeds.dtype)
+        features = torch.cat(self.model.get_image_features(pixel_values, return_dict=True).pooler_output)  # (N·P, D)
+        features = features.to(embeds.dtype)
+        if blank:
+            return torch.cat([embeds.flatten(0, 1), features[:0]]).view_as(embeds)
+        places = input_ids == self.config.image_token_id  # (B, T)
+        assert int(places.sum()) == len(features), f"{int(places.sum())} placeholders for {len(features)} features"
+        return embeds.masked_scatter(places.unsqueeze(-1), features)

@@ -12,10 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
+from llava_moslora.models import llava_folder
+from llava_moslora.models.tensors import Stored, read_json, read_tensor_file
 
 # prefix in the file -> the names of the two linears behind it
 _SEQUENTIAL = ("0", "2")
@@ -31,14 +32,22 @@ LAYOUTS: dict[str, tuple[str, str]] = {
     "": _SEQUENTIAL,
 }
 KEYS = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
-FILE_NAMES = ("model.safetensors", "projector.safetensors", "mm_projector.bin", "pytorch_model.bin")
+DEEPSPEED_FILE = "mp_rank_00_model_states.pt"  # under DeepSpeed, XTuner's iter_N.pth is a folder that holds this
+FILE_NAMES = (
+    *("model.safetensors", "projector.safetensors", "mm_projector.bin", "pytorch_model.bin"),
+    *("non_lora_trainables.bin", DEEPSPEED_FILE),
+)
+# What config.json beside a projector may say, where it says it: XTuner's projector folder, and LLaVA's.
+XTUNER_FIELDS = {"depth": (2,), "hidden_act": ("gelu",), "bias": (True,)}
+LLAVA_FIELDS = {"mm_projector_type": ("mlp2x_gelu",)}
 
 
 def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[str, Tensor]:
     """The projector's four tensors under transformers' names (:data:`KEYS`), in the file's dtype.
 
     Args:
-        path: a ``.safetensors`` / ``.bin`` / ``.pth`` / ``.pt`` file, or a folder that holds one of :data:`FILE_NAMES`.
+        path: a ``.safetensors`` / ``.bin`` / ``.pth`` / ``.pt`` file, a folder that holds one of :data:`FILE_NAMES`, or
+            a complete LLaVA (:mod:`llava_moslora.models.llava_folder`).
         vision_width: E, the vision tower's hidden size.
         llm_width: D, the LLM's hidden size.
 
@@ -46,22 +55,35 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
         ``linear_1.weight`` [D, E], ``linear_1.bias`` [D], ``linear_2.weight`` [D, D], ``linear_2.bias`` [D].
 
     Raises:
-        Refusal: no such file, not readable without running code, no known layout, or other shapes.
+        Refusal: no such file, not readable without running code, no known layout, other shapes, another activation.
     """
-    file = _projector_file(Path(path))
-    tensors = _read_tensors(file)
+    path = Path(path)
+    if llava_folder.is_llava_folder(path) and not any((path / name).is_file() for name in FILE_NAMES[2:]):
+        llava_folder.check_layout(path)
+        file, stored = path, llava_folder.read_parts(path).projector
+    else:
+        file = _projector_file(path)
+        _check_config(file.parent / "config.json", vision_width, llm_width)
+        stored = read_tensor_file(file)
+    names = _find_names(file, stored)
+    found = {here: stored[there].read() for here, there in names.items()}
+    _check_shapes(file, found, names, vision_width, llm_width)
+    return found
+
+
+def _find_names(file: Path, stored: dict[str, Stored]) -> dict[str, str]:
+    """The file's name of each of :data:`KEYS`."""
     for prefix, linears in LAYOUTS.items():
         names = {
-            f"{prefix}{there}.{part}": f"{here}.{part}"
+            f"{here}.{part}": f"{prefix}{there}.{part}"
             for there, here in zip(linears, _NAMED, strict=True)
             for part in ("weight", "bias")
         }
-        if f"{prefix}{linears[0]}.weight" not in tensors:
+        if names["linear_1.weight"] not in stored:
             continue
-        missing = sorted(set(names) - set(tensors))
-        extra = (
-            sorted(k for k in tensors if k.startswith(prefix + linears[0][:-1]) and k not in names) if prefix else []
-        )
+        own = prefix + linears[0][:-1] if prefix else None
+        missing = sorted(set(names.values()) - set(stored))
+        extra = sorted(key for key in stored if own and key.startswith(own) and key not in names.values())
         if missing or extra:
             raise Refusal(
                 "K-PROJECTOR",
@@ -69,20 +91,34 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
                 file=file,
                 key=(missing or extra)[0],
                 found="missing " + ", ".join(missing) if missing else "unexpected " + ", ".join(extra),
-                expected=", ".join(names),
+                expected=", ".join(names.values()),
                 fix="give a two-layer MLP projector (mlp2x_gelu)",
             )
-        found = {here: tensors[there] for there, here in names.items()}
-        _check_shapes(file, found, {here: there for there, here in names.items()}, vision_width, llm_width)
-        return found
+        return names
     raise Refusal(
         "K-PROJECTOR",
         "no projector in this file",
         file=file,
-        found=", ".join(sorted(tensors)[:4]) + (" …" if len(tensors) > 4 else "") if tensors else "an empty file",
+        found=", ".join(sorted(stored)[:4]) + (" …" if len(stored) > 4 else "") if stored else "an empty file",
         expected="linears under one of the prefixes " + ", ".join(repr(p) for p in LAYOUTS),
         fix="give the pretrained projector: LLaVA's mm_projector.bin, an XTuner projector folder or .pth, an export",
     )
+
+
+def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
+    """Refuse what a ``config.json`` beside the projector says to be another function or for other towers."""
+    if not file.is_file() or file.stat().st_size == 0:  # XTuner publishes some that are empty
+        return
+    raw = read_json(file)
+    fields = dict(LLAVA_FIELDS)
+    if raw.get("model_type") == "projector":
+        fields |= XTUNER_FIELDS | {"visual_hidden_size": (vision_width,), "llm_hidden_size": (llm_width,)}
+    for key, allowed in fields.items():
+        if key in raw and raw[key] not in allowed:
+            raise Refusal(
+                "K-PROJECTOR", "not the projector of these towers", file=file, key=key, found=raw[key],
+                expected=allowed[0], fix="give a projector with two layers, GELU and biases that was pretrained with them",
+            )  # fmt: skip
 
 
 def _check_shapes(
@@ -115,6 +151,11 @@ def _projector_file(path: Path) -> Path:
         for name in FILE_NAMES:
             if (path / name).is_file():
                 return path / name
+        if next(path.glob("zero_pp_rank_*_model_states.pt"), None):
+            raise Refusal(
+                "K-PROJECTOR", "DeepSpeed's ZeRO-3 folder holds every tensor in pieces", file=path,
+                fix="join them with the zero_to_fp32.py beside it, and give the result",
+            )  # fmt: skip
         raise Refusal(
             "C-PATH",
             "no projector file in this folder",
@@ -122,28 +163,6 @@ def _projector_file(path: Path) -> Path:
             key="--pretrain_mm_mlp_adapter",
             found=", ".join(sorted(p.name for p in path.iterdir())[:6]) or "an empty folder",
             expected="one of " + ", ".join(FILE_NAMES),
+            fix="give the file itself",
         )
     raise Refusal("C-PATH", "no such file or folder", file=path, key="--pretrain_mm_mlp_adapter", fix="check the path")
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as opened:
-                return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (safe_open is no dict)
-        except SafetensorError as error:
-            raise Refusal(
-                "K-FILE", "not a whole safetensors file", file=file, found=error, fix="copy or download it again"
-            ) from error
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises five different types for a damaged or a code-carrying file
-        raise Refusal(
-            "K-FILE",
-            "cannot be read as plain tensors (a pickle that carries code is never run)",
-            file=file,
-            found=f"{type(error).__name__}: {error}".splitlines()[0],
-            fix="copy it again, or re-save its tensors as safetensors",
-        ) from error
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}

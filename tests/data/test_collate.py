@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_moslora.data.collate import Collator, pad_left_prompts
+from llava_moslora.data.collate import Collator, pack, pad_left_prompts
 from llava_moslora.data.images import ImageTransform, load_image
 from llava_moslora.errors import Refusal
 
@@ -65,6 +66,75 @@ def test_a_worker_names_the_record_too(picture_folder, workers):
 def test_collator_is_small_to_send_to_workers(picture_folder):
     collate = pickle.loads(pickle.dumps(Collator(0, picture_folder, TRANSFORM)))
     assert collate([row(3, ["0.png"])])["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_packed_lines(picture_folder):
+    rows = [row(3, ["1.png"], 7), row(5, [], 8), row(2, ["2.png"], 9), row(4, ["0.png"], 10)]
+    batch = Collator(99, picture_folder, TRANSFORM, pack_to=8)(rows)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3], [1, 2, 3, 4, 1, 2, 99, 99]]
+    assert batch["labels"].tolist() == [
+        [-100, 2, 3, 4, 5, -100, 2, 3],
+        [-100, 2, 3, 4, -100, 2, -100, -100],
+    ]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 0, 1]]
+    assert "attention_mask" not in batch
+    assert batch["record"].tolist() == [8, 7, 10, 9]
+    for pixels, name in zip(batch["pixel_values"], ["1.png", "0.png", "2.png"], strict=True):
+        assert torch.equal(pixels, TRANSFORM(load_image(name, picture_folder)))
+
+
+@pytest.mark.parametrize("lengths", [[5], [9, 9, 9], [1] * 20, [8, 1, 8, 7, 2, 3, 3, 3], [12, 3]])
+def test_packing_keeps_every_record_whole(lengths):
+    lines = pack([row(length, record=k) for k, length in enumerate(lengths)], 10)
+    assert sorted(one["record"] for line in lines for one in line) == list(range(len(lengths)))
+    for line in lines:
+        assert len(line) == 1 or sum(len(one["input_ids"]) for one in line) <= 10
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_loss_equals_the_unpacked_one(attention):
+    """And no record sees another: changing one leaves the others' logits as they are."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, attn_implementation=attention, use_cache=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    rows = [row(length, record=k) for k, length in enumerate([7, 12, 3, 9, 5])]
+    losses = []
+    for pack_to in (None, 16, 40):
+        batch = Collator(0, None, TRANSFORM, pack_to=pack_to)(rows)
+        batch.pop("record")
+        losses.append(model(**batch).loss.item())
+    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-6)
+    batch.pop("labels")
+    before = model(**batch).logits
+    batch["input_ids"][0, :12] = 49  # the first, longest record of the line
+    after = model(**batch).logits
+    assert torch.equal(before[0, 12:], after[0, 12:])
+    assert not torch.equal(before[0, :12], after[0, :12])
+
+
+def test_packed_llava_keeps_every_picture_with_its_record(picture_folder):
+    torch.manual_seed(0)
+    text = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=49, vision_feature_layer=-2)
+    model = LlavaForConditionalGeneration(config).eval()
+    rows = []
+    for k, (length, names) in enumerate([(9, ["0.png"]), (6, []), (14, ["1.png", "2.png"]), (7, ["3.png"]), (4, [])]):
+        one = row(length, names, k)
+        one["input_ids"] = [49] * 4 * len(names) + one["input_ids"][4 * len(names) :]
+        one["labels"] = [-100] * (4 * len(names) + 1) + one["labels"][4 * len(names) + 1 :]
+        rows.append(one)
+    losses = []
+    for pack_to in (None, 16, 24, 100):
+        batch = Collator(0, picture_folder, TRANSFORM, pack_to=pack_to)(rows)
+        batch.pop("record")
+        losses.append(model(**batch, use_cache=False).loss.item())
+    assert losses[1:] == pytest.approx([losses[0]] * 3, abs=1e-6)
 
 
 def test_left_padding():

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from llava_moslora.data import images
+from llava_moslora.data import images, pixels
 from llava_moslora.data.images import ImageTransform, check_image, load_image
 from llava_moslora.errors import Refusal
 
@@ -230,14 +231,31 @@ SIZES = [(64, 48), (48, 64), (33, 33), (34, 33), (1, 1), (7, 200), (200, 7), (64
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("mode", "reference"), [("crop", CLIPImageProcessorPil), ("pad", LlavaImageProcessorPil)])
-@pytest.mark.parametrize("strip", [images.STRIP, 300])
+@pytest.mark.parametrize("strip", [pixels.STRIP, 300])
 def test_pixels_equal_transformers(tower, monkeypatch, size, mode, reference, strip):
-    monkeypatch.setattr(images, "STRIP", strip)
+    monkeypatch.setattr(pixels, "STRIP", strip)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     ours = ImageTransform.from_tower(tower, mode)(image)
     theirs = reference(size={"shortest_edge": 33}, crop_size={"height": 33, "width": 33}, do_pad=mode == "pad")
     assert ours.dtype == torch.float32
     assert torch.equal(ours, torch.from_numpy(theirs(image, return_tensors="np")["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_fast_pixels_equal_torchvision(tower, size, mode):
+    pytest.importorskip("torchvision")
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    exact = ImageTransform.from_tower(tower, mode)
+    ours = replace(exact, engine="torch")(image)
+    theirs = LlavaImageProcessor(
+        size={"shortest_edge": 33}, crop_size={"height": 33, "width": 33}, do_pad=mode == "pad"
+    )
+    assert torch.equal(ours, theirs(image, return_tensors="pt")["pixel_values"][0])
+    steps = (ours - exact(image)) * torch.tensor(exact.std)[:, None, None] * 255
+    assert steps.abs().max() < 1.01
 
 
 @pytest.mark.parametrize("resample", [0, 1, 2, 3])

@@ -40,11 +40,12 @@ def test_rows(build, tiny):
         record("<image><image>", "two", ["1.png", "2.png"], id="m"),
     ]
     rows = build(records)
-    assert rows.column_names == ["input_ids", "labels", "images", "record", "id", "length", "has_image"]
+    assert rows.column_names == ["input_ids", "labels", "images", "record", "id", "length", "trained", "has_image"]
     assert rows["images"][:] == [["0.png"], [], ["1.png", "2.png"]]
     assert rows["id"][:] == ["7", "t", "m"]
     assert rows["record"][:] == [0, 1, 2]
     assert rows["has_image"][:] == [True, False, True]
+    assert rows["trained"][:] == [sum(label >= 0 for label in labels) for labels in rows["labels"]]
     for row, pictures in zip(rows, [1, 0, 2], strict=True):
         assert row["length"] == len(row["input_ids"]) == len(row["labels"])
         assert row["input_ids"].count(image_token_id(tiny("chatml"))) == 4 * pictures
@@ -244,6 +245,23 @@ def test_several_processes_at_once(tiny, write_json, picture_folder, tmp_path):
     assert len({folder for folder, _ in found}) == 1
     assert all(ids == [str(k) for k in range(300)] for _, ids in found)
     assert not list((tmp_path / "cache").glob("*.staging"))
+
+
+def test_a_part_may_end_up_empty(build, monkeypatch):
+    monkeypatch.setattr(module, "PART", 1)
+    rows = build([record("q" * 300, "a", None), record(id="a"), record("q" * 300, "a", None)], max_length=100)
+    assert rows["id"][:] == ["a"]
+
+
+def test_good_parts_of_another_image_folder_are_checked_again(build, monkeypatch, picture_folder, tmp_path):
+    monkeypatch.setattr(module, "PART", 1)
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others/x.png").write_bytes((picture_folder / "0.png").read_bytes())
+    records = [record(image="0.png"), record(image="x.png")]
+    with pytest.raises(Refusal, match=r"x.png:record 1"):
+        build(records)
+    with pytest.raises(Refusal, match=r"0.png:record 0"):
+        build(records, image_folder=tmp_path / "others")
 
 
 def test_many_workers_keep_the_order(build, monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import tracemalloc
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from llava_moslora.data import json_stream
@@ -167,6 +169,27 @@ def test_optional_parts(read):
     assert (first.id, second.id) == ("", "17")
     assert third.images == ("a.png", "b/c.png")
     assert third.turns[0] == Turn("system", "s")
+
+
+def test_parquet(tmp_path):
+    rows = [record(id=str(k)) for k in range(3000)]
+    rows[1] = record("a", image=None, id="1")
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    found = list(read_records(path))
+    assert [one.id for one in found] == [str(k) for k in range(3000)]
+    assert found[0].images == ("0.png",)
+    assert found[1].images == ()
+    assert found[2].turns == (Turn("human", "<image>\nWhat?"), Turn("gpt", "A cat."))
+    rows[2]["conversations"][0]["value"] = "no picture"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    with pytest.raises(Refusal, match=r"data.parquet:record 2 id=2: the human turns"):
+        list(read_records(path))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Refusal, match=r"\[D-PARSE\] .*data.parquet: not a Parquet file, or a damaged one"):
+        list(read_records(path))
+    with pytest.raises(Refusal, match=r"\[D-FILE\]"):
+        list(read_records(tmp_path / "nope.parquet"))
 
 
 def test_missing_file(tmp_path):

@@ -123,6 +123,25 @@ def test_one_modality(pictured):
     assert (np.sort(group[1:])[::-1] == group[1:]).all() or (np.diff(group[1:]) <= 0).mean() > 0.99
 
 
+def test_weights_per_source():
+    source = np.arange(3331) % 3
+    options = {"source": source, "weights": [2.5, 0.25, 1]}
+    counts = []
+    for epoch in (0, 1):
+        one = make(**options)
+        one.set_epoch(epoch)
+        seen = np.bincount(one.epoch_order()[: one.records_per_epoch], minlength=3331)
+        assert set(seen[source == 0]) == {2, 3}
+        assert set(seen[source == 1]) == {0, 1}
+        assert set(seen[source == 2]) == {1}
+        assert [seen[source == k].sum() for k in range(3)] == [2778, 278, 1110]
+        counts.append(seen)
+    assert not np.array_equal(*counts)  # the fraction is drawn anew
+    whole = list(chain.from_iterable(interleaved(1, 1, 16, **options)))
+    assert list(chain.from_iterable(interleaved(4, 2, 2, **options))) == whole
+    assert np.array_equal(make(source=source, weights=[1, 1, 1]).epoch_order()[:3331].sum(), np.arange(3331).sum())
+
+
 def padding_waste(one, lengths):
     real = padded = 0
     for batch in one:

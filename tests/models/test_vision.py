@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionModel
 
 from llava_moslora.errors import Refusal
-from llava_moslora.models import vision
+from llava_moslora.models import open_clip as conversion
 from llava_moslora.models.vision import from_open_clip, load_vision_tower
 
 TINY = {
@@ -406,6 +406,6 @@ def test_without_open_clip_the_refusal_says_what_to_install(monkeypatch):
 
 
 def test_every_supported_architecture_is_plain():
-    names = vision.plain_architectures()
+    names = conversion.plain_architectures()
     assert {"ViT-B-32", "ViT-L-14-336-quickgelu", "ViT-H-14"} <= set(names)
     assert not [name for name in names if "SigLIP" in name or "EVA" in name or name.startswith("RN")]

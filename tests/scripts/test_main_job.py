@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,15 +45,22 @@ def flags(parts, output: Path, **changes) -> list[str]:
     return [str(word) for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
 
 
+def launch(arguments: list[str]) -> None:
+    """Train on two ranks."""
+    done = run([*LAUNCHER, "--master_port", str(free_port()), "scripts/train_vit_llm.py", *arguments])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def trained(parts, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("main") / "run"
-    port = str(20000 + os.getpid() % 20000)
-    done = run(
-        [*LAUNCHER, "--master_port", port, "scripts/train_vit_llm.py", *flags(parts, output)]
-        + ["--deepspeed", "zero_configs/zero2.json", "--bf16", "True"]
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    launch(flags(parts, output, deepspeed="zero_configs/zero2.json", bf16=True, save_steps=1))
     return output
 
 
@@ -141,6 +150,36 @@ def test_stock_transformers_answers_as_the_run_does(trained, merged, parts, tmp_
 def test_export_does_not_overwrite_unasked(trained, merged):
     done = run([sys.executable, "scripts/export.py", trained, "--output_dir", merged])
     assert done.returncode == 2 and "already exists" in done.stderr
+
+
+STATE = [
+    "adapter/adapter_model.safetensors",
+    "optimizer.safetensors",
+    "position.json",
+    "random-0.json",
+    "random-1.json",
+]
+
+
+def test_resumed_run_ends_in_the_same_bytes(trained, parts, tmp_path):
+    """Two ranks, ZeRO-2, bf16, dropout on: killed after step 1, resumed, equal to the run that was not."""
+    again = tmp_path / "run"
+    shutil.copytree(trained, again)
+    shutil.rmtree(again / "checkpoint-2")
+    shutil.copytree(trained / "checkpoint-2" / "adapter", again / "checkpoint-3" / "adapter")  # left by a killed save
+    changed = flags(
+        parts, again, deepspeed="zero_configs/zero2.json", bf16=True, save_steps=1, resume=True, lora_alpha=1
+    )
+    line = refused(changed)
+    assert "lora_alpha: this call differs from the run" in line and "--allow_change lora_alpha" in line
+    launch(flags(parts, again, deepspeed="zero_configs/zero2.json", bf16=True, save_steps=1, resume=True))
+    for name in STATE:
+        assert (again / "checkpoint-2" / name).read_bytes() == (trained / "checkpoint-2" / name).read_bytes(), name
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(trained):
+    kinds = {path.suffix for path in (trained / "checkpoint-2").rglob("*") if path.is_file()}
+    assert kinds == {".json", ".safetensors", ".md"}
 
 
 WRONG = {

@@ -1,0 +1,274 @@
+"""What the adapter costs beside PEFT's LoRA: time, FLOPs and the bytes that backward keeps, for two whole layers.
+
+    python benchmarks/adapter.py [--device cuda] [--repeats 3] [--quick]
+
+Four methods are measured side by side in one run, in a LLaMA decoder layer and a CLIP layer with all linears adapted:
+the frozen linears alone, stock PEFT's LoRA, the mixer's plain formula x·Aᵀ·Wᵀ·Bᵀ on PEFT's layers, and ours. On a GPU
+the shapes are LLaMA-3-8B's and CLIP-L/336's; on a CPU the decoder layer is half as wide.
+
+- time: forward and backward, the best of the repeats, which take the methods in turn. On a CPU it is the processor
+  time of one thread, so that a busy machine does not count.
+- FLOPs: torch's counter on meta tensors at LLaMA-3-8B's and CLIP-L/336's shapes and 16,384 rows, minus the frozen
+  layer's. What backward makes again is stated separately.
+- bytes: what autograd keeps for backward besides parameters, each storage counted once, minus the frozen layer's.
+
+It prints one table of ratios to PEFT's LoRA and writes benchmarks/results/adapter-DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from llava_moslora.adapters import kernel
+from llava_moslora.adapters.config import MosLoraConfig
+from llava_moslora.adapters.layers import MosLoraLayer, MosLoraVariant
+
+METHODS = ("frozen", "lora", "naive", "ours")
+RANKS = (64, 512)
+DROPOUT = 0.05
+LINEARS = {
+    "decoder": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "clip": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+}
+LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+HALF = {"hidden_size": 2048, "intermediate_size": 7168, "num_attention_heads": 16, "num_key_value_heads": 4}
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
+# layer → shape and input (batch, tokens); the FLOPs are counted at about 16,384 rows
+SHAPES = {
+    "cpu": {"decoder": (HALF, (2, 512)), "clip": (CLIP_L, (2, 577))},
+    "cuda": {"decoder": (LLAMA_3_8B, (4, 2048)), "clip": (CLIP_L, (16, 577))},
+    "meta": {"decoder": (LLAMA_3_8B, (8, 2048)), "clip": (CLIP_L, (28, 577))},
+}
+# name → dtype of the base, and whether PEFT upcasts the adapter to fp32, as it does by default
+PRECISIONS = {
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, False),
+    "bf16, fp32 adapter": (torch.bfloat16, True),
+}
+
+
+class Decoder(nn.Module):
+    def __init__(self, shape: dict):
+        super().__init__()
+        config = LlamaConfig(**shape, attn_implementation="sdpa")
+        self.layer, self.rotary = LlamaDecoderLayer(config, 0), LlamaRotaryEmbedding(config)
+
+    def forward(self, x):  # (B, T, D) → (B, T, D)
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        return self.layer(x, position_ids=positions, position_embeddings=self.rotary(x, positions))
+
+
+class Clip(nn.Module):
+    def __init__(self, shape: dict):
+        super().__init__()
+        self.layer = CLIPEncoderLayer(CLIPVisionConfig(**shape, attn_implementation="sdpa"))
+
+    def forward(self, x):  # (B, P, E) → (B, P, E)
+        return self.layer(x, attention_mask=None)
+
+
+class Naive(MosLoraVariant):
+    """The plain formula, as the authors' PEFT has it, in the place of the kernel."""
+
+    @staticmethod
+    def forward(module, active_adapter, x, result, **kwargs):
+        a, w, b = module.adapter_weights(active_adapter)
+        x = module.lora_dropout[active_adapter](x.to(a.dtype))
+        return result + F.linear(F.linear(F.linear(x, a), w), b) * module.scaling[active_adapter]
+
+
+def build(method: str, layer: str, shape: dict, precision: str, rank: int, device: str) -> nn.Module:
+    dtype, upcast = PRECISIONS[precision]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = {"decoder": Decoder, "clip": Clip}[layer](shape).to(dtype).requires_grad_(False)
+        if method == "frozen":
+            return model.train()
+        settings = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": DROPOUT, "target_modules": LINEARS[layer]}
+        config = LoraConfig(**settings) if method == "lora" else MosLoraConfig(**settings)
+        model = get_peft_model(model, config, autocast_adapter_dtype=upcast)
+    if method == "naive":
+        for module in model.modules():
+            if isinstance(module, MosLoraLayer):
+                module.lora_variant["default"] = Naive()
+    return model.train()
+
+
+def step(model: nn.Module, x: torch.Tensor, checkpointed: bool) -> None:
+    y = checkpoint(model, x, use_reentrant=False, preserve_rng_state=True) if checkpointed else model(x)
+    y.backward(torch.ones_like(y))
+
+
+def seconds(model: nn.Module, x: torch.Tensor, checkpointed: bool) -> float:
+    if x.device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step(model, x, checkpointed)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    before = time.process_time()
+    step(model, x, checkpointed)
+    return time.process_time() - before
+
+
+def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Bytes of the storages that autograd keeps for backward, parameters and the layer's own input left out."""
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = model(x)
+    for tensor in (*model.parameters(), x):
+        storages.pop(tensor.untyped_storage()._cdata, None)
+    del y
+    return sum(storages.values())
+
+
+def measure(device: str, layer: str, precision: str, rank: int, checkpointed: bool, repeats: int) -> dict:
+    """Method → seconds, and bytes above the frozen layer where nothing is checkpointed."""
+    shape, size = SHAPES[device][layer]
+    x = torch.randn(*size, shape["hidden_size"], device=device, dtype=PRECISIONS[precision][0], requires_grad=True)
+    models = {method: build(method, layer, shape, precision, rank, device) for method in METHODS}
+    row = {method: {"seconds": float("inf")} for method in METHODS}
+    for repeat in range(repeats + 1):
+        for method, model in models.items():
+            taken = seconds(model, x, checkpointed)
+            if repeat:  # the first is a warm-up
+                row[method]["seconds"] = min(row[method]["seconds"], taken)
+    if not checkpointed:
+        kept = {method: kept_bytes(model, x) for method, model in models.items()}
+        for method in METHODS[1:]:
+            row[method]["bytes"] = kept[method] - kept["frozen"]
+    return row
+
+
+def count_flops(layer: str, rank: int) -> dict:
+    """Method → FLOPs of the adapters in forward and backward, and which of ours are spent on making things again."""
+    shape, size = SHAPES["meta"][layer]
+    x = torch.empty(*size, shape["hidden_size"], device="meta", requires_grad=True)
+    total = {}
+    for method in METHODS:
+        model = build(method, layer, shape, "fp32", rank, "meta")
+        with FlopCounterMode(display=False) as counter:
+            step(model, x, checkpointed=False)
+        total[method] = counter.get_total_flops()
+    linears = [m for m in model.modules() if isinstance(m, MosLoraLayer)]
+    rows = size[0] * size[1]
+    again = sum(kernel.flops(rows, m.in_features, m.out_features, rank, True)["again"] for m in linears)
+    flops = {method: {"flops": total[method] - total["frozen"]} for method in METHODS[1:]}
+    flops["ours"] = {"flops": flops["ours"]["flops"] - again, "flops_again": again}
+    return {"rows": rows, **flops}
+
+
+def machine(device: str) -> str:
+    """Such as "2-core AMD EPYC CPU" or the GPU's name."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{os.cpu_count()}-core {model} CPU"
+
+
+def targets(device: str, rows: list[dict], flops: list[dict]) -> list[dict]:
+    """Each promise with what was found; the worst case of those that it speaks of."""
+
+    def worst(quantity, **which):
+        fitting = [r for r in rows if all(r[k] == v for k, v in which.items()) and quantity in r["ours"]]
+        return max(r["ours"][quantity] / r["lora"][quantity] for r in fitting)
+
+    found = [("adapter FLOPs at 16,384 rows, r 512", 1.015, max(f["ours"]["flops"] / f["lora"]["flops"] for f in flops
+                                                                if f["rank"] == 512 and f["layer"] == "decoder"))]  # fmt: skip
+    found.append(("bytes kept, fp32" if device == "cpu" else "bytes kept, bf16", 0.35 if device == "cpu" else 0.42,
+                  worst("bytes", precision="fp32" if device == "cpu" else "bf16", checkpointed=False)))  # fmt: skip
+    found.append(("bytes kept, PEFT's default fp32 adapter", 0.25, worst("bytes", precision="bf16, fp32 adapter")))
+    if device == "cuda":
+        found.append(
+            ("time, bf16, T 8192", 0.8, worst("seconds", precision="bf16", layer="decoder", checkpointed=False))
+        )
+    else:
+        found.append(("time, an aim", 1.05, worst("seconds", checkpointed=False)))
+    return [{"what": what, "at_most": bound, "found": round(ratio, 4)} for what, bound, ratio in found]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=0, help="default: 3 on a CPU, 20 on a GPU")
+    parser.add_argument("--quick", action="store_true", help="rank 64 alone, once; writes nothing")
+    arguments = parser.parse_args()
+    device, ranks = arguments.device, RANKS[:1] if arguments.quick else RANKS
+    repeats = 1 if arguments.quick else arguments.repeats or {"cpu": 3, "cuda": 20}[device]
+    if device == "cpu":
+        torch.set_num_threads(1)
+
+    print(f"{machine(device)}; torch {torch.__version__}, peft {peft.__version__}; ratios to PEFT's LoRA")
+    print(f"{'layer':8} {'precision':19} {'r':>4} {'ckpt':5}| {'time: frozen':>12} {'naive':>6} {'ours':>6} |"
+          f" {'bytes: naive':>12} {'ours':>6}")  # fmt: skip
+    rows = []
+    for layer in LINEARS:
+        for precision in PRECISIONS:
+            for rank in ranks:
+                for checkpointed in (False, True):
+                    row = measure(device, layer, precision, rank, checkpointed, repeats)
+                    rows.append(
+                        {"layer": layer, "precision": precision, "rank": rank, "checkpointed": checkpointed, **row}
+                    )
+                    times = [row[m]["seconds"] / row["lora"]["seconds"] for m in ("frozen", "naive", "ours")]
+                    line = f"{layer:8} {precision:19} {rank:4} {'on' if checkpointed else 'off':5}| "
+                    line += "{:12.2f} {:6.2f} {:6.2f} | ".format(*times)
+                    if not checkpointed:
+                        line += "{:12.2f} {:6.2f}".format(
+                            *(row[m]["bytes"] / row["lora"]["bytes"] for m in METHODS[2:])
+                        )
+                    print(line, flush=True)
+    print(f"\n{'layer':8} {'r':>4} {'rows':>6} | {'FLOPs: naive':>12} {'ours':>7} {'made again':>11}")
+    flops = []
+    for layer in LINEARS:
+        for rank in RANKS:
+            counted = {"layer": layer, "rank": rank, **count_flops(layer, rank)}
+            flops.append(counted)
+            ratios = [counted[m]["flops"] / counted["lora"]["flops"] for m in ("naive", "ours")]
+            ratios.append(counted["ours"]["flops_again"] / counted["lora"]["flops"])
+            print(f"{layer:8} {rank:4} {counted['rows']:6} | " + "{:12.4f} {:7.4f} {:11.4f}".format(*ratios))
+    if arguments.quick:
+        return
+    promises = targets(device, rows, flops)
+    print()
+    for promise in promises:
+        print("{what}: {found:.3f} × PEFT's LoRA, at most {at_most}".format(**promise))
+    file = Path(__file__).parent / "results" / f"adapter-{device}.json"
+    file.parent.mkdir(exist_ok=True)
+    versions = {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__}
+    result = {"machine": machine(device), "versions": versions, "repeats": repeats, "targets": promises}
+    result |= {"shapes": {k: {"shape": s, "input": i} for k, (s, i) in SHAPES[device].items()}}
+    file.write_text(json.dumps(result | {"layers": rows, "flops": flops}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

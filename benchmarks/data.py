@@ -1,0 +1,245 @@
+"""The data path in one table of ratios: records, pictures, memory, time to the first batch, padding.
+
+    python benchmarks/data.py --tokenizer playground/models/smollm2-135m-instruct [--records 665298]
+
+Everything is made here: a data file with the proportions of LLaVA's mix665k (94 % pictures with short talk, the rest
+long texts) and photograph-like JPEGs of COCO's size. One process, one core, unless a row says otherwise.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from llava_moslora.data.collate import Collator
+from llava_moslora.data.conversation import encode
+from llava_moslora.data.images import ImageTransform, load_image
+from llava_moslora.data.prepare import prepare
+from llava_moslora.data.records import read_records
+from llava_moslora.data.report import padding_waste
+from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.data.tokenizer import load_tokenizer
+
+RESULTS = Path(__file__).parent / "results"
+WORDS = (
+    "the a of picture shows red blue small large man woman dog street holding standing near while what is there".split()
+)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def write_records(path: Path, count: int, *, pictures: bool) -> None:
+    """A JSON array of ``count`` records, with mix665k's proportions of short and long ones."""
+    random = np.random.default_rng(0)
+    text = " ".join(np.asarray(WORDS)[random.integers(0, len(WORDS), 20_000)])
+
+    def some(characters: float) -> str:
+        start = int(random.integers(0, len(text) - 12_000))
+        return text[start : start + int(min(max(characters, 5), 6000))].strip()
+
+    with path.open("w") as file:
+        for k in range(count):
+            short = random.random() < 0.94
+            rounds = int(random.integers(1, 6))
+            turns = []
+            for number in range(rounds):
+                place = "<image>\n" if pictures and short and number == 0 else ""
+                turns.append({"from": "human", "value": place + some(60)})
+                turns.append({"from": "gpt", "value": some(random.lognormal(4.6 if short else 6.0, 0.9))})
+            picture = {"image": f"coco/{k % 50:03d}.jpg"} if pictures and short else {}
+            row = {"id": str(k), **picture, "conversations": turns}
+            file.write(("[" if k == 0 else ",\n") + json.dumps(row))
+        file.write("]")
+
+
+def write_photographs(folder: Path, count: int) -> list[str]:
+    """JPEGs of 640×480 with the smooth areas, edges and grain of a photograph; about 100 kB each."""
+    (folder / "coco").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    names = []
+    for k in range(count):
+        coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((640, 480), 3)
+        grain = random.normal(0, 6, (480, 640, 3))
+        pixels = np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)
+        names.append(f"coco/{k:03d}.jpg")
+        Image.fromarray(pixels).save(folder / names[-1], quality=90)
+    return names
+
+
+def encode_naively(conversation: list[dict], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """As LLaVA's ``train.py`` does it: render, tokenise, then tokenise every round again to find the answers."""
+    rounds = [conversation[k : k + 2] for k in range(0, len(conversation), 2)]
+    texts = [
+        (f"<|im_start|>user\n{ask['value']}<|im_end|>\n<|im_start|>assistant\n", f"{reply['value']}<|im_end|>\n")
+        for ask, reply in rounds
+    ]
+    ids = tokenizer("".join(ask + reply for ask, reply in texts)).input_ids
+    labels, at = [-100] * len(ids), 0
+    for ask, reply in texts:
+        question, whole = len(tokenizer(ask).input_ids), len(tokenizer(ask + reply).input_ids)
+        labels[at + question : at + whole] = ids[at + question : at + whole]
+        at += whole
+    return labels
+
+
+def rate(work: Callable[[], int], seconds: float = 4.0) -> float:
+    """Things per second of ``work``, which says how many it did; the best of the repetitions that fit the time."""
+    best, until = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        begin = time.perf_counter()
+        count = work()
+        best = max(best, count / (time.perf_counter() - begin))
+    return best
+
+
+def records_per_second(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict:
+    path = folder / "some.json"
+    write_records(path, 2000, pictures=False)
+
+    def ours() -> int:
+        return sum(
+            len(encode(record.turns, tokenizer=tokenizer, template="chatml").input_ids) > 0
+            for record in read_records(path)
+        )
+
+    def naive() -> int:
+        return sum(len(encode_naively(r["conversations"], tokenizer)) > 0 for r in json.loads(path.read_text()))
+
+    found = {"ours_per_s": rate(ours), "naive_per_s": rate(naive)}
+    return found | {"ratio": found["ours_per_s"] / found["naive_per_s"]}
+
+
+def pictures_per_second(folder: Path) -> dict:
+    names = write_photographs(folder / "photographs", 50)
+    root = folder / "photographs"
+    size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+    found: dict = {}
+    for mode, reference in (("pad", LlavaImageProcessorPil), ("crop", CLIPImageProcessorPil)):
+        transform = ImageTransform(336, (336, 336), MEAN, STD, mode=mode)
+        theirs = reference(**size, do_pad=mode == "pad")
+
+        def ours(transform: ImageTransform = transform) -> int:
+            return sum(len(transform(load_image(name, root))) == 3 for name in names)
+
+        def pil(theirs: object = theirs) -> int:
+            opened = (Image.open(root / name).convert("RGB") for name in names)
+            return sum(theirs(image, return_tensors="pt")["pixel_values"].shape[1] == 3 for image in opened)
+
+        image = load_image(names[0], root)
+        assert torch.equal(transform(image), theirs(image, return_tensors="pt")["pixel_values"][0])
+        found[mode] = {"ours_per_s": rate(ours), "pil_per_s": rate(pil)}
+        found[mode]["ratio"] = found[mode]["ours_per_s"] / found[mode]["pil_per_s"]
+    return found | torchvision_rate(root, names, size)
+
+
+def torchvision_rate(root: Path, names: list[str], size: dict) -> dict:
+    """Our torch engine against transformers' torchvision processor; same pixels."""
+    try:
+        import torchvision  # noqa: F401  (an optional dependency of transformers)
+    except ImportError:
+        return {"torchvision": "not installed"}
+    from transformers.models.llava.image_processing_llava import LlavaImageProcessor
+
+    theirs = LlavaImageProcessor(**size, do_pad=True)
+    transform = ImageTransform(336, (336, 336), MEAN, STD, mode="pad", engine="torch")
+    image = load_image(names[0], root)
+    assert torch.equal(transform(image), theirs(image, return_tensors="pt")["pixel_values"][0])
+
+    def ours() -> int:
+        return sum(len(transform(load_image(name, root))) == 3 for name in names)
+
+    def vision() -> int:
+        opened = (Image.open(root / name).convert("RGB") for name in names)
+        return sum(theirs(image, return_tensors="pt")["pixel_values"].shape[1] == 3 for image in opened)
+
+    found = {"ours_per_s": rate(ours), "torchvision_per_s": rate(vision)}
+    return {"pad, torch": found | {"ratio": found["ours_per_s"] / found["torchvision_per_s"]}}
+
+
+def peak_of_reading(path: Path) -> dict:
+    """Peak memory of a new process that reads the whole file, beside one that only imports, and beside json.load."""
+    codes = {
+        "imports": "import llava_moslora.data.records",
+        "ours": "from llava_moslora.data.records import read_records\nprint(sum(1 for _ in read_records(sys.argv[1])))",
+        "json_load": "import json\nprint(len(json.load(open(sys.argv[1]))))",
+    }
+    peaks = {}
+    for name, code in codes.items():
+        report = "\nimport resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        command = [sys.executable, "-c", f"import sys\n{code}{report}", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[f"{name}_mb"] = int(done.stdout.split()[-1]) / 1024
+    return peaks | {"file_mb": path.stat().st_size / 2**20}
+
+
+def first_batch(folder: Path, path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[dict, dict]:
+    """Seconds to build the cache (2 processes), and from a warm cache to the first batch; and the padding."""
+    settings = {"tokenizer": tokenizer, "template": "chatml", "tokens_per_image": 576, "max_length": 2048,
+                "cache_dir": folder / "cache", "num_proc": 2}  # fmt: skip
+    begin = time.perf_counter()
+    dataset = prepare(path, None, **settings)
+    built = time.perf_counter() - begin
+    begin = time.perf_counter()
+    dataset = prepare(path, None, **settings)
+    found = time.perf_counter() - begin
+    sampler = GlobalBatchSampler(dataset["length"][:], dataset["has_image"][:], per_device_batch_size=16)
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=Collator(0, None, ImageTransform(1, (1, 1), MEAN, STD))
+    )
+    next(iter(loader))
+    total = time.perf_counter() - begin
+    size = sum(part.stat().st_size for part in (folder / "cache").rglob("*.arrow"))
+    times = {"build_s": built, "records": len(dataset), "build_per_s": len(dataset) / built, "arrow_mb": size / 2**20}
+    return times | {"warm_prepare_s": found, "warm_first_batch_s": total}, padding(np.asarray(dataset["length"][:]))
+
+
+def padding(text: np.ndarray) -> dict:
+    """Padding waste at batch 16 of the file's text lengths, 94 % of them with a picture of 576 tokens before them."""
+    pictured = np.random.default_rng(1).random(len(text)) < 0.94
+    lengths = np.minimum(2048, text + 576 * pictured)
+    return {
+        name: padding_waste(GlobalBatchSampler(lengths, pictured, per_device_batch_size=16, **options), lengths)
+        for name, options in {"grouped": {}, "grouped_200": {"group": 200}, "shuffle": {"order": "shuffle"}}.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder of a ChatML tokenizer")
+    parser.add_argument("--records", type=int, default=665_298)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokenizer = load_tokenizer(args.tokenizer)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        result = {"records": records_per_second(folder, tokenizer), "pictures": pictures_per_second(folder)}
+        path = folder / "mix.json"
+        write_records(path, args.records, pictures=False)
+        result["reading"] = peak_of_reading(path)
+        result["cache"], result["padding_waste"] = first_batch(folder, path, tokenizer)
+    result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "data.json").write_text(json.dumps(result, indent=1))
+    for part, rows in result.items():
+        for name, value in rows.items() if isinstance(rows, dict) else [("", rows)]:
+            print(f"{part:14} {name:20} {json.dumps(value, default=str)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""What is in a prepared data set, as one JSON file and one page to look at before the GPUs start."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from llava_moslora.data.conversation import label_runs
+from llava_moslora.data.images import load_image
+from llava_moslora.data.prepare import report_of
+from llava_moslora.data.sampler import GlobalBatchSampler
+
+BARS = 40
+THUMBNAIL = 192
+
+
+def data_report(dataset: Dataset, *, batch_size: int) -> dict:
+    """Counts by source and modality, histograms, padding waste; with what :func:`report_of` counted.
+
+    A record's source is the first folder of its picture's name (``coco``, ``gqa``, ...), or ``text``.
+
+    Args:
+        batch_size: records per micro-batch, for the padding waste.
+    """
+    counted = report_of(dataset)
+    lengths, trained = np.asarray(dataset["length"][:]), np.asarray(dataset["trained"][:])
+    has_image = np.asarray(dataset["has_image"][:])
+    first = [images[0] if images else None for images in dataset["images"][:]]
+    source = np.asarray(["text" if name is None else name.split("/")[0] if "/" in name else "." for name in first])
+    sources = {
+        name: {"records": int(here.sum()), "tokens": int(lengths[here].sum()), "trained": int(trained[here].sum())}
+        for name in sorted(set(source))
+        for here in [source == name]
+    }
+    cut = sum(counted.get(name, 0) for name in ("turns_dropped", "answers_cut", "left_out"))
+    waste = {}
+    if len(lengths) >= batch_size:
+        for order in ("shuffle", "modality_length"):
+            sampler = GlobalBatchSampler(lengths, has_image, per_device_batch_size=batch_size, order=order)
+            waste[order] = padding_waste(sampler, lengths)
+    return {
+        **counted,
+        "pictures": sum(len(images) for images in dataset["images"][:]),
+        "trained_tokens": int(trained.sum()),
+        "truncated_share": cut / counted["records"],
+        "longest": int(lengths.max()),
+        "batch_size": batch_size,
+        "padding_waste": waste,
+        "sources": sources,
+        "lengths": {
+            "with pictures": histogram(lengths[has_image], lengths.max()),
+            "text only": histogram(lengths[~has_image], lengths.max()),
+        },
+        "trained_per_record": {"all": histogram(trained, np.quantile(trained, 0.99))},
+    }
+
+
+def padding_waste(sampler: GlobalBatchSampler, lengths: np.ndarray) -> float:
+    """The share of an epoch's tokens that is padding."""
+    batches = sampler.epoch_order().reshape(-1, sampler.per_device_batch_size)
+    in_batches = np.asarray(lengths)[batches]  # (batches, rows)
+    return float(1 - in_batches.sum() / (in_batches.max(axis=1).sum() * in_batches.shape[1]))
+
+
+def histogram(values: np.ndarray, largest: float) -> dict:
+    """``edges`` (one more than counts) from 0 to ``largest``, and ``counts``; what is larger is in the last bar."""
+    edges = np.linspace(0, max(float(largest), 1), BARS + 1)
+    counts, _ = np.histogram(np.minimum(values, edges[-1]), edges)
+    return {"edges": edges.round(2).tolist(), "counts": counts.tolist()}
+
+
+def write_report(
+    folder: str | Path,
+    dataset: Dataset,
+    *,
+    tokenizer: PreTrainedTokenizerFast,
+    image_folder: str | Path | None,
+    batch_size: int,
+    title: str,
+    samples: int = 10,
+    follow_links: bool = False,
+) -> Path:
+    """Write ``report.json`` and ``report.html`` into ``folder``; returns the page. It needs no network to be read."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = data_report(dataset, batch_size=batch_size)
+    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    chosen = sorted(np.random.default_rng(0).permutation(len(dataset))[:samples].tolist())
+    shown = [_sample(dataset[k], tokenizer, image_folder, follow_links) for k in chosen]
+    page = folder / "report.html"
+    page.write_text(_page(report, shown, title), encoding="utf-8")
+    return page
+
+
+def _sample(row: dict, tokenizer: PreTrainedTokenizerFast, image_folder: str | Path | None, follow_links: bool) -> str:
+    """One record: its pictures and its text, trained parts marked."""
+    pictures = ""
+    for name in row["images"]:
+        picture = load_image(name, image_folder, record=row["record"], record_id=row["id"], follow_links=follow_links)
+        pictures += f"<figure>{_thumbnail(picture)}<figcaption>{html.escape(name)}</figcaption></figure>"
+    text = "".join(
+        f'<span class="{kind}">{html.escape(part)}</span>'
+        for kind, part in label_runs(row["input_ids"], row["labels"], tokenizer)
+    )
+    heading = f"record {row['record']}" + (f" · {html.escape(row['id'])}" if row["id"] else "")
+    size = f"{row['length']} tokens, {row['trained']} trained"
+    body = f"<div class=sample>{pictures}<pre>{text}</pre></div>"
+    return f"<article><h3>{heading} <small>{size}</small></h3>{body}</article>"
+
+
+def _thumbnail(picture: Image.Image) -> str:
+    picture = picture.copy()
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{data}" width={picture.width} height={picture.height} alt="">'
+
+
+def _page(report: dict, samples: list[str], title: str) -> str:
+    waste = report["padding_waste"]
+    facts = {
+        "records": f"{report['records']:,}",
+        "kept": f"{report['kept']:,}",
+        "with pictures": f"{report['with_pictures']:,}",
+        "pictures": f"{report['pictures']:,}",
+        "tokens": f"{report['tokens']:,}",
+        "trained tokens": f"{report['trained_tokens']:,} ({report['trained_tokens'] / report['tokens']:.1%})",
+        "longest record": f"{report['longest']:,} tokens",
+        "truncated": f"{report['truncated_share']:.2%}",
+        "duplicate ids": f"{report['duplicate_ids']:,}",
+        "problems": f"{len(report['problems']):,}",
+    }
+    cut = {"lost trailing turns": "turns_dropped", "answer cut": "answers_cut", "left out": "left_out"}
+    tables = [
+        _table("Sources", ["source", "records", "tokens", "trained"],
+               [[name, *(f"{n:,}" for n in row.values())] for name, row in report["sources"].items()]),
+        _table("Longer than the limit", ["what happened", "records"],
+               [[name, f"{report.get(key, 0):,}"] for name, key in cut.items()]),
+        _table(f"Padding at {report['batch_size']} records per batch", ["order", "share of tokens"],
+               [[name, f"{share:.1%}"] for name, share in waste.items()]),
+    ]  # fmt: skip
+    charts = [
+        _chart("Tokens per record", report["lengths"]),
+        _chart("Trained tokens per record (last bar: longest 1 %)", report["trained_per_record"]),
+    ]
+    kinds = Counter(problem["refusal"]["code"] for problem in report["problems"])
+    problems = "".join(f"<li>{html.escape(problem['line'])}</li>" for problem in report["problems"])
+    summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common()) or "none"
+    cards = "".join(f"<div class=fact><b>{value}</b>{name}</div>" for name, value in facts.items())
+    return f"""<!doctype html>
+<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>
+<h1>{html.escape(title)}</h1><div class=facts>{cards}</div>
+<div class=row>{"".join(charts)}</div><div class=row>{"".join(tables)}</div>
+<h2>{len(samples)} records, drawn at random</h2>
+<p><span class=trained>trained</span> <span class=masked>not trained</span>
+<span class=image>picture placeholders</span></p>{"".join(samples)}
+<h2>Problems: {html.escape(summary)}</h2><ol class=problems>{problems}</ol></html>
+"""
+
+
+def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    header = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<section><h2>{html.escape(title)}</h2><table><tr>{header}</tr>{body}</table></section>"
+
+
+def _chart(title: str, series: dict[str, dict]) -> str:
+    """Stacked bars as SVG, one colour per series."""
+    width, height, bottom = 480, 180, 20
+    counts = np.asarray([one["counts"] for one in series.values()])  # (series, bars)
+    edges = next(iter(series.values()))["edges"]
+    scale = (height - bottom - 10) / max(counts.sum(axis=0).max(), 1)
+    step = width / counts.shape[1]
+    bars = ""
+    for bar in range(counts.shape[1]):
+        base = height - bottom
+        label = f"{edges[bar]:g}–{edges[bar + 1]:g}: " + ", ".join(
+            f"{count:,} {name}" for name, count in zip(series, counts[:, bar], strict=True)
+        )
+        for number, count in enumerate(counts[:, bar]):
+            tall = float(count) * scale
+            base -= tall
+            bars += f"<rect class=s{number} x={bar * step:.1f} y={base:.1f} width={step - 1:.1f} height={tall:.1f} />"
+        bars += (
+            f"<rect class=hover x={bar * step:.1f} y=0 width={step:.1f} height={height}><title>{label}</title></rect>"
+        )
+    ticks = "".join(
+        f"<text x={share * width:.0f} y={height - 4} text-anchor={anchor}>{edges[0] + share * edges[-1]:,.0f}</text>"
+        for share, anchor in [(0, "start"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1, "end")]
+    )
+    legend = " ".join(f"<span class=s{k}>■</span> {html.escape(name)}" for k, name in enumerate(series))
+    return (
+        f"<section><h2>{html.escape(title)}</h2><svg viewBox='0 0 {width} {height}'>{bars}{ticks}</svg>"
+        f"<p>{legend if len(series) > 1 else ''}</p></section>"
+    )
+
+
+STYLE = """
+:root { color-scheme: light dark; --a: #2f7d5b; --b: #c9803a; --line: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.5em; } h2 { font-size: 1.05em; margin: 1.5em 0 .4em; } h3 { font-size: .95em; margin: 1em 0 .3em; }
+small, figcaption, .fact { color: #777; } .row { display: flex; flex-wrap: wrap; gap: 0 3em; }
+.row section { flex: 1 1 300px; }
+.facts { display: flex; flex-wrap: wrap; gap: .6em 2em; }
+.fact b { display: block; font-size: 1.25em; color: CanvasText; }
+table { border-collapse: collapse; width: 100%; } th, td { text-align: right; padding: .15em .6em; }
+th { font-weight: 500; color: #777; border-bottom: 1px solid var(--line); } td { font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+svg { width: 100%; } svg text { font-size: 11px; fill: #777; }
+.s0 { fill: var(--a); color: var(--a); } .s1 { fill: var(--b); color: var(--b); }
+.hover { fill: transparent; } .hover:hover { fill: #8883; }
+article { border-top: 1px solid var(--line); } .sample { display: flex; gap: 1em; align-items: flex-start; }
+figure { margin: 0; } figcaption { font-size: .75em; max-width: 192px; overflow-wrap: anywhere; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: 13px; flex: 1; }
+.trained { background: #2f7d5b33; } .masked { color: #777; } .image { color: var(--b); }
+.problems { font-size: 13px; overflow-wrap: anywhere; }
+"""

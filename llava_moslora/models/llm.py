@@ -1,0 +1,180 @@
+"""LLMs: a folder in any published layout → a transformers causal LM, or its tensors under that LM's names.
+
+======================  =========================================================================================
+the folder              what is done
+======================  =========================================================================================
+transformers            names and shapes are compared with the architecture, then loaded
+InternLM2               renamed and split to Llama (:mod:`llava_moslora.models.internlm2`), then the same
+a complete LLaVA        its LLM is taken out (:mod:`llava_moslora.models.llava_folder`), then the same
+======================  =========================================================================================
+
+Weights are handed to ``from_pretrained`` as mapped tensors, not as a path: one way in for every layout, and still the
+place where DeepSpeed's ZeRO-3 partitions and bitsandbytes quantises. Training and export read through the same list.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from llava_moslora.errors import Refusal
+from llava_moslora.models import internlm2, llava_folder
+from llava_moslora.models.tensors import Stored, check_tensors, read_json, read_tensor_folder
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def read_llm_config(folder: str | Path) -> PreTrainedConfig:
+    """The LLM's configuration; what cannot be used is refused before any weight is read.
+
+    An InternLM2 folder gives a ``LlamaConfig``, a complete LLaVA the configuration of its LLM.
+
+    Raises:
+        Refusal: no such folder, code of its own asked for, quantised, or an architecture LLaVA does not compose with.
+    """
+    folder = Path(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise Refusal(
+            "C-PATH",
+            "no LLM here" if folder.is_dir() else "no such folder",
+            file=folder,
+            key="--model_name_or_path",
+            expected="a downloaded folder with config.json, tokenizer and weights",
+            fix="check the path, or download the model first: nothing is fetched at run time",
+        )
+    raw = read_json(file)
+    if raw.get("quantization_config") is not None:
+        raise Refusal(
+            "C-MODEL",
+            "the base is already quantised, and merging into it would not be exact",
+            file=file,
+            key="quantization_config",
+            fix="give the 16-bit folder; --bits 4 quantises it while loading",
+        )
+    if raw.get("model_type") == internlm2.MODEL_TYPE:
+        return internlm2.llama_config(raw, file)
+    if llava_folder.is_llava(raw):
+        return llava_folder.llm_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers checks fields with several kinds of errors of its own
+        raise Refusal(
+            "C-MODEL", "not a configuration transformers knows", file=file, found=error,
+            fix="give an LLM of an architecture that transformers has itself: code in a model's folder is never run",
+        ) from error  # fmt: skip
+    model_class = _model_class(config, file)
+    asked = (raw.get("architectures") or [model_class.__name__])[0]
+    if "auto_map" in raw and asked != model_class.__name__:
+        raise Refusal(
+            "C-MODEL", "the folder asks for code of its own, which is never run", file=file, key="auto_map",
+            found=asked, expected=model_class.__name__, fix="give an LLM of an architecture that transformers has",
+        )  # fmt: skip
+    return config
+
+
+def _model_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel]:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise Refusal(
+            "C-MODEL", "not a causal language model", file=file, key="model_type", found=config.model_type,
+            expected="an LLM such as llama, mistral, qwen2, qwen3 or internlm2", fix="check --model_name_or_path",
+        )  # fmt: skip
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
+
+def sketch_llm(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
+    """The LLM of ``config`` with every tensor on the meta device, in the configuration's dtype.
+
+    Raises:
+        Refusal: C-MODEL, it does not have the parts that LLaVA is composed of.
+    """
+    with torch.device("meta"):
+        llm = _model_class(config, source)(config)
+    if not (hasattr(llm, "model") and hasattr(llm, "lm_head")):
+        raise Refusal(
+            "C-MODEL",
+            "this architecture does not compose into LlavaForConditionalGeneration",
+            file=source,
+            found=type(llm).__name__,
+            expected="a causal LM with `model` and `lm_head`, such as LlamaForCausalLM",
+            fix="use a Llama, Mistral, Qwen2, Qwen3 or InternLM2",
+        )
+    return llm
+
+
+def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, Stored]:
+    """The LLM's tensors, not read yet, under the names of its transformers class; ``lm_head`` only where it is untied.
+
+    Args:
+        config: :func:`read_llm_config` of the same folder.
+
+    Raises:
+        Refusal: a file is missing or damaged; K-KEYS, K-SHAPE, not exactly the tensors of the architecture.
+    """
+    folder = Path(folder)
+    raw = read_json(folder / "config.json")
+    found = llava_folder.read_parts(folder).llm if llava_folder.is_llava(raw) else read_tensor_folder(folder)
+    found = {name: stored for name, stored in found.items() if not name.endswith(".inv_freq")}  # a buffer, once saved
+    if raw.get("model_type") == internlm2.MODEL_TYPE:
+        found = internlm2.llama_tensors(found, config)
+    expected = {name: tuple(p.shape) for name, p in sketch_llm(config, folder).state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop(HEAD, None)
+        found.pop(HEAD, None)  # some folders hold it twice
+    check_tensors(found, expected, folder)
+    return found
+
+
+def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrainedModel:
+    """The LLM in ``dtype``; with ``bits=4`` its linears in NF4, the head excepted.
+
+    Mapped weights that already have ``dtype`` are not copied.
+
+    Raises:
+        Refusal: as :func:`read_llm_config` and :func:`read_llm_tensors`.
+    """
+    folder, config = Path(folder), read_llm_config(folder)
+    quantization = None
+    if bits == 4:
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["lm_head"],
+        )
+    elif bits != 16:
+        raise Refusal("C-FLAG", "unknown base precision", key="--bits", found=bits, expected="16 or 4")
+    tensors = {name: stored.read() for name, stored in read_llm_tensors(folder, config).items()}
+    generation = folder / "generation_config.json"
+    llm, info = _model_class(config, folder).from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype,
+        quantization_config=quantization,
+        generation_config=GenerationConfig.from_pretrained(folder) if generation.is_file() else None,
+        output_loading_info=True,
+    )
+    llm.config.name_or_path = str(folder)
+    left = info["missing_keys"] - ({HEAD} if config.tie_word_embeddings else set())
+    assert not left, f"compared, yet missing: {sorted(left)[:3]}"
+    return llm
+
+
+def with_old_rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """A text configuration as JSON, with the rotary settings also where transformers 4 and vLLM look for them.
+
+    transformers 5 writes ``rope_parameters`` alone; a reader that does not know it falls back to a base of 10,000
+    without a word, and LLaMA-3 (500,000) or InternLM2 (1,000,000) then answers nonsense.
+    """
+    rope = dict(raw.get("rope_parameters") or {})
+    if "rope_theta" not in rope:
+        return raw
+    theta, kind = rope.pop("rope_theta"), rope.pop("rope_type", "default")
+    scaling = None if kind == "default" else {"type": kind, "rope_type": kind, **rope}
+    return raw | {"rope_theta": theta, "rope_scaling": scaling}

@@ -1,0 +1,73 @@
+"""Convert an InternLM2 folder to a Llama folder once, on disk, shard by shard.
+
+    python scripts/convert_internlm2.py models/internlm2-chat-7b --output_dir models/internlm2-chat-7b-llama
+
+Training, export and evaluation read InternLM2 folders as they are; this is for other tools, none of which then needs
+the code that came with the model. Memory holds one shard; the folder appears whole or not at all.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from llava_moslora.data.tokenizer import load_tokenizer
+from llava_moslora.errors import Refusal, run_script
+from llava_moslora.models.internlm2 import MODEL_TYPE, llama_tensors
+from llava_moslora.models.llm import read_llm_config, read_llm_tensors, with_old_rope
+from llava_moslora.models.tensors import read_json, read_tensor_folder
+from llava_moslora.runs.manifest import fsync, write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the downloaded InternLM2")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
+    args = parser.parse_args()
+    convert(args.folder, args.output_dir)
+    print(f"converted: {args.output_dir}")
+
+
+def convert(folder: Path, output: Path) -> None:
+    config = read_llm_config(folder)
+    if (found := read_json(folder / "config.json").get("model_type")) != MODEL_TYPE:
+        what, fix = "not an InternLM2", "nothing to do: give it as --model_name_or_path as it is"
+        raise Refusal("C-MODEL", what, file=folder, key="model_type", found=found, expected=MODEL_TYPE, fix=fix)
+    if output.exists():
+        raise Refusal("C-OUTPUT", "already exists", file=output, key="--output_dir", fix="choose another, or delete it")
+    read_llm_tensors(folder, config)  # refuses what is not exactly the architecture, before anything is written
+    tokenizer = load_tokenizer(folder)
+
+    staging = output.with_name(f".{output.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    shards: dict[Path, dict] = {}
+    for name, stored in read_tensor_folder(folder).items():
+        shards.setdefault(stored.file, {})[name] = stored
+    weight_map, total = {}, 0
+    for number, shard in enumerate(tqdm(shards.values(), unit="shard", dynamic_ncols=True), start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        renamed = {n: s for n, s in llama_tensors(shard, config).items() if not n.endswith(".inv_freq")}
+        tensors = {name: stored.read().contiguous() for name, stored in renamed.items()}
+        save_file(tensors, staging / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(staging / "model.safetensors.index.json", index)
+    write_json(staging / "config.json", with_old_rope(config.to_diff_dict()))
+    if (folder / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(folder).save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    for file in staging.iterdir():
+        fsync(file)
+    os.rename(staging, output)
+    fsync(output.parent)
+
+
+if __name__ == "__main__":
+    run_script(main)

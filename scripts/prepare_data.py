@@ -1,0 +1,80 @@
+"""Check and tokenise a data file before training, and write a page about it.
+
+    python scripts/prepare_data.py --model_name_or_path LLM --vision_tower CLIP \\
+        --data_path llava_v1_5_mix665k.json --image_folder playground/data --report_dir reports/mix665k
+
+Training with the same settings finds the result in ``--data_cache`` by its content and starts at once.
+"""
+
+import argparse
+import logging
+
+from llava_moslora.data.conversation import recognise_template
+from llava_moslora.data.prepare import prepare, report_of
+from llava_moslora.data.report import write_report
+from llava_moslora.data.tokenizer import load_tokenizer
+from llava_moslora.errors import Refusal, run_script
+from llava_moslora.models.assemble import tokens_per_picture
+from llava_moslora.models.vision import read_vision_config
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise Refusal("C-FLAG", message, fix="see --help")
+
+
+def parse() -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="folder of the LLM: its tokenizer is used")
+    parser.add_argument("--vision_tower", required=True, help="folder of the CLIP vision tower: tokens per picture")
+    parser.add_argument("--data_path", required=True, help="LLaVA-format JSON or JSONL")
+    parser.add_argument("--image_folder", help="folder that the records' image names are relative to")
+    parser.add_argument("--version", help="conversation template; default: told by the tokenizer")
+    parser.add_argument("--model_max_length", type=int, default=2048, help="tokens per record, placeholders included")
+    parser.add_argument("--data_cache", default=".cache/llava_moslora", help="folder of the tokenised data")
+    parser.add_argument("--preprocessing_num_workers", type=int, default=1, help="processes that tokenise")
+    parser.add_argument("--on_bad_record", default="fail", help="fail, or quarantine: leave bad records out, listed")
+    parser.add_argument("--max_bad_share", type=float, default=0.01, help="quarantine at most this share")
+    parser.add_argument("--follow_image_links", action="store_true", help="allow links out of the image folder")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=16, help="for the padding figures")
+    parser.add_argument("--report_dir", help="where report.html and report.json go; default: no report")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    template = args.version or recognise_template(tokenizer)
+    print(f"conversation template: {template}")
+    dataset = prepare(
+        args.data_path,
+        args.image_folder,
+        tokenizer=tokenizer,
+        template=template,
+        tokens_per_image=tokens_per_picture(read_vision_config(args.vision_tower)),
+        max_length=args.model_max_length,
+        cache_dir=args.data_cache,
+        num_proc=args.preprocessing_num_workers,
+        on_bad_record=args.on_bad_record,
+        max_bad_share=args.max_bad_share,
+        follow_image_links=args.follow_image_links,
+    )
+    counts = {name: value for name, value in report_of(dataset).items() if isinstance(value, int)}
+    print("  ".join(f"{name}: {value:,}" for name, value in counts.items()))
+    if args.report_dir:
+        page = write_report(
+            args.report_dir,
+            dataset,
+            tokenizer=tokenizer,
+            image_folder=args.image_folder,
+            batch_size=args.per_device_train_batch_size,
+            title=f"{args.data_path} · {template}",
+            follow_links=args.follow_image_links,
+        )
+        print(f"report: {page}")
+
+
+if __name__ == "__main__":
+    run_script(main)
