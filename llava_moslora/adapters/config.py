@@ -139,8 +139,8 @@ class MosLoraConfig(LoraConfig):
 
     @property
     def has_mixer(self) -> bool:
-        """Whether a layer with this configuration stores a W: a frozen identity is plain LoRA and needs none."""
-        return self.train_mixer or self.mixer_init != "identity"
+        """Whether a layer with this configuration stores a W."""
+        return stores_mixer(self.mixer_init, self.train_mixer)
 
     def check_targets(self) -> None:
         """Called by the layers once the adapter is in place: every target and pattern must have matched a module.
@@ -194,6 +194,11 @@ class MosLoraConfig(LoraConfig):
                 fix="convert the folder with llava_moslora.adapters.fold",
             )
         return super().from_peft_type(**kwargs)
+
+
+def stores_mixer(mixer_init: str, train_mixer: bool) -> bool:
+    """A frozen identity is plain LoRA: no W is stored or computed."""
+    return train_mixer or mixer_init != "identity"
 
 
 def check_even_rank(key: str, rank: int) -> None:

@@ -18,6 +18,8 @@ It is a custom operation, not an ``autograd.Function``: a ``torch.Generator`` in
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -49,9 +51,10 @@ def low_rank_update(
         scaling: s.
         dropout: probability of dropping an element of x; 0 outside training.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
-    drop = round(dropout * STEPS)
+    device, dtype = x.device.type, a.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    drop = min(max(round(dropout * STEPS), 1), STEPS - 1) if dropout else 0
     seed = torch.randint(torch.iinfo(torch.int64).max, (), device="cpu") if drop else None
     # Generation calls this once per layer and token: without gradients the operation's bookkeeping is saved.
     run = _low_rank if torch.is_grad_enabled() or drop else _forward
@@ -59,8 +62,7 @@ def low_rank_update(
 
 
 def _forward(result, x, a, w, b, seed, scaling, drop, dtype):
-    # Autocast would cast the operands of each product again, and only in the pass that runs inside it.
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         rows, _ = _dropped_rows(x, seed, drop, dtype)
         f = _Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows))
         v = rows @ f.a.T  # (N, r)
@@ -87,7 +89,7 @@ _low_rank = torch.library.custom_op(
 def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
     """Gradients of x, a, w, b, those of them that ``needs`` names; an empty tensor stands for the others."""
     need_x, need_a, need_w, need_b = needs
-    with torch.autocast(x.device.type, enabled=False):
+    with _no_autocast(x.device.type):
         rows, dropped = _dropped_rows(x, seed, drop, dtype)
         f = _Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows))
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, O)
@@ -116,6 +118,11 @@ def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
     ]
 
 
+def _no_autocast(device: str) -> AbstractContextManager:
+    """Autocast would cast the operands of every product again, and in backward only where it runs inside autocast."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def _likes(x, a, w, b):
     """What the gradients look like; with no W the third is never wanted."""
     return x, a, a if w is None else w, b
@@ -126,7 +133,7 @@ class _Factors:
 
     def __init__(self, a: Tensor, w: Tensor | None, b: Tensor, rows: int):
         self.a, self.w, self.b, self.folded_into = a, w, b, None
-        if w is not None and folds(rows, a, b):
+        if w is not None and folds(rows, a.shape[1], len(b)):
             self.whole = (a, w, b)
             self.w = None
             if len(b) <= a.shape[1]:
@@ -144,9 +151,9 @@ class _Factors:
         return w.T @ grad_a if need_a else None, grad_a @ a.T if need_w else None, grad_b
 
 
-def folds(rows: int, a: Tensor, b: Tensor) -> bool:
-    """Whether W is folded into a neighbour for this many rows."""
-    return 3 * rows > 4 * min(a.shape[1], b.shape[0])
+def folds(rows: int, i: int, o: int) -> bool:
+    """Whether W is folded into a neighbour for this many rows, of a layer from I to O."""
+    return 3 * rows > 4 * min(i, o)
 
 
 def _scale(scaling: float, drop: int) -> float:
@@ -217,14 +224,12 @@ _low_rank.register_autograd(_backward, setup_context=_setup_context)
 def flops(rows: int, i: int, o: int, r: int, mixed: bool, need_x: bool = True) -> dict[str, int]:
     """FLOPs (2 per multiply-add) of one layer's branch in ``forward`` and ``backward``, and how many of those in
     backward are spent on making forward's intermediates ``again``."""
-    rank = 2 * r * r
-    fold = mixed and 3 * rows > 4 * min(i, o)
-    once, twice = (rank * min(i, o), 2 * rank * min(i, o)) if fold else (rank * rows, 2 * rank * rows)
     down, up = 2 * rows * r * i, 2 * rows * r * o
-    again = down + mixed * once
+    mixer = mixed * 2 * r * r * (min(i, o) if folds(rows, i, o) else rows)  # one product with W
+    again = down + mixer
     return {
-        "forward": down + up + mixed * once,
-        "backward": again + 2 * up + (1 + need_x) * down + mixed * twice,
+        "forward": down + mixer + up,
+        "backward": again + 2 * up + 2 * mixer + (1 + need_x) * down,
         "again": again,
     }
 

@@ -1,7 +1,7 @@
-"""MoSLoRA over ``nn.Linear`` and over bitsandbytes 4-bit and 8-bit linears: thin subclasses of PEFT's LoRA layers.
+"""MoSLoRA over ``nn.Linear``, and what its layers over quantised linears share: thin subclasses of PEFT's LoRA layers.
 
-Each class adds one parameter, ``lora_mixer`` (r×r, beside ``lora_A`` and ``lora_B``), and one PEFT variant that uses
-it; PEFT keeps its forward loops, its merging and its handling of several adapters.
+A layer adds one parameter, ``lora_mixer`` (r×r, beside ``lora_A`` and ``lora_B``), and one PEFT variant that uses it;
+PEFT keeps its forward loops, its merging and its handling of several adapters.
 
 Shapes: r rank, in/out features of the layer. All weights are floating point, of one dtype.
 """
@@ -9,15 +9,12 @@ Shapes: r rank, in/out features of the layer. All weights are floating point, of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
-from peft import PeftModel
-from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+from peft.import_utils import is_bnb_available
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
-from transformers import PreTrainedModel
 
 from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
 from llava_moslora.adapters.fold import delta
@@ -156,7 +153,8 @@ class MosLoraLayer:
     def _cast_input_dtype(self, x, dtype):
         # PEFT casts x to the adapter's dtype for every layer anew. Ours casts inside the operation, so that backward
         # keeps the x that layers share.
-        if all(adapter in self.lora_variant for adapter in self.active_adapters):
+        here = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+        if all(isinstance(self.lora_variant.get(adapter), MosLoraVariant) for adapter in here):
             return x
         return super()._cast_input_dtype(x, dtype)
 
@@ -215,104 +213,8 @@ def custom_modules() -> dict[type[nn.Module], type]:
 
     The order matters: bitsandbytes' classes inherit from ``nn.Linear``.
     """
-    modules = {}
-    if is_bnb_4bit_available():
-        modules |= {bnb.nn.Linear4bit: MosLoraLinear4bit}
+    quantised = {}
     if is_bnb_available():
-        modules |= {bnb.nn.Linear8bitLt: MosLoraLinear8bitLt}
-    return modules | {nn.Linear: MosLoraLinear, nn.Module: Unsupported}
+        from llava_moslora.adapters.quantised import QUANTISED as quantised  # needs this module, and bitsandbytes
 
-
-if is_bnb_available():
-    import bitsandbytes as bnb
-    from peft.tuners.lora.bnb import Linear8bitLt
-
-    class MosLoraLinear8bitLt(MosLoraLayer, Linear8bitLt):
-        """MoSLoRA over an 8-bit linear. Merging quantises again, as in PEFT, with its rounding."""
-
-
-if is_bnb_4bit_available():
-    from peft.tuners.lora.bnb import Linear4bit
-
-    class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
-        """MoSLoRA over an NF4 or FP4 linear, with or without double quantisation."""
-
-        def __init__(self, base_layer, adapter_name, config, **kwargs):
-            super().__init__(base_layer, adapter_name, config, **kwargs)
-            # bitsandbytes otherwise repacks the weight in place at the first eval forward on a CPU with AVX512-BF16;
-            # its scales lose precision, and every dequantisation after that gives garbage.
-            self.get_base_layer().support_avx512bf16_for_cpu = False
-
-        def merge(self, safe_merge=False, adapter_names=None):
-            """Never in place: quantising the sum again would throw part of the adapter away.
-
-            Raises:
-                Refusal: C-MERGE, always.
-            """
-            raise Refusal(
-                "C-MERGE",
-                "an adapter is not merged into 4-bit weights",
-                found=type(self.get_base_layer()).__name__,
-                fix="merge into the original or into the dequantised weights: "
-                "llava_moslora.adapters.layers.merge_over_4bit",
-            )
-
-    def dequantised(layer: bnb.nn.Linear4bit) -> torch.Tensor:
-        """The weight (out, in) that a 4-bit linear stands for, in the dtype it was quantised from.
-
-        Raises:
-            Refusal: C-MERGE if bitsandbytes has repacked it for CPU inference, which rounds its scales.
-        """
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            raise Refusal(
-                "C-MERGE",
-                "bitsandbytes has repacked this 4-bit weight for CPU inference; it cannot be dequantised any more",
-                found=f"{layer.in_features}→{layer.out_features}",
-                fix="load the base model again, and adapt or merge it before the first forward in eval mode",
-            )
-        return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-
-    def merge_over_4bit(
-        model: PeftModel, originals: Mapping[str, torch.Tensor] | None = None
-    ) -> tuple[nn.Module, dict[str, str]]:
-        """Merge the active adapters of a model whose base is 4-bit; every 4-bit linear becomes an ``nn.Linear``.
-
-        Args:
-            model: is taken apart.
-            originals: module name → the 16-bit weight (out, in) that was quantised, for all 4-bit linears. Without
-                it the weights are dequantised: what training saw, while the originals are what the LLM was.
-
-        Returns:
-            The base model, merged, and what it was merged into, for the metadata of whatever is written.
-
-        Raises:
-            Refusal: C-MERGE for a missing original, or a weight that can no longer be dequantised.
-        """
-        base = model.get_base_model()
-        linears = {n: m for n, m in base.named_modules() if isinstance(m, MosLoraLinear4bit | bnb.nn.Linear4bit)}
-        # An adapted layer is replaced as a whole, with the bare layer in it.
-        linears = {n: m for n, m in linears.items() if n.rpartition(".")[0] not in linears}
-        if missing := [name for name in linears if originals is not None and name not in originals]:
-            raise Refusal(
-                "C-MERGE", f"{len(missing)} of {len(linears)} original weights missing", expected=", ".join(missing[:3])
-            )
-        kinds = set()
-        for name, module in linears.items():
-            layer = module.get_base_layer() if isinstance(module, MosLoraLinear4bit) else module
-            state = layer.weight.quant_state
-            kinds.add(f"{state.quant_type}{', double quantisation' if state.nested else ''}")
-            weight = dequantised(layer) if originals is None else originals[name]
-            if isinstance(module, MosLoraLinear4bit):
-                updates = [module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A]
-                weight = add(weight, sum(updates)) if updates else weight
-            merged = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            merged.weight = nn.Parameter(weight.to(layer.weight.device), requires_grad=False)
-            merged.bias = layer.bias
-            base.set_submodule(name, merged)
-        base = model.merge_and_unload()
-        if isinstance(base, PreTrainedModel) and base.is_quantized:
-            base.is_quantized = base.is_loaded_in_4bit = False
-            base.hf_quantizer = None
-            del base.config.quantization_config
-        source = "the original weights" if originals is not None else "the dequantised weights"
-        return base, {"merged_into": source, "quantised_for_training": "; ".join(sorted(kinds))}
+    return {**quantised, nn.Linear: MosLoraLinear, nn.Module: Unsupported}

@@ -24,7 +24,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 from safetensors.torch import load_file
 from torch import nn
 
-from llava_moslora.adapters.config import PEFT_NAME, SETTINGS, MosLoraConfig
+from llava_moslora.adapters.config import PEFT_NAME, SETTINGS, MosLoraConfig, stores_mixer
 from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter, LowRank, named_tensors
 from llava_moslora.errors import Refusal
 
@@ -300,7 +300,7 @@ def _check_complete(config: MosLoraConfig, pieces: dict[str, dict], others: dict
     missing, unexpected = [], []
     for name, p in pieces.items():
         settings = config.settled(name)
-        mixed = settings["train_mixer"] or settings["mixer_init"] != "identity"
+        mixed = stores_mixer(settings["mixer_init"], settings["train_mixer"])
         if mixed != ("W" in p):
             (missing if mixed else unexpected).append(f"{name}.lora_mixer")
     targets = config.target_modules if isinstance(config.target_modules, set) else ()

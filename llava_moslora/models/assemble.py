@@ -111,8 +111,8 @@ def blueprint(
     sketch = sketch_llm(llm_config, Path(llm_config.name_or_path))
     with torch.device("meta"):
         tower = CLIPVisionModel(vision_config)
-        model = _compose(sketch, tower, None, None, dtype).to(dtype).requires_grad_(False)
-        return add_adapters(model, llm, vision)
+        model = _compose(sketch, tower, 0, None, dtype).requires_grad_(False)
+        return add_adapters(model, llm, vision).to(dtype)
 
 
 def _compose(llm: PreTrainedModel, vision: CLIPVisionModel, image_token_id, pad_token_id, dtype: torch.dtype) -> Llava:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llava_moslora.errors import Refusal
@@ -149,7 +150,12 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
         )
     elif bits != 16:
         raise Refusal("C-FLAG", "unknown base precision", key="--bits", found=bits, expected="16 or 4")
-    tensors = {name: stored.read() for name, stored in read_llm_tensors(folder, config).items()}
+    tensors = {}
+    # Where the weights are kept as they are, they are brought to their dtype one by one, here: transformers would
+    # keep what it converts from. Quantisation and ZeRO-3's rank 0 convert tensor by tensor themselves.
+    as_kept = quantization is None and not is_deepspeed_zero3_enabled()
+    for name, stored in read_llm_tensors(folder, config).items():
+        tensors[name] = stored.read().to(dtype) if as_kept else stored.read()
     generation = folder / "generation_config.json"
     llm, info = _model_class(config, folder).from_pretrained(
         None,

@@ -58,7 +58,9 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
         Refusal: no such file, not readable without running code, no known layout, other shapes, another activation.
     """
     path = Path(path)
-    if llava_folder.is_llava_folder(path) and not any((path / name).is_file() for name in FILE_NAMES[2:]):
+    # LLaVA's training leaves its configuration beside a projector too, without the rest of the model.
+    alone = any((path / name).is_file() for name in ("mm_projector.bin", "non_lora_trainables.bin"))
+    if llava_folder.is_llava_folder(path) and not alone:
         llava_folder.check_layout(path)
         file, stored = path, llava_folder.read_parts(path).projector
     else:
@@ -117,7 +119,7 @@ def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
         if key in raw and raw[key] not in allowed:
             raise Refusal(
                 "K-PROJECTOR", "not the projector of these towers", file=file, key=key, found=raw[key],
-                expected=allowed[0], fix="give a projector with two layers, GELU and biases that was pretrained with them",
+                expected=allowed[0], fix="give a two-layer GELU projector with biases that was pretrained with them",
             )  # fmt: skip
 
 

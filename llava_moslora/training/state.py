@@ -57,6 +57,7 @@ class Holder:
             return {f"{n}.{key}": _cpu(state[p][key]) for n, p in self.parameters.items() for key in MOMENTS}
         from deepspeed.utils import safe_get_full_optimizer_state as whole
 
+        self._link_adam_state()
         return {f"{n}.{key}": _cpu(whole(p, key)) for n, p in self.parameters.items() for key in MOMENTS}
 
     def adam_steps(self) -> int:
@@ -111,7 +112,17 @@ class Holder:
                 else adam_steps
             )
             self._torch_optimizer.state[flat] = {"step": count, **zeros}
-        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        self._link_adam_state()
+
+    def _link_adam_state(self) -> None:
+        """Let ZeRO-1 and -2 find each parameter's moments in Adam's flat state.
+
+        They link them after the first group of parameters has taken its first step, when the other groups (another
+        learning rate) have no state yet, and never again: so it is done anew here.
+        """
+        zero = self.engine.optimizer
+        if hasattr(zero, "_hp_optimizer_states_linked"):
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
     def _set_working_weights(self, masters: dict[str, Tensor]) -> None:

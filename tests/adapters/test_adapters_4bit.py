@@ -11,7 +11,7 @@ from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.errors import Refusal
 
 bnb = pytest.importorskip("bitsandbytes")
-layers = pytest.importorskip("llava_moslora.adapters.layers")
+quantised = pytest.importorskip("llava_moslora.adapters.quantised")
 
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
@@ -28,7 +28,7 @@ def test_no_merging_in_place(call):
 def test_merging_into_the_dequantised_weights(kind, kinds, dtype):
     model, x = adapted(Pair(kind, dtype)), torch.randn(5, 64, dtype=dtype)
     expected = model(x)
-    merged, metadata = layers.merge_over_4bit(model)
+    merged, metadata = quantised.merge_over_4bit(model)
     assert metadata == {"merged_into": "the dequantised weights", "quantised_for_training": kinds}
     assert type(merged.up) is nn.Linear and merged.up.weight.dtype == dtype
     assert relative(merged(x), expected) <= (1e-6 if dtype == torch.float32 else 2**-7)
@@ -37,12 +37,12 @@ def test_merging_into_the_dequantised_weights(kind, kinds, dtype):
 def test_merging_into_the_original_weights():
     originals = {name: module.weight.data for name, module in Pair().named_children()}
     model, exact = adapted(Pair("nf4")), adapted(Pair())
-    merged, metadata = layers.merge_over_4bit(model, originals)
+    merged, metadata = quantised.merge_over_4bit(model, originals)
     assert metadata["merged_into"] == "the original weights"
     x = torch.randn(5, 64)
     assert relative(merged(x), exact(x)) <= 1e-6
     with pytest.raises(Refusal, match=r"1 of 2 original weights missing; expected down"):
-        layers.merge_over_4bit(adapted(Pair("nf4")), {"up": originals["up"]})
+        quantised.merge_over_4bit(adapted(Pair("nf4")), {"up": originals["up"]})
 
 
 def test_evaluating_first_does_not_corrupt_a_merge():
@@ -50,7 +50,7 @@ def test_evaluating_first_does_not_corrupt_a_merge():
     model, x = adapted(Pair("nf4")).eval(), torch.randn(5, 64)
     with torch.no_grad():
         expected = model(x)
-    assert relative(layers.merge_over_4bit(model)[0](x), expected) <= 1e-6
+    assert relative(quantised.merge_over_4bit(model)[0](x), expected) <= 1e-6
 
 
 def test_a_repacked_weight_is_not_dequantised():
@@ -60,7 +60,7 @@ def test_a_repacked_weight_is_not_dequantised():
         layer.weight.data, layer.weight.quant_state
     )
     with pytest.raises(Refusal, match=r"repacked this 4-bit weight.*load the base model again"):
-        layers.dequantised(layer)
+        quantised.dequantised(layer)
 
 
 def test_a_quantised_model_of_transformers(tmp_path):
@@ -76,13 +76,13 @@ def test_a_quantised_model_of_transformers(tmp_path):
     model = get_peft_model(
         base, MosLoraConfig(r=4, target_modules=[n for n in LINEARS if n != "k_proj"], init_lora_weights=False)
     ).eval()
-    assert type(model.base_model.model.model.layers[0].mlp.up_proj) is layers.MosLoraLinear4bit
+    assert type(model.base_model.model.model.layers[0].mlp.up_proj) is quantised.MosLoraLinear4bit
     ids = torch.arange(1, 21)[None].repeat(2, 1)
     model.train()(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     expected = model(input_ids=ids).logits
 
-    merged, metadata = layers.merge_over_4bit(model)
+    merged, metadata = quantised.merge_over_4bit(model)
     assert metadata["quantised_for_training"] == "nf4, double quantisation"
     assert not any(isinstance(m, bnb.nn.Linear4bit) for m in merged.modules())  # k_proj, which has no adapter, too
     merged.save_pretrained(tmp_path / "merged")

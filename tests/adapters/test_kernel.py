@@ -190,7 +190,7 @@ def test_flops_are_counted(shape, mixed):
     with FlopCounterMode(display=False) as counter:  # the products themselves
         _, x, a, w, b = (None if t is None else t.detach().requires_grad_() for t in tensors)
         x = x.view(rows, i)
-        if mixed and kernel.folds(rows, a, b):
+        if mixed and kernel.folds(rows, i, o):
             a, b = (a, b @ w) if o <= i else (w @ a, b)
             w = None
         u = x @ a.T

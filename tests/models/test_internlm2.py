@@ -82,8 +82,9 @@ def test_configuration_fields(tmp_path):
     )  # fmt: skip
     assert config.dtype == torch.float32 and config.head_dim == 8 and not hasattr(config, "auto_map")
     assert llama_config(CONFIG | {"rope_scaling": None}, tmp_path).rope_parameters["rope_type"] == "default"
-    assert llama_config({k: v for k, v in CONFIG.items() if k != "num_key_value_heads"}, tmp_path).num_key_value_heads == 8
-    assert llama_config({k: v for k, v in CONFIG.items() if k != "bias"}, tmp_path).attention_bias
+    without = {k: v for k, v in CONFIG.items() if k not in ("num_key_value_heads", "bias")}
+    assert llama_config(without, tmp_path).num_key_value_heads == 8
+    assert llama_config(without, tmp_path).attention_bias
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,9 @@
+import json
+import sys
+from collections import OrderedDict
+from types import ModuleType
+
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -111,3 +117,77 @@ def test_folder_without_projector(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(Refusal, match=r"no projector file in this folder; found config\.json"):
         read_projector(tmp_path, E, D)
+
+
+def test_deepspeed_directory(tmp_path):
+    """Under DeepSpeed XTuner's ``iter_N.pth`` is a folder, the model's tensors behind ``module``."""
+    folder = tmp_path / "iter_2181.pth"
+    folder.mkdir()
+    content = tensors("projector.model.", ("0", "2"))
+    state = {"module": OrderedDict(content), "buffer_names": [], "param_shapes": [{"a": torch.Size([2])}], "mp": {1, 2}}
+    torch.save(state, folder / "mp_rank_00_model_states.pt")
+    torch.save({"optimizer_state_dict": {}}, folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    read = read_projector(folder, E, D)
+    assert torch.equal(read["linear_2.weight"], content["projector.model.2.weight"])
+    (folder / "mp_rank_00_model_states.pt").rename(folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    with pytest.raises(Refusal, match=r"iter_2181\.pth: DeepSpeed's ZeRO-3 folder.*fix: .*zero_to_fp32\.py"):
+        read_projector(folder, E, D)
+
+
+def test_trainers_log_beside_the_weights_is_no_obstacle(tmp_path, monkeypatch):
+    """mmengine stores its log as objects of a class of its own; it is neither imported nor needed."""
+
+    class HistoryBuffer:
+        def __init__(self):
+            self.values = np.arange(4.0)
+            self.last = np.float64(3)
+
+    module = ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = HistoryBuffer
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    content = tensors("projector.model.", ("0", "2"))
+    log = {"log_scalars": OrderedDict(loss=HistoryBuffer()), "runtime_info": OrderedDict(iter=2181)}
+    torch.save({"meta": {"seed": 1}, "state_dict": content, "message_hub": log}, tmp_path / "iter_2181.pth")
+    for name in ("mmengine", "mmengine.logging", module.__name__):
+        monkeypatch.delitem(sys.modules, name)
+    read = read_projector(tmp_path / "iter_2181.pth", E, D)
+    assert torch.equal(read["linear_1.weight"], content["projector.model.0.weight"])
+    assert "mmengine" not in sys.modules
+    torch.save({"state_dict": content, "hook": Payload()}, tmp_path / "other.pth")
+    with pytest.raises(Refusal, match="cannot be read as plain tensors"):
+        read_projector(tmp_path / "other.pth", E, D)
+
+
+def test_non_lora_trainables_of_a_llava_run(tmp_path):
+    """LLaVA's LoRA training: adapter, projector and the whole model's configuration in one folder."""
+    content = tensors("base_model.model.model.mm_projector.", ("0", "2"))
+    torch.save(content, tmp_path / "non_lora_trainables.bin")
+    config = {"architectures": ["LlavaLlamaForCausalLM"], "mm_projector_type": "mlp2x_gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for path in (tmp_path, tmp_path / "non_lora_trainables.bin"):
+        read = read_projector(path, E, D)
+        assert torch.equal(read["linear_1.bias"], content["base_model.model.model.mm_projector.0.bias"])
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mm_projector_type": "linear"}))
+    with pytest.raises(Refusal, match=r"config\.json:mm_projector_type: .*found linear; expected mlp2x_gelu"):
+        read_projector(tmp_path, E, D)
+
+
+XTUNER = {"model_type": "projector", "bias": True, "depth": 2, "hidden_act": "gelu", "auto_map": {"AutoModel": "m.P"}}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("depth", 3), ("hidden_act", "relu"), ("bias", False), ("visual_hidden_size", 7), ("llm_hidden_size", 11)],
+)
+def test_xtuner_configuration_is_checked(tmp_path, key, value):
+    save_file(tensors("model.", ("0", "2")), tmp_path / "model.safetensors")
+    config = XTUNER | {"visual_hidden_size": E, "llm_hidden_size": D}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert len(read_projector(tmp_path, E, D)) == 4
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(Refusal) as caught:
+        read_projector(tmp_path, E, D)
+    assert (caught.value.code, caught.value.key, caught.value.found) == ("K-PROJECTOR", key, value)

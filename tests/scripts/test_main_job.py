@@ -1,66 +1,26 @@
 """The main job as a user runs it, tiny: two ranks under ZeRO-2, export, and the answers of stock transformers."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import flags, launch, refused, run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[2]
-LAUNCHER = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
 
-
-def run(command: list[str], **environment) -> subprocess.CompletedProcess:
-    env = (
-        os.environ
-        | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        | environment
-    )
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)
-
-
-def flags(parts, output: Path, **changes) -> list[str]:
-    settings = {
-        "model_name_or_path": parts.llm,
-        "vision_tower": parts.clip,
-        "pretrain_mm_mlp_adapter": parts.projector,
-        "data_path": parts.data,
-        "image_folder": parts.images,
-        "data_cache": output.parent / "cache",
-        "lora_r": 4,
-        "vision_lora_r": 2,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "output_dir": output,
-    } | changes
-    return [str(word) for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
-
-
-def launch(arguments: list[str]) -> None:
-    """Train on two ranks."""
-    done = run([*LAUNCHER, "--master_port", str(free_port()), "scripts/train_vit_llm.py", *arguments])
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+# Two learning rates make two groups of parameters, which DeepSpeed flattens and partitions each for itself.
+TWO_RANKS = {"deepspeed": "zero_configs/zero2.json", "bf16": True, "save_steps": 1, "mm_projector_lr": 1e-3}
 
 
 @pytest.fixture(scope="module")
 def trained(parts, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("main") / "run"
-    launch(flags(parts, output, deepspeed="zero_configs/zero2.json", bf16=True, save_steps=1))
+    launch(flags(parts, output, **TWO_RANKS))
     return output
 
 
@@ -110,6 +70,7 @@ def test_export_is_the_legacy_layout_with_a_complete_tower(merged):
 # What a user's process does: stock transformers, nothing of ours.
 STOCK = """
 import sys, json, torch
+from launching import flags, launch, refused, run
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 folder, image, output = sys.argv[1:]
@@ -167,12 +128,9 @@ def test_resumed_run_ends_in_the_same_bytes(trained, parts, tmp_path):
     shutil.copytree(trained, again)
     shutil.rmtree(again / "checkpoint-2")
     shutil.copytree(trained / "checkpoint-2" / "adapter", again / "checkpoint-3" / "adapter")  # left by a killed save
-    changed = flags(
-        parts, again, deepspeed="zero_configs/zero2.json", bf16=True, save_steps=1, resume=True, lora_alpha=1
-    )
-    line = refused(changed)
+    line = refused(flags(parts, again, **TWO_RANKS, resume=True, lora_alpha=1))
     assert "lora_alpha: this call differs from the run" in line and "--allow_change lora_alpha" in line
-    launch(flags(parts, again, deepspeed="zero_configs/zero2.json", bf16=True, save_steps=1, resume=True))
+    launch(flags(parts, again, **TWO_RANKS, resume=True))
     for name in STATE:
         assert (again / "checkpoint-2" / name).read_bytes() == (trained / "checkpoint-2" / name).read_bytes(), name
 
@@ -189,14 +147,6 @@ WRONG = {
     "missing data": ({"data_path": "nowhere.json"}, "nowhere.json: there is no such file"),
     "missing DeepSpeed file": ({"deepspeed": "nowhere.json"}, "nowhere.json:--deepspeed: no such file"),
 }
-
-
-def refused(command: list[str]) -> str:
-    """The one line that a refused command prints."""
-    done = run([sys.executable, "scripts/train_vit_llm.py", *command])
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error[")]
-    assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    return lines[0]
 
 
 @pytest.mark.parametrize("case", WRONG)

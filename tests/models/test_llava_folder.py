@@ -1,0 +1,161 @@
+"""A complete LLaVA's folder stands for each of its three parts."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_tokenizer
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
+from llava_moslora.errors import Refusal
+from llava_moslora.models.assemble import assemble
+from llava_moslora.models.llava_folder import starting_parts
+from llava_moslora.models.llm import load_llm, read_llm_config
+from llava_moslora.models.projector import read_projector
+from llava_moslora.models.vision import load_vision_tower
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory, parts):
+    """A llava-hf folder as transformers saves it, and the model."""
+    folder = tmp_path_factory.mktemp("llava") / "model"
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=384, rope_theta=5e5, bos_token_id=None),
+        vision_config=CLIPVisionConfig(**tower, image_size=32, patch_size=8),
+        image_token_index=len(tokenizer) - 1,
+        image_seq_length=16,
+    )
+    torch.manual_seed(7)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.copy(parts.clip / "preprocessor_config.json", folder)
+    return folder, model
+
+
+def rename(folder, target, pattern: dict[str, str]):
+    """A copy of ``folder`` with its tensors renamed."""
+    shutil.copytree(folder, target)
+    tensors = load_file(folder / "model.safetensors")
+    for old, new in pattern.items():
+        tensors = {re.sub(old, new, name): t for name, t in tensors.items()}
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+# How other versions spell what this one saves.
+SPELLINGS = {
+    "as this version saves it": {},
+    "published": {r"^vision_tower\.(?!vision_model)": "vision_tower.vision_model."},
+    "as in memory": {
+        r"^language_model\.lm_head": "lm_head",
+        r"^language_model\.model": "model.language_model",
+        r"^(vision_tower|multi_modal_projector)": r"model.\1",
+    },
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_whole_computes_what_transformers_computes(complete, tmp_path, spelling):
+    folder, stock = complete
+    folder = rename(folder, tmp_path / "m", SPELLINGS[spelling])
+    tokenizer = load_tokenizer(folder)
+    model, _ = assemble(
+        *starting_parts(folder), tokenizer=tokenizer, image_token_id=image_token_id(tokenizer), dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 250, (1, 30), generator=generator)
+    ids[:, 1:17] = image_token_id(tokenizer)
+    pixels = torch.randn(1, 3, 32, 32, generator=generator)
+    assert model.config.text_config.rope_parameters["rope_theta"] == 5e5
+    expected = stock(input_ids=ids, pixel_values=pixels).logits
+    found = model.eval()(input_ids=ids, pixel_values=pixels).logits
+    assert found.shape == expected.shape  # the padded rows of the vocabulary are kept, none is added
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def original(complete, target, vision: bool = False):
+    """The same LLM and projector in the original LLaVA's layout."""
+    folder, model = complete
+    target.mkdir()
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("language_model."):
+            renamed[name.removeprefix("language_model.")] = tensor
+        elif name.startswith("multi_modal_projector.linear_"):
+            number = {"1": "0", "2": "2"}[name[len("multi_modal_projector.linear_")]]
+            renamed[f"model.mm_projector.{number}.{name.rpartition('.')[2]}"] = tensor
+        elif vision:
+            renamed["model.vision_tower.vision_tower.vision_model." + name.removeprefix("vision_tower.")] = tensor
+    save_file(renamed, target / "model.safetensors")
+    text = model.config.text_config.to_dict()
+    config = {key: text[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    config |= {key: text[key] for key in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")}
+    config |= {"model_type": "llava_llama", "architectures": ["LlavaLlamaForCausalLM"], "rope_theta": 5e5}
+    config |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    config |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "auto_map": {"AutoModel": "code.Model"}}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@torch.no_grad()
+def test_original_llava_gives_llm_and_projector(complete, tmp_path):
+    folder = original(complete, tmp_path / "m")
+    stock = complete[1]
+    llm = load_llm(folder, torch.float32)
+    ids = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(llm(ids).logits, stock(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+    assert not [key for key in llm.config.to_dict() if key.startswith("mm_")]
+    projector = read_projector(folder, 32, 64)
+    assert torch.equal(projector["linear_2.weight"], stock.model.multi_modal_projector.linear_2.weight)
+    with pytest.raises(Refusal, match=r"mm_vision_tower: .*found openai/clip.*--vision_tower"):
+        load_vision_tower(folder)
+
+
+def test_a_tower_that_was_trained_is_not_left_behind(complete, tmp_path):
+    with pytest.raises(Refusal, match="a vision tower was trained with this LLM"):
+        read_llm_config(original(complete, tmp_path / "m", vision=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"vision_feature_layer": -1}, "vision_feature_layer"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias"),
+        ({"architectures": ["LlavaNextForConditionalGeneration"], "model_type": "llava"}, "architectures"),
+    ],
+)
+def test_another_kind_of_llava_is_refused(complete, tmp_path, changes, key):
+    folder = shutil.copytree(complete[0], tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+    for read in (read_llm_config, load_vision_tower, lambda f: read_projector(f, 32, 64)):
+        with pytest.raises(Refusal) as caught:
+            read(folder)
+        assert (caught.value.code, caught.value.key) == ("C-MODEL", key)
+
+
+def test_starting_parts(complete, parts, tmp_path):
+    with pytest.raises(Refusal, match="--vision_tower: missing flag"):
+        starting_parts(parts.llm)
+    folder = tmp_path / "xtuner"
+    for name in ("projector", "visual_encoder"):
+        (folder / name).mkdir(parents=True)
+    assert starting_parts(folder) == (folder, folder / "visual_encoder", folder / "projector")
+    (folder / "llm").mkdir()
+    assert starting_parts(folder)[0] == folder / "llm"
+    (folder / "visual_encoder_adapter").mkdir()
+    with pytest.raises(Refusal, match="adapters that are not merged"):
+        starting_parts(folder)

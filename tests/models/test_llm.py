@@ -1,0 +1,158 @@
+"""LLM folders: native architectures as transformers loads them, and what they cost in memory."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import write_llm
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from llava_moslora.errors import Refusal
+from llava_moslora.models.llm import load_llm, read_llm_config, read_llm_tensors, with_old_rope
+
+ROOT = Path(__file__).parents[2]
+SMALL = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class"),
+    [(MistralConfig, MistralForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_native_architectures(tmp_path, config_class, model_class, tied):
+    torch.manual_seed(0)
+    stock = model_class(config_class(**SMALL, tie_word_embeddings=tied)).eval()
+    stock.generation_config.eos_token_id = [7, 9]
+    stock.save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    model = load_llm(tmp_path / "m", torch.float32)
+    assert type(model) is model_class and model.generation_config.eos_token_id == [7, 9]
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(ids).logits, stock(ids).logits)
+
+
+def test_old_torch_folder_with_saved_frequencies(parts, tmp_path):
+    """Llama-2 and Vicuna were published as ``.bin``, with a buffer in every layer that is no weight."""
+    folder = write_llm(tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    ids = torch.arange(12)[None]
+    assert torch.equal(load_llm(folder, torch.float32)(ids).logits, AutoModelForCausalLM.from_pretrained(parts.llm)(ids).logits)
+
+
+def test_a_head_that_is_stored_although_tied(tmp_path):
+    folder = write_llm(tmp_path / "m", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors | {"lm_head.weight": torch.zeros(320, 64)}, folder / "pytorch_model.bin")
+    assert "lm_head.weight" not in read_llm_tensors(folder, read_llm_config(folder))
+    assert load_llm(folder, torch.float32).lm_head.weight.any()
+
+
+def test_an_architecture_whose_files_are_not_its_tensors(tmp_path):
+    """Mixtral's experts lie in the file one by one and in memory as one tensor: an export by name would be wrong."""
+    config = MixtralConfig(**SMALL, num_local_experts=2)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(Refusal, match="K-KEYS"):
+        load_llm(tmp_path / "m", torch.float32)
+
+
+def test_rotary_settings_where_transformers_4_looks():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    old = with_old_rope({"rope_parameters": rope, "hidden_size": 8})
+    assert old["rope_theta"] == 1e6 and old["rope_parameters"] == rope and old["hidden_size"] == 8
+    assert old["rope_scaling"] == {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
+    plain = with_old_rope({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}})
+    assert plain["rope_theta"] == 5e5 and plain["rope_scaling"] is None
+    assert with_old_rope({"hidden_size": 8}) == {"hidden_size": 8}
+
+
+# Writes a model of 2 GB, then assembles it in a process of its own and watches that process's anonymous memory.
+WRITE = """
+import json, sys, torch
+from pathlib import Path
+sys.path[:0] = ["tests", "tests/models"]
+from internlm2_reference import CONFIG
+from llava_moslora.models.internlm2 import llama_config
+folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
+folder.mkdir()
+config = CONFIG | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 15, "num_attention_heads": 16}
+config |= {"num_key_value_heads": 4, "vocab_size": 32000}
+(folder / "config.json").write_text(json.dumps(config))
+shapes = {"attention.wqkv": (3072, 2048), "attention.wo": (2048, 2048), "feed_forward.w1": (8192, 2048)}
+shapes |= {"feed_forward.w3": (8192, 2048), "feed_forward.w2": (2048, 8192), "attention_norm": (2048,), "ffn_norm": (2048,)}
+weight_map = {}
+for n in range(16):
+    tensors = {f"model.layers.{n}.{k}.weight": torch.full(s, 0.01, dtype=dtype) for k, s in shapes.items()}
+    if n == 15:
+        tensors = {k: torch.full((32000, 2048), 0.01, dtype=dtype) for k in ("model.tok_embeddings.weight", "output.weight")}
+        tensors["model.norm.weight"] = torch.ones(2048, dtype=dtype)
+    file = f"pytorch_model-{n + 1:05d}-of-00016.bin"
+    torch.save(tensors, folder / file)
+    weight_map |= dict.fromkeys(tensors, file)
+(folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+"""
+ASSEMBLE = """
+import sys, threading, time, torch
+from llava_moslora.models.assemble import assemble
+from llava_moslora.data.tokenizer import load_tokenizer, image_token_id
+llm, clip, projector, tokenizer = sys.argv[1:]
+tokenizer = load_tokenizer(tokenizer)
+
+def anonymous() -> int:
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def build(llm):
+    return assemble(llm, clip, projector, tokenizer=tokenizer, image_token_id=image_token_id(tokenizer), dtype=torch.bfloat16)[0]
+
+import deepspeed, transformers.models.llama  # what assembly imports is no weight
+baseline, peak, running = anonymous(), 0, True
+def watch():
+    global peak
+    while running:
+        peak = max(peak, anonymous())
+        time.sleep(0.01)
+thread = threading.Thread(target=watch)
+thread.start()
+model = build(llm)
+running = False
+thread.join()
+kept = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+print("RESULT", kept, max(peak, anonymous()) - baseline)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_assembly_holds_the_weights_once(parts, tmp_path, dtype):
+    """As stored (mapped: nothing of it is anonymous but the split wqkv) and converted on the way (all of it is)."""
+    folder = tmp_path / "m"
+    subprocess.run([sys.executable, "-c", WRITE, folder, dtype], check=True, cwd=ROOT)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "bos_token_id"}))
+    from tiny import write_projector
+
+    projector = write_projector(tmp_path / "p.safetensors", llm=2048)
+    command = [sys.executable, "-c", ASSEMBLE, folder, parts.clip, projector, parts.llm]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    kept, above = (int(n) for n in done.stdout.split("RESULT")[1].split())
+    print(f"kept {kept / 2**30:.2f} GiB, anonymous above baseline at most {above / kept:.3f} of it")
+    assert kept > 2e9 and above <= 1.15 * kept
