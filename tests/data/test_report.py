@@ -104,7 +104,7 @@ def test_page(dataset, tiny, picture_folder, tmp_path):
 
 def run_script(*arguments):
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], timeout=600)
 
 
 @pytest.mark.slow  # the imports of a new process

@@ -70,7 +70,6 @@ def test_export_is_the_legacy_layout_with_a_complete_tower(merged):
 # What a user's process does: stock transformers, nothing of ours.
 STOCK = """
 import sys, json, torch
-from launching import flags, launch, refused, run
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 folder, image, output = sys.argv[1:]
