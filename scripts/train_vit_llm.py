@@ -16,7 +16,7 @@ from transformers import set_seed
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.images import ImageTransform
-from llava_moslora.data.prepare import prepare
+from llava_moslora.data.prepare import prepare, report_of
 from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import run_script
 from llava_moslora.models.assemble import (
@@ -57,7 +57,11 @@ def main() -> None:
         max_length=data_args.model_max_length,
         cache_dir=data_args.data_cache,
         num_proc=data_args.preprocessing_num_workers,
+        on_bad_record=data_args.on_bad_record,
+        max_bad_share=data_args.max_bad_share,
+        follow_image_links=data_args.follow_image_links,
     )
+    say("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
 
     # 3. The model: three parts grafted together, frozen, then what is trained
     set_seed(args.seed)
@@ -110,6 +114,7 @@ def main() -> None:
             tokenizer.pad_token_id,
             data_args.image_folder,
             ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio),
+            follow_links=data_args.follow_image_links,
         ),
         data_order=data_args.data_order,
         facts=facts,

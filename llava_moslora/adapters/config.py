@@ -92,7 +92,7 @@ class MosLoraConfig(LoraConfig):
         from llava_moslora.adapters.layers import custom_modules  # layers need this class
 
         self._register_custom_module(custom_modules())
-        self._declared = self.target_modules if isinstance(self.target_modules, set) else set()
+        self._declared = self.target_modules
         self._adapted: list[str] = []  # the modules that received this adapter, until `check_targets` has seen them
         self._whole: MosLoraConfig | None = None  # in a module's copy: the configuration it comes from,
         self._module = ""  # and the name of the module
@@ -151,16 +151,21 @@ class MosLoraConfig(LoraConfig):
         adapted, self._adapted = self._adapted, []
         if not adapted:  # another layer of the same adapter has been here already
             return
-        targets = set() if isinstance(self.target_modules, str) else set(self.target_modules or ())
-        if len(self._declared) > len(targets):  # PEFT shortens long lists to suffixes; ask for what the user named
-            targets = self._declared
-        for target in sorted(targets):
+        for target in sorted(self._named_targets()):
             if not any(name == target or name.endswith("." + target) for name in adapted):
                 self._refuse_target("target_modules", target, adapted)
         for pattern_field in SETTINGS.values():
             for pattern in getattr(self, pattern_field):
                 if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
                     self._refuse_target(pattern_field, pattern, adapted)
+
+    def _named_targets(self) -> set[str]:
+        """The targets that the user named. PEFT replaces "all-linear" by names, and long lists by suffixes of them."""
+        if isinstance(self._declared, str):
+            return set()
+        names, now = self._declared or set(), self.target_modules
+        shortened = all(any(name == n or name.endswith("." + n) for name in names) for n in now)
+        return names if shortened else now
 
     def _refuse_target(self, key: str, found: str, adapted: list[str]) -> None:
         raise Refusal(

@@ -61,8 +61,8 @@ def llama_config(raw: Mapping[str, Any], file: Path) -> LlamaConfig:
     old, new = scaling.pop("type", None), scaling.pop("rope_type", None)
     kind = new or old
     if kind not in ("default", "dynamic", "linear"):
-        expected = "dynamic, linear or none"
-        raise Refusal("K-CONFIG", "unknown scaling", file=file, key="rope_scaling", found=kind, expected=expected)
+        where = {"file": file, "key": "rope_scaling", "fix": "restore the published configuration"}
+        raise Refusal("K-CONFIG", "unknown scaling", **where, found=kind, expected="dynamic, linear or none")
     return LlamaConfig(
         **{field: raw[field] for field in SAME if field in raw},
         num_key_value_heads=groups,

@@ -79,12 +79,15 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
 
 
 def _model_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel]:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    """The causal LM of ``config``, which must have the two parts that LLaVA takes: ``model`` and ``lm_head``."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None or found.base_model_prefix != "model":
         raise Refusal(
-            "C-MODEL", "not a causal language model", file=file, key="model_type", found=config.model_type,
-            expected="an LLM such as llama, mistral, qwen2, qwen3 or internlm2", fix="check --model_name_or_path",
+            "C-MODEL", "not a language model that composes into LlavaForConditionalGeneration", file=file,
+            key="model_type", found=config.model_type, expected="llama, internlm2, mistral, qwen2, qwen3 or alike",
+            fix="check --model_name_or_path",
         )  # fmt: skip
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found
 
 
 def sketch_llm(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
@@ -94,17 +97,7 @@ def sketch_llm(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
         Refusal: C-MODEL, it does not have the parts that LLaVA is composed of.
     """
     with torch.device("meta"):
-        llm = _model_class(config, source)(config)
-    if not (hasattr(llm, "model") and hasattr(llm, "lm_head")):
-        raise Refusal(
-            "C-MODEL",
-            "this architecture does not compose into LlavaForConditionalGeneration",
-            file=source,
-            found=type(llm).__name__,
-            expected="a causal LM with `model` and `lm_head`, such as LlamaForCausalLM",
-            fix="use a Llama, Mistral, Qwen2, Qwen3 or InternLM2",
-        )
-    return llm
+        return _model_class(config, source)(config)
 
 
 def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, Stored]:

@@ -46,6 +46,9 @@ class DataArguments:
     data_order: str = field(default="modality_length", metadata={"help": "modality_length, shuffle or sequential"})
     data_cache: str = field(default=".cache/llava_moslora", metadata={"help": "folder of the tokenised data"})
     preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that tokenise"})
+    on_bad_record: str = field(default="fail", metadata={"help": "fail, or quarantine: leave bad records out, listed"})
+    max_bad_share: float = field(default=0.01, metadata={"help": "quarantine at most this share"})
+    follow_image_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
 
 
 @dataclass

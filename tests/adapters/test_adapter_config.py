@@ -73,6 +73,21 @@ def test_a_name_that_matches_nothing_is_refused_in_a_long_list_too():
         get_peft_model(model, MosLoraConfig(target_modules=[*names, "layer30.q"]))
 
 
+def test_all_linear_beside_a_module_that_is_trained_whole():
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "projector": nn.Sequential(nn.Linear(8, 8))})
+    config = MosLoraConfig(target_modules="all-linear", modules_to_save=["projector"])
+    names = {name for name, _ in get_peft_model(model, config).named_parameters()}
+    assert any("body.lora_mixer" in name for name in names)
+    assert not any("projector" in name and "lora" in name for name in names)
+
+
+def test_targets_named_later_are_checked_too():
+    config = MosLoraConfig(target_modules=["up"])
+    config.target_modules = {"up", "dwon"}
+    with pytest.raises(Refusal, match="found dwon"):
+        get_peft_model(Pair(), config)
+
+
 def test_one_configuration_serves_two_models():
     config = MosLoraConfig(target_modules=["up", "down"])
     get_peft_model(Pair(), config)

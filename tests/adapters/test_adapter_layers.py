@@ -76,7 +76,7 @@ def test_forward_is_the_formula(kind):
 def test_autocast():
     """bf16 inside, fp32 parameters and gradients outside, the same in forward and in a backward outside autocast."""
     model, x = adapted(Pair()), torch.randn(4, 64, requires_grad=True)
-    expected = torch.autograd.grad(model(x).sum(), [x, *model.parameters()][:1])[0]
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
     with torch.autocast("cpu", dtype=BF16):
         y = model(x)
     assert y.dtype == BF16
@@ -264,3 +264,22 @@ def test_layers_that_share_an_input_keep_it_once():
     assert activations == {(x.untyped_storage().data_ptr(), BF16)}
     y.backward()
     assert x.grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["bf16", "bf16, fp32 adapter", "nf4, bf16", "nf4, single quantisation", "int8"])
+def test_gpu_frozen_identity_is_pefts_lora(case):
+    kind, dtype, autocast_adapter_dtype, tolerance = PARITY[case]
+    if kind == "int8":
+        dtype, tolerance = torch.float16, 2**-10  # the CUDA kernel's input dtype
+    outputs, gradients = [], []
+    for settings in (IDENTITY, {"plain": True}):
+        model = adapted(Pair(kind, dtype).cuda(), autocast_adapter_dtype, **settings)
+        torch.manual_seed(5)
+        x = torch.randn(2, 9, 64, dtype=dtype).cuda().requires_grad_()
+        outputs.append(model(x))
+        outputs[-1].float().square().sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad] + [x.grad])
+    assert relative(*outputs) <= max(tolerance, 1e-5)  # TF32 and cuBLAS's choice of sums
+    for ours, pefts in zip(*gradients, strict=True):
+        assert relative(ours, pefts) <= 2 * max(tolerance, 1e-5)

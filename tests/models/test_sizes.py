@@ -1,4 +1,4 @@
-"""Sizes on paper: the published models and adapters, counted on the meta device through the code that assembles them."""
+"""Sizes on paper: published models and adapters, counted on the meta device through the code that assembles them."""
 
 from pathlib import Path
 
@@ -42,9 +42,8 @@ def test_llama3_8b_r64_and_clip_r64():
 def test_internlm2_7b_r512():
     llm = llama_config(CONFIG | SIZES | {"vocab_size": 92544, "max_position_embeddings": 32768}, Path("config.json"))
     linears = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    model = blueprint(
-        llm, CLIPVisionConfig(**CLIP_L_336), TowerAdapter(512, 256, target_modules=(*linears, HEAD)), TowerAdapter(64, 16)
-    )
+    adapter = TowerAdapter(512, 256, target_modules=(*linears, HEAD))
+    model = blueprint(llm, CLIPVisionConfig(**CLIP_L_336), adapter, TowerAdapter(64, 16))
     factors = count(model, LLM, "lora_A", "lora_B") + count(model, HEAD, "lora_A", "lora_B")
     mixers = count(model, LLM, "lora_mixer") + count(model, HEAD, "lora_mixer")
     assert count(model, HEAD, "lora_A", "lora_B") == 49_479_680  # 49.5M of it on `output`

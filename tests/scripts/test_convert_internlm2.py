@@ -12,7 +12,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.models.llm import load_llm
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "tests" / "models")]
+sys.path.insert(0, str(ROOT / "scripts"))
 
 from convert_internlm2 import convert  # noqa: E402
 from internlm2_reference import write_internlm2  # noqa: E402
