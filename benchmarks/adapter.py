@@ -55,7 +55,7 @@ HALF = {"hidden_size": 2048, "intermediate_size": 7168, "num_attention_heads": 1
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}
 # layer → shape and input (batch, tokens); the FLOPs are counted at about 16,384 rows
 SHAPES = {
-    "cpu": {"decoder": (HALF, (2, 512)), "clip": (CLIP_L, (2, 577))},
+    "cpu": {"decoder": (HALF, (1, 768)), "clip": (CLIP_L, (1, 577))},
     "cuda": {"decoder": (LLAMA_3_8B, (4, 2048)), "clip": (CLIP_L, (16, 577))},
     "meta": {"decoder": (LLAMA_3_8B, (8, 2048)), "clip": (CLIP_L, (28, 577))},
 }

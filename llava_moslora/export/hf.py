@@ -7,6 +7,7 @@ output shard whatever the model's size; names are made here, never taken from a 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -28,7 +29,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.export.processor import write_processor
 from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, mean_row, tokens_per_picture
-from llava_moslora.models.llm import read_llm_config, read_llm_tensors
+from llava_moslora.models.llm import read_llm_config, read_llm_tensors, with_old_rope
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import load_vision_tower
 from llava_moslora.runs.manifest import fsync, write_json
@@ -99,7 +100,7 @@ def export_hf(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     _write_shards(staging, plan, low_ranks, dtype)
-    _llava_config(llm_config, vision.config, tokenizer, dtype).save_pretrained(staging)
+    _write_config(staging, _llava_config(llm_config, vision.config, tokenizer, dtype))
     stops = stop_token_ids(tokenizer, template)
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id
@@ -187,6 +188,14 @@ def _write_shards(folder: Path, plan: list[Planned], low_ranks: dict[str, LowRan
         total = sum(planned.numel for planned in plan) * size
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
+
+
+def _write_config(folder: Path, config: LlavaConfig) -> None:
+    """``config.json`` with the LLM's rotary settings in both spellings: older readers do not see the new one."""
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, raw | {"text_config": with_old_rope(raw["text_config"])})
 
 
 def _llava_config(llm_config, vision_config, tokenizer, dtype: torch.dtype) -> LlavaConfig:

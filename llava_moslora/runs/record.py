@@ -49,13 +49,17 @@ def read_run(folder: str | Path) -> dict:
     return json.loads((folder / RUN).read_text(encoding="utf-8"))
 
 
-def fingerprint(folder: str | Path) -> dict[str, str]:
-    """What identifies a model folder without reading weights: hashes of its JSON files, sizes of its weight files."""
-    folder = Path(folder)
+def fingerprint(source: str | Path) -> dict[str, str]:
+    """What identifies a file by its hash, or a model folder without reading weights: hashes of its JSON files, sizes
+    of its weight files. Of ``open_clip:ARCH@FILE`` it is the file; of one of open_clip's own tags, the tag."""
+    folder = Path(str(source).rpartition("@")[2])
     if folder.is_file():
         return {folder.name: sha256(folder)}
+    if not folder.is_dir():
+        return {"name": str(source)}
     facts = {p.name: sha256(p) for p in sorted(folder.glob("*.json"))}
-    return facts | {p.name: str(p.stat().st_size) for p in sorted(folder.glob("*.safetensors"))}
+    weights = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")]
+    return facts | {p.name: str(p.stat().st_size) for p in sorted(weights)}
 
 
 def _installed(name: str) -> str | None:

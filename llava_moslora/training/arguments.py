@@ -20,12 +20,16 @@ from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
+from llava_moslora.models.llava_folder import starting_parts
 
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(metadata={"help": "folder of the LLM"})
-    vision_tower: str = field(metadata={"help": "folder of the CLIP vision tower, or open_clip:ARCH@FILE"})
+    model_name_or_path: str = field(metadata={"help": "folder of the LLM, or of a complete LLaVA"})
+    vision_tower: str | None = field(
+        default=None,
+        metadata={"help": "folder of the CLIP tower, or open_clip:ARCH@FILE; default: the one in --model_name_or_path"},
+    )
     pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "pretrained projector: file or folder"})
     version: str | None = field(
         default=None, metadata={"help": "conversation template; default: told by the tokenizer"}
@@ -35,6 +39,10 @@ class ModelArguments:
     def __post_init__(self):
         if self.bits not in (4, 16):
             raise Refusal("C-FLAG", "unknown base precision", key="--bits", found=self.bits, expected="16 or 4")
+        if self.vision_tower is None:  # a complete LLaVA; from here on its parts are named one by one
+            llm, tower, projector = map(str, starting_parts(self.model_name_or_path))
+            self.model_name_or_path, self.vision_tower = llm, tower
+            self.pretrain_mm_mlp_adapter = self.pretrain_mm_mlp_adapter or projector
 
 
 @dataclass

@@ -103,7 +103,8 @@ weight_map = {}
 for n in range(16):
     tensors = {f"model.layers.{n}.{k}.weight": torch.full(s, 0.01, dtype=dtype) for k, s in shapes.items()}
     if n == 15:
-        tensors = {f"{k}.weight": torch.full((32000, 2048), 0.01, dtype=dtype) for k in ("model.tok_embeddings", "output")}
+        words = ("model.tok_embeddings", "output")
+        tensors = {f"{k}.weight": torch.full((32000, 2048), 0.01, dtype=dtype) for k in words}
         tensors["model.norm.weight"] = torch.ones(2048, dtype=dtype)
     file = f"pytorch_model-{n + 1:05d}-of-00016.bin"
     torch.save(tensors, folder / file)

@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-
 # Two learning rates make two groups of parameters, which DeepSpeed flattens and partitions each for itself.
 TWO_RANKS = {"deepspeed": "zero_configs/zero2.json", "bf16": True, "save_steps": 1, "mm_projector_lr": 1e-3}
 
@@ -64,6 +63,7 @@ def test_export_is_the_legacy_layout_with_a_complete_tower(merged):
     assert "vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight" in names  # the layer training does without
     config = json.loads((merged / "config.json").read_text())
     assert config["vision_feature_layer"] == -2 and config["vision_config"]["num_hidden_layers"] == 3
+    assert json.loads((merged / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["model_type"] == "llava" and config["architectures"] == ["LlavaForConditionalGeneration"]
 
 

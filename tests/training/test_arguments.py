@@ -58,8 +58,17 @@ def test_wrong_flags_are_answered(tmp_path, extra, message):
 
 
 def test_missing_flags_are_named():
-    with pytest.raises(Refusal, match="--vision_tower"):
+    with pytest.raises(Refusal, match="--data_path"):
         parse(["--model_name_or_path", "x", "--output_dir", "y"])
+
+
+def test_without_a_vision_tower_a_complete_llava_is_asked_for(tmp_path):
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text('{"model_type": "llama"}')
+    words = required(tmp_path)
+    words = words[:2] + words[4:]
+    with pytest.raises(Refusal, match=r"--vision_tower: missing flag; found .* is not a complete LLaVA"):
+        parse([*words, "--model_name_or_path", str(tmp_path / "llm")])
 
 
 def test_missing_output_dir_is_named(tmp_path):
