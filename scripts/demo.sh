@@ -25,7 +25,7 @@ if ! ls -d $RUN/checkpoint-* >/dev/null 2>&1; then
     --data_path $VQA/train.json \
     --image_folder $VQA/images \
     --lora_r 16 --lora_alpha 32 --vision_lora_r 8 --vision_lora_alpha 16 \
-    --learning_rate 1e-3 --mm_projector_lr 1e-3 --vision_lr 5e-4 \
+    --learning_rate 5e-4 --mm_projector_lr 1e-3 --vision_lr 5e-4 \
     --per_device_train_batch_size $((16 / PROCESSES)) --max_steps 200 \
     --model_max_length 256 --data_order shuffle \
     --bf16 True --seed 1024 \
