@@ -1,11 +1,9 @@
 import multiprocessing
 import pickle
-import subprocess
-import sys
 
 import pytest
 
-from llava_moslora.errors import EXIT_STATUS, Refusal, printable
+from llava_moslora.errors import EXIT_STATUS, Refusal, printable, run_script
 
 
 def test_line_names_place_found_expected_and_fix():
@@ -38,16 +36,22 @@ def test_survives_a_process_boundary():
 
 
 @pytest.mark.parametrize("letter", sorted(EXIT_STATUS))
-def test_script_ends_with_the_status_and_one_line(letter):
-    program = (
-        "from llava_moslora.errors import Refusal, run_script\n"
-        f"def main(): raise Refusal('{letter}-X', 'broken', fix='mend it')\n"
-        "run_script(main)"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == EXIT_STATUS[letter]
-    assert done.stderr.splitlines()[-1] == f"error[{letter}-X] broken; fix: mend it"
-    assert "Traceback" not in done.stderr and done.stdout == ""
+def test_script_ends_with_the_status_and_one_line(letter, capsys):
+    def main():
+        raise Refusal(f"{letter}-X", "broken", fix="mend it")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == EXIT_STATUS[letter]
+    printed = capsys.readouterr()
+    assert printed.err == f"error[{letter}-X] broken; fix: mend it\n" and printed.out == ""
+
+
+def test_traceback_on_demand(monkeypatch, capsys):
+    monkeypatch.setenv("LLAVA_MOSLORA_DEBUG", "1")
+    with pytest.raises(SystemExit):
+        run_script(lambda: _refuse(None))
+    assert "Traceback" in capsys.readouterr().err
 
 
 def _refuse(_):

@@ -82,9 +82,15 @@ class MosLoraConfig(LoraConfig):
             )
         super().__post_init__()
         self._refuse_combinations()
+        if isinstance(self.target_modules, str):
+            _check_pattern("target_modules", self.target_modules)
         for setting, pattern_field in SETTINGS.items():
             _CHECKS[setting](setting, getattr(self, setting))
-            for pattern, value in getattr(self, pattern_field).items():
+            patterns = getattr(self, pattern_field)
+            if not isinstance(patterns, dict):
+                raise Refusal("C-TARGET", "not a table", key=pattern_field, found=patterns, expected="pattern → value")
+            for pattern, value in patterns.items():
+                _check_pattern(pattern_field, pattern)
                 _CHECKS[setting](f"{pattern_field}[{pattern!r}]", value)
         if self.mixer_init == "butterfly" and not (self.rank_pattern or self.mixer_init_pattern):
             check_even_rank("r", self.r)
@@ -209,6 +215,13 @@ def stores_mixer(mixer_init: str, train_mixer: bool) -> bool:
 def check_even_rank(key: str, rank: int) -> None:
     if rank % 2:
         raise Refusal("C-RANK", "the butterfly mixer pairs halves of the rank", key=key, found=rank, expected="even")
+
+
+def _check_pattern(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise Refusal("C-TARGET", f"not a regular expression: {error}", key=key, found=pattern) from error
 
 
 def _check_rank(key: str, value: object) -> None:

@@ -83,7 +83,7 @@ def merge_over_4bit(
         The base model, merged, and what it was merged into, for the metadata of whatever is written.
 
     Raises:
-        Refusal: C-MERGE for a missing original, or a weight that can no longer be dequantised.
+        Refusal: C-MERGE for an original that is missing or another layer's, or for a repacked weight.
     """
     base = model.get_base_model()
     linears = {n: m for n, m in base.named_modules() if isinstance(m, MosLoraLinear4bit | bnb.nn.Linear4bit)}
@@ -99,6 +99,9 @@ def merge_over_4bit(
         state = layer.weight.quant_state
         kinds.add(f"{state.quant_type}{', double quantisation' if state.nested else ''}")
         weight = dequantised(layer) if originals is None else originals[name]
+        if weight.shape != state.shape:
+            raise Refusal("C-MERGE", "not the weight that was quantised", key=name, found=tuple(weight.shape),
+                          expected=tuple(state.shape))  # fmt: skip
         if isinstance(module, MosLoraLinear4bit):
             updates = [module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A]
             weight = add(weight, sum(updates)) if updates else weight

@@ -59,7 +59,12 @@ def read_adapter(
     pieces, others = _sort(_read_tensors(path), path)
     _refuse_incomplete(pieces, path)
     if path.is_dir():
-        config, pieces = _config_as_stored(_read_json(path / "adapter_config.json"), pieces, path)
+        try:
+            config, pieces = _config_as_stored(_read_json(path / "adapter_config.json"), pieces, path)
+        except (TypeError, ValueError) as error:  # PEFT's own checks
+            if isinstance(error, Refusal):
+                raise
+            raise Refusal("K-ADAPTER", f"a setting that PEFT refuses: {error}", file=path) from error
         _check_complete(config, pieces, others, path)
     else:
         config = _config_of({name: _settings_of(name, p, lora_alpha, path) for name, p in pieces.items()}, {})
@@ -323,7 +328,7 @@ def _within(key: str, module: str) -> bool:
 
 def _check_shapes(name: str, layer: LowRank, rank: int, path: Path) -> None:
     found = {k: tuple(t.shape) for k, t in (("A", layer.a), ("W", layer.w), ("B", layer.b)) if t is not None}
-    expected = {"A": (rank, found["A"][-1]), "W": (rank, rank), "B": (found["B"][0], rank)}
+    expected = {"A": (rank, *found["A"][1:2]), "W": (rank, rank), "B": (*found["B"][:1], rank)}
     if wrong := [part for part in found if found[part] != expected[part]]:
         part = wrong[0]
         raise Refusal("K-ADAPTER", f"shape of {part}", file=path, key=name, found=found[part], expected=expected[part])

@@ -198,8 +198,9 @@ def _build(job: _Job, target: Path, num_proc: int, on_bad_record: str, max_bad_s
     if counts["duplicate_ids"]:
         log.warning("%s: %d records have the id of an earlier one", job.file, counts["duplicate_ids"])
     report = {**counts, "problems": problems, "image_folder": str(job.image_folder and job.image_folder.resolve())}
-    for problem in problems[:SHOWN]:
-        log.error("%s", problem["line"])
+    if len(problems) > 1 or on_bad_record == "quarantine":  # a single one is the refusal itself
+        for problem in problems[:SHOWN]:
+            log.error("%s", problem["line"])
     for number in {problem["part"] for problem in problems}:  # looked at again if this build is not published
         (staging / f"{number:06d}.json").unlink()
     _judge(problems, counts["records"], on_bad_record, max_bad_share)

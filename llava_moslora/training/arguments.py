@@ -185,8 +185,14 @@ def _early_parser() -> argparse.ArgumentParser:
 
 def _nearest(flag: str, known: set[str]) -> str:
     name = flag.lstrip("-").split("=")[0].replace("-", "_")
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean --{close[0]}?" if close else "see --help"
+    close = difflib.get_close_matches(name, known, n=5)
+    # people get the end of a name wrong more often than its beginning: --lora_rank means --lora_r, not --local_rank
+    best = max(close, key=lambda other: _shared_start(name, other), default=None)
+    return f"did you mean --{best}?" if best else "see --help"
+
+
+def _shared_start(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _read_config(path: Path) -> dict:

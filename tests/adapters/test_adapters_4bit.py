@@ -43,6 +43,8 @@ def test_merging_into_the_original_weights():
     assert relative(merged(x), exact(x)) <= 1e-6
     with pytest.raises(Refusal, match=r"1 of 2 original weights missing; expected down"):
         quantised.merge_over_4bit(adapted(Pair("nf4")), {"up": originals["up"]})
+    with pytest.raises(Refusal, match=r"up: not the weight .* found \(64, 96\); expected \(96, 64\)"):
+        quantised.merge_over_4bit(adapted(Pair("nf4")), {"up": originals["down"], "down": originals["up"]})
 
 
 def test_evaluating_first_does_not_corrupt_a_merge():

@@ -237,6 +237,8 @@ def test_compiles_as_one_graph(backend):
     model.zero_grad()
     compiled(x).square().sum().backward()
     assert all(relative(p.grad, expected[n]) <= 1e-5 for n, p in model.named_parameters() if p.requires_grad)
+    with torch.no_grad():
+        assert relative(compiled(x), model(x)) <= 1e-5
 
     for module in model.modules():
         if isinstance(module, nn.ModuleDict) and "default" in module and isinstance(module["default"], nn.Identity):

@@ -207,6 +207,12 @@ DAMAGES = {
     ),
     "another rank": (None, {"r": 4}, r"\w+: shape of A; found \(8, \d+\); expected \(4, \d+\)"),
     "a wrong mixer": (lambda t: t | {"base_model.model.up.lora_mixer.weight": torch.ones(8, 4)}, {}, "up: shape of W"),
+    "a shard of A": (
+        lambda t: t | {"base_model.model.up.lora_A.weight": torch.ones(0)},
+        {},
+        r"up: shape of A; found \(0,\)",
+    ),
+    "a task that PEFT does not know": (None, {"task_type": "SING"}, "a setting that PEFT refuses: Invalid task type"),
     "another method": (None, {"peft_type": "LOHA"}, "not a LoRA; found LOHA"),
     "plain LoRA with mixers": (
         None,
