@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# Dropout probabilities are multiples of 2⁻¹⁶, so that one 64-bit draw serves four elements. For 4 M elements on a
-# 2-core CPU: 24 ms to draw, compare and mask, against 68 ms for torch's dropout.
+# Dropout probabilities are multiples of 2⁻¹⁶, so that one 64-bit draw serves four elements, and a mask is 16 bits that
+# are and-ed onto the bits of x: on a CPU ten times as fast as masked_fill in bf16, twice in fp32.
 STEPS = 1 << 16
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element → the integer of that size
 
 
 def low_rank_update(
@@ -92,7 +93,7 @@ def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
     """Gradients of x, a, w, b, those of them that ``needs`` names; an empty tensor stands for the others."""
     need_x, need_a, need_w, need_b = needs
     with _no_autocast(x):
-        rows, dropped = _dropped_rows(x, seed, drop, dtype)
+        rows, mask = _dropped_rows(x, seed, drop, dtype)
         f = _Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows))
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, O)
         grad_x = grad_a = grad_w = grad_b = None
@@ -110,8 +111,8 @@ def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
             grad_a = grad_v.T @ rows
         if need_x:
             grad_x = grad_v @ f.a
-            if dropped is not None:
-                grad_x.masked_fill_(dropped, 0)
+            if mask is not None:
+                grad_x.view(BITS[grad_x.element_size()]).bitwise_and_(mask)
             grad_x = grad_x.view(x.shape)
         grads = (grad_x, *f.unfold(grad_a, grad_w, grad_b, needs[1:]))
     return [
@@ -173,24 +174,25 @@ def _add(result: Tensor, v: Tensor, bt: Tensor, scale: float) -> Tensor:
 
 
 def _dropped_rows(x: Tensor, seed: Tensor | None, drop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """x as rows (N, I) in ``dtype`` with the dropped elements at 0, and bool[N, I], which those are."""
+    """x as rows (N, I) in ``dtype`` with the dropped elements at 0, and the mask that did it."""
     rows = x.reshape(-1, x.shape[-1]).to(dtype)
     if seed is None:
         return rows, None
-    dropped = _draw(rows.shape, seed, drop, x.device)
-    return rows.masked_fill(dropped, 0), dropped
+    mask = _draw(rows.shape, seed, drop, x.device)
+    return (rows.view(BITS[rows.element_size()]) & mask).view(dtype), mask
 
 
 def _draw(shape: torch.Size, seed: Tensor, drop: int, device: torch.device) -> Tensor:
-    """bool[shape], true with probability ``drop`` / STEPS: a function of ``seed``, shape and device alone."""
+    """int16[shape], no bit set with probability ``drop`` / STEPS, else all: a function of seed, shape and device."""
     generator = torch.Generator(device).manual_seed(seed.item())
     if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(drop / STEPS, generator=generator)
+        kept = torch.empty(shape, dtype=torch.int16, device=device).bernoulli_(1 - drop / STEPS, generator=generator)
+        return kept.neg_()
     # The generator is serial here, so as few draws as possible.
     count = shape.numel()
     draws = torch.empty((count + 3) // 4, dtype=torch.int64)
     draws.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    return (draws.view(torch.int16)[:count] < drop - STEPS // 2).view(shape)
+    return draws.view(torch.int16)[:count].view(shape).lt_(drop - STEPS // 2).sub_(1)
 
 
 @_low_rank.register_fake

@@ -202,6 +202,8 @@ def _llava_config(llm_config, vision_config, tokenizer, dtype: torch.dtype) -> L
     """As llava-hf publishes it: the feature layer counted from the end, over a complete tower; the head untied."""
     llm_config.vocab_size = max(llm_config.vocab_size, len(tokenizer))
     llm_config.tie_word_embeddings = False
+    # Each part's own dtype would outrank the whole's on loading, and round what was just merged in a wider one.
+    llm_config.dtype = vision_config.dtype = dtype
     return LlavaConfig(
         text_config=llm_config,
         vision_config=vision_config,
