@@ -154,7 +154,8 @@ def _plan_llm(folder: Path, config, vocabulary: int) -> Iterator[Planned]:
 
 
 def _with_rows(tensor: Tensor, extra: int) -> Tensor:
-    return torch.cat([tensor, mean_row(tensor).expand(extra, -1)]) if extra else tensor
+    """``extra`` rows more, float32: a mean rounded to a 16-bit base would not be the row of a float32 model."""
+    return torch.cat([tensor.float(), mean_row(tensor.float()).expand(extra, -1)]) if extra else tensor
 
 
 def _write_shards(folder: Path, plan: list[Planned], low_ranks: dict[str, LowRank], dtype: torch.dtype) -> None:

@@ -2,7 +2,8 @@ import torch
 from tiny import tiny_tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_moslora.export.hf import _llava_config
+from llava_moslora.export.hf import _llava_config, _with_rows
+from llava_moslora.models.assemble import mean_row
 
 
 def test_every_part_is_loaded_in_the_dtype_it_was_written_in():
@@ -13,3 +14,10 @@ def test_every_part_is_loaded_in_the_dtype_it_was_written_in():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     written = _llava_config(llm, vision, tokenizer, torch.float32).to_dict()
     assert [written["dtype"], written["text_config"]["dtype"], written["vision_config"]["dtype"]] == ["float32"] * 3
+
+
+def test_appended_rows_are_those_of_the_model_in_memory():
+    base = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    expected = mean_row(base.float())  # what assembling in float32 appends
+    assert torch.equal(_with_rows(base, 2)[50:], expected.expand(2, -1))
+    assert torch.equal(_with_rows(base, 0), base)
