@@ -103,16 +103,17 @@ def blueprint(
     llm: TowerAdapter | None,
     vision: TowerAdapter | None,
     dtype: torch.dtype = torch.bfloat16,
-) -> PeftModel:
+) -> PeftModel | Llava:
     """The model that :func:`assemble` and :func:`add_adapters` would make, every tensor on the meta device.
 
-    For sizes on paper: made in seconds, whatever the size, without memory.
+    For sizes on paper: made in seconds, whatever the size, without memory. Without adapters it is stage 1's model.
     """
     sketch = sketch_llm(llm_config, Path(llm_config.name_or_path))
     with torch.device("meta"):
         tower = CLIPVisionModel(vision_config)
         model = _compose(sketch, tower, 0, None, dtype).requires_grad_(False)
-        return add_adapters(model, llm, vision).to(dtype)
+        trained = train_projector_only(model) if llm is vision is None else add_adapters(model, llm, vision)
+        return trained.to(dtype)
 
 
 def _compose(llm: PreTrainedModel, vision: CLIPVisionModel, image_token_id, pad_token_id, dtype: torch.dtype) -> Llava:

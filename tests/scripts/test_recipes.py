@@ -1,0 +1,189 @@
+"""Every recipe as it would start: its command line through the real parser, its model on the meta device."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from internlm2_reference import CONFIG as INTERNLM2
+from launching import ROOT
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, blueprint
+from llava_moslora.models.llm import read_llm_config
+from llava_moslora.models.vision import read_vision_config
+from llava_moslora.training.arguments import parse, tower_adapters
+
+# Started instead of the launcher: says how it was called.
+LAUNCHER = f"""#!{sys.executable}
+import json, os, sys
+json.dump([os.path.basename(sys.argv[0]), *sys.argv[1:]], open(os.environ["SEEN"], "w"))
+"""
+LAYERS = 4  # of the real 32: a recipe does not say how many, and the widths are real
+SIZES = {"hidden_size": 4096, "num_hidden_layers": LAYERS, "num_attention_heads": 32}
+EIGHT_B = SIZES | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+SEVEN_B = SIZES | {"intermediate_size": 11008, "num_key_value_heads": 32, "vocab_size": 32000}
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_L |= {"image_size": 336, "patch_size": 14}
+KAIMING, ORTHOGONAL, NONE = ("kaiming_uniform", True), ("orthogonal", True), ("identity", False)
+# Table 8: learning rate, rank and alpha of the LLM and of the vision tower, then the mixer; batch per GPU, accumulation
+LLAMA3 = (2e-5, (64, 128), (64, 16))
+INTERNLM = (2e-5, (512, 256), (64, 16))
+TABLE_8 = {
+    "llama3_8b_lora": (*LLAMA3, NONE, 16, (8, 2)),
+    "llama3_8b_moslora": (*LLAMA3, KAIMING, 16, (8, 2)),
+    "llama3_8b_moslora_orthogonal": (*LLAMA3, ORTHOGONAL, 16, (8, 2)),
+    "internlm2_7b_qlora": (*INTERNLM, NONE, 4, (16, 1)),
+    "internlm2_7b_qmoslora": (*INTERNLM, KAIMING, 4, (16, 1)),
+    "internlm2_7b_qmoslora_orthogonal": (*INTERNLM, ORTHOGONAL, 4, (16, 1)),
+    "llama3_8b_qmoslora_24gb": (*LLAMA3, KAIMING, 4, (4, 16)),  # the same global batch on one GPU
+    "llama3_8b_moslora_two_hosts": (*LLAMA3, KAIMING, 16, (8, 1)),  # and on eight
+}
+STAGE_1 = ["llama3_8b_pretrain", "internlm2_7b_pretrain"]
+RECIPES = [*TABLE_8, *STAGE_1, "vicuna_7b_moslora"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Configurations of the real parts, no weights; and launchers that only say how they were called."""
+    folder = tmp_path_factory.mktemp("recipes")
+    LlamaConfig(**EIGHT_B, bos_token_id=128000).save_pretrained(folder / "llama3")
+    LlamaConfig(**SEVEN_B).save_pretrained(folder / "vicuna")
+    CLIPVisionConfig(**CLIP_L).save_pretrained(folder / "clip")
+    (folder / "internlm2").mkdir()
+    sizes = EIGHT_B | {"vocab_size": 92544, "max_position_embeddings": 32768}
+    (folder / "internlm2" / "config.json").write_text(json.dumps(INTERNLM2 | sizes))
+    (folder / "bin").mkdir()
+    for name in ("deepspeed", "torchrun", "srun"):
+        (folder / "bin" / name).write_text(LAUNCHER)
+        (folder / "bin" / name).chmod(0o755)
+    return folder
+
+
+def start(folders: Path, recipe: str, *more: str, **variables: str) -> list[str]:
+    """The command that a recipe starts."""
+    seen = folders / "seen.json"
+    environment = os.environ | {
+        "PATH": f"{folders / 'bin'}:{os.environ['PATH']}",
+        "SEEN": str(seen),
+        "LLM": str(folders / recipe.split("_")[0]),
+        "TOWER": str(folders / "clip"),
+    }
+    if recipe.endswith("two_hosts"):
+        environment |= {"MASTER": "10.0.0.1", "HOSTFILE": "hosts"}
+    command = ["bash", str(ROOT / "scripts" / f"{recipe}.sh"), *more]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | variables, cwd=folders)
+    assert done.returncode == 0, done.stderr
+    return json.loads(seen.read_text())
+
+
+def arguments(folders: Path, recipe: str, *more: str, **variables: str):
+    command = start(folders, recipe, *more, **variables)
+    return parse(command[command.index("scripts/train_vit_llm.py") + 1 :])
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)  # recipes name zero_configs/ from there
+
+
+def trained(model, part: str, kind: str = "") -> int:
+    return sum(p.numel() for n, p in model.named_parameters() if f"{part}." in n and kind in n and p.requires_grad)
+
+
+def sketch(model_args, adapter_args):
+    """The recipe's model: every tensor in its place and size, none in memory."""
+    config = read_llm_config(model_args.model_name_or_path)
+    towers = (None, None) if adapter_args.tune_mm_mlp_adapter else tower_adapters(adapter_args)
+    return blueprint(config, read_vision_config(model_args.vision_tower), *towers)
+
+
+@pytest.mark.parametrize("recipe", TABLE_8)
+def test_recipe_is_the_papers_table_8(folders, recipe):
+    rate, llm, vision, mixer, bits, batch = TABLE_8[recipe]
+    model_args, data_args, adapter_args, args = arguments(folders, recipe)
+    assert (args.learning_rate, model_args.bits) == (rate, bits)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == batch
+    for tower, (rank, alpha) in zip(tower_adapters(adapter_args), (llm, vision), strict=True):
+        assert (tower.r, tower.lora_alpha, tower.lora_dropout) == (rank, alpha, 0.05)
+        assert (tower.mixer_init, tower.train_mixer) == mixer
+    assert (args.num_train_epochs, args.warmup_steps, args.lr_scheduler_type) == (1, 0.03, "cosine")
+    assert (args.weight_decay, args.max_grad_norm, args.adam_beta1, args.adam_beta2) == (0, 1, 0.9, 0.999)
+    assert args.bf16 and args.gradient_checkpointing and args.resume
+    assert (data_args.model_max_length, data_args.image_aspect_ratio) == (2048, "pad")
+
+    model = sketch(model_args, adapter_args)
+    assert trained(model, PROJECTOR) == 20_979_712
+    assert trained(model, LLM, "lora_A") == LAYERS * llm[0] * (4096 * 6 + 14336)
+    mixers = LAYERS * 7 * llm[0] ** 2 if mixer[1] else 0
+    assert trained(model, LLM, "lora_mixer") == mixers
+    assert trained(model, VISION, "lora_mixer") == (23 * 6 * 64**2 if mixer[1] else 0)
+    assert trained(model, HEAD) == 0
+
+
+@pytest.mark.parametrize("recipe", ["internlm2_7b_qlora", "internlm2_7b_qmoslora", "internlm2_7b_qmoslora_orthogonal"])
+def test_the_authors_own_values(folders, recipe):
+    """Learning rate 2e-4, the LM head adapted, no mixer in the vision tower: their published config file."""
+    model_args, _, adapter_args, args = arguments(folders, recipe, HYPER="authors")
+    llm, vision = tower_adapters(adapter_args)
+    assert args.learning_rate == 2e-4
+    assert (llm.mixer_init, llm.train_mixer) == TABLE_8[recipe][3] and not vision.train_mixer
+    model = sketch(model_args, adapter_args)
+    assert trained(model, HEAD, "lora_A") + trained(model, HEAD, "lora_B") == 512 * (4096 + 92544)
+    assert trained(model, VISION, "lora_mixer") == 0 and trained(model, VISION, "lora_A") > 0
+
+
+@pytest.mark.parametrize("recipe", STAGE_1)
+def test_stage_1_trains_the_projector_alone(folders, recipe):
+    model_args, data_args, adapter_args, args = arguments(folders, recipe)
+    assert adapter_args.tune_mm_mlp_adapter and model_args.pretrain_mm_mlp_adapter is None
+    assert args.learning_rate == 1e-3
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 4 == 256
+    assert (data_args.image_aspect_ratio, data_args.data_order) == ("crop", "shuffle")
+    model = sketch(model_args, adapter_args)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained(model, PROJECTOR) == 20_979_712
+
+
+def test_vicuna_is_llava_1_5s_lora_run(folders):
+    model_args, _, adapter_args, args = arguments(folders, "vicuna_7b_moslora")
+    llm, vision = tower_adapters(adapter_args)
+    assert (llm.r, llm.lora_alpha, vision, model_args.version) == (128, 256, None, "vicuna_v1")
+    assert (args.learning_rate, args.mm_projector_lr) == (2e-4, 2e-5)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 128
+    model = sketch(model_args, adapter_args)
+    assert trained(model, VISION) == 0 and trained(model, LLM, "lora_A") == LAYERS * 128 * (4096 * 6 + 11008)
+
+
+def test_more_flags_and_other_folders_win(folders):
+    *_, args = arguments(folders, "llama3_8b_moslora", "--learning_rate", "1e-4", RUN="elsewhere", GPUS="8")
+    assert (args.learning_rate, args.output_dir, args.gradient_accumulation_steps) == (1e-4, "elsewhere", 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "begins"),
+    [
+        ({}, "deepspeed --hostfile hosts --master_addr 10.0.0.1 --master_port 29500 scripts/"),
+        ({"RANK_OF_HOST": "1"}, "--master_port 29500 --no_ssh --node_rank 1 scripts/"),
+        ({"LAUNCHER": "torchrun", "RANK_OF_HOST": "1"}, "torchrun --nnodes 2 --nproc_per_node 4 --node_rank 1 --master"),
+        ({"LAUNCHER": "slurm"}, "srun bash -c exec torchrun --nnodes $SLURM_NNODES --node_rank $SLURM_NODEID"),
+    ],
+)
+def test_two_hosts_by_each_launcher(folders, variables, begins):
+    assert begins in " ".join(start(folders, "llama3_8b_moslora_two_hosts", **variables))
+
+
+def test_what_slurm_starts_on_a_host(folders):
+    """The line that srun is given, run as srun would run it."""
+    _, *line = start(folders, "llama3_8b_moslora_two_hosts", LAUNCHER="slurm")
+    there = {"PATH": f"{folders / 'bin'}:{os.environ['PATH']}", "SEEN": str(folders / "there.json")}
+    subprocess.run(line, check=True, env=os.environ | there | {"SLURM_NNODES": "2", "SLURM_NODEID": "1"})
+    command = json.loads((folders / "there.json").read_text())
+    torchrun = "torchrun --nnodes 2 --node_rank 1 --nproc_per_node 4 --master_addr 10.0.0.1 --master_port 29500 scripts/"
+    assert " ".join(command).startswith(torchrun) and command[-2:] == ["--resume", "True"]
+
+
+def test_every_recipe_is_tested():
+    written = {path.stem for path in (ROOT / "scripts").glob("*.sh")} - {"demo"}
+    assert written == set(RECIPES)
