@@ -31,11 +31,15 @@ from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.training.arguments import parse, tower_adapters
-from llava_moslora.training.run_folder import open_run, reopen_run
+from llava_moslora.training.pause import Pause
+from llava_moslora.training.run_folder import check_shared, check_space, open_run, reopen_run
+from llava_moslora.training.state import trained_count
 from llava_moslora.training.trainer import MosLoraTrainer
 
 
 def main() -> None:
+    pause = Pause()
+    pause.listen()
     model_args, data_args, adapter_args, args = parse(sys.argv[1:])
     main_process = args.process_index == 0
     say = print if main_process else (lambda *_: None)
@@ -93,16 +97,19 @@ def main() -> None:
     facts = {
         "llm": fingerprint(model_args.model_name_or_path),
         "vision_tower": fingerprint(model_args.vision_tower),
+        "projector": fingerprint(model_args.pretrain_mm_mlp_adapter or "none"),
         "data": fingerprint(data_args.data_path),
     }
     lock = checkpoint = None
     if main_process:
         if args.resume:
             lock, checkpoint = reopen_run(run, settings, facts, args.allow_change)
-        else:
+        check_space(run, trained_count(model), checkpoints=2 if checkpoint is None else 1)
+        if not args.resume:
             lock = open_run(run, overwrite=args.overwrite)
         write_run(run, settings)
         tokenizer.save_pretrained(run / TOKENIZER)
+    check_shared(run)
     checkpoint = publish.from_rank_0(checkpoint)
 
     # 5. Train
@@ -118,10 +125,12 @@ def main() -> None:
         ),
         data_order=data_args.data_order,
         facts=facts,
+        callbacks=[pause],
     )
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    pause.leave(run)
     say(f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED")
     if lock is not None:
         lock.release()

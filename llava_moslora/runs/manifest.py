@@ -14,7 +14,7 @@ from pathlib import Path
 from llava_moslora.errors import Refusal
 
 MANIFEST = "MANIFEST.json"
-SCHEMA = 1
+SCHEMA = 2  # 1 had no hash of its own
 
 
 def sha256(path: Path) -> str:
@@ -42,23 +42,33 @@ def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def replace_json(path: Path, content: object) -> None:
+    """As :func:`write_json`, at once: whoever reads sees the old file or the new one, also after a power cut."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    write_json(unfinished, content)
+    fsync(unfinished)
+    os.replace(unfinished, path)
+    fsync(path.parent)
+
+
 def write_manifest(folder: Path, facts: dict) -> None:
     """Hash and fsync every file below ``folder``, then write and fsync ``MANIFEST.json`` there."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
         fsync(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
-    write_json(folder / MANIFEST, {"schema": SCHEMA, **facts, "files": files})
+    content = json.loads(json.dumps({"schema": SCHEMA, **facts, "files": files}))  # as it will be read
+    write_json(folder / MANIFEST, content | {"sha256": _own_hash(content)})
     fsync(folder / MANIFEST)
     for path in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
         fsync(path)
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of ``folder`` after every file it lists was found whole.
+def stated(folder: Path) -> dict:
+    """What the manifest of ``folder`` says, undamaged itself, without a look at the files it lists.
 
     Raises:
-        Refusal: K-MANIFEST (none, or unreadable), K-MISSING, K-SIZE or K-HASH, naming the file.
+        Refusal: K-MANIFEST (none, unreadable, of an unknown schema) or K-HASH.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -67,13 +77,35 @@ def read_manifest(folder: Path) -> dict:
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        listed = manifest["files"].items()
-    except (ValueError, KeyError, AttributeError) as error:
+        schema, files = manifest["schema"], manifest["files"]
+        assert all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in files.values()), "entries"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise Refusal(
             "K-MANIFEST", "unreadable manifest", file=path, found=error, fix="use another checkpoint"
         ) from error
-    for name, recorded in listed:
+    if schema not in (1, SCHEMA):
+        raise Refusal(
+            "K-MANIFEST", "a manifest of another version", file=path, found=schema, expected=SCHEMA,
+            fix="use the version of this package that wrote it",
+        )  # fmt: skip
+    own = manifest.pop("sha256", None)
+    if schema != 1 and own != _own_hash(manifest):
+        raise Refusal("K-HASH", "the manifest changed since it was written", file=path, fix="use another checkpoint")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of ``folder`` after every file it lists was found whole.
+
+    Raises:
+        Refusal: K-MANIFEST (none, or unreadable), K-PATH (a link, or a name that leads out of the folder), K-MISSING,
+            K-SIZE or K-HASH, naming the file.
+    """
+    manifest = stated(folder)
+    for name, recorded in manifest["files"].items():
         file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()) or file.is_symlink():
+            raise Refusal("K-PATH", "a link or a path out of the folder", file=file, fix="use another checkpoint")
         if not file.is_file():
             raise Refusal("K-MISSING", "a file of the checkpoint is gone", file=file, fix="use another checkpoint")
         if (size := file.stat().st_size) != recorded["size"]:
@@ -83,3 +115,8 @@ def read_manifest(folder: Path) -> dict:
         if sha256(file) != recorded["sha256"]:
             raise Refusal("K-HASH", "the content changed since it was written", file=file, fix="use another checkpoint")
     return manifest
+
+
+def _own_hash(manifest: dict) -> str:
+    """Of the manifest's content, so that a changed fact (a step, a world size) is found as a changed file is."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import distributed
 
 from llava_moslora.errors import Refusal
@@ -25,11 +28,6 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def barrier() -> None:
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
 def from_rank_0(value: object) -> object:
     """``value`` as rank 0 has it, on every rank."""
     if not distributed.is_initialized():
@@ -39,6 +37,15 @@ def from_rank_0(value: object) -> object:
     return box[0]
 
 
+def from_all_ranks(value: object) -> list:
+    """``value`` of every rank, on every rank."""
+    if not distributed.is_initialized():
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 def publish(target: Path, write: Callable[[Path], None], facts: Callable[[], dict]) -> None:
     """Make ``target``, a folder, appear at once with everything ``write`` put into it. Collective.
 
@@ -46,25 +53,53 @@ def publish(target: Path, write: Callable[[Path], None], facts: Callable[[], dic
         target: the final folder. If it is already there and whole, nothing is done.
         write: called on every rank with the staging folder; ranks write different files.
         facts: called on rank 0; JSON facts for the manifest.
+
+    Raises:
+        Refusal: E-DISK, on every rank, where one rank could not write. What was published before is untouched.
     """
-    staging = target.parent / f".{target.name}.staging"
-    done = False
-    if rank() == 0:
-        done = is_valid(target)
-        if not done:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            for leftover in (staging, target):  # of a killed life
-                shutil.rmtree(leftover, ignore_errors=True)
-            staging.mkdir()
-    if from_rank_0(done):
-        return
-    write(staging)
-    barrier()
-    if rank() == 0:
+    # The name is new in every life: what an old rank that outlives its run may still write goes nowhere.
+    staging = target.with_name(f".{target.name}.{from_rank_0(secrets.token_hex(4))}.staging")
+
+    def begin() -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # there, but damaged: a rename needs the name free
+        staging.mkdir()
+
+    def finish() -> None:
         write_manifest(staging, facts())
         os.rename(staging, target)
         fsync(target.parent)
-    barrier()
+
+    if from_rank_0(rank() == 0 and is_valid(target)):
+        return
+    _all_or_none(begin if rank() == 0 else None, staging)
+    _all_or_none(lambda: write(staging), staging)
+    _all_or_none(finish if rank() == 0 else None, staging)
+
+
+def _all_or_none(action: Callable[[], None] | None, staging: Path) -> None:
+    """Run ``action`` on this rank; if it failed on any rank, remove ``staging`` and raise on all: no rank waits for
+    one that gave up."""
+    failure = None
+    try:
+        if action is not None:
+            action()
+    except Exception as error:  # whatever it is, the other ranks must learn of it before it goes on
+        failure = error
+    failures = [text for text in from_all_ranks(f"rank {rank()}: {failure}" if failure else None) if text]
+    if not failures:
+        return
+    if rank() == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+    if failure is not None and not isinstance(failure, OSError | SafetensorError):
+        raise failure
+    raise Refusal(
+        "E-DISK",
+        "the folder could not be written; what was published before is untouched",
+        file=staging.parent,
+        found=f"{failures[0]}; {shutil.disk_usage(staging.parent).free:,} bytes free",
+        fix="free space or choose another disk, then start the same command again with --resume True",
+    ) from failure
 
 
 def is_valid(folder: Path) -> bool:
@@ -104,27 +139,41 @@ def prune(run: Path, keep: int) -> None:
     """Delete finished checkpoints but the newest ``keep``, at least two: the newest may yet prove damaged."""
     finished = [folder for folder in checkpoints(run) if (folder / MANIFEST).is_file()]
     for folder in finished[max(keep, 2) :]:
-        trash = folder.with_name(f".{folder.name}.trash")
+        trash = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.trash")
         os.rename(folder, trash)  # a half-deleted folder must never look like a checkpoint
         shutil.rmtree(trash)
 
 
-def lock_run(run: Path) -> FileLock:
+def sweep(run: Path) -> None:
+    """Remove what killed lives left behind: unfinished checkpoints and half-deleted ones. Needs the run's lock."""
+    for leftover in [*run.glob(".*.staging"), *run.glob(".*.trash")]:
+        shutil.rmtree(leftover)
+
+
+def lock_run(run: Path, patience: float = 15) -> FileLock:
     """The run folder's lock, held until released or until this process ends, however it ends.
 
+    Args:
+        patience: seconds to wait for it. Loader processes of a killed run hold its lock until they notice, after 5.
+
     Raises:
-        Refusal: another process trains into this folder.
+        Refusal: another process trains into this folder, or the folder cannot be written to.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / ".lock")
     try:
-        lock.acquire(timeout=0)
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock")
+        lock.acquire(timeout=patience)
+        (run / ".locked_by").write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
+        holder = run / ".locked_by"
         raise Refusal(
             "C-LOCKED",
             "another process is training into this folder",
             file=run,
             key="--output_dir",
+            found=holder.read_text() if holder.is_file() else None,
             fix="wait for it, stop it, or choose another --output_dir",
         ) from error
+    except OSError as error:
+        raise Refusal("C-OUTPUT", "cannot be written to", file=run, key="--output_dir", found=error) from error
     return lock

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 
 from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal
-from llava_moslora.runs.manifest import sha256, write_json
+from llava_moslora.runs.manifest import replace_json, sha256
 
 RUN = "run.json"
 TOKENIZER = "tokenizer"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
@@ -28,14 +30,14 @@ def write_run(folder: Path, settings: dict) -> None:
         "versions": {name: _installed(name) for name in _PACKAGES},
         "commit": _commit(),
     }
-    write_json(folder / RUN, record)
+    replace_json(folder / RUN, record)
 
 
 def read_run(folder: str | Path) -> dict:
     """``run.json`` of a run folder.
 
     Raises:
-        Refusal: the folder is missing or holds no run.
+        Refusal: the folder is missing, holds no run, or its record is damaged.
     """
     folder = Path(folder)
     if not (folder / RUN).is_file():
@@ -46,20 +48,35 @@ def read_run(folder: str | Path) -> dict:
             expected=f"a folder with {RUN}, as --output_dir of scripts/train_vit_llm.py",
             fix="give the --output_dir of a training run",
         )
-    return json.loads((folder / RUN).read_text(encoding="utf-8"))
+    try:
+        return json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refusal("K-RUN", "not JSON: damaged", file=folder / RUN, found=error, fix="put its copy back") from error
 
 
 def fingerprint(source: str | Path) -> dict[str, str]:
-    """What identifies a file by its hash, or a model folder without reading weights: hashes of its JSON files, sizes
-    of its weight files. Of ``open_clip:ARCH@FILE`` it is the file; of one of open_clip's own tags, the tag."""
+    """What identifies a file by its hash, or a model folder in a second however large it is: hashes of its JSON and
+    SentencePiece files, and of its weight files a hash of their size and of 64 places in them, so that another model
+    of the same shape is told apart. Of ``open_clip:ARCH@FILE`` it is the file; of one of open_clip's own tags, the tag.
+    """
     folder = Path(str(source).rpartition("@")[2])
     if folder.is_file():
         return {folder.name: sha256(folder)}
     if not folder.is_dir():
         return {"name": str(source)}
-    facts = {p.name: sha256(p) for p in sorted(folder.glob("*.json"))}
-    weights = [p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")]
-    return facts | {p.name: str(p.stat().st_size) for p in sorted(weights)}
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    facts = {p.name: sha256(p) for p in files if p.suffix in (".json", ".model")}
+    return facts | {p.name: _sampled(p) for p in files if p.suffix in WEIGHTS}
+
+
+def _sampled(path: Path, places: int = 64, length: int = 1 << 16) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for start in sorted({max(0, size - length) * i // (places - 1) for i in range(places)}):
+            file.seek(start)
+            digest.update(file.read(length))
+    return digest.hexdigest()
 
 
 def _installed(name: str) -> str | None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
+import time
 from pathlib import Path
 
 from filelock import FileLock
 
 from llava_moslora.errors import Refusal
 from llava_moslora.runs import publish
-from llava_moslora.runs.manifest import read_manifest
+from llava_moslora.runs.manifest import stated
 from llava_moslora.runs.record import RUN, read_run
 
 # What may differ between a run and its continuation: where things are written, how fast, how often.
 FREE = {
-    "data": {"data_cache", "preprocessing_num_workers"},
+    "data": {"data_cache", "preprocessing_num_workers", "decode_images"},
     "model": set(),
     "adapter": set(),
 }
@@ -34,7 +36,7 @@ def open_run(run: Path, *, overwrite: bool) -> FileLock:
         Refusal: the folder holds something and ``overwrite`` was not asked for, is no folder, or is in use.
     """
     lock = _lock(run)
-    present = [p for p in run.iterdir() if p.name != ".lock"]
+    present = _content(run)
     if present and not overwrite:
         lock.release()
         raise Refusal(
@@ -63,7 +65,8 @@ def reopen_run(run: Path, settings: dict, facts: dict, allow_change: list[str]) 
             holds something that is no run.
     """
     lock = _lock(run)
-    if not [p for p in run.iterdir() if p.name != ".lock"]:
+    publish.sweep(run)
+    if not _content(run):
         return lock, None
     if not (run / RUN).is_file():
         lock.release()
@@ -73,7 +76,7 @@ def reopen_run(run: Path, settings: dict, facts: dict, allow_change: list[str]) 
         print(f"passed over: {refusal.line()}", flush=True)
     changed = changes(read_run(run)["settings"], settings)
     if checkpoint is not None:
-        manifest = read_manifest(checkpoint)
+        manifest = stated(checkpoint)
         changed |= {name: (manifest.get(name), now) for name, now in facts.items() if manifest.get(name) != now}
     changed = {name: both for name, both in changed.items() if name not in allow_change}
     if changed:
@@ -103,6 +106,63 @@ def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
     if then["global_batch_size"] != now["global_batch_size"]:  # its split over ranks and accumulation is free
         differing["global_batch_size"] = (then["global_batch_size"], now["global_batch_size"])
     return differing
+
+
+def check_space(run: Path, trained: int, checkpoints: int = 2) -> None:
+    """Refuse to start a run whose first ``checkpoints`` checkpoints of ``trained`` parameters would not fit the disk.
+
+    Raises:
+        Refusal: E-DISK, with what is needed and what there is.
+    """
+    needed = checkpoints * checkpoint_bytes(trained)
+    place = next(p for p in (run, *run.absolute().parents) if p.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise Refusal(
+            "E-DISK",
+            f"too little space for {checkpoints} checkpoints",
+            file=run,
+            key="--output_dir",
+            found=f"{free:,} bytes free",
+            expected=f"{needed:,} bytes: {checkpoints} checkpoints of {trained:,} trained parameters",
+            fix="free space or choose another disk",
+        )
+
+
+def checkpoint_bytes(trained: int) -> int:
+    """At most: master and two moments in float32 per trained parameter, names, logs and random streams beside them."""
+    return round(12 * trained * 1.1) + 2**20
+
+
+def check_shared(run: Path, patience: float = 15) -> None:
+    """Every rank must see the folder that rank 0 made: the ranks write their parts of a checkpoint into it. Collective.
+
+    Raises:
+        Refusal: C-SHARED on all ranks, where one does not see it (several hosts without a common file system).
+    """
+    name = publish.from_rank_0(f".seen-{secrets.token_hex(4)}")
+    if publish.rank() == 0:
+        (run / name).touch()
+    asked = time.monotonic()
+    publish.from_all_ranks(None)  # nobody looks before it is there
+    while not (seen := (run / name).exists()) and time.monotonic() < asked + patience:
+        time.sleep(0.5)  # a network file system may answer from its cache
+    blind = [rank for rank, sees in enumerate(publish.from_all_ranks(seen)) if not sees]
+    if publish.rank() == 0:
+        (run / name).unlink()
+    if blind:
+        raise Refusal(
+            "C-SHARED",
+            "not every process sees this folder",
+            file=run,
+            key="--output_dir",
+            found=f"nothing on ranks {', '.join(map(str, blind))}",
+            fix="choose a folder on a file system that all hosts share",
+        )
+
+
+def _content(run: Path) -> list[Path]:
+    """What is in the folder, but for the lock and for files that a killed life had not finished."""
+    return [p for p in run.iterdir() if not p.name.startswith(".")]
 
 
 def _lock(run: Path) -> FileLock:

@@ -140,6 +140,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def trained_count(model: nn.Module) -> int:
+    """Numbers that are trained, also of parameters that ZeRO-3 holds as empty shards."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in trained_parameters(model).values())
+
+
 def _cpu(tensor: Tensor) -> Tensor:
     assert tensor is not None, "DeepSpeed does not hold this part of its state whole"
     return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -19,6 +19,7 @@ from llava_moslora.models.assemble import ADAPTER_NAME, PROJECTOR, VISION
 from llava_moslora.runs import publish
 from llava_moslora.runs.manifest import MANIFEST, write_json
 from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.pause import ignore_signals
 from llava_moslora.training.progress import Progress
 from llava_moslora.training.state import Holder, random_state, set_random_state, trained_parameters
 
@@ -65,6 +66,7 @@ class MosLoraTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             persistent_workers=self.args.dataloader_num_workers > 0,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            worker_init_fn=ignore_signals,
             # its own generator: iterating must not draw from the stream that dropout uses
             generator=torch.Generator().manual_seed(self.args.seed),
         )
@@ -169,6 +171,12 @@ class MosLoraTrainer(Trainer):
             )
             set_schedule(self.lr_scheduler, position["scheduler_steps"])
         return prepared
+
+    def _run_epoch(self, **theirs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: theirs would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**theirs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
         """Nothing yet: weights are put back together with the optimizer's state, in :meth:`_prepare_for_training`."""

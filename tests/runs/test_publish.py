@@ -1,4 +1,6 @@
+import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,10 +36,31 @@ def test_a_failed_write_publishes_nothing(tmp_path):
         (folder / "half").write_bytes(b"x")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(Refusal, match="rank 0: disk full; .* bytes free; fix: free space") as refusal:
         publish.publish(tmp_path / "checkpoint-1", write, dict)
+    assert refusal.value.code == "E-DISK" and refusal.value.exit_status == 4
+    assert list(tmp_path.iterdir()) == []  # nothing half-written is left to fill the disk further
     assert publish.newest_valid(tmp_path)[0] is None
-    assert make(tmp_path, 1).is_dir()  # leftovers do not block the next life
+    assert make(tmp_path, 1).is_dir()
+
+
+def test_an_error_of_our_own_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        publish.publish(tmp_path / "checkpoint-1", lambda folder: 1 / 0, dict)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_killed_lives_are_swept(tmp_path):
+    make(tmp_path, 1)
+    for name in (".checkpoint-2.0badcafe.staging", ".checkpoint-1.0badcafe.trash"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+    publish.sweep(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
+    damage_flip(make(tmp_path, 1))
+    assert read_manifest(make(tmp_path, 1))["step"] == 1
 
 
 def damage_flip(folder: Path) -> None:
@@ -63,6 +86,35 @@ def damage_manifest(folder: Path) -> None:
     (folder / MANIFEST).write_text('{"schema": 1')
 
 
+def damage_empty(folder: Path) -> None:  # what a kill leaves of a checkpoint that is written in place
+    for path in [*(folder / "adapter").iterdir(), folder / MANIFEST]:
+        path.unlink()
+
+
+def damage_fact(folder: Path) -> None:
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"step": 20', '"step": 30'))
+
+
+def damage_schema(folder: Path) -> None:
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace('"schema": 2', '"schema": 9'))
+
+
+def damage_link(folder: Path) -> None:
+    file = folder / "adapter" / "w.bin"
+    file.rename(folder.parent / "elsewhere.bin")
+    file.symlink_to(folder.parent / "elsewhere.bin")
+
+
+def damage_way_out(folder: Path) -> None:
+    (folder.parent / "out.bin").write_bytes(b"weights")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    listed = {"../out.bin": manifest["files"].pop("adapter/w.bin")}
+    content = {k: v for k, v in manifest.items() if k != "sha256"} | {"files": listed}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(content | {"sha256": digest}))
+
+
 @pytest.mark.parametrize(
     ("damage", "code"),
     [
@@ -71,6 +123,11 @@ def damage_manifest(folder: Path) -> None:
         (damage_remove, "K-MISSING"),
         (damage_no_manifest, "K-MANIFEST"),
         (damage_manifest, "K-MANIFEST"),
+        (damage_empty, "K-MANIFEST"),
+        (damage_schema, "K-MANIFEST"),
+        (damage_fact, "K-HASH"),
+        (damage_link, "K-PATH"),
+        (damage_way_out, "K-PATH"),
     ],
 )
 def test_damage_is_found_and_the_older_checkpoint_used(tmp_path, damage, code):
@@ -101,8 +158,8 @@ def test_prune_keeps_the_newest_and_never_fewer_than_two(tmp_path):
 
 def test_second_process_on_one_folder_is_refused(tmp_path):
     lock = publish.lock_run(tmp_path)
-    with pytest.raises(Refusal, match="another process"):
-        publish.lock_run(tmp_path)
+    with pytest.raises(Refusal, match=rf"another process is training .* found process {os.getpid()} on "):
+        publish.lock_run(tmp_path, patience=0)
     lock.release()
     publish.lock_run(tmp_path).release()
 
