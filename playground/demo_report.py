@@ -1,6 +1,6 @@
 """The demo's table and picture, from the answers that the demo wrote; fails when the export does not answer as the run.
 
-python playground/demo_report.py playground/runs/demo
+Run by ``scripts/demo.sh``, whose last line shows the arguments.
 """
 
 import argparse

@@ -6,7 +6,7 @@ EasyVQA (MIT) is a public set of 64×64 drawings of one coloured shape, with a t
 folder appears whole or not at all; a second run finds it and does nothing. It holds::
 
     images/{train,test}/<id>.png   the pictures; the paths in the files below start at images/
-    train.json      every training question, as LLaVA records of up to three turns
+    train.json      training questions that cannot be guessed, as LLaVA records of up to three turns
     captions.json   "a red circle" for the training pictures whose questions settle it: the projector's pretraining
     test.json       every test question, asked alone: {id, image, question, answer}
     test_400.json   400 of them with the same mix of answers and wordings
@@ -87,8 +87,26 @@ def by_picture(rows: list[Row]) -> dict[int, list[tuple[str, str]]]:
     return dict(sorted(pictures.items()))
 
 
+def balanced(rows: list[Row]) -> list[Row]:
+    """Training questions of which the wording tells nothing, in a fixed random choice.
+
+    Six of seven yes/no questions have the answer that their wording suggests ("is there a red circle?": no). A short
+    training on all of them learns the wording and stays there. So every yes/no question with the other answer is kept
+    and as many with the suggested one, and of the questions that ask what, one per picture.
+    """
+    rng = random.Random(SEED)
+    guesses = blind_guesses(rows)
+    yes_no = [row for row in rows if row[1] in ("yes", "no")]
+    other = [row for row in yes_no if guesses[row[0]] != row[1]]
+    suggested = rng.sample([row for row in yes_no if guesses[row[0]] == row[1]], len(other))
+    what = [row for row in rows if row[1] not in ("yes", "no")]
+    rng.shuffle(what)
+    one_each = list({picture: (question, answer, picture) for question, answer, picture in what}.values())
+    return [list(row) for row in (*other, *suggested, *one_each)]
+
+
 def train_records(rows: list[Row]) -> list[dict]:
-    """Every training question once, in records of up to ``TURNS`` turns, in a fixed random order.
+    """Every question of ``rows`` once, in records of up to ``TURNS`` turns, in a fixed random order.
 
     A turn whose answer follows from the turns before it can be answered without looking. So each question goes to the
     first of the picture's records that does not give its answer away, and only where all do, to one that does.
@@ -209,7 +227,7 @@ def main() -> None:
         for number, (question, answer, picture) in enumerate(test)
     ]
     few = subset(questions, SUBSET, blind_guesses(train))
-    records, captions = train_records(train), caption_records(train)
+    records, captions = train_records(balanced(train)), caption_records(train)
     leaked, later = given_away(records)
     figures = {"test": blind_scores(train, questions), f"test_{SUBSET}": blind_scores(train, few)}
 
