@@ -90,7 +90,7 @@ def by_picture(rows: list[Row]) -> dict[int, list[tuple[str, str]]]:
 def balanced(rows: list[Row]) -> list[Row]:
     """Training questions of which the wording tells nothing, in a fixed random choice.
 
-    Six of seven yes/no questions have the answer that their wording suggests ("is there a red circle?": no). A short
+    Four of five yes/no questions have the answer that their wording suggests ("is there a red circle?": no). A short
     training on all of them learns the wording and stays there. So every yes/no question with the other answer is kept
     and as many with the suggested one, and of the questions that ask what, one per picture.
     """
@@ -227,7 +227,8 @@ def main() -> None:
         for number, (question, answer, picture) in enumerate(test)
     ]
     few = subset(questions, SUBSET, blind_guesses(train))
-    records, captions = train_records(balanced(train)), caption_records(train)
+    chosen = balanced(train)
+    records, captions = train_records(chosen), caption_records(train)
     leaked, later = given_away(records)
     figures = {"test": blind_scores(train, questions), f"test_{SUBSET}": blind_scores(train, few)}
 
@@ -247,8 +248,8 @@ def main() -> None:
 
     print(f"{args.out}:")
     wordings = {caption["conversations"][1]["value"] for caption in captions}
-    pictures = len(by_picture(train))
-    print(f"  train    {pictures:4} pictures  {len(train):5} questions  in {len(records)} records of ≤ {TURNS} turns")
+    pictures = len(by_picture(chosen))
+    print(f"  train    {pictures:4} pictures  {len(chosen):5} questions  in {len(records)} records of ≤ {TURNS} turns")
     print(f"           {leaked / later:.1%} of the later turns follow from the turns before them")
     print(f"           {len(captions)} captions, {len(wordings)} different ones")
     for name, f in figures.items():
