@@ -34,9 +34,7 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
         chat_template=tokenizer.chat_template,
     )
     processor.save_pretrained(folder)
-    # transformers 5 writes the name of its backend class, which transformers 4 does not know; both know this one.
-    file = folder / "tokenizer_config.json"
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    known_to_transformers_4(folder)
     # transformers 5 writes one processor_config.json; transformers 4 and XTuner look for this file, under the name of
     # the class without its backend.
     kind = "LlavaImageProcessor" if pad else "CLIPImageProcessor"
@@ -49,3 +47,9 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
             "processor_class": "LlavaProcessor",
         },
     )
+
+
+def known_to_transformers_4(folder: Path) -> None:
+    """transformers 5 writes the name of its backend's tokenizer class; transformers 4 knows this one, and so does 5."""
+    file = folder / "tokenizer_config.json"
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})

@@ -10,13 +10,18 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.images import ImageTransform
 from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import ADAPTER_NAME, assemble, tokens_per_picture
+from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.projector import read_projector
+from llava_moslora.models.tensors import read_json
 from llava_moslora.runs import publish
-from llava_moslora.runs.record import TOKENIZER, read_run
+from llava_moslora.runs.record import RUN, TOKENIZER, read_run
+
+EXPORT = "export.json"  # beside an export's weights: what it is an export of
 
 
 @dataclass
@@ -51,29 +56,40 @@ def newest_checkpoint(run: Path) -> Path:
     return checkpoint
 
 
-def load_run(run: str | Path, *, dtype: torch.dtype = torch.float32, trained: bool = True) -> Answerer:
+def load_run(
+    run: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trained: bool = True,
+    llm: str | Path | None = None,
+    vision_tower: str | None = None,
+    bits: int | None = None,
+) -> Answerer:
     """A training run's model in ``dtype``, in eval mode.
 
     Args:
         run: the ``--output_dir`` of a training.
         trained: with its newest valid checkpoint; False: as it was before the first step.
+        llm, vision_tower: where the base is now, if not where it was.
+        bits: 16 or 4, if the LLM shall be loaded otherwise than it was trained.
     """
     run = Path(run)
     settings = read_run(run)["settings"]
     parts = settings["model"]
     tokenizer = load_tokenizer(run / TOKENIZER)
     model, preprocessor = assemble(
-        parts["model_name_or_path"],
-        parts["vision_tower"],
-        parts["pretrain_mm_mlp_adapter"],
+        llm or parts["model_name_or_path"],
+        vision_tower or parts["vision_tower"],
+        None if trained else parts["pretrain_mm_mlp_adapter"],  # every checkpoint holds the whole projector
         tokenizer=tokenizer,
         image_token_id=image_token_id(tokenizer),
         dtype=dtype,
-        bits=parts["bits"],
+        bits=bits or parts["bits"],
     )
     if trained:
         model = _with_checkpoint(model, newest_checkpoint(run), dtype)
-    transform = ImageTransform.from_settings(preprocessor, settings["data"]["image_aspect_ratio"])
+    data = settings["data"]
+    transform = ImageTransform.from_settings(preprocessor, data["image_aspect_ratio"], data.get("image_engine", "pil"))
     return Answerer(model.eval(), tokenizer, parts["version"], transform)
 
 
@@ -87,3 +103,52 @@ def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
     tensors = read_projector(checkpoint / "projector", config.vision_config.hidden_size, config.text_config.hidden_size)
     model.model.multi_modal_projector.load_state_dict(tensors, strict=True)
     return model
+
+
+def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Answerer:
+    """A complete LLaVA in ``dtype``, in eval mode: an export of ours, or any of those a new run may start from.
+
+    The prompt template is the one the export was trained with; of another folder, the one its tokenizer tells.
+
+    Raises:
+        Refusal: not a complete LLaVA, or its template is not known.
+    """
+    folder = Path(folder)
+    tokenizer = load_tokenizer(folder)
+    model, preprocessor = assemble(
+        folder, str(folder), folder, tokenizer=tokenizer, image_token_id=image_token_id(tokenizer), dtype=dtype
+    )
+    file = folder / EXPORT
+    facts = read_json(file) if file.is_file() else {}
+    template = facts.get("template") or recognise_template(tokenizer)
+    pads = read_json(folder / "preprocessor_config.json").get("do_pad", False)
+    transform = ImageTransform.from_settings(preprocessor, "pad" if pads else "crop")
+    return Answerer(model.eval(), tokenizer, template, transform)
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Answerer:
+    """A run or an export, whichever ``folder`` is, on the GPU if there is one.
+
+    Args:
+        dtype: None: bfloat16 on a GPU that has it, else float32.
+
+    Raises:
+        Refusal: C-PATH, neither of them; whatever :func:`load_run` and :func:`load_export` refuse.
+    """
+    folder = Path(folder)
+    gpu = torch.cuda.is_available()
+    dtype = dtype or (torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32)
+    if (folder / RUN).is_file():
+        answerer = load_run(folder, dtype=dtype)
+    elif is_llava_folder(folder):
+        answerer = load_export(folder, dtype=dtype)
+    else:
+        raise Refusal(
+            "C-PATH",
+            "neither a run nor a complete LLaVA" if folder.is_dir() else "no such folder",
+            file=folder,
+            expected=f"a folder with {RUN}, or one with the config.json of a LLaVA",
+            fix="give the --output_dir of a training, or an export of --format hf",
+        )
+    answerer.model.to("cuda" if gpu else "cpu")
+    return answerer

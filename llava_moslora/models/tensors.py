@@ -84,15 +84,22 @@ def read_tensor_file(file: Path) -> dict[str, Stored]:
     if not file.is_file():
         raise Refusal("K-MISSING", "no such file", file=file, fix=AGAIN)
     if file.suffix != ".safetensors":
-        return held({name: t for name, t in _state(file).items() if isinstance(t, Tensor)}, file)
+        state = {name: t for name, t in _state(file).items() if isinstance(t, Tensor)}
+        if not zipfile.is_zipfile(file):  # cannot be mapped: it is in memory already
+            return held(state, file)
+        return {name: Stored(file, tuple(t.shape), lambda name=name: _state(file)[name]) for name, t in state.items()}
     try:
-        opened = safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise Refusal("K-DAMAGED", "not a whole safetensors file", file=file, found=error, fix=AGAIN) from error
-    return {
-        name: Stored(file, tuple(opened.get_slice(name).get_shape()), lambda name=name: opened.get_tensor(name))
-        for name in opened.keys()  # noqa: SIM118 (safe_open is no dict)
-    }
+    return {name: Stored(file, shape, lambda name=name: _read_one(file, name)) for name, shape in shapes.items()}
+
+
+def _read_one(file: Path, name: str) -> Tensor:
+    """One tensor under a mapping of its own: a mapping that is shared keeps every page that was ever touched."""
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
 
 
 def _state(file: Path) -> dict[str, Any]:

@@ -1,31 +1,17 @@
 """Exports from every layout of base folder: stock transformers answers with the logits of the trained model."""
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from internlm2_reference import write_internlm2
+from export_runs import internlm2, trained_run
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer, write_llm
-from transformers import AutoModelForImageTextToText
+from tiny import write_llm
+from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
-from llava_moslora.errors import Refusal
-from llava_moslora.export.hf import export_hf
-from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble
-from llava_moslora.runs import publish
-from llava_moslora.runs.record import TOKENIZER, write_run
-
-
-def internlm2(folder: Path) -> Path:
-    write_internlm2(folder, shards=3, kind=".bin", vocab_size=320, bias=True)
-    tiny_tokenizer().save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    del config["bos_token_id"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+from llava_moslora.export.job import export
+from llava_moslora.models.assemble import mean_row
 
 
 def binary(folder: Path) -> Path:
@@ -40,31 +26,6 @@ def tied(folder: Path) -> Path:
 
 
 BASES = {"internlm2": internlm2, "bin": binary, "tied": tied}
-
-
-def trained_run(run: Path, llm: Path, vision, projector, targets: tuple[str, ...] = ()) -> torch.nn.Module:
-    """A run folder as training leaves it, with random adapters instead of trained ones; and the adapted model."""
-    tokenizer = load_tokenizer(llm)
-    model, preprocessor = assemble(
-        llm, vision, projector, tokenizer=tokenizer, image_token_id=image_token_id(tokenizer), dtype=torch.float32
-    )
-    model = add_adapters(model, TowerAdapter(4, 8, target_modules=targets), TowerAdapter(2, 4))
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    run.mkdir()
-    parts = {"model_name_or_path": str(llm), "vision_tower": str(vision), "version": "chatml", "bits": 16}
-    parts["pretrain_mm_mlp_adapter"] = str(projector)
-    write_run(run, {"model": parts, "data": {"image_aspect_ratio": "pad"}, "preprocessor": preprocessor})
-    tokenizer.save_pretrained(run / TOKENIZER)
-
-    def save(folder: Path) -> None:  # as the trainer does, what was trained and nothing else
-        model.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-
-    publish.publish(run / "checkpoint-1", save, lambda: {"step": 1})
-    return model.eval()
 
 
 @torch.no_grad()
@@ -85,29 +46,28 @@ def check_same(model, merged: Path, bound: float = 1e-4) -> None:
 @pytest.mark.parametrize("base", BASES)
 def test_merged_is_trained(parts, tmp_path, base, targets):
     model = trained_run(tmp_path / "run", BASES[base](tmp_path / "llm"), parts.clip, parts.projector, targets)
-    check_same(model, export_hf(tmp_path / "run", tmp_path / "merged"))
+    check_same(model, export(tmp_path / "run", tmp_path / "merged", prove=False)["hf"])
 
 
 def test_an_export_starts_a_new_run(parts, tmp_path):
     """What was exported is a complete LLaVA: it is trained further, and exported again."""
     trained_run(tmp_path / "run", internlm2(tmp_path / "llm"), parts.clip, parts.projector)
-    first = export_hf(tmp_path / "run", tmp_path / "first")
+    first = export(tmp_path / "run", tmp_path / "first", prove=False)["hf"]
     model = trained_run(tmp_path / "again", first, first, first)
-    check_same(model, export_hf(tmp_path / "again", tmp_path / "second"))
+    check_same(model, export(tmp_path / "again", tmp_path / "second", prove=False)["hf"])
 
 
-def test_a_base_that_is_gone_or_changed_is_named(parts, tmp_path):
-    llm = internlm2(tmp_path / "llm")
-    trained_run(tmp_path / "run", llm, parts.clip, parts.projector)
-    shard = llm / "pytorch_model-00003-of-00003.bin"
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-9])
-    with pytest.raises(Refusal, match=r"K-DAMAGED.*pytorch_model-00003-of-00003\.bin"):
-        export_hf(tmp_path / "run", tmp_path / "merged")
-    shard.unlink()
-    with pytest.raises(Refusal, match=r"K-MISSING.*pytorch_model-00003-of-00003\.bin"):
-        export_hf(tmp_path / "run", tmp_path / "merged")
-    shutil.rmtree(llm)
-    with pytest.raises(Refusal, match=r"llm.*no such folder"):
-        export_hf(tmp_path / "run", tmp_path / "merged")
-    assert not (tmp_path / "merged").exists()
+def test_a_16_bit_base_in_float32(parts, tmp_path):
+    """Every part is loaded in the dtype it was written in, and appended rows are those of the model in memory."""
+    llm = write_llm(tmp_path / "llm")
+    base = LlamaForCausalLM.from_pretrained(llm, dtype=torch.bfloat16)
+    base.save_pretrained(llm)
+    assert LlamaConfig.from_pretrained(llm).dtype == torch.bfloat16
+    model = trained_run(tmp_path / "run", llm, parts.clip, parts.projector)
+    merged = export(tmp_path / "run", tmp_path / "merged", dtype=torch.float32, prove=False)["hf"]
+    stock = AutoModelForImageTextToText.from_pretrained(merged)
+    assert {p.dtype for p in stock.parameters()} == {torch.float32}
+    rows = base.get_input_embeddings().weight.float()
+    expected = mean_row(rows).expand(len(stock.get_input_embeddings().weight) - len(rows), -1)
+    assert len(expected) == 1 and torch.equal(stock.get_input_embeddings().weight[len(rows) :], expected)
+    check_same(model, merged)

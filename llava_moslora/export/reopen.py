@@ -1,0 +1,207 @@
+"""Open an export with stock libraries only and answer its probe questions. A copy lies in every export::
+
+    python EXPORT/probe/reopen.py                # prints the answers
+    python EXPORT/probe/reopen.py --output FILE  # and writes logits, ids and answers to a safetensors file
+
+It reads ``questions.json`` and the pictures beside it. Torch, transformers, peft, safetensors and pillow are all it
+needs; it must never import the package that wrote the export, which would then prove nothing.
+
+Shapes: T tokens, P patches, E vision width, D LLM width, V vocabulary.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    above = Path(__file__).resolve().parents[1]
+    parser.add_argument("--folder", type=Path, default=above, help="the export, if not the folder above")
+    parser.add_argument("--output", help="write what was found to this safetensors file")
+    args = parser.parse_args()
+    found = find(args.folder)
+    assert "llava_moslora" not in sys.modules, "stock libraries only"
+    print({name: tensor.tolist() for name, tensor in found.items() if name.startswith("answer.")})
+    if args.output:
+        save_file(found, args.output)
+
+
+def find(folder: Path) -> dict:
+    """For every question of the export, by ``what.number``: the ids, the last logits, the answer, the features."""
+    probe = folder / "probe"
+    asked = json.loads((probe / "questions.json").read_text(encoding="utf-8"))
+    opened = (Whole if "llava" in asked["reopen"] else Parts)(folder, asked)
+    found = {}
+    with torch.inference_mode():
+        for number, question in enumerate(asked["questions"]):
+            pictures = [Image.open(probe / name).convert("RGB") for name in question["pictures"]]
+            answer = opened.answer(question, pictures)
+            found |= {f"{key}.{number}": tensor.contiguous() for key, tensor in answer.items()}
+    return found
+
+
+class Whole:
+    """A ``LlavaForConditionalGeneration`` with its processor, and an adapter over it where there is one."""
+
+    def __init__(self, root: Path, asked: dict):
+        self.asked = asked
+        folder = root / asked["reopen"]["llava"]
+        # Pillow scales pictures as training did; torchvision, which transformers 5 prefers, does not quite.
+        self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        if "adapter" in asked["reopen"]:
+            self.model = with_adapter(self.model, root / asked["reopen"]["adapter"])
+
+    def answer(self, question: dict, pictures: list) -> dict:
+        prompt = self.processor.apply_chat_template(messages(question), add_generation_prompt=True)
+        inputs = self.processor(images=pictures or None, text=prompt, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        logits = self.model(**inputs).logits[0, -1].float()
+        # What to stop at is the export's own generation config: that it stops is a part of the proof.
+        output = self.model.generate(**inputs, max_new_tokens=self.asked["max_new_tokens"], do_sample=False)
+        return {
+            "ids": inputs["input_ids"][0],
+            "logits": logits,
+            "answer": output[0, length:],
+        }
+
+
+class Parts:
+    """LLM, vision tower and projector by themselves, composed by hand; whichever of them there are."""
+
+    def __init__(self, root: Path, asked: dict):
+        self.asked, spec = asked, asked["reopen"]
+        self.llm = self.tower = self.projector = self.tokenizer = self.noise = None
+        if "original_llava" in spec:
+            self._open_original(root / spec["original_llava"], spec["vision"])
+            return
+        if "llm" in spec:
+            self.llm = AutoModelForCausalLM.from_pretrained(root / spec["llm"], dtype=torch.float32).eval()
+            if spec["llm"] == ".":
+                self.tokenizer = AutoTokenizer.from_pretrained(root)
+        if "vision" in spec:
+            self.tower = CLIPVisionModel.from_pretrained(root / spec["vision"], dtype=torch.float32).eval()
+            self.pixels = AutoImageProcessor.from_pretrained(root / spec["vision"], backend="pil")
+        if "llm_adapter" in spec:
+            self.llm = with_adapter(self.llm, root / spec["llm_adapter"])
+        if "vision_adapter" in spec:
+            self.tower = with_adapter(self.tower, root / spec["vision_adapter"])
+        if "projector" in spec:
+            self.projector = load_file(root / spec["projector"] / "model.safetensors")
+            if self.tower is None:
+                self.noise = load_file(root / "probe" / "features.safetensors")["features"]
+
+    def _open_original(self, root: Path, tower: str) -> None:
+        """The original LLaVA's folder, taken apart by the names that its own classes have."""
+        state = {}
+        for file in sorted(root.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as opened:
+                state |= {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+        self.llm = LlamaForCausalLM(
+            LlamaConfig.from_dict(json.loads((root / "config.json").read_text()) | {"dtype": "float32"})
+        )
+        self.tower = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32).eval()
+        self.pixels = AutoImageProcessor.from_pretrained(tower, backend="pil")
+        level = "vision_model." if any(n.startswith("vision_model.") for n in self.tower.state_dict()) else ""
+        theirs = "model.vision_tower.vision_tower.vision_model."
+        self.tower.load_state_dict(
+            {level + n.removeprefix(theirs): t for n, t in state.items() if n.startswith(theirs)}
+        )
+        theirs = "model.mm_projector."
+        self.projector = {f"model.{n.removeprefix(theirs)}": t for n, t in state.items() if n.startswith(theirs)}
+        own = {n: t for n, t in state.items() if not n.startswith(("model.vision_tower.", "model.mm_projector."))}
+        self.llm.load_state_dict(own)
+        self.llm.eval()
+
+    def answer(self, question: dict, pictures: list) -> dict:
+        found = {}
+        if pictures and self.tower is not None:
+            found["features"] = self.features(pictures)  # (N, P, E)
+        if self.projector is not None:
+            features = found.get("features", self.noise)
+            if features is not None:
+                found["projected"] = self.project(features)  # (N, P, D)
+        if self.llm is None or (pictures and "projected" not in found):
+            return found
+        if self.tokenizer is not None:
+            prompt = self.tokenizer.apply_chat_template(messages(question), add_generation_prompt=True, tokenize=False)
+            found["ids"] = torch.tensor(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor([question["ids"]])
+        seen = ids == self.asked["image_token_id"]
+        # The placeholder may be a row that the original LLM does not have; it is replaced anyway.
+        embeddings = self.llm.get_input_embeddings()(ids.masked_fill(seen, 0)).clone()  # (1, T, D)
+        if pictures:
+            embeddings[seen] = found["projected"].flatten(0, 1)
+        inputs = {"inputs_embeds": embeddings, "attention_mask": torch.ones_like(ids)}
+        found["logits"] = self.llm(**inputs).logits[0, -1].float()
+        found["answer"] = self.llm.generate(
+            **inputs,
+            max_new_tokens=self.asked["max_new_tokens"],
+            do_sample=False,
+            eos_token_id=self.asked["stop"],
+            pad_token_id=self.asked["pad_token_id"],
+        )[0]
+        return found
+
+    def features(self, pictures: list) -> torch.Tensor:
+        if self.asked["pads"]:
+            pictures = [square(picture, self.pixels.image_mean) for picture in pictures]
+        pixels = self.pixels(images=pictures, return_tensors="pt")["pixel_values"]
+        return self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        linear, w = torch.nn.functional.linear, self.projector
+        hidden = torch.nn.functional.gelu(linear(features, w["model.0.weight"], w["model.0.bias"]))
+        return linear(hidden, w["model.2.weight"], w["model.2.bias"])
+
+
+def with_adapter(model, folder: Path):
+    """A tensor that finds no place would only be warned about, and the answers be those of another model."""
+    from peft import PeftModel
+
+    warnings.filterwarnings("error", message=".*missing adapter keys.*")
+    bare = not any(name.startswith("vision_model.") for name, _ in model.named_modules())
+    mapping = {"^vision_model\\.": ""} if bare else None  # the level that transformers 5.6 took away
+    return PeftModel.from_pretrained(model, folder, key_mapping=mapping).eval()
+
+
+def square(picture: Image.Image, mean: list) -> Image.Image:
+    """The picture centred on a square of the mean colour, as LLaVA-1.5 is trained."""
+    side = max(picture.size)
+    canvas = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
+    canvas.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    return canvas
+
+
+def messages(question: dict) -> list:
+    roles = {"system": "system", "human": "user", "gpt": "assistant"}
+    result = []
+    for turn in question["turns"]:
+        text, content = turn["text"], []
+        if text.startswith("<image>\n"):
+            text = text.removeprefix("<image>\n")
+            content.append({"type": "image"})
+        result.append({"role": roles[turn["role"]], "content": [*content, {"type": "text", "text": text}]})
+    return result
+
+
+if __name__ == "__main__":
+    main()

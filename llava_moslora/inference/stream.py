@@ -1,0 +1,94 @@
+"""One answer, word by word while it is generated; chat and the web page show it so."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+
+import torch
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from llava_moslora.data.conversation import stop_token_ids
+from llava_moslora.inference.generate import Question, batch
+from llava_moslora.inference.load import Answerer
+
+
+def stream(
+    answerer: Answerer, question: Question, *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0
+) -> Iterator[str]:
+    """The answer in pieces, which joined are what :func:`llava_moslora.inference.generate.answer` gives.
+
+    Args:
+        temperature: 0: greedy; else sampled at it, from the smallest set of tokens of probability ``top_p``.
+
+    Raises:
+        Refusal: as ``answer``. An iterator that is closed early stops the generation.
+    """
+    inputs = batch(answerer, [question])
+    pieces: queue.SimpleQueue = queue.SimpleQueue()
+    stopped = threading.Event()
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+
+    @torch.inference_mode()
+    def generate() -> None:
+        try:
+            answerer.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=stop_token_ids(answerer.tokenizer, answerer.template),
+                pad_token_id=answerer.tokenizer.pad_token_id,
+                streamer=_Pieces(pieces),
+                stopping_criteria=[_When(stopped)],
+                **sampling,
+            )
+            pieces.put(None)
+        except Exception as error:  # of the other thread: handed over, whatever it is
+            pieces.put(error)
+
+    thread = threading.Thread(target=generate, daemon=True)
+    thread.start()
+    ids: list[int] = []
+    said = ""
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, Exception):
+                raise piece
+            ids += piece
+            text = answerer.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+            # A character may be several tokens, and white space at the end may be the end: both wait for what follows.
+            whole = text if not text.endswith("�") else said
+            whole = whole.rstrip()
+            if len(whole) > len(said):
+                yield whole[len(said) :]
+                said = whole
+        text = answerer.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        if len(text) > len(said):
+            yield text[len(said) :]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class _Pieces(BaseStreamer):
+    """Hands on the ids of every step but the first, which is the prompt."""
+
+    def __init__(self, pieces: queue.SimpleQueue):
+        self.pieces, self.prompt_seen = pieces, False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.prompt_seen:
+            self.pieces.put(value.flatten().tolist())
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        """Nothing: the end is known when ``generate`` returns."""
+
+
+class _When(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)

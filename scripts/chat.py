@@ -1,0 +1,108 @@
+"""Talk to a training run or an export in the terminal, with pictures.
+
+    python scripts/chat.py merged/llama3-8b-moslora --image photo.jpg
+    you> what is on the table?
+
+    /image FILE   show a picture with the next question (more than one, if the model was trained so)
+    /clear        begin a new conversation
+    /exit         or end of input
+
+Prompts are made by the function that made the training ids. Ctrl-C stops an answer.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llava_moslora.data.conversation import Turn
+from llava_moslora.data.images import load_image
+from llava_moslora.data.tokenizer import IMAGE_TOKEN
+from llava_moslora.errors import Refusal, run_script
+from llava_moslora.inference.load import load
+from llava_moslora.inference.stream import stream
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="the --output_dir of a training, or an export of --format hf")
+    parser.add_argument("--image", action="append", default=[], help="a picture for the first question")
+    parser.add_argument("--system", help="a system message")
+    parser.add_argument("--max_new_tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    args = parser.parse_args()
+    waiting = [open_picture(file) for file in args.image]
+    answerer = load(args.model)
+    turns, pictures = beginning(args.system), []
+    while (line := ask_user()) is not None:
+        command, _, rest = line.partition(" ")
+        if command == "/exit":
+            break
+        try:
+            if command == "/clear":
+                turns, pictures, waiting = beginning(args.system), [], []
+            elif command == "/image":
+                waiting.append(open_picture(rest.strip()))
+            elif line.strip():
+                asked = [*turns, Turn("human", question(line, len(waiting)))]
+                shown = pictures + waiting
+                said = speak(stream(answerer, (shown, asked), max_new_tokens=args.max_new_tokens,
+                                    temperature=args.temperature, top_p=args.top_p))  # fmt: skip
+                turns, pictures, waiting = [*asked, Turn("gpt", said)], shown, []
+        except Refusal as refusal:  # of this question: the conversation goes on without it
+            print(refusal.line(), file=sys.stderr, flush=True)
+
+
+def beginning(system: str | None) -> list[Turn]:
+    return [] if system is None else [Turn("system", system)]
+
+
+def ask_user() -> str | None:
+    """A line, or None at the end of input. A script's input is echoed, so that its output reads as a conversation."""
+    try:
+        line = input("you> ")
+    except EOFError:
+        print()
+        return None
+    if not sys.stdin.isatty():
+        print(line)
+    return line
+
+
+def open_picture(file: str):
+    """
+    Raises:
+        Refusal: no such file, or not a usable picture.
+    """
+    path = Path(file).expanduser().resolve()
+    return load_image(path.name, path.parent)
+
+
+def question(text: str, pictures: int) -> str:
+    """The text of a turn with its pictures above it, as LLaVA's data has them.
+
+    Raises:
+        Refusal: the placeholder was typed.
+    """
+    if IMAGE_TOKEN in text:
+        what, fix = "the picture's placeholder is not typed", "/image FILE shows a picture with the next question"
+        raise Refusal("D-IMAGES", what, found=text, fix=fix)
+    return f"{IMAGE_TOKEN}\n" * pictures + text.strip()
+
+
+def speak(pieces) -> str:
+    """Print an answer as it comes; Ctrl-C stops it, and what was said until then stays in the conversation."""
+    said = ""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+            said += piece
+    except KeyboardInterrupt:
+        pieces.close()
+        print(" …", end="")
+    print(flush=True)
+    return said
+
+
+if __name__ == "__main__":
+    run_script(main)

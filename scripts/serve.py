@@ -1,0 +1,129 @@
+"""A small local web page: show a picture to one model, or to two side by side, and talk.
+
+    python scripts/serve.py merged/llama3-8b-moslora
+    python scripts/serve.py runs/llama3-8b-moslora --compare_untrained
+    python scripts/serve.py runs/llama3-8b-lora runs/llama3-8b-moslora --names LoRA MoSLoRA
+
+Runs, exports, or one of each. It listens on this machine only, unless --host says otherwise; there is no password.
+Needs gradio: pip install 'llava_moslora[serve]'.
+"""
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from llava_moslora.data.conversation import Turn
+from llava_moslora.data.images import load_image
+from llava_moslora.data.tokenizer import IMAGE_TOKEN
+from llava_moslora.errors import Refusal, run_script
+from llava_moslora.inference.generate import Question
+from llava_moslora.inference.load import Answerer, load, load_run
+from llava_moslora.inference.stream import stream
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves this machine
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="+", help="one or two runs or exports")
+    parser.add_argument("--names", nargs="+", help="what the page calls them; default: their folders")
+    parser.add_argument("--compare_untrained", action="store_true", help="beside a run: itself before the first step")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every network of this machine")
+    parser.add_argument("--port", type=int, default=7860)
+    args = parser.parse_args()
+    count = len(args.model) + args.compare_untrained
+    if count > 2:
+        raise Refusal("C-FLAG", "one or two models", key="model", found=f"{count} models")
+    names = args.names or [Path(model).name for model in args.model] + ["untrained"] * args.compare_untrained
+    if len(names) != count:
+        raise Refusal("C-FLAG", "one name for each model", key="--names", found=len(names), expected=count)
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise Refusal(
+            "E-PACKAGE", "the web page needs gradio", found=error, fix="pip install 'llava_moslora[serve]'"
+        ) from error
+    answerers = [load(model) for model in args.model]
+    if args.compare_untrained:
+        answerers.append(load_run(args.model[0], trained=False))
+    page(dict(zip(names, answerers, strict=True))).launch(server_name=args.host, server_port=args.port, share=False)
+
+
+def page(answerers: dict[str, Answerer]):
+    """The page as gradio's ``Blocks``: a picture, a question, and one conversation per model."""
+    import gradio
+
+    with gradio.Blocks(title="llava_moslora", analytics_enabled=False) as blocks:
+        gradio.Markdown("### " + " · ".join(answerers))
+        with gradio.Row():
+            with gradio.Column(scale=1):
+                picture = gradio.Image(type="filepath", label="picture", sources=["upload", "clipboard"], height=300)
+                text = gradio.Textbox(label="question", placeholder="What is shown?", elem_id="question")
+                with gradio.Row():
+                    ask = gradio.Button("Ask", variant="primary", elem_id="ask")
+                    clear = gradio.Button("Start over")
+                length = gradio.Slider(1, 1024, 256, step=1, label="longest answer, in tokens")
+                temperature = gradio.Slider(0, 1.5, 0, step=0.1, label="temperature (0: the most likely answer)")
+            with gradio.Column(scale=2), gradio.Row():
+                chats = [gradio.Chatbot(label=name, height=560, buttons=[]) for name in answerers]
+        state = gradio.State([])  # (file of the picture or None, question) and the answers, round by round
+
+        def answer(rounds: list, file: str | None, question: str, tokens: int, warmth: float):
+            """Yields the conversations while the models answer, one model after the other."""
+            if not question.strip():
+                yield [rounds, question, *shown(rounds, len(answerers))]
+                return
+            earlier = [past for past in rounds if past["file"] is not None]
+            new = file if not earlier or earlier[-1]["file"] != file else None  # the picture is shown once
+            this = {"file": new, "question": question.strip(), "answers": [""] * len(answerers)}
+            rounds = [*rounds, this]
+            for number, answerer in enumerate(answerers.values()):
+                try:
+                    asked = conversation(rounds, number)
+                    for piece in stream(answerer, asked, max_new_tokens=int(tokens), temperature=warmth):
+                        this["answers"][number] += piece
+                        yield [rounds, "", *shown(rounds, len(answerers))]
+                except Refusal as refusal:
+                    raise gradio.Error(refusal.line()) from refusal
+            yield [rounds, "", *shown(rounds, len(answerers))]
+
+        inputs, outputs = [state, picture, text, length, temperature], [state, text, *chats]
+        ask.click(answer, inputs, outputs)
+        text.submit(answer, inputs, outputs)
+        clear.click(lambda: [[], "", *shown([], len(answerers))], None, outputs)
+    return blocks
+
+
+def conversation(rounds: list[dict], number: int) -> Question:
+    """What model ``number`` is asked: its own earlier answers, and the pictures where they were shown.
+
+    Raises:
+        Refusal: the placeholder was typed, or a picture cannot be used.
+    """
+    turns, pictures = [], []
+    for past in rounds:
+        if IMAGE_TOKEN in past["question"]:
+            what = "the picture's placeholder is not typed"
+            raise Refusal("D-IMAGES", what, found=past["question"], fix="drop a picture on the page")
+        prefix = ""
+        if past["file"] is not None:
+            path = Path(past["file"])
+            pictures.append(load_image(path.name, path.parent))
+            prefix = f"{IMAGE_TOKEN}\n"
+        turns += [Turn("human", prefix + past["question"]), Turn("gpt", past["answers"][number])]
+    return pictures, turns[:-1]
+
+
+def shown(rounds: list[dict], models: int) -> Iterator[list[dict]]:
+    """The conversation of each model as gradio's messages. Answers are text: no markup of theirs is rendered."""
+    for number in range(models):
+        messages = []
+        for past in rounds:
+            messages.append({"role": "user", "content": past["question"]})
+            messages.append({"role": "assistant", "content": past["answers"][number]})
+        yield messages
+
+
+if __name__ == "__main__":
+    run_script(main)

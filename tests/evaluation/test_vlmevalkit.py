@@ -1,0 +1,50 @@
+"""VLMEvalKit's side is a stand-in of the two names that the class uses; the real one was run outside the tree."""
+
+import sys
+from types import ModuleType
+
+import pytest
+from export_runs import trained_run
+
+from llava_moslora.data.conversation import Turn
+from llava_moslora.data.images import load_image
+from llava_moslora.evaluation.vlmevalkit import LETTER, SHORT, model_class, prompt, question
+from llava_moslora.inference.generate import answer
+from llava_moslora.inference.load import load
+
+
+@pytest.fixture
+def vlmeval(monkeypatch):
+    class BaseModel:
+        def dump_image(self, line, dataset):
+            return [line["file"]]
+
+    modules = {name: ModuleType(name) for name in ("vlmeval", "vlmeval.dataset", "vlmeval.vlm", "vlmeval.vlm.base")}
+    modules["vlmeval.vlm.base"].BaseModel = BaseModel
+    modules["vlmeval.dataset"].DATASET_TYPE = {"MMBench": "MCQ", "MME": "Y/N", "MMVet": "VQA"}.get
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_a_row_is_asked_as_the_run_was_trained(vlmeval, parts, tmp_path):
+    trained_run(tmp_path / "run", parts.llm, parts.clip, parts.projector)
+    model = model_class()(str(tmp_path / "run"), max_new_tokens=8)
+    row = {"question": "what colour?", "A": "red", "B": "blue", "C": float("nan"), "file": str(parts.images / "0.png")}
+    assert model.use_custom_prompt("MMBench") and not model.use_custom_prompt("MMVet")
+    found = model.generate_inner(model.build_prompt(row, "MMBench"), "MMBench")
+    turns = [Turn("human", f"<image>\nwhat colour?\nA. red\nB. blue\n{LETTER}")]
+    asked = [([load_image("0.png", parts.images)], turns)]
+    assert found == next(answer(load(tmp_path / "run"), asked, max_new_tokens=8))
+
+
+def test_prompts_and_messages(parts):
+    assert prompt({"question": "is it?", "hint": "look"}, "Y/N") == f"look\nis it?\n{SHORT}"
+    file = str(parts.images / "0.png")
+    message = [
+        {"type": "text", "value": "<image>first"},
+        {"type": "image", "value": file},
+        {"type": "text", "value": "x"},
+    ]
+    pictures, turns = question(message)
+    assert len(pictures) == 1 and turns == [Turn("human", "<image>\nfirst\nx")]
+    assert question([{"type": "text", "value": "x"}]) == ([], [Turn("human", "x")])

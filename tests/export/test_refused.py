@@ -1,0 +1,184 @@
+"""What an export refuses, and that nothing half-written is ever left in its place."""
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from export_runs import internlm2, reopen_here, trained_run
+from safetensors.torch import load_file, save_file
+from tiny import write_clip, write_llm
+
+from llava_moslora.errors import Refusal
+from llava_moslora.export import job, proof, streaming
+from llava_moslora.export.job import export
+from llava_moslora.runs.manifest import write_manifest
+
+
+@pytest.fixture(scope="module")
+def run(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused") / "run"
+    trained_run(folder, parts.llm, parts.clip, parts.projector)
+    return folder
+
+
+def refused(run, output, match: str, formats=("hf",), **settings) -> None:
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(Refusal, match=match):
+        export(run, output, formats, **settings)
+    assert sorted(output.parent.iterdir()) == before  # neither the folder nor staging
+
+
+def test_another_base(run, parts, tmp_path):
+    """Of the same shape: names and sizes fit, and only the content tells."""
+    other = write_llm(tmp_path / "llm")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: t + 1 for name, t in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    match = r"K-BASE\] .*llm/model\.safetensors:--model_name_or_path: not the base that this run was trained on"
+    refused(run, tmp_path / "out", match, llm=other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    refused(run, tmp_path / "out", r"K-BASE\] .*llm/config\.json", llm=other)
+    tower = write_clip(tmp_path / "clip", hidden_size=48)
+    refused(run, tmp_path / "out", r"K-BASE\] .*clip/config\.json:--vision_tower", vision_tower=str(tower))
+
+
+def test_a_moved_base_is_taken(run, parts, tmp_path):
+    moved = shutil.copytree(parts.llm, tmp_path / "moved")
+    assert (export(run, tmp_path / "out", llm=moved, prove=False)["hf"] / "model.safetensors").is_file()
+
+
+def test_a_4_bit_folder_as_the_base(run, parts, tmp_path):
+    folder = shutil.copytree(parts.llm, tmp_path / "llm-4bit")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(run, tmp_path / "out", r"config\.json:quantization_config: the base is already quantised", llm=folder)
+
+
+def test_a_base_that_is_gone_or_damaged(parts, tmp_path):
+    llm = internlm2(tmp_path / "llm")
+    trained_run(tmp_path / "run", llm, parts.clip, parts.projector)
+    shard = llm / "pytorch_model-00003-of-00003.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-9])
+    refused(tmp_path / "run", tmp_path / "out", r"K-BASE\] .*pytorch_model-00003-of-00003\.bin")
+    shard.unlink()
+    refused(tmp_path / "run", tmp_path / "out", r"K-BASE\] .*pytorch_model-00003-of-00003\.bin.*found no such file")
+    shutil.rmtree(llm)
+    refused(tmp_path / "run", tmp_path / "out", r"llm.*no such folder")
+
+
+def test_missing_projector(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    adapter = copy / "checkpoint-1" / "adapter"
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    kept = {name: t for name, t in tensors.items() if "multi_modal_projector" not in name}
+    save_file(kept, adapter / "adapter_model.safetensors")
+    facts = json.loads((copy / "checkpoint-1" / "MANIFEST.json").read_text())
+    write_manifest(copy / "checkpoint-1", {name: facts[name] for name in ("step", "llm", "vision_tower", "data")})
+    refused(copy, tmp_path / "out", r"K-ADAPTER\] .*1 missing tensors; found .*multi_modal_projector")
+
+
+def test_existing_folder(run, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    refused(run, tmp_path / "out", r"C-OUTPUT\] .*out:--output_dir: already exists; fix: .*--overwrite")
+
+    def interrupted(*_):
+        raise Refusal("K-PROOF", "not today")
+
+    monkeypatch.setattr(proof, "prove", interrupted)
+    with pytest.raises(Refusal, match="not today"):
+        export(run, tmp_path / "out", overwrite=True)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]  # the old one stays until the new is whole
+    export(run, tmp_path / "out", overwrite=True, prove=False)
+    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "MANIFEST.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
+    usage, memory = namedtuple("usage", "free"), namedtuple("memory", "available")
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda _: usage(10**6))
+    refused(run, tmp_path / "out", r"E-DISK\] .*too little space; found 0\.00 GB; expected 0\.07 GB")
+    monkeypatch.undo()
+    monkeypatch.setattr(proof.psutil, "virtual_memory", lambda: memory(10**5))
+    refused(run, tmp_path / "out", r"E-MEMORY\] the proof loads the whole model.*fix: --no_proof")
+
+
+def test_a_disk_that_fills_up_and_the_export_that_goes_on(run, tmp_path, monkeypatch, capsys):
+    """Shards of 100 kB; the disk is full in the fourth. What is finished is not written again."""
+    monkeypatch.setattr(streaming, "SHARD_BYTES", 100_000)
+    written, merged = [], streaming.merged
+
+    def full_after(limit):
+        def stops(planned, dtype):
+            if len(written) >= limit:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written.append(planned.name)
+            yield from merged(planned, dtype)
+
+        return stops
+
+    monkeypatch.setattr(streaming, "merged", full_after(25))
+    with pytest.raises(
+        Refusal, match=r"E-DISK\] .*model-0000\d-of-.*the disk is full; .*goes on where this one stopped"
+    ):
+        export(run, tmp_path / "out", prove=False)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial"))
+    finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.staging").glob("*.safetensors")}
+    assert finished
+    again = len(written)
+    monkeypatch.setattr(streaming, "merged", full_after(10**9))
+    folder = export(run, tmp_path / "out", prove=False)["hf"]
+    assert f"going on: {len(finished)} of" in capsys.readouterr().out
+    assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
+    assert len(written) < again + 25 + 60
+    monkeypatch.setattr(streaming, "SHARD_BYTES", 2 * 1024**3)
+    whole = load_file(export(run, tmp_path / "whole", prove=False)["hf"] / "model.safetensors")
+    pieces = {name: t for file in folder.glob("model-*.safetensors") for name, t in load_file(file).items()}
+    assert whole.keys() == pieces.keys() and all(torch.equal(whole[name], pieces[name]) for name in whole)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(whole)
+
+
+def test_an_unfinished_export_of_something_else_is_not_taken_up(run, tmp_path):
+    staging = tmp_path / ".out.staging"
+    staging.mkdir()
+    (staging / ".plan.json").write_text(json.dumps({"format": "hf", "files": {}}))
+    (staging / "model.safetensors").write_bytes(b"of another run")
+    folder = export(run, tmp_path / "out", prove=False)["hf"]
+    assert len(load_file(folder / "model.safetensors")) > 50
+
+
+FLAGS = {
+    "unknown format": (["gguf"], {}, r"--format: unknown format; found gguf; expected hf, peft"),
+    "with_base": (["hf"], {"with_base": True}, r"--with_base: belongs to --format peft"),
+    "dequantized of 16 bits": (["hf"], {"merge_base": "dequantized"}, r"--merge_base: the LLM of this run was not"),
+    "dequantized adapters": (["peft"], {"merge_base": "dequantized"}, r"--merge_base: nothing is merged in adapters"),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_flags(run, tmp_path, case):
+    formats, settings, match = FLAGS[case]
+    refused(run, tmp_path / "out", match, formats, **settings)
+
+
+def test_an_export_that_answers_otherwise_is_not_published(run, tmp_path, monkeypatch):
+    """The proof can fail: one row of the written head is changed behind its back."""
+    reopen_here(monkeypatch)
+    write = streaming.write_weights
+
+    def spoiled(root, weights):
+        write(root, weights)
+        tensors = load_file(root / "model.safetensors")
+        tensors["language_model.lm_head.weight"][7] += 0.5
+        save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(job, "write_weights", spoiled)
+    with pytest.raises(Refusal, match=r"K-PROOF\] .*logits.*: the export does not compute what the run computes"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,110 @@
+"""Runs and exports loaded to answer, answers in pieces, and the terminal chat over both."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from export_runs import trained_run
+from launching import ROOT
+from PIL import Image
+
+from llava_moslora.data.conversation import Turn
+from llava_moslora.errors import Refusal
+from llava_moslora.export.job import export
+from llava_moslora.inference.generate import answer, first_logits
+from llava_moslora.inference.load import load
+from llava_moslora.inference.stream import stream
+
+
+@pytest.fixture(scope="module")
+def folders(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    trained_run(folder / "run", parts.llm, parts.clip, parts.projector)
+    return {"run": folder / "run", "export": export(folder / "run", folder / "export", prove=False)["hf"]}
+
+
+def questions(parts) -> list:
+    picture = Image.open(parts.images / "0.png").convert("RGB")
+    follow_up = [Turn("human", "<image>\nwhat colour?"), Turn("gpt", "blue"), Turn("human", "is it?")]
+    return [
+        ([picture], [Turn("human", "<image>\nwhat colour?")]),
+        ([], [Turn("human", "yes?")]),
+        ([picture], follow_up),
+    ]
+
+
+def test_a_run_and_its_export_are_asked_alike(folders, parts):
+    run, merged = load(folders["run"]), load(folders["export"])
+    assert merged.template == run.template and merged.transform == run.transform
+    for question in questions(parts):
+        expected = first_logits(run, question)
+        assert (first_logits(merged, question) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_pieces_are_the_whole_answer(folders, parts):
+    answerer = load(folders["export"])
+    for question in questions(parts):
+        pieces = list(stream(answerer, question, max_new_tokens=24))
+        assert "".join(pieces) == next(answer(answerer, [question], max_new_tokens=24))
+    assert any(len(list(stream(answerer, question, max_new_tokens=24))) > 1 for question in questions(parts))
+
+
+def test_a_stream_can_be_left_and_its_errors_arrive(folders, parts, monkeypatch):
+    answerer = load(folders["run"])
+    pieces = stream(answerer, questions(parts)[0], max_new_tokens=10_000)
+    next(pieces)
+    pieces.close()  # returns only when the generation has ended: 10,000 tokens would take minutes
+
+    def broken(**_):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(answerer.model, "generate", broken)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        list(stream(answerer, questions(parts)[0]))
+
+
+def test_sampling_is_asked_for(folders, parts):
+    answerer, question = load(folders["export"]), questions(parts)[0]
+    torch.manual_seed(0)
+    warm = {"".join(stream(answerer, question, max_new_tokens=12, temperature=5.0)) for _ in range(3)}
+    assert len(warm) > 1
+
+
+def test_neither_a_run_nor_an_export(tmp_path, parts):
+    with pytest.raises(Refusal, match=r"C-PATH\] .*: neither a run nor a complete LLaVA; expected .*run\.json"):
+        load(parts.llm)
+    with pytest.raises(Refusal, match=r"C-PATH\] .*nowhere: no such folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_the_chat_in_the_terminal(folders, parts):
+    """Two turns about one picture, a wrong file and a typed placeholder between them; the answers are those asked for
+    in one go."""
+    lines = [
+        "what colour?",
+        "/image nowhere.png",
+        "<image> and this?",
+        "is it?",
+        "/clear",
+        "yes?",
+        "/exit",
+        "not asked",
+    ]
+    command = [sys.executable, "scripts/chat.py", folders["export"], "--image", parts.images / "0.png",
+               "--max_new_tokens", "8"]  # fmt: skip
+    done = subprocess.run(
+        [str(word) for word in command], input="\n".join(lines), capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    answerer = load(folders["export"])
+    picture = Image.open(parts.images / "0.png").convert("RGB")
+    turns = [Turn("human", "<image>\nwhat colour?")]
+    first = next(answer(answerer, [([picture], turns)], max_new_tokens=8))
+    turns += [Turn("gpt", first), Turn("human", "is it?")]
+    second = next(answer(answerer, [([picture], turns)], max_new_tokens=8))
+    third = next(answer(answerer, [([], [Turn("human", "yes?")])], max_new_tokens=8))
+    said = [f"you> what colour?\n{first}\n", f"you> is it?\n{second}\n", f"you> yes?\n{third}\n"]
+    assert all(text in done.stdout for text in said), done.stdout
+    assert "more" not in done.stdout
+    assert "nowhere.png" in done.stderr and "error[D-IMAGES]" in done.stderr and "Traceback" not in done.stderr
