@@ -17,8 +17,10 @@ from llava_moslora.data.collate import Collator
 from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.images import ImageTransform
 from llava_moslora.data.prepare import prepare, report_of
+from llava_moslora.data.report import write_report
 from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import run_script
+from llava_moslora.inference.load import Answerer
 from llava_moslora.models.assemble import (
     add_adapters,
     assemble,
@@ -31,16 +33,22 @@ from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.training.arguments import parse, tower_adapters
+from llava_moslora.training.checks import check, check_launch
 from llava_moslora.training.pause import Pause
 from llava_moslora.training.run_folder import check_shared, check_space, open_run, reopen_run
+from llava_moslora.training.samples import Samples, read_samples
 from llava_moslora.training.state import trained_count
 from llava_moslora.training.trainer import MosLoraTrainer
+
+DATA_REPORT = "data"
 
 
 def main() -> None:
     pause = Pause()
     pause.listen()
     model_args, data_args, adapter_args, args = parse(sys.argv[1:])
+    check(model_args, adapter_args, args)
+    check_launch(args)
     main_process = args.process_index == 0
     say = print if main_process else (lambda *_: None)
 
@@ -109,6 +117,16 @@ def main() -> None:
             lock = open_run(run, overwrite=args.overwrite)
         write_run(run, settings)
         tokenizer.save_pretrained(run / TOKENIZER)
+        if not (run / DATA_REPORT / "report.html").is_file():
+            write_report(
+                run / DATA_REPORT,
+                dataset,
+                tokenizer=tokenizer,
+                image_folder=data_args.image_folder,
+                batch_size=args.per_device_train_batch_size,
+                title=data_args.data_path,
+                follow_links=data_args.follow_image_links,
+            )
     check_shared(run)
     checkpoint = publish.from_rank_0(checkpoint)
 
@@ -122,11 +140,18 @@ def main() -> None:
             data_args.image_folder,
             ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio),
             follow_links=data_args.follow_image_links,
+            pack_to=data_args.model_max_length if args.packing else None,
         ),
         data_order=data_args.data_order,
         facts=facts,
         callbacks=[pause],
     )
+    if args.sample_questions:
+        samples = read_samples(args.sample_questions, args.sample_image_folder or data_args.image_folder)
+        transform = ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio)
+        answerer = Answerer(model, tokenizer, template, transform)
+        limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
+        trainer.add_callback(Samples(samples, answerer, run, **limits))
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, N pictures, P patches, D LLM width, V vocabulary, S s
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
@@ -18,6 +18,7 @@ class Llava(LlavaForConditionalGeneration):
     """``LlavaForConditionalGeneration`` with its own training forward; without ``labels`` it is the stock model."""
 
     accepts_loss_kwargs = True  # the Trainer hands us the global batch's supervised-token count
+    fused_loss = False  # True: Liger's, which makes the S×V logits piece by piece; the LM head must be a plain linear
 
     def forward(
         self,
@@ -47,10 +48,21 @@ class Llava(LlavaForConditionalGeneration):
         embeds = self._embed(input_ids, pixel_values)
         hidden = self.model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
         supervised = labels[:, 1:] != IGNORE_INDEX  # (B, T-1)
-        logits = self.lm_head(hidden[:, :-1][supervised])  # (S, V)
-        loss = F.cross_entropy(logits.float(), labels[:, 1:][supervised], reduction="sum")
+        hidden, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]  # (S, D), (S)
+        if self.fused_loss:
+            loss = self._fused_loss(hidden, targets)
+        else:
+            logits = self.lm_head(hidden)  # (S, V)
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
         loss = loss / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
         return LlavaCausalLMOutputWithPast(loss=loss)
+
+    def _fused_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss of float[S, D] against int64[S] by Liger's kernel."""
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # an optional package
+
+        assert type(self.lm_head) is nn.Linear, "the kernel multiplies with the head's weight and nothing else"
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(self.lm_head.weight, hidden, targets)
 
     def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
         """Word embeddings float[B, T, D] with the pictures' features in their places.

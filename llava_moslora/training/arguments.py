@@ -21,6 +21,7 @@ from transformers import TrainingArguments as HfTrainingArguments
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
 from llava_moslora.models.llava_folder import starting_parts
+from llava_moslora.training import rendezvous
 
 
 @dataclass
@@ -80,10 +81,28 @@ class AdapterArguments:
 
 @dataclass
 class TrainingArguments(HfTrainingArguments):
+    """``report_to`` adds to the run folder's own ``metrics.jsonl``: tensorboard, wandb, or none."""
+
     output_dir: str | None = field(default=None, metadata={"help": "the run folder"})
     vision_lr: float | None = field(default=None, metadata={"help": "default: as --learning_rate"})
     mm_projector_lr: float | None = field(default=None, metadata={"help": "default: as --learning_rate"})
     mixer_lr: float | None = field(default=None, metadata={"help": "default: as the adapter around it"})
+    loss_average: str = field(
+        default="tokens",
+        metadata={"help": "over the trained tokens of the global batch, or micro_batch: a mean of means, as XTuner's"},
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "several records in a line of --model_max_length tokens: less padding"}
+    )
+    sample_questions: str | None = field(
+        default=None, metadata={"help": "LLaVA-format JSON with questions that are answered while training"}
+    )
+    sample_image_folder: str | None = field(default=None, metadata={"help": "default: as --image_folder"})
+    sample_steps: int = field(default=500, metadata={"help": "answer them every so many steps"})
+    sample_max_new_tokens: int = field(default=64, metadata={"help": "tokens per answer"})
+    health_steps: int = field(
+        default=500, metadata={"help": "look at mixers, weights and gradients every so many steps; 0: never"}
+    )
     resume: bool = field(default=False, metadata={"help": "go on with the run in --output_dir, if one has begun"})
     allow_change: list[str] = field(default_factory=list, metadata={"help": "settings that may differ when resuming"})
     overwrite: bool = field(default=False, metadata={"help": "delete the run that is in --output_dir"})
@@ -107,10 +126,11 @@ class TrainingArguments(HfTrainingArguments):
         if not torch.cuda.is_available():
             self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
         if self.deepspeed and "RANK" in os.environ:
-            import deepspeed  # the Trainer starts the process group too late for ZeRO-3's loading when use_cpu is set
-
-            deepspeed.init_distributed()
+            rendezvous.join()  # the Trainer would do it too late for ZeRO-3's loading when use_cpu is set
         super().__post_init__()
+        if self.use_liger_kernel:  # for the LLM's layers; Liger's LLaVA would replace our forward and its loss
+            own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+            self.liger_kernel_config = (self.liger_kernel_config or {}) | own
 
     @property
     def dtype(self) -> torch.dtype:
@@ -199,12 +219,21 @@ def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise Refusal("C-PATH", "no such file", file=path, key="--config")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        content = _Plain(path.read_text(encoding="utf-8")).get_single_data()  # JSON is YAML
     except yaml.YAMLError as error:
         raise Refusal("C-PARSE", "neither YAML nor JSON", file=path, found=error) from error
     if not isinstance(content, dict):
         raise Refusal("C-PARSE", "not a mapping of flags to values", file=path, found=type(content).__name__)
     return content
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without code and without aliases, by which ten lines can stand for a billion values."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError(f"an alias, *{self.peek_event().anchor}, which is not read here")
+        return super().compose_node(parent, index)
 
 
 def _as_flags(content: dict, known: set[str], path: str) -> list[str]:

@@ -1,9 +1,16 @@
-"""The progress bar: loss, learning rate, tokens per second and time left; and the epoch as our data order counts it."""
+"""The progress bar: loss, learning rate, speed, memory and time left; and the epoch as our data order counts it."""
 
 from __future__ import annotations
 
 from tqdm import tqdm
 from transformers import TrainerCallback
+
+SHOWN = (
+    ("tok/s", "tokens_per_second", "{:.0f}"),
+    ("rec/s", "samples_per_second", "{:.2f}"),
+    ("MFU", "mfu", "{:.1%}"),
+    ("GiB", "peak_memory_gib", "{:.1f}"),
+)
 
 
 class Progress(TrainerCallback):
@@ -37,7 +44,10 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **_):
         if self.bar is not None and logs and "loss" in logs:
             shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.1e}"}
-            self.bar.set_postfix(shown | {"tok/s": f"{logs.get('tokens_per_second', 0):.0f}"}, refresh=True)
+            for name, figure, form in SHOWN:
+                if figure in logs:
+                    shown[name] = form.format(logs[figure])
+            self.bar.set_postfix(shown, refresh=True)
 
     def on_train_end(self, args, state, control, **_):
         if self.bar is not None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import distributed
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
@@ -19,8 +19,12 @@ from llava_moslora.models.assemble import ADAPTER_NAME, PROJECTOR, VISION
 from llava_moslora.runs import publish
 from llava_moslora.runs.manifest import MANIFEST, write_json
 from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.guards import FiniteGuard, check_labels, out_of_memory
+from llava_moslora.training.health import Health
+from llava_moslora.training.metrics import Metrics
 from llava_moslora.training.pause import ignore_signals
 from llava_moslora.training.progress import Progress
+from llava_moslora.training.speed import Speed
 from llava_moslora.training.state import Holder, random_state, set_random_state, trained_parameters
 
 ADAPTER_FOLDER, PROJECTOR_FOLDER = "adapter", "projector"
@@ -52,10 +56,20 @@ class MosLoraTrainer(Trainer):
         )
         if not trained_parameters(self.model):
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
-        self.tokens = 0  # of this rank since the last log
-        self.last_log = time.monotonic()
-        self.remove_callback(_their_progress(self))
+        if self.args.loss_average == "micro_batch":
+            self.model_accepts_loss_kwargs = False  # no token count for the model: it averages over its micro-batch
+        if self.args.use_liger_kernel:
+            inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            inner.fused_loss = True
+        self.guard = FiniteGuard(Path(self.args.output_dir))
+        self.speed = Speed(self.model, self.args.device)
+        self.extra_logs: dict[str, float] = {}  # of callbacks, for the next row of the log
+        for theirs in (PrinterCallback, ProgressCallback, TensorBoardCallback):
+            self.pop_callback(theirs)
         self.add_callback(Progress(self))
+        self.add_callback(Metrics(Path(self.args.output_dir), tensorboard="tensorboard" in self.args.report_to))
+        if self.args.health_steps:
+            self.add_callback(Health(self, self.args.health_steps))
 
     def get_train_dataloader(self) -> DataLoader:
         """Our batches, not handed to accelerate: it would reshard and pad an order that is already exact."""
@@ -96,34 +110,45 @@ class MosLoraTrainer(Trainer):
             rate = args.mm_projector_lr
         return rate
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimizer step, looked at while they are still on the CPU."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        records = [batch.pop("record").tolist() for batch in batches]
+        for batch, numbers in zip(batches, records, strict=True):
+            check_labels(batch["labels"], numbers)
+            self.speed.count(batch)
+        self.guard.begin_step(records)
+        return batches, tokens
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(self.args.per_device_train_batch_size) from error
+        except Exception as error:  # DeepSpeed's fp16 optimizer raises no kind of its own
+            if "loss scale already at minimum" in str(error):
+                self.guard.scale_exhausted(self.state.global_step)
+            raise
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss; a non-finite one on any rank stops all of them before it reaches a gradient."""
-        records = inputs.pop("record")
-        self.tokens += int(inputs["attention_mask"].sum())
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = result[0] if return_outputs else result
-        bad = (~torch.isfinite(loss.detach())).to(torch.int32)
-        if distributed.is_initialized():
-            distributed.all_reduce(bad)
-        if bad:
-            raise Refusal(
-                "R-NONFINITE",
-                f"the loss became NaN or Inf at step {self.state.global_step}; nothing was updated or saved with it",
-                found=f"loss {loss.item()} on records {records.tolist()}",
-                expected="a finite loss on every rank",
-                fix="lower --learning_rate, look at these records, or train in bf16 instead of fp16",
-            )
+        self.guard.loss(self.state.global_step, result[0] if return_outputs else result)
         return result
 
+    def _get_grad_norm(self, model, grad_norm=None) -> float | None:
+        """As theirs, and a non-finite gradient stops the run; without DeepSpeed before the update."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        number = None if norm is None else float(norm)
+        self.guard.gradient(self.state.global_step, number, engine, trained_parameters(self.model))
+        return norm
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds tokens per second of all ranks, padding not counted, since the last log."""
+        """Adds the speed of all ranks since the last log, and what callbacks have found at this step."""
         if "loss" in logs:
-            tokens = torch.tensor(self.tokens, dtype=torch.int64, device=self.args.device)
-            if distributed.is_initialized():
-                distributed.all_reduce(tokens)
-            now = time.monotonic()
-            logs["tokens_per_second"] = round(int(tokens) / (now - self.last_log), 1)
-            self.tokens, self.last_log = 0, now
+            logs |= self.speed.figures() | self.extra_logs
+            self.extra_logs = {}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -245,10 +270,3 @@ def live_to_saved(name: str) -> str:
 def parameter_rank(parameter: torch.nn.Parameter) -> int:
     """Number of dimensions, also of a parameter that ZeRO-3 holds as an empty shard."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _their_progress(trainer: Trainer) -> type:
-    """The class of the Trainer's own progress display, to be replaced by ours."""
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    return PrinterCallback if trainer.args.disable_tqdm else ProgressCallback

@@ -166,7 +166,7 @@ def test_more_flags_and_other_folders_win(folders):
     [
         ({}, "deepspeed --hostfile hosts --master_addr 10.0.0.1 --master_port 29500 scripts/"),
         ({"RANK_OF_HOST": "1"}, "--master_port 29500 --no_ssh --node_rank 1 scripts/"),
-        ({"LAUNCHER": "torchrun", "RANK_OF_HOST": "1"}, "torchrun --nnodes 2 --nproc_per_node 4 --node_rank 1 --master"),
+        ({"LAUNCHER": "torchrun", "RANK_OF_HOST": "1"}, "torchrun --nnodes 2 --nproc_per_node 4 --node_rank 1"),
         ({"LAUNCHER": "slurm"}, "srun bash -c exec torchrun --nnodes $SLURM_NNODES --node_rank $SLURM_NODEID"),
     ],
 )
@@ -180,8 +180,8 @@ def test_what_slurm_starts_on_a_host(folders):
     there = {"PATH": f"{folders / 'bin'}:{os.environ['PATH']}", "SEEN": str(folders / "there.json")}
     subprocess.run(line, check=True, env=os.environ | there | {"SLURM_NNODES": "2", "SLURM_NODEID": "1"})
     command = json.loads((folders / "there.json").read_text())
-    torchrun = "torchrun --nnodes 2 --node_rank 1 --nproc_per_node 4 --master_addr 10.0.0.1 --master_port 29500 scripts/"
-    assert " ".join(command).startswith(torchrun) and command[-2:] == ["--resume", "True"]
+    torchrun = "torchrun --nnodes 2 --node_rank 1 --nproc_per_node 4 --master_addr 10.0.0.1 --master_port 29500"
+    assert " ".join(command).startswith(torchrun + " scripts/train_vit_llm.py") and command[-2:] == ["--resume", "True"]
 
 
 def test_every_recipe_is_tested():

@@ -1,0 +1,139 @@
+"""What stops a run that has gone wrong: a step whose loss or gradient is not finite, with the records that made it.
+
+A Trainer hides such a step: it logs the loss as 0, and DeepSpeed leaves the update out and goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor, distributed
+
+from llava_moslora.data.conversation import IGNORE_INDEX
+from llava_moslora.errors import Refusal
+from llava_moslora.runs import publish
+from llava_moslora.runs.manifest import write_json
+
+DUMP = "nonfinite.json"
+ADVICE = "lower --learning_rate, look at these records, or train in bf16 instead of fp16"
+
+
+@dataclass
+class FiniteGuard:
+    """Watches the steps of one rank; every method that may stop the run does so on all ranks at once.
+
+    Args:
+        run: where ``nonfinite.json`` is written if the run stops: for every rank and micro-batch of the global batch,
+            as far as it was computed, the records and the loss.
+    """
+
+    run: Path
+    records: list[list[int]] = field(default_factory=list)  # of the current step's micro-batches on this rank
+    losses: list[Tensor] = field(default_factory=list)  # of those that were computed
+    skipped: int = 0  # steps that DeepSpeed had left out when it was last asked
+
+    def begin_step(self, records: list[list[int]]) -> None:
+        self.records, self.losses = records, []
+
+    def loss(self, step: int, loss: Tensor) -> None:
+        """Look at the next micro-batch's loss, float[], before it goes backward. Collective.
+
+        Raises:
+            Refusal: R-NONFINITE, it is NaN or Inf on some rank.
+        """
+        self.losses.append(loss.detach())
+        bad = (~torch.isfinite(loss.detach())).to(torch.int32)
+        if distributed.is_initialized():
+            distributed.all_reduce(bad)
+        if bad:
+            self._stop(step, "the loss became NaN or Inf", "a finite loss on every rank")
+
+    def gradient(self, step: int, norm: float | None, engine, parameters: dict[str, torch.nn.Parameter]) -> None:
+        """Look at the gradient norm of the global batch. Without DeepSpeed nothing has been updated yet; with it the
+        step has been taken or left out. Collective.
+
+        Args:
+            norm: of the whole gradient; None where the engine does not tell (ZeRO stage 0 in float32).
+            engine: the DeepSpeed engine, or None.
+            parameters: looked at instead where there is no norm.
+
+        Raises:
+            Refusal: R-NONFINITE, the gradient has a NaN or Inf, and it is not the fp16 search for a loss scale.
+        """
+        skipped = 0 if engine is None else engine.skipped_steps
+        grew, self.skipped = skipped > self.skipped, skipped
+        if grew and searches_scale(engine):
+            return
+        if norm is None:
+            finite = all(bool(torch.isfinite(p).all()) for p in parameters.values())
+        else:
+            finite = math.isfinite(norm) and norm >= 0  # DeepSpeed says -1 for a norm that is not finite
+        if grew or not finite:
+            done = "DeepSpeed left the update out" if grew else f"gradient norm {norm}"
+            self._stop(step, f"the gradient became NaN or Inf ({done})", "a finite gradient")
+
+    def scale_exhausted(self, step: int) -> NoReturn:
+        """fp16 overflows at its smallest loss scale too."""
+        self._stop(step, "the gradient overflows float16 at the smallest loss scale", "a finite gradient")
+
+    def _stop(self, step: int, what: str, expected: str) -> NoReturn:
+        computed = len(self.losses)
+        # the losses as text: JSON has no NaN
+        mine = [
+            {"rank": publish.rank(), "records": records, "loss": str(float(loss))}
+            for records, loss in zip(self.records[:computed], self.losses, strict=True)
+        ]
+        ranks = [mine]
+        if distributed.is_initialized():
+            ranks = [None] * distributed.get_world_size()
+            distributed.all_gather_object(ranks, mine)
+        batches = [batch for rank in ranks for batch in rank]
+        if publish.rank() == 0:
+            write_json(self.run / DUMP, {"step": step, "batches": batches})
+        suspects = [b for b in batches if not math.isfinite(float(b["loss"]))] or batches
+        records = [record for batch in suspects for record in batch["records"]]
+        raise Refusal(
+            "R-NONFINITE",
+            f"{what} at step {step}; nothing was saved with it",
+            found=f"loss {suspects[0]['loss']} on records {', '.join(map(str, records[:32]))}",
+            expected=expected,
+            fix=f"{ADVICE}; all of them are in {self.run / DUMP}",
+        )
+
+
+def searches_scale(engine) -> bool:
+    """Whether a step was left out because fp16 still looks for its loss scale: it halves it until nothing overflows."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return engine.fp16_enabled() and bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale
+
+
+def check_labels(labels: Tensor, records: list[int]) -> None:
+    """int64[B, T]: a batch in which nothing is trained has no loss.
+
+    Raises:
+        Refusal: D-LABELS
+    """
+    if not bool((labels != IGNORE_INDEX).any()):
+        raise Refusal(
+            "D-LABELS",
+            "no token of this batch is trained",
+            found=f"records {', '.join(map(str, records))}",
+            fix="prepare the data with scripts/prepare_data.py, which refuses such records",
+        )
+
+
+def out_of_memory(batch_size: int) -> Refusal:
+    """A lack of device memory, in one line with numbers."""
+    free, total = torch.cuda.mem_get_info()
+    peak = torch.cuda.max_memory_reserved()
+    return Refusal(
+        "E-MEMORY",
+        "the device's memory is not enough for a step; the last checkpoint is untouched",
+        found=f"{total / 2**30:.1f} GiB in all, {peak / 2**30:.1f} GiB used at most, {free / 2**30:.1f} GiB free",
+        fix=f"lower --per_device_train_batch_size (now {batch_size}) and raise --gradient_accumulation_steps by the "
+        "same factor, --gradient_checkpointing True, zero_configs/zero3.json, or --bits 4",
+    )

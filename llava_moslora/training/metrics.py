@@ -1,0 +1,77 @@
+"""``metrics.jsonl`` and TensorBoard in the run folder: one row per logged step, also after a kill and a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback
+
+FILE, FOLDER = "metrics.jsonl", "tensorboard"
+
+
+class Metrics(TrainerCallback):
+    """Writes what is logged, on the main process.
+
+    A run that goes on from a checkpoint has logged steps that it now takes again: their rows are taken out first, and
+    TensorBoard is told to forget them.
+
+    Args:
+        run: the run folder.
+        tensorboard: write event files too, into ``tensorboard/``.
+    """
+
+    def __init__(self, run: Path, *, tensorboard: bool):
+        self.file, self.tensorboard = run / FILE, tensorboard
+        self.writer: SummaryWriter | None = None
+
+    def on_train_begin(self, args, state, control, **_):
+        if not state.is_world_process_zero:
+            return
+        keep_until(self.file, state.global_step)
+        if self.tensorboard:
+            self.writer = SummaryWriter(self.file.parent / FOLDER, purge_step=state.global_step + 1)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if not state.is_world_process_zero or "train_runtime" in logs:  # the Trainer's closing summary is of no step
+            return
+        append(self.file, {"step": state.global_step, **logs})
+        if self.writer is not None:
+            for name, value in logs.items():
+                self.writer.add_scalar(name if "/" in name else f"train/{name}", value, state.global_step)
+            self.writer.flush()
+
+    def on_train_end(self, args, state, control, **_):
+        if self.writer is not None:
+            self.writer.close()
+
+
+def append(file: Path, row: dict) -> None:
+    """One row, in one write, so that a kill leaves at most one unfinished line at the end.
+
+    JSON has no NaN and no Inf (fp16's search for a loss scale logs gradient norms of Inf): they are written as text.
+    """
+    row = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read(file: Path) -> list[dict]:
+    """The rows of a file that :func:`append` wrote; a line that a kill left unfinished is not among them."""
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
+
+
+def keep_until(file: Path, step: int) -> None:
+    """Take out the rows of later steps, at once: a kill leaves the old file or the new one."""
+    if not file.is_file():
+        return
+    kept = [row for row in read(file) if row["step"] <= step]
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    os.replace(unfinished, file)

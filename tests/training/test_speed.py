@@ -1,0 +1,66 @@
+"""The floating-point operations behind the MFU, against torch's own counter; and what is counted as a token."""
+
+import pytest
+import torch
+from test_modes import stock_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_moslora.models.assemble import TowerAdapter, add_adapters, train_projector_only
+from llava_moslora.models.llava import Llava
+from llava_moslora.training.speed import PEAKS, Flops, Speed, peak_of, record_lengths
+
+TOKENS, TRAINED, PICTURES = 40, 6, 2
+
+
+def model_of(parts, adapters: bool):
+    model = stock_model(parts)
+    model.__class__ = Llava
+    model.set_attn_implementation("eager")  # torch's counter knows products of matrices
+    if adapters:
+        return add_adapters(model, TowerAdapter(4, 8, 0.0), TowerAdapter(4, 8, 0.0)).train()
+    return train_projector_only(model).train()
+
+
+@pytest.mark.parametrize(("adapters", "tolerance"), [(False, 0.01), (True, 0.05)])
+def test_flops_are_torchs(parts, adapters, tolerance):
+    """With adapters backward makes some products again, which the model's work does not count."""
+    model = model_of(parts, adapters)
+    ids = torch.full((1, TOKENS), 5)
+    ids[0, 2 : 2 + PICTURES * 16] = model.config.image_token_id
+    labels = torch.full_like(ids, -100)
+    labels[0, -TRAINED:] = 5
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, pixel_values=torch.zeros(PICTURES, 3, 32, 32), labels=labels).loss.backward()
+    flops = Flops.of(model)
+    counted = flops.token * TOKENS + flops.pair * TOKENS**2 + flops.trained_token * TRAINED + flops.picture * PICTURES
+    assert counted == pytest.approx(counter.get_total_flops(), rel=tolerance)
+
+
+def test_padding_is_no_token():
+    labels = torch.tensor([[-100, 7, 7, -100, 7, -100], [-100, 7, 7, 7, -100, -100]])
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    assert record_lengths({"attention_mask": mask, "labels": labels}).tolist() == [6, 4]
+    packed = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]])  # records of 3, 2 and 4; padding of 1 and 2
+    assert record_lengths({"position_ids": packed, "labels": labels}).tolist() == [3, 2, 4]
+
+
+def test_the_share_of_the_peak(parts, monkeypatch):
+    speed = Speed(model_of(parts, adapters=False), torch.device("cpu"))
+    speed.peak = 1e6
+    speed.count({"attention_mask": torch.ones(1, TOKENS), "labels": torch.full((1, TOKENS), 5)})
+    monkeypatch.setattr("time.monotonic", lambda: speed.since + 2)
+    work = speed.flops.token * TOKENS + speed.flops.pair * TOKENS**2 + speed.flops.trained_token * TOKENS
+    figures = speed.figures()
+    assert figures["mfu"] == pytest.approx(work / 2 / 1e6, abs=1e-4)
+    assert figures["tokens_per_second"] == TOKENS / 2 and figures["samples_per_second"] == 0.5
+
+
+def test_peaks_are_found_by_name(monkeypatch):
+    assert peak_of(torch.device("cpu")) is None
+    for name, peak in [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12)]:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        assert peak_of(torch.device("cuda")) == peak
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L40S")
+    assert peak_of(torch.device("cuda")) == PEAKS["L40S"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "unheard of")
+    assert peak_of(torch.device("cuda")) is None
