@@ -95,6 +95,16 @@ def _losses(trained: Trained) -> list[tuple[str, str]]:
     return [("loss", f"{began:.4g} at step {first}, {ended:.4g} at step {last}, lowest {lowest:.4g} at step {low}")]
 
 
+def summary(report: dict) -> str:
+    """The report in one line."""
+    if report["proof"] != "passed":
+        return report["proof"]
+    found = ", ".join(f"{key} within {value:.2g}" for key, value in report["largest_difference"].items())
+    if (changed := report["logits_difference_from_the_run_as_trained"]) is not None:
+        found += f"; logits differ by {changed:.2g} from the run as it was trained"
+    return f"passed, {found}"
+
+
 def _proof(report: dict) -> str:
     if report["proof"] != "passed":
         return f"None: {report['proof']}."

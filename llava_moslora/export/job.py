@@ -16,7 +16,7 @@ import torch
 
 from llava_moslora.errors import Refusal
 from llava_moslora.export import hf, llava, parts, peft_adapters, proof, xtuner
-from llava_moslora.export.card import write_card
+from llava_moslora.export.card import summary, write_card
 from llava_moslora.export.layout import Layout
 from llava_moslora.export.source import DEQUANTIZED, ORIGINAL, Trained, open_trained
 from llava_moslora.export.streaming import write_weights
@@ -103,6 +103,7 @@ def _write(trained: Trained, kind: str, layout: Layout, dtype: torch.dtype, fold
         report = {"proof": layout.unproven}
     else:
         report = proof.prove(trained, layout, staging, dtype)
+    print(f"proof of {kind}: {summary(report)}", flush=True)
     write_json(staging / REPORT, report)
     write_card(trained, kind, dtype, report, staging)
     facts = {

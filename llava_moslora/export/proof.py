@@ -121,16 +121,13 @@ def _picture(seed: int, width: int, height: int) -> Image.Image:
 
 def _expected(trained: Trained, layout: Layout, folder: Path, questions: list[Question], dtype: torch.dtype):
     """What the run computes for each question once merged and rounded as exported, and the logits as it was trained."""
+    # Adapters that were trained over NF4 weights are exported over the original ones, unless merged into the former.
     quantised = trained.bits == 4 and not (layout.merged and trained.merge_base == DEQUANTIZED)
-    as_trained = []
-    if quantised:  # adapters that were trained over NF4 weights are exported over the original ones
-        answerer = _load(trained, bits=4)
-        as_trained = [answerer.model(**batch(answerer, [q])).logits[0, -1].float() for q in questions]
-        del answerer
-    answerer = _load(trained, bits=16 if quantised else trained.bits)
-    if not quantised:
-        with torch.inference_mode():
-            as_trained = [answerer.model(**batch(answerer, [q])).logits[0, -1].float() for q in questions]
+    answerer = _load(trained, trained.bits)
+    as_trained = _logits(answerer, questions)
+    if quantised:
+        del answerer  # one model in memory at a time
+        answerer = _load(trained, 16)
     if layout.merged and trained.adapter is not None:
         _merge(answerer, dequantised=trained.bits == 4 and not quantised)
     _round(answerer, layout.rounded, dtype)
@@ -152,6 +149,11 @@ def _expected(trained: Trained, layout: Layout, folder: Path, questions: list[Qu
                 row["projected"] = inner.model.multi_modal_projector(load_file(noise)["features"])
             result.append(row)
     return result, as_trained
+
+
+@torch.inference_mode()
+def _logits(answerer: Answerer, questions: list[Question]) -> list[Tensor]:
+    return [answerer.model(**batch(answerer, [question])).logits[0, -1].float() for question in questions]
 
 
 def _load(trained: Trained, bits: int) -> Answerer:

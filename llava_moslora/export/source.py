@@ -28,7 +28,7 @@ from llava_moslora.models.llm import read_llm_config, read_llm_tensors, sketch_l
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.tensors import Stored
 from llava_moslora.models.vision import load_vision_tower
-from llava_moslora.runs.manifest import read_manifest
+from llava_moslora.runs.manifest import MANIFEST, read_manifest
 from llava_moslora.runs.record import TOKENIZER, fingerprint, read_run
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
@@ -194,6 +194,11 @@ def open_trained(
     manifest = read_manifest(checkpoint)
     llm_folder, spec = Path(llm or parts["model_name_or_path"]), str(vision_tower or parts["vision_tower"])
     llm_config = read_llm_config(llm_folder)
+    if missing := [part for part in ("llm", "vision_tower", "data") if part not in manifest]:
+        raise Refusal(
+            "K-MANIFEST", "the checkpoint does not say which base it belongs to", file=checkpoint / MANIFEST,
+            key=missing[0], fix="use a checkpoint that scripts/train_vit_llm.py wrote",
+        )  # fmt: skip
     _check_base(llm_folder, manifest["llm"], "--model_name_or_path")
     tower, preprocessor = load_vision_tower(spec, torch.float32)
     _check_base(spec, manifest["vision_tower"], "--vision_tower")

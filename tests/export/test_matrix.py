@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from export_runs import LLMS, METHODS, reopen_here, trained_run
 
 from llava_moslora.export.job import TARGETS, export
@@ -75,3 +76,16 @@ def test_an_adapted_head(parts, tmp_path, monkeypatch, kind):
     folder = export(tmp_path / "run", tmp_path / "out", [name], with_base=over_base)[name]
     report = json.loads((folder / "export_report.json").read_text())
     assert report["largest_difference"]["logits"] <= BOUND and report["same_greedy_answers"]
+
+
+@pytest.mark.parametrize("kind", ["hf", "peft with base"])
+def test_in_16_bits(parts, tmp_path, monkeypatch, kind):
+    """Merged in float32 and rounded once: beyond that rounding, which is reported, nothing is lost."""
+    reopen_here(monkeypatch)
+    trained_run(tmp_path / "run", parts.llm, parts.clip, parts.projector)
+    name, over_base = kind.partition(" ")[0], " " in kind
+    folder = export(tmp_path / "run", tmp_path / "out", [name], with_base=over_base, dtype=torch.bfloat16)[name]
+    report = json.loads((folder / "export_report.json").read_text())
+    assert report["proof"] == "passed"
+    lost = report["logits_difference_from_the_run_as_trained"]
+    assert report["largest_difference"]["logits"] < lost < 0.05 * report["largest_value"]["logits"]

@@ -1,0 +1,99 @@
+"""The web page in a headless browser, with a picture: two models side by side, two turns. Needs the extra ``serve``."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from export_runs import trained_run
+from launching import ROOT, free_port
+from PIL import Image
+
+from llava_moslora.data.conversation import Turn
+from llava_moslora.inference.generate import answer
+from llava_moslora.inference.load import load, load_run
+
+SCREENSHOT = os.environ.get("SERVE_SCREENSHOT")  # a file to look at
+
+
+@pytest.mark.slow
+def test_wrong_flags_are_answered_before_anything_is_loaded(tmp_path):
+    for words, message in (
+        (["a", "b", "c"], "one or two models; found 3 models"),
+        (["a", "--names", "x", "y"], "--names"),
+    ):
+        done = subprocess.run([sys.executable, "scripts/serve.py", *words], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def page(parts, tmp_path):
+    """The page over a run and itself untrained, open in Chromium; and the run."""
+    pytest.importorskip("gradio", reason="pip install 'llava_moslora[serve]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    browser_file = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser_file is None:
+        pytest.skip("no Chromium on this machine (Debian: apt install chromium)")
+    run, port = tmp_path / "run", free_port()
+    trained_run(run, parts.llm, parts.clip, parts.projector)
+    command = [sys.executable, "scripts/serve.py", run, "--compare_untrained", "--names", "tuned", "before"]
+    server = subprocess.Popen([str(word) for word in [*command, "--port", port]], cwd=ROOT)
+    try:
+        wait_for(server, port)
+        addresses = {c.laddr.ip for c in psutil.Process(server.pid).net_connections("inet") if c.status == "LISTEN"}
+        assert addresses == {"127.0.0.1"}
+        with playwright.sync_playwright() as started:
+            browser = started.chromium.launch(executable_path=browser_file, args=["--no-sandbox"])
+            opened = browser.new_page(viewport={"width": 1400, "height": 900})
+            opened.set_default_timeout(120_000)
+            opened.goto(f"http://127.0.0.1:{port}")
+            yield opened, run
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def wait_for(server, port: int) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the server ended"
+        if any(c.laddr.port == port for c in psutil.Process(server.pid).net_connections("inet")):
+            return
+        time.sleep(0.5)
+    raise AssertionError("the server did not begin to listen")
+
+
+@pytest.mark.slow
+def test_a_picture_two_models_two_turns(page, parts):
+    opened, run = page
+    file = parts.images / "0.png"
+    opened.set_input_files("input[type=file]", str(file))
+    opened.wait_for_selector("img[src*='0.png']")
+    picture = Image.open(file).convert("RGB")
+    histories = [[], []]
+    for round_, text in enumerate(("what colour?", "is it red?"), start=1):
+        opened.fill("#question textarea", text)
+        opened.click("#ask")
+        for number, answerer in enumerate((load(run), load_run(run, trained=False))):
+            turns = [*histories[number], Turn("human", ("" if round_ > 1 else "<image>\n") + text)]
+            said = next(answer(answerer, [([picture], turns)], max_new_tokens=256))
+            histories[number] = [*turns, Turn("gpt", said)]
+            chat = opened.locator("[aria-label='chatbot conversation']").nth(number)
+            wait_until(lambda chat=chat, said=said: squeezed(said)[:200] in squeezed(chat.inner_text()))
+    if SCREENSHOT:
+        opened.screenshot(path=SCREENSHOT)
+
+
+def wait_until(true, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "the page does not show the model's answer"
+        time.sleep(0.5)
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
