@@ -1,7 +1,7 @@
 """Many lives of one training command for the price of one import: a process that has everything loaded and forks.
 
-A life is the real ``main()`` of scripts/train_vit_llm.py with real arguments, on one rank or several, in processes of its
-own that are killed or left to end. What a life computed is in the file ``watch``: one JSON line per micro-batch and rank.
+A life is the real ``main()`` of scripts/train_vit_llm.py with real arguments, on one rank or several, in processes of
+its own that are killed or left to end. What it computed is in ``OUTPUT-RANK.watch``: one JSON line per micro-batch.
 
 ``python tests/lives.py`` is the server: it reads one JSON request per line and answers with one JSON line.
 """
@@ -46,9 +46,10 @@ class Lives:
             output: stem of the files that the life writes: ``OUTPUT-RANK.out`` and ``OUTPUT-RANK.watch``.
             world: ranks; 0 is one process that knows of no launcher.
             how: ``kill``: seconds after which ``signal`` (default SIGKILL) is sent to ``ranks`` (default: all);
-                ``at_step``: send it when rank 0 begins this step instead; ``hook``: ``MODULE:FUNCTION`` called in the
-                child before ``main``, with ``hook_arguments``; ``main``: ``MODULE:FUNCTION`` instead of training's;
-                ``limit``: seconds after which everything left is killed and the life counts as stuck.
+                ``at_step``: send it once rank 0 has computed a micro-batch of this step instead; ``hooks``:
+                ``["MODULE:FUNCTION", {argument: value}]``, called in the child before ``main``; ``main``:
+                ``MODULE:FUNCTION`` instead of training's; ``limit``: seconds after which everything left is killed
+                and the life counts as stuck.
         """
         request = {"arguments": [str(a) for a in arguments], "output": str(output), "world": world, **how}
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -65,12 +66,13 @@ class Life:
         status: int per rank: exit status, or minus the signal that ended it.
         seconds: of the whole life.
         outlived: seconds that the last rank lived on after the first was killed.
+        began: when it was forked, on the clock of ``watched``.
         stuck: whether it had to be ended at its time limit.
     """
 
-    def __init__(self, output: Path, world: int, status: list[int], seconds: float, outlived: float, stuck: bool):
-        self.output, self.world = output, world
-        self.status, self.seconds, self.outlived, self.stuck = status, seconds, outlived, stuck
+    def __init__(self, output: Path, world: int, *, status: list[int], seconds, outlived, began, stuck: bool):
+        self.output, self.world, self.status = output, world, status
+        self.seconds, self.outlived, self.began, self.stuck = seconds, outlived, began, stuck
 
     @property
     def ended_well(self) -> bool:
@@ -123,7 +125,7 @@ def _live(request: dict) -> dict:
     children = {_fork(rank, world, port, request): rank for rank in range(max(world, 1))}
     pids = list(children)
     at = begin + request["kill"] if request.get("kill") is not None else None
-    until = begin + request.get("limit", 300)
+    until = begin + request.get("limit", 600)
     status: dict[int, int] = {}
     first_death, sent, stuck = None, False, False
     while children:
@@ -146,10 +148,13 @@ def _live(request: dict) -> dict:
                 status[children.pop(pid)] = os.waitstatus_to_exitcode(code)
         time.sleep(0.002)
     end = time.monotonic()
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        buffer.unlink()  # 69 MB a rank, which DeepSpeed leaves behind on a CPU
     return {
         "status": [status[rank] for rank in sorted(status)],
         "seconds": end - begin,
         "outlived": end - first_death,
+        "began": begin,
         "stuck": stuck,
     }
 
@@ -176,8 +181,8 @@ def _fork(rank: int, world: int, port: int, request: dict) -> int:
         import train_vit_llm
 
         train_vit_llm.MosLoraTrainer = _watching(train_vit_llm.MosLoraTrainer)
-        if hook := request.get("hook"):
-            _resolve(hook)(**request.get("hook_arguments", {}))
+        for hook, named in request.get("hooks", []):
+            _resolve(hook)(**named)
         from llava_moslora.errors import run_script
 
         run_script(_resolve(request.get("main", "train_vit_llm:main")))

@@ -26,6 +26,7 @@ TRAINING = (
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("loss_average", "packing", "seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
+    *("use_liger_kernel", "torch_compile", "tf32", "full_determinism"),
 )
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
@@ -15,10 +14,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
-from llava_moslora.models.assemble import ADAPTER_NAME, PROJECTOR, VISION
+from llava_moslora.models.assemble import PROJECTOR, VISION
 from llava_moslora.runs import publish
-from llava_moslora.runs.manifest import MANIFEST, write_json
+from llava_moslora.runs.manifest import stated, write_json
 from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
 from llava_moslora.training.guards import FiniteGuard, check_labels, out_of_memory
 from llava_moslora.training.health import Health
 from llava_moslora.training.metrics import Metrics
@@ -26,9 +26,6 @@ from llava_moslora.training.pause import ignore_signals
 from llava_moslora.training.progress import Progress
 from llava_moslora.training.speed import Speed
 from llava_moslora.training.state import Holder, random_state, set_random_state, trained_parameters
-
-ADAPTER_FOLDER, PROJECTOR_FOLDER = "adapter", "projector"
-MOMENTS_FILE, POSITION_FILE = "optimizer.safetensors", "position.json"
 
 
 class MosLoraTrainer(Trainer):
@@ -160,14 +157,13 @@ class MosLoraTrainer(Trainer):
             write_json(folder / f"random-{self.args.process_index}.json", random_state())
             if publish.rank() == 0:
                 write_trained(folder, self.model, masters)
-                save_file(moments, folder / MOMENTS_FILE, metadata={"format": "pt"})
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 position = {
                     "adam_steps": holder.adam_steps(),
                     "scheduler_steps": self.lr_scheduler.last_epoch,
                     "loss_scale": holder.loss_scale(),
                 }
-                write_json(folder / POSITION_FILE, position)
+                write_optimizer(folder, moments, position)
 
         def facts() -> dict:
             progress = {"step": self.state.global_step, "of": self.state.max_steps}
@@ -187,13 +183,9 @@ class MosLoraTrainer(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if resume_from_checkpoint is not None:
             checkpoint = Path(resume_from_checkpoint)
-            position = json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8"))
-            self._holder().restore(
-                read_trained(checkpoint, self.model),
-                load_file(checkpoint / MOMENTS_FILE),
-                position["adam_steps"],
-                position["loss_scale"],
-            )
+            masters = read_trained(checkpoint, self.model)
+            moments, position = read_optimizer(checkpoint, self.model)
+            self._holder().restore(masters, moments, position["adam_steps"], position["loss_scale"])
             set_schedule(self.lr_scheduler, position["scheduler_steps"])
         return prepared
 
@@ -210,8 +202,7 @@ class MosLoraTrainer(Trainer):
         """This rank's random streams as they were; a rank that is new (other world size) keeps its seeded ones."""
         if checkpoint is not None:
             file = Path(checkpoint) / f"random-{self.args.process_index}.json"
-            manifest = json.loads((Path(checkpoint) / MANIFEST).read_text(encoding="utf-8"))
-            if manifest["world_size"] == self.args.world_size:
+            if stated(Path(checkpoint))["world_size"] == self.args.world_size:
                 set_random_state(json.loads(file.read_text(encoding="utf-8")))
 
 
@@ -223,48 +214,6 @@ def set_schedule(scheduler, steps: int) -> None:
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
-
-
-def write_trained(folder: Path, model, masters: dict[str, torch.Tensor]) -> None:
-    """The trained tensors: one adapter over the whole model with the projector in it, or in stage 1 the projector."""
-    if isinstance(model, PeftModel):
-        model.save_pretrained(folder / ADAPTER_FOLDER, state_dict=masters, selected_adapters=[ADAPTER_NAME])
-        return
-    (folder / PROJECTOR_FOLDER).mkdir()
-    names = {name: "multi_modal_projector." + name.removeprefix(PROJECTOR + ".") for name in masters}
-    save_file(
-        {names[name]: tensor for name, tensor in masters.items()},
-        folder / PROJECTOR_FOLDER / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-
-
-def read_trained(checkpoint: Path, model) -> dict[str, torch.Tensor]:
-    """The float32 masters of a checkpoint by the names of ``model``'s parameters.
-
-    Raises:
-        Refusal: tensors missing or left over, such as an adapter of other targets.
-    """
-    if isinstance(model, PeftModel):
-        file = checkpoint / ADAPTER_FOLDER / "adapter_model.safetensors"
-        stored = load_file(file)
-        names = {name: live_to_saved(name) for name in trained_parameters(model)}
-    else:
-        file = checkpoint / PROJECTOR_FOLDER / "model.safetensors"
-        stored = load_file(file)
-        names = {name: live_to_saved(name).removeprefix("model.") for name in trained_parameters(model)}
-    differing = sorted(set(names.values()) ^ set(stored))
-    if differing:
-        raise Refusal(
-            "K-ADAPTER", "not the tensors that this run trains", file=file, found=", ".join(differing[:4]),
-            fix="resume with the flags of the run",
-        )  # fmt: skip
-    return {name: stored[saved] for name, saved in names.items()}
-
-
-def live_to_saved(name: str) -> str:
-    """PEFT's name of a trained tensor in a file, from its name in the live model."""
-    return name.replace(f".modules_to_save.{ADAPTER_NAME}", "").replace(f".{ADAPTER_NAME}.", ".")
 
 
 def parameter_rank(parameter: torch.nn.Parameter) -> int:

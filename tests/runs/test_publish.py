@@ -36,7 +36,7 @@ def test_a_failed_write_publishes_nothing(tmp_path):
         (folder / "half").write_bytes(b"x")
         raise OSError("disk full")
 
-    with pytest.raises(Refusal, match="rank 0: disk full; .* bytes free; fix: free space") as refusal:
+    with pytest.raises(Refusal, match=r"rank 0: disk full; .* bytes free; fix: free space") as refusal:
         publish.publish(tmp_path / "checkpoint-1", write, dict)
     assert refusal.value.code == "E-DISK" and refusal.value.exit_status == 4
     assert list(tmp_path.iterdir()) == []  # nothing half-written is left to fill the disk further

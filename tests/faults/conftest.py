@@ -1,0 +1,27 @@
+"""Fixtures of the fault tests: the server of lives, and parts with whole epochs of records."""
+
+from types import SimpleNamespace
+
+import pytest
+from faults.campaign import RECORDS
+from lives import Lives
+
+
+@pytest.fixture(scope="session")
+def lives():
+    with Lives() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory) -> SimpleNamespace:
+    from tiny import write_clip, write_data, write_llm, write_projector
+
+    folder = tmp_path_factory.mktemp("parts")
+    return SimpleNamespace(
+        llm=write_llm(folder / "llm"),
+        clip=write_clip(folder / "clip"),
+        projector=write_projector(folder / "projector.safetensors"),
+        data=write_data(folder / "data", RECORDS),
+        images=folder / "data" / "images",
+    )
