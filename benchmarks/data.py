@@ -1,4 +1,4 @@
-"""The data path in one table of ratios: records, pictures, memory, time to the first batch, padding.
+"""The data path in one table of ratios: records, pictures, memory, time to the first batch, padding, packing.
 
     python benchmarks/data.py --tokenizer playground/models/smollm2-135m-instruct [--records 665298]
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -33,8 +33,7 @@ from llava_moslora.data.conversation import encode
 from llava_moslora.data.images import ImageTransform, load_image
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.records import read_records
-from llava_moslora.data.report import padding_waste
-from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.data.sampler import GROUP, REFERENCE_GROUP, GlobalBatchSampler
 from llava_moslora.data.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -188,8 +187,8 @@ def peak_of_reading(path: Path) -> dict:
     return peaks | {"file_mb": path.stat().st_size / 2**20}
 
 
-def first_batch(folder: Path, path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[dict, dict]:
-    """Seconds to build the cache (2 processes), and from a warm cache to the first batch; and the padding."""
+def first_batch(folder: Path, path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[dict, np.ndarray]:
+    """Seconds to build the cache (2 processes), and from a warm cache to the first batch; and the records' lengths."""
     settings = {"tokenizer": tokenizer, "template": "chatml", "tokens_per_image": 576, "max_length": 2048,
                 "cache_dir": folder / "cache", "num_proc": 2}  # fmt: skip
     begin = time.perf_counter()
@@ -206,17 +205,59 @@ def first_batch(folder: Path, path: Path, tokenizer: PreTrainedTokenizerFast) ->
     total = time.perf_counter() - begin
     size = sum(part.stat().st_size for part in (folder / "cache").rglob("*.arrow"))
     times = {"build_s": built, "records": len(dataset), "build_per_s": len(dataset) / built, "arrow_mb": size / 2**20}
-    return times | {"warm_prepare_s": found, "warm_first_batch_s": total}, padding(np.asarray(dataset["length"][:]))
+    return times | {"warm_prepare_s": found, "warm_first_batch_s": total}, np.asarray(dataset["length"][:])
+
+
+def mix_lengths(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths and modalities: 94 % of the file's texts with a picture of 576 tokens before them."""
+    pictured = np.random.default_rng(1).random(len(text)) < 0.94
+    return np.minimum(2048, text + 576 * pictured), pictured
 
 
 def padding(text: np.ndarray) -> dict:
-    """Padding waste at batch 16 of the file's text lengths, 94 % of them with a picture of 576 tokens before them."""
-    pictured = np.random.default_rng(1).random(len(text)) < 0.94
-    lengths = np.minimum(2048, text + 576 * pictured)
-    return {
-        name: padding_waste(GlobalBatchSampler(lengths, pictured, per_device_batch_size=16, **options), lengths)
-        for name, options in {"grouped": {}, "grouped_200": {"group": 200}, "shuffle": {"order": "shuffle"}}.items()
-    }
+    """Padding waste at 16 records per device, on one rank and as eight ranks are dealt their shares."""
+    lengths, pictured = mix_lengths(text)
+    orders = {f"group {group}": {"group": group} for group in (REFERENCE_GROUP, 75, GROUP, 200)}
+    found = {}
+    for name, options in {**orders, "shuffle": {"order": "shuffle"}}.items():
+        for ranks in (1, 8):
+            sampler = GlobalBatchSampler(
+                lengths, pictured, per_device_batch_size=16, world_size=ranks, **options
+            )  # fmt: skip
+            batches = lengths[sampler.epoch_order()].reshape(-1, 16, ranks)  # of a micro-batch, rank r takes r::ranks
+            found[f"{name}, {ranks} ranks"] = float(1 - batches.sum() / (batches.max(axis=1).sum() * 16))
+    return found
+
+
+def packing(text: np.ndarray, batches: int = 3) -> dict:
+    """Tokens per second, padding not counted, of forward and backward of a small Llama (4 layers of 256) on the same
+    records: one per line against several per line of 2,048, in the grouped order and shuffled."""
+    lengths, pictured = mix_lengths(text)
+    config = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    found: dict = {}
+    for order in ("modality_length", "shuffle"):
+        sampler = GlobalBatchSampler(lengths, pictured, per_device_batch_size=16, order=order)
+        chosen = sampler.epoch_order().reshape(-1, 16)[np.linspace(1, sampler.global_batches - 2, batches).astype(int)]
+        for name, pack_to in (("one per line", None), ("packed", 2048)):
+            collate = Collator(0, None, ImageTransform(1, (1, 1), MEAN, STD), pack_to=pack_to)
+            seconds = real = padded = 0.0
+            for batch in chosen:
+                ids = [np.arange(length) % 500 for length in lengths[batch]]
+                rows = [{"input_ids": one.tolist(), "labels": one.tolist(), "images": [], "shard": "", "record": k,
+                         "number": k, "id": ""} for k, one in enumerate(ids)]  # fmt: skip
+                inputs = collate(rows)
+                inputs.pop("record")
+                begin = time.perf_counter()
+                model(**inputs, use_cache=False).loss.backward()
+                seconds += time.perf_counter() - begin
+                real, padded = real + lengths[batch].sum(), padded + inputs["input_ids"].numel()
+            found[f"{order}, {name}"] = {"tokens_per_s": real / seconds, "padding": float(1 - real / padded)}
+        both = [found[f"{order}, {name}"]["tokens_per_s"] for name in ("packed", "one per line")]
+        found[f"{order}, ratio"] = both[0] / both[1]
+    return found
 
 
 def main() -> None:
@@ -232,7 +273,8 @@ def main() -> None:
         path = folder / "mix.json"
         write_records(path, args.records, pictures=False)
         result["reading"] = peak_of_reading(path)
-        result["cache"], result["padding_waste"] = first_batch(folder, path, tokenizer)
+        result["cache"], lengths = first_batch(folder, path, tokenizer)
+        result["padding_waste"], result["packing"] = padding(lengths), packing(lengths)
     result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "data.json").write_text(json.dumps(result, indent=1))

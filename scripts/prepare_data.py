@@ -12,6 +12,7 @@ import logging
 from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.prepare import prepare, report_of
 from llava_moslora.data.report import write_report
+from llava_moslora.data.sampler import GROUP
 from llava_moslora.data.tokenizer import load_tokenizer
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.models.assemble import tokens_per_picture
@@ -23,11 +24,19 @@ class Parser(argparse.ArgumentParser):
         raise Refusal("C-FLAG", message, fix="see --help")
 
 
+def truth(text: str) -> bool:
+    """As training's flags are written: ``True`` or ``False``."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
+    return text.lower() == "true"
+
+
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="folder of the LLM: its tokenizer is used")
     parser.add_argument("--vision_tower", required=True, help="folder of the CLIP vision tower: tokens per picture")
-    parser.add_argument("--data_path", required=True, help="LLaVA-format JSON or JSONL")
+    parser.add_argument("--data_path", required=True, nargs="+", help="LLaVA-format JSON, JSONL, Parquet, or shards")
+    parser.add_argument("--data_weights", type=float, nargs="+", help="how often each of several is seen in an epoch")
     parser.add_argument("--image_folder", help="folder that the records' image names are relative to")
     parser.add_argument("--version", help="conversation template; default: told by the tokenizer")
     parser.add_argument("--model_max_length", type=int, default=2048, help="tokens per record, placeholders included")
@@ -35,10 +44,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--preprocessing_num_workers", type=int, default=1, help="processes that tokenise")
     parser.add_argument("--on_bad_record", default="fail", help="fail, or quarantine: leave bad records out, listed")
     parser.add_argument("--max_bad_share", type=float, default=0.01, help="quarantine at most this share")
-    parser.add_argument("--follow_image_links", action="store_true", help="allow links out of the image folder")
+    parser.add_argument("--follow_image_links", default=False, type=truth, help="allow links out of the image folder")
+    parser.add_argument("--decode_images", default=False, type=truth, help="decode every picture, not its header only")
+    parser.add_argument("--data_group", type=int, default=GROUP, help="for the padding figures, as in training")
     parser.add_argument("--per_device_train_batch_size", type=int, default=16, help="for the padding figures")
     parser.add_argument("--report_dir", help="where report.html and report.json go; default: no report")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args()
 
 
@@ -60,6 +70,7 @@ def main() -> None:
         on_bad_record=args.on_bad_record,
         max_bad_share=args.max_bad_share,
         follow_image_links=args.follow_image_links,
+        decode_images=args.decode_images,
     )
     counts = {name: value for name, value in report_of(dataset).items() if isinstance(value, int)}
     print("  ".join(f"{name}: {value:,}" for name, value in counts.items()))
@@ -70,8 +81,10 @@ def main() -> None:
             tokenizer=tokenizer,
             image_folder=args.image_folder,
             batch_size=args.per_device_train_batch_size,
-            title=f"{args.data_path} · {template}",
+            title=f"{', '.join(args.data_path)} · {template}",
             follow_links=args.follow_image_links,
+            group=args.data_group,
+            weights=args.data_weights,
         )
         print(f"report: {page}")
 

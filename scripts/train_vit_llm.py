@@ -16,8 +16,9 @@ from transformers import set_seed
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.images import ImageTransform
-from llava_moslora.data.prepare import prepare, report_of
+from llava_moslora.data.prepare import keys_of, prepare, report_of
 from llava_moslora.data.report import write_report
+from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import run_script
 from llava_moslora.inference.load import Answerer
@@ -72,8 +73,22 @@ def main() -> None:
         on_bad_record=data_args.on_bad_record,
         max_bad_share=data_args.max_bad_share,
         follow_image_links=data_args.follow_image_links,
+        decode_images=data_args.decode_images,
     )
     say("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
+    sampler = GlobalBatchSampler(
+        dataset["length"][:],
+        dataset["has_image"][:],
+        per_device_batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world_size=args.world_size,
+        rank=args.process_index,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        order=data_args.data_order,
+        group=data_args.data_group,
+        source=dataset["source"][:],
+        weights=data_args.data_weights or None,
+    )
 
     # 3. The model: three parts grafted together, frozen, then what is trained
     set_seed(args.seed)
@@ -106,7 +121,7 @@ def main() -> None:
         "llm": fingerprint(model_args.model_name_or_path),
         "vision_tower": fingerprint(model_args.vision_tower),
         "projector": fingerprint(model_args.pretrain_mm_mlp_adapter or "none"),
-        "data": fingerprint(data_args.data_path),
+        "data": keys_of(dataset),
     }
     lock = checkpoint = None
     if main_process:
@@ -124,8 +139,10 @@ def main() -> None:
                 tokenizer=tokenizer,
                 image_folder=data_args.image_folder,
                 batch_size=args.per_device_train_batch_size,
-                title=data_args.data_path,
+                title=" ".join(data_args.data_path),
                 follow_links=data_args.follow_image_links,
+                group=data_args.data_group,
+                weights=data_args.data_weights or None,
             )
     check_shared(run)
     checkpoint = publish.from_rank_0(checkpoint)
@@ -138,17 +155,18 @@ def main() -> None:
         data_collator=Collator(
             tokenizer.pad_token_id,
             data_args.image_folder,
-            ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio),
+            ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio, data_args.image_engine),
             follow_links=data_args.follow_image_links,
             pack_to=data_args.model_max_length if args.packing else None,
+            data_files=tuple(data_args.data_path),
         ),
-        data_order=data_args.data_order,
+        sampler=sampler,
         facts=facts,
         callbacks=[pause],
     )
     if args.sample_questions:
         samples = read_samples(args.sample_questions, args.sample_image_folder or data_args.image_folder)
-        transform = ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio)
+        transform = ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio, data_args.image_engine)
         answerer = Answerer(model, tokenizer, template, transform)
         limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
         trainer.add_callback(Samples(samples, answerer, run, **limits))

@@ -11,15 +11,17 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from llava_moslora.data.conversation import IGNORE_INDEX
-from llava_moslora.data.images import ImageTransform, load_image
+from llava_moslora.data.images import ImageTransform, load_bytes, load_image
+from llava_moslora.data.shards import Place, read_picture
 from llava_moslora.errors import Refusal
 
 
 @dataclass
 class Collator:
-    """Makes a batch of rows (dictionaries with ``input_ids labels images record id``).
+    """Makes a batch of rows (dictionaries with ``input_ids labels images shard record id number``).
 
     With ``pack_to``, several records share a line of at most that many tokens (or of the longest record's), so that
     less is padded. Positions restart at 0 with each record and there is no ``attention_mask``: that is how
@@ -33,6 +35,7 @@ class Collator:
         transform: the vision tower's.
         follow_links: see :func:`~llava_moslora.data.images.load_image`.
         pack_to: tokens per line; ``None``: one record per line.
+        data_files: the sources that rows count their ``source`` by; named in refusals where there are several.
     """
 
     pad_token_id: int
@@ -40,25 +43,25 @@ class Collator:
     transform: ImageTransform
     follow_links: bool = False
     pack_to: int | None = None
+    data_files: tuple[str, ...] = ()
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         """``input_ids labels`` int64[B, T], ``attention_mask`` (packed: ``position_ids``) int64[B, T], ``record``
-        int64[rows] and, if any row has pictures, ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders.
+        int64[rows] (the rows' ``number``) and, if any row has pictures, ``pixel_values`` float32[N, 3, H, W] in the
+        order of the placeholders.
 
         Raises:
             Refusal: I-..., a picture that cannot be used; D-LABELS, no token is trained. Both name the record.
         """
         for row in rows:
             if all(label == IGNORE_INDEX for label in row["labels"]):
-                raise Refusal(
-                    "D-LABELS", "no token of this record is trained", record=row["record"], record_id=row["id"] or None
-                )
+                raise Refusal("D-LABELS", "no token of this record is trained", **self._where(row))
         lines = [[row] for row in rows] if self.pack_to is None else pack(rows, self.pack_to)
         rows = list(chain.from_iterable(lines))
         batch = {
             "input_ids": _pad([_joined(line, "input_ids") for line in lines], self.pad_token_id),
             "labels": _pad([_joined(line, "labels") for line in lines], IGNORE_INDEX),
-            "record": torch.tensor([row["record"] for row in rows]),
+            "record": torch.tensor([row["number"] for row in rows]),
         }
         if self.pack_to is None:
             batch["attention_mask"] = _pad([[1] * len(row["input_ids"]) for row in rows], 0)
@@ -70,9 +73,30 @@ class Collator:
         return batch
 
     def _picture(self, name: str, row: dict) -> torch.Tensor:
-        assert self.image_folder is not None, "rows with pictures need an image folder; prepare refuses them without"
-        where = {"record": row["record"], "record_id": row["id"], "follow_links": self.follow_links}
-        return self.transform(load_image(name, self.image_folder, **where))
+        return self.transform(read_row_picture(row, name, self.image_folder, self.follow_links, **self._where(row)))
+
+    def _where(self, row: dict) -> dict:
+        several = len(self.data_files) > 1
+        return {
+            "record": row["record"],
+            "record_id": (f"{row['id']} of {self.data_files[row['source']]}" if several else row["id"]) or None,
+        }
+
+
+def read_row_picture(
+    row: dict, name: str, folder: str | Path | None, follow_links: bool, *, record: int, record_id: str | None
+) -> Image.Image:
+    """One of a row's ``images``, out of its shard or the image folder, in RGB.
+
+    Raises:
+        Refusal: I-...
+    """
+    if not row["shard"]:
+        assert folder is not None, "rows with pictures need an image folder; prepare refuses them without"
+        return load_image(name, folder, record=record, record_id=record_id, follow_links=follow_links)
+    place = Place.parse(name)
+    data = read_picture(row["shard"], place, record=record, record_id=record_id)
+    return load_bytes(data, f"{row['shard']}:{place.name}", record=record, record_id=record_id)
 
 
 def pack(rows: Sequence[dict], limit: int) -> list[list[dict]]:

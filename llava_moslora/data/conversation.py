@@ -13,12 +13,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.data.pieces import SYSTEM, TEXT, Pieces, Template
 from llava_moslora.data.templates import (
-    SYSTEM,
     TEMPLATES,
-    TEXT,
-    Pieces,
-    Template,
     chat_template,
     control_id,
     get_template,
@@ -85,7 +82,7 @@ def encode(
         Refusal: D-ROLE (order of turns), D-IMAGES (``<image>`` against pictures), C-TEMPLATE (template and tokenizer).
     """
     _check_order(turns, last="gpt")
-    return _encode(turns, tokenizer, get_template(template), image_tokens, prompt=False)
+    return _encode(turns, tokenizer, get_template(template, tokenizer), image_tokens, prompt=False)
 
 
 def encode_prompt(
@@ -93,7 +90,7 @@ def encode_prompt(
 ) -> Encoded:
     """As :func:`encode`, of a conversation that ends with a question, ready for generation; no label is trained."""
     _check_order(turns, last="human")
-    encoded = _encode(turns, tokenizer, get_template(template), image_tokens, prompt=True)
+    encoded = _encode(turns, tokenizer, get_template(template, tokenizer), image_tokens, prompt=True)
     return Encoded(encoded.input_ids, [IGNORE_INDEX] * len(encoded.input_ids), encoded.ends)
 
 

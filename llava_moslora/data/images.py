@@ -7,6 +7,7 @@ becomes a :class:`Refusal` that names the record.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from PIL import Image, ImageOps
 from llava_moslora.data.pixels import ImageTransform
 from llava_moslora.errors import Refusal
 
-__all__ = ["ImageTransform", "check_image", "load_image"]
+__all__ = ["ImageTransform", "check_bytes", "check_image", "load_bytes", "load_image"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
@@ -54,24 +55,15 @@ def load_image(
     """
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     path = _resolve(name, root, where, follow_links)
-    with _open(path, where) as image:
-        try:
-            _note_animation(image, path)
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), path, where)
-        except Refusal:
-            raise
-        except (
-            Exception
-        ) as error:  # hostile bytes make Pillow raise nearly anything: OSError, SyntaxError, struct.error
-            raise Refusal(
-                "I-DECODE",
-                "the picture is damaged",
-                file=path,
-                found=f"{type(error).__name__}: {error}",
-                fix="copy or download it again",
-                **where,
-            ) from None
+    with _open(path, path, where) as image:
+        return _decode(image, path, where)
+
+
+def load_bytes(data: bytes, name: str, *, record: int | None = None, record_id: str | None = None) -> Image.Image:
+    """As :func:`load_image`, of a picture's bytes; ``name`` says in refusals where they come from."""
+    where = {"record": record, "record_id": record_id or None, "key": "image"}
+    with _open(io.BytesIO(data), name, where) as image:
+        return _decode(image, name, where)
 
 
 def check_image(
@@ -85,10 +77,39 @@ def check_image(
     """Everything :func:`load_image` can refuse without decoding; returns (width, height) as stored."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     path = _resolve(name, root, where, follow_links)
-    with _open(path, where) as image:
-        if image.mode in ("F", "I"):
-            raise _mode_refusal(image, path, where)
-        return image.size
+    with _open(path, path, where) as image:
+        return _size(image, path, where)
+
+
+def check_bytes(data: bytes, name: str, *, record: int | None = None, record_id: str | None = None) -> tuple[int, int]:
+    """As :func:`check_image`, of a picture's bytes; ``name`` says in refusals where they come from."""
+    where = {"record": record, "record_id": record_id or None, "key": "image"}
+    with _open(io.BytesIO(data), name, where) as image:
+        return _size(image, name, where)
+
+
+def _size(image: Image.Image, path: str | Path, where: dict) -> tuple[int, int]:
+    if image.mode in ("F", "I"):
+        raise _mode_refusal(image, path, where)
+    return image.size
+
+
+def _decode(image: Image.Image, path: str | Path, where: dict) -> Image.Image:
+    try:
+        _note_animation(image, path)
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image), path, where)
+    except Refusal:
+        raise
+    except Exception as error:  # hostile bytes make Pillow raise nearly anything: OSError, SyntaxError, struct.error
+        raise Refusal(
+            "I-DECODE",
+            "the picture is damaged",
+            file=path,
+            found=f"{type(error).__name__}: {error}",
+            fix="copy or download it again",
+            **where,
+        ) from None
 
 
 def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Path:
@@ -141,18 +162,18 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
     return path
 
 
-def _open(path: Path, where: dict) -> Image.Image:
-    """The picture with its header read."""
+def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Image:
+    """The picture with its header read; ``path`` names it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS below is stricter
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(source, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise Refusal("I-SIZE", "the picture is too large", file=path, found=error, **where) from None
     except PermissionError as error:
         raise Refusal("I-FILE", "the picture cannot be read", file=path, found=error.strerror, **where) from None
     except Exception as error:  # see load_image
-        empty = path.stat().st_size == 0
+        empty = (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else source.stat().st_size) == 0
         raise Refusal(
             "I-FORMAT",
             "the file is empty" if empty else "not a picture in a known format",
@@ -185,7 +206,7 @@ def _open(path: Path, where: dict) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image, path: Path, where: dict) -> Image.Image:
+def _to_rgb(image: Image.Image, path: str | Path, where: dict) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16"):
@@ -200,7 +221,7 @@ def _to_rgb(image: Image.Image, path: Path, where: dict) -> Image.Image:
     return image.convert("RGB")
 
 
-def _mode_refusal(image: Image.Image, path: Path, where: dict) -> Refusal:
+def _mode_refusal(image: Image.Image, path: str | Path, where: dict) -> Refusal:
     kind = "floating-point" if image.mode == "F" else "32-bit integer"
     return Refusal(
         "I-MODE",
@@ -212,7 +233,7 @@ def _mode_refusal(image: Image.Image, path: Path, where: dict) -> Refusal:
     )
 
 
-def _note_animation(image: Image.Image, path: Path) -> None:
+def _note_animation(image: Image.Image, path: str | Path) -> None:
     global _animated_seen
     if getattr(image, "is_animated", False) and not _animated_seen:
         _animated_seen = True

@@ -11,7 +11,9 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 from llava_moslora.errors import Refusal
 
@@ -31,6 +33,10 @@ def json_type(value: object) -> str:
 class JsonStream:
     """Iterates over ``(value, problem)``; ``problem`` is ``None`` or a phrase that says why it is not strict JSON.
 
+    Args:
+        path: the file, or what to call ``file`` in refusals.
+        file: the opened content, where it is not a file of its own (a member of a tar).
+
     Attributes:
         bytes_read: how far into the file the reading is.
 
@@ -38,8 +44,8 @@ class JsonStream:
         Refusal: D-PARSE (not JSON, truncated, nothing in it), D-ENC (not UTF-8), D-TYPE (not records at the top level).
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, file: BinaryIO | None = None):
+        self.path, self._given = Path(path) if file is None else path, file
         self._window = ""
         self._start = 0  # where the next value begins in the window
         self._lines = 0  # newlines before the window
@@ -52,9 +58,9 @@ class JsonStream:
         )
 
     def __iter__(self) -> Iterator[tuple[object, str | None]]:
-        if not self.path.is_file():
+        if self._given is None and not self.path.is_file():
             raise Refusal("D-FILE", "there is no such file", file=self.path, fix="check --data_path")
-        with self.path.open("rb") as self._file:
+        with self.path.open("rb") if self._given is None else nullcontext(self._given) as self._file:
             self._more()
             if not (first := self._peek()):
                 raise Refusal("D-PARSE", "the file is empty", file=self.path)

@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from llava_moslora.errors import Refusal
 
 STRIP = 16_000_000  # pixels of background that are laid around a tall picture at once
+ENGINES = ("pil", "torch")
 TORCH_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's number, torch's name
 
 
@@ -73,17 +74,28 @@ class ImageTransform:
 
     @classmethod
     def from_settings(
-        cls, config: dict, mode: Literal["pad", "crop"] = "pad", source: str | Path | None = None
+        cls,
+        config: dict,
+        mode: Literal["pad", "crop"] = "pad",
+        engine: Literal["pil", "torch"] = "pil",
+        source: str | Path | None = None,
     ) -> ImageTransform:
         """From the content of a tower's ``preprocessor_config.json``; ``source`` is named in refusals.
 
         Raises:
-            Refusal: K-VISION, a needed key is not there; C-MODE, unknown ``mode``.
+            Refusal: K-VISION, a needed key is not there; C-MODE, unknown ``mode``, or a filter the engine lacks.
         """
         if mode not in ("pad", "crop"):
             raise Refusal(
                 "C-MODE", "unknown picture mode", key="--image_aspect_ratio", found=mode, expected="pad | crop"
             )
+        resample = config.get("resample", 3)
+        if engine == "torch" and resample not in TORCH_FILTERS:
+            raise Refusal(
+                "C-MODE", "the torch engine does not have this tower's filter", key="--image_engine",
+                found=f"resample {resample}", expected=" or ".join(f"{k} ({v})" for k, v in TORCH_FILTERS.items()),
+                fix="--image_engine pil",
+            )  # fmt: skip
         lacking = [key for key in ("size", "image_mean", "image_std") if config.get(key) is None]
         if lacking:
             raise Refusal("K-VISION", "the picture settings lack a key", file=source, key=", ".join(lacking))
@@ -96,9 +108,10 @@ class ImageTransform:
             size=(size, size) if isinstance(size, int) else size,
             mean=tuple(config["image_mean"]),
             std=tuple(config["image_std"]),
-            resample=config.get("resample", 3),
+            resample=resample,
             rescale=config.get("rescale_factor", 1 / 255),
             mode=mode,
+            engine=engine,
         )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:

@@ -7,6 +7,7 @@ import html
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +15,34 @@ from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.data.collate import read_row_picture
 from llava_moslora.data.conversation import label_runs
-from llava_moslora.data.images import load_image
-from llava_moslora.data.prepare import report_of
-from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.data.prepare import report_of, reports_of
+from llava_moslora.data.sampler import GROUP, GlobalBatchSampler
+from llava_moslora.data.shards import Place
 
 BARS = 40
 THUMBNAIL = 192
 
 
-def data_report(dataset: Dataset, *, batch_size: int) -> dict:
+def data_report(
+    dataset: Dataset, *, batch_size: int, group: int = GROUP, weights: Sequence[float] | None = None
+) -> dict:
     """Counts by source and modality, histograms, padding waste; with what :func:`report_of` counted.
 
     A record's source is the first folder of its picture's name (``coco``, ``gqa``, ...), or ``text``.
 
     Args:
         batch_size: records per micro-batch, for the padding waste.
+        group, weights: of training's :class:`~llava_moslora.data.sampler.GlobalBatchSampler`.
     """
     counted = report_of(dataset)
     lengths, trained = np.asarray(dataset["length"][:]), np.asarray(dataset["trained"][:])
     has_image = np.asarray(dataset["has_image"][:])
-    first = [images[0] if images else None for images in dataset["images"][:]]
+    first = [
+        None if not images else Place.parse(images[0]).name if shard else images[0]
+        for images, shard in zip(dataset["images"][:], dataset["shard"][:], strict=True)
+    ]
     source = np.asarray(["text" if name is None else name.split("/")[0] if "/" in name else "." for name in first])
     sources = {
         name: {"records": int(here.sum()), "tokens": int(lengths[here].sum()), "trained": int(trained[here].sum())}
@@ -45,8 +53,21 @@ def data_report(dataset: Dataset, *, batch_size: int) -> dict:
     waste = {}
     if len(lengths) >= batch_size:
         for order in ("shuffle", "modality_length"):
-            sampler = GlobalBatchSampler(lengths, has_image, per_device_batch_size=batch_size, order=order)
+            sampler = GlobalBatchSampler(
+                lengths, has_image, per_device_batch_size=batch_size, order=order, group=group,
+                source=dataset["source"][:], weights=weights,
+            )  # fmt: skip
             waste[order] = padding_waste(sampler, lengths)
+    shares = weights or [1] * (max(dataset["source"][:]) + 1)
+    files = [
+        {
+            "file": part["file"],
+            "records": part["records"],
+            "kept": part["kept"],
+            "seen_per_epoch": weight * part["kept"],
+        }
+        for part, weight in zip(reports_of(dataset), shares, strict=True)
+    ]
     return {
         **counted,
         "pictures": sum(len(images) for images in dataset["images"][:]),
@@ -55,6 +76,7 @@ def data_report(dataset: Dataset, *, batch_size: int) -> dict:
         "longest": int(lengths.max()),
         "batch_size": batch_size,
         "padding_waste": waste,
+        "files": files,
         "sources": sources,
         "lengths": {
             "with pictures": histogram(lengths[has_image], lengths.max()),
@@ -88,11 +110,13 @@ def write_report(
     title: str,
     samples: int = 10,
     follow_links: bool = False,
+    group: int = GROUP,
+    weights: Sequence[float] | None = None,
 ) -> Path:
     """Write ``report.json`` and ``report.html`` into ``folder``; returns the page. It needs no network to be read."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    report = data_report(dataset, batch_size=batch_size)
+    report = data_report(dataset, batch_size=batch_size, group=group, weights=weights)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     chosen = sorted(np.random.default_rng(0).permutation(len(dataset))[:samples].tolist())
     shown = [_sample(dataset[k], tokenizer, image_folder, follow_links) for k in chosen]
@@ -105,8 +129,9 @@ def _sample(row: dict, tokenizer: PreTrainedTokenizerFast, image_folder: str | P
     """One record: its pictures and its text, trained parts marked."""
     pictures = ""
     for name in row["images"]:
-        picture = load_image(name, image_folder, record=row["record"], record_id=row["id"], follow_links=follow_links)
-        pictures += f"<figure>{_thumbnail(picture)}<figcaption>{html.escape(name)}</figcaption></figure>"
+        picture = read_row_picture(row, name, image_folder, follow_links, record=row["record"], record_id=row["id"])
+        shown = html.escape(Place.parse(name).name if row["shard"] else name)
+        pictures += f"<figure>{_thumbnail(picture)}<figcaption>{shown}</figcaption></figure>"
     text = "".join(
         f'<span class="{kind}">{html.escape(part)}</span>'
         for kind, part in label_runs(row["input_ids"], row["labels"], tokenizer)
@@ -137,11 +162,15 @@ def _page(report: dict, samples: list[str], title: str) -> str:
         "trained tokens": f"{report['trained_tokens']:,} ({report['trained_tokens'] / report['tokens']:.1%})",
         "longest record": f"{report['longest']:,} tokens",
         "truncated": f"{report['truncated_share']:.2%}",
-        "duplicate ids": f"{report['duplicate_ids']:,}",
+        "duplicate ids": f"{report.get('duplicate_ids', 0):,}",
+        "name a control token": f"{report['control_names_as_text']:,}",
         "problems": f"{len(report['problems']):,}",
     }
     cut = {"lost trailing turns": "turns_dropped", "answer cut": "answers_cut", "left out": "left_out"}
     tables = [
+        _table("Files", ["file", "records", "kept", "seen per epoch"],
+               [[Path(row["file"]).name, *(f"{row[key]:,.0f}" for key in ("records", "kept", "seen_per_epoch"))]
+                for row in report["files"]]),
         _table("Sources", ["source", "records", "tokens", "trained"],
                [[name, *(f"{n:,}" for n in row.values())] for name, row in report["sources"].items()]),
         _table("Longer than the limit", ["what happened", "records"],

@@ -11,58 +11,14 @@ Sources: LLaVA ``llava/conversation.py`` (vicuna_v1, llama_2, plain) and ``train
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import Enum
-
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.data.own_template import own_template
+from llava_moslora.data.pieces import BOS, EOS, SYSTEM, TEXT, Control, Pieces, Template
 from llava_moslora.data.tokenizer import IMAGE_TOKEN, text_encoder
 from llava_moslora.errors import Refusal
 
-
-@dataclass(frozen=True)
-class Control:
-    """A control token, by its name in the tokenizer."""
-
-    name: str
-
-
-class Slot(Enum):
-    TEXT = "text"  # the turn's own text
-    SYSTEM = "system"  # the rendered system text, in formats that put it inside the first human turn
-
-
-TEXT, SYSTEM = Slot.TEXT, Slot.SYSTEM
-BOS = Control("bos_token")  # the tokenizer's own; nothing for a tokenizer that does not begin its texts with one
-EOS = Control("eos_token")  # the tokenizer's own
-
-Pieces = tuple["str | Control | Slot", ...]
-
-
-@dataclass(frozen=True)
-class Template:
-    """One prompt format. A conversation is ``begin``, then ``system``, then rounds of ``human reply answer separator``.
-
-    Attributes:
-        begin: once, before everything.
-        system: around a system turn; goes into the ``SYSTEM`` slot of the first human turn, or else after ``begin``.
-        human: around a human turn.
-        reply: what makes the model answer; a prompt for generation ends with it.
-        answer: around an answer; all of it is trained, its last piece is where generation stops.
-        separator: after a round, not trained.
-        default_system: system text of records that bring none.
-        pictures_only: of the human text only the pictures are kept (LLaVA's first stage).
-    """
-
-    human: Pieces
-    answer: Pieces
-    reply: Pieces = ()
-    begin: Pieces = ()
-    system: Pieces = ()
-    separator: Pieces = ()
-    default_system: str | None = None
-    pictures_only: bool = False
-
+OWN = "tokenizer"  # the name of the format that the tokenizer's own chat template writes
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -125,27 +81,28 @@ TEMPLATES: dict[str, Template] = {
 }
 
 
-def get_template(name: str) -> Template:
-    """The template called ``name``.
+def get_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
+    """The template called ``name``; ``"tokenizer"`` is the tokenizer's own.
 
     Raises:
-        Refusal: C-TEMPLATE, there is none of that name.
+        Refusal: C-TEMPLATE, there is none of that name, or the tokenizer's own cannot be followed exactly.
     """
+    if name == OWN:
+        return own_template(tokenizer)
     if name not in TEMPLATES:
-        raise Refusal(
-            "C-TEMPLATE", "unknown prompt template", key="--version", found=name, expected=" | ".join(sorted(TEMPLATES))
-        )
+        expected = " | ".join([*sorted(TEMPLATES), OWN])
+        raise Refusal("C-TEMPLATE", "unknown prompt template", key="--version", found=name, expected=expected)
     return TEMPLATES[name]
 
 
 def recognise_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The name of the template that a tokenizer's control tokens belong to.
+    """The name of the template that a tokenizer's control tokens belong to, else ``"tokenizer"`` if it brings its own.
 
     Llama-2 and Vicuna share their tokens; a chat template with ``<<SYS>>`` tells Llama-2-chat, no chat template at
     all is what Vicuna's folders have.
 
     Raises:
-        Refusal: C-TEMPLATE, the tokens belong to no known template.
+        Refusal: C-TEMPLATE, the tokens belong to no known template and the tokenizer's own cannot be used.
     """
     names = tokenizer.added_tokens_encoder.keys()
     if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= names:
@@ -155,6 +112,9 @@ def recognise_template(tokenizer: PreTrainedTokenizerFast) -> str:
     own = tokenizer.chat_template or ""
     if tokenizer.bos_token == "<s>" and tokenizer.eos_token == "</s>" and (not own or "<<SYS>>" in own):
         return "llama2" if own else "vicuna_v1"
+    if own:
+        own_template(tokenizer)  # refuses it here, where it is chosen
+        return OWN
     raise Refusal(
         "C-TEMPLATE",
         "the tokenizer's control tokens belong to no known prompt template",
@@ -186,7 +146,7 @@ def control_id(control: Control, tokenizer: PreTrainedTokenizerFast) -> int | No
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> list[int]:
     """Ids at which generation ends: what an answer was trained to end with, then the tokenizer's own end of text."""
-    last = get_template(template).answer[-1]
+    last = get_template(template, tokenizer).answer[-1]
     ids = [control_id(last, tokenizer)] if isinstance(last, Control) else tokenizer.encode(last)[-1:]
     if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
         ids.append(tokenizer.eos_token_id)
@@ -202,7 +162,7 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     :func:`llava_moslora.data.conversation.encode_prompt`. (A template cannot stop a user from typing ``<|eot_id|>``
     into a stock chat; our own inference can.)
     """
-    form = get_template(template)
+    form = get_template(template, tokenizer)
 
     def jinja(pieces: Pieces, text: str = "text") -> str:
         """Pieces as one Jinja expression; ``text`` is the expression that stands for the turn's own text."""

@@ -21,6 +21,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava import Llava
+from llava_moslora.models.llava_folder import check_tower_is_taken
 from llava_moslora.models.llm import load_llm, read_llm_config, sketch_llm
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.tensors import read_json
@@ -83,6 +84,7 @@ def assemble(
         Refusal: a part is missing, damaged, or does not fit the others; known before a weight of a tower is read.
     """
     llm_config, vision_config = read_llm_config(llm_folder), read_vision_config(vision_tower)
+    check_tower_is_taken(Path(llm_folder), vision_tower)
     _check_tokens(tokenizer, image_token_id, llm_config, Path(llm_folder))
     tensors = None
     if projector is not None:

@@ -103,11 +103,8 @@ def llm_config(folder: Path) -> PreTrainedConfig:
         Refusal: C-MODEL, another kind of LLaVA, or one whose own trained tower would be left behind.
     """
     if check_layout(folder) == ORIGINAL:
-        if read_parts(folder).vision:
-            raise Refusal(
-                "C-MODEL", "a vision tower was trained with this LLM, and the folder does not describe it", file=folder,
-                key="mm_vision_tower", fix="give the same model in the layout of transformers (…-hf, …-transformers)",
-            )  # fmt: skip
+        if has_own_tower(folder):
+            tower_description(folder)  # without it the tower could not be taken along
         raw = read_json(folder / "config.json")
         own = {key: value for key, value in raw.items() if not key.startswith(("mm_", "tune_", "image_", "auto_map"))}
         return LlamaConfig.from_dict(own | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
@@ -124,11 +121,56 @@ def vision_config(folder: Path) -> dict[str, Any]:
     """
     if check_layout(folder) == TRANSFORMERS:
         return _transformers_config(folder).vision_config.to_dict()
+    if has_own_tower(folder):
+        return read_json(tower_description(folder) / "config.json")
     file = folder / "config.json"
     raise Refusal(
         "C-MODEL", "the original LLaVA's folder does not describe its vision tower", file=file, key="mm_vision_tower",
         found=read_json(file).get("mm_vision_tower"), fix="give that tower's folder as --vision_tower",
     )  # fmt: skip
+
+
+def has_own_tower(folder: Path) -> bool:
+    """Whether an original LLaVA holds a vision tower that was trained with it."""
+    return check_layout(folder) == ORIGINAL and bool(read_parts(folder).vision)
+
+
+def tower_description(folder: Path) -> Path:
+    """The folder that says how the vision tower inside is built and how pictures are prepared for it: ``folder``
+    itself, or for the original layout, which only names the tower, the one that ``mm_vision_tower`` names, there or
+    beside ``folder``. Of it ``config.json`` and ``preprocessor_config.json`` are needed, no weights.
+
+    Raises:
+        Refusal: C-MODEL, it is not there.
+    """
+    if check_layout(folder) == TRANSFORMERS:
+        return folder
+    named = str(read_json(folder / "config.json").get("mm_vision_tower") or "")
+    places = [Path(named), folder.resolve().parent / Path(named).name] if named else []
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise Refusal(
+        "C-MODEL", "a vision tower was trained with this LLM, and nothing here describes it", file=folder,
+        key="mm_vision_tower", found=named or "nothing", expected=" or ".join(map(str, places)) or "a folder",
+        fix="put config.json and preprocessor_config.json of that tower there, or give the same model in the layout of "
+        "transformers (…-hf, …-transformers)",
+    )  # fmt: skip
+
+
+def check_tower_is_taken(llm_folder: Path, vision_tower: str) -> None:
+    """Refuse to leave behind a vision tower that was trained together with the LLM.
+
+    Raises:
+        Refusal: C-MODEL
+    """
+    if not is_llava_folder(llm_folder) or not has_own_tower(llm_folder):
+        return
+    if Path(vision_tower).resolve() != llm_folder.resolve():
+        raise Refusal(
+            "C-MODEL", "another vision tower than the one that was trained with this LLM", file=llm_folder,
+            key="--vision_tower", found=vision_tower, expected=str(llm_folder), fix="leave --vision_tower out",
+        )  # fmt: skip
 
 
 def _transformers_config(folder: Path) -> LlavaConfig:

@@ -51,11 +51,9 @@ def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> t
         model_cfg, preprocess_cfg, weights = open_clip.find_source(spec)
         return from_open_clip(model_cfg, open_clip.read_visual_tensors(weights), preprocess_cfg, dtype, source=weights)
     folder, config = Path(spec), _folder_config(Path(spec))
-    settings = read_preprocessing(folder, config.image_size)
-    if llava_folder.is_llava_folder(folder):
-        found = llava_folder.read_parts(folder).vision
-    else:
-        found = read_tensor_folder(folder)
+    whole = llava_folder.is_llava_folder(folder)
+    settings = read_preprocessing(llava_folder.tower_description(folder) if whole else folder, config.image_size)
+    found = llava_folder.read_parts(folder).vision if whole else read_tensor_folder(folder)
     kept = {name.removeprefix("vision_model."): s for name, s in found.items() if not NOT_VISION.match(name)}
     return _build(config, kept, folder, dtype), settings
 

@@ -18,6 +18,9 @@ import yaml
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
+from llava_moslora.data.loader import default_workers
+from llava_moslora.data.pixels import ENGINES
+from llava_moslora.data.sampler import GROUP, ORDERS, REFERENCE_GROUP
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
 from llava_moslora.models.llava_folder import starting_parts
@@ -48,16 +51,34 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str = field(metadata={"help": "LLaVA-format JSON or JSONL"})
-    image_folder: str = field(metadata={"help": "folder that the records' image names are relative to"})
+    data_path: list[str] = field(
+        metadata={"help": "LLaVA-format JSON, JSONL, Parquet, or shards of pictures too (mix/*.tar); one or several"}
+    )
+    data_weights: list[float] = field(
+        default_factory=list, metadata={"help": "how often each of several is seen in an epoch; default: once"}
+    )
+    image_folder: str | None = field(default=None, metadata={"help": "folder that image names are relative to"})
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad to a square, or crop the centre"})
+    image_engine: str = field(default="pil", metadata={"help": "pil: as towers were trained; torch: faster, 1/256 off"})
     model_max_length: int = field(default=2048, metadata={"help": "tokens per record, picture placeholders included"})
     data_order: str = field(default="modality_length", metadata={"help": "modality_length, shuffle or sequential"})
+    data_group: int = field(
+        default=GROUP, metadata={"help": f"global batches sorted by length together; XTuner's: {REFERENCE_GROUP}"}
+    )
     data_cache: str = field(default=".cache/llava_moslora", metadata={"help": "folder of the tokenised data"})
     preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that tokenise"})
     on_bad_record: str = field(default="fail", metadata={"help": "fail, or quarantine: leave bad records out, listed"})
     max_bad_share: float = field(default=0.01, metadata={"help": "quarantine at most this share"})
     follow_image_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
+    decode_images: bool = field(default=False, metadata={"help": "decode every picture once before training"})
+
+    def __post_init__(self):
+        for flag, value, known in (
+            ("--image_engine", self.image_engine, ENGINES),
+            ("--data_order", self.data_order, ORDERS),
+        ):
+            if value not in known:
+                raise Refusal("C-FLAG", "unknown value", key=flag, found=value, expected=" | ".join(known))
 
 
 @dataclass
@@ -111,6 +132,10 @@ class TrainingArguments(HfTrainingArguments):
     logging_nan_inf_filter: bool = False
     report_to: None | str | list[str] = "tensorboard"  # noqa: RUF036 (the parser needs None first)
     remove_unused_columns: bool = False
+    dataloader_num_workers: int = field(
+        default=-1, metadata={"help": "processes per rank that read pictures; -1: as the cores allow, at most 8"}
+    )
+    dataloader_persistent_workers: bool = True
     # The order of the data is a function of the step, and our loader starts where the run stopped.
     ignore_data_skip: bool = True
     lr_scheduler_type: str = "cosine"
@@ -121,6 +146,8 @@ class TrainingArguments(HfTrainingArguments):
             raise Refusal(
                 "C-FLAG", "missing flag", key="--output_dir", fix="name the folder that the run is written to"
             )
+        if self.dataloader_num_workers < 0:
+            self.dataloader_num_workers = default_workers()
         if self.resume and self.overwrite:
             raise Refusal("C-FLAG", "cannot both go on with a run and delete it", key="--resume, --overwrite")
         if not torch.cuda.is_available():

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from llava_moslora.data.loader import Batches
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import PROJECTOR, VISION
@@ -32,25 +32,16 @@ class MosLoraTrainer(Trainer):
     """Trains what is trainable in ``model`` on ``train_dataset`` (:func:`llava_moslora.data.prepare.prepare`).
 
     Args:
-        data_order: order of the records (:class:`~llava_moslora.data.sampler.GlobalBatchSampler`).
+        sampler: the order of the records.
         facts: what every checkpoint's manifest states besides step and seed (fingerprints).
     """
 
     args: TrainingArguments
 
-    def __init__(self, *args, data_order: str, facts: dict, **kwargs):
+    def __init__(self, *args, sampler: GlobalBatchSampler, facts: dict, **kwargs):
         super().__init__(*args, **kwargs)
         self.facts = facts
-        self.sampler = GlobalBatchSampler(
-            self.train_dataset["length"],
-            self.train_dataset["has_image"],
-            per_device_batch_size=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            order=data_order,
-        )
+        self.sampler = sampler
         if not trained_parameters(self.model):
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
         if self.args.loss_average == "micro_batch":
@@ -68,18 +59,18 @@ class MosLoraTrainer(Trainer):
         if self.args.health_steps:
             self.add_callback(Health(self, self.args.health_steps))
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> Batches:
         """Our batches, not handed to accelerate: it would reshard and pad an order that is already exact."""
-        return DataLoader(
+        return Batches(
             self.train_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_num_workers > 0,
+            self.sampler,
+            self.data_collator,
+            workers=self.args.dataloader_num_workers,
+            prefetch=self.args.dataloader_prefetch_factor,
+            persistent=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            worker_init_fn=ignore_signals,
-            # its own generator: iterating must not draw from the stream that dropout uses
-            generator=torch.Generator().manual_seed(self.args.seed),
+            seed=self.args.seed,
+            worker_init=ignore_signals,
         )
 
     def create_optimizer(self, model=None):

@@ -18,7 +18,8 @@ TRANSFORM = ImageTransform(8, (8, 8), (0.5,) * 3, (0.5,) * 3)
 
 def row(length, images=(), record=0, id="r"):
     ids = list(range(1, length + 1))
-    return {"input_ids": ids, "labels": [-100, *ids[1:]], "images": list(images), "record": record, "id": id}
+    return {"input_ids": ids, "labels": [-100, *ids[1:]], "images": list(images), "shard": "", "record": record,
+            "number": record, "id": id}  # fmt: skip
 
 
 def test_batch(picture_folder):
@@ -43,7 +44,7 @@ def test_text_only_batch_has_no_pixels():
     assert "pixel_values" not in Collator(0, None, TRANSFORM)([row(3), row(4)])
 
 
-def test_errors_name_the_record(picture_folder):
+def test_errors_name_the_record(picture_folder):  # D21
     collate = Collator(0, picture_folder, TRANSFORM)
     with pytest.raises(Refusal, match=r"\[I-MISSING\] .*nope.png:record 41 id=abc"):
         collate([row(3), row(3, ["nope.png"], 41, "abc")])

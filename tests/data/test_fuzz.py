@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -15,6 +16,15 @@ from llava_moslora.errors import Refusal
 
 pytestmark = pytest.mark.faults
 FUZZ = settings(deadline=1000, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """No case may take 500 MB: this process's highest mark, which one case is enough to raise, stays below that."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("<image>\nx")
 values = st.recursive(scalars, lambda v: st.lists(v, max_size=4) | st.dictionaries(st.text(max_size=4), v, max_size=4))

@@ -43,7 +43,7 @@ def read(tmp_path, monkeypatch):
     f"{GOOD}\r\n{GOOD}",
     f"\ufeff[{GOOD},{GOOD}]",  # D4: byte order mark
 ])  # fmt: skip
-def test_accepted(read, content, window):
+def test_accepted(read, content, window):  # D3, D4
     first, second = read(content, window)
     assert (first.index, second.index) == (0, 1)
     assert first.id == "r"

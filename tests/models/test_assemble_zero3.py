@@ -63,8 +63,12 @@ def test_internlm2_and_the_tower_are_partitioned_and_right(parts, tmp_path):
         )
         for rank in (0, 1)
     ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=500)
+    try:
+        outputs = [process.communicate(timeout=1500)[0] for process in ranks]
+    finally:
+        for process in ranks:  # one that failed leaves the other waiting
+            process.kill()
+    for process, output in zip(ranks, outputs, strict=True):
         assert process.returncode == 0, output[-3000:]
         # two layers of 9 tensors, two embeddings, the last norm; the tower
         assert int(output.split("PARTITIONED")[1]) > 21 + 30

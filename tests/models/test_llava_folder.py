@@ -123,8 +123,40 @@ def test_original_llava_gives_llm_and_projector(complete, tmp_path):
 
 
 def test_a_tower_that_was_trained_is_not_left_behind(complete, tmp_path):
-    with pytest.raises(Refusal, match="a vision tower was trained with this LLM"):
-        read_llm_config(original(complete, tmp_path / "m", vision=True))
+    folder = original(complete, tmp_path / "m", vision=True)
+    for read in (read_llm_config, load_vision_tower):
+        with pytest.raises(
+            Refusal, match=r"a vision tower was trained with this LLM, .*found openai/clip.*clip-vit-large"
+        ):
+            read(folder)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["beside", "named"])
+def test_an_original_llava_with_its_own_tower_is_a_vision_source(complete, parts, tmp_path, place):
+    """XTuner's ``…-hf`` folders: the tower's weights are inside, how it is built says the tower's own folder."""
+    folder, stock = original(complete, tmp_path / "m", vision=True), complete[1]
+    described = tmp_path / ("clip-vit-large-patch14-336" if place == "beside" else "elsewhere")
+    described.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):  # no weights
+        shutil.copy(parts.clip / name, described)
+    if place == "named":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"mm_vision_tower": str(described)}))
+    tiny_tokenizer().save_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    image = image_token_id(tokenizer)
+    model, settings = assemble(*map(str, starting_parts(folder)), tokenizer=tokenizer, image_token_id=image,
+                               dtype=torch.float32)  # fmt: skip
+    assert settings["crop_size"] == {"height": 32, "width": 32}
+    ids = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    ids[:, 1:17] = image
+    found = model.eval()(input_ids=ids, pixel_values=pixels).logits
+    ids[:, 1:17] = stock.config.image_token_id
+    torch.testing.assert_close(found, stock(input_ids=ids, pixel_values=pixels).logits, rtol=1e-5, atol=1e-6)
+    with pytest.raises(Refusal, match=r"--vision_tower: another vision tower than the one .*leave --vision_tower out"):
+        assemble(folder, str(parts.clip), folder, tokenizer=tokenizer, image_token_id=image, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,119 @@
+"""Batches for training: worker processes that never end one rank alone.
+
+A picture that breaks after preparation, or a worker that the system kills, stops one rank; the others would wait in
+their next collective until a timeout of minutes, and then blame the network. So before a batch is handed out all ranks
+agree that each has one, and where one has not, all raise that rank's refusal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from datasets import Dataset
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader
+
+from llava_moslora.data.collate import Collator
+from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.errors import Refusal
+
+MOST_WORKERS = 8
+
+
+class _Careful:
+    """A collator whose refusals are results: torch would turn one that is raised in a worker into a RuntimeError."""
+
+    def __init__(self, collator: Collator):
+        self.collator = collator
+
+    def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor] | Refusal:
+        try:
+            return self.collator(rows)
+        except Refusal as refusal:
+            return refusal
+        except Exception as error:
+            places = ", ".join(f"{row['record']} ({row['id']})" for row in rows)
+            return Refusal(
+                "R-BATCH", "a batch could not be made", found=f"{type(error).__name__}: {error}; records {places}",
+                fix="this is a defect of the package: report it with the record",
+            )  # fmt: skip
+
+
+class Batches(DataLoader):
+    """The batches of one rank, pinned and prefetched by workers that live as long as the run.
+
+    Args:
+        workers: processes that read pictures; 0: in this process.
+        prefetch: batches that each worker holds ready.
+        pin_memory: for a GPU.
+        seed: of the loader's own generator: iterating must not draw from the stream that dropout uses.
+        worker_init: called in each worker with its number.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: GlobalBatchSampler,
+        collator: Collator,
+        *,
+        workers: int = 0,
+        prefetch: int | None = None,
+        persistent: bool = True,
+        pin_memory: bool = False,
+        seed: int = 0,
+        worker_init: Callable[[int], None] | None = None,
+    ):
+        super().__init__(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=_Careful(collator),
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            persistent_workers=persistent and workers > 0,
+            pin_memory=pin_memory,
+            worker_init_fn=worker_init,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        several = distributed.is_initialized() and distributed.get_world_size() > 1
+        # A group of its own, on the CPU: the agreement never waits for a GPU, and never meets another collective.
+        self._group = distributed.new_group(backend="gloo") if several else None
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """
+        Raises:
+            Refusal: I-..., D-..., the record that some rank could not read; E-WORKER, a worker of some rank died;
+                R-BATCH. The same on every rank.
+        """
+        batches = super().__iter__()
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:  # at the same step on every rank
+                return
+            except (RuntimeError, EOFError, OSError) as error:  # a worker is gone, or with it a batch it had ready
+                batch = Refusal(
+                    "E-WORKER", "a process that reads pictures died",
+                    found=f"{type(error).__name__}: {error}".splitlines()[0],
+                    fix="lower --dataloader_num_workers, or give the machine more (shared) memory",
+                )  # fmt: skip
+            self._agree(batch if isinstance(batch, Refusal) else None)
+            yield batch
+
+    def _agree(self, refusal: Refusal | None) -> None:
+        if self._group is not None:
+            first = torch.tensor(distributed.get_world_size() if refusal is None else distributed.get_rank())
+            distributed.all_reduce(first, distributed.ReduceOp.MIN, self._group)
+            if first < distributed.get_world_size():
+                told = [refusal]
+                distributed.broadcast_object_list(told, int(first), self._group)
+                refusal = told[0]
+        if refusal is not None:
+            raise refusal
+
+
+def default_workers() -> int:
+    """As many as this rank's share of the cores, less one for the rank itself, and not more than are of use."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks - 1))

@@ -1,0 +1,133 @@
+"""Batches on two ranks: when one cannot read a picture, both end with the refusal that names the record."""
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from torch import distributed
+
+from llava_moslora.data.collate import Collator
+from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.loader import MOST_WORKERS, Batches, default_workers
+from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.errors import Refusal
+
+TRANSFORM = ImageTransform(8, (8, 8), (0.5,) * 3, (0.5,) * 3)
+
+
+def rows(count):
+    return [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "images": [f"{k % 4}.png"], "shard": "", "record": k,
+         "number": k, "id": f"id{k}", "source": 0} for k in range(count)
+    ]  # fmt: skip
+
+
+def batches(data, folder, world=1, rank=0, collator=None, **options):
+    sampler = GlobalBatchSampler(
+        [3] * len(data), [True] * len(data), per_device_batch_size=2, world_size=world, rank=rank, order="sequential"
+    )
+    return Batches(data, sampler, collator or Collator(0, folder, TRANSFORM), **options)
+
+
+class Broken(Collator):
+    """A collator that fails at record 6 in its own way."""
+
+    def __call__(self, rows):
+        if any(row["record"] == 6 for row in rows):
+            self.fail()
+        return super().__call__(rows)
+
+    def fail(self):
+        raise ZeroDivisionError("by nothing")
+
+
+class Killed(Broken):
+    def fail(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _rank(rank, store, folder, kind, workers, told):
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    data, collator = rows(16), None
+    if rank == 1 and kind == "picture":
+        data[7]["images"] = ["broken.png"]  # a disk of its own: rank 0 could read it
+    if rank == 0 and kind in ("defect", "killed"):
+        collator = (Broken if kind == "defect" else Killed)(0, folder, TRANSFORM)
+    seen = []
+    try:
+        for batch in batches(data, folder, 2, rank, collator, workers=workers):
+            seen += batch["record"].tolist()
+        told.send((seen, None))
+    except Refusal as refusal:
+        told.send((seen, refusal))
+    distributed.barrier()
+    os._exit(0)  # workers that were killed are not waited for
+
+
+def two_ranks(folder, tmp_path, kind, workers):
+    """What each rank saw before its refusal, and the refusal."""
+    context = multiprocessing.get_context("fork")
+    pipes = [context.Pipe(duplex=False) for _ in range(2)]
+    ranks = [
+        context.Process(target=_rank, args=(rank, tmp_path / "store", folder, kind, workers, pipes[rank][1]))
+        for rank in (0, 1)
+    ]
+    for one in ranks:
+        one.start()
+    try:
+        assert all(receive.poll(100) for receive, _ in pipes), "a rank hangs"
+        return [receive.recv() for receive, _ in pipes]
+    finally:
+        for one in ranks:
+            one.join(20)
+            one.kill()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_rank_names_the_record_of_one(picture_folder, tmp_path, workers):  # R7
+    (picture_folder / "broken.png").write_bytes((picture_folder / "0.png").read_bytes()[:60])
+    first, second = two_ranks(picture_folder, tmp_path, "picture", workers)
+    assert first[0] == [0, 2] and second[0] == [1, 3]  # both stopped before the same batch
+    for _, refusal in (first, second):
+        assert (refusal.code, refusal.record, refusal.record_id, refusal.exit_status) == ("I-DECODE", 7, "id7", 2)
+        assert "broken.png:record 7 id=id7:image: the picture is damaged" in refusal.line()
+
+
+@pytest.mark.parametrize(("kind", "code", "words"), [
+    ("defect", "R-BATCH", "ZeroDivisionError: by nothing; records 4 (id4), 6 (id6)"),
+    ("killed", "E-WORKER", "a process that reads pictures died"),
+])  # fmt: skip
+def test_other_ends_of_a_worker(picture_folder, tmp_path, kind, code, words):
+    (first, _), (second, _) = found = two_ranks(picture_folder, tmp_path, kind, workers=1)
+    assert len(first) == len(second) <= 2  # what a killed worker held ready is lost with it
+    for _, refusal in found:
+        assert refusal.code == code and words in refusal.line()
+
+
+def test_whole_epochs_on_two_ranks(picture_folder, tmp_path):
+    first, second = two_ranks(picture_folder, tmp_path, "good", workers=2)
+    assert first == (list(range(0, 16, 2)), None) and second == (list(range(1, 16, 2)), None)
+
+
+def test_workers_live_on_and_the_cursor_is_heeded(picture_folder):
+    loader = batches(rows(16), picture_folder, workers=1, prefetch=3)
+    assert loader.persistent_workers and loader.prefetch_factor == 3
+    assert [batch["record"].tolist() for batch in loader] == [[k, k + 1] for k in range(0, 16, 2)]
+    loader.batch_sampler.start_at(6)
+    assert [batch["record"].tolist() for batch in loader] == [[12, 13], [14, 15]]
+
+
+def test_iterating_leaves_the_random_stream_alone(picture_folder):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert len(list(batches(rows(8), picture_folder))) == 4
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("cores", "ranks", "expected"), [(2, 2, 0), (2, 1, 1), (16, 1, 8), (64, 8, 7), (96, 8, 8)])
+def test_default_workers(monkeypatch, cores, ranks, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert default_workers() == expected <= MOST_WORKERS
