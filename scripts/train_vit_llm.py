@@ -35,7 +35,7 @@ from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.training.arguments import parse, tower_adapters
 from llava_moslora.training.checks import check, check_launch
-from llava_moslora.training.pause import Pause
+from llava_moslora.training.pause import Pause, contact
 from llava_moslora.training.run_folder import check_shared, check_space, open_run, reopen_run
 from llava_moslora.training.samples import Samples, read_samples
 from llava_moslora.training.state import trained_count
@@ -44,6 +44,7 @@ from llava_moslora.training.trainer import MosLoraTrainer
 DATA_REPORT = "data"
 
 
+@contact()
 def main() -> None:
     pause = Pause()
     pause.listen()

@@ -7,8 +7,11 @@ of grace; so whichever rank hears a signal first stops all ranks after the same 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import distributed
@@ -17,6 +20,10 @@ from transformers import TrainerCallback
 from llava_moslora.errors import EXIT_STATUS, Refusal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# How gloo, NCCL and the store say that the other end is gone.
+LOST = re.compile(
+    r"connection (was )?(closed|reset)|broken pipe|timed out waiting|remote process exited", re.IGNORECASE
+)
 
 
 class Pause(TrainerCallback):
@@ -74,6 +81,26 @@ class Pause(TrainerCallback):
                 file=run,
                 fix="start the same command again with --resume True",
             )
+
+
+@contextmanager
+def contact() -> Iterator[None]:
+    """A rank that dies takes the others with it; they say so in one line.
+
+    Raises:
+        Refusal: R-RANK, in place of a communication library's error.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
+            raise
+        raise Refusal(
+            "R-RANK",
+            "lost contact with another process of this run",
+            found=str(error).splitlines()[0],
+            fix="see why it ended, then start the same command again with --resume True",
+        ) from error
 
 
 def ignore_signals(_worker: int) -> None:

@@ -16,7 +16,7 @@ from llava_moslora.runs import publish
 from llava_moslora.runs.manifest import sha256
 
 STEPS, BATCH, ACCUMULATION, RECORDS = 24, 4, 2, 24  # 6 steps an epoch: 4 epochs
-LIMIT = 120  # seconds after which a life counts as stuck; one takes a few
+LIMIT = 240  # seconds after which a life counts as stuck; one takes a few
 STATE = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json")
 
 
@@ -35,6 +35,7 @@ class Tally:
     resume_s: list[float] = field(default_factory=list)
     survivors_exit_max_s: float = 0.0
     instants_without_valid_checkpoint: int = 0
+    survivors_untyped: int = 0  # that did not say in one line that they lost contact
     stale_staging_left: int = 0
     samples_missing: int = 0
     samples_repeated: int = 0
@@ -44,7 +45,7 @@ class Tally:
     @property
     def clean(self) -> bool:
         bad = self.stuck + self.divergent_steps + self.samples_missing + self.samples_repeated
-        bad += self.instants_without_valid_checkpoint + self.stale_staging_left
+        bad += self.instants_without_valid_checkpoint + self.stale_staging_left + self.survivors_untyped
         return bad == 0 and self.resumes_ok == self.kills and self.final_sha == "equal"
 
     def line(self) -> str:
@@ -54,7 +55,7 @@ class Tally:
             f"divergent_steps={self.divergent_steps}/{self.compared_steps} final_sha={self.final_sha} "
             f"lost_steps_mean={statistics.mean(lost):.1f} max={max(lost)} "
             f"resume_s_p50={resume[len(resume) // 2]:.1f} p95={resume[int(len(resume) * 0.95)]:.1f} "
-            f"survivors_exit_max_s={self.survivors_exit_max_s:.1f} "
+            f"survivors_exit_max_s={self.survivors_exit_max_s:.1f} survivors_untyped={self.survivors_untyped} "
             f"no_valid_checkpoint={self.instants_without_valid_checkpoint} "
             f"stale_staging_left={self.stale_staging_left} "
             f"samples_missing={self.samples_missing} samples_repeated={self.samples_repeated}"
@@ -167,6 +168,8 @@ class Campaign:
                 kills -= 1
                 tally.kills += 1
                 tally.survivors_exit_max_s = max(tally.survivors_exit_max_s, life.outlived if self.ranks > 1 else 0)
+                for rank, status in enumerate(life.status):  # 0: it was at its end already
+                    tally.survivors_untyped += status not in (-9, 0) and "error[R-RANK]" not in life.said(rank) and not self.main
                 self._look_for_valid(self.folder / run, lived)
                 continue
             failures += 1

@@ -30,7 +30,7 @@ def arm(*, nth: int, when: str, save: int = 2, record: str | None = None) -> Non
             state["operations"] += 1
             if record is not None:
                 with open(record, "a") as file:
-                    file.write(f"{name} {arguments[0]}\n")
+                    file.write(f"{name}\n")
             if here and when == "before":
                 _die()
             if here and when == "within" and name == "write_text":

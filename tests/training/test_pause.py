@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from llava_moslora.errors import Refusal
 from llava_moslora.runs import publish
-from llava_moslora.training.pause import SIGNALS, Pause, ignore_signals
+from llava_moslora.training.pause import SIGNALS, Pause, contact, ignore_signals
 
 
 @pytest.fixture
@@ -87,6 +87,18 @@ def test_loader_processes_let_it_pass(pause):
     ignore_signals(0)
     for number in SIGNALS:
         os.kill(os.getpid(), number)
+
+
+def test_a_lost_rank_is_told_in_one_line():
+    lost = "[/pytorch/third_party/gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:41234\nmore"
+    with (
+        pytest.raises(Refusal, match=r"R-RANK.*lost contact with another process.*--resume True") as refusal,
+        contact(),
+    ):
+        raise RuntimeError(lost)
+    assert refusal.value.exit_status == 5 and "more" not in str(refusal.value)
+    with pytest.raises(RuntimeError, match="shapes"), contact():
+        raise RuntimeError("shapes do not match")
 
 
 @pytest.mark.slow
