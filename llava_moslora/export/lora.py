@@ -15,8 +15,14 @@ from torch import Tensor
 from llava_moslora.adapters.fold import PEFT_PREFIX, LowRank
 from llava_moslora.export.source import planned_tensors
 from llava_moslora.export.streaming import Weights
+from llava_moslora.runs.manifest import write_json
 
 STEM = "adapter_model"
+FIELDS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
+    *("layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "use_rslora", "use_dora"),
+)
 
 
 def adapter_weights(layers: Mapping[str, LowRank], folder: str, others: Mapping[str, Tensor] | None = None) -> Weights:
@@ -62,5 +68,8 @@ def _whole(number: float) -> float | int:
 
 
 def save_config(config: LoraConfig, folder: Path) -> None:
+    """``adapter_config.json`` with the fields that every PEFT knows: one before 0.14 stops at a field it does not."""
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(str(folder))
+    stored = config.to_dict()
+    stored = {key: sorted(v) if isinstance(v := stored[key], set) else v for key in FIELDS}
+    write_json(folder / "adapter_config.json", stored)

@@ -6,6 +6,7 @@ own ``from_pretrained``: that is where DeepSpeed's ZeRO-3 partitions and bitsand
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,10 +187,12 @@ def mean_row(weight: torch.Tensor) -> torch.Tensor:
 
 def gathered(*parameters: nn.Parameter):
     """Under ZeRO-3 the parameters whole, changes kept on every rank; elsewhere nothing."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        return contextlib.nullcontext()
     from deepspeed import zero  # imported here: it takes seconds, and inference never needs it
 
-    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
-    return zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned))
+    return zero.GatheredParameters(partitioned, modifier_rank=0)
 
 
 def _make_projector(config: LlavaConfig, tensors: dict | None, dtype: torch.dtype, llm: PreTrainedModel) -> nn.Module:
