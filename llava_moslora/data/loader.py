@@ -115,5 +115,5 @@ class Batches(DataLoader):
 
 def default_workers() -> int:
     """As many as this rank's share of the cores, less one for the rank itself, and not more than are of use."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torchrun's, DeepSpeed's
     return max(0, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks - 1))

@@ -119,13 +119,16 @@ def write_report(
     report = data_report(dataset, batch_size=batch_size, group=group, weights=weights)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     chosen = sorted(np.random.default_rng(0).permutation(len(dataset))[:samples].tolist())
-    shown = [_sample(dataset[k], tokenizer, image_folder, follow_links) for k in chosen]
+    files = [Path(one["file"]).name for one in report["files"]]
+    shown = [_sample(dataset[k], files, tokenizer, image_folder, follow_links) for k in chosen]
     page = folder / "report.html"
     page.write_text(_page(report, shown, title), encoding="utf-8")
     return page
 
 
-def _sample(row: dict, tokenizer: PreTrainedTokenizerFast, image_folder: str | Path | None, follow_links: bool) -> str:
+def _sample(
+    row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, image_folder: str | Path | None, follow_links: bool
+) -> str:
     """One record: its pictures and its text, trained parts marked."""
     pictures = ""
     for name in row["images"]:
@@ -137,6 +140,7 @@ def _sample(row: dict, tokenizer: PreTrainedTokenizerFast, image_folder: str | P
         for kind, part in label_runs(row["input_ids"], row["labels"], tokenizer)
     )
     heading = f"record {row['record']}" + (f" · {html.escape(row['id'])}" if row["id"] else "")
+    heading += f" · {html.escape(files[row['source']])}" if len(files) > 1 else ""
     size = f"{row['length']} tokens, {row['trained']} trained"
     body = f"<div class=sample>{pictures}<pre>{text}</pre></div>"
     return f"<article><h3>{heading} <small>{size}</small></h3>{body}</article>"

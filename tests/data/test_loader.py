@@ -126,8 +126,10 @@ def test_iterating_leaves_the_random_stream_alone(picture_folder):
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("launcher", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
 @pytest.mark.parametrize(("cores", "ranks", "expected"), [(2, 2, 0), (2, 1, 1), (16, 1, 8), (64, 8, 7), (96, 8, 8)])
-def test_default_workers(monkeypatch, cores, ranks, expected):
+def test_default_workers(monkeypatch, launcher, cores, ranks, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv(launcher, str(ranks))
     assert default_workers() == expected <= MOST_WORKERS

@@ -126,7 +126,7 @@ def test_report_of_several_files(build, files, tiny, picture_folder, tmp_path):
     page = write_report(
         tmp_path / "r", rows, tokenizer=tiny("chatml"), image_folder=picture_folder, batch_size=2, title="t"
     ).read_text()
-    assert "b.jsonl" in page and "seen per epoch" in page
+    assert "seen per epoch" in page and "record 1 · b1 · b.jsonl" in page
 
 
 @pytest.fixture
