@@ -240,6 +240,9 @@ def add_adapters(model: Llava, llm: TowerAdapter | None, vision: TowerAdapter | 
         Refusal: a target that matches no linear; whatever :class:`MosLoraConfig` refuses.
     """
     towers = {LLM: llm, VISION: vision}
+    for tower, spec in towers.items():
+        if spec is not None:
+            _check_rank(model, tower, spec)
     regexes = {tower: _target_regex(model, tower, spec) for tower, spec in towers.items() if spec is not None}
     if not regexes:
         raise Refusal("C-FLAG", "no adapter asked for", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
@@ -264,6 +267,24 @@ def add_adapters(model: Llava, llm: TowerAdapter | None, vision: TowerAdapter | 
         # and on inputs without one torch fires that hook before the layer's backward instead of after it.
         model.model.vision_tower.enable_input_require_grads()
     return get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+
+
+def _check_rank(model: nn.Module, tower: str, spec: TowerAdapter) -> None:
+    """A rank above a linear's smaller side adds parameters and no ΔW that a lower one would not reach."""
+    wanted = [re.compile(rf"(?:.*\.)?{re.escape(name)}") for name in spec.target_modules]
+    for name, module in model.named_modules():
+        if not (isinstance(module, nn.Linear) and name.startswith(tower + ".")):
+            continue
+        smaller = min(module.in_features, module.out_features)
+        if spec.r > smaller and (not wanted or any(pattern.fullmatch(name) for pattern in wanted)):
+            raise Refusal(
+                "C-RANK",
+                f"the rank is above the smaller side of {name}",
+                key="--vision_lora_r" if tower == VISION else "--lora_r",
+                found=f"{spec.r} for {module.in_features} → {module.out_features}",
+                expected=f"at most {smaller}",
+                fix="lower it, or name other linears: --lora_target_modules, --vision_lora_target_modules",
+            )
 
 
 def _target_regex(model: nn.Module, tower: str, spec: TowerAdapter) -> str:

@@ -33,6 +33,11 @@ RANGES = {
     "sample_max_new_tokens": (1, True),
     "health_steps": (0, True),
 }
+ADAPTER_RANGES = {  # for each tower's own flag too
+    "lora_r": (0, True),
+    "lora_alpha": (0, False),
+    "lora_dropout": (0, True),
+}
 
 
 def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: TrainingArguments) -> None:
@@ -43,6 +48,7 @@ def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: Trai
             says other than the flags, every difference at once; E-MISSING, an optional package is not installed.
     """
     _check_numbers(args)
+    _check_adapters(adapter_args)
     _check_precision(args)
     _check_packages(model_args, args)
     _check_liger(adapter_args, args)
@@ -52,12 +58,8 @@ def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: Trai
 
 def _check_numbers(args: TrainingArguments) -> None:
     for name, (smallest, allowed) in RANGES.items():
-        value = getattr(args, name)
-        if value is None:
-            continue
-        if not math.isfinite(value) or value < smallest or (value == smallest and not allowed):
-            expected = f"{'at least' if allowed else 'above'} {smallest}"
-            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=expected)
+        if (value := getattr(args, name)) is not None:
+            _check_range(name, value, smallest, allowed)
     if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
         raise Refusal(
             "C-FLAG", "nothing to train", key="--num_train_epochs", found=args.num_train_epochs, expected="above 0"
@@ -65,6 +67,22 @@ def _check_numbers(args: TrainingArguments) -> None:
     if args.loss_average not in LOSS_AVERAGES:
         expected = " or ".join(LOSS_AVERAGES)
         raise Refusal("C-FLAG", "unknown average", key="--loss_average", found=args.loss_average, expected=expected)
+
+
+def _check_adapters(args: AdapterArguments) -> None:
+    for prefix in ("", "vision_"):
+        for name, (smallest, allowed) in ADAPTER_RANGES.items():
+            _check_range(prefix + name, getattr(args, prefix + name), smallest, allowed)
+        if (dropout := getattr(args, f"{prefix}lora_dropout")) >= 1:
+            raise Refusal(
+                "C-FLAG", "out of range", key=f"--{prefix}lora_dropout", found=dropout, expected="a probability below 1"
+            )
+
+
+def _check_range(name: str, value: float, smallest: float, allowed: bool) -> None:
+    if not math.isfinite(value) or value < smallest or (value == smallest and not allowed):
+        expected = f"{'at least' if allowed else 'above'} {smallest}"
+        raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=expected)
 
 
 def _check_precision(args: TrainingArguments) -> None:

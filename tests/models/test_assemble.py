@@ -150,6 +150,14 @@ def test_unmatched_target_is_named(parts):
         add_adapters(model, None, None)
 
 
+def test_a_rank_above_a_linears_smaller_side_is_refused(parts):
+    model, _ = build(parts)
+    named = r"--lora_r: the rank is above the smaller side of model.language_model.layers.0.self_attn.k_proj"
+    with pytest.raises(Refusal, match=named + "; found 33 for 64 → 32; expected at most 32"):
+        add_adapters(model, TowerAdapter(33, 8), None)
+    add_adapters(model, TowerAdapter(33, 8, target_modules=("q_proj",)), None)
+
+
 def test_stage_1_trains_the_projector_alone(parts):
     model, tokenizer = build(parts, projector=None)
     model = train_projector_only(model)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launching import LAUNCHER, flags, free_port, run
-from training_runs import train
+from training_runs import broken, train
 
 import scripts.train_vit_llm as script
 from llava_moslora.errors import Refusal
@@ -19,30 +19,12 @@ import sys
 import scripts.train_vit_llm as script
 from llava_moslora.errors import run_script
 from llava_moslora.models.assemble import add_adapters
-from tests.training.test_guards import broken
+from training_runs import broken
 
 sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]
 script.add_adapters = lambda *args: broken(add_adapters(*args), "gradient", only_rank=1)
 run_script(script.main)
 """
-
-
-def broken(model, where: str, only_rank: int = 0):
-    """``model``, whose loss or gradient is NaN at its second step."""
-    from llava_moslora.runs import publish
-
-    calls = []
-
-    def second(value):
-        calls.append(None)
-        return value * float("nan") if len(calls) == 2 and publish.rank() == only_rank else value
-
-    if where == "loss":
-        model.base_model.model.lm_head.register_forward_hook(lambda module, inputs, output: second(output))
-    else:
-        projector = next(p for n, p in model.named_parameters() if "projector" in n and p.requires_grad)
-        projector.register_hook(second)
-    return model
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -66,7 +48,9 @@ def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, zero, bf16):
     (tmp_path / "broken.py").write_text(BROKEN_RUN)
     folder = tmp_path / "run"
     words = flags(parts, folder, deepspeed=f"zero_configs/{zero}.json", max_steps=3, save_steps=1, bf16=bf16)
-    done = run([*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests")
+    done = run(
+        [*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests:tests/training"
+    )
     assert done.returncode == 5, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if "error[R-NONFINITE]" in line]
     assert lines and "DeepSpeed left the update out" in lines[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from launching import flags
 from safetensors.torch import load_file
 
+from llava_moslora.runs import publish
 from llava_moslora.training.pause import SIGNALS
 from scripts.train_vit_llm import main
 
@@ -23,6 +24,22 @@ def train(parts, output: Path, **changes) -> None:
         sys.argv = arguments
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def broken(model, where: str, only_rank: int = 0):
+    """``model``, whose loss or gradient is NaN at its second step."""
+    calls = []
+
+    def second(value):
+        calls.append(None)
+        return value * float("nan") if len(calls) == 2 and publish.rank() == only_rank else value
+
+    if where == "loss":
+        model.base_model.model.lm_head.register_forward_hook(lambda module, inputs, output: second(output))
+    else:
+        projector = next(p for n, p in model.named_parameters() if "projector" in n and p.requires_grad)
+        projector.register_hook(second)
+    return model
 
 
 def losses(output: Path) -> list[float]:
