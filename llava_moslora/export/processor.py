@@ -18,7 +18,8 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
 
     Args:
         preprocessor: the tower's settings, as its own ``preprocessor_config.json`` holds them.
-        pad: pictures are padded to a square first (stage 2); otherwise the centre is cropped (stage 1).
+        pad: pictures are padded to a square first (stage 2); otherwise the centre is cropped (stage 1). Only later
+            releases of transformers 4 have the class that pads; 4.46 stops at its name instead of cropping.
     """
     settings = {k: v for k, v in preprocessor.items() if k not in ("image_processor_type", "processor_class")}
     image_processor = LlavaImageProcessorPil(**settings, do_pad=True) if pad else CLIPImageProcessorPil(**settings)
