@@ -102,6 +102,7 @@ def main() -> None:
         dtype=args.dtype,
         bits=model_args.bits,
     )
+    set_seed(args.seed)  # loading draws random numbers, under ZeRO-3 others: adapters begin the same under any stage
     if adapter_args.tune_mm_mlp_adapter:
         model = train_projector_only(model)
     else:
