@@ -66,7 +66,10 @@ def page(answerers: dict[str, Answerer]):
                 length = gradio.Slider(1, 1024, 256, step=1, label="longest answer, in tokens")
                 temperature = gradio.Slider(0, 1.5, 0, step=0.1, label="temperature (0: the most likely answer)")
             with gradio.Column(scale=2), gradio.Row():
-                chats = [gradio.Chatbot(label=name, height=560, render_markdown=False) for name in answerers]
+                chats = [
+                    gradio.Chatbot(label=name, height=560, render_markdown=False, buttons=["copy"])
+                    for name in answerers
+                ]
         state = gradio.State([])  # (file of the picture or None, question) and the answers, round by round
 
         def answer(rounds: list, file: str | None, question: str, tokens: int, warmth: float):
