@@ -35,8 +35,9 @@ class Lives:
         return self
 
     def __exit__(self, *_) -> None:
-        self.server.stdin.close()
-        self.server.wait(30)
+        self.server.kill()  # every life has ended; it only waits for requests
+        self.server.wait()
+        self.server.stdin.close(), self.server.stdout.close()
 
     def live(self, arguments: list[str], output: Path, *, world: int = 0, **how) -> Life:
         """Live once.
