@@ -24,7 +24,7 @@ def test_a_signal_pauses_and_the_next_life_goes_on(lives, parts, tmp_path, world
             assert set(first.status) == {75}, first.said()[-2000:]
             assert "P-PAUSED" in first.said() and "--resume True" in first.said()
         else:
-            assert first.status[0] == 75, first.said()[-2000:]
+            assert first.status[ranks[0]] == 75, first.said(ranks[0])[-2000:]  # the one that heard it
         second = campaign.live(run, 1)
         assert second.ended_well, second.said()[-2000:]
         before = [row["step"] for row in first.watched()]
