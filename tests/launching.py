@@ -53,8 +53,10 @@ def free_port() -> int:
 
 
 def refused(command: list[str]) -> str:
-    """The one line that a refused training command prints."""
-    done = run([sys.executable, "scripts/train_vit_llm.py", *command])
+    """The one line that a refused training command prints; with DeepSpeed it is the only rank of a launcher."""
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    environment = {name: str(value) for name, value in rank.items()} if "--deepspeed" in command else {}
+    done = run([sys.executable, "scripts/train_vit_llm.py", *command], **environment)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error[")]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.returncode == (3 if lines[0].startswith("error[K-") else 2)

@@ -79,6 +79,7 @@ class Batches(DataLoader):
         several = distributed.is_initialized() and distributed.get_world_size() > 1
         # A group of its own, on the CPU: the agreement never waits for a GPU, and never meets another collective.
         self._group = distributed.new_group(backend="gloo") if several else None
+        self._running = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """
@@ -86,7 +87,7 @@ class Batches(DataLoader):
             Refusal: I-..., D-..., the record that some rank could not read; E-WORKER, a worker of some rank died;
                 R-BATCH. The same on every rank.
         """
-        batches = super().__iter__()
+        batches = self._running = super().__iter__()
         while True:
             try:
                 batch = next(batches)
@@ -100,6 +101,12 @@ class Batches(DataLoader):
                 )  # fmt: skip
             self._agree(batch if isinstance(batch, Refusal) else None)
             yield batch
+
+    def close(self) -> None:
+        """End the workers. Python's exit would end them by SIGTERM, and wait for ever for one that ignores it."""
+        if self.num_workers and self._running is not None:
+            self._running._shutdown_workers()  # what torch does when it deletes the iterator, whenever that is
+        self._running = self._iterator = None
 
     def _agree(self, refusal: Refusal | None) -> None:
         if self._group is not None:

@@ -42,6 +42,7 @@ class MosLoraTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.facts = facts
         self.sampler = sampler
+        self.batches: Batches | None = None
         if not trained_parameters(self.model):
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
         if self.args.loss_average == "micro_batch":
@@ -61,7 +62,7 @@ class MosLoraTrainer(Trainer):
 
     def get_train_dataloader(self) -> Batches:
         """Our batches, not handed to accelerate: it would reshard and pad an order that is already exact."""
-        return Batches(
+        self.batches = Batches(
             self.train_dataset,
             self.sampler,
             self.data_collator,
@@ -72,6 +73,14 @@ class MosLoraTrainer(Trainer):
             seed=self.args.seed,
             worker_init=ignore_signals,
         )
+        return self.batches
+
+    def train(self, resume_from_checkpoint: str | None = None):
+        try:
+            return super().train(resume_from_checkpoint)
+        finally:
+            if self.batches is not None:
+                self.batches.close()
 
     def create_optimizer(self, model=None):
         """AdamW with a learning rate per part; weight decay on matrices only, as the Trainer does."""

@@ -119,6 +119,20 @@ def test_workers_live_on_and_the_cursor_is_heeded(picture_folder):
     assert [batch["record"].tolist() for batch in loader] == [[12, 13], [14, 15]]
 
 
+def _ignore(_worker):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_closing_ends_workers_that_ignore_signals(picture_folder, persistent):
+    loader = batches(rows(16), picture_folder, workers=1, persistent=persistent, worker_init=_ignore)
+    running = iter(loader)
+    next(running)
+    assert len(multiprocessing.active_children()) == 1
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
 def test_iterating_leaves_the_random_stream_alone(picture_folder):
     torch.manual_seed(0)
     state = torch.get_rng_state()
