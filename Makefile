@@ -48,8 +48,8 @@ lint: $(STAMP)  ## ruff
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check --diff . || true
 
-bench: $(STAMP)  ## the benchmarks; tables on stdout, JSON in benchmarks/results
-	for file in benchmarks/*.py; do $(PY) $$file || exit 1; done
+bench: $(STAMP)  ## the benchmarks; tables on stdout, JSON in benchmarks/results (status 4: needs a GPU, and says so)
+	for file in benchmarks/*.py; do $(PY) $$file || [ $$? -eq 4 ] || exit 1; done
 
 clean:  ## remove the environment, caches and everything the demo made
 	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis playground/data playground/models playground/runs
