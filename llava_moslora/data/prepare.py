@@ -26,6 +26,7 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.data.conversation import Turn, chat_template, encode_prompt
+from llava_moslora.data.images import check_image
 from llava_moslora.data.parts import Job, build_parts
 from llava_moslora.data.shards import find_shards, is_sharded, version_of
 from llava_moslora.data.tokenizer import IMAGE_TOKEN
@@ -114,12 +115,39 @@ def _prepare_source(job: Job, cache: Path, num_proc: int, on_bad_record: str, ma
                 _build(job, target, num_proc, on_bad_record, max_bad_share)
     report = _report(target)
     _judge(report["problems"], report["records"], on_bad_record, max_bad_share)
-    folder = job.image_folder
-    if folder is not None and str(folder.resolve()) != report["image_folder"]:
-        log.warning(
-            "the pictures were checked in %s when this cache was built, not in %s", report["image_folder"], folder
-        )
+    if job.image_folder is not None and str(job.image_folder.resolve()) != report["image_folder"]:
+        with FileLock(f"{target}.lock"):
+            _check_pictures_again(job, target)
     return target
+
+
+def _check_pictures_again(job: Job, target: Path) -> None:
+    """The cache fits the data, but its pictures were checked in another folder: check them in this one, once.
+
+    Raises:
+        Refusal: I-..., the first picture that cannot be used, with the number of the others.
+    """
+    report, here = _report(target), str(job.image_folder.resolve())
+    if report["image_folder"] == here:  # another rank has done it while this one waited
+        return
+    log.info("%s: its pictures were checked in %s; checking them in %s", job.file, report["image_folder"], here)
+    first, bad = None, 0
+    for part in _parts(target):
+        rows = Dataset.from_file(str(part)).select_columns(["images", "shard", "record", "id"])
+        for row in (row for row in rows if not row["shard"]):
+            for name in row["images"]:
+                try:
+                    check_image(
+                        name, job.image_folder, record=row["record"], record_id=row["id"], follow_links=job.follow_links
+                    )
+                except Refusal as refusal:
+                    first, bad = first or refusal, bad + 1
+    if first is not None:
+        more = f" (and {bad - 1} more pictures cannot be used)" if bad > 1 else ""
+        raise Refusal(**(vars(first) | {"what": first.what + more}))
+    waiting = target / ".report.json"
+    waiting.write_text(json.dumps(report | {"image_folder": here}, indent=1))
+    os.replace(waiting, target / "report.json")
 
 
 def _is_done(target: Path, job: Job) -> bool:

@@ -275,6 +275,21 @@ def test_good_parts_of_another_image_folder_are_checked_again(build, monkeypatch
         build(records, image_folder=tmp_path / "others")
 
 
+def test_a_finished_cache_is_checked_in_another_image_folder_once(build, monkeypatch, picture_folder, tmp_path):
+    records = [record(image="0.png"), record(image="1.png"), record(image="2.png")]
+    rows = build(records)
+    other = tmp_path / "others"
+    other.mkdir()
+    (other / "1.png").write_bytes((picture_folder / "1.png").read_bytes())
+    with pytest.raises(Refusal, match=r"0.png:record 0.*no such picture \(and 1 more pictures cannot be used\)"):
+        build(records, image_folder=other)
+    for name in ("0.png", "2.png"):
+        (other / name).write_bytes((picture_folder / name).read_bytes())
+    assert build(records, image_folder=other)[:] == rows[:]
+    monkeypatch.setattr("llava_moslora.data.prepare.check_image", None)
+    assert build(records, image_folder=other)[:] == rows[:]
+
+
 def test_many_workers_keep_the_order(build, monkeypatch):
     monkeypatch.setattr(parts, "PART", 3)
     rows = build([record(id=str(k)) for k in range(50)], num_proc=3)
