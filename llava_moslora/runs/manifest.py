@@ -83,13 +83,13 @@ def stated(folder: Path) -> dict:
         raise Refusal(
             "K-MANIFEST", "unreadable manifest", file=path, found=error, fix="use another checkpoint"
         ) from error
-    if schema not in (1, SCHEMA):
+    if schema != SCHEMA:
         raise Refusal(
             "K-MANIFEST", "a manifest of another version", file=path, found=schema, expected=SCHEMA,
             fix="use the version of this package that wrote it",
         )  # fmt: skip
     own = manifest.pop("sha256", None)
-    if schema != 1 and own != _own_hash(manifest):
+    if own != _own_hash(manifest):
         raise Refusal("K-HASH", "the manifest changed since it was written", file=path, fix="use another checkpoint")
     return manifest
 
