@@ -34,7 +34,7 @@ def truth(text: str) -> bool:
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="folder of the LLM: its tokenizer is used")
-    parser.add_argument("--vision_tower", required=True, help="folder of the CLIP vision tower: tokens per picture")
+    parser.add_argument("--vision_tower", required=True, help="folder of the vision tower: tokens per picture")
     parser.add_argument("--data_path", required=True, nargs="+", help="LLaVA-format JSON, JSONL, Parquet, or shards")
     parser.add_argument("--data_weights", type=float, nargs="+", help="how often each of several is seen in an epoch")
     parser.add_argument("--image_folder", help="folder that the records' image names are relative to")

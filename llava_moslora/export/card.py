@@ -10,6 +10,7 @@ import torch
 
 from llava_moslora._version import __version__
 from llava_moslora.export.source import DEQUANTIZED, ORIGINAL, Trained
+from llava_moslora.models.towers import kind_of
 
 LOADS = {
     "hf": """from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -19,8 +20,8 @@ model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")""",
 tokenizer, model, image_processor, _ = load_pretrained_model(FOLDER, None, "llava-tuned")""",
     "llm": """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")""",
-    "vision": """from transformers import CLIPVisionModel
-tower = CLIPVisionModel.from_pretrained(FOLDER, dtype="auto")  # the features are hidden_states[-2][:, 1:]""",
+    "vision": """from transformers import CLASS
+tower = CLASS.from_pretrained(FOLDER, dtype="auto")  # the features are hidden_states[-2][:, SKIPPED:]""",
     "projector": """from safetensors.torch import load_file
 weights = load_file(FOLDER + "/model.safetensors")  # linear, GELU, linear; XTuner runs modeling_projector.py""",
     "xtuner": """from vlmeval.vlm import LLaVA_XTuner
@@ -29,7 +30,7 @@ model = LLaVA_XTuner(FOLDER, llm_path=None, visual_encoder_path=None, prompt_tem
 model = LLaVA_XTuner(FOLDER, llm_path="LLM", visual_encoder_path="TOWER", prompt_template="TEMPLATE")""",
     "peft": """from peft import PeftModel
 llm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("LLM"), FOLDER + "/llm_adapter")
-tower = PeftModel.from_pretrained(CLIPVisionModel.from_pretrained("TOWER"), FOLDER + "/vision_adapter")""",
+tower = PeftModel.from_pretrained(CLASS.from_pretrained("TOWER"), FOLDER + "/vision_adapter")""",
     "peft with base": """from peft import PeftModel
 base = AutoModelForImageTextToText.from_pretrained(FOLDER + "/base", dtype="auto")
 model = PeftModel.from_pretrained(base, FOLDER + "/adapter")""",
@@ -60,7 +61,7 @@ def write_card(trained: Trained, kind: str, dtype: torch.dtype, report: dict, fo
         f"# {folder.name.removeprefix('.').removesuffix('.staging')}",
         "A LLaVA tuned with MoSLoRA (mixture-of-subspaces LoRA), exported as "
         f"`{kind}`. What it was checked against is in `export_report.json`.",
-        "```python\n" + LOADS[kind].replace("TEMPLATE", trained.template) + "\n```",
+        "```python\n" + _usage(trained, kind) + "\n```",
         "## Where it comes from",
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
         f"The command: `{shlex.join(trained.record['command'])}`",
@@ -70,6 +71,15 @@ def write_card(trained: Trained, kind: str, dtype: torch.dtype, report: dict, fo
         _proof(report),
     ]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+def _usage(trained: Trained, kind: str) -> str:
+    tower = kind_of(trained.vision_config)
+    words = {"TEMPLATE": trained.template, "CLASS": tower.model.__name__, "SKIPPED": str(tower.class_tokens)}
+    text = LOADS[kind]
+    for word, value in words.items():
+        text = text.replace(word, value)
+    return text
 
 
 MERGED_INTO = {

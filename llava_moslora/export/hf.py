@@ -17,6 +17,7 @@ from llava_moslora.export.processor import write_processor
 from llava_moslora.export.source import Trained, planned_tensors
 from llava_moslora.export.streaming import Planned, Weights
 from llava_moslora.models.assemble import tokens_per_picture
+from llava_moslora.models.towers import kind_of
 
 
 def layout(trained: Trained, dtype: torch.dtype) -> Layout:
@@ -54,7 +55,7 @@ def llava_config(trained: Trained, dtype: torch.dtype) -> LlavaConfig:
         image_token_index=image_token_id(trained.tokenizer),
         image_seq_length=tokens_per_picture(trained.vision_config),
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=kind_of(trained.vision_config).strategy,
         projector_hidden_act="gelu",
         pad_token_id=trained.tokenizer.pad_token_id,
         tie_word_embeddings=False,

@@ -9,10 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from llava_moslora.errors import Refusal
+from llava_moslora.export.source import Trained
 from llava_moslora.export.streaming import Planned, Weights
 from llava_moslora.models.llm import with_old_rope
+from llava_moslora.models.towers import CLIP, kind_of
 from llava_moslora.runs.manifest import write_json
 
 
@@ -46,6 +49,19 @@ def renamed(tensors: Iterable[Planned], *prefixes: tuple[str, str]) -> list[Plan
     return result
 
 
+def check_clip(trained: Trained, name: str) -> None:
+    """Refuse a target whose readers take every tower for a CLIP and drop its first token.
+
+    Raises:
+        Refusal: C-FORMAT
+    """
+    if (kind := kind_of(trained.vision_config)) is not CLIP:
+        raise Refusal(
+            "C-FORMAT", "its readers know CLIP towers only", file=trained.vision_spec, key=f"--format {name}",
+            found=kind.model.__name__, expected=CLIP.model.__name__, fix="--format hf takes every tower",
+        )  # fmt: skip
+
+
 def llm_config(config: PreTrainedConfig, vocabulary: int, dtype: torch.dtype) -> PreTrainedConfig:
     """The LLM's configuration as exported: with rows for appended tokens, and a head of its own."""
     config = copy.deepcopy(config)
@@ -56,7 +72,7 @@ def llm_config(config: PreTrainedConfig, vocabulary: int, dtype: torch.dtype) ->
     return config
 
 
-def vision_config(config: CLIPVisionConfig, dtype: torch.dtype) -> CLIPVisionConfig:
+def vision_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
     config = copy.deepcopy(config)
     config.dtype = dtype
     return config

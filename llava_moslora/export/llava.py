@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export.layout import Layout, renamed
+from llava_moslora.export.layout import Layout, check_clip, renamed
 from llava_moslora.export.parts import write_llm
 from llava_moslora.export.source import Trained, planned_tensors
 from llava_moslora.export.streaming import Weights
@@ -25,7 +25,7 @@ TOWER = "model.vision_tower.vision_tower.vision_model."
 def layout(trained: Trained, dtype: torch.dtype) -> Layout:
     """
     Raises:
-        Refusal: C-FORMAT, the original LLaVA has no class for this LLM or no way to name this tower.
+        Refusal: C-FORMAT, the original LLaVA has no class for this LLM or this tower, or no way to name it.
     """
     kind = trained.llm_config.model_type
     if kind != "llama":
@@ -38,6 +38,7 @@ def layout(trained: Trained, dtype: torch.dtype) -> Layout:
             "C-FORMAT", "the original LLaVA takes its tower from a transformers folder", key="--format llava",
             found=trained.vision_spec, fix="--format hf, or train on the tower as --format vision writes it",
         )  # fmt: skip
+    check_clip(trained, "llava")
     tensors = [
         *trained.llm_tensors(),
         *renamed(trained.vision_tensors(), ("", TOWER)),

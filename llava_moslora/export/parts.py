@@ -13,6 +13,7 @@ from llava_moslora.export.layout import Layout, llm_config, renamed, save_config
 from llava_moslora.export.processor import known_to_transformers_4
 from llava_moslora.export.source import Trained, planned_tensors
 from llava_moslora.export.streaming import Weights
+from llava_moslora.models.towers import kind_of
 from llava_moslora.runs.manifest import write_json
 
 PROJECTOR_FILE = "modeling_projector"  # the name under which XTuner's releases carry the class
@@ -31,7 +32,7 @@ def llm(trained: Trained, dtype: torch.dtype) -> Layout:
 
 
 def vision(trained: Trained, dtype: torch.dtype) -> Layout:
-    """The merged tower as a ``CLIPVisionModel``, complete, under the names that transformers 4 and 5 read."""
+    """The merged tower, complete, as a model of its kind, under the names that transformers 4 and 5 read."""
     weights = [vision_weights(trained, dtype, "")]
     return Layout(weights, lambda folder: write_vision(trained, folder, dtype), {"vision": "."}, True, ("vision",))
 
@@ -60,7 +61,7 @@ def vision_weights(trained: Trained, dtype: torch.dtype, folder: str) -> Weights
 
 def write_vision(trained: Trained, folder: Path, dtype: torch.dtype) -> None:
     config = vision_config(trained.vision_config, dtype)
-    config.architectures = ["CLIPVisionModel"]
+    config.architectures = [kind_of(config).model.__name__]
     save_config(config, folder)
     write_json(folder / "preprocessor_config.json", trained.preprocessor)
 

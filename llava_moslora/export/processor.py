@@ -8,9 +8,14 @@ from pathlib import Path
 from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_moslora.data.conversation import chat_template
+from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
+from llava_moslora.models.towers import kind_of
 from llava_moslora.runs.manifest import write_json
+
+PROCESSORS = {CLIP_PROCESSOR: CLIPImageProcessorPil, SIGLIP_PROCESSOR: SiglipImageProcessorPil}
 
 
 def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, vision_config, *, pad: bool) -> None:
@@ -22,29 +27,32 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
             releases of transformers 4 have the class that pads; 4.46 stops at its name instead of cropping.
     """
     settings = {k: v for k, v in preprocessor.items() if k not in ("image_processor_type", "processor_class")}
-    image_processor = LlavaImageProcessorPil(**settings, do_pad=True) if pad else CLIPImageProcessorPil(**settings)
+    kind = preprocessor["image_processor_type"]
+    if not settings["do_center_crop"] and "height" in settings["size"]:
+        settings["crop_size"] = settings["size"]  # who asks for a picture's tokens beforehand is told by this one
+    image_processor = LlavaImageProcessorPil(**settings, do_pad=True) if pad else PROCESSORS[kind](**settings)
+    tower = kind_of(vision_config)
     tokenizer.chat_template = chat_template(template, tokenizer)
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
-        vision_feature_select_strategy="default",
-        # The class token: the tower returns it, "default" drops it again. Left at 0, a picture would get one
+        vision_feature_select_strategy=tower.strategy,
+        # A class token: the tower returns it, "default" drops it again. Left at 0 there, a picture would get one
         # placeholder too few.
-        num_additional_image_tokens=1,
+        num_additional_image_tokens=tower.class_tokens,
         chat_template=tokenizer.chat_template,
     )
     processor.save_pretrained(folder)
     known_to_transformers_4(folder)
     # transformers 5 writes one processor_config.json; transformers 4 and XTuner look for this file, under the name of
     # the class without its backend.
-    kind = "LlavaImageProcessor" if pad else "CLIPImageProcessor"
     write_json(
         folder / "preprocessor_config.json",
         {
             **settings,
             **({"do_pad": True} if pad else {}),
-            "image_processor_type": kind,
+            "image_processor_type": "LlavaImageProcessor" if pad else kind,
             "processor_class": "LlavaProcessor",
         },
     )

@@ -31,6 +31,7 @@ from llava_moslora.export.source import DEQUANTIZED, Trained
 from llava_moslora.inference.generate import Question, batch
 from llava_moslora.inference.load import Answerer, load_run
 from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION
+from llava_moslora.models.towers import kind_of
 from llava_moslora.runs.manifest import write_json
 
 PROBE, QUESTIONS, FEATURES = "probe", "questions.json", "features.safetensors"
@@ -162,8 +163,8 @@ def _load(trained: Trained, bits: int) -> Answerer:
 
 def _features(model, pixels: Tensor) -> Tensor:
     """What the projector is given (N, P, E): the training model's last layer is the one before the complete tower's."""
-    layer = model.config.vision_feature_layer
-    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
+    layer, skipped = model.config.vision_feature_layer, kind_of(model.config.vision_config).class_tokens
+    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, skipped:]
 
 
 def _merge(answerer: Answerer, *, dequantised: bool) -> None:

@@ -28,7 +28,11 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    SiglipVisionModel,
 )
+
+# Of a configuration's model_type: the class, and how many tokens it puts before the patches.
+TOWERS = {"clip": (CLIPVisionModel, 1), "siglip": (SiglipVisionModel, 0)}
 
 
 def main() -> None:
@@ -98,8 +102,7 @@ class Parts:
             if spec["llm"] == ".":
                 self.tokenizer = AutoTokenizer.from_pretrained(root)
         if "vision" in spec:
-            self.tower = CLIPVisionModel.from_pretrained(root / spec["vision"], dtype=torch.float32).eval()
-            self.pixels = AutoImageProcessor.from_pretrained(root / spec["vision"], backend="pil")
+            self._open_tower(root / spec["vision"])
         if "llm_adapter" in spec:
             self.llm = with_adapter(self.llm, root / spec["llm_adapter"])
         if "vision_adapter" in spec:
@@ -108,6 +111,12 @@ class Parts:
             self.projector = load_file(root / spec["projector"] / "model.safetensors")
             if self.tower is None:
                 self.noise = load_file(root / "probe" / "features.safetensors")["features"]
+
+    def _open_tower(self, folder: Path) -> None:
+        kind = json.loads((folder / "config.json").read_text())["model_type"].removesuffix("_vision_model")
+        tower_class, self.class_tokens = TOWERS[kind]
+        self.tower = tower_class.from_pretrained(folder, dtype=torch.float32).eval()
+        self.pixels = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     def _open_original(self, root: Path, tower: str) -> None:
         """The original LLaVA's folder, taken apart by the names that its own classes have."""
@@ -118,8 +127,7 @@ class Parts:
         self.llm = LlamaForCausalLM(
             LlamaConfig.from_dict(json.loads((root / "config.json").read_text()) | {"dtype": "float32"})
         )
-        self.tower = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32).eval()
-        self.pixels = AutoImageProcessor.from_pretrained(tower, backend="pil")
+        self._open_tower(Path(tower))
         level = "vision_model." if any(n.startswith("vision_model.") for n in self.tower.state_dict()) else ""
         theirs = "model.vision_tower.vision_tower.vision_model."
         self.tower.load_state_dict(
@@ -165,7 +173,7 @@ class Parts:
         if self.asked["pads"]:
             pictures = [square(picture, self.pixels.image_mean) for picture in pictures]
         pixels = self.pixels(images=pictures, return_tensors="pt")["pixel_values"]
-        return self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        return self.tower(pixels, output_hidden_states=True).hidden_states[-2][:, self.class_tokens :]
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         linear, w = torch.nn.functional.linear, self.projector

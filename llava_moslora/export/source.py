@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from llava_moslora.adapters.fold import Adapter, LowRank, fold
 from llava_moslora.adapters.reading import read_adapter
@@ -56,7 +56,7 @@ class Trained:
     llm_folder: Path
     vision_spec: str
     llm_config: PreTrainedConfig
-    vision_config: CLIPVisionConfig
+    vision_config: PreTrainedConfig
     vision: dict[str, Tensor]
     preprocessor: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast

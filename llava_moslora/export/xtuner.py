@@ -23,7 +23,7 @@ import torch
 from llava_moslora.adapters.fold import LowRank
 from llava_moslora.errors import Refusal
 from llava_moslora.export import lora, parts
-from llava_moslora.export.layout import Layout
+from llava_moslora.export.layout import Layout, check_clip
 from llava_moslora.export.source import Trained
 from llava_moslora.models.assemble import LLM, VISION
 from llava_moslora.models.internlm2 import LAYER_NAMES, MODEL_TYPE, NAMES
@@ -35,6 +35,12 @@ QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def merged(trained: Trained, dtype: torch.dtype) -> Layout:
+    """
+    Raises:
+        Refusal: C-FORMAT, not a CLIP tower.
+    """
+    check_clip(trained, "xtuner")
+
     def finish(folder: Path) -> None:
         parts.write_llm(trained, folder / "llm", dtype)
         parts.write_vision(trained, folder / "visual_encoder", dtype)
@@ -56,8 +62,9 @@ def merged(trained: Trained, dtype: torch.dtype) -> Layout:
 def adapters(trained: Trained, _: torch.dtype) -> Layout:
     """
     Raises:
-        Refusal: C-FORMAT, a tower that has no folder of its own.
+        Refusal: C-FORMAT, a tower that has no folder of its own, or is no CLIP.
     """
+    check_clip(trained, "xtuner_adapters")
     if trained.vision_spec.startswith(OPEN_CLIP):
         raise Refusal(
             "C-FORMAT", "adapters lie over a tower's folder", key="--format xtuner_adapters", found=trained.vision_spec,

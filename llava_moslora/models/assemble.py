@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import LlavaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import set_zero3_state
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -26,6 +26,7 @@ from llava_moslora.models.llava_folder import check_tower_is_taken
 from llava_moslora.models.llm import load_llm, read_llm_config, sketch_llm
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.tensors import read_json
+from llava_moslora.models.towers import drop_unused, kind_of
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
 
 LLM, VISION, PROJECTOR, HEAD = "model.language_model", "model.vision_tower", "model.multi_modal_projector", "lm_head"
@@ -71,7 +72,7 @@ def assemble(
 
     Args:
         llm_folder: a causal LM's folder (:mod:`llava_moslora.models.llm`): LLaMA, Vicuna, InternLM2, Qwen, Mistral, …
-        vision_tower: a CLIP folder or ``open_clip:ARCH@FILE`` (:mod:`llava_moslora.models.vision`).
+        vision_tower: a CLIP or SigLIP folder or ``open_clip:ARCH@FILE`` (:mod:`llava_moslora.models.vision`).
         projector: a pretrained projector (:mod:`llava_moslora.models.projector`), or None for a new one.
             A complete LLaVA's folder may stand for each of the three.
         tokenizer: with the image placeholder; where it has more tokens than the LLM has rows, the LLM gets rows.
@@ -102,7 +103,7 @@ def assemble(
 
 def blueprint(
     llm_config: PreTrainedConfig,
-    vision_config: CLIPVisionConfig,
+    vision_config: PreTrainedConfig,
     llm: TowerAdapter | None,
     vision: TowerAdapter | None,
     dtype: torch.dtype = torch.bfloat16,
@@ -113,13 +114,13 @@ def blueprint(
     """
     sketch = sketch_llm(llm_config, Path(llm_config.name_or_path))
     with torch.device("meta"):
-        tower = CLIPVisionModel(vision_config)
+        tower = kind_of(vision_config).model(vision_config)
         model = _compose(sketch, tower, 0, None, dtype).requires_grad_(False)
         trained = train_projector_only(model) if llm is vision is None else add_adapters(model, llm, vision)
         return trained.to(dtype)
 
 
-def _compose(llm: PreTrainedModel, vision: CLIPVisionModel, image_token_id, pad_token_id, dtype: torch.dtype) -> Llava:
+def _compose(llm: PreTrainedModel, vision: PreTrainedModel, image_token_id, pad_token_id, dtype: torch.dtype) -> Llava:
     """LLM and tower in one LLaVA; its projector is still on the meta device."""
     config = LlavaConfig(
         text_config=llm.config,
@@ -129,6 +130,7 @@ def _compose(llm: PreTrainedModel, vision: CLIPVisionModel, image_token_id, pad_
         # hidden_states[-2] named from the front: the last layer is not needed and is cut off below, and an index
         # from the end would then mean another layer.
         vision_feature_layer=vision.config.num_hidden_layers - 1,
+        vision_feature_select_strategy=kind_of(vision.config).strategy,
         pad_token_id=pad_token_id,
         dtype=dtype,
     )
@@ -136,7 +138,7 @@ def _compose(llm: PreTrainedModel, vision: CLIPVisionModel, image_token_id, pad_
         model = Llava(config)
     model.model.language_model, model.lm_head = llm.model, llm.lm_head
     model.model.vision_tower = vision
-    vision.encoder.layers = vision.encoder.layers[: config.vision_feature_layer]
+    drop_unused(vision, config.vision_feature_layer)
     model.generation_config = llm.generation_config
     for mark in _QUANTISATION_MARKS:
         if hasattr(llm, mark):
@@ -233,7 +235,7 @@ def linear_suffixes(model: nn.Module, tower: str) -> list[str]:
 def add_adapters(model: Llava, llm: TowerAdapter | None, vision: TowerAdapter | None) -> PeftModel:
     """One MoSLoRA adapter over the whole model, per-tower settings as patterns, the projector trained whole.
 
-    Layers whose output is never used (the last CLIP layer) are not in the model, so no adapter is ever without
+    Layers whose output is never used (the tower's last) are not in the model, so no adapter is ever without
     gradient. All trainable tensors get the model's dtype: ZeRO-3 asserts a single one.
 
     Raises:

@@ -18,13 +18,13 @@ from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.tensors import Stored, read_json, read_tensor_folder
+from llava_moslora.models.towers import CLIP, KINDS, kind_name
 
 TRANSFORMERS, ORIGINAL = "LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"
 # What of a LLaVA's configuration this package computes; the value that stands for "absent" is the layout's default.
 SUPPORTED: dict[str, dict[str, tuple[Any, tuple]]] = {
     TRANSFORMERS: {
         "vision_feature_layer": (-2, (-2,)),
-        "vision_feature_select_strategy": ("default", ("default",)),
         "projector_hidden_act": ("gelu", ("gelu",)),
         "multimodal_projector_bias": (True, (True,)),
     },
@@ -87,7 +87,11 @@ def check_layout(folder: Path) -> str:
             "C-MODEL", "not a LLaVA this package knows", file=file, key="architectures", found=architecture,
             expected=" or ".join(SUPPORTED), fix="give LLM, vision tower and projector each by its own folder",
         )  # fmt: skip
-    for key, (default, allowed) in SUPPORTED[architecture].items():
+    settings = SUPPORTED[architecture]
+    if architecture == TRANSFORMERS:  # without the class token, whichever way that is said for this kind of tower
+        kind = kind_name((raw.get("vision_config") or {}).get("model_type", CLIP.name))
+        settings = settings | {"vision_feature_select_strategy": ("default", (KINDS.get(kind, CLIP).strategy,))}
+    for key, (default, allowed) in settings.items():
         if (found := raw.get(key, default)) not in allowed:
             raise Refusal(
                 "C-MODEL", "this LLaVA computes something else than is trained here", file=file, key=key, found=found,

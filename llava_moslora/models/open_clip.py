@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from llava_moslora.errors import Refusal
-from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, clip_settings
+from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, processor_settings
 from llava_moslora.models.tensors import read_json, read_tensor_file
 
 PREFIX = "open_clip:"
@@ -150,11 +150,11 @@ def preprocessing(preprocess_cfg: Mapping[str, Any], image_size: int, source: Pa
     mean, std = (list(v) if isinstance(v, list | tuple) else [v] * 3 for v in (mean, std))
     square = {"height": image_size, "width": image_size}
     if mode == "squash":
-        return clip_settings(size=square, crop=None, mean=mean, std=std, resample=resample)
+        return processor_settings(size=square, crop=None, mean=mean, std=std, resample=resample)
     if mode != "shortest":
         what = "this way of resizing pictures cannot be written as CLIP's preprocessing"
         raise Refusal("K-PROCESSOR", what, file=source, key="resize_mode", found=mode, expected="shortest or squash")
-    return clip_settings(size={"shortest_edge": image_size}, crop=square, mean=mean, std=std, resample=resample)
+    return processor_settings(size={"shortest_edge": image_size}, crop=square, mean=mean, std=std, resample=resample)
 
 
 def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:

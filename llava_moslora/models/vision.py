@@ -1,10 +1,11 @@
-"""Vision towers: whatever CLIP ViT the user holds becomes a ``CLIPVisionModel`` with its own picture preprocessing.
+"""Vision towers: whatever CLIP or SigLIP ViT the user holds becomes transformers' model of it, with its own picture
+preprocessing.
 
 Three spellings are understood::
 
-    FOLDER                  a transformers folder of CLIPVisionModel or CLIPModel, transformers-4 or -5 key names,
-                            or a complete LLaVA with such a tower inside
-    open_clip:ARCH@FILE     weights of the open_clip architecture ARCH; or @TAG, one of open_clip's pretrained tags
+    FOLDER                  a transformers folder of CLIPVisionModel, CLIPModel, SiglipVisionModel or SiglipModel,
+                            transformers-4 or -5 key names, or a complete LLaVA with such a tower inside
+    open_clip:ARCH@FILE     weights of the open_clip CLIP ViT ARCH; or @TAG, one of open_clip's pretrained tags
     open_clip:FOLDER        open_clip_config.json with open_clip_model.safetensors or open_clip_pytorch_model.bin
 
 Names and shapes are compared with the architecture before any weight is read; the weights then go through
@@ -20,28 +21,33 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models import llava_folder, open_clip
 from llava_moslora.models.preprocessing import read_preprocessing
 from llava_moslora.models.tensors import Stored, check_tensors, held, read_json, read_tensor_folder
+from llava_moslora.models.towers import KINDS, kind_name, kind_of
 
-SUPPORTED = f"a CLIPVisionModel or CLIPModel folder, {open_clip.SUPPORTED}"
-# Of a whole CLIPModel, what the vision tower does not use; position_ids was a saved buffer in early transformers 4.
-NOT_VISION = re.compile(r"text_model\.|logit_scale$|(text|visual)_projection\.weight$|.*embeddings\.position_ids$")
-# Kinds of towers that are asked for and refused, each with what LLaVA would compute otherwise.
+FOLDERS = ", ".join(f"{kind.model.__name__}" for kind in KINDS.values())
+SUPPORTED = f"a folder of {FOLDERS} or the whole model around it, {open_clip.SUPPORTED}"
+# Of a whole CLIPModel or SiglipModel, what the vision tower does not use; position_ids was a saved buffer in early
+# transformers 4.
+NOT_VISION = re.compile(
+    r"text_model\.|logit_(scale|bias)$|(text|visual)_projection\.weight$|.*embeddings\.position_ids$"
+)
+# Kinds of towers that are asked for and refused, each with its reason.
 REASONS = {
-    "siglip": "it has no class token, which the feature selection and the processor of this package drop",
-    "siglip2": "it has no class token, which the feature selection and the processor of this package drop",
+    "siglip2": "NaFlex, whose pictures have any number of patches, where LLaVA gives every picture the same; SigLIP 2 "
+    "of a fixed size, such as siglip2-so400m-patch14-384, has the model_type siglip and is taken",
     "dinov2": "its layers are scaled and named otherwise",
 }
 
 
-def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> tuple[CLIPVisionModel, dict[str, Any]]:
+def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The vision tower that ``spec`` names, in ``dtype``, and its preprocessing as ``preprocessor_config.json`` has it.
 
-    The tower is complete (last layer and post-layernorm included) and in eval mode.
+    The tower is complete (last layer, post-layernorm and pooling head included) and in eval mode.
 
     Raises:
         Refusal: as :func:`read_vision_config`; a file is missing or damaged; not exactly the tower's tensors.
@@ -58,11 +64,11 @@ def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> t
     return _build(config, kept, folder, dtype), settings
 
 
-def read_vision_config(spec: str | Path) -> CLIPVisionConfig:
+def read_vision_config(spec: str | Path) -> PreTrainedConfig:
     """The configuration of the tower that ``spec`` names; no weight is read.
 
     Raises:
-        Refusal: not a tower of one of the three spellings, or not a plain CLIP ViT.
+        Refusal: not a tower of one of the three spellings, or of a kind that is not supported.
     """
     spec = str(spec)
     if not spec.startswith(open_clip.PREFIX):
@@ -77,7 +83,7 @@ def from_open_clip(
     preprocess_cfg: Mapping[str, Any],
     dtype: torch.dtype = torch.float32,
     source: Path = Path("open_clip"),
-) -> tuple[CLIPVisionModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """An open_clip vision tower as a ``CLIPVisionModel`` in eval mode and its preprocessing.
 
     Args:
@@ -91,7 +97,7 @@ def from_open_clip(
     return _build(config, held(open_clip.clip_tensors(tensors, source), source), source, dtype), settings
 
 
-def _folder_config(folder: Path) -> CLIPVisionConfig:
+def _folder_config(folder: Path) -> PreTrainedConfig:
     if not folder.is_dir():
         fix = "check --vision_tower, or download the tower first: nothing is fetched at run time"
         raise Refusal("K-MISSING", "no such folder", file=folder, expected=SUPPORTED, fix=fix)
@@ -105,25 +111,35 @@ def _folder_config(folder: Path) -> CLIPVisionConfig:
     if raw.get("quantization_config") is not None:
         fix = "give the tower in 16 or 32 bits"
         raise Refusal("K-QUANT", "a quantised tower", file=file, key="quantization_config", fix=fix)
-    if (kind := raw.get("model_type")) not in ("clip", "clip_vision_model"):
-        reason = REASONS.get(str(kind).removesuffix("_vision_model"))
-        what = "not a CLIP vision tower" + (f": {reason}" if reason else "")
-        fix = "use a CLIP ViT, such as clip-vit-large-patch14-336"
-        raise Refusal("K-TOWER", what, file=file, key="model_type", found=kind, expected=SUPPORTED, fix=fix)
-    own = raw.get("vision_config", {}) if kind == "clip" else raw
+    name = kind_name(model_type := raw.get("model_type"))
+    if (kind := KINDS.get(name)) is None:
+        what = "not a CLIP or SigLIP vision tower" + (f": {REASONS[name]}" if name in REASONS else "")
+        fix = "use one such as clip-vit-large-patch14-336 or siglip-so400m-patch14-384"
+        raise Refusal("K-TOWER", what, file=file, key="model_type", found=model_type, expected=SUPPORTED, fix=fix)
+    own = raw.get("vision_config", {}) if model_type == name else raw
     try:
-        return CLIPVisionConfig.from_dict({**own, "model_type": "clip_vision_model"})
+        config = kind.config.from_dict({**own, "model_type": kind.config.model_type})
     except Exception as error:  # transformers validates fields with several kinds of errors of its own
-        what = "not a usable CLIP configuration"
+        what = f"not a usable {kind.config.__name__}"
         raise Refusal("K-CONFIG", what, file=file, found=error, fix="download it again") from error
+    for key in ("image_size", "patch_size"):  # both classes also declare pairs, and compute with one number
+        if type(side := getattr(config, key)) is not int or side < 1:
+            where = {"file": file, "key": key, "fix": "use a tower for square pictures"}
+            raise Refusal("K-CONFIG", "not one side length in pixels", **where, found=side, expected="a whole number")
+    return config
 
 
-def _build(config: CLIPVisionConfig, found: Mapping[str, Stored], source: Path, dtype: torch.dtype) -> CLIPVisionModel:
+def _build(config: PreTrainedConfig, found: Mapping[str, Stored], source: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The tower of ``config`` with the tensors ``found``, which must be exactly its own."""
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in CLIPVisionModel(config).state_dict().items()}
+    tower_class = kind_of(config).model
+    try:
+        with torch.device("meta"):
+            expected = {name: tuple(t.shape) for name, t in tower_class(config).state_dict().items()}
+    except Exception as error:  # fields that fit no network: heads that do not divide the width, an unknown activation
+        what = f"a configuration that makes no {tower_class.__name__}"
+        raise Refusal("K-CONFIG", what, file=source, found=error, fix="download it again") from error
     check_tensors(found, expected, source)
-    model, info = CLIPVisionModel.from_pretrained(
+    model, info = tower_class.from_pretrained(
         None,
         config=config,
         state_dict={name: stored.read() for name, stored in found.items()},

@@ -32,7 +32,7 @@ class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "folder of the LLM, or of a complete LLaVA"})
     vision_tower: str | None = field(
         default=None,
-        metadata={"help": "folder of the CLIP tower, or open_clip:ARCH@FILE; default: the one in --model_name_or_path"},
+        metadata={"help": "CLIP or SigLIP folder, or open_clip:ARCH@FILE; default: the one in --model_name_or_path"},
     )
     pretrain_mm_mlp_adapter: str | None = field(default=None, metadata={"help": "pretrained projector: file or folder"})
     version: str | None = field(

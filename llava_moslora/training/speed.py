@@ -13,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from llava_moslora.data.conversation import IGNORE_INDEX
 from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, parameter_size, tokens_per_picture
+from llava_moslora.models.towers import kind_of
 
 # Dense 16-bit tensor-core FLOP/s with float32 accumulation, from the makers' data sheets; the first name found in
 # the device's name counts.
@@ -87,7 +88,7 @@ class Flops:
         if not work[HEAD]:  # the word embeddings again, counted above as looked up
             work[HEAD] = 4.0 * parameter_size(model.get_output_embeddings().weight)
         patches = tokens_per_picture(vision)
-        seen = patches + 1  # with the class token, which the projector does not see
+        seen = patches + kind_of(vision).class_tokens  # which the projector does not see
         layers = config.vision_feature_layer
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         tower_attention = (12 if adapted else 4) * layers * vision.hidden_size * seen**2

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_moslora.data import images, pixels
 from llava_moslora.data.images import ImageTransform, check_image, load_image
@@ -256,6 +257,32 @@ def test_fast_pixels_equal_torchvision(tower, size, mode):
     assert torch.equal(ours, theirs(image, return_tensors="pt")["pixel_values"][0])
     steps = (ours - exact(image)) * torch.tensor(exact.std)[:, None, None] * 255
     assert steps.abs().max() < 1.01
+
+
+SIGLIP = {"size": {"height": 33, "width": 33}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resample", [2, 3])  # SigLIP 2's, SigLIP's
+@pytest.mark.parametrize("mode", ["crop", "pad"])
+def test_siglips_pixels_equal_transformers(size, resample, mode):
+    """Scaled straight to a square, with nothing to crop; padded first if asked, with the mean as for CLIP."""
+    settings = SIGLIP | {"image_processor_type": "SiglipImageProcessor", "resample": resample}
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    ours = ImageTransform.from_settings(settings, mode)(image)
+    padded = LlavaImageProcessorPil(**SIGLIP, resample=resample, do_pad=True, do_center_crop=False)
+    theirs = padded if mode == "pad" else SiglipImageProcessorPil(**SIGLIP, resample=resample)
+    assert torch.equal(ours, torch.from_numpy(theirs(image, return_tensors="np")["pixel_values"][0]))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_siglips_fast_pixels_equal_torchvision(size):
+    pytest.importorskip("torchvision")
+    from transformers.models.siglip.image_processing_siglip import SiglipImageProcessor
+
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    ours = ImageTransform.from_settings(SIGLIP, "crop", engine="torch")(image)
+    assert torch.equal(ours, SiglipImageProcessor(**SIGLIP)(image, return_tensors="pt")["pixel_values"][0])
 
 
 @pytest.mark.parametrize("resample", [0, 1, 2, 3])

@@ -26,8 +26,9 @@ def vlmeval(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
 
 
-def test_a_row_is_asked_as_the_run_was_trained(vlmeval, parts, tmp_path):
-    trained_run(tmp_path / "run", parts.llm, parts.clip, parts.projector)
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_row_is_asked_as_the_run_was_trained(vlmeval, parts, tmp_path, tower):
+    trained_run(tmp_path / "run", parts.llm, vars(parts)[tower], parts.projector)
     model = model_class()(str(tmp_path / "run"), max_new_tokens=8)
     row = {"question": "what colour?", "A": "red", "B": "blue", "C": float("nan"), "file": str(parts.images / "0.png")}
     assert model.use_custom_prompt("MMBench") and not model.use_custom_prompt("MMVet")

@@ -42,7 +42,8 @@ print("PARTITIONED", partitioned)
 
 
 @pytest.mark.slow
-def test_internlm2_and_the_tower_are_partitioned_and_right(parts, tmp_path):
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_internlm2_and_the_tower_are_partitioned_and_right(parts, tmp_path, tower):
     folder, _, _ = write_internlm2(tmp_path / "llm", shards=2, kind=".bin", vocab_size=320)
     text = (folder / "config.json").read_text().replace('"bos_token_id": 1,', "")
     (folder / "config.json").write_text(text)
@@ -51,7 +52,7 @@ def test_internlm2_and_the_tower_are_partitioned_and_right(parts, tmp_path):
         port = probe.getsockname()[1]
     env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # DeepSpeed compiles with ninja
-    command = [sys.executable, "-c", PROGRAM, folder, parts.clip, parts.projector, parts.llm]
+    command = [sys.executable, "-c", PROGRAM, folder, vars(parts)[tower], parts.projector, parts.llm]
     ranks = [
         subprocess.Popen(
             [str(word) for word in command],

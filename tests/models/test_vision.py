@@ -300,7 +300,10 @@ def test_a_missing_shard_is_named(tower_folder):
 @pytest.mark.parametrize(
     ("change", "code", "key"),
     [
-        ({"model_type": "siglip_vision_model"}, "K-TOWER", "model_type"),
+        ({"model_type": "siglip_vision_model"}, "K-KEYS", "embeddings.patch_embedding.bias"),
+        ({"model_type": "siglip2_vision_model"}, "K-TOWER", "model_type"),
+        ({"num_attention_heads": 5}, "K-CONFIG", None),
+        ({"image_size": [32, 64]}, "K-CONFIG", "image_size"),
         ({"model_type": None}, "K-TOWER", "model_type"),
         ({"auto_map": {"AutoModel": "code.Model"}}, "K-CODE", "auto_map"),
         ({"quantization_config": {"load_in_4bit": True}}, "K-QUANT", "quantization_config"),

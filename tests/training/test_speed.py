@@ -1,5 +1,7 @@
 """The floating-point operations behind the MFU, against torch's own counter; and what is counted as a token."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_modes import stock_model
@@ -12,8 +14,8 @@ from llava_moslora.training.speed import PEAKS, Flops, Speed, peak_of, record_le
 TOKENS, TRAINED, PICTURES = 40, 6, 2
 
 
-def model_of(parts, adapters: bool):
-    model = stock_model(parts)
+def model_of(parts, adapters: bool, tower: str = "clip"):
+    model = stock_model(SimpleNamespace(**(vars(parts) | {"clip": vars(parts)[tower]})))
     model.__class__ = Llava
     model.set_attn_implementation("eager")  # torch's counter knows products of matrices
     if adapters:
@@ -21,16 +23,18 @@ def model_of(parts, adapters: bool):
     return train_projector_only(model).train()
 
 
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize(("adapters", "tolerance"), [(False, 0.01), (True, 0.05)])
-def test_flops_are_torchs(parts, adapters, tolerance):
+def test_flops_are_torchs(parts, adapters, tolerance, tower):
     """With adapters backward makes some products again, which the model's work does not count."""
-    model = model_of(parts, adapters)
+    model = model_of(parts, adapters, tower)
+    size = model.config.vision_config.image_size
     ids = torch.full((1, TOKENS), 5)
     ids[0, 2 : 2 + PICTURES * 16] = model.config.image_token_id
     labels = torch.full_like(ids, -100)
     labels[0, -TRAINED:] = 5
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids, pixel_values=torch.zeros(PICTURES, 3, 32, 32), labels=labels).loss.backward()
+        model(input_ids=ids, pixel_values=torch.zeros(PICTURES, 3, size, size), labels=labels).loss.backward()
     flops = Flops.of(model)
     counted = flops.token * TOKENS + flops.pair * TOKENS**2 + flops.trained_token * TRAINED + flops.picture * PICTURES
     assert counted == pytest.approx(counter.get_total_flops(), rel=tolerance)

@@ -160,7 +160,8 @@ def test_other_stages_and_world_sizes_go_on_where_one_stopped(lives, parts, plai
     assert losses(run) == pytest.approx(losses(plain[0]), rel=BOUND)
 
 
-def test_text_and_pictures_on_different_ranks_do_not_wait_for_each_other(lives, parts, tmp_path):
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_text_and_pictures_on_different_ranks_do_not_wait_for_each_other(lives, parts, tmp_path, tower):
     """ZeRO-3, every step one rank with pictures and one without, in turn: 50 steps."""
     rows = json.loads(parts.data.read_text())
     pictured, text = [r for r in rows if "image" in r][:5], [r for r in rows if "image" not in r][:5]
@@ -169,6 +170,7 @@ def test_text_and_pictures_on_different_ranks_do_not_wait_for_each_other(lives, 
         mixed += [with_one, without] if number % 2 else [without, with_one]
     (tmp_path / "mixed.json").write_text(json.dumps(mixed))
     changes = {"data_path": tmp_path / "mixed.json", "data_order": "sequential", "max_steps": 50, "save_steps": 50}
+    changes |= {"vision_tower": vars(parts)[tower]}
     arguments = settings(
         parts, tmp_path / "run", deepspeed=configuration("zero3", tmp_path), per_device_train_batch_size=1, **changes
     )
