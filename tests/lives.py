@@ -50,7 +50,8 @@ class Lives:
                 ``at_step``: send it once rank 0 has computed a micro-batch of this step instead; ``hooks``:
                 ``["MODULE:FUNCTION", {argument: value}]``, called in the child before ``main``; ``main``:
                 ``MODULE:FUNCTION`` instead of training's; ``limit``: seconds after which everything left is killed
-                and the life counts as stuck.
+                and the life counts as stuck; ``bury``: kill those that were sent the signal once all
+                others have ended (a stopped process cannot).
         """
         request = {"arguments": [str(a) for a in arguments], "output": str(output), "world": world, **how}
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -140,6 +141,9 @@ def _live(request: dict) -> dict:
             sent, first_death = True, now
         if now > until:
             stuck = True
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+        if request.get("bury") and sent and children and {*children.values()} <= {*request["ranks"]}:
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
         for pid in list(children):

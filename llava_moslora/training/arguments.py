@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -153,7 +154,9 @@ class TrainingArguments(HfTrainingArguments):
         if not torch.cuda.is_available():
             self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
         if self.deepspeed and "RANK" in os.environ:
-            rendezvous.join()  # the Trainer would do it too late for ZeRO-3's loading when use_cpu is set
+            rendezvous.join(
+                timedelta(seconds=self.ddp_timeout)
+            )  # the Trainer would do it too late for ZeRO-3's loading when use_cpu is set
         super().__post_init__()
         if self.use_liger_kernel:  # for the LLM's layers; Liger's LLaVA would replace our forward and its loss
             own = {"cross_entropy": False, "fused_linear_cross_entropy": False}

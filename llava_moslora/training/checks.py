@@ -32,6 +32,7 @@ RANGES = {
     "sample_steps": (1, True),
     "sample_max_new_tokens": (1, True),
     "health_steps": (0, True),
+    "ddp_timeout": (1, True),
 }
 ADAPTER_RANGES = {  # for each tower's own flag too
     "lora_r": (0, True),

@@ -10,7 +10,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -84,8 +84,11 @@ class Pause(TrainerCallback):
 
 
 @contextmanager
-def contact() -> Iterator[None]:
+def contact(gone: Callable[[], str] = str) -> Iterator[None]:
     """A rank that dies takes the others with it; they say so in one line.
+
+    Args:
+        gone: names the dead ranks, as far as they can be known (:meth:`llava_moslora.training.watch.Watch.gone`).
 
     Raises:
         Refusal: R-RANK, in place of a communication library's error.
@@ -98,7 +101,7 @@ def contact() -> Iterator[None]:
         raise Refusal(
             "R-RANK",
             "lost contact with another process of this run",
-            found=str(error).splitlines()[0],
+            found="; ".join(filter(None, (gone(), str(error).splitlines()[0]))),
             fix="see why it ended, then start the same command again with --resume True",
         ) from error
 

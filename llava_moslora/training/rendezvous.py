@@ -14,10 +14,14 @@ from torch import distributed
 from llava_moslora.errors import Refusal
 
 TIMEOUT = timedelta(minutes=30)  # the first rank to arrive may wait for one that tokenises the data
+MARGIN = timedelta(seconds=30)  # by which a collective waits longer than the watch, which can name the rank
 
 
-def join() -> None:
+def join(timeout: timedelta = TIMEOUT) -> None:
     """Start the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, …).
+
+    Args:
+        timeout: for the other ranks to arrive; a collective waits ``MARGIN`` longer.
 
     torch's own rendezvous listens on every interface, also where MASTER_ADDR is 127.0.0.1. Here rank 0 hands it a
     socket that is bound to loopback alone, and gloo and NCCL are told to use loopback too. torchrun holds the
@@ -36,7 +40,7 @@ def join() -> None:
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         if not distributed.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            store = meeting_place(address, int(os.environ["MASTER_PORT"]), rank, world)
+            store = meeting_place(address, int(os.environ["MASTER_PORT"]), rank, world, timeout)
             accelerator = get_accelerator()
             device = None
             if accelerator.device_name() == "cuda" and world > 1:  # as DeepSpeed does where it starts the group
@@ -46,10 +50,10 @@ def join() -> None:
                 store=store,
                 rank=rank,
                 world_size=world,
-                timeout=TIMEOUT,
+                timeout=timeout + MARGIN,
                 device_id=device,
             )
-    deepspeed.init_distributed(timeout=TIMEOUT)
+    deepspeed.init_distributed(timeout=timeout + MARGIN)
 
 
 def is_loopback(address: str) -> bool:
@@ -59,10 +63,10 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-def meeting_place(address: str, port: int, rank: int, world: int) -> distributed.TCPStore:
+def meeting_place(address: str, port: int, rank: int, world: int, timeout: timedelta = TIMEOUT) -> distributed.TCPStore:
     """The store that rank 0 serves on ``address`` alone and the others ask."""
     if rank > 0:
-        return distributed.TCPStore(address, port, world, is_master=False, timeout=TIMEOUT)
+        return distributed.TCPStore(address, port, world, is_master=False, timeout=timeout)
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.create_server((address, port), family=family)
@@ -74,5 +78,5 @@ def meeting_place(address: str, port: int, rank: int, world: int) -> distributed
             fix="another port: deepspeed --master_port N, torchrun --master_port N",
         ) from error  # fmt: skip
     return distributed.TCPStore(
-        address, port, world, is_master=True, timeout=TIMEOUT, master_listen_fd=listener.detach()
+        address, port, world, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
     )

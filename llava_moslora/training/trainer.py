@@ -22,10 +22,11 @@ from llava_moslora.training.checkpoint import read_optimizer, read_trained, writ
 from llava_moslora.training.guards import FiniteGuard, check_labels, out_of_memory
 from llava_moslora.training.health import Health
 from llava_moslora.training.metrics import Metrics
-from llava_moslora.training.pause import ignore_signals
+from llava_moslora.training.pause import contact, ignore_signals
 from llava_moslora.training.progress import Progress
 from llava_moslora.training.speed import Speed
 from llava_moslora.training.state import Holder, random_state, set_random_state, trained_parameters
+from llava_moslora.training.watch import Watch
 
 
 class MosLoraTrainer(Trainer):
@@ -77,7 +78,8 @@ class MosLoraTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None):
         try:
-            return super().train(resume_from_checkpoint)
+            with Watch(self.args.ddp_timeout) as self.watch, contact(self.watch.gone):
+                return super().train(resume_from_checkpoint)
         finally:
             if self.batches is not None:
                 self.batches.close()
@@ -109,6 +111,7 @@ class MosLoraTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimizer step, looked at while they are still on the CPU."""
+        self.watch.mark()
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         records = [batch.pop("record").tolist() for batch in batches]
         for batch, numbers in zip(batches, records, strict=True):
@@ -118,6 +121,7 @@ class MosLoraTrainer(Trainer):
         return batches, tokens
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        self.watch.mark()
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
@@ -150,6 +154,7 @@ class MosLoraTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """Publish ``checkpoint-N``: what was trained, as float32 masters, and the Trainer's state. No pickles."""
+        self.watch.mark()
         holder = self._holder()
         masters, moments = holder.masters(), holder.moments()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,8 @@ class Tally:
     survivors_exit_max_s: float = 0.0
     instants_without_valid_checkpoint: int = 0
     survivors_untyped: int = 0  # that did not say in one line that they lost contact
+    dead_named: int = 0  # of the survivors that said so, those that named the dead rank
+    survivors: int = 0
     stale_staging_left: int = 0
     samples_missing: int = 0
     samples_repeated: int = 0
@@ -56,6 +59,7 @@ class Tally:
             f"lost_steps_mean={statistics.mean(lost):.1f} max={max(lost)} "
             f"resume_s_p50={resume[len(resume) // 2]:.1f} p95={resume[int(len(resume) * 0.95)]:.1f} "
             f"survivors_exit_max_s={self.survivors_exit_max_s:.1f} survivors_untyped={self.survivors_untyped} "
+            f"dead_named={self.dead_named}/{self.survivors} "
             f"no_valid_checkpoint={self.instants_without_valid_checkpoint} "
             f"stale_staging_left={self.stale_staging_left} "
             f"samples_missing={self.samples_missing} samples_repeated={self.samples_repeated}"
@@ -171,6 +175,11 @@ class Campaign:
                 for rank, status in enumerate(life.status):  # 0: it was at its end already
                     untyped = status not in (-9, 0) and "error[R-RANK]" not in life.said(rank)
                     tally.survivors_untyped += untyped and not self.main
+                    if "lost contact" in life.said(rank):
+                        tally.survivors += 1
+                        tally.dead_named += (
+                            re.search(r"lost contact.*rank \d+ \(process \d+ on", life.said(rank)) is not None
+                        )
                 self._look_for_valid(self.folder / run, lived)
                 continue
             failures += 1

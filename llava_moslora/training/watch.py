@@ -1,0 +1,152 @@
+"""The watch of every rank over the others: one that stands still is named, instead of all waiting for it without end.
+
+A rank whose process is stopped, whose host is gone or whose disk hangs leaves the others inside a collective, where no
+Python runs and no signal is answered. Two threads of every rank go on: one tells the run's store how far this rank is
+and reads how far the others are, the other compares the clock. It asks no collective, and if the store itself stands
+still, that is found too.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import psutil
+from torch import distributed
+
+from llava_moslora.errors import Refusal
+
+LONGEST_PAUSE = 5.0  # seconds between two looks
+
+
+@dataclass
+class Seen:
+    """What is known of one rank: its own words, and when (on this process's clock) they last changed."""
+
+    who: str = ""
+    beats: str = ""
+    marks: int = 0
+    heard: float = 0.0  # when its beats changed: its process runs
+    moved: float = 0.0  # when its marks changed: it gets on
+
+
+class Watch:
+    """Use around training, as a context manager; it does nothing for a run of one process.
+
+    Args:
+        timeout: seconds without a sign of life, or without any rank getting on, after which this process ends with
+            the status of R-RANK, and the launcher takes the other ones down.
+    """
+
+    def __init__(self, timeout: float):
+        self.timeout, self.pause = timeout, min(LONGEST_PAUSE, timeout / 5)
+        self.marks = 0
+        self.ended = threading.Event()
+
+    def mark(self) -> None:
+        """This rank got on: call it at every stage of a step."""
+        self.marks += 1
+
+    def __enter__(self) -> Watch:
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            self.rank = distributed.get_rank()
+            now = time.monotonic()
+            self.seen = [Seen(heard=now, moved=now) for _ in range(distributed.get_world_size())]
+            self.answered = now  # when the store last answered
+            # a connection of its own: on the shared one a call that waits would keep the others out
+            store = distributed.distributed_c10d._get_default_store().clone()
+            for work in (self._exchange, self._compare):
+                threading.Thread(target=work, args=(store,), daemon=True, name=f"watch {work.__name__}").start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+
+    def _exchange(self, store: distributed.Store) -> None:
+        """Tell and read, until training is over or the store is gone (its host ended; collectives fail then)."""
+        keys = [f"watch/{rank}" for rank in range(len(self.seen))]
+        who, beats = f"process {os.getpid()} on {socket.gethostname()}", 0
+        try:
+            # at first without pauses: who is who is wanted when one of them dies soon
+            while not self.ended.wait(self.pause if all(seen.who for seen in self.seen) else min(0.1, self.pause)):
+                beats += 1
+                store.set(keys[self.rank], f"{beats}\n{self.marks}\n{who}")
+                for key, seen in zip(keys, self.seen, strict=True):
+                    if store.check([key]):
+                        self._note(seen, store.get(key).decode(), time.monotonic())
+                self.answered = time.monotonic()
+        except (RuntimeError, OSError):
+            self.ended.set()
+
+    @staticmethod
+    def _note(seen: Seen, said: str, now: float) -> None:
+        beats, marks, seen.who = said.split("\n")
+        if beats != seen.beats:
+            seen.beats, seen.heard = beats, now
+        if int(marks) != seen.marks:
+            seen.marks, seen.moved = int(marks), now
+
+    def _compare(self, _store: distributed.Store) -> None:
+        before = time.monotonic()
+        while not self.ended.wait(self.pause):
+            now = time.monotonic()
+            if now - before > self.pause + self.timeout / 2:  # this process was the one that stood still
+                self._begin_again(now)
+            elif found := self.trouble(now):
+                print(self.refusal(found).line(), file=sys.stderr, flush=True)
+                os._exit(self.refusal(found).exit_status)  # the main thread is in a call that nothing interrupts
+            before = now
+
+    def _begin_again(self, now: float) -> None:
+        self.answered = now
+        for seen in self.seen:
+            seen.heard = seen.moved = now
+
+    def trouble(self, now: float) -> str | None:
+        """Which ranks stand still at ``now`` (seconds, monotonic), in words; None where all is well."""
+        if now - self.answered > self.timeout:
+            return f"the store, which rank 0 or the launcher serves, has not answered for {now - self.answered:.0f} s"
+        if silent := [rank for rank, seen in enumerate(self.seen) if now - seen.heard > self.timeout]:
+            return f"no sign of life for {self.timeout:.0f} s from {self._names(silent)}"
+        if now - max(seen.moved for seen in self.seen) <= self.timeout:
+            return None
+        least = min(seen.marks for seen in self.seen)
+        behind = [rank for rank, seen in enumerate(self.seen) if seen.marks == least]
+        if len(behind) == len(self.seen):
+            return f"no rank got on for {self.timeout:.0f} s, all at the same stage of a step"
+        return f"no rank got on for {self.timeout:.0f} s; behind the others is {self._names(behind)}"
+
+    def _names(self, ranks: list[int]) -> str:
+        return ", ".join(f"rank {rank} ({self.seen[rank].who or 'which never spoke'})" for rank in ranks)
+
+    def gone(self, patience: float = 1.0) -> str:
+        """The ranks of this host whose process has ended, in words; "" where none of those that spoke has."""
+        if not hasattr(self, "seen"):
+            return ""
+        here, until = f" on {socket.gethostname()}", time.monotonic() + patience
+        while True:  # a connection is closed a moment before its process is gone
+            mine = [(rank, seen.who) for rank, seen in enumerate(self.seen) if seen.who.endswith(here)]
+            dead = [rank for rank, who in mine if not _runs(int(who.split()[1]))]
+            if dead or time.monotonic() > until:
+                return self._names(dead)
+            time.sleep(0.05)
+
+    def refusal(self, found: str) -> Refusal:
+        return Refusal(
+            "R-RANK",
+            "the run stands still",
+            found=found,
+            fix="see what holds that process (its host, disk or a debugger), then start the same command again with "
+            "--resume True; a run that is merely slow needs a larger --ddp_timeout (seconds)",
+        )
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False

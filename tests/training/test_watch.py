@@ -1,0 +1,115 @@
+"""The watch over other ranks: who stands still is told from who is slow, by a clock that the tests set."""
+
+import os
+import socket
+import subprocess
+import time
+
+import pytest
+import torch.multiprocessing as mp
+from launching import free_port
+from torch import distributed
+
+from llava_moslora.training import watch as module
+from llava_moslora.training.rendezvous import meeting_place
+from llava_moslora.training.watch import Seen, Watch
+
+
+def watching(*ranks: Seen, answered: float = 100.0) -> Watch:
+    watch = Watch(timeout=10)
+    watch.seen, watch.answered = list(ranks), answered
+    return watch
+
+
+def rank(marks: int, heard: float = 100.0, moved: float = 100.0) -> Seen:
+    return Seen(who="process 7 on node-a", marks=marks, heard=heard, moved=moved)
+
+
+def test_slow_ranks_are_no_trouble():
+    assert watching(rank(5), rank(4, moved=91)).trouble(101) is None
+    assert watching(rank(5, moved=60), rank(4, moved=91)).trouble(101) is None  # one of them gets on
+
+
+def test_a_silent_rank_is_named():
+    found = watching(rank(5), rank(4), rank(4, heard=90)).trouble(101)
+    assert found == "no sign of life for 10 s from rank 2 (process 7 on node-a)"
+
+
+def test_a_rank_that_never_spoke_is_named():
+    assert "rank 1 (which never spoke)" in watching(rank(5), Seen(heard=90, moved=90)).trouble(101)
+
+
+def test_a_rank_that_lives_but_stays_behind_is_named():
+    found = watching(rank(5, moved=90), rank(4, moved=89), rank(5, moved=90)).trouble(101)
+    assert found == "no rank got on for 10 s; behind the others is rank 1 (process 7 on node-a)"
+
+
+def test_all_waiting_at_one_place():
+    found = watching(rank(5, moved=90), rank(5, moved=90)).trouble(101)
+    assert found == "no rank got on for 10 s, all at the same stage of a step"
+
+
+def test_a_store_that_does_not_answer():
+    found = watching(rank(5, heard=89), rank(5, heard=89), answered=89).trouble(101)
+    assert found == "the store, which rank 0 or the launcher serves, has not answered for 12 s"
+
+
+def test_the_refusal_says_what_to_do():
+    line = watching().refusal("no sign of life for 10 s from rank 1").line()
+    assert line.startswith("error[R-RANK] the run stands still; found no sign of life for 10 s from rank 1; fix: see")
+    assert "--resume True" in line and "--ddp_timeout" in line
+
+
+def test_a_process_that_stood_still_itself_blames_nobody(monkeypatch):
+    """Suspended and woken, as a laptop or a virtual machine is: all clocks begin again."""
+    watch = watching(rank(5), rank(4))
+    times = iter([100.0, 102.0, 500.0, 502.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+    waits = iter([False, False, False, True])
+    monkeypatch.setattr(watch.ended, "wait", lambda _: next(waits))
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"left with {status}"))
+    watch._compare(None)
+    assert [seen.heard for seen in watch.seen] == [500.0, 500.0]
+
+
+def test_one_process_is_not_watched():
+    with Watch(10) as watch:
+        watch.mark()
+    assert not hasattr(watch, "seen")
+
+
+def _two_ranks(number: int, port: int) -> None:
+    store = meeting_place("127.0.0.1", port, number, 2)
+    distributed.init_process_group("gloo", store=store, rank=number, world_size=2)
+    module.LONGEST_PAUSE = 0.05
+    with Watch(60) as watch:
+        for _ in range(3 + number):
+            watch.mark()
+        other = watch.seen[1 - number]
+        until = time.monotonic() + 30
+        while other.marks != 4 - number and time.monotonic() < until:
+            time.sleep(0.01)
+        assert other.marks == 4 - number
+        assert other.who.startswith("process ") and str(os.getpid()) not in other.who
+        assert watch.trouble(watch.answered) is None
+        distributed.barrier()
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_ranks_read_each_others_place():
+    mp.spawn(_two_ranks, (free_port(),), nprocs=2)
+
+
+def test_the_dead_are_named(tmp_path):
+    ended = subprocess.Popen(["true"])  # not waited for: a zombie, as a rank is until its launcher reaps it
+    host = socket.gethostname()
+    watch = watching(*(Seen(who=f"process {pid} on {host}") for pid in (os.getpid(), ended.pid)), Seen())
+    assert watch.gone() == f"rank 1 (process {ended.pid} on {host})"
+    ended.wait()
+    assert watch.gone() == f"rank 1 (process {ended.pid} on {host})"
+
+
+def test_of_another_host_nothing_is_known():
+    assert watching(Seen(who="process 1 on elsewhere"), Seen()).gone(patience=0) == ""
+    assert Watch(10).gone() == ""
