@@ -104,7 +104,8 @@ class _HumanTurn:
         closed = closed[: len(closed) - len(human)]
         if opened.startswith(head):
             opened = opened[len(head) :]
-        elif head.startswith(opened) and head.endswith(closed) and len(head) > len(opened) + len(closed):
+        elif head.startswith(opened) and head.endswith(closed) and len(head) >= len(opened) + len(closed):
+            # the template has a system text of its own, or, as LLaMA-3.1's, a system turn in any case: then it is empty
             self.begin, self.default_system = (), head[len(opened) : len(head) - len(closed)]
         else:
             raise _refusal("the chat template begins in two ways", found=repr(opened), expected=repr(head))
