@@ -94,10 +94,15 @@ def sketch_llm(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
     """The LLM of ``config`` with every tensor on the meta device, in the configuration's dtype.
 
     Raises:
-        Refusal: C-MODEL, it does not have the parts that LLaVA is composed of.
+        Refusal: C-MODEL, it does not have the parts that LLaVA is composed of, or no network has such fields.
     """
-    with torch.device("meta"):
-        return _model_class(config, source)(config)
+    model_class = _model_class(config, source)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except Exception as error:  # fields that fit no network, such as an unknown activation
+        what = f"a configuration that makes no {model_class.__name__}"
+        raise Refusal("C-MODEL", what, file=source, found=error, fix="download it again") from error
 
 
 def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, Stored]:

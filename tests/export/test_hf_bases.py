@@ -1,17 +1,27 @@
 """Exports from every layout of base folder: stock transformers answers with the logits of the trained model."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from export_runs import internlm2, trained_run
 from safetensors.torch import load_file
-from tiny import write_llm
-from transformers import AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_tokenizer, write_llm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.export.job import export
 from llava_moslora.models.assemble import mean_row
+from llava_moslora.models.llava_folder import starting_parts
 
 
 def binary(folder: Path) -> Path:
@@ -25,7 +35,29 @@ def tied(folder: Path) -> Path:
     return write_llm(folder, tie_word_embeddings=True)
 
 
-BASES = {"internlm2": internlm2, "bin": binary, "tied": tied}
+def native(kind: type, folder: Path, **changes) -> Path:
+    """Another architecture that transformers composes by itself, its heads wider than Llama's would be."""
+    torch.manual_seed(1)
+    tokenizer = tiny_tokenizer()
+    settings = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None}
+    model = AutoModelForCausalLM.from_config(kind(**(settings | changes)))
+    with torch.no_grad():  # biases and norms begin at 0 and 1, which would hide that one is lost
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+BASES = {
+    "internlm2": internlm2,
+    "bin": binary,
+    "tied": tied,
+    "qwen2": partial(native, Qwen2Config, tie_word_embeddings=True),
+    "qwen3": partial(native, Qwen3Config, head_dim=32),
+    "mistral": partial(native, MistralConfig, sliding_window=None),
+}
 
 
 @torch.no_grad()
@@ -54,6 +86,17 @@ def test_an_export_starts_a_new_run(parts, tmp_path):
     trained_run(tmp_path / "run", internlm2(tmp_path / "llm"), parts.clip, parts.projector)
     first = export(tmp_path / "run", tmp_path / "first", prove=False)["hf"]
     model = trained_run(tmp_path / "again", first, first, first)
+    check_same(model, export(tmp_path / "again", tmp_path / "second", prove=False)["hf"])
+
+
+@pytest.mark.parametrize("name", ["xtuner", "llava"])
+def test_other_complete_layouts_start_a_new_run(parts, tmp_path, name):
+    """XTuner's folder of folders, and the original LLaVA's with its own tower inside."""
+    trained_run(tmp_path / "run", parts.llm, parts.clip, parts.projector)
+    first = export(tmp_path / "run", tmp_path / "first", [name], prove=False)[name]
+    llm, tower, projector = starting_parts(first)
+    assert (llm == tower == first) == (name == "llava")
+    model = trained_run(tmp_path / "again", llm, tower, projector)
     check_same(model, export(tmp_path / "again", tmp_path / "second", prove=False)["hf"])
 
 

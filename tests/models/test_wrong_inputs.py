@@ -120,6 +120,9 @@ WRONG = {
         lambda g: edit(g.llm, architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "code.Own"}),
         "C-MODEL", "llm/config.json"),
     "LLM: a field of the wrong type": (lambda g: edit(g.llm, hidden_size="wide"), "C-MODEL", "llm/config.json"),
+    "LLM: an unknown activation": (lambda g: edit(g.llm, hidden_act="geglu"), "C-MODEL", "llm"),
+    "LLM: heads that do not divide its width": (
+        lambda g: edit(g.llm, num_attention_heads=5, head_dim=None), "C-MODEL", "llm/config.json"),
     "LLM: 4-bit folder as base": (
         lambda g: edit(g.llm, quantization_config={"load_in_4bit": True}), "C-MODEL", "llm/config.json"),
     "LLM: a vision tower": (lambda g: put(g, llm=g.clip), "C-MODEL", "clip/config.json"),
@@ -150,7 +153,10 @@ WRONG = {
     "tokenizer: no such placeholder": (lambda g: put(g, image=5000), "K-TOKENIZER", "llm"),
     "tower: path that does not exist": (lambda g: put(g, clip=g.clip / "nowhere"), "K-MISSING", "clip/nowhere"),
     "tower: code of its own": (lambda g: edit(g.clip, auto_map={"AutoModel": "c.M"}), "K-CODE", "clip/config.json"),
-    "tower: SigLIP": (lambda g: edit(g.clip, model_type="siglip_vision_model"), "K-TOWER", "clip/config.json"),
+    "tower: NaFlex": (lambda g: edit(g.clip, model_type="siglip2_vision_model"), "K-TOWER", "clip/config.json"),
+    "tower: a CLIP called SigLIP": (lambda g: edit(g.clip, model_type="siglip_vision_model"), "K-KEYS", "clip"),
+    "tower: heads that do not divide its width": (lambda g: edit(g.clip, num_attention_heads=5), "K-CONFIG", "clip/config.json"),
+    "tower: oblong pictures": (lambda g: edit(g.clip, image_size=[32, 64]), "K-CONFIG", "clip/config.json"),
     "tower: quantised": (lambda g: edit(g.clip, quantization_config={"bits": 8}), "K-QUANT", "clip/config.json"),
     "tower: no preprocessing": (
         lambda g: (g.clip / "preprocessor_config.json").unlink(), "K-MISSING", "preprocessor_config.json"),
