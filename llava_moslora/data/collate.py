@@ -5,7 +5,7 @@ Shapes: B lines, T the longest line's tokens, N pictures of all rows in order, H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -100,19 +100,29 @@ def read_row_picture(
 
 
 def pack(rows: Sequence[dict], limit: int) -> list[list[dict]]:
-    """The rows dealt to lines of at most ``limit`` tokens: the longest first, each to the first line with room."""
-    lines: list[list[dict]] = []
-    room: list[int] = []
-    for row in sorted(rows, key=lambda row: -len(row["input_ids"])):  # stable, so the same rows give the same lines
-        length = len(row["input_ids"])
-        line = next((k for k, free in enumerate(room) if free >= length), None)
+    """The rows dealt to lines of at most ``limit`` tokens (a longer row has a line of its own), as few as first-fit
+    decreasing finds; evenly where they fit so: every line is padded to the longest.
+    """
+    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # stable, so the same rows give the same lines
+    fitted = _deal(rows, lambda lengths, more: next((k for k, n in enumerate(lengths) if n + more <= limit), None))
+    count = len(fitted)
+    even = _deal(rows, lambda lengths, _: min(range(count), key=lengths.__getitem__), lines=count)
+    longest = max(limit, len(rows[0]["input_ids"]))
+    return even if all(sum(len(row["input_ids"]) for row in line) <= longest for line in even) else fitted
+
+
+def _deal(rows: list[dict], choose: Callable[[list[int], int], int | None], lines: int = 0) -> list[list[dict]]:
+    """Each row to the line that ``choose`` names, given the lines' lengths and the row's; None begins another."""
+    dealt: list[list[dict]] = [[] for _ in range(lines)]
+    lengths = [0] * lines
+    for row in rows:
+        line = choose(lengths, length := len(row["input_ids"]))
         if line is None:
-            lines.append([])
-            room.append(limit)
-            line = -1
-        lines[line].append(row)
-        room[line] -= length
-    return lines
+            line = len(dealt)
+            dealt.append([]), lengths.append(0)
+        dealt[line].append(row)
+        lengths[line] += length
+    return dealt
 
 
 def _joined(line: list[dict], name: str) -> list[int]:

@@ -159,17 +159,21 @@ class ImageTransform:
         if self.mode == "pad" and height != width:
             side = max(height, width)
             top, left = (side - height) // 2, (side - width) // 2
+            row = np.full((side, 3), self.background, dtype=np.uint8)
             square = np.empty((side, side, 3), dtype=np.uint8)
-            square[:] = self.background
+            # whole rows are copied far faster than the three numbers of a colour
+            square[:top] = square[top + height :] = row
+            square[top : top + height, :left] = row[:left]
+            square[top : top + height, left + width :] = row[left + width :]
             square[top : top + height, left : left + width] = pixels
             pixels = square
         target = self._target(pixels.shape[1], pixels.shape[0])[::-1]
         values = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, h, w), channels last in memory
         if target != pixels.shape[:2]:
             values = interpolate(values, target, mode=TORCH_FILTERS[self.resample], antialias=True)
-        values = torch.from_numpy(self._cut_centre(values[0].permute(1, 2, 0).numpy())).permute(2, 0, 1)
+        values = torch.from_numpy(self._cut_centre(values[0].permute(1, 2, 0).numpy())).permute(2, 0, 1).contiguous()
         mean, std = (torch.tensor(part)[:, None, None] * (1 / self.rescale) for part in (self.mean, self.std))
-        return values.float().contiguous().sub_(mean).div_(std)
+        return values.float().sub_(mean).div_(std)
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) after scaling."""

@@ -114,7 +114,11 @@ class TrainingArguments(HfTrainingArguments):
         metadata={"help": "over the trained tokens of the global batch, or micro_batch: a mean of means, as XTuner's"},
     )
     packing: bool = field(
-        default=False, metadata={"help": "several records in a line of --model_max_length tokens: less padding"}
+        default=False,
+        metadata={
+            "help": "several records in a line of --model_max_length tokens: less padding with --data_order shuffle; "
+            "the default order has hardly any"
+        },
     )
     sample_questions: str | None = field(
         default=None, metadata={"help": "LLaVA-format JSON with questions that are answered while training"}

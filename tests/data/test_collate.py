@@ -72,16 +72,36 @@ def test_collator_is_small_to_send_to_workers(picture_folder):
 def test_packed_lines(picture_folder):
     rows = [row(3, ["1.png"], 7), row(5, [], 8), row(2, ["2.png"], 9), row(4, ["0.png"], 10)]
     batch = Collator(99, picture_folder, TRANSFORM, pack_to=8)(rows)
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 1, 2, 3], [1, 2, 3, 4, 1, 2, 99, 99]]
-    assert batch["labels"].tolist() == [
-        [-100, 2, 3, 4, 5, -100, 2, 3],
-        [-100, 2, 3, 4, -100, 2, -100, -100],
-    ]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 0, 1]]
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 1, 2], [1, 2, 3, 4, 1, 2, 3]]  # two lines, both of 7
+    assert batch["labels"].tolist() == [[-100, 2, 3, 4, 5, -100, 2], [-100, 2, 3, 4, -100, 2, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 3, 0, 1, 2]]
     assert "attention_mask" not in batch
-    assert batch["record"].tolist() == [8, 7, 10, 9]
-    for pixels, name in zip(batch["pixel_values"], ["1.png", "0.png", "2.png"], strict=True):
+    assert batch["record"].tolist() == [8, 9, 10, 7]
+    for pixels, name in zip(batch["pixel_values"], ["2.png", "0.png", "1.png"], strict=True):
         assert torch.equal(pixels, TRANSFORM(load_image(name, picture_folder)))
+
+
+def test_the_padding_of_packed_lines_is_a_record_of_its_own():
+    """Positions restart there too, so that no token sees it."""
+    batch = Collator(99, None, TRANSFORM, pack_to=8)([row(5), row(6)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 99]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 0]]
+    assert batch["labels"].tolist()[1] == [-100, 2, 3, 4, 5, -100]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "lines"),
+    [
+        ([5, 5, 5, 5], [[5, 5], [5, 5]]),
+        ([4, 3, 3], [[4, 3, 3]]),
+        ([7, 6, 2, 1], [[7, 1], [6, 2]]),  # first fit: 7 2 1 | 6
+        ([6, 4, 4, 3, 3], [[6, 4], [4, 3, 3]]),  # dealt evenly: 6 3 | 4 4 3, which is too long
+        ([12, 3, 2], [[12], [3, 2]]),  # a record too long for a line has its own
+    ],
+)
+def test_lines_are_few_and_even(lengths, lines):
+    packed = pack([row(length, record=k) for k, length in enumerate(lengths)], 10)
+    assert [[len(one["input_ids"]) for one in line] for line in packed] == lines
 
 
 @pytest.mark.parametrize("lengths", [[5], [9, 9, 9], [1] * 20, [8, 1, 8, 7, 2, 3, 3, 3], [12, 3]])
