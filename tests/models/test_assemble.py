@@ -99,6 +99,21 @@ def test_appended_tokens_get_the_mean_row(parts):
         torch.testing.assert_close(ours[rows], theirs.mean(0), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_4_bits_are_the_llms_linears_alone(parts, tower):
+    """NF4 with double quantisation and the model's dtype to compute in, as QLoRA has it; head, tower, projector whole."""
+    pytest.importorskip("bitsandbytes")
+    model, _ = build(parts, clip=vars(parts)[tower], bits=4)
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    quantised = {n: m for n, m in linears.items() if type(m).__name__ == "Linear4bit"}
+    assert set(quantised) == {n for n in linears if n.startswith("model.language_model.layers.")}
+    assert len(quantised) == 2 * 7
+    for linear in quantised.values():
+        state = linear.weight.quant_state
+        assert (state.quant_type, state.nested, linear.compute_dtype) == ("nf4", True, torch.float32)
+    assert model.is_quantized and model.config.quantization_config is not None  # where PEFT and the Trainer look
+
+
 def test_every_trained_tensor_gets_gradient_in_both_towers(parts):
     model, tokenizer = build(parts)
     model = add_adapters(model, TowerAdapter(4, 8, 0.0), TowerAdapter(2, 4, 0.0))

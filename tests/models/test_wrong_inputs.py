@@ -155,7 +155,8 @@ WRONG = {
     "tower: code of its own": (lambda g: edit(g.clip, auto_map={"AutoModel": "c.M"}), "K-CODE", "clip/config.json"),
     "tower: NaFlex": (lambda g: edit(g.clip, model_type="siglip2_vision_model"), "K-TOWER", "clip/config.json"),
     "tower: a CLIP called SigLIP": (lambda g: edit(g.clip, model_type="siglip_vision_model"), "K-KEYS", "clip"),
-    "tower: heads that do not divide its width": (lambda g: edit(g.clip, num_attention_heads=5), "K-CONFIG", "clip/config.json"),
+    "tower: heads that do not divide its width": (
+        lambda g: edit(g.clip, num_attention_heads=5), "K-CONFIG", "clip/config.json"),
     "tower: oblong pictures": (lambda g: edit(g.clip, image_size=[32, 64]), "K-CONFIG", "clip/config.json"),
     "tower: quantised": (lambda g: edit(g.clip, quantization_config={"bits": 8}), "K-QUANT", "clip/config.json"),
     "tower: no preprocessing": (
