@@ -22,7 +22,8 @@ from llava_moslora.errors import EXIT_STATUS, Refusal
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # How gloo, NCCL and the store say that the other end is gone.
 LOST = re.compile(
-    r"connection (was )?(closed|reset)|broken pipe|timed out waiting|remote process exited", re.IGNORECASE
+    r"connection (was )?(likely )?(closed|reset)|failed to recv|broken pipe|timed out waiting|remote process exited",
+    re.IGNORECASE,
 )
 
 

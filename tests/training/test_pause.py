@@ -89,14 +89,24 @@ def test_loader_processes_let_it_pass(pause):
         os.kill(os.getpid(), number)
 
 
-def test_a_lost_rank_is_told_in_one_line():
-    lost = "[/pytorch/third_party/gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:41234\nmore"
-    with (
-        pytest.raises(Refusal, match=r"R-RANK.*lost contact with another process.*--resume True") as refusal,
-        contact(),
-    ):
+@pytest.mark.parametrize(
+    "lost",
+    [  # as they were met when a rank was killed
+        "[/pytorch/third_party/gloo/pair.cc:547] Connection closed by peer [127.0.0.1]:41234\nmore",
+        "[/pytorch/third_party/gloo/pair.cc:534] Read error [127.0.0.1]:41234: Connection reset by peer\nmore",
+        "Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown or crash?\nmore",
+        "Timed out waiting 1800000ms for recv operation to complete\nmore",
+    ],
+)
+def test_a_lost_rank_is_told_in_one_line(lost):
+    contact_lost = r"R-RANK.*lost contact with another process.*--resume True"
+    with pytest.raises(Refusal, match=contact_lost) as refusal, contact(lambda: "rank 1 (process 7 on node-a)"):
         raise RuntimeError(lost)
     assert refusal.value.exit_status == 5 and "more" not in str(refusal.value)
+    assert f"found rank 1 (process 7 on node-a); {lost.splitlines()[0]}" in str(refusal.value)
+
+
+def test_other_errors_are_left_alone():
     with pytest.raises(RuntimeError, match="shapes"), contact():
         raise RuntimeError("shapes do not match")
 

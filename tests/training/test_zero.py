@@ -180,18 +180,23 @@ def test_text_and_pictures_on_different_ranks_do_not_wait_for_each_other(lives, 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 def test_qmoslora_leaves_its_base_alone_and_learns(lives, parts, tmp_path, name):
-    """NF4 LLM, bf16 adapters, two ranks: every frozen byte is the same afterwards, and the loss has fallen."""
-    changes = {"bits": 4, "bf16": True, "learning_rate": 1e-2, "deepspeed": configuration(name, tmp_path)}
-    arguments = settings(parts, tmp_path / "run", **changes)
-    life = lived_well(
-        lives, arguments, tmp_path / "life", world=2, hooks=[["training.frozen:digest_around_training", {}]]
-    )
-    before, after = re.findall(r"^frozen (.*)$", life.said(), re.MULTILINE)
-    assert before == after and "Params4bit" in before
-    tensors = load_file(tmp_path / "run" / f"checkpoint-{STEPS}" / STATE[0])
-    assert all(t.any() for n, t in tensors.items() if "lora_B" in n)
-    history = losses(tmp_path / "run")
-    assert sum(history[-4:]) < 0.95 * sum(history[:4])  # of a random frozen LLM, by adapters of rank 4
+    """NF4 LLM, bf16 adapters, two ranks: every frozen byte is the same afterwards, and the loss falls no less than
+    over the same LLM in 16 bits."""
+    steps, fallen = 4 * STEPS, {}
+    for bits in (4, 16):
+        run = tmp_path / f"{bits} bits"
+        changes = {"bf16": True, "learning_rate": 1e-2, "max_steps": steps, "save_steps": steps}
+        arguments = settings(parts, run, bits=bits, deepspeed=configuration(name, tmp_path), **changes)
+        hooks = [["training.frozen:digest_around_training", {}]]
+        life = lived_well(lives, arguments, tmp_path / f"life-{bits}", world=2, hooks=hooks)
+        before, after = re.findall(r"^frozen (.*)$", life.said(), re.MULTILINE)
+        assert before == after and ("Params4bit" in before) == (bits == 4)
+        tensors = load_file(run / f"checkpoint-{steps}" / STATE[0])
+        assert all(t.any() for n, t in tensors.items() if "lora_B" in n)
+        history = losses(run, steps)
+        fallen[bits] = (sum(history[:8]) - sum(history[-8:])) / 8
+    assert fallen[16] > 0.3, fallen
+    assert fallen[4] > 0.9 * fallen[16], fallen
 
 
 def test_same_world_size_is_told_from_another_by_its_random_streams(lives, parts, tmp_path):
