@@ -114,7 +114,7 @@ def _write(trained: Trained, kind: str, layout: Layout, dtype: torch.dtype, fold
         "image_aspect_ratio": trained.settings["data"]["image_aspect_ratio"],
         "base": trained.settings["model"],
         "merge_base": trained.merge_base if layout.merged else None,
-        "merged_layers": len(trained.adapter.layers) if layout.merged and trained.adapter else 0,
+        "merged_layers": len(trained.adapter) if layout.merged and trained.adapter else 0,
     }
     write_json(staging / EXPORT, facts)
     (staging / PLAN).unlink()

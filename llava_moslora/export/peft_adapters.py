@@ -88,7 +88,7 @@ def with_base(trained: Trained, dtype: torch.dtype) -> Layout:
     for tower, (old, new) in INSIDE.items():
         for name, layer in trained.updates(tower).items():
             name = name.removesuffix(".weight")
-            layers[name if name == "lm_head" else new + name.removeprefix(old)] = layer
+            layers[name if name == "lm_head" else new + name.removeprefix(old)] = layer.read()
     saved = {f"model.multi_modal_projector.{name}": tensor for name, tensor in trained.projector.items()}
 
     def finish(folder: Path) -> None:

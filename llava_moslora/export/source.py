@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from llava_moslora.adapters.fold import Adapter, LowRank, fold
+from llava_moslora.adapters.fold import PEFT_PREFIX, LowRank, folded
 from llava_moslora.adapters.reading import read_adapter
 from llava_moslora.data.conversation import stop_token_ids
 from llava_moslora.data.tokenizer import load_tokenizer
@@ -26,7 +26,7 @@ from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, mean_row
 from llava_moslora.models.llm import read_llm_config, read_llm_tensors, sketch_llm
 from llava_moslora.models.projector import read_projector
-from llava_moslora.models.tensors import Stored
+from llava_moslora.models.tensors import Stored, read_tensor_file
 from llava_moslora.models.vision import load_vision_tower
 from llava_moslora.runs.manifest import MANIFEST, read_manifest
 from llava_moslora.runs.record import TOKENIZER, fingerprint, read_run
@@ -38,13 +38,26 @@ ALONE = {LLM + ".": "model.", HEAD: "lm_head", VISION + ".": ""}
 
 
 @dataclass(frozen=True)
+class StoredLowRank:
+    """A layer's adapter in the checkpoint: ΔW of ``shape`` (out, in), read and folded to a plain LoRA when wanted."""
+
+    shape: tuple[int, int]
+    scaling: float
+    parts: dict[str, Stored]  # A, B and, where there is one, mixer
+
+    def read(self) -> LowRank:
+        a, mixer, b = (self.parts[part].read() if part in self.parts else None for part in ("A", "mixer", "B"))
+        return LowRank(folded(a, mixer), None, b, self.scaling)
+
+
+@dataclass(frozen=True)
 class Trained:
     """A run's newest valid checkpoint and the base it belongs to.
 
     Attributes:
         record: ``run.json``. manifest: the checkpoint's.
         vision: the tower's state (float32), complete. preprocessor: its settings.
-        adapter: folded to a plain LoRA (names of the composed model), without the projector; None after stage 1.
+        adapter: by the names of the composed model, not read yet; None after stage 1.
         projector: ``linear_1.weight`` [D, E], ``linear_1.bias``, ``linear_2.weight`` [D, D], ``linear_2.bias``.
         merge_base: which weights the LLM's adapters are added to: the original ones, or NF4 quantised and dequantised.
     """
@@ -60,7 +73,7 @@ class Trained:
     vision: dict[str, Tensor]
     preprocessor: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
-    adapter: Adapter | None
+    adapter: dict[str, StoredLowRank] | None
     projector: dict[str, Tensor]
     merge_base: str
 
@@ -86,14 +99,14 @@ class Trained:
         """Rows of embedding and head in the trained model."""
         return max(self.llm_config.vocab_size, len(self.tokenizer))
 
-    def updates(self, tower: str) -> dict[str, LowRank]:
+    def updates(self, tower: str) -> dict[str, StoredLowRank]:
         """The adapters of ``LLM`` (with the head) or of ``VISION`` by weight name where that part stands alone."""
-        layers = {} if self.adapter is None else self.adapter.layers
-        return {alone(name) + ".weight": layer for name, layer in layers.items() if _tower_of(name) == tower}
+        layers = (self.adapter or {}).items()
+        return {alone(name) + ".weight": layer for name, layer in layers if _tower_of(name) == tower}
 
     def updates_of_original(self, tower: str) -> dict[str, LowRank]:
-        """The same by module name, for a base as it was downloaded: its head has no rows for appended tokens."""
-        layers = {name.removesuffix(".weight"): layer for name, layer in self.updates(tower).items()}
+        """The same by module name, read, for a base as it was downloaded: its head has no rows for appended tokens."""
+        layers = {name.removesuffix(".weight"): layer.read() for name, layer in self.updates(tower).items()}
         if head := layers.get(HEAD):
             layers[HEAD] = dataclasses.replace(head, b=head.b[: self.llm_config.vocab_size])
         return layers
@@ -120,7 +133,8 @@ class Trained:
                 read = _Dequantised(s)
             elif extra:
                 read = _Extended(s, extra)
-            plan.append(Planned(name, (s.shape[0] + extra, *s.shape[1:]), read, updates.get(name)))
+            update = updates[name].read if name in updates else None
+            plan.append(Planned(name, (s.shape[0] + extra, *s.shape[1:]), read, update))
         _check_fit(updates, plan, self.checkpoint)
         return plan
 
@@ -221,10 +235,10 @@ def open_trained(
     )
 
 
-def planned_tensors(tensors: dict[str, Tensor], updates: dict[str, LowRank] | None = None) -> list[Planned]:
+def planned_tensors(tensors: dict[str, Tensor], updates: dict[str, StoredLowRank] | None = None) -> list[Planned]:
     """Tensors in memory as a plan."""
-    updates = updates or {}
-    return [Planned(name, tuple(t.shape), lambda t=t: t, updates.get(name)) for name, t in tensors.items()]
+    reads = {name: layer.read for name, layer in (updates or {}).items()}
+    return [Planned(name, tuple(t.shape), lambda t=t: t, reads.get(name)) for name, t in tensors.items()]
 
 
 def alone(module: str) -> str:
@@ -250,30 +264,38 @@ def _check_base(source: str | Path, recorded: dict[str, str], flag: str) -> None
         )  # fmt: skip
 
 
-def _check_fit(updates: dict[str, LowRank], plan: list[Planned], checkpoint: Path) -> None:
+def _check_fit(updates: dict[str, StoredLowRank], plan: list[Planned], checkpoint: Path) -> None:
     """Refuse adapters of layers that the base does not have, or has in another shape."""
     shapes = {planned.name: planned.shape for planned in plan}
     for name, layer in updates.items():
-        expected = (len(layer.b), layer.a.shape[1])
-        if shapes.get(name) != expected:
+        if shapes.get(name) != layer.shape:
             raise Refusal(
                 "K-ADAPTER", "the adapter does not fit the base", file=checkpoint, key=name,
-                found=shapes.get(name, "no such layer"), expected=expected, fix="give the base it was trained on",
+                found=shapes.get(name, "no such layer"), expected=layer.shape, fix="give the base it was trained on",
             )  # fmt: skip
 
 
-def _read_checkpoint(checkpoint: Path, vision_width: int, llm_width: int) -> tuple[Adapter | None, dict[str, Tensor]]:
-    """The adapter, folded, and the projector's four tensors, of a stage-1 or stage-2 checkpoint."""
+def _read_checkpoint(
+    checkpoint: Path, vision_width: int, llm_width: int
+) -> tuple[dict[str, StoredLowRank] | None, dict[str, Tensor]]:
+    """The adapter, not read, and the projector's four tensors, of a stage-1 or stage-2 checkpoint."""
     folder = checkpoint / "adapter"
     if not folder.is_dir():
         return None, read_projector(checkpoint / "projector", vision_width, llm_width)
-    trained = fold(read_adapter(folder))
+    trained = read_adapter(folder)  # checks every name and shape; its tensors are mapped, and let go
     prefix = PROJECTOR + "."
-    projector = {name.removeprefix(prefix): t for name, t in trained.others.items() if name.startswith(prefix)}
+    projector = {name.removeprefix(prefix): t.clone() for name, t in trained.others.items() if name.startswith(prefix)}
     if len(projector) != 4 or len(trained.others) != 4:
         raise Refusal(
             "K-ADAPTER", "not the projector beside the adapters", file=folder,
             found=", ".join(sorted(trained.others)) or "none", expected=f"the four tensors of {PROJECTOR}",
             fix="use another checkpoint",
         )  # fmt: skip
-    return dataclasses.replace(trained, others={}), projector
+    stored = read_tensor_file(folder / "adapter_model.safetensors")
+    layers = {}
+    for name, layer in trained.layers.items():
+        names = {part: f"{PEFT_PREFIX}{name}.lora_{part}.weight" for part in ("A", "mixer", "B")}
+        parts = {part: stored[key] for part, key in names.items() if key in stored}
+        assert (layer.w is None) == ("mixer" not in parts), f"{name} was read with another mixer than is stored"
+        layers[name] = StoredLowRank((len(layer.b), layer.a.shape[1]), layer.scaling, parts)
+    return layers, projector

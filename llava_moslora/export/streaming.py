@@ -20,23 +20,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llava_moslora.adapters.fold import LowRank, folded, merge
+from llava_moslora.adapters.fold import LowRank, merge
 from llava_moslora.errors import Refusal
 from llava_moslora.runs.manifest import fsync, write_json
 
 SHARD_BYTES = 2 * 1024**3
-BLOCK = 16 * 1024**2  # numbers that are merged at a time
+BLOCK = 4 * 1024**2  # numbers that are merged at a time
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors spells them
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor of the export: its name, its shape, how to get it, and what is added to it."""
+    """A tensor of the export: its name, its shape, how to get it, and how to get what is added to it (folded)."""
 
     name: str
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-    update: LowRank | None = None
+    update: Callable[[], LowRank] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,7 @@ def merged(planned: Planned, dtype: torch.dtype) -> Iterator[Tensor]:
     """The tensor in blocks along its first dimension: W + s·B·W_mixer·A in float32, rounded once to ``dtype``."""
     base = planned.read()
     assert tuple(base.shape) == planned.shape, f"{planned.name} was announced as {planned.shape}, is {base.shape}"
-    update = planned.update
-    if update is not None:
-        update = LowRank(folded(update.a, update.w), None, update.b, update.scaling)
+    update = None if planned.update is None else planned.update()
     step = max(1, BLOCK // max(1, math.prod(planned.shape[1:])))
     for begin in range(0, len(base), step):
         rows = base[begin : begin + step]
