@@ -22,6 +22,7 @@ from llava_moslora.models.tensors import read_json, read_tensor_file
 
 PREFIX = "open_clip:"
 SUPPORTED = f"{PREFIX}ARCH@FILE of a plain CLIP ViT, or {PREFIX}FOLDER"
+FIX = "choose one of these; a SigLIP is taken as its transformers folder"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
 # open_clip's vision_cfg fields that a CLIPVisionModel can follow; any other field must have open_clip's default.
@@ -83,7 +84,7 @@ def tower_config(model_cfg: Mapping[str, Any], source: Path) -> CLIPVisionConfig
         Refusal: K-TOWER, not a plain CLIP ViT.
     """
     if (objection := _objection(model_cfg["vision_cfg"])) is not None:
-        raise Refusal("K-TOWER", f"not a plain CLIP ViT: {objection}", file=source, expected=_plain_list())
+        raise Refusal("K-TOWER", f"not a plain CLIP ViT: {objection}", file=source, expected=_plain_list(), fix=FIX)
     cfg = _import_open_clip().CLIPVisionCfg(**model_cfg["vision_cfg"])
     activation = "gelu"  # open_clip's nn.GELU is the exact, erf one
     if model_cfg.get("quick_gelu"):
@@ -172,7 +173,8 @@ def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
         raise Refusal("C-TOWER", what, key=spec, found=arch, expected=_plain_list())
     model_cfg = open_clip.get_model_config(arch)
     if (objection := _objection(model_cfg["vision_cfg"])) is not None:
-        raise Refusal("C-TOWER", f"{arch} is not a plain CLIP ViT: {objection}", key=spec, expected=_plain_list())
+        what = f"{arch} is not a plain CLIP ViT: {objection}"
+        raise Refusal("C-TOWER", what, key=spec, expected=_plain_list(), fix=FIX)
     if (weights := Path(where)).is_file():
         # A file from the model hub lies beside the configuration that it was published with; it knows the mean and
         # std of the training, which differ between checkpoints of one architecture.
