@@ -6,6 +6,7 @@ left there is taken up again, as long as it is the same export of the same check
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -84,25 +85,26 @@ def export(
         target = peft_adapters.with_base if name == "peft" and with_base else TARGETS[name]
         layouts[name] = target(trained, dtype)
     _check_disk(output, [weights.total_size for layout in layouts.values() for weights in layout.weights])
-    if prove:
-        sizes = [planned.shape for planned in trained.llm_tensors()] + [t.shape for t in trained.vision.values()]
-        proof.check_memory(sum(torch.Size(shape).numel() for shape in sizes))
+    prover = functools.partial(proof.prove, mapped=proof.mapped_for_lack_of_memory(trained, dtype)) if prove else None
     for name, layout in layouts.items():
-        _write(trained, "peft with base" if name == "peft" and with_base else name, layout, dtype, folders[name], prove)
+        kind = "peft with base" if name == "peft" and with_base else name
+        _write(trained, kind, layout, dtype, folders[name], prover)
     return folders
 
 
-def _write(trained: Trained, kind: str, layout: Layout, dtype: torch.dtype, folder: Path, prove: bool) -> None:
+def _write(
+    trained: Trained, kind: str, layout: Layout, dtype: torch.dtype, folder: Path, prove: Callable[..., dict] | None
+) -> None:
     staging = folder.with_name(f".{folder.name}.staging")
     _open_staging(staging, _plan(trained, kind, layout, dtype))
     write_weights(staging, layout.weights)
     layout.finish(staging)
-    if not prove:
+    if prove is None:
         report = {"proof": "skipped with --no_proof"}
     elif layout.unproven:
         report = {"proof": layout.unproven}
     else:
-        report = proof.prove(trained, layout, staging, dtype)
+        report = prove(trained, layout, staging, dtype)
     print(f"proof of {kind}: {summary(report)}", flush=True)
     write_json(staging / REPORT, report)
     write_card(trained, kind, dtype, report, staging)

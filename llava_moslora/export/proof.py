@@ -7,6 +7,7 @@ and, over a 4-bit LLM, the choice of merge base change is a property of the expo
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -18,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import psutil
 import torch
+from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llava_moslora.data.conversation import Turn, stop_token_ids
 from llava_moslora.data.tokenizer import image_token_id
@@ -30,12 +33,14 @@ from llava_moslora.export.layout import Layout
 from llava_moslora.export.source import DEQUANTIZED, Trained
 from llava_moslora.inference.generate import Question, batch
 from llava_moslora.inference.load import Answerer, load_run
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION
+from llava_moslora.models.assemble import ADAPTER_NAME, HEAD, LLM, PROJECTOR, VISION
+from llava_moslora.models.tensors import read_json
 from llava_moslora.models.towers import kind_of
 from llava_moslora.runs.manifest import write_json
 
 PROBE, QUESTIONS, FEATURES = "probe", "questions.json", "features.safetensors"
 MAX_NEW_TOKENS = 16
+OVERHEAD = 10**9  # bytes: libraries, activations, the other process
 # Of the largest logit. The same merge in two orders of summing rounds a few 16-bit weights to the neighbouring value.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 1e-3}
 PREFIXES = {"llm": (LLM + ".", HEAD + "."), "vision": (VISION + ".",), "projector": (PROJECTOR + ".",)}
@@ -43,21 +48,39 @@ PREFIXES["base"] = tuple(prefix for prefixes in PREFIXES.values() for prefix in 
 STAND_IN = ".llm-base"  # an InternLM2 as a Llama, for the time of the proof
 
 
-def check_memory(parameters: int) -> None:
-    """Refuse a proof that would not fit: the model is computed in float32, whatever it is written in.
+def mapped_for_lack_of_memory(trained: Trained, dtype: torch.dtype) -> bool:
+    """How the LLM is computed in float32: held in it (False), or where that does not fit, with its 16-bit weights left
+    in their files, mapped, and brought to float32 block by block (True): slower, and the same sums.
 
     Raises:
-        Refusal: E-MEMORY.
+        Refusal: E-MEMORY, neither fits.
     """
-    need, available = int(parameters * 4 * 1.2), psutil.virtual_memory().available
-    if need > available:
-        raise Refusal(
-            "E-MEMORY", "the proof loads the whole model in float32", found=f"{available / 1e9:.1f} GB available",
-            expected=f"{need / 1e9:.1f} GB", fix="--no_proof, or export on a larger machine",
-        )  # fmt: skip
+    llm = {planned.name: torch.Size(planned.shape).numel() for planned in trained.llm_tensors()}
+    rest = sum(tensor.numel() for tensor in (*trained.vision.values(), *trained.projector.values()))
+    whole = (sum(llm.values()) + rest) * 4
+    stored = trained.llm_config.dtype
+    # the tower, one update, and copies of embedding and head where tokens were appended
+    lean = rest * 4 + max(llm.values()) * 4 + 2 * max(llm.values()) * 2
+    if trained.llm_config.model_type != read_json(trained.llm_folder / "config.json").get("model_type"):
+        lean += sum(llm.values()) * 2  # converted as it is read: no file to map
+    if trained.bits == 4:
+        linears = sum(count for name, count in llm.items() if name.endswith("proj.weight"))
+        lean = max(lean, rest * 4 + linears * 0.6 + (sum(llm.values()) - linears) * 4)
+    whole, lean = (int(need * 1.2) + OVERHEAD for need in (whole, lean))
+    available = psutil.virtual_memory().available
+    if whole <= available:
+        return False
+    mappable = stored in (torch.bfloat16, torch.float16) and dtype == stored
+    if mappable and lean <= available:
+        return True
+    needs = ", or ".join(f"{need / 1e9:.1f} GB" for need in ([lean, whole] if mappable else [whole]))
+    raise Refusal(
+        "E-MEMORY", "too little memory to prove that the export computes what the run computes",
+        found=f"{available / 1e9:.1f} GB available", expected=needs, fix="--no_proof, or export on a larger machine",
+    )  # fmt: skip
 
 
-def write_probe(trained: Trained, layout: Layout, folder: Path) -> list[Question]:
+def write_probe(trained: Trained, layout: Layout, folder: Path, mapped: bool) -> list[Question]:
     """``probe/``: pictures, questions with the ids that our ``encode`` gives them, and the script that answers them."""
     probe = folder / PROBE
     probe.mkdir(exist_ok=True)
@@ -81,6 +104,7 @@ def write_probe(trained: Trained, layout: Layout, folder: Path) -> list[Question
     shutil.copyfile(reopen.__file__, probe / "reopen.py")
     questions = {
         "reopen": layout.reopen,
+        "mapped": mapped,
         "max_new_tokens": MAX_NEW_TOKENS,
         "stop": stop_token_ids(trained.tokenizer, trained.template),
         "pad_token_id": trained.tokenizer.pad_token_id,
@@ -95,18 +119,22 @@ def write_probe(trained: Trained, layout: Layout, folder: Path) -> list[Question
     return [([pictures[name] for name in names], asked) for names, asked in turns]
 
 
-def prove(trained: Trained, layout: Layout, folder: Path, dtype: torch.dtype) -> dict:
+def prove(trained: Trained, layout: Layout, folder: Path, dtype: torch.dtype, mapped: bool = False) -> dict:
     """Compare the export in ``folder`` with the run; the report, for ``export_report.json``.
+
+    Args:
+        mapped: :func:`mapped_for_lack_of_memory`.
 
     Raises:
         Refusal: K-PROOF, they differ; the figures are in the message.
     """
-    questions = write_probe(trained, layout, folder)
-    expected, as_trained = _expected(trained, layout, folder, questions, dtype)
+    questions = write_probe(trained, layout, folder, mapped)
+    expected, as_trained = _expected(trained, layout, folder, questions, dtype, mapped)
     _complete_questions(trained, layout, folder, expected)
     found = _reopened(folder)
     shutil.rmtree(folder / STAND_IN, ignore_errors=True)
-    return _compare(trained, layout, expected, as_trained, found, dtype)
+    report = _compare(trained, layout, expected, as_trained, found, dtype)
+    return report | {"llm_weights": "mapped from their files, for lack of memory" if mapped else "held in float32"}
 
 
 def _picture(seed: int, width: int, height: int) -> Image.Image:
@@ -120,18 +148,20 @@ def _picture(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def _expected(trained: Trained, layout: Layout, folder: Path, questions: list[Question], dtype: torch.dtype):
+def _expected(trained: Trained, layout: Layout, folder: Path, questions: list[Question], dtype, mapped: bool):
     """What the run computes for each question once merged and rounded as exported, and the logits as it was trained."""
     # Adapters that were trained over NF4 weights are exported over the original ones, unless merged into the former.
     quantised = trained.bits == 4 and not (layout.merged and trained.merge_base == DEQUANTIZED)
-    answerer = _load(trained, trained.bits)
+    answerer = _load(trained, trained.bits, mapped)
     as_trained = _logits(answerer, questions)
     if quantised:
         del answerer  # one model in memory at a time
-        answerer = _load(trained, 16)
-    if layout.merged and trained.adapter is not None:
+        answerer = _load(trained, 16, mapped)
+    if layout.merged and trained.adapter is not None and mapped:
+        _merge_where_used(answerer, dtype)
+    elif layout.merged and trained.adapter is not None:
         _merge(answerer, dequantised=trained.bits == 4 and not quantised)
-    _round(answerer, layout.rounded, dtype)
+    _round(answerer, layout, dtype)
     stop, pad = stop_token_ids(trained.tokenizer, trained.template), trained.tokenizer.pad_token_id
     result = []
     with torch.inference_mode():
@@ -142,7 +172,7 @@ def _expected(trained: Trained, layout: Layout, folder: Path, questions: list[Qu
                 **inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, eos_token_id=stop, pad_token_id=pad
             )
             row["answer"] = output[0, inputs["input_ids"].shape[1] :]
-            inner = answerer.model.get_base_model() if hasattr(answerer.model, "get_base_model") else answerer.model
+            inner = _inner(answerer)
             if "pixel_values" in inputs:
                 row["features"] = _features(inner, inputs["pixel_values"])
                 row["projected"] = inner.model.multi_modal_projector(row["features"])
@@ -157,8 +187,21 @@ def _logits(answerer: Answerer, questions: list[Question]) -> list[Tensor]:
     return [answerer.model(**batch(answerer, [question])).logits[0, -1].float() for question in questions]
 
 
-def _load(trained: Trained, bits: int) -> Answerer:
-    return load_run(trained.run, llm=trained.llm_folder, vision_tower=trained.vision_spec, bits=bits)
+def _load(trained: Trained, bits: int, mapped: bool) -> Answerer:
+    stored = trained.llm_config.dtype if mapped and bits == 16 else None
+    answerer = load_run(
+        trained.run, llm=trained.llm_folder, vision_tower=trained.vision_spec, bits=bits, llm_dtype=stored
+    )
+    if stored is not None:
+        inner = _inner(answerer)
+        for part in (inner.model.language_model, inner.lm_head):
+            reopen.compute_in_float32(part)
+    return answerer
+
+
+def _inner(answerer: Answerer):
+    model = answerer.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _features(model, pixels: Tensor) -> Tensor:
@@ -176,13 +219,51 @@ def _merge(answerer: Answerer, *, dequantised: bool) -> None:
         answerer.model = answerer.model.merge_and_unload()
 
 
+def _merge_where_used(answerer: Answerer, dtype: torch.dtype) -> None:
+    """A model that computes as if it were merged and rounded to ``dtype``: the LLM's linears add their updates to a
+    block of the weight at a time, when they are used. Linears in NF4 are dequantised there."""
+    inner = _inner(answerer)
+    wrapped = {module.get_base_layer() for module in inner.modules() if isinstance(module, LoraLayer)}
+    for name, module in inner.named_modules():
+        in_llm = f"{name}.".startswith(PREFIXES["llm"])
+        if isinstance(module, LoraLayer) and not in_llm:
+            module.merge()
+        elif isinstance(module, LoraLayer) or (in_llm and _is_4bit(module) and module not in wrapped):
+            module.forward = functools.partial(_merged_linear, module, dtype)
+
+
+def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
+    base, update = module, None
+    if isinstance(module, LoraLayer):
+        base, update = module.get_base_layer(), module.get_delta_weight(ADAPTER_NAME)  # (out, in)
+    weight = base.weight
+    if _is_4bit(base):
+        from llava_moslora.adapters.quantised import dequantised
+
+        weight = dequantised(base)
+    step = max(1, reopen.BLOCK // weight.shape[1])
+    blocks = []
+    for k in range(0, len(weight), step):
+        rows = weight[k : k + step].float()
+        rows = rows if update is None else rows + update[k : k + step]
+        blocks.append(F.linear(x, rows.to(dtype).float()))
+    result = torch.cat(blocks, dim=-1)
+    return result if base.bias is None else result + base.bias.float()
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "weight", None), "quant_state")
+
+
 @torch.no_grad()
-def _round(answerer: Answerer, parts: tuple[str, ...], dtype: torch.dtype) -> None:
-    """Round the parameters of ``parts``, adapters and what was saved beside them excepted; buffers are made anew."""
-    prefixes = tuple(prefix for part in parts for prefix in PREFIXES[part])
+def _round(answerer: Answerer, layout: Layout, dtype: torch.dtype) -> None:
+    """Round the parameters that the export holds in ``dtype``: not its adapters and what is saved beside them."""
+    prefixes = tuple(prefix for part in layout.rounded for prefix in PREFIXES[part])
+    apart = ("lora_",) if layout.merged else ("lora_", "modules_to_save")
     for name, parameter in answerer.model.named_parameters():
-        name = name.removeprefix("base_model.model.")
-        if name.startswith(prefixes) and "lora_" not in name and "modules_to_save" not in name:
+        if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4; mapped in what it is written in
+            continue
+        if name.removeprefix("base_model.model.").startswith(prefixes) and not any(word in name for word in apart):
             parameter.data = parameter.data.to(dtype).float()
 
 

@@ -10,6 +10,7 @@ Shapes: T tokens, P patches, E vision width, D LLM width, V vocabulary.
 """
 
 import argparse
+import functools
 import json
 import sys
 import warnings
@@ -19,6 +20,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
 from transformers import (
     AutoImageProcessor,
     AutoModelForCausalLM,
@@ -33,6 +36,7 @@ from transformers import (
 
 # Of a configuration's model_type: the class, and how many tokens it puts before the patches.
 TOWERS = {"clip": (CLIPVisionModel, 1), "siglip": (SiglipVisionModel, 0)}
+BLOCK = 2**24  # numbers of a mapped weight that are in float32 at a time
 
 
 def main() -> None:
@@ -70,7 +74,14 @@ class Whole:
         folder = root / asked["reopen"]["llava"]
         # Pillow scales pictures as training did; torchvision, which transformers 5 prefers, does not quite.
         self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+        if asked["mapped"]:
+            self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+            for part in (self.model.model.vision_tower, self.model.model.multi_modal_projector):
+                part.float()
+            for part in (self.model.model.language_model, self.model.lm_head):
+                compute_in_float32(part)
+        else:
+            self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
         if "adapter" in asked["reopen"]:
             self.model = with_adapter(self.model, root / asked["reopen"]["adapter"])
 
@@ -94,14 +105,16 @@ class Parts:
     def __init__(self, root: Path, asked: dict):
         self.asked, spec = asked, asked["reopen"]
         self.llm = self.tower = self.projector = self.tokenizer = self.noise = None
+        self.dtype = "auto" if asked["mapped"] else torch.float32
         if "original_llava" in spec:
             self._open_original(root / spec["original_llava"], spec["vision"])
-            return
         if "llm" in spec:
-            self.llm = AutoModelForCausalLM.from_pretrained(root / spec["llm"], dtype=torch.float32).eval()
+            self.llm = AutoModelForCausalLM.from_pretrained(root / spec["llm"], dtype=self.dtype).eval()
             if spec["llm"] == ".":
                 self.tokenizer = AutoTokenizer.from_pretrained(root)
-        if "vision" in spec:
+        if self.llm is not None and asked["mapped"]:
+            compute_in_float32(self.llm)
+        if "vision" in spec and self.tower is None:
             self._open_tower(root / spec["vision"])
         if "llm_adapter" in spec:
             self.llm = with_adapter(self.llm, root / spec["llm_adapter"])
@@ -123,10 +136,7 @@ class Parts:
         state = {}
         for file in sorted(root.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
-                state |= {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
-        self.llm = LlamaForCausalLM(
-            LlamaConfig.from_dict(json.loads((root / "config.json").read_text()) | {"dtype": "float32"})
-        )
+                state |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         self._open_tower(Path(tower))
         level = "vision_model." if any(n.startswith("vision_model.") for n in self.tower.state_dict()) else ""
         theirs = "model.vision_tower.vision_tower.vision_model."
@@ -134,10 +144,11 @@ class Parts:
             {level + n.removeprefix(theirs): t for n, t in state.items() if n.startswith(theirs)}
         )
         theirs = "model.mm_projector."
-        self.projector = {f"model.{n.removeprefix(theirs)}": t for n, t in state.items() if n.startswith(theirs)}
+        projector = {n: t.float() for n, t in state.items() if n.startswith(theirs)}
+        self.projector = {f"model.{n.removeprefix(theirs)}": t for n, t in projector.items()}
         own = {n: t for n, t in state.items() if not n.startswith(("model.vision_tower.", "model.mm_projector."))}
-        self.llm.load_state_dict(own)
-        self.llm.eval()
+        config = LlamaConfig.from_dict(json.loads((root / "config.json").read_text()))
+        self.llm = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=own, dtype=self.dtype).eval()
 
     def answer(self, question: dict, pictures: list) -> dict:
         found = {}
@@ -179,6 +190,34 @@ class Parts:
         linear, w = torch.nn.functional.linear, self.projector
         hidden = torch.nn.functional.gelu(linear(features, w["model.0.weight"], w["model.0.bias"]))
         return linear(hidden, w["model.2.weight"], w["model.2.bias"])
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Linears and embeddings keep their 16-bit weights, mapped from the files, and compute with them in float32.
+
+    What a model in float32 computes, in a fraction of its memory: pages of a mapped file are read again when they are
+    wanted, however little memory there is.
+    """
+    for part in model.modules():
+        if type(part) is nn.Linear:
+            part.forward = functools.partial(linear, part)
+        elif type(part) is nn.Embedding:
+            part.forward = functools.partial(embedding, part)
+        else:
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+
+
+def linear(part: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """float32[…, out] of float32[…, in], a block of rows of the weight at a time."""
+    step = max(1, BLOCK // part.in_features)
+    blocks = [F.linear(x, part.weight[k : k + step].float()) for k in range(0, part.out_features, step)]
+    result = torch.cat(blocks, dim=-1)
+    return result if part.bias is None else result + part.bias.float()
+
+
+def embedding(part: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    return F.embedding(ids, part.weight).float()
 
 
 def with_adapter(model, folder: Path):

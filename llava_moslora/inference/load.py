@@ -64,6 +64,7 @@ def load_run(
     llm: str | Path | None = None,
     vision_tower: str | None = None,
     bits: int | None = None,
+    llm_dtype: torch.dtype | None = None,
 ) -> Answerer:
     """A training run's model in ``dtype``, in eval mode.
 
@@ -72,6 +73,7 @@ def load_run(
         trained: with its newest valid checkpoint; False: as it was before the first step.
         llm, vision_tower: where the base is now, if not where it was.
         bits: 16 or 4, if the LLM shall be loaded otherwise than it was trained.
+        llm_dtype: of the LLM's own weights, if not ``dtype``; weights that are stored in it stay mapped.
     """
     run = Path(run)
     settings = read_run(run)["settings"]
@@ -85,6 +87,7 @@ def load_run(
         image_token_id=image_token_id(tokenizer),
         dtype=dtype,
         bits=bits or parts["bits"],
+        llm_dtype=llm_dtype,
     )
     if trained:
         model = _with_checkpoint(model, newest_checkpoint(run), dtype)
@@ -96,9 +99,16 @@ def load_run(
 def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
     if (checkpoint / "adapter").is_dir():
         model = PeftModel.from_pretrained(
-            model, str(checkpoint / "adapter"), adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False
+            # float32 also over 16-bit weights, as trained; rounded below where ``dtype`` asks for it
+            model,
+            str(checkpoint / "adapter"),
+            adapter_name=ADAPTER_NAME,
+            autocast_adapter_dtype=True,
         )
-        return model.to(dtype)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "modules_to_save" in name:
+                parameter.data = parameter.data.to(dtype)
+        return model
     config = model.config
     tensors = read_projector(checkpoint / "projector", config.vision_config.hidden_size, config.text_config.hidden_size)
     model.model.multi_modal_projector.load_state_dict(tensors, strict=True)

@@ -67,6 +67,7 @@ def assemble(
     image_token_id: int,
     dtype: torch.dtype,
     bits: int = 16,
+    llm_dtype: torch.dtype | None = None,
 ) -> tuple[Llava, dict]:
     """The composed model in ``dtype``, everything frozen.
 
@@ -78,6 +79,7 @@ def assemble(
         tokenizer: with the image placeholder; where it has more tokens than the LLM has rows, the LLM gets rows.
         image_token_id: the placeholder's id.
         bits: 16, or 4 for an NF4 LLM (double quantisation, compute in ``dtype``).
+        llm_dtype: of the LLM, if not ``dtype``.
 
     Returns:
         The model and the tower's image-processor settings (what ``preprocessor_config.json`` holds).
@@ -92,7 +94,7 @@ def assemble(
     if projector is not None:
         tensors = read_projector(projector, vision_config.hidden_size, llm_config.hidden_size)
     vision, preprocessor = load_vision_tower(vision_tower, dtype=dtype)
-    llm = load_llm(llm_folder, dtype, bits)
+    llm = load_llm(llm_folder, llm_dtype or dtype, bits)
     _add_token_rows(llm, len(tokenizer))
     model = _compose(llm, vision, image_token_id, tokenizer.pad_token_id, dtype)
     model.model.multi_modal_projector = _make_projector(model.config, tensors, dtype, llm)

@@ -93,7 +93,7 @@ def test_existing_folder(run, tmp_path, monkeypatch):
     (tmp_path / "out" / "mine.txt").write_text("kept")
     refused(run, tmp_path / "out", r"C-OUTPUT\] .*out:--output_dir: already exists; fix: .*--overwrite")
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise Refusal("K-PROOF", "not today")
 
     monkeypatch.setattr(proof, "prove", interrupted)
@@ -111,7 +111,7 @@ def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
     refused(run, tmp_path / "out", r"E-DISK\] .*too little space; found 0\.00 GB; expected 0\.07 GB")
     monkeypatch.undo()
     monkeypatch.setattr(proof.psutil, "virtual_memory", lambda: memory(10**5))
-    refused(run, tmp_path / "out", r"E-MEMORY\] the proof loads the whole model.*fix: --no_proof")
+    refused(run, tmp_path / "out", r"E-MEMORY\] too little memory to prove.*fix: --no_proof")
 
 
 def test_a_disk_that_fills_up_and_the_export_that_goes_on(run, tmp_path, monkeypatch, capsys):
