@@ -7,6 +7,7 @@ import json
 import random
 import re
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Tally:
     stale_staging_left: int = 0
     samples_missing: int = 0
     samples_repeated: int = 0
-    curves: list[dict] = field(default_factory=list)  # of the first run: losses per life, for the plot
+    curves: list[dict] = field(default_factory=list)  # of the run with most lives: losses per life, for the plot
     trouble: str = ""  # what the first life that was not killed and failed said last
 
     @property
@@ -215,14 +216,9 @@ class Campaign:
             [*(self.folder / run).glob(".*.staging"), *(self.folder / run).glob(".*.trash")]
         )
         self._account(lived)
-        if not tally.curves:
-            tally.curves = [
-                {
-                    "steps": [r["step"] for r in life.watched()],
-                    "losses": [float.fromhex(r["loss"]) for r in life.watched()],
-                }
-                for life in [self.whole, *lived]
-            ]
+        curves = [curve(life) for life in [self.whole, *lived] if life.watched()]
+        if len(curves) > len(tally.curves):
+            tally.curves = curves
 
     def _account(self, lived: list[Life]) -> None:
         """Every record exactly once an epoch, over all lives."""
@@ -233,6 +229,16 @@ class Campaign:
             seen = [record for row in rows for _, records, _ in row for record in records]
             self.tally.samples_missing += len(set(range(RECORDS)) - set(seen))
             self.tally.samples_repeated += len(seen) - len(set(seen))
+
+
+def curve(life: Life) -> dict:
+    """The losses of a life, and how many optimizer steps were done at each."""
+    rows, seen = life.watched(), Counter()
+    steps = []
+    for row in rows:
+        seen[row["step"]] += 1
+        steps.append(row["step"] - 1 + seen[row["step"]] / ACCUMULATION)
+    return {"steps": steps, "losses": [float.fromhex(row["loss"]) for row in rows]}
 
 
 def steps_of(lived: list[Life]) -> dict[int, tuple]:

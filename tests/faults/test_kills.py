@@ -104,11 +104,10 @@ def draw(tally: Tally, file: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4), dpi=120)
     axes.plot(whole["steps"], whole["losses"], color="0.75", linewidth=6, label="left alone")
     for number, life in enumerate(lives_, start=1):
-        if life["steps"]:
-            axes.plot(life["steps"], life["losses"], linewidth=1.5, label=f"life {number}")
-            if number < len(lives_):
-                axes.plot(life["steps"][-1], life["losses"][-1], "kx", markersize=9)
-    axes.set_xlabel("optimizer step (two micro-batches each)")
+        axes.plot(life["steps"], life["losses"], linewidth=1.5, label=f"life {number}")
+        if number < len(lives_):
+            axes.plot(life["steps"][-1], life["losses"][-1], "kx", markersize=9)
+    axes.set_xlabel("optimizer steps (two micro-batches each)")
     axes.set_ylabel("loss of the micro-batch")
     axes.set_title("kill -9 (x) and resumed: the same losses, bit for bit")
     axes.legend()
