@@ -44,7 +44,7 @@ def write_card(trained: Trained, kind: str, dtype: torch.dtype, report: dict, fo
         ("vision tower", f"`{model['vision_tower']}`"),
         ("projector began as", f"`{model['pretrain_mm_mlp_adapter']}`"),
         ("prompt template", f"`{trained.template}`"),
-        ("pictures", "padded to a square" if trained.pads else "cropped"),
+        ("pictures", _pictures(trained)),
         ("checkpoint", f"`{trained.checkpoint.name}` of `{trained.run.name}`"),
         ("dtype", str(dtype).removeprefix("torch.")),
         ("written by", f"llava_moslora {__version__}; trained with {_versions(trained)}"),
@@ -71,6 +71,12 @@ def write_card(trained: Trained, kind: str, dtype: torch.dtype, report: dict, fo
         _proof(report),
     ]
     (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+def _pictures(trained: Trained) -> str:
+    if trained.pads:
+        return "padded to a square"
+    return "cropped" if trained.preprocessor["do_center_crop"] else "scaled to a square"
 
 
 def _usage(trained: Trained, kind: str) -> str:

@@ -29,7 +29,7 @@ from llava_moslora.models.preprocessing import read_preprocessing
 from llava_moslora.models.tensors import Stored, check_tensors, held, read_json, read_tensor_folder
 from llava_moslora.models.towers import KINDS, kind_name, kind_of
 
-FOLDERS = ", ".join(f"{kind.model.__name__}" for kind in KINDS.values())
+FOLDERS = ", ".join(kind.model.__name__ for kind in KINDS.values())
 SUPPORTED = f"a folder of {FOLDERS} or the whole model around it, {open_clip.SUPPORTED}"
 # Of a whole CLIPModel or SiglipModel, what the vision tower does not use; position_ids was a saved buffer in early
 # transformers 4.

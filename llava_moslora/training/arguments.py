@@ -59,7 +59,7 @@ class DataArguments:
         default_factory=list, metadata={"help": "how often each of several is seen in an epoch; default: once"}
     )
     image_folder: str | None = field(default=None, metadata={"help": "folder that image names are relative to"})
-    image_aspect_ratio: str = field(default="pad", metadata={"help": "pad to a square, or crop the centre"})
+    image_aspect_ratio: str = field(default="pad", metadata={"help": "pad to a square, or crop as the tower has it"})
     image_engine: str = field(default="pil", metadata={"help": "pil: as towers were trained; torch: faster, 1/256 off"})
     model_max_length: int = field(default=2048, metadata={"help": "tokens per record, picture placeholders included"})
     data_order: str = field(default="modality_length", metadata={"help": "modality_length, shuffle or sequential"})

@@ -79,6 +79,8 @@ def test_a_stock_processor_makes_the_pictures_and_tokens_of_training(run, tmp_pa
     assert int((inputs["input_ids"] == answerer.model.config.image_token_id).sum()) == 16 == answerer.tokens_per_image
     assert torch.equal(inputs["pixel_values"][0], answerer.transform(picture))
     assert answerer.transform.mode == ratio
+    pictures = {"pad": "padded to a square", "crop": "scaled to a square"}[ratio]
+    assert f"| pictures | {pictures} |" in (folder / "README.md").read_text()
     assert processor._get_num_multimodal_tokens([(50, 90)])["num_image_tokens"] == [16]  # what vLLM reserves
 
 
