@@ -36,7 +36,7 @@ from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.training.arguments import parse, tower_adapters
 from llava_moslora.training.checks import check, check_launch
 from llava_moslora.training.pause import Pause, contact
-from llava_moslora.training.run_folder import check_shared, check_space, open_run, reopen_run
+from llava_moslora.training.run_folder import check_output, check_shared, check_space, open_run, reopen_run
 from llava_moslora.training.samples import Samples, read_samples
 from llava_moslora.training.state import trained_count
 from llava_moslora.training.trainer import MosLoraTrainer
@@ -53,6 +53,9 @@ def main() -> None:
     check_launch(args)
     main_process = args.process_index == 0
     say = print if main_process else (lambda *_: None)
+    run = Path(args.output_dir)
+    if main_process:
+        check_output(run, resume=args.resume, overwrite=args.overwrite)
 
     # 1. The parts, looked at before any weight is read
     read_llm_config(model_args.model_name_or_path)
@@ -110,7 +113,6 @@ def main() -> None:
     say(describe(model))
 
     # 4. The run folder: what was asked for, on what, with which versions
-    run = Path(args.output_dir)
     settings = {
         "model": asdict(model_args) | {"version": template},
         "data": asdict(data_args),

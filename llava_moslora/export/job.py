@@ -78,6 +78,11 @@ def export(
             raise Refusal(
                 "C-OUTPUT", "already exists", file=folder, key="--output_dir", fix="choose another, or --overwrite"
             )
+        if folder.exists() and not (folder / EXPORT).is_file():
+            raise Refusal(
+                "C-OUTPUT", "not an export: nothing is deleted here", file=folder, key="--output_dir",
+                expected=f"{EXPORT} in it", fix="choose another",
+            )  # fmt: skip
     trained = open_trained(run, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
     dtype = dtype or trained.llm_config.dtype or torch.float32
     layouts = {}

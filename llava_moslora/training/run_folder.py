@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import time
@@ -30,16 +31,24 @@ TRAINING = (
 )
 
 
-def open_run(run: Path, *, overwrite: bool) -> FileLock:
-    """An empty, locked run folder.
+def check_output(run: Path, *, resume: bool, overwrite: bool) -> None:
+    """What :func:`open_run` and :func:`reopen_run` would refuse of the folder itself, before anything is loaded.
 
     Raises:
-        Refusal: the folder holds something and ``overwrite`` was not asked for, is no folder, or is in use.
+        Refusal: C-OUTPUT, it is no folder, cannot be written to, or holds something that is neither to be gone on with
+            nor to be deleted.
     """
-    lock = _lock(run)
-    present = _content(run)
-    if present and not overwrite:
-        lock.release()
+    if run.exists() and not run.is_dir():
+        raise Refusal("C-OUTPUT", "not a folder", file=run, key="--output_dir", fix="choose another path")
+    place = next(p for p in (run, *run.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise Refusal(
+            "C-OUTPUT", "cannot be written to", file=place, key="--output_dir", fix="choose another path, or its rights"
+        )
+    present = _content(run) if run.is_dir() else []
+    if not present:
+        return
+    if not (resume or overwrite):
         raise Refusal(
             "C-OUTPUT",
             "the folder is not empty",
@@ -48,7 +57,23 @@ def open_run(run: Path, *, overwrite: bool) -> FileLock:
             found=", ".join(sorted(p.name for p in present)[:5]),
             fix="--resume True to go on with this run, --overwrite True to delete it, or another folder",
         )
-    for path in present:
+    if not (run / RUN).is_file():
+        raise Refusal(
+            "C-OUTPUT", "not a run: nothing to resume" if resume else "not a run: nothing is deleted here", file=run,
+            key="--output_dir", found=", ".join(sorted(p.name for p in present)[:5]), expected=f"{RUN} in it",
+            fix="choose another folder",
+        )  # fmt: skip
+
+
+def open_run(run: Path, *, overwrite: bool) -> FileLock:
+    """An empty, locked run folder; with ``overwrite``, the run in it is deleted, and never anything but a run.
+
+    Raises:
+        Refusal: as :func:`check_output`; the folder is in use.
+    """
+    check_output(run, resume=False, overwrite=overwrite)
+    lock = publish.lock_run(run)
+    for path in _content(run):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return lock
 
@@ -65,13 +90,11 @@ def reopen_run(run: Path, settings: dict, facts: dict, allow_change: list[str]) 
         Refusal: settings or inputs differ from the run's and the difference is not allowed; the folder is in use, or
             holds something that is no run.
     """
-    lock = _lock(run)
+    check_output(run, resume=True, overwrite=False)
+    lock = publish.lock_run(run)
     publish.sweep(run)
     if not _content(run):
         return lock, None
-    if not (run / RUN).is_file():
-        lock.release()
-        raise Refusal("C-OUTPUT", "not a run: nothing to resume", file=run, key="--output_dir", expected=f"{RUN} in it")
     checkpoint, passed_over = publish.newest_valid(run)
     for refusal in passed_over:
         print(f"passed over: {refusal.line()}", flush=True)
@@ -164,9 +187,3 @@ def check_shared(run: Path, patience: float = 15) -> None:
 def _content(run: Path) -> list[Path]:
     """What is in the folder, but for the lock and for files that a killed life had not finished."""
     return [p for p in run.iterdir() if not p.name.startswith(".")]
-
-
-def _lock(run: Path) -> FileLock:
-    if run.exists() and not run.is_dir():
-        raise Refusal("C-OUTPUT", "not a folder", file=run, key="--output_dir", fix="choose another path")
-    return publish.lock_run(run)

@@ -92,6 +92,9 @@ def test_existing_folder(run, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("kept")
     refused(run, tmp_path / "out", r"C-OUTPUT\] .*out:--output_dir: already exists; fix: .*--overwrite")
+    with pytest.raises(Refusal, match=r"C-OUTPUT\] .*not an export: nothing is deleted here; expected export.json"):
+        export(run, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "export.json").touch()
 
     def interrupted(*_, **__):
         raise Refusal("K-PROOF", "not today")
@@ -99,7 +102,7 @@ def test_existing_folder(run, tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "prove", interrupted)
     with pytest.raises(Refusal, match="not today"):
         export(run, tmp_path / "out", overwrite=True)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]  # the old one stays until the new is whole
+    assert (tmp_path / "out" / "mine.txt").is_file()  # the old one stays until the new is whole
     export(run, tmp_path / "out", overwrite=True, prove=False)
     assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "MANIFEST.json").is_file()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -10,7 +10,14 @@ import pytest
 from llava_moslora.errors import Refusal
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import RUN, fingerprint, read_run, write_run
-from llava_moslora.training.run_folder import check_shared, check_space, checkpoint_bytes, open_run, reopen_run
+from llava_moslora.training.run_folder import (
+    check_output,
+    check_shared,
+    check_space,
+    checkpoint_bytes,
+    open_run,
+    reopen_run,
+)
 
 FACTS = {"llm": {"config.json": "aa"}, "data": {"data.json": "bb"}}
 
@@ -150,6 +157,36 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
         open_run(tmp_path / "file", overwrite=False)
     with pytest.raises(Refusal, match=r"C-OUTPUT.*cannot be written to"):
         open_run(tmp_path / "file" / "run", overwrite=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_the_right_to_write(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(Refusal, match=r"C-OUTPUT.*cannot be written to"):
+        check_output(tmp_path / "run", resume=False, overwrite=False)
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize("flags", [{"resume": False, "overwrite": True}, {"resume": True, "overwrite": False}])
+def test_what_is_no_run_is_never_deleted(tmp_path, flags):
+    """Such as the folder of the pictures, given by mistake."""
+    (tmp_path / "picture.jpg").touch()
+    (tmp_path / "more").mkdir()
+    with pytest.raises(Refusal, match=r"--output_dir: not a run: .*found more, picture.jpg; expected run.json in it"):
+        check_output(tmp_path, **flags)
+    with pytest.raises(Refusal, match="not a run"):
+        open_run(tmp_path, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"picture.jpg", "more"}
+
+
+def test_a_run_is_deleted_where_it_is_asked_for(tmp_path):
+    for name in ("run.json", "metrics.jsonl", "checkpoint-2/MANIFEST.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(Refusal, match=r"the folder is not empty.*--resume True to go on.*--overwrite True to delete"):
+        check_output(tmp_path, resume=False, overwrite=False)
+    open_run(tmp_path, overwrite=True).release()
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
 
 
 def test_one_process_sees_its_own_folder(tmp_path):
