@@ -23,8 +23,8 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
 
     Args:
         preprocessor: the tower's settings, as its own ``preprocessor_config.json`` holds them.
-        pad: pictures are padded to a square first (stage 2); otherwise the centre is cropped (stage 1). Only later
-            releases of transformers 4 have the class that pads; 4.46 stops at its name instead of cropping.
+        pad: pictures are padded to a square first (stage 2); otherwise the centre is cropped (stage 1). The class that
+            pads came with transformers 4.49; earlier ones stop at its name instead of cropping.
     """
     settings = {k: v for k, v in preprocessor.items() if k not in ("image_processor_type", "processor_class")}
     kind = preprocessor["image_processor_type"]
@@ -45,8 +45,10 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
     )
     processor.save_pretrained(folder)
     known_to_transformers_4(folder)
-    # transformers 5 writes one processor_config.json; transformers 4 and XTuner look for this file, under the name of
-    # the class without its backend.
+    # transformers 5 writes the picture's settings into processor_config.json, where 4.49 stumbles over them. All
+    # versions and XTuner read them from this file, under the name of the class without its backend.
+    file = folder / "processor_config.json"
+    write_json(file, {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "image_processor"})
     write_json(
         folder / "preprocessor_config.json",
         {
@@ -59,6 +61,10 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
 
 
 def known_to_transformers_4(folder: Path) -> None:
-    """transformers 5 writes the name of its backend's tokenizer class; transformers 4 knows this one, and so does 5."""
+    """The tokenizer's class under the name that transformers 4 knows, and 5 too, and the inputs that it makes.
+
+    Left unsaid, transformers 4 makes ``token_type_ids`` as well, which ``generate`` refuses.
+    """
     file = folder / "tokenizer_config.json"
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | known)

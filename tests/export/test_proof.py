@@ -45,6 +45,16 @@ def test_what_vllm_asks_of_the_configuration(folder):
     assert {name: config[name] for name in expected} == expected
 
 
+def test_what_transformers_4_reads(folder):
+    """4.49 stops at settings of the picture in processor_config.json; ``generate`` refuses token_type_ids."""
+    assert "image_processor" not in json.loads((folder / "processor_config.json").read_text())
+    pictures = json.loads((folder / "preprocessor_config.json").read_text())
+    assert (pictures["image_processor_type"], pictures["do_pad"]) == ("LlavaImageProcessor", True)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+
+
 @pytest.mark.slow
 def test_anyone_can_run_it_again(folder):
     done = subprocess.run([sys.executable, folder / "probe" / "reopen.py"], capture_output=True, text=True)
