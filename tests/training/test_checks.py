@@ -67,6 +67,11 @@ def test_what_a_cpu_cannot_do(asked):
         asked("--fp16", "True")
 
 
+def test_both_precisions_at_once(asked):
+    with pytest.raises(Refusal, match=r"C-FLAG\] .*fp16.*bf16|C-FLAG\] .*bf16.*fp16"):
+        asked("--fp16", "True", "--bf16", "True")
+
+
 @pytest.mark.parametrize(
     ("flags", "package", "message"),
     [
