@@ -23,8 +23,8 @@ EXIT_STATUS = {
     "I": 2,  # image
     "K": 3,  # checkpoint or model file
     "E": 4,  # environment: disk, memory, compiler, device
-    "R": 5,  # the run itself: a non-finite loss, a dead rank
-    "P": 75,  # paused: interrupted by a signal after a checkpoint was published; start it again
+    "R": 5,  # the run itself: a non-finite loss
+    "P": 75,  # interrupted, by a signal or by the end of another rank: start it again, it goes on
 }
 
 

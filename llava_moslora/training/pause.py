@@ -92,7 +92,7 @@ def contact(gone: Callable[[], str] = str) -> Iterator[None]:
         gone: names the dead ranks, as far as they can be known (:meth:`llava_moslora.training.watch.Watch.gone`).
 
     Raises:
-        Refusal: R-RANK, in place of a communication library's error.
+        Refusal: P-RANK, in place of a communication library's error.
     """
     try:
         yield
@@ -100,7 +100,7 @@ def contact(gone: Callable[[], str] = str) -> Iterator[None]:
         if not LOST.search(str(error)):
             raise
         raise Refusal(
-            "R-RANK",
+            "P-RANK",
             "lost contact with another process of this run",
             found="; ".join(filter(None, (gone(), str(error).splitlines()[0]))),
             fix="see why it ended, then start the same command again with --resume True",

@@ -39,7 +39,7 @@ class Watch:
 
     Args:
         timeout: seconds without a sign of life, or without any rank getting on, after which this process ends with
-            the status of R-RANK, and the launcher takes the other ones down.
+            the status of P-RANK, and the launcher takes the other ones down.
     """
 
     def __init__(self, timeout: float):
@@ -137,7 +137,7 @@ class Watch:
 
     def refusal(self, found: str) -> Refusal:
         return Refusal(
-            "R-RANK",
+            "P-RANK",
             "the run stands still",
             found=found,
             fix="see what holds that process (its host, disk or a debugger), then start the same command again with "

@@ -174,7 +174,7 @@ class Campaign:
                 tally.kills += 1
                 tally.survivors_exit_max_s = max(tally.survivors_exit_max_s, life.outlived if self.ranks > 1 else 0)
                 for rank, status in enumerate(life.status):  # 0: it was at its end already
-                    untyped = status not in (-9, 0) and "error[R-RANK]" not in life.said(rank)
+                    untyped = status not in (-9, 0) and "error[P-RANK]" not in life.said(rank)
                     tally.survivors_untyped += untyped and not self.main
                     if "lost contact" in life.said(rank):
                         tally.survivors += 1

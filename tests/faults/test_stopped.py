@@ -18,10 +18,10 @@ def test_a_stopped_rank_is_named(lives, parts, tmp_path, stage, stopped):
         signal=int(signal.SIGSTOP), ranks=[stopped], at_step=5, bury=True,
     )  # fmt: skip
     alive = 1 - stopped
-    assert life.status[alive] == 5, life.said(alive)[-2000:]
+    assert life.status[alive] == 75, life.said(alive)[-2000:]
     assert life.status[stopped] == -9  # by the test: a stopped process cannot end itself
     said = life.said(alive)
-    assert "error[R-RANK] the run stands still" in said and "--ddp_timeout" in said
+    assert "error[P-RANK] the run stands still" in said and "--ddp_timeout" in said
     if stopped:
         assert f"no sign of life for {SECONDS} s from rank 1 (process " in said
     else:

@@ -99,10 +99,10 @@ def test_loader_processes_let_it_pass(pause):
     ],
 )
 def test_a_lost_rank_is_told_in_one_line(lost):
-    contact_lost = r"R-RANK.*lost contact with another process.*--resume True"
+    contact_lost = r"P-RANK.*lost contact with another process.*--resume True"
     with pytest.raises(Refusal, match=contact_lost) as refusal, contact(lambda: "rank 1 (process 7 on node-a)"):
         raise RuntimeError(lost)
-    assert refusal.value.exit_status == 5 and "more" not in str(refusal.value)
+    assert refusal.value.exit_status == 75 and "more" not in str(refusal.value)
     assert f"found rank 1 (process 7 on node-a); {lost.splitlines()[0]}" in str(refusal.value)
 
 

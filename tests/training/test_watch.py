@@ -56,7 +56,7 @@ def test_a_store_that_does_not_answer():
 
 def test_the_refusal_says_what_to_do():
     line = watching().refusal("no sign of life for 10 s from rank 1").line()
-    assert line.startswith("error[R-RANK] the run stands still; found no sign of life for 10 s from rank 1; fix: see")
+    assert line.startswith("error[P-RANK] the run stands still; found no sign of life for 10 s from rank 1; fix: see")
     assert "--resume True" in line and "--ddp_timeout" in line
 
 
