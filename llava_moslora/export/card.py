@@ -9,31 +9,53 @@ from pathlib import Path
 import torch
 
 from llava_moslora._version import __version__
+from llava_moslora.data.templates import OWN
 from llava_moslora.export.source import DEQUANTIZED, ORIGINAL, Trained
 from llava_moslora.models.towers import kind_of
 
 LOADS = {
-    "hf": """from transformers import AutoModelForImageTextToText, AutoProcessor
+    "hf": """from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # scales pictures as training did
-model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")""",
+model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
+turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
+prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+picture = Image.open("photo.jpg").convert("RGB")
+inputs = processor(images=picture, text=prompt, return_tensors="pt").to(model.dtype)
+answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(answer, skip_special_tokens=True))""",
     "llava": """from llava.model.builder import load_pretrained_model
 tokenizer, model, image_processor, _ = load_pretrained_model(FOLDER, None, "llava-tuned")""",
     "llm": """from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")""",
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)""",
     "vision": """from transformers import CLASS
 tower = CLASS.from_pretrained(FOLDER, dtype="auto")  # the features are hidden_states[-2][:, SKIPPED:]""",
     "projector": """from safetensors.torch import load_file
 weights = load_file(FOLDER + "/model.safetensors")  # linear, GELU, linear; XTuner runs modeling_projector.py""",
     "xtuner": """from vlmeval.vlm import LLaVA_XTuner
-model = LLaVA_XTuner(FOLDER, llm_path=None, visual_encoder_path=None, prompt_template="TEMPLATE")""",
+model = LLaVA_XTuner(FOLDER, llm_path=None, visual_encoder_path=None, prompt_template=TEMPLATE)""",
     "xtuner_adapters": """from vlmeval.vlm import LLaVA_XTuner
-model = LLaVA_XTuner(FOLDER, llm_path="LLM", visual_encoder_path="TOWER", prompt_template="TEMPLATE")""",
+model = LLaVA_XTuner(FOLDER, llm_path="LLM", visual_encoder_path="TOWER", prompt_template=TEMPLATE)""",
     "peft": """from peft import PeftModel
+from transformers import AutoModelForCausalLM, CLASS
 llm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("LLM"), FOLDER + "/llm_adapter")
 tower = PeftModel.from_pretrained(CLASS.from_pretrained("TOWER"), FOLDER + "/vision_adapter")""",
     "peft with base": """from peft import PeftModel
+from transformers import AutoModelForImageTextToText
 base = AutoModelForImageTextToText.from_pretrained(FOLDER + "/base", dtype="auto")
 model = PeftModel.from_pretrained(base, FOLDER + "/adapter")""",
+}
+
+XTUNER_TEMPLATES = {  # as XTuner's PROMPT_TEMPLATE calls ours; None: a question as it stands
+    "chatml": "qwen_chat",
+    "internlm2": "internlm2_chat",
+    "llama2": "llama2_chat",
+    "llama3": "llama3_chat",
+    "plain": None,
+    "vicuna": "vicuna",
+    "vicuna_v1": "vicuna",
+    OWN: None,
 }
 
 
@@ -81,8 +103,9 @@ def _pictures(trained: Trained) -> str:
 
 def _usage(trained: Trained, kind: str) -> str:
     tower = kind_of(trained.vision_config)
-    words = {"TEMPLATE": trained.template, "CLASS": tower.model.__name__, "SKIPPED": str(tower.class_tokens)}
-    text = LOADS[kind]
+    template = repr(XTUNER_TEMPLATES[trained.template])
+    words = {"TEMPLATE": template, "CLASS": tower.model.__name__, "SKIPPED": str(tower.class_tokens)}
+    text = 'FOLDER = "."  # where this page lies\n' + LOADS[kind]
     for word, value in words.items():
         text = text.replace(word, value)
     return text
