@@ -118,7 +118,7 @@ def _check_liger(adapter_args: AdapterArguments, args: TrainingArguments) -> Non
             key="--use_liger_kernel, --lora_target_modules lm_head",
             fix="leave one of the two out",
         )
-    if args.use_liger_kernel and args.use_cpu and os.environ.get("TRITON_INTERPRET") != "1":
+    if args.use_liger_kernel and args.use_cpu:
         raise Refusal("C-FLAG", "Liger's kernels need a GPU", key="--use_liger_kernel", fix="leave it out on a CPU")
 
 

@@ -115,15 +115,43 @@ def test_stage_1_trains_the_projector_alone(parts, tmp_path, monkeypatch):
     assert health == ["gradient/projector"]
 
 
+FUSED = """
+from types import SimpleNamespace
+import torch
+from llava_moslora.models.llava import Llava
+
+torch.manual_seed(0)
+hidden, targets = torch.randn(7, 32, requires_grad=True), torch.randint(0, 50, (7,))  # (S, D), (S)
+head = torch.nn.Linear(32, 50, bias=False).requires_grad_(False)
+gradients = []
+for loss in (
+    Llava._fused_loss(SimpleNamespace(lm_head=head), hidden, targets),
+    torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum"),
+):
+    gradients.append(torch.autograd.grad(loss, hidden)[0])
+    print(loss.item())
+torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+"""
+
+
 @pytest.mark.slow
-def test_ligers_kernels_compute_the_same(parts, tmp_path):
+def test_ligers_fused_loss_is_the_loss():
     """On a CPU by Triton's interpreter, which must be asked for before Triton is imported: in a process of its own."""
+    pytest.importorskip("liger_kernel")
+    done = run([sys.executable, "-c", FUSED], TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    fused, plain = map(float, done.stdout.splitlines()[-2:])
+    assert fused == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.gpu
+def test_ligers_kernels_compute_the_same(parts, tmp_path):
+    """Triton's interpreter does not run all of them."""
     pytest.importorskip("liger_kernel")
     same = {**EXACT, "max_steps": 1}
     train(parts, tmp_path / "plain", **same)
-    command = [sys.executable, "scripts/train_vit_llm.py"]
     words = flags(parts, tmp_path / "liger", use_liger_kernel=True, dataloader_num_workers=0, **same)
-    done = run([*command, *words], **({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}))
+    done = run([sys.executable, "scripts/train_vit_llm.py", *words])
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(tmp_path / "liger") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
     assert rows(tmp_path / "liger")[0]["grad_norm"] == pytest.approx(rows(tmp_path / "plain")[0]["grad_norm"], rel=1e-4)
