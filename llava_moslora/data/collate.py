@@ -5,7 +5,7 @@ Shapes: B lines, T the longest line's tokens, N pictures of all rows in order, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,6 +17,8 @@ from llava_moslora.data.conversation import IGNORE_INDEX
 from llava_moslora.data.images import ImageTransform, load_bytes, load_image
 from llava_moslora.data.shards import Place, read_picture
 from llava_moslora.errors import Refusal
+
+PACKINGS = 32  # lengths of packed lines that are tried
 
 
 @dataclass
@@ -100,29 +102,35 @@ def read_row_picture(
 
 
 def pack(rows: Sequence[dict], limit: int) -> list[list[dict]]:
-    """The rows dealt to lines of at most ``limit`` tokens (a longer row has a line of its own), as few as first-fit
-    decreasing finds; evenly where they fit so: every line is padded to the longest.
+    """The rows dealt to lines of at most ``limit`` tokens (a longer row has a line of its own), with little padding.
+
+    First-fit decreasing for several lengths of line, of which the one counts that leaves the fewest tokens, padding
+    included; the shorter one where two do, as attention grows with the square. Never more padding than unpacked.
     """
     rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # stable, so the same rows give the same lines
-    fitted = _deal(rows, lambda lengths, more: next((k for k, n in enumerate(lengths) if n + more <= limit), None))
-    count = len(fitted)
-    even = _deal(rows, lambda lengths, _: min(range(count), key=lengths.__getitem__), lines=count)
-    longest = max(limit, len(rows[0]["input_ids"]))
-    return even if all(sum(len(row["input_ids"]) for row in line) <= longest for line in even) else fitted
+    longest = len(rows[0]["input_ids"])
+    step = max(1, (limit - longest) // PACKINGS)
+    packings = [_first_fit(rows, room) for room in (*range(longest, limit, step), max(longest, limit))]
+    return min(packings, key=lambda lines: len(lines) * max(map(_length, lines)))
 
 
-def _deal(rows: list[dict], choose: Callable[[list[int], int], int | None], lines: int = 0) -> list[list[dict]]:
-    """Each row to the line that ``choose`` names, given the lines' lengths and the row's; None begins another."""
-    dealt: list[list[dict]] = [[] for _ in range(lines)]
-    lengths = [0] * lines
+def _first_fit(rows: list[dict], limit: int) -> list[list[dict]]:
+    lines: list[list[dict]] = []
+    room: list[int] = []
     for row in rows:
-        line = choose(lengths, length := len(row["input_ids"]))
+        length = len(row["input_ids"])
+        line = next((k for k, free in enumerate(room) if free >= length), None)
         if line is None:
-            line = len(dealt)
-            dealt.append([]), lengths.append(0)
-        dealt[line].append(row)
-        lengths[line] += length
-    return dealt
+            lines.append([])
+            room.append(limit)
+            line = -1
+        lines[line].append(row)
+        room[line] -= length
+    return lines
+
+
+def _length(line: list[dict]) -> int:
+    return sum(len(row["input_ids"]) for row in line)
 
 
 def _joined(line: list[dict], name: str) -> list[int]:

@@ -92,16 +92,26 @@ def test_the_padding_of_packed_lines_is_a_record_of_its_own():
 @pytest.mark.parametrize(
     ("lengths", "lines"),
     [
-        ([5, 5, 5, 5], [[5, 5], [5, 5]]),
+        ([5, 5, 5, 5], [[5], [5], [5], [5]]),  # nothing to gain, and longer lines cost more
         ([4, 3, 3], [[4, 3, 3]]),
-        ([7, 6, 2, 1], [[7, 1], [6, 2]]),  # first fit: 7 2 1 | 6
-        ([6, 4, 4, 3, 3], [[6, 4], [4, 3, 3]]),  # dealt evenly: 6 3 | 4 4 3, which is too long
+        ([7, 6, 2, 1], [[7, 1], [6, 2]]),  # first fit in 10 would be 7 2 1 | 6
+        ([6, 4, 4, 3, 3], [[6, 4], [4, 3, 3]]),
         ([12, 3, 2], [[12], [3, 2]]),  # a record too long for a line has its own
     ],
 )
-def test_lines_are_few_and_even(lengths, lines):
+def test_lines_have_little_padding(lengths, lines):
     packed = pack([row(length, record=k) for k, length in enumerate(lengths)], 10)
     assert [[len(one["input_ids"]) for one in line] for line in packed] == lines
+
+
+def test_packing_never_pads_more_than_one_record_a_line():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = random.integers(1, 40, 16)
+        lines = pack([row(int(length)) for length in lengths], 64)
+        sums = [sum(len(one["input_ids"]) for one in line) for line in lines]
+        assert sum(sums) == lengths.sum() and max(sums) <= 64
+        assert len(lines) * max(sums) <= 16 * lengths.max()
 
 
 @pytest.mark.parametrize("lengths", [[5], [9, 9, 9], [1] * 20, [8, 1, 8, 7, 2, 3, 3, 3], [12, 3]])

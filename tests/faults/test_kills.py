@@ -1,7 +1,7 @@
 """Kills at random times and inside saves: every run goes on by itself and ends in the bits of one that was left alone.
 
 The figures of all campaigns are printed; with ``FIGURES=1`` in the environment they are also written to
-``benchmarks/results/kills.json`` and drawn in ``kills.png``.
+``benchmarks/results/kills.json`` and drawn in ``kills.png``, with matplotlib, which nothing else here needs.
 """
 
 import json
