@@ -110,10 +110,14 @@ class Watch:
         """Which ranks stand still at ``now`` (seconds, monotonic), in words; None where all is well."""
         if now - self.answered > self.timeout:
             return f"the store, which rank 0 or the launcher serves, has not answered for {now - self.answered:.0f} s"
+        if now - self.answered > 3 * self.pause:
+            return None  # what is known of the others is old; the store's own silence counts
         if silent := [rank for rank, seen in enumerate(self.seen) if now - seen.heard > self.timeout]:
             return f"no sign of life for {self.timeout:.0f} s from {self._names(silent)}"
         if now - max(seen.moved for seen in self.seen) <= self.timeout:
             return None
+        if quiet := [rank for rank, seen in enumerate(self.seen) if now - seen.heard > 3 * self.pause]:
+            return f"no rank got on for {self.timeout:.0f} s, and there is no sign of life from {self._names(quiet)}"
         least = min(seen.marks for seen in self.seen)
         behind = [rank for rank, seen in enumerate(self.seen) if seen.marks == least]
         if len(behind) == len(self.seen):

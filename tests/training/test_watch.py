@@ -54,6 +54,18 @@ def test_a_store_that_does_not_answer():
     assert found == "the store, which rank 0 or the launcher serves, has not answered for 12 s"
 
 
+def test_the_silence_of_the_store_is_blamed_on_no_rank():
+    """Rank 0 serves it and is stopped: nothing new is heard of anyone, since a moment after they last got on."""
+    stopped = [rank(5, heard=92, moved=90), rank(5, heard=92, moved=90)]
+    assert watching(*stopped, answered=92).trouble(101) is None
+    assert "the store" in watching(*stopped, answered=92).trouble(103)
+
+
+def test_in_a_long_step_the_silent_rank_is_named_and_not_the_slow_one():
+    found = watching(rank(5, moved=90), rank(5, heard=93, moved=90), rank(4, moved=90)).trouble(101)
+    assert found == "no rank got on for 10 s, and there is no sign of life from rank 1 (process 7 on node-a)"
+
+
 def test_the_refusal_says_what_to_do():
     line = watching().refusal("no sign of life for 10 s from rank 1").line()
     assert line.startswith("error[P-RANK] the run stands still; found no sign of life for 10 s from rank 1; fix: see")
