@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export import hf, llava, parts, peft_adapters, proof, xtuner
+from llava_moslora.export import hf, llava, mapped_weights, parts, peft_adapters, proof, xtuner
 from llava_moslora.export.card import summary, write_card
 from llava_moslora.export.layout import Layout
 from llava_moslora.export.source import DEQUANTIZED, ORIGINAL, Trained, open_trained
@@ -90,7 +90,7 @@ def export(
         target = peft_adapters.with_base if name == "peft" and with_base else TARGETS[name]
         layouts[name] = target(trained, dtype)
     _check_disk(output, [weights.total_size for layout in layouts.values() for weights in layout.weights])
-    prover = functools.partial(proof.prove, mapped=proof.mapped_for_lack_of_memory(trained, dtype)) if prove else None
+    prover = functools.partial(proof.prove, mapped=mapped_weights.needed(trained, dtype)) if prove else None
     for name, layout in layouts.items():
         kind = "peft with base" if name == "peft" and with_base else name
         _write(trained, kind, layout, dtype, folders[name], prover)

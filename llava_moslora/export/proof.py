@@ -7,7 +7,6 @@ and, over a 4-bit LLM, the choice of merge base change is a property of the expo
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -17,67 +16,30 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
-from peft.tuners.lora import LoraLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from llava_moslora.data.conversation import Turn, stop_token_ids
 from llava_moslora.data.tokenizer import image_token_id
 from llava_moslora.errors import Refusal
-from llava_moslora.export import reopen
+from llava_moslora.export import mapped_weights, reopen
 from llava_moslora.export.layout import Layout
 from llava_moslora.export.source import DEQUANTIZED, Trained
 from llava_moslora.inference.generate import Question, batch
 from llava_moslora.inference.load import Answerer, load_run
-from llava_moslora.models.assemble import ADAPTER_NAME, HEAD, LLM, PROJECTOR, VISION
-from llava_moslora.models.tensors import read_json
+from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION
 from llava_moslora.models.towers import kind_of
 from llava_moslora.runs.manifest import write_json
 
 PROBE, QUESTIONS, FEATURES = "probe", "questions.json", "features.safetensors"
 MAX_NEW_TOKENS = 16
-OVERHEAD = 10**9  # bytes: libraries, activations, the other process
 # Of the largest logit. The same merge in two orders of summing rounds a few 16-bit weights to the neighbouring value.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 1e-3}
 PREFIXES = {"llm": (LLM + ".", HEAD + "."), "vision": (VISION + ".",), "projector": (PROJECTOR + ".",)}
 PREFIXES["base"] = tuple(prefix for prefixes in PREFIXES.values() for prefix in prefixes)
 STAND_IN = ".llm-base"  # an InternLM2 as a Llama, for the time of the proof
-
-
-def mapped_for_lack_of_memory(trained: Trained, dtype: torch.dtype) -> bool:
-    """How the LLM is computed in float32: held in it (False), or where that does not fit, with its 16-bit weights left
-    in their files, mapped, and brought to float32 block by block (True): slower, and the same sums.
-
-    Raises:
-        Refusal: E-MEMORY, neither fits.
-    """
-    llm = {planned.name: torch.Size(planned.shape).numel() for planned in trained.llm_tensors()}
-    rest = sum(tensor.numel() for tensor in (*trained.vision.values(), *trained.projector.values()))
-    whole = (sum(llm.values()) + rest) * 4
-    stored = trained.llm_config.dtype
-    # the tower, one update, and copies of embedding and head where tokens were appended
-    lean = rest * 4 + max(llm.values()) * 4 + 2 * max(llm.values()) * 2
-    if trained.llm_config.model_type != read_json(trained.llm_folder / "config.json").get("model_type"):
-        lean += sum(llm.values()) * 2  # converted as it is read: no file to map
-    if trained.bits == 4:
-        linears = sum(count for name, count in llm.items() if name.endswith("proj.weight"))
-        lean = max(lean, rest * 4 + linears * 0.6 + (sum(llm.values()) - linears) * 4)
-    whole, lean = (int(need * 1.2) + OVERHEAD for need in (whole, lean))
-    available = psutil.virtual_memory().available
-    if whole <= available:
-        return False
-    mappable = stored in (torch.bfloat16, torch.float16) and dtype == stored
-    if mappable and lean <= available:
-        return True
-    needs = ", or ".join(f"{need / 1e9:.1f} GB" for need in ([lean, whole] if mappable else [whole]))
-    raise Refusal(
-        "E-MEMORY", "too little memory to prove that the export computes what the run computes",
-        found=f"{available / 1e9:.1f} GB available", expected=needs, fix="--no_proof, or export on a larger machine",
-    )  # fmt: skip
 
 
 def write_probe(trained: Trained, layout: Layout, folder: Path, mapped: bool) -> list[Question]:
@@ -123,7 +85,7 @@ def prove(trained: Trained, layout: Layout, folder: Path, dtype: torch.dtype, ma
     """Compare the export in ``folder`` with the run; the report, for ``export_report.json``.
 
     Args:
-        mapped: :func:`mapped_for_lack_of_memory`.
+        mapped: :func:`llava_moslora.export.mapped_weights.needed`.
 
     Raises:
         Refusal: K-PROOF, they differ; the figures are in the message.
@@ -158,7 +120,7 @@ def _expected(trained: Trained, layout: Layout, folder: Path, questions: list[Qu
         del answerer  # one model in memory at a time
         answerer = _load(trained, 16, mapped)
     if layout.merged and trained.adapter is not None and mapped:
-        _merge_where_used(answerer, dtype)
+        mapped_weights.merge_where_used(_inner(answerer), dtype)
     elif layout.merged and trained.adapter is not None:
         _merge(answerer, dequantised=trained.bits == 4 and not quantised)
     _round(answerer, layout, dtype)
@@ -217,42 +179,6 @@ def _merge(answerer: Answerer, *, dequantised: bool) -> None:
         answerer.model, _ = merge_over_4bit(answerer.model)
     else:
         answerer.model = answerer.model.merge_and_unload()
-
-
-def _merge_where_used(answerer: Answerer, dtype: torch.dtype) -> None:
-    """A model that computes as if it were merged and rounded to ``dtype``: the LLM's linears add their updates to a
-    block of the weight at a time, when they are used. Linears in NF4 are dequantised there."""
-    inner = _inner(answerer)
-    wrapped = {module.get_base_layer() for module in inner.modules() if isinstance(module, LoraLayer)}
-    for name, module in inner.named_modules():
-        in_llm = f"{name}.".startswith(PREFIXES["llm"])
-        if isinstance(module, LoraLayer) and not in_llm:
-            module.merge()
-        elif isinstance(module, LoraLayer) or (in_llm and _is_4bit(module) and module not in wrapped):
-            module.forward = functools.partial(_merged_linear, module, dtype)
-
-
-def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
-    base, update = module, None
-    if isinstance(module, LoraLayer):
-        base, update = module.get_base_layer(), module.get_delta_weight(ADAPTER_NAME)  # (out, in)
-    weight = base.weight
-    if _is_4bit(base):
-        from llava_moslora.adapters.quantised import dequantised
-
-        weight = dequantised(base)
-    step = max(1, reopen.BLOCK // weight.shape[1])
-    blocks = []
-    for k in range(0, len(weight), step):
-        rows = weight[k : k + step].float()
-        rows = rows if update is None else rows + update[k : k + step]
-        blocks.append(F.linear(x, rows.to(dtype).float()))
-    result = torch.cat(blocks, dim=-1)
-    return result if base.bias is None else result + base.bias.float()
-
-
-def _is_4bit(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "weight", None), "quant_state")
 
 
 @torch.no_grad()

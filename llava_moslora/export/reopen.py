@@ -209,11 +209,17 @@ def compute_in_float32(model: nn.Module) -> None:
 
 
 def linear(part: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """float32[…, out] of float32[…, in], a block of rows of the weight at a time."""
-    step = max(1, BLOCK // part.in_features)
-    blocks = [F.linear(x, part.weight[k : k + step].float()) for k in range(0, part.out_features, step)]
-    result = torch.cat(blocks, dim=-1)
-    return result if part.bias is None else result + part.bias.float()
+    return by_rows(x, part.weight.shape, part.bias, lambda begin, end: part.weight[begin:end].float())
+
+
+def by_rows(x: torch.Tensor, shape: tuple, bias: torch.Tensor | None, rows) -> torch.Tensor:
+    """float32[…, out] of float32[…, in] by a weight of ``shape`` (out, in), a block of its rows at a time.
+
+    ``rows(begin, end)`` gives the block in float32.
+    """
+    step = max(1, BLOCK // shape[1])
+    result = torch.cat([F.linear(x, rows(k, k + step)) for k in range(0, shape[0], step)], dim=-1)
+    return result if bias is None else result + bias.float()
 
 
 def embedding(part: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:

@@ -98,12 +98,9 @@ def load_run(
 
 def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
     if (checkpoint / "adapter").is_dir():
+        # float32 also over 16-bit weights, as trained; rounded below where ``dtype`` asks for it
         model = PeftModel.from_pretrained(
-            # float32 also over 16-bit weights, as trained; rounded below where ``dtype`` asks for it
-            model,
-            str(checkpoint / "adapter"),
-            adapter_name=ADAPTER_NAME,
-            autocast_adapter_dtype=True,
+            model, str(checkpoint / "adapter"), adapter_name=ADAPTER_NAME, autocast_adapter_dtype=True
         )
         for name, parameter in model.named_parameters():
             if "lora_" in name or "modules_to_save" in name:

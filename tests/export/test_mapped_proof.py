@@ -12,7 +12,7 @@ from tiny import write_llm
 from transformers import AutoModelForCausalLM
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export import proof, reopen
+from llava_moslora.export import mapped_weights, proof, reopen
 from llava_moslora.export.job import TARGETS, export
 from llava_moslora.export.source import DEQUANTIZED, ORIGINAL
 
@@ -41,7 +41,7 @@ def run(parts, tmp_path_factory, request):
 
 
 def short_of_memory(monkeypatch, megabytes: float) -> None:
-    monkeypatch.setattr(proof, "OVERHEAD", 0)
+    monkeypatch.setattr(mapped_weights, "OVERHEAD", 0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=int(megabytes * 1e6)))
 
 
@@ -59,7 +59,7 @@ def test_it_proves_what_the_whole_model_in_memory_does(run, tmp_path, monkeypatc
     for base in bases:
         held = reports(run, tmp_path / f"held-{base}", kind, merge_base=base)
         with monkeypatch.context() as patch:
-            patch.setattr(proof, "mapped_for_lack_of_memory", lambda *_: True)
+            patch.setattr(mapped_weights, "needed", lambda *_: True)
             mapped = reports(run, tmp_path / f"mapped-{base}", kind, merge_base=base)
         assert held["llm_weights"] == "held in float32" and mapped["llm_weights"].startswith("mapped")
         assert mapped["proof"] == "passed" and mapped["compared"] == held["compared"]
@@ -83,7 +83,7 @@ def test_a_wrong_export_is_still_found(run, tmp_path, monkeypatch):
         return find(folder)
 
     monkeypatch.setattr(proof, "_reopened", spoilt)
-    monkeypatch.setattr(proof, "mapped_for_lack_of_memory", lambda *_: True)
+    monkeypatch.setattr(mapped_weights, "needed", lambda *_: True)
     with pytest.raises(Refusal, match=r"K-PROOF.*logits"):
         export(run.folder, tmp_path / "out")
 
@@ -108,7 +108,7 @@ def test_it_is_chosen_where_float32_does_not_fit(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_over_an_internlm2(parts, tmp_path, monkeypatch, kind):
     reopen_here(monkeypatch)
-    monkeypatch.setattr(proof, "mapped_for_lack_of_memory", lambda *_: True)
+    monkeypatch.setattr(mapped_weights, "needed", lambda *_: True)
     llm = in_bfloat16(internlm2(tmp_path / "llm", intermediate_size=128, max_position_embeddings=512))
     trained_run(tmp_path / "run", llm, parts.clip, parts.projector)
     report = reports(SimpleNamespace(folder=tmp_path / "run"), tmp_path / "out", kind)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_clip, write_llm
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export import job, proof, streaming
+from llava_moslora.export import job, mapped_weights, proof, streaming
 from llava_moslora.export.job import export
 from llava_moslora.runs.manifest import write_manifest
 
@@ -113,7 +113,7 @@ def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
     monkeypatch.setattr(job.shutil, "disk_usage", lambda _: usage(10**6))
     refused(run, tmp_path / "out", r"E-DISK\] .*too little space; found 0\.00 GB; expected 0\.07 GB")
     monkeypatch.undo()
-    monkeypatch.setattr(proof.psutil, "virtual_memory", lambda: memory(10**5))
+    monkeypatch.setattr(mapped_weights.psutil, "virtual_memory", lambda: memory(10**5))
     refused(run, tmp_path / "out", r"E-MEMORY\] too little memory to prove.*fix: --no_proof")
 
 
