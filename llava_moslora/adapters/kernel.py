@@ -15,7 +15,7 @@ Two costs of the plain formula go away:
   has to be waited for; activation checkpointing restores the generator, draws the same seed and so the same mask.
 
 On a GPU dropout happens inside the products (:mod:`llava_moslora.adapters.triton_dropout`), which read x once and store
-no mask. ``LLAVA_MOSLORA_KERNEL=torch`` in the environment chooses plain torch operations there too; the masks are others.
+no mask. ``LLAVA_MOSLORA_KERNEL=torch`` in the environment chooses plain torch operations there too, with other masks.
 :mod:`llava_moslora.adapters.linear` is this branch together with the frozen linear around it.
 
 It is a custom operation, not an ``autograd.Function``: a ``torch.Generator`` inside one breaks

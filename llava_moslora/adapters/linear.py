@@ -177,7 +177,7 @@ OPERATION = torch.ops.llava_moslora.adapted_linear.default
 
 
 def flops(rows: int, i: int, o: int, r: int, mixed: bool, need_x: bool = True) -> dict[str, int]:
-    """FLOPs (2 per multiply-add) of the whole layer in ``forward`` and ``backward``: the frozen linear and the branch."""
+    """FLOPs (2 per multiply-add) of the whole layer in ``forward`` and ``backward``, frozen linear and branch."""
     branch, frozen = kernel.flops(rows, i, o, r, mixed, need_x), 2 * rows * i * o
     # The branch alone recomputes u; here it is kept, unless it is too large.
     spared = 2 * rows * r * i if keeps(r, i) else 0

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+# Below this many supervised positions the logits are small enough to be made at once, which is faster.
+FUSED_LOSS_ROWS = 4096
 IGNORE_INDEX = -100  # transformers' value; the data layer writes it, the loss reads it
 
 
@@ -49,7 +51,7 @@ class Llava(LlavaForConditionalGeneration):
         hidden = self.model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
         supervised = labels[:, 1:] != IGNORE_INDEX  # (B, T-1)
         hidden, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]  # (S, D), (S)
-        if self.fused_loss:
+        if self.fused_loss and len(targets) > FUSED_LOSS_ROWS:
             loss = self._fused_loss(hidden, targets)
         else:
             logits = self.lm_head(hidden)  # (S, V)
