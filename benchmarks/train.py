@@ -226,6 +226,7 @@ def train_stock(folder: Path, args: argparse.Namespace) -> None:
             for batch in batches:
                 batch.pop("record")
                 self.speed.count(batch)
+                del batch["lengths"]
             return batches, tokens
 
         def _get_train_sampler(self, *_):

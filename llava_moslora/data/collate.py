@@ -26,10 +26,12 @@ class Collator:
     """Makes a batch of rows (dictionaries with ``input_ids labels images shard record id number``).
 
     With ``pack_to``, several records share a line of at most that many tokens (or of the longest record's), so that
-    less is padded. Positions restart at 0 with each record and there is no ``attention_mask``: that is how
-    transformers recognises packed lines (with ``use_cache=False``; a cache switches it off in silence), for every
-    attention implementation, and lets no record see another. The records of the batch, and so its loss, are the same as
-    without packing.
+    less is padded. Positions restart at 0 with each record: that is how transformers recognises packed lines (with
+    ``use_cache=False``; a cache switches it off in silence), for every attention implementation, and lets no record see
+    another. The records of the batch, and so its loss, are the same as without packing.
+
+    There is never an ``attention_mask``: padding comes after every token, so causal attention never sees it, and it has
+    no label. With a mask torch could not use its causal flash attention.
 
     Args:
         pad_token_id: fills the right side of shorter lines; nothing attends to it and no label is trained.
@@ -48,9 +50,9 @@ class Collator:
     data_files: tuple[str, ...] = ()
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """``input_ids labels`` int64[B, T], ``attention_mask`` (packed: ``position_ids``) int64[B, T], ``record``
-        int64[rows] (the rows' ``number``) and, if any row has pictures, ``pixel_values`` float32[N, 3, H, W] in the
-        order of the placeholders.
+        """``input_ids labels`` int64[B, T], packed also ``position_ids`` int64[B, T], ``record`` and ``lengths``
+        int64[rows] (the rows' ``number`` and tokens, in their order in the lines) and, if any row has pictures,
+        ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders.
 
         Raises:
             Refusal: I-..., a picture that cannot be used; D-LABELS, no token is trained. Both name the record.
@@ -64,10 +66,9 @@ class Collator:
             "input_ids": _pad([_joined(line, "input_ids") for line in lines], self.pad_token_id),
             "labels": _pad([_joined(line, "labels") for line in lines], IGNORE_INDEX),
             "record": torch.tensor([row["number"] for row in rows]),
+            "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
         }
-        if self.pack_to is None:
-            batch["attention_mask"] = _pad([[1] * len(row["input_ids"]) for row in rows], 0)
-        else:
+        if self.pack_to is not None:
             batch["position_ids"] = _positions(lines, batch["input_ids"].shape[1])
         pictures = [self._picture(name, row) for row in rows for name in row["images"]]
         if pictures:

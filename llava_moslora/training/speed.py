@@ -113,7 +113,7 @@ class Speed:
 
     def count(self, batch: dict[str, Tensor]) -> None:
         """A micro-batch as :class:`~llava_moslora.data.collate.Collator` makes it, still on the CPU."""
-        lengths = record_lengths(batch)
+        lengths = batch["lengths"]
         tokens, pictures = int(lengths.sum()), len(batch.get("pixel_values", ()))
         trained = int((batch["labels"] != IGNORE_INDEX).sum())
         per = self.flops
@@ -142,13 +142,3 @@ class Speed:
         if memory:
             found["peak_memory_gib"] = round(float(most), 2)
         return found
-
-
-def record_lengths(batch: dict[str, Tensor]) -> Tensor:
-    """int64[records]: tokens of each record, padding not counted. Of packed lines (int64[B, T] ``position_ids``, which
-    begin at 0 with every record) the stretches without a label are padding: a record always has one."""
-    if "attention_mask" in batch:
-        return batch["attention_mask"].sum(1)
-    record = (batch["position_ids"] == 0).flatten().cumsum(0) - 1  # (B·T)
-    trained = torch.bincount(record, weights=(batch["labels"] != IGNORE_INDEX).flatten().float())
-    return torch.bincount(record)[trained > 0]
