@@ -39,6 +39,7 @@ class Collator:
         transform: the vision tower's.
         follow_links: see :func:`~llava_moslora.data.images.load_image`.
         pack_to: tokens per line; ``None``: one record per line.
+        image_token_id: the placeholder's; with it a batch says where its pictures' features go.
         data_files: the sources that rows count their ``source`` by; named in refusals where there are several.
     """
 
@@ -47,12 +48,15 @@ class Collator:
     transform: ImageTransform
     follow_links: bool = False
     pack_to: int | None = None
+    image_token_id: int | None = None
     data_files: tuple[str, ...] = ()
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
         """``input_ids labels`` int64[B, T], packed also ``position_ids`` int64[B, T], ``record`` and ``lengths``
         int64[rows] (the rows' ``number`` and tokens, in their order in the lines) and, if any row has pictures,
-        ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders.
+        ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders. Counted in the flattened B·T, so that the
+        model need not ask the device how many there are: ``label_positions`` int64[S], the tokens with a label that
+        have one before them, and with pictures ``image_positions`` int64[N·P], the placeholders.
 
         Raises:
             Refusal: I-..., a picture that cannot be used; D-LABELS, no token is trained. Both name the record.
@@ -68,11 +72,16 @@ class Collator:
             "record": torch.tensor([row["number"] for row in rows]),
             "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
         }
+        trained = batch["labels"] != IGNORE_INDEX
+        trained[:, 0] = False  # nothing comes before it that could predict it
+        batch["label_positions"] = _places(trained)
         if self.pack_to is not None:
             batch["position_ids"] = _positions(lines, batch["input_ids"].shape[1])
         pictures = [self._picture(name, row) for row in rows for name in row["images"]]
         if pictures:
             batch["pixel_values"] = torch.stack(pictures)
+            if self.image_token_id is not None:
+                batch["image_positions"] = _places(batch["input_ids"] == self.image_token_id)
         return batch
 
     def _picture(self, name: str, row: dict) -> torch.Tensor:
@@ -128,6 +137,11 @@ def _first_fit(rows: list[dict], limit: int) -> list[list[dict]]:
         lines[line].append(row)
         room[line] -= length
     return lines
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor:
+    """int64[n]: where a bool[B, T] is true, counted in the flattened B·T."""
+    return mask.flatten().nonzero().squeeze(1)
 
 
 def _length(line: list[dict]) -> int:

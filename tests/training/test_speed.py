@@ -63,6 +63,26 @@ def test_the_share_of_the_peak(parts, monkeypatch):
     assert figures["tokens_per_second"] == TOKENS / 2 and figures["samples_per_second"] == 0.5
 
 
+def test_figures_are_of_all_ranks(parts, monkeypatch):
+    """Sums of what was counted, the most of the memory, and one exchange for all of them."""
+    speed = Speed(model_of(parts, adapters=False), torch.device("cpu"))
+    speed.count({"lengths": torch.tensor([3, 4]), "labels": torch.full((2, 4), 5)})
+    exchanged = []
+
+    def all_gather(rows, mine):
+        exchanged.append(mine)
+        rows[0].copy_(mine)
+        rows[1].copy_(mine * 2 + torch.tensor([0, 0, 0, 1.5]))
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    monkeypatch.setattr("time.monotonic", lambda: speed.since + 2)
+    figures = speed.figures()
+    assert figures == {"tokens_per_second": 10.5, "samples_per_second": 3.0, "peak_memory_gib": 1.5}
+    assert len(exchanged) == 1 and speed.counted["tokens"] == 0
+
+
 def test_peaks_are_found_by_name(monkeypatch):
     assert peak_of(torch.device("cpu")) is None
     for name, peak in [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12)]:
