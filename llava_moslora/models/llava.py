@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from llava_moslora.models.attention import needs_no_mask, no_mask
+
 IGNORE_INDEX = -100  # transformers' value; the data layer writes it, the loss reads it
 
 
@@ -29,17 +31,20 @@ class Llava(LlavaForConditionalGeneration):
         label_positions: Tensor | None = None,
         image_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        position_ids: Tensor | None = None,
         **kwargs,
     ):
         """
         Args:
             input_ids: int64[B, T]; each picture is a run of ``config.image_token_id``, one per patch.
             pixel_values: float[N, 3, H, W] in the order of the pictures in ``input_ids``, or None without pictures.
-            attention_mask: int64[B, T], 1 for tokens, 0 for padding.
+            attention_mask: int64[B, T], 1 for tokens, 0 for padding; not needed where padding is on the right.
             labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken; position t is predicted from t-1.
             label_positions: int64[S], where ``labels`` has one at t > 0, in the flattened B·T. Given, like
                 ``image_positions``, by the collator; found here otherwise, for which the host waits for the device.
             image_positions: int64[N·P], where ``input_ids`` has placeholders, in the flattened B·T.
+            position_ids: int64[B, T] of packed lines, from 0 in every record. With them ``kwargs`` has transformers'
+                ``cu_seq_lens_q``, ``max_length_q`` (and ``_k``), by which kernels find the records without a mask.
             num_items_in_batch: the number the summed loss is divided by; default: S, a mean over this batch.
 
         Returns:
@@ -48,10 +53,20 @@ class Llava(LlavaForConditionalGeneration):
         """
         if labels is None:
             return super().forward(
-                input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, **kwargs
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **kwargs,
             )
         embeds = self._embed(input_ids, pixel_values, image_positions)
-        hidden = self.model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
+        packed = position_ids is not None
+        told = attention_mask is None and (not packed or "cu_seq_lens_q" in kwargs)
+        if told and needs_no_mask(self.config.text_config, embeds, packed=packed):
+            attention_mask = no_mask(embeds)
+        hidden = self.model(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
+        )[0]  # (B, T, D)
         if label_positions is None:
             trained = F.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))  # (B, T)
             label_positions = trained.flatten().nonzero().squeeze(1)
