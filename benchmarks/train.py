@@ -226,6 +226,8 @@ def train_stock(folder: Path, args: argparse.Namespace) -> None:
             for batch in batches:
                 batch.pop("record")
                 self.speed.count(batch)
+                for ours_only in ("lengths", "label_positions"):  # the model is stock transformers'
+                    del batch[ours_only]
             return batches, tokens
 
         def _get_train_sampler(self, *_):

@@ -164,6 +164,7 @@ def main() -> None:
             ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio, data_args.image_engine),
             follow_links=data_args.follow_image_links,
             pack_to=data_args.model_max_length if args.packing else None,
+            image_token_id=image_token_id(tokenizer),
             data_files=tuple(data_args.data_path),
         ),
         sampler=sampler,
