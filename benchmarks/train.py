@@ -14,7 +14,7 @@ projector:
 Each row is written to --output when it has ended, one that fails with its message. The table shows tokens per second
 (padding not counted) and MFU, medians after the warm-up, and the peak memory of a step; the file holds every step's
 time and loss and, where there is one, what a roofline says beforehand. --profile adds two steps under torch's
-profiler. --tiny runs the same code with tiny parts on a CPU and writes nothing unless --output names a file: its
+profiler. --tiny runs the same code with tiny parts, on a CPU too, and writes nothing unless --output names a file: its
 figures mean nothing.
 """
 
@@ -27,36 +27,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA: rows are forked
 
 import argparse
-import contextlib
-import importlib
 import json
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from train_row import ROOT, STOCK, Job, Row, common_settings, ours_command, run_row
+from train_process import can_fork, measure
+from train_row import PROFILED, ROOT, STOCK, Job, Row, common_settings, ours_command, run_row
 
 from llava_moslora.errors import Refusal, run_script
 
 ROWS = ["stock", "stock-bf16", "zero2+full", "zero2+full+liger", "zero0+full+liger", "zero0+selective+liger"]
 ROWS += ["zero0+none+liger@4", "zero2+full+liger+4bit"]
-# Imported once, before rows are forked. Not the package itself, which reads its environment, nor what starts CUDA.
-PRELOADED = (
-    "transformers.trainer",
-    "transformers.models.llava.modeling_llava",
-    "transformers.models.clip.modeling_clip",
-)
-PRELOADED += ("transformers.models.llama.modeling_llama", "peft", "datasets", "accelerate", "deepspeed")
 # (row, batch) → (milliseconds per step, peak GiB) on an H100 as a roofline has them: the sum over operations of the
 # larger of FLOPs / 700 TFLOP/s and bytes / 3.0 TB/s, a lower bound, at 2,048 tokens and 200 labels a record. "~": of
 # figures for an H200, split into products and memory traffic and brought to these two rates. None: not computed.
@@ -82,7 +71,7 @@ ROOFLINE = {
 
 
 def main() -> None:
-    args = parse()
+    begin, args = time.monotonic(), parse()
     rows = [Row.parse(text) for text in args.rows]
     if not args.tiny and not args.dry_run and not torch.cuda.is_available():
         raise Refusal("E-DEVICE", "needs a GPU with about 40 GB", found="none", fix="--tiny runs the code on a CPU")
@@ -95,7 +84,9 @@ def main() -> None:
         result = prepared(folder, jobs, args)
         results = Results(args.output, result, read_rows(args.output, result["device"]) if args.append else [])
         before = len(results.rows)
-        measure(jobs, results, args, by_fork=not args.fresh and can_fork(args.tiny))
+        by_fork = not args.fresh and can_fork()
+        deadline = args.deadline - (time.monotonic() - begin) + time.time()
+        measure(jobs, results.add, by_fork=by_fork, alone=args.alone, limit=args.limit, deadline=deadline)
     finally:
         if args.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -125,10 +116,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/train-DEVICE.json")
     parser.add_argument("--append", action="store_true", help="keep the rows that --output holds")
     parser.add_argument("--limit", type=float, default=150, help="seconds that a row may take once it has the GPU")
-    parser.add_argument("--deadline", type=float, help="seconds from now after which no row is started, or goes on")
+    parser.add_argument(
+        "--deadline", type=float, default=float("inf"), help="seconds from now until whatever still runs is stopped"
+    )
     parser.add_argument("--alone", action="store_true", help="load a row's weights only when the row before has ended")
     parser.add_argument("--fresh", action="store_true", help="a new interpreter for each row, instead of a fork")
-    parser.add_argument("--tiny", action="store_true", help="tiny parts on a CPU: the code, not the cost")
+    parser.add_argument("--tiny", action="store_true", help="tiny parts, on a CPU too: the code, not the cost")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -138,13 +131,12 @@ def parse() -> argparse.Namespace:
         raise Refusal("C-FLAG", "no step is counted", key="--warm-up", found=args.warm_up, expected="less than --steps")
     if args.append and args.output is None:
         raise Refusal("C-FLAG", "appends to what?", key="--append", fix="name the file with --output")
-    args.begin = time.monotonic()
     return args
 
 
 def make_job(row: Row, number: int, folder: Path, args: argparse.Namespace) -> Job:
     largest = max(Row.parse(text).batch or args.batch for text in args.rows)
-    count = largest * (args.steps + 2 * args.profile)
+    count = largest * (args.steps + PROFILED * args.profile)
     label = re.sub(r"[^\w.-]+", "-", row.name)
     return Job(
         row=row.name,
@@ -155,7 +147,7 @@ def make_job(row: Row, number: int, folder: Path, args: argparse.Namespace) -> J
         layers=args.layers,
         tiny=args.tiny,
         profile=args.profile,
-        workers=0 if args.tiny else args.workers,
+        workers=args.workers,
         folder=str(folder),
         data=str(folder / f"data-{args.lengths}-{count}.json"),
         records=count,
@@ -199,127 +191,22 @@ def run_child(text: str) -> None:
         folder = Path(job.folder)
         make_parts(folder, tiny=job.tiny, layers=job.layers)
         make_data(Path(job.data), folder, job.lengths, job.records, tiny=job.tiny)
-        (folder / "facts.json").write_text(json.dumps(facts(job.tiny)))
+        (folder / "facts.json").write_text(json.dumps(facts()))
     else:
         run_row(Job(**words))
     sys.stdout.flush()
     os._exit(0)
 
 
-def can_fork(tiny: bool) -> bool:
-    """Import what all rows import; False where an import has started CUDA, which does not survive a fork."""
-    for name in PRELOADED:
-        importlib.import_module(name)
-    if tiny:
-        return True
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(BaseException):
-            torch.ones(8, device="cuda").sum().item()
-            os._exit(0)
-        os._exit(1)
-    forks = os.waitpid(child, 0)[1] == 0
-    if not forks:
-        print("CUDA was started by an import: every row gets a new interpreter", flush=True)
-    return forks
-
-
-class Process:
-    """A row's process: a fork of this one, or a new interpreter."""
-
-    def __init__(self, job: Job, by_fork: bool):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.job = Job(**asdict(job) | {"port": probe.getsockname()[1]})
-        shutil.rmtree(job.run, ignore_errors=True)
-        for name in ("gate", "result.json", "log"):
-            job.beside(name).unlink(missing_ok=True)
-        self.ended = self.timed_out = False
-        log = os.open(job.beside("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        if by_fork:
-            sys.stdout.flush()
-            self.id = os.fork()
-            if self.id == 0:
-                self._be_row(log)
-        else:
-            command = [sys.executable, __file__, "--child", json.dumps(asdict(self.job))]
-            self.id = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True).pid
-        os.close(log)
-
-    def _be_row(self, log: int) -> None:
-        try:
-            os.setsid()
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            run_row(self.job)
-            sys.stdout.flush()
-        finally:
-            os._exit(0)
-
-    @property
-    def has_gpu(self) -> bool:
-        return self.job.beside("gate").exists()
-
-    def poll(self, deadline: float) -> bool:
-        """True when it has ended; one that has had the GPU for too long is killed."""
-        if not self.ended:
-            over = time.time() > deadline
-            if not over and self.has_gpu:
-                over = time.time() - self.job.beside("gate").stat().st_mtime > self.limit
-            if over:
-                self.timed_out = True
-                os.killpg(self.id, signal.SIGKILL)
-            self.ended = os.waitpid(self.id, 0 if over else os.WNOHANG)[0] != 0
-            if self.ended:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.id, signal.SIGKILL)  # workers that are left
-                for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.job.port}_*"):
-                    buffer.unlink()  # which DeepSpeed leaves behind on a CPU
-        return self.ended
-
-    limit = float("inf")
-
-    def result(self) -> dict:
-        job, row = self.job, Row.parse(self.job.row)
-        facts = {"row": job.row, "batch": job.batch, "lengths": job.lengths, "layers": job.layers}
-        facts |= {"steps": job.steps, "warm_up": job.warm_up}
-        file = job.beside("result.json")
-        if file.exists():
-            found = json.loads(file.read_text())
-        else:
-            tail = job.beside("log").read_text(errors="replace")[-400:]
-            found = {"status": "stopped" if self.timed_out else "died", "message": tail}
-        expected = roofline(row, job)
-        return facts | found | ({"roofline": expected} if expected else {})
-
-
-def roofline(row: Row, job: Job) -> dict | None:
-    """What was computed beforehand for this row; on a GPU the adapters' kernel is Triton's unless it says otherwise."""
-    if job.tiny or job.layers or job.lengths != "uniform":
+def roofline(row: dict, tiny: bool) -> dict | None:
+    """What was computed beforehand for this row; the adapters' kernel is Triton's unless it says otherwise."""
+    if tiny or row["layers"] or row["lengths"] != "uniform":
         return None
-    name = row.name
-    if row.base not in STOCK and row.kernel is None:
-        name = f"{name}+triton" if row.bits == 16 else name
-    ms, peak = ROOFLINE.get((name, job.batch), (None, None))
+    parsed = Row.parse(row["row"])
+    if parsed.base not in STOCK and parsed.kernel is None:
+        parsed = replace(parsed, kernel="triton")
+    ms, peak = ROOFLINE.get((parsed.name, row["batch"]), (None, None))
     return None if ms is peak is None else {"ms_at_least": ms, "peak_allocated_gib": peak}
-
-
-def measure(jobs: list[Job], results: Results, args: argparse.Namespace, by_fork: bool) -> None:
-    """One row after the other; the next one loads its weights while the one before it trains, unless ``--alone``."""
-    deadline = float("inf") if args.deadline is None else time.time() + args.begin + args.deadline - time.monotonic()
-    Process.limit = args.limit
-    waiting, running = deque(jobs), deque()
-    while waiting or running:
-        if running and running[0].poll(deadline):
-            results.add(running.popleft().result())
-        free = not running or (not args.alone and len(running) == 1 and running[0].has_gpu)
-        if waiting and time.time() > deadline:
-            names = ", ".join(job.row for job in waiting)
-            print(f"not started: {names}", flush=True)
-            waiting.clear()
-        elif waiting and free:
-            running.append(Process(waiting.popleft(), by_fork))
-        time.sleep(0.05)
 
 
 class Results:
@@ -329,8 +216,10 @@ class Results:
         self.output, self.facts, self.rows = output, facts, rows
 
     def add(self, row: dict) -> None:
+        if expected := roofline(row, self.facts["tiny"]):
+            row["roofline"] = expected
         self.rows.append(row)
-        print(table([row], head=False), flush=True)
+        print(table(self.rows, last=True), flush=True)
         if self.output is None:
             return
         self.output.parent.mkdir(parents=True, exist_ok=True)
@@ -364,11 +253,11 @@ def setting(row: dict) -> tuple:
     return row["lengths"], row["layers"], row["batch"]
 
 
-def table(rows: list[dict], head: bool = True) -> str:
-    """A line per row; its ratio is to the last ``stock`` of the same records per step."""
+def table(rows: list[dict], last: bool = False) -> str:
+    """A line per row, or of the last row alone with more in it; ratios are to the last ``stock`` of the same size."""
     base = {setting(r): r["tokens_per_second"] for r in rows if r["row"] == "stock" and r["status"] == "ok"}
-    lines = [f"{'':<36}{'tokens/s':>9}{'MFU':>7}{'GiB':>7}{'reserved':>9}{'× stock':>8}"] if head else []
-    for row in rows:
+    lines = [f"{'':<36}{'tokens/s':>9}{'MFU':>7}{'GiB':>7}{'reserved':>9}{'× stock':>8}"] if not last else []
+    for row in rows[-1:] if last else rows:
         words = [f"{row['row']}@{row['batch']}"]
         words += [row["lengths"]] * (row["lengths"] != "uniform") + [f"{row['layers']} layers"] * bool(row["layers"])
         line = f"{' '.join(words):<36}"
@@ -381,7 +270,7 @@ def table(rows: list[dict], head: bool = True) -> str:
             )
             ratio = row["tokens_per_second"] / base[setting(row)] if setting(row) in base else None
             line += "" if ratio is None else f"{ratio:>8.2f}"
-            if not head:
+            if last:
                 startup = row["startup_seconds"]["until_first_step"]
                 line += f"  {row['ms_per_step']:.0f} ms, loss {row['losses'][-1]}, start-up {startup:.0f} s"
         else:

@@ -47,7 +47,7 @@ def make_parts(folder: Path, *, tiny: bool, layers: int | None) -> None:
     """``llm/ clip/ projector.safetensors images/`` in ``folder``, unless they are there; with ``layers`` an
     ``llm-N/`` of the first N layers too, which shares the files of ``llm/``."""
     if not (folder / "done").exists():
-        device = "cpu" if tiny else "cuda"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         sys.path.insert(0, str(ROOT / "tests"))
         from tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
 
@@ -196,7 +196,7 @@ def _frame(picture: bool, tokenizer, patches: int) -> tuple[int, int]:
     return len(made.input_ids) - 2, sum(label != IGNORE_INDEX for label in made.labels) - 1
 
 
-def facts(tiny: bool) -> dict:
+def facts() -> dict:
     """The device and the versions that a result names."""
     packages = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "liger_kernel", "triton")
     versions = {}
@@ -205,5 +205,5 @@ def facts(tiny: bool) -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    device = "cpu" if tiny else torch.cuda.get_device_name()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"device": device, "python": platform.python_version(), "versions": versions}

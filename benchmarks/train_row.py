@@ -1,8 +1,8 @@
-"""One row of benchmarks/train.py, in a process of its own: a run that is timed, step by step, by :class:`Meter`.
+"""One row of benchmarks/train.py, in a process of its own: a run that is timed step by step.
 
 Ours is scripts/train_vit_llm.py as a user starts it. Stock is PEFT's LoRA on ``LlavaForConditionalGeneration`` under a
 plain Hugging Face Trainer, over the same batches, from the same collator, with the same optimizer and loader settings.
-Both are measured by the same callback, which this file adds to whatever Trainer is made.
+Both are measured by the same callback (train_meter.py).
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ import json
 import os
 import re
 import runpy
-import statistics
-import subprocess
 import sys
 import time
 import traceback
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from llava_moslora.errors import Refusal
@@ -27,21 +24,7 @@ ROOT = Path(__file__).parents[1]
 STOCK = {"stock": True, "stock-bf16": False}  # name → PEFT's adapters in float32, as it has them by default
 RECOMPUTE = re.compile(r"none|full|selective|every:[1-9]\d*")
 KERNELS = ("torch", "triton")
-GIB = 2**30
 PROFILED = 2  # steps
-KEPT = 40  # kernels of a profile
-# first match counts; kernels' names as cuBLAS, cuDNN, ATen, Triton and NCCL have them
-GROUPS = {
-    "attention": r"fmha|flash|attention|sdpa",
-    "product": r"gemm|nvjet|cublas|cutlass|xmma|matmul|\bmm\b|addmm|bmm|linear|convolution|conv2d|implicit",
-    "optimizer": r"multi_tensor|adam|lamb|l2norm",
-    "random": r"bernoulli|dropout|philox|distribution|random|normal_|uniform_",
-    "norm, softmax, loss": r"norm|softmax|cross_entropy|nll",
-    "communication": r"nccl|gloo|all_reduce|reduce_scatter",
-    "copy": r"memcpy|memset|copy|cat|index|gather|scatter|masked",
-    "reduction": r"reduce|sum",
-    "elementwise": r"elementwise|vectorized|silu|swiglu|rope|mul|add",
-}
 
 
 @dataclass(frozen=True)
@@ -139,28 +122,32 @@ class Gate:
         self.job, self.waited = job, None
         self.lock = os.open(Path(job.folder) / "gpu.lock", os.O_RDWR | os.O_CREAT)
 
-    def enter(self) -> None:
+    def enter(self) -> float:
+        """Returns the seconds that this took."""
         if self.waited is not None:
-            return
+            return self.waited
         before = time.monotonic()
         fcntl.flock(self.lock, fcntl.LOCK_EX)  # until this process ends
         self.waited = time.monotonic() - before
         self.job.beside("gate").touch()
+        return self.waited
 
 
 def run_row(job: Job) -> None:
     """Measure, and write ``result.json`` beside the run folder whatever happens."""
     begin = time.monotonic()
+    from train_meter import metered  # the package, which the process that starts the rows does not import
+
     gate, row = Gate(job), Row.parse(job.row)
     result: dict[str, object] = {"status": "ok"}
     meters: list = []
     try:
         if row.bits == 4:
             gate.enter()  # weights are quantised on the GPU while they are loaded
-        with metered(job, gate, meters, begin):
+        with metered(gate.enter, meters, job, begin):
             train_stock(job, row) if row.base in STOCK else train_ours(job, row)
     except (Exception, SystemExit) as error:
-        result = {"status": status_of(error), "message": f"{type(error).__name__}: {error}"[:600]}
+        result = {"status": status_of(error), "message": message_of(error)}
         traceback.print_exc()
     for meter in meters:
         result |= meter.result()
@@ -169,159 +156,14 @@ def run_row(job: Job) -> None:
     os.replace(waiting, job.beside("result.json"))
 
 
+def message_of(error: BaseException) -> str:
+    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"[:600]
+
+
 def status_of(error: BaseException) -> str:
     if type(error).__name__ == "OutOfMemoryError" or getattr(error, "code", "") == "E-MEMORY":
         return "out of memory"
     return "refused" if isinstance(error, Refusal) else "error"
-
-
-@contextmanager
-def metered(job: Job, gate: Gate, meters: list, begin: float):
-    """Every Trainer that is made waits for the GPU first and gets a :class:`Meter`, which sees its batches."""
-    from transformers import Trainer
-
-    init, get_batch_samples = Trainer.__init__, Trainer.get_batch_samples
-
-    def metered_init(self, *args, **kwargs):
-        gate.enter()
-        init(self, *args, **kwargs)
-        meters.append(make_meter(self, job, gate.waited, begin))
-        self.add_callback(meters[-1])
-
-    def counted_batches(self, *args):
-        batches, tokens = get_batch_samples(self, *args)
-        for batch in batches:
-            meters[-1].speed.count(batch)
-        return batches, tokens
-
-    Trainer.__init__, Trainer.get_batch_samples = metered_init, counted_batches
-    try:
-        yield
-    finally:
-        Trainer.__init__, Trainer.get_batch_samples = init, get_batch_samples
-
-
-def make_meter(trainer, job: Job, waited: float, begin: float):
-    """The callback that times every step; a class in a function, as its base is seconds of imports."""
-    import torch
-    from transformers import TrainerCallback
-
-    from llava_moslora.training.speed import Speed
-
-    cuda = trainer.args.device.type == "cuda"
-
-    class Meter(TrainerCallback):
-        def __init__(self):
-            self.speed = Speed(trainer.model, trainer.args.device)
-            self.steps: list[dict[str, float]] = []
-            self.startup = {"until_trainer": time.monotonic() - begin - waited}
-            self.at_rest = self.clock = self.profiler = self.profile = None
-
-        def now(self) -> float:
-            if cuda:
-                torch.cuda.synchronize()
-            return time.monotonic()
-
-        def on_train_begin(self, *_, **__):
-            if cuda:
-                self.at_rest = torch.cuda.memory_allocated() / GIB
-                torch.cuda.reset_peak_memory_stats()
-            self.before = self.now()
-            self.startup["until_first_step"] = self.before - begin - waited
-
-        def on_step_begin(self, args, state, control, **_):
-            if job.profile and state.global_step == job.steps:
-                kinds = torch.profiler.ProfilerActivity
-                self.profiler = torch.profiler.profile(activities=[kinds.CUDA if cuda else kinds.CPU])
-                self.before = self.now()
-                self.profiler.start()
-
-        def on_step_end(self, args, state, control, **_):
-            now, counted = self.now(), self.speed.counted
-            step = {"ms": 1e3 * (now - self.before), "tokens": counted["tokens"], "flops": counted["flops"]}
-            self.steps.append(step)
-            if len(self.steps) == 1:
-                self.startup["until_first_step_ended"] = now - begin - waited
-            if cuda and len(self.steps) == job.warm_up + 1:
-                self.clock = subprocess.Popen(
-                    ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                )
-            if self.profiler is not None and len(self.steps) == job.steps + PROFILED:
-                self.profiler.stop()
-                wall = sum(step["ms"] for step in self.steps[job.steps :])
-                self.profile = kernel_table(self.profiler, wall)
-            self.speed.counted = dict.fromkeys(counted, 0)
-            self.before = self.now()
-
-        def on_log(self, args, state, control, logs=None, **_):
-            if self.steps and "loss" in (logs or {}):
-                self.steps[-1]["loss"] = logs["loss"]
-
-        def result(self) -> dict[str, object]:
-            found = figures(self.steps[job.warm_up : job.steps], self.speed.peak)
-            if cuda:
-                found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
-                found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
-                found["at_rest_gib"] = self.at_rest
-            if self.clock is not None:
-                found["clock"] = self.clock.communicate()[0].strip()
-            if self.profile is not None:
-                found["profile"] = self.profile
-            startup = {name: round(seconds, 2) for name, seconds in self.startup.items()}
-            steps = {"ms": [round(s["ms"], 2) for s in self.steps], "losses": [s.get("loss") for s in self.steps]}
-            return found | {"startup_seconds": startup, "waited_for_gpu": round(waited, 2), **steps}
-
-    return Meter()
-
-
-def figures(steps: list[dict[str, float]], peak: float | None) -> dict[str, float]:
-    """Medians over steps ``{"ms", "tokens", "flops"}``; MFU where the device's peak in FLOP/s is known."""
-    if not steps:
-        return {}
-    found = {"ms_per_step": statistics.median(step["ms"] for step in steps)}
-    found["tokens_per_second"] = statistics.median(1e3 * step["tokens"] / step["ms"] for step in steps)
-    found["model_tflop_per_step"] = statistics.median(step["flops"] for step in steps) / 1e12
-    if peak is not None:
-        found["mfu"] = statistics.median(1e3 * step["flops"] / step["ms"] for step in steps) / peak
-    return found
-
-
-def kernel_table(profiler, wall_ms: float) -> dict[str, object]:
-    """Kernels (on a CPU: operators) by time and in groups, per step; ``busy_ms``: at least one of them runs."""
-    from torch.autograd import DeviceType
-
-    events = profiler.events()
-    on_device = [event for event in events if event.device_type == DeviceType.CUDA]
-    kernels: dict[str, list[float]] = {}
-    spans = []
-    for event in on_device or events:
-        span = event.time_range
-        spans.append((span.start, span.end))
-        entry = kernels.setdefault(event.name, [0, 0.0])
-        entry[0] += 1
-        entry[1] += (span.elapsed_us() if on_device else event.self_cpu_time_total) / 1e3
-    busy, until = 0.0, 0.0
-    for start, end in sorted(spans):
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-    groups: dict[str, list[float]] = {}
-    rows = []
-    for name, (calls, ms) in sorted(kernels.items(), key=lambda item: -item[1][1]):
-        group = next((g for g, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
-        total = groups.setdefault(group, [0, 0.0])
-        total[0], total[1] = total[0] + calls, total[1] + ms
-        rows.append({"name": name[:160], "group": group, "calls": calls / PROFILED, "ms": round(ms / PROFILED, 3)})
-    return {
-        "wall_ms": round(wall_ms / PROFILED, 2),
-        "busy_ms": round(busy / 1e3 / PROFILED, 2),
-        "groups": {
-            group: {"calls": calls / PROFILED, "ms": round(ms / PROFILED, 2)}
-            for group, (calls, ms) in sorted(groups.items(), key=lambda item: -item[1][1])
-        },
-        "kernels": rows[:KEPT],
-    }
 
 
 def ours_command(job: Job, row: Row) -> tuple[list[str], dict[str, str]]:
@@ -356,8 +198,6 @@ def longest(job: Job) -> int:
 
 
 def recompute_flags(mode: str) -> dict[str, object]:
-    from dataclasses import fields
-
     from llava_moslora.training.arguments import TrainingArguments
 
     if any(field.name == "recompute" for field in fields(TrainingArguments)) or mode not in ("none", "full"):
@@ -451,6 +291,11 @@ def train_stock(job: Job, row: Row) -> None:
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    own = {"gradient_checkpointing": True, "remove_unused_columns": False, "use_cpu": job.tiny, "disable_tqdm": True}
+    own = {
+        "gradient_checkpointing": True,
+        "remove_unused_columns": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
     settings = TrainingArguments(**common_settings(job) | own)
     Stock(model=model, args=settings, train_dataset=dataset, data_collator=collate).train()
