@@ -1,0 +1,179 @@
+"""The callback that times every step of benchmarks/train.py's rows, ours and stock alike, and profiles some of them."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch.autograd import DeviceType
+from train_row import PROFILED, Job
+from transformers import Trainer, TrainerCallback
+
+from llava_moslora.training.speed import Speed
+
+GIB = 2**30
+KEPT = 40  # kernels of a profile
+# first match counts; kernels' names as cuBLAS, cuDNN, ATen, Triton and NCCL have them
+GROUPS = {
+    "attention": r"fmha|flash|attention|sdpa",
+    "product": r"gemm|nvjet|cublas|cutlass|xmma|matmul|\bmm\b|addmm|bmm|linear|convolution|conv2d|implicit",
+    "optimizer": r"multi_tensor|adam|lamb|l2norm",
+    "random": r"bernoulli|dropout|philox|distribution|random|normal_|uniform_",
+    "norm, softmax, loss": r"norm|softmax|cross_entropy|nll",
+    "communication": r"nccl|gloo|all_reduce|reduce_scatter",
+    "copy": r"memcpy|memset|copy|cat|index|gather|scatter|masked",
+    "reduction": r"reduce|sum",
+    "elementwise": r"elementwise|vectorized|silu|swiglu|rope|mul|add",
+}
+
+
+@contextmanager
+def metered(wait: Callable[[], float], meters: list[Meter], job: Job, begin: float):
+    """Every Trainer that is made here waits for the GPU first and gets a :class:`Meter`, which sees its batches.
+
+    Args:
+        wait: returns the seconds that it took.
+        meters: where the meters are put.
+        begin: ``time.monotonic()`` when the process began.
+    """
+    init, get_batch_samples = Trainer.__init__, Trainer.get_batch_samples
+
+    def metered_init(self, *args, **kwargs):
+        waited = wait()
+        init(self, *args, **kwargs)
+        meters.append(Meter(self, job, waited, begin))
+        self.add_callback(meters[-1])
+
+    def counted_batches(self, *args):
+        batches, tokens = get_batch_samples(self, *args)
+        for batch in batches:
+            meters[-1].speed.count(batch)
+        return batches, tokens
+
+    Trainer.__init__, Trainer.get_batch_samples = metered_init, counted_batches
+    try:
+        yield
+    finally:
+        Trainer.__init__, Trainer.get_batch_samples = init, get_batch_samples
+
+
+class Meter(TrainerCallback):
+    """Times the steps of one Trainer on the host's clock, with the device synchronised at the end of each.
+
+    The last ``PROFILED`` steps of a job with ``profile`` are not among those that are counted.
+    """
+
+    def __init__(self, trainer: Trainer, job: Job, waited: float, begin: float):
+        self.job, self.waited, self.begin = job, waited, begin
+        self.cuda = trainer.args.device.type == "cuda"
+        self.speed = Speed(trainer.model, trainer.args.device)
+        self.steps: list[dict[str, float]] = []
+        self.startup = {"until_trainer": time.monotonic() - self.begin - self.waited}
+        self.at_rest = self.clock = self.profiler = self.profile = None
+
+    def now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.monotonic()
+
+    def on_train_begin(self, *_, **__):
+        if self.cuda:
+            self.at_rest = torch.cuda.memory_allocated() / GIB
+            torch.cuda.reset_peak_memory_stats()
+        self.before = self.now()
+        self.startup["until_first_step"] = self.before - self.begin - self.waited
+
+    def on_step_begin(self, args, state, control, **_):
+        if self.job.profile and state.global_step == self.job.steps:
+            kinds = torch.profiler.ProfilerActivity
+            self.profiler = torch.profiler.profile(activities=[kinds.CUDA if self.cuda else kinds.CPU])
+            self.before = self.now()
+            self.profiler.start()
+
+    def on_step_end(self, args, state, control, **_):
+        now, counted = self.now(), self.speed.counted
+        step = {"ms": 1e3 * (now - self.before), "tokens": counted["tokens"], "flops": counted["flops"]}
+        self.steps.append(step)
+        if len(self.steps) == 1:
+            self.startup["until_first_step_ended"] = now - self.begin - self.waited
+        if self.cuda and len(self.steps) == self.job.warm_up + 1:
+            self.clock = subprocess.Popen(
+                ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        if self.profiler is not None and len(self.steps) == self.job.steps + PROFILED:
+            self.profiler.stop()
+            wall = sum(step["ms"] for step in self.steps[self.job.steps :])
+            self.profile = kernel_table(self.profiler, wall)
+        self.speed.counted = dict.fromkeys(counted, 0)
+        self.before = self.now()
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if self.steps and "loss" in (logs or {}):
+            self.steps[-1]["loss"] = logs["loss"]
+
+    def result(self) -> dict[str, object]:
+        found = figures(self.steps[self.job.warm_up : self.job.steps], self.speed.peak)
+        if self.cuda:
+            found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
+            found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+            found["at_rest_gib"] = self.at_rest
+        if self.clock is not None:
+            found["clock"] = self.clock.communicate()[0].strip()
+        if self.profile is not None:
+            found["profile"] = self.profile
+        startup = {name: round(seconds, 2) for name, seconds in self.startup.items()}
+        steps = {"ms": [round(s["ms"], 2) for s in self.steps], "losses": [s.get("loss") for s in self.steps]}
+        return found | {"startup_seconds": startup, "waited_for_gpu": round(self.waited, 2), **steps}
+
+
+def figures(steps: list[dict[str, float]], peak: float | None) -> dict[str, float]:
+    """Medians over steps ``{"ms", "tokens", "flops"}``; MFU where the device's peak in FLOP/s is known."""
+    if not steps:
+        return {}
+    found = {"ms_per_step": statistics.median(step["ms"] for step in steps)}
+    found["tokens_per_second"] = statistics.median(1e3 * step["tokens"] / step["ms"] for step in steps)
+    found["model_tflop_per_step"] = statistics.median(step["flops"] for step in steps) / 1e12
+    if peak is not None:
+        found["mfu"] = statistics.median(1e3 * step["flops"] / step["ms"] for step in steps) / peak
+    return found
+
+
+def kernel_table(profiler, wall_ms: float) -> dict[str, object]:
+    """Kernels (on a CPU: operators) by time and in groups, per step; ``busy_ms``: at least one of them runs."""
+    events = profiler.events()
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    kernels: dict[str, list[float]] = {}
+    spans = []
+    for event in on_device or events:
+        span = event.time_range
+        spans.append((span.start, span.end))
+        entry = kernels.setdefault(event.name, [0, 0.0])
+        entry[0] += 1
+        entry[1] += (span.elapsed_us() if on_device else event.self_cpu_time_total) / 1e3
+    busy, until = 0.0, 0.0
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    groups: dict[str, list[float]] = {}
+    rows = []
+    for name, (calls, ms) in sorted(kernels.items(), key=lambda item: -item[1][1]):
+        group = next((g for g, pattern in GROUPS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+        total = groups.setdefault(group, [0, 0.0])
+        total[0], total[1] = total[0] + calls, total[1] + ms
+        rows.append({"name": name[:160], "group": group, "calls": calls / PROFILED, "ms": round(ms / PROFILED, 3)})
+    return {
+        "wall_ms": round(wall_ms / PROFILED, 2),
+        "busy_ms": round(busy / 1e3 / PROFILED, 2),
+        "groups": {
+            group: {"calls": calls / PROFILED, "ms": round(ms / PROFILED, 2)}
+            for group, (calls, ms) in sorted(groups.items(), key=lambda item: -item[1][1])
+        },
+        "kernels": rows[:KEPT],
+    }

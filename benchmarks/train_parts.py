@@ -1,0 +1,209 @@
+"""Random parts and records for benchmarks/train.py, made once and read by every row as real ones would be.
+
+LLaMA-3-8B is drawn on the GPU and copied straight into mapped files, several at a time: 16 GB in seconds on a memory
+disk. Every character of a record that is not a control token is one token, so that lengths are exact.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llava_moslora.data.conversation import IGNORE_INDEX, Turn, encode
+from llava_moslora.data.prepare import prepare
+from llava_moslora.data.tokenizer import load_tokenizer
+from llava_moslora.models.assemble import tokens_per_picture
+from llava_moslora.models.vision import read_vision_config
+
+ROOT = Path(__file__).parents[1]
+LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_3_8B |= {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "bos_token_id": None}
+CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_L_336 |= {"image_size": 336, "patch_size": 14}
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 400, "bos_token_id": None}
+LENGTHS = ("uniform", "ragged", "text")
+# tokens of a record, labels included, and labels
+SIZES = {"uniform": (2048, 200), "text": (4096, 200), "tiny": (96, 12)}
+PICTURES = 8  # distinct ones; more would only fill the disk
+SIDE = 336
+LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")  # the tokenizer merges none of them
+TEMPLATE = "chatml"
+THREADS = 8
+
+
+def make_parts(folder: Path, *, tiny: bool, layers: int | None) -> None:
+    """``llm/ clip/ projector.safetensors images/`` in ``folder``, unless they are there; with ``layers`` an
+    ``llm-N/`` of the first N layers too, which shares the files of ``llm/``."""
+    if not (folder / "done").exists():
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        sys.path.insert(0, str(ROOT / "tests"))
+        from tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = tiny_tokenizer()
+        shape = TINY if tiny else LLAMA_3_8B
+        config = LlamaConfig(**shape, eos_token_id=tokenizer.eos_token_id, pad_token_id=None, dtype="bfloat16")
+        write_random_llm(config, folder / "llm", device)
+        tokenizer.save_pretrained(folder / "llm")
+        with torch.device(device):
+            write_clip(folder / "clip", **({} if tiny else CLIP_L_336))
+        sizes = {} if tiny else {"vision": CLIP_L_336["hidden_size"], "llm": LLAMA_3_8B["hidden_size"]}
+        write_projector(folder / "projector.safetensors", **sizes)
+        write_pictures(folder / "images")
+        (folder / "done").touch()
+    if layers is not None and not (folder / f"llm-{layers}").exists():
+        cut_layers(folder / "llm", folder / f"llm-{layers}", layers)
+
+
+def write_random_llm(config: LlamaConfig, folder: Path, device: str) -> None:
+    """One file per layer and one for the rest: the whole model is never in the GPU's memory."""
+    folder.mkdir(exist_ok=True)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        file = f"layer-{parts[2]}" if parts[1] == "layers" else "rest"
+        files.setdefault(f"{file}.safetensors", {})[name] = shape
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda file: write_random_tensors(files[file], folder / file, device), files))
+    index = {name: file for file, names in files.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def write_random_tensors(shapes: dict[str, tuple[int, ...]], file: Path, device: str) -> None:
+    """A safetensors file of bfloat16: norms are 1, everything else normal with a deviation of 0.02."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.flush()
+        os.posix_fallocate(out.fileno(), 0, start + end)  # a full disk is an error here, and a crash below
+    mapped = torch.from_file(str(file), shared=True, size=start + end, dtype=torch.uint8)
+    for name, shape in shapes.items():
+        begin, stop = (start + offset for offset in header[name]["data_offsets"])
+        drawn = torch.empty(shape, device=device, dtype=torch.bfloat16)
+        drawn.fill_(1) if name.endswith("norm.weight") else drawn.normal_(std=0.02)
+        mapped[begin:stop].view(torch.bfloat16).view(shape).copy_(drawn)
+
+
+def cut_layers(whole: Path, folder: Path, layers: int) -> None:
+    folder.mkdir()
+    index = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
+    kept = {name: file for name, file in index.items() if ".layers." not in name or int(name.split(".")[2]) < layers}
+    for file in {*kept.values(), *(path.name for path in whole.glob("*token*.json"))}:
+        os.link(whole / file, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": kept}))
+    config = json.loads((whole / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+
+
+def write_pictures(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    random = np.random.default_rng(0)
+    for index in range(PICTURES):  # blurred: noise would take longer to decode than a photograph
+        noise = Image.fromarray(random.integers(0, 255, (24, 24, 3), dtype=np.uint8))
+        noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
+
+
+def max_length(lengths: str) -> int:
+    return SIZES["text"][0] if lengths == "text" else SIZES["uniform"][0]
+
+
+def make_data(file: Path, folder: Path, lengths: str, count: int, *, tiny: bool) -> None:
+    """``count`` records in ``file``, tokenised into ``folder/cache``; the first ones are the same for every count."""
+    tokenizer = load_tokenizer(folder / "llm")
+    patches = tokens_per_picture(read_vision_config(str(folder / "clip")))
+    if not file.exists():
+        sizes = record_sizes(lengths, count, patches, tiny)
+        file.write_text(json.dumps(records(sizes, tokenizer, patches)))
+    dataset = prepare(
+        file,
+        folder / "images",
+        tokenizer=tokenizer,
+        template=TEMPLATE,
+        tokens_per_image=patches,
+        max_length=max_length(lengths),
+        cache_dir=folder / "cache",
+    )
+    assert len(dataset) == count, f"{len(dataset)} records of {count}"
+    if lengths != "ragged":
+        tokens, labels = SIZES["tiny" if tiny else lengths]
+        assert set(dataset["length"][:]) == {tokens} and set(dataset["trained"][:]) == {labels}
+
+
+def record_sizes(lengths: str, count: int, patches: int, tiny: bool) -> list[tuple[bool, int, int]]:
+    """(has a picture, tokens, of them labels) of each record.
+
+    Ragged ones are drawn to look like LLaVA's 665K mix: 6 % are long texts, the rest have a picture and a text whose
+    logarithm is normal with a median of 230 tokens, of which two fifths are answers.
+    """
+    if lengths != "ragged":
+        return [(lengths != "text", *SIZES["tiny" if tiny else lengths])] * count
+    random = np.random.default_rng(0)
+    sizes = []
+    for _ in range(count):
+        picture = bool(random.random() >= 0.06)
+        text = float(random.lognormal(math.log(230 if picture else 1000), 0.8)) / (20 if tiny else 1)
+        most = SIZES["uniform"][0] - patches * picture
+        text = int(min(max(text, 50), most))
+        sizes.append((picture, text + patches * picture, max(8, int(0.4 * text))))
+    return sizes
+
+
+def records(sizes: list[tuple[bool, int, int]], tokenizer, patches: int) -> list[dict]:
+    """LLaVA's JSON of records with exactly those sizes."""
+    random = np.random.default_rng(1)
+    frame = {picture: _frame(picture, tokenizer, patches) for picture in (True, False)}
+    rows = []
+    for index, (picture, tokens, labels) in enumerate(sizes):
+        fixed, fixed_labels = frame[picture]
+        answer = labels - fixed_labels
+        question = tokens - fixed - answer
+        assert answer > 0 and question > 0, f"a record of {tokens} tokens and {labels} labels is too short"
+        texts = ("".join(random.choice(LETTERS, size=size)) for size in (question, answer))
+        turns = [{"from": sender, "value": text} for sender, text in zip(("human", "gpt"), texts, strict=True)]
+        row = {"id": str(index), "conversations": turns}
+        if picture:
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            row["image"] = f"{index % PICTURES}.jpg"
+        rows.append(row)
+    return rows
+
+
+def _frame(picture: bool, tokenizer, patches: int) -> tuple[int, int]:
+    """Tokens and labels of a record besides its question's and answer's characters."""
+    turns = [Turn("human", "<image>\nQ" if picture else "Q"), Turn("gpt", "A")]
+    made = encode(turns, tokenizer=tokenizer, template=TEMPLATE, image_tokens=[patches] * picture)
+    return len(made.input_ids) - 2, sum(label != IGNORE_INDEX for label in made.labels) - 1
+
+
+def facts() -> dict:
+    """The device and the versions that a result names."""
+    packages = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "liger_kernel", "triton")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "python": platform.python_version(), "versions": versions}

@@ -1,0 +1,151 @@
+"""Starts the rows of benchmarks/train.py one after the other, with as little time between them as can be.
+
+What all rows import is imported once, and a row is a fork of this process; and while a row is measured, the next one
+loads its weights and waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from train_row import Job, run_row
+
+MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llava", "llama", "clip")]
+# Not the package itself, which reads its environment, nor what starts CUDA.
+PRELOADED = ["transformers.trainer", *MODELS, "peft", "datasets", "accelerate", "deepspeed"]
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def can_fork() -> bool:
+    """Import what all rows import; False where an import has started CUDA, which does not survive a fork."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    if not torch.cuda.is_available():
+        return True
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            torch.ones(8, device="cuda").sum().item()
+            os._exit(0)
+        os._exit(1)
+    forks = os.waitpid(child, 0)[1] == 0
+    if not forks:
+        print("CUDA was started by an import: every row gets a new interpreter", flush=True)
+    return forks
+
+
+class Process:
+    """A row's process: a fork of this one, or a new interpreter; its output goes to a log beside the run folder.
+
+    Args:
+        limit: seconds that it may have the GPU.
+        deadline: on the clock ``time.time``.
+    """
+
+    def __init__(self, job: Job, by_fork: bool, limit: float, deadline: float):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.job = replace(job, port=probe.getsockname()[1])
+        self.limit, self.deadline, self.stopped, self.opened = limit, deadline, False, None
+        shutil.rmtree(job.run, ignore_errors=True)
+        for name in ("gate", "result.json", "log"):
+            job.beside(name).unlink(missing_ok=True)
+        log = os.open(job.beside("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        if by_fork:
+            sys.stdout.flush()
+            self.id = os.fork()
+            if self.id == 0:
+                be_row(self.job, log)
+        else:
+            command = [sys.executable, Path(__file__).with_name("train.py"), "--child", json.dumps(asdict(self.job))]
+            self.opened = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
+            self.id = self.opened.pid
+        os.close(log)
+
+    @property
+    def has_gpu(self) -> bool:
+        return self.job.beside("gate").exists()
+
+    def ended(self) -> bool:
+        """Asked again and again until it is True. A process that is over its time is killed."""
+        now, over = time.time(), False
+        over = now > self.deadline or (self.has_gpu and now - self.job.beside("gate").stat().st_mtime > self.limit)
+        if over:
+            self.stopped = True
+            os.killpg(self.id, signal.SIGKILL)
+        if self.opened is not None:
+            ended = (self.opened.wait() if over else self.opened.poll()) is not None
+        else:
+            ended = os.waitpid(self.id, 0 if over else os.WNOHANG)[0] != 0
+        if ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.id, signal.SIGKILL)  # workers that are left
+            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.job.port}_*"):
+                buffer.unlink()  # which DeepSpeed leaves behind on a CPU
+        return ended
+
+    def result(self) -> dict:
+        """What the row measured, or the end of its log where it did not live to write that."""
+        job = self.job
+        facts = {"row": job.row, "batch": job.batch, "lengths": job.lengths, "layers": job.layers}
+        facts |= {"steps": job.steps, "warm_up": job.warm_up}
+        if job.beside("result.json").exists():
+            return facts | json.loads(job.beside("result.json").read_text())
+        end = job.beside("log").read_text(errors="replace")[-400:]
+        return facts | {"status": "stopped: out of time" if self.stopped else "died", "message": end}
+
+
+def be_row(job: Job, log: int) -> None:
+    """The rest of a forked process's life."""
+    try:
+        os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a row must not keep the GPU when this is killed
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        run_row(job)
+        sys.stdout.flush()
+    finally:
+        os._exit(0)
+
+
+def measure(
+    jobs: list[Job],
+    add: Callable[[dict], None],
+    *,
+    by_fork: bool,
+    alone: bool = False,
+    limit: float = float("inf"),
+    deadline: float = float("inf"),
+) -> None:
+    """Run the jobs in order and hand each result to ``add`` as soon as it is there.
+
+    Args:
+        alone: a row starts when the one before it has ended; else when that one has the GPU.
+        limit: seconds that a row may have the GPU.
+        deadline: on the clock ``time.time``; what runs then is killed, what has not begun is left out.
+    """
+    waiting, running = deque(jobs), deque()
+    while waiting or running:
+        if running and running[0].ended():
+            add(running.popleft().result())
+        if waiting and time.time() > deadline:
+            print("out of time, not started: " + ", ".join(job.row for job in waiting), flush=True)
+            waiting.clear()
+        elif waiting and (not running or (not alone and len(running) == 1 and running[0].has_gpu)):
+            running.append(Process(waiting.popleft(), by_fork, limit, deadline))
+        time.sleep(0.02)

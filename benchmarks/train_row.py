@@ -1,0 +1,301 @@
+"""One row of benchmarks/train.py, in a process of its own: a run that is timed step by step.
+
+Ours is scripts/train_vit_llm.py as a user starts it. Stock is PEFT's LoRA on ``LlavaForConditionalGeneration`` under a
+plain Hugging Face Trainer, over the same batches, from the same collator, with the same optimizer and loader settings.
+Both are measured by the same callback (train_meter.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import runpy
+import sys
+import time
+import traceback
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from llava_moslora.errors import Refusal
+
+ROOT = Path(__file__).parents[1]
+STOCK = {"stock": True, "stock-bf16": False}  # name → PEFT's adapters in float32, as it has them by default
+RECOMPUTE = re.compile(r"none|full|selective|every:[1-9]\d*")
+KERNELS = ("torch", "triton")
+PROFILED = 2  # steps
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is measured: ``stock``, ``stock-bf16``, or ours under a file of zero_configs, such as
+    ``zero2+selective+liger+triton@4``.
+
+    Args:
+        base: ``stock``, ``stock-bf16`` or the name of a DeepSpeed file.
+        recompute: what backward recomputes: ``none``, ``full``, ``selective`` or ``every:N``.
+        liger: Liger's kernels in the LLM.
+        kernel: ``torch`` or ``triton`` for the adapters; None: the package's choice.
+        bits: 16, or 4 for an NF4 LLM.
+        batch: records per step; None: ``--batch``.
+    """
+
+    base: str
+    recompute: str = "full"
+    liger: bool = False
+    kernel: str | None = None
+    bits: int = 16
+    batch: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        """
+        Raises:
+            Refusal: not a row's name.
+        """
+        expected = "stock, stock-bf16 or ZERO[+none|full|selective|every:N][+liger][+torch|triton][+4bit], then [@N]"
+        name, _, batch = text.partition("@")
+        base, *words = name.split("+")
+        settings: dict[str, object] = {}
+        for word in words:
+            if RECOMPUTE.fullmatch(word):
+                key, value = "recompute", word
+            elif word in KERNELS:
+                key, value = "kernel", word
+            elif word in ("liger", "4bit"):
+                key, value = ("liger", True) if word == "liger" else ("bits", 4)
+            else:
+                raise Refusal("C-FLAG", f"unknown word in a row: {word!r}", key="--rows", found=text, expected=expected)
+            if key in settings:
+                raise Refusal("C-FLAG", f"two words for {key}", key="--rows", found=text, expected=expected)
+            settings[key] = value
+        known = base in STOCK or re.fullmatch(r"zero\w+", base)
+        if not known or ("@" in text and not re.fullmatch(r"[1-9]\d*", batch)) or (base in STOCK and words):
+            raise Refusal("C-FLAG", "not a row of this benchmark", key="--rows", found=text, expected=expected)
+        return cls(base, batch=int(batch) if batch else None, **settings)
+
+    @property
+    def name(self) -> str:
+        """As :meth:`parse` reads it, without the batch."""
+        if self.base in STOCK:
+            return self.base
+        words = [self.base, self.recompute, *["liger"] * self.liger, *filter(None, [self.kernel])]
+        return "+".join([*words, *["4bit"] * (self.bits == 4)])
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row and everything its process needs to know; JSON between processes."""
+
+    row: str
+    batch: int
+    steps: int
+    warm_up: int
+    lengths: str
+    layers: int | None
+    tiny: bool
+    profile: bool
+    workers: int
+    folder: str  # the parts
+    data: str
+    records: int  # in it
+    run: str  # the run folder, made by the row; result.json, log and the gate's mark lie beside it
+    port: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps + PROFILED * self.profile
+
+    def beside(self, name: str) -> Path:
+        return Path(f"{self.run}.{name}")
+
+    @property
+    def llm(self) -> Path:
+        return Path(self.folder) / ("llm" if self.layers is None else f"llm-{self.layers}")
+
+
+class Gate:
+    """One row at a time on the GPU: the next one may load its weights while this one is measured."""
+
+    def __init__(self, job: Job):
+        self.job, self.waited = job, None
+        self.lock = os.open(Path(job.folder) / "gpu.lock", os.O_RDWR | os.O_CREAT)
+
+    def enter(self) -> float:
+        """Returns the seconds that this took."""
+        if self.waited is not None:
+            return self.waited
+        before = time.monotonic()
+        fcntl.flock(self.lock, fcntl.LOCK_EX)  # until this process ends
+        self.waited = time.monotonic() - before
+        self.job.beside("gate").touch()
+        return self.waited
+
+
+def run_row(job: Job) -> None:
+    """Measure, and write ``result.json`` beside the run folder whatever happens."""
+    begin = time.monotonic()
+    from train_meter import metered  # the package, which the process that starts the rows does not import
+
+    gate, row = Gate(job), Row.parse(job.row)
+    result: dict[str, object] = {"status": "ok"}
+    meters: list = []
+    try:
+        if row.bits == 4:
+            gate.enter()  # weights are quantised on the GPU while they are loaded
+        with metered(gate.enter, meters, job, begin):
+            train_stock(job, row) if row.base in STOCK else train_ours(job, row)
+    except (Exception, SystemExit) as error:
+        result = {"status": status_of(error), "message": message_of(error)}
+        traceback.print_exc()
+    for meter in meters:
+        result |= meter.result()
+    waiting = job.beside("result.json.part")
+    waiting.write_text(json.dumps(result))
+    os.replace(waiting, job.beside("result.json"))
+
+
+def message_of(error: BaseException) -> str:
+    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"[:600]
+
+
+def status_of(error: BaseException) -> str:
+    if type(error).__name__ == "OutOfMemoryError" or getattr(error, "code", "") == "E-MEMORY":
+        return "out of memory"
+    return "refused" if isinstance(error, Refusal) else "error"
+
+
+def ours_command(job: Job, row: Row) -> tuple[list[str], dict[str, str]]:
+    """The arguments of scripts/train_vit_llm.py and what is added to its environment."""
+    folder, rank = Path(job.folder), 4 if job.tiny else 64
+    settings = common_settings(job) | {
+        "deepspeed": ROOT / "zero_configs" / f"{row.base}.json",
+        "model_name_or_path": job.llm,
+        "vision_tower": folder / "clip",
+        "pretrain_mm_mlp_adapter": folder / "projector.safetensors",
+        "data_path": job.data,
+        "image_folder": folder / "images",
+        "data_cache": folder / "cache",
+        "data_order": "sequential",
+        "model_max_length": longest(job),
+        "bits": row.bits,
+        "lora_r": rank,
+        "vision_lora_r": rank,
+        "health_steps": 0,
+        **recompute_flags(row.recompute),
+    }
+    if row.liger:
+        settings["use_liger_kernel"] = True
+    arguments = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return arguments, {"LLAVA_MOSLORA_KERNEL": row.kernel} if row.kernel else {}
+
+
+def longest(job: Job) -> int:
+    from train_parts import max_length
+
+    return max_length(job.lengths)
+
+
+def recompute_flags(mode: str) -> dict[str, object]:
+    from llava_moslora.training.arguments import TrainingArguments
+
+    if any(field.name == "recompute" for field in fields(TrainingArguments)) or mode not in ("none", "full"):
+        return {"recompute": mode}
+    return {"gradient_checkpointing": mode == "full"}
+
+
+def common_settings(job: Job) -> dict[str, object]:
+    """What the Trainers of all rows are given; a constant rate makes their losses comparable step by step."""
+    return {
+        "output_dir": job.run,
+        "per_device_train_batch_size": job.batch,
+        "max_steps": job.total_steps,
+        "learning_rate": 2e-5,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch_fused",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_num_workers": job.workers,
+        "dataloader_persistent_workers": job.workers > 0,
+        "bf16": True,
+    }
+
+
+def train_ours(job: Job, row: Row) -> None:
+    arguments, environment = ours_command(job, row)
+    launcher = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_SIZE": 1, "CROSS_RANK": 0, "CROSS_SIZE": 1}
+    launcher |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": job.port}  # what the deepspeed launcher sets
+    os.environ |= environment | {name: str(value) for name, value in launcher.items()}
+    script = ROOT / "scripts" / "train_vit_llm.py"
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="train_vit_llm")["main"]()
+
+
+def train_stock(job: Job, row: Row) -> None:
+    """Stock PEFT's LoRA on the stock model under a plain Trainer, over the batches of the others."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from train_parts import TEMPLATE
+    from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments, set_seed
+
+    from llava_moslora.data.collate import Collator
+    from llava_moslora.data.images import ImageTransform
+    from llava_moslora.data.prepare import prepare
+    from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
+    from llava_moslora.models.assemble import LLM, PROJECTOR, VISION, assemble, linear_suffixes, tokens_per_picture
+
+    folder, rank = Path(job.folder), 4 if job.tiny else 64
+    tokenizer = load_tokenizer(job.llm)
+    set_seed(42)
+    model, preprocessor = assemble(
+        job.llm,
+        str(folder / "clip"),
+        folder / "projector.safetensors",
+        tokenizer=tokenizer,
+        image_token_id=image_token_id(tokenizer),
+        dtype=torch.bfloat16,
+    )
+    model.__class__ = LlavaForConditionalGeneration  # the same weights under the stock forward
+    names = "|".join(name for tower in (LLM, VISION) for name in linear_suffixes(model, tower))
+    set_seed(42)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=128,
+        alpha_pattern={f"{re.escape(VISION)}\\..*": 16},  # the script's defaults
+        lora_dropout=0.05,
+        target_modules=rf"(?:{LLM}|{VISION})\.(?:encoder\.)?layers\.\d+\.(?:{names})",
+        modules_to_save=[PROJECTOR],
+    )
+    model = get_peft_model(model, config, autocast_adapter_dtype=STOCK[row.base])
+    model.enable_input_require_grads()
+    dataset = prepare(
+        job.data,
+        folder / "images",
+        tokenizer=tokenizer,
+        template=TEMPLATE,
+        tokens_per_image=tokens_per_picture(model.config.vision_config),
+        max_length=longest(job),
+        cache_dir=folder / "cache",
+    )
+    collate = Collator(tokenizer.pad_token_id, folder / "images", ImageTransform.from_settings(preprocessor, "pad"))
+
+    class Stock(Trainer):
+        def get_batch_samples(self, *args):
+            batches, tokens = super().get_batch_samples(*args)
+            for batch in batches:
+                batch.pop("record")
+            return batches, tokens
+
+        def _get_train_sampler(self, *_):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    own = {
+        "gradient_checkpointing": True,
+        "remove_unused_columns": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
+    settings = TrainingArguments(**common_settings(job) | own)
+    Stock(model=model, args=settings, train_dataset=dataset, data_collator=collate).train()
