@@ -233,6 +233,15 @@ def train_ours(job: Job, row: Row) -> None:
     runpy.run_path(str(script), run_name="train_vit_llm")["main"]()
 
 
+def stock_batch(batch: dict) -> dict:
+    """Of a batch what the stock model takes, with the mask that stock processors make."""
+    import torch
+
+    kept = {name: batch[name] for name in ("input_ids", "labels", "pixel_values") if name in batch}
+    places = torch.arange(batch["input_ids"].shape[1])
+    return kept | {"attention_mask": (places < batch["lengths"][:, None]).long()}
+
+
 def train_stock(job: Job, row: Row) -> None:
     """Stock PEFT's LoRA on the stock model under a plain Trainer, over the batches of the others."""
     import torch
@@ -284,9 +293,7 @@ def train_stock(job: Job, row: Row) -> None:
     class Stock(Trainer):
         def get_batch_samples(self, *args):
             batches, tokens = super().get_batch_samples(*args)
-            for batch in batches:
-                batch.pop("record")
-            return batches, tokens
+            return [stock_batch(batch) for batch in batches], tokens
 
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
