@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: written whole and in float32, and read back only if they are what this run trains."""
+"""The tensors of a checkpoint: written whole, and read back only if they are what this run trains."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from torch import Tensor
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import ADAPTER_NAME, PROJECTOR
 from llava_moslora.runs.manifest import write_json
-from llava_moslora.training.state import MOMENTS, trained_parameters
+from llava_moslora.training.state import NUMBER, frozen_mixers, trained_parameters
 
 ADAPTER_FILE, PROJECTOR_FILE = "adapter/adapter_model.safetensors", "projector/model.safetensors"
-MOMENTS_FILE, POSITION_FILE = "optimizer.safetensors", "position.json"
+OPTIMIZER_FILE, POSITION_FILE = "optimizer.safetensors", "position.json"
 
 
 def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
-    """The trained tensors: one adapter over the whole model with the projector in it, or in stage 1 the projector."""
+    """The trained tensors and the frozen mixers: one adapter over the whole model with the projector in it, or in
+    stage 1 the projector."""
     if isinstance(model, PeftModel):
         model.save_pretrained((folder / ADAPTER_FILE).parent, state_dict=masters, selected_adapters=[ADAPTER_NAME])
         return
@@ -31,10 +32,15 @@ def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
     )
 
 
-def write_optimizer(folder: Path, moments: dict[str, Tensor], position: dict) -> None:
-    """Adam's moments, and where Adam, the schedule and the loss scale are."""
-    save_file(moments, folder / MOMENTS_FILE, metadata={"format": "pt"})
-    write_json(folder / POSITION_FILE, position)
+def write_optimizer(folder: Path, model, state: dict[str, Tensor], position: dict) -> None:
+    """The optimizer's state, and where the schedule and the loss scale are.
+
+    Args:
+        state: :meth:`llava_moslora.training.state.Holder.optimizer_state`.
+    """
+    untouched = [name for name in trained_parameters(model) if not any(k.startswith(name + ".") for k in state)]
+    save_file(state, folder / OPTIMIZER_FILE, metadata={"format": "pt"})
+    write_json(folder / POSITION_FILE, position | {"not_stepped": untouched})
 
 
 def read_trained(checkpoint: Path, model) -> dict[str, Tensor]:
@@ -46,28 +52,38 @@ def read_trained(checkpoint: Path, model) -> dict[str, Tensor]:
     """
     adapted = isinstance(model, PeftModel)
     file = checkpoint / (ADAPTER_FILE if adapted else PROJECTOR_FILE)
-    saved = {name: live_to_saved(name) for name in trained_parameters(model)}
+    saved = {name: live_to_saved(name) for name in trained_parameters(model) | frozen_mixers(model)}
     if not adapted:
         saved = {name: other.removeprefix("model.") for name, other in saved.items()}
     shapes = shapes_of(model)
-    stored = _read(file, {other: shapes[name] for name, other in saved.items()})
+    stored = _read(file, {other: (shapes[name], torch.float32) for name, other in saved.items()})
     return {name: stored[other] for name, other in saved.items()}
 
 
-def read_optimizer(checkpoint: Path, model) -> tuple[dict[str, Tensor], dict]:
-    """``NAME.exp_avg`` and ``NAME.exp_avg_sq`` of every trained parameter, and the position.
+def read_optimizer(checkpoint: Path, made: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """The optimizer's state in a checkpoint, and the position.
+
+    Args:
+        made: the state as this run's optimizer makes it: ``NAME.KEY``, of which shapes and dtypes are looked at.
 
     Raises:
         Refusal: K-TENSOR, as :func:`read_trained`.
     """
-    wanted = {f"{name}.{key}": shape for name, shape in shapes_of(model).items() for key in MOMENTS}
-    moments = _read(checkpoint / MOMENTS_FILE, wanted)
-    return moments, json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8"))
+    position = json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8"))
+    untouched = tuple(name + "." for name in position.get("not_stepped", []))
+    wanted = {k: (tuple(t.shape), t.dtype) for k, t in made.items() if not (untouched and k.startswith(untouched))}
+    if "adam_steps" not in position:
+        return _read(checkpoint / OPTIMIZER_FILE, wanted), position
+    # written when there was only Adam, with one count of steps for all parameters
+    counts = [key for key in wanted if key.endswith(".step")]
+    moments = _read(checkpoint / OPTIMIZER_FILE, {k: v for k, v in wanted.items() if k not in counts})
+    return moments | dict.fromkeys(counts, torch.tensor(float(position["adam_steps"]), dtype=NUMBER)), position
 
 
 def shapes_of(model) -> dict[str, tuple[int, ...]]:
-    """Of the trained parameters, also of those that ZeRO-3 holds as empty shards."""
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in trained_parameters(model).items()}
+    """Of the trained parameters and the frozen mixers, also of those that ZeRO-3 holds as empty shards."""
+    kept = trained_parameters(model) | frozen_mixers(model)
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in kept.items()}
 
 
 def live_to_saved(name: str) -> str:
@@ -75,19 +91,18 @@ def live_to_saved(name: str) -> str:
     return name.replace(f".modules_to_save.{ADAPTER_NAME}", "").replace(f".{ADAPTER_NAME}.", ".")
 
 
-def _read(file: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _read(file: Path, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
     if not file.is_file():
         raise _refusal(file, "no such file in the checkpoint")
     stored = load_file(file)
-    if differing := sorted(set(shapes) ^ set(stored)):
+    if differing := sorted(set(wanted) ^ set(stored)):
         raise _refusal(file, "not the tensors that this run trains", found=", ".join(differing[:4]))
     for name, tensor in stored.items():
-        if tuple(tensor.shape) != shapes[name]:
-            raise _refusal(
-                file, "a tensor of another shape", key=name, found=list(tensor.shape), expected=list(shapes[name])
-            )
-        if tensor.dtype != torch.float32:
-            raise _refusal(file, "a tensor of another dtype", key=name, found=tensor.dtype, expected="torch.float32")
+        shape, dtype = wanted[name]
+        if tuple(tensor.shape) != shape:
+            raise _refusal(file, "a tensor of another shape", key=name, found=list(tensor.shape), expected=list(shape))
+        if tensor.dtype != dtype:
+            raise _refusal(file, "a tensor of another dtype", key=name, found=tensor.dtype, expected=str(dtype))
         if not torch.isfinite(tensor).all():
             raise _refusal(file, "numbers that are not finite", key=name, fix="resume from an older checkpoint")
     return stored

@@ -123,6 +123,11 @@ def _check_deepspeed(args: TrainingArguments) -> None:
         raise Refusal(
             "C-DEEPSPEED", "unknown stage", file=file, key="zero_optimization.stage", found=stage, expected="0 to 3"
         )
+    if stage == 0 and args.fp16:
+        raise Refusal(
+            "C-FLAG", "DeepSpeed's stage 0 keeps the loss scale of float16 where it is not saved from", key="--fp16",
+            fix="--bf16 True, or zero_configs/zero1.json",
+        )  # fmt: skip
     for block in ("optimizer", "scheduler"):
         if block in config:
             raise Refusal(

@@ -1,15 +1,16 @@
 """What a training run consists of besides frozen weights, in a form that no ZeRO stage and no world size owns.
 
-Per trained parameter, whole and in float32: the master weight and Adam's two moments; beside them how many steps Adam
-took, the schedule's position, the fp16 loss scale and each rank's random streams. DeepSpeed's own checkpoints are not
-used: they are pickles, and one stage's or world size's cannot be read by another.
+Per trained parameter, whole: the float32 master weight and whatever the optimizer keeps for it (Adam: two moments and
+a count of steps), in the optimizer's own dtypes; the mixers that were drawn for this run and frozen; beside them the
+schedule's position, the fp16 loss scale and each rank's random streams. DeepSpeed's own checkpoints are not used:
+they are pickles, and one stage's or world size's cannot be read by another.
 """
 
 from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,12 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+NUMBER = torch.float64  # numbers beside the tensors of an optimizer's state, such as Adam's step, are kept as float64[]
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Where a run's float32 state lives: in the optimizer itself, or partitioned inside a DeepSpeed engine.
+    """Where a run's float32 state lives: in the optimizer itself, or in a DeepSpeed engine.
+
+    There are three places. Without partitions the optimizer steps whole tensors, one a parameter: the parameters
+    themselves (no DeepSpeed, or its stage 0 in float32), or float32 copies of them (stage 0 in 16 bits). ZeRO steps
+    flat tensors that many parameters share, of which a rank has its part.
 
     Args:
         model: with the trained parameters; names are this model's.
@@ -40,87 +45,161 @@ class Holder:
 
     @property
     def partitioned(self) -> bool:
-        """Whether DeepSpeed keeps masters of its own (it does not at ZeRO stage 0 in float32)."""
         parameter = next(iter(self.parameters.values()))
         return self.engine is not None and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"))
 
+    def begin(self) -> None:
+        """Take back the step that DeepSpeed's stage 0 takes in 16 bits before the first gradient.
+
+        It takes it, with gradients of zero, to make the optimizer's state: Adam's bias corrections would be those of
+        the step after, and weight decay would have been applied once more.
+        """
+        if self.partitioned or not hasattr(getattr(self.engine, "optimizer", None), "fp32_groups"):
+            return
+        self._torch_optimizer.state.clear()
+        parameters = self.parameters
+        for name, master in self._whole.items():
+            master.data.copy_(parameters[name])
+
     def masters(self) -> dict[str, Tensor]:
-        """Every trained parameter whole, float32, on the CPU. Collective."""
+        """Every trained parameter and every frozen mixer whole, float32, on the CPU. Collective."""
         if not self.partitioned:
-            return {name: _cpu(parameter) for name, parameter in self.parameters.items()}
-        from deepspeed.utils import safe_get_full_fp32_param  # imported here: not needed to train without DeepSpeed
+            masters = {name: _cpu(tensor, torch.float32) for name, tensor in self._whole.items()}
+        else:
+            from deepspeed.utils import safe_get_full_fp32_param  # imported here: not needed without DeepSpeed
 
-        return {name: _cpu(safe_get_full_fp32_param(parameter)) for name, parameter in self.parameters.items()}
+            masters = {n: _cpu(safe_get_full_fp32_param(p), torch.float32) for n, p in self.parameters.items()}
+        frozen = frozen_mixers(self.model)
+        with _gathered(frozen.values()):
+            return masters | {name: _cpu(parameter, torch.float32) for name, parameter in frozen.items()}
 
-    def moments(self) -> dict[str, Tensor]:
-        """``NAME.exp_avg`` and ``NAME.exp_avg_sq`` whole, float32, on the CPU. Collective; after the first step."""
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """``NAME.KEY`` for all that the optimizer keeps for a parameter, whole, on the CPU. Collective.
+
+        A parameter that the optimizer has not stepped yet has nothing: of fp16 that is all of them until the search
+        for a loss scale has ended.
+        """
         if not self.partitioned:
-            state = self.optimizer.state
-            return {f"{n}.{key}": _cpu(state[p][key]) for n, p in self.parameters.items() for key in MOMENTS}
+            state = self._torch_optimizer.state
+            return {
+                f"{name}.{key}": _cpu(value) if _is_tensor(value) else _number(value)
+                for name, tensor in self._whole.items()
+                for key, value in state.get(tensor, {}).items()
+            }
         from deepspeed.utils import safe_get_full_optimizer_state as whole
 
-        self._link_adam_state()
-        return {f"{n}.{key}": _cpu(whole(p, key)) for n, p in self.parameters.items() for key in MOMENTS}
-
-    def adam_steps(self) -> int:
-        """Optimizer steps taken; steps that DeepSpeed skipped for a non-finite gradient are not among them."""
-        return int(next(iter(self._torch_optimizer.state.values()))["step"])
+        elements, numbers = self._kept_in_flats()
+        if elements:
+            self._link_state()
+        found = {f"{n}.{key}": _cpu(whole(p, key)) for n, p in self.parameters.items() for key in elements}
+        return found | {f"{n}.{key}": _number(value) for n in self.parameters for key, value in numbers.items()}
 
     def loss_scale(self) -> dict | None:
         """State of the fp16 loss scale search; None in other precisions."""
-        scaler = getattr(getattr(self.engine, "optimizer", None), "loss_scaler", None)
+        scaler = self._loss_scaler
         return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)} if scaler else None
 
-    def restore(
-        self, masters: dict[str, Tensor], moments: dict[str, Tensor], adam_steps: int, loss_scale: dict | None
-    ) -> None:
-        """Put a state back, whatever stage and world size it came from. Collective; before the first step."""
-        if set(masters) != set(self.parameters):
+    def make_optimizer_state(self) -> None:
+        """Let the optimizer make its state, as it does at its first step, for :meth:`restore` to write into.
+
+        By a step with gradients of zero: it may move the masters, which are then restored too. Before the first step.
+        """
+        optimizer = self._torch_optimizer
+        zero3 = getattr(getattr(self.engine, "optimizer", None), "fp32_partitioned_groups_flat", None)
+        for number, flat in enumerate(zero3 or []):  # ZeRO-3 empties its param_groups between steps
+            group = self.engine.optimizer.sub_group_to_group_id[number]
+            optimizer.param_groups[group]["params"].append(flat)
+        tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
+        before = [tensor.grad for tensor in tensors]
+        for tensor in tensors:
+            tensor.grad = torch.zeros_like(tensor)
+        optimizer.step()
+        for tensor, gradient in zip(tensors, before, strict=True):
+            tensor.grad = gradient
+        for group in optimizer.param_groups if zero3 else []:
+            group["params"] = []
+
+    def restore(self, masters: dict[str, Tensor], state: dict[str, Tensor], loss_scale: dict | None) -> None:
+        """Put a state back, whatever stage and world size it came from. Collective; before the first step.
+
+        Args:
+            masters, state: as :meth:`masters` and :meth:`optimizer_state` gave them.
+        """
+        if set(masters) != set(self.parameters) | set(frozen_mixers(self.model)):
             raise KeyError(f"other parameters: {sorted(set(masters) ^ set(self.parameters))[:4]}")
-        if not self.partitioned:
-            for name, parameter in self.parameters.items():
-                parameter.data.copy_(masters[name])
-                state = {key: moments[f"{name}.{key}"].to(parameter.device) for key in MOMENTS}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(adam_steps)), **state}
-            return
-        self._make_adam_state(adam_steps)
-        for name, parameter in self.parameters.items():
-            _set_partition(parameter, masters[name], None)
-            for key in MOMENTS:
-                _set_partition(parameter, moments[f"{name}.{key}"], key)
+        if self.partitioned:
+            self._restore_flats(masters, state)
+        else:
+            self._restore_whole(masters, state)
         self._set_working_weights(masters)
-        if loss_scale is not None:
-            vars(self.engine.optimizer.loss_scaler).update(loss_scale)
+        if loss_scale is not None and self._loss_scaler is not None:  # going on without DeepSpeed there is none
+            vars(self._loss_scaler).update(loss_scale)
+
+    @property
+    def _loss_scaler(self) -> object | None:
+        return getattr(getattr(self.engine, "optimizer", None), "loss_scaler", None)
 
     @property
     def _torch_optimizer(self) -> torch.optim.Optimizer:
-        return self.engine.optimizer.optimizer if self.partitioned else self.optimizer
+        found = self.optimizer if self.engine is None else self.engine.optimizer
+        while not isinstance(found, torch.optim.Optimizer):  # DeepSpeed's wrap it
+            found = found.optimizer
+        return found
 
-    def _make_adam_state(self, adam_steps: int) -> None:
-        """Adam makes its state at its first step; DeepSpeed then links it to the parameters. Both are done here."""
-        zero = self.engine.optimizer
-        flats = getattr(zero, "fp32_partitioned_groups_flat", None)  # ZeRO-3 empties its param_groups between steps
-        if flats is None:
-            flats = [flat for group in self._torch_optimizer.param_groups for flat in group["params"]]
-        for flat in flats:
-            step = torch.tensor(
-                float(adam_steps), device=flat.device if self._torch_optimizer.defaults.get("fused") else "cpu"
-            )
-            zeros = {key: torch.zeros_like(flat.data) for key in MOMENTS}
-            count = (
-                step
-                if isinstance(self._torch_optimizer, torch.optim.Optimizer)
-                and not _counts_in_int(self._torch_optimizer)
-                else adam_steps
-            )
-            self._torch_optimizer.state[flat] = {"step": count, **zeros}
-        self._link_adam_state()
+    @property
+    def _whole(self) -> dict[str, Tensor]:
+        """What the optimizer steps for each parameter: itself, or its float32 copy in DeepSpeed's stage 0."""
+        wrapper = getattr(self.engine, "optimizer", None)
+        groups = zip(getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", []), strict=True)
+        copies = {id(low): high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
+        return {name: copies.get(id(p), p) for name, p in self.parameters.items()}
 
-    def _link_adam_state(self) -> None:
-        """Let ZeRO-1 and -2 find each parameter's moments in Adam's flat state.
+    def _flats(self) -> list[Tensor]:
+        """This rank's parts of the masters, as ZeRO glued them together."""
+        flats = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
+        return flats or [flat for group in self._torch_optimizer.param_groups for flat in group["params"]]
+
+    def _kept_in_flats(self) -> tuple[list[str], dict[str, float]]:
+        """Of the state in ZeRO's flats: the keys with a number for each weight, and the numbers of a whole flat."""
+        flat = self._flats()[0]
+        state = self._torch_optimizer.state.get(flat, {})
+        elements = [key for key, value in state.items() if _is_tensor(value)]
+        for key in elements:
+            assert state[key].shape == flat.shape, f"{key} of {type(self._torch_optimizer).__name__} is not cut by ZeRO"
+        return elements, {key: float(value) for key, value in state.items() if key not in elements}
+
+    def _restore_whole(self, masters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        made = self._torch_optimizer.state
+        for name, tensor in self._whole.items():
+            tensor.data.copy_(masters[name])
+            _fill(made[tensor], {key: state.get(f"{name}.{key}") for key in made[tensor]})
+            if not made[tensor]:
+                del made[tensor]  # not stepped yet: an optimizer takes an empty one for one that it has made
+
+    def _restore_flats(self, masters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        elements, numbers = self._kept_in_flats()
+        if elements:
+            self._link_state()
+        for name, parameter in self.parameters.items():
+            _set_partition(parameter, masters[name], None)
+            for key in elements:
+                if f"{name}.{key}" in state:
+                    _set_partition(parameter, state[f"{name}.{key}"], key)
+        optimizer = self._torch_optimizer
+        if not state:
+            optimizer.state.clear()
+            return
+        # one count for all: parameters whose counts differ can only come from a run without ZeRO
+        names = list(self.parameters)
+        most = {key: max(state[f"{name}.{key}"] for name in names if f"{name}.{key}" in state) for key in numbers}
+        for flat in self._flats():
+            _fill(optimizer.state[flat], most)
+
+    def _link_state(self) -> None:
+        """Let ZeRO-1 and -2 find each parameter's part of the optimizer's flat state.
 
         They link them after the first group of parameters has taken its first step, when the other groups (another
-        learning rate) have no state yet, and never again: so it is done anew here.
+        learning rate) have no state yet, and never again: so they are linked once more here.
         """
         zero = self.engine.optimizer
         if hasattr(zero, "_hp_optimizer_states_linked"):
@@ -128,12 +207,9 @@ class Holder:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _set_working_weights(self, masters: dict[str, Tensor]) -> None:
-        """The 16-bit weights are the masters rounded; DeepSpeed would make them so only at the next step."""
-        from deepspeed import zero
-
-        parameters = self.parameters
-        partitioned = [p for p in parameters.values() if hasattr(p, "ds_id")]
-        with zero.GatheredParameters(partitioned, modifier_rank=0, enabled=bool(partitioned)), torch.no_grad():
+        """The model's weights are the masters rounded; DeepSpeed would make them so only at the next step."""
+        parameters = self.parameters | frozen_mixers(self.model)
+        with _gathered(parameters.values(), modified=True), torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.data.copy_(masters[name])
 
@@ -142,19 +218,55 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def frozen_mixers(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Mixers that this run drew and does not train: no base model's folder has them."""
+    return {name: p for name, p in model.named_parameters() if ".lora_mixer." in name and not p.requires_grad}
+
+
 def trained_count(model: nn.Module) -> int:
     """Numbers that are trained, also of parameters that ZeRO-3 holds as empty shards."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in trained_parameters(model).values())
 
 
-def _cpu(tensor: Tensor) -> Tensor:
+def _cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     assert tensor is not None, "DeepSpeed does not hold this part of its state whole"
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+    return tensor.detach().to("cpu", dtype, copy=True).contiguous()
 
 
-def _counts_in_int(optimizer: torch.optim.Optimizer) -> bool:
-    """DeepSpeed's own Adams count steps in a Python int, torch's in a tensor."""
-    return type(optimizer).__module__.startswith("deepspeed.")
+def _is_tensor(value: object) -> bool:
+    """Whether a part of an optimizer's state is more than a number: torch's Adam counts its steps in a float32[]."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _number(value: float | Tensor) -> Tensor:
+    return torch.tensor(float(value), dtype=NUMBER)
+
+
+def _fill(made: dict[str, object], values: dict[str, object]) -> None:
+    """Write values into the state that an optimizer has made, each into its own tensor or as its own kind of number.
+
+    What has no value is taken out.
+    """
+    for key, value in values.items():
+        if value is None:
+            del made[key]
+        elif isinstance(made[key], Tensor):
+            made[key].copy_(value)
+        else:
+            made[key] = type(made[key])(value)
+
+
+@contextmanager
+def _gathered(parameters: Iterable[nn.Parameter], modified: bool = False) -> Iterator[None]:
+    """Those of ``parameters`` that ZeRO-3 has partitioned are whole inside. Collective."""
+    partitioned = [p for p in parameters if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters(partitioned, modifier_rank=0 if modified else None):
+        yield
 
 
 def _set_partition(parameter: nn.Parameter, value: Tensor, key: str | None) -> None:

@@ -176,7 +176,7 @@ class MosLoraTrainer(Trainer):
         """Publish ``checkpoint-N``: what was trained, as float32 masters, and the Trainer's state. No pickles."""
         self.watch.mark()
         holder = self._holder()
-        masters, moments = holder.masters(), holder.moments()
+        masters, optimizer_state = holder.masters(), holder.optimizer_state()
 
         def write(folder: Path) -> None:
             write_json(folder / f"random-{self.args.process_index}.json", random_state())
@@ -184,11 +184,10 @@ class MosLoraTrainer(Trainer):
                 write_trained(folder, self.model, masters)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 position = {
-                    "adam_steps": holder.adam_steps(),
                     "scheduler_steps": self.lr_scheduler.last_epoch,
                     "loss_scale": holder.loss_scale(),
                 }
-                write_optimizer(folder, moments, position)
+                write_optimizer(folder, self.model, optimizer_state, position)
 
         def facts() -> dict:
             progress = {"step": self.state.global_step, "of": self.state.max_steps}
@@ -206,11 +205,14 @@ class MosLoraTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """As theirs, but the state comes from our portable checkpoint instead of DeepSpeed's or torch's pickles."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        holder = self._holder()
+        holder.begin()
         if resume_from_checkpoint is not None:
             checkpoint = Path(resume_from_checkpoint)
+            holder.make_optimizer_state()
             masters = read_trained(checkpoint, self.model)
-            moments, position = read_optimizer(checkpoint, self.model)
-            self._holder().restore(masters, moments, position["adam_steps"], position["loss_scale"])
+            state, position = read_optimizer(checkpoint, holder.optimizer_state())
+            holder.restore(masters, state, position["loss_scale"])
             set_schedule(self.lr_scheduler, position["scheduler_steps"])
         return prepared
 

@@ -6,7 +6,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from llava_moslora.errors import Refusal
-from llava_moslora.training.checkpoint import MOMENTS_FILE, PROJECTOR_FILE, read_optimizer, read_trained, write_trained
+from llava_moslora.training.checkpoint import (
+    OPTIMIZER_FILE,
+    PROJECTOR_FILE,
+    read_optimizer,
+    read_trained,
+    write_optimizer,
+    write_trained,
+)
 
 
 class Stage1(nn.Module):
@@ -28,23 +35,53 @@ def model():
 def folder(tmp_path, model):
     masters = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     write_trained(tmp_path, model, masters)
-    moments = {f"{name}.{key}": torch.rand_like(t) for name, t in masters.items() for key in ("exp_avg", "exp_avg_sq")}
-    save_file(moments, tmp_path / MOMENTS_FILE)
-    (tmp_path / "position.json").write_text('{"adam_steps": 3, "scheduler_steps": 3, "loss_scale": null}')
+    write_optimizer(tmp_path, model, made(model, step=3), {"scheduler_steps": 3, "loss_scale": None})
     return tmp_path
+
+
+def made(model, step: int = 1, moments: float = 0.25) -> dict[str, torch.Tensor]:
+    """Adam's state as a run's optimizer makes it."""
+    state = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            state |= {f"{name}.{key}": torch.full(p.shape, moments) for key in ("exp_avg", "exp_avg_sq")}
+            state[f"{name}.step"] = torch.tensor(float(step), dtype=torch.float64)
+    return state
 
 
 def test_read_back_as_written(folder, model):
     read = read_trained(folder, model)
     assert set(read) == {"model.multi_modal_projector.weight", "model.multi_modal_projector.bias"}
     assert torch.equal(read["model.multi_modal_projector.weight"], model.model.multi_modal_projector.weight)
-    moments, position = read_optimizer(folder, model)
-    assert len(moments) == 4 and position["adam_steps"] == 3
+    state, position = read_optimizer(folder, made(model, moments=0.0))
+    assert {name: float(t.sum()) for name, t in state.items()} == {n: float(t.sum()) for n, t in made(model, 3).items()}
+    assert position == {"scheduler_steps": 3, "loss_scale": None, "not_stepped": []}
+
+
+def test_a_checkpoint_of_the_first_versions_is_read(folder, model):
+    """They had Adam alone, and its count of steps in position.json."""
+    moments = {name: t for name, t in made(model).items() if not name.endswith(".step")}
+    save_file(moments, folder / OPTIMIZER_FILE)
+    (folder / "position.json").write_text('{"adam_steps": 3, "scheduler_steps": 4, "loss_scale": null}')
+    state, position = read_optimizer(folder, made(model, moments=0.0))
+    assert {name: float(t.sum()) for name, t in state.items()} == {n: float(t.sum()) for n, t in made(model, 3).items()}
+    assert position["scheduler_steps"] == 4
+
+
+def test_what_was_not_stepped_has_no_state(folder, model):
+    """As of fp16 before its loss scale is found, or of a vision tower that has met no picture yet."""
+    name = "model.multi_modal_projector.bias"
+    state = {key: t for key, t in made(model, 3).items() if not key.startswith(name)}
+    write_optimizer(folder, model, state, {"scheduler_steps": 3, "loss_scale": None})
+    read, position = read_optimizer(folder, made(model))
+    assert position["not_stepped"] == [name] and set(read) == set(state)
+    write_optimizer(folder, model, {}, {"scheduler_steps": 3, "loss_scale": None})
+    assert read_optimizer(folder, made(model))[0] == {}
 
 
 def change(file, how) -> None:
     tensors = load_file(file)
-    name = next(name for name in tensors if "weight" in name)
+    name = next(name for name in tensors if "weight" in name and tensors[name].dim() == 2)
     how(tensors, name)
     save_file(tensors, file)
 
@@ -61,16 +98,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.parametrize("file", [PROJECTOR_FILE, MOMENTS_FILE])
+@pytest.mark.parametrize("file", [PROJECTOR_FILE, OPTIMIZER_FILE])
 def test_wrong_tensors_are_named(folder, model, case, file):
     how, message = WRONG[case]
     change(folder / file, how)
     with pytest.raises(Refusal, match=message) as refusal:
-        read_trained(folder, model), read_optimizer(folder, model)
+        read_trained(folder, model), read_optimizer(folder, made(model))
     assert refusal.value.code == "K-TENSOR" and refusal.value.exit_status == 3 and file in str(refusal.value)
 
 
 def test_a_missing_file_is_named(folder, model):
-    (folder / MOMENTS_FILE).unlink()
+    (folder / OPTIMIZER_FILE).unlink()
     with pytest.raises(Refusal, match=r"optimizer.safetensors: no such file in the checkpoint"):
-        read_optimizer(folder, model)
+        read_optimizer(folder, made(model))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llava_moslora.errors import Refusal
+from llava_moslora.training import checks
 from llava_moslora.training.arguments import parse
 from llava_moslora.training.checks import check, check_launch
 
@@ -59,6 +60,12 @@ def test_the_defaults_pass(asked):
 def test_values_out_of_range(asked, flags, message):
     with pytest.raises(Refusal, match=message):
         asked(*flags.split())
+
+
+def test_float16_needs_a_stage_that_saves_its_loss_scale(asked, monkeypatch):
+    monkeypatch.setattr(checks, "_check_precision", lambda args: None)  # a CPU has no float16
+    with pytest.raises(Refusal, match=r"C-FLAG\] --fp16: DeepSpeed's stage 0 .*; fix: --bf16 True, or .*zero1.json"):
+        asked("--fp16", "True", deepspeed={"zero_optimization": {"stage": 0}})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT, flags
 from lives import Life, Lives
 from safetensors.torch import load_file
@@ -13,7 +14,7 @@ from tiny import write_llm, write_projector
 
 pytestmark = pytest.mark.slow
 STEPS = 24
-NAMES = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+NAMES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 # Clipping off: DeepSpeed rounds the factor by which it clips in another place than torch.
 EXACT = {"lora_dropout": 0, "vision_lora_dropout": 0, "max_grad_norm": 0, "learning_rate": 1e-3}
 EXACT |= {"mm_projector_lr": 1e-4}  # a group of parameters of its own
@@ -22,14 +23,10 @@ STATE = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "position
 
 
 def configuration(name: str, folder: Path) -> Path:
-    """A file of zero_configs/, with buckets for tiny models and every parameter really partitioned. ``zero0`` has no
-    file: it is DeepSpeed without partitions."""
-    source = ROOT / "zero_configs" / f"{'zero1' if name == 'zero0' else name}.json"
-    config = json.loads(source.read_text())
+    """A file of zero_configs/, with buckets for tiny models and every parameter really partitioned."""
+    config = json.loads((ROOT / "zero_configs" / f"{name}.json").read_text())
     zero = config["zero_optimization"]
     zero["reduce_bucket_size"] = 5e5
-    if name == "zero0":
-        zero["stage"] = 0
     if zero["stage"] == 3:
         zero["stage3_param_persistence_threshold"] = 0
     (folder / f"{name}.json").write_text(json.dumps(config))
@@ -146,10 +143,35 @@ def test_killed_run_ends_in_the_same_bytes(lives, parts, tmp_path, name):
         assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "again" / last).read_bytes(), file
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_stage_0_in_16_bits_learns_as_zero2(lives, parts, tmp_path, world):
+    """DeepSpeed's optimizer of that stage takes a step before the first gradient: Adam's count would be one ahead,
+    which its first steps show most."""
+    found = {}
+    for name in ("zero0", "zero2"):
+        changes = {**EXACT, "bf16": True, "max_steps": 6, "save_steps": 6, "weight_decay": 0.1, "warmup_steps": 0}
+        changes |= {"deepspeed": configuration(name, tmp_path), "per_device_train_batch_size": 4 // world}
+        run = tmp_path / name / "run"
+        lived_well(lives, settings(parts, run, **changes), tmp_path / f"life-{name}", world=world)
+        found[name] = losses(run, 6), load_file(run / "checkpoint-6" / STATE[0])
+    assert found["zero0"][0] == pytest.approx(found["zero2"][0], rel=1e-6 if world == 1 else 2e-3)
+    for name, tensor in found["zero0"][1].items():  # float32 masters: bfloat16 would have lost most of their digits
+        assert tensor.dtype == torch.float32 and not torch.equal(tensor, tensor.bfloat16().float()), name
+        if world == 1:
+            torch.testing.assert_close(tensor, found["zero2"][1][name], rtol=1e-5, atol=1e-7)
+
+
 def test_other_stages_and_world_sizes_go_on_where_one_stopped(lives, parts, plain, tmp_path):
     """ZeRO-3 on two ranks, plain PyTorch on one, ZeRO-2 on two, ZeRO-1 on one: the plain run's records and losses."""
+    go_on_by_turns(lives, parts, plain, tmp_path, [("zero3", 2), (None, 0), ("zero2", 2), ("zero1", 1)])
+
+
+def test_stage_0_and_zero2_go_on_from_each_other(lives, parts, plain, tmp_path):
+    go_on_by_turns(lives, parts, plain, tmp_path, [("zero0", 2), ("zero2", 1), ("zero0", 1), ("zero2", 2)])
+
+
+def go_on_by_turns(lives, parts, plain, tmp_path, stages: list[tuple[str | None, int]]) -> None:
     run = tmp_path / "run"
-    stages = [("zero3", 2), (None, 0), ("zero2", 2), ("zero1", 1)]
     seen = []
     for number, (name, world) in enumerate(stages, start=1):
         config = None if name is None else configuration(name, tmp_path)
