@@ -84,7 +84,7 @@ def main() -> None:
         result = prepared(folder, jobs, args)
         results = Results(args.output, result, read_rows(args.output, result["device"]) if args.append else [])
         before = len(results.rows)
-        by_fork = not args.fresh and can_fork()
+        by_fork = not args.fresh and can_fork(result["capability"] and tuple(result["capability"]))
         deadline = args.deadline - (time.monotonic() - begin) + time.time()
         measure(jobs, results.add, by_fork=by_fork, alone=args.alone, limit=args.limit, deadline=deadline)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -101,7 +102,7 @@ class Meter(TrainerCallback):
         self.steps.append(step)
         if len(self.steps) == 1:
             self.startup["until_first_step_ended"] = now - self.begin - self.waited
-        if self.cuda and len(self.steps) == self.job.warm_up + 1:
+        if self.cuda and len(self.steps) == self.job.warm_up + 1 and shutil.which("nvidia-smi"):
             self.clock = subprocess.Popen(
                 ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"],
                 stdout=subprocess.PIPE,

@@ -26,20 +26,28 @@ import torch
 from train_row import Job, run_row
 
 MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llava", "llama", "clip")]
-# Not the package itself, which reads its environment, nor what starts CUDA.
+# Not the package itself, which reads its environment.
 PRELOADED = ["transformers.trainer", *MODELS, "peft", "datasets", "accelerate", "deepspeed"]
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-def can_fork() -> bool:
-    """Import what all rows import; False where an import has started CUDA, which does not survive a fork."""
+def can_fork(capability: tuple[int, int] | None) -> bool:
+    """Import what all rows import; False where an import has started CUDA, which does not survive a fork.
+
+    Args:
+        capability: the GPU's compute capability, which bitsandbytes asks for when it is imported, and torch can only
+            tell by starting CUDA; None without a GPU.
+    """
+    ask, torch.cuda.get_device_capability = torch.cuda.get_device_capability, lambda *_: capability
     for name in PRELOADED:
         importlib.import_module(name)
-    if not torch.cuda.is_available():
+    torch.cuda.get_device_capability = ask
+    if capability is None:
         return True
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException):
+            assert torch.cuda.get_device_capability() == capability
             torch.ones(8, device="cuda").sum().item()
             os._exit(0)
         os._exit(1)
