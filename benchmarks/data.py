@@ -250,7 +250,8 @@ def packing(text: np.ndarray, batches: int = 3) -> dict:
                 rows = [{"input_ids": one.tolist(), "labels": one.tolist(), "images": [], "shard": "", "record": k,
                          "number": k, "id": ""} for k, one in enumerate(ids)]  # fmt: skip
                 inputs = collate(rows)
-                inputs.pop("record")
+                for ours_only in ("record", "lengths", "label_positions"):
+                    del inputs[ours_only]
                 begin = time.perf_counter()
                 model(**inputs, use_cache=False).loss.backward()
                 seconds += time.perf_counter() - begin

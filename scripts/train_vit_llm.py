@@ -36,6 +36,7 @@ from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.training.arguments import parse, tower_adapters
 from llava_moslora.training.checks import check, check_launch
 from llava_moslora.training.pause import Pause, contact
+from llava_moslora.training.recompute import set_recompute
 from llava_moslora.training.run_folder import check_output, check_shared, check_space, open_run, reopen_run
 from llava_moslora.training.samples import Samples, read_samples
 from llava_moslora.training.state import trained_count
@@ -110,6 +111,7 @@ def main() -> None:
         model = train_projector_only(model)
     else:
         model = add_adapters(model, *tower_adapters(adapter_args))
+    set_recompute(model, args.recompute)
     say(describe(model))
 
     # 4. The run folder: what was asked for, on what, with which versions
@@ -162,6 +164,7 @@ def main() -> None:
             ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio, data_args.image_engine),
             follow_links=data_args.follow_image_links,
             pack_to=data_args.model_max_length if args.packing else None,
+            image_token_id=image_token_id(tokenizer),
             data_files=tuple(data_args.data_path),
         ),
         sampler=sampler,

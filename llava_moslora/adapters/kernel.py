@@ -10,9 +10,13 @@ Two costs of the plain formula go away:
   Folded into the smaller of its neighbours, B' = B·W or A' = W·A, it also takes four (one of them made again), of
   r²·min(I, O) each, however many the rows; so it is folded when N > min(I, O). Measured just above that: 1–4 % of the
   whole layer's time.
-- Memory. Dropout's output and mask, D(x)·Aᵀ and its product with W are made again in backward. Autograd keeps x alone,
+- Memory. Dropout's output and mask, D(x)·Aᵀ and its product with W are recomputed in backward. Autograd keeps x alone,
   and linears that share an input share it. The mask is a function of an int64 seed, drawn on the CPU, so that no device
   has to be waited for; activation checkpointing restores the generator, draws the same seed and so the same mask.
+
+On a GPU dropout happens inside the products (:mod:`llava_moslora.adapters.triton_dropout`), which read x once and store
+no mask. ``LLAVA_MOSLORA_KERNEL=torch`` in the environment chooses plain torch operations there too, with other masks.
+:mod:`llava_moslora.adapters.linear` is this branch together with the frozen linear around it.
 
 It is a custom operation, not an ``autograd.Function``: a ``torch.Generator`` inside one breaks
 ``torch.compile(fullgraph=True)``, and torch's FLOP counter sees only operations.
@@ -20,6 +24,8 @@ It is a custom operation, not an ``autograd.Function``: a ``torch.Generator`` in
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -57,21 +63,25 @@ def low_rank_update(
     device, dtype = x.device.type, a.dtype
     if not x.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    drop = min(max(round(dropout * STEPS), 1), STEPS - 1) if dropout else 0
-    seed = torch.randint(torch.iinfo(torch.int64).max, (), device="cpu") if drop else None
+    drop, seed = draw_seed(dropout)
     # Generation calls this once per layer and token: without gradients the operation's bookkeeping is saved.
     run = _low_rank if torch.is_grad_enabled() or drop else _forward
     return run(result, x, a, w, b, seed, float(scaling), drop, dtype)
 
 
+def draw_seed(dropout: float) -> tuple[int, Tensor | None]:
+    """The probability in ``STEPS``, and the int64 seed on the CPU that one call's mask is a function of."""
+    if not dropout:
+        return 0, None
+    return min(max(round(dropout * STEPS), 1), STEPS - 1), torch.randint(torch.iinfo(torch.int64).max, (), device="cpu")
+
+
 def _forward(result, x, a, w, b, seed, scaling, drop, dtype):
     with _no_autocast(x):
-        rows, _ = _dropped_rows(x, seed, drop, dtype)
-        f = _Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows))
-        v = rows @ f.a.T  # (N, r)
-        if f.w is not None:
-            v = v @ f.w.T
-        return _add(result, v, f.b.T, _scale(scaling, drop))
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, I)
+        f = Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows))
+        v = f.mix(dropped(rows, seed, drop).project(f.a))  # (N, r)
+        return _add(result, v, f.b.T, scale(scaling, drop))
 
 
 _low_rank = torch.library.custom_op(
@@ -91,30 +101,13 @@ _low_rank = torch.library.custom_op(
 )
 def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
     """Gradients of x, a, w, b, those of them that ``needs`` names; an empty tensor stands for the others."""
-    need_x, need_a, need_w, need_b = needs
     with _no_autocast(x):
-        rows, mask = _dropped_rows(x, seed, drop, dtype)
-        f = _Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows))
+        rows = dropped(x.reshape(-1, x.shape[-1]).to(dtype), seed, drop)  # (N, I)
+        f = Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows.rows))
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, O)
-        grad_x = grad_a = grad_w = grad_b = None
-
-        u = rows @ f.a.T  # (N, r), made again
-        grad_v = (grad @ f.b).mul_(_scale(scaling, drop))  # (N, r)
-        if need_b or f.folded_into == "b":
-            v = u if f.w is None else u @ f.w.T
-            grad_b = (grad.T @ v).mul_(_scale(scaling, drop))
-        if f.w is not None:
-            if need_w:
-                grad_w = grad_v.T @ u
-            grad_v = grad_v @ f.w  # that of u
-        if need_a or f.folded_into == "a":
-            grad_a = grad_v.T @ rows
-        if need_x:
-            grad_x = grad_v @ f.a
-            if mask is not None:
-                grad_x.view(BITS[grad_x.element_size()]).bitwise_and_(mask)
-            grad_x = grad_x.view(x.shape)
-        grads = (grad_x, *f.unfold(grad_a, grad_w, grad_b, needs[1:]))
+        u = rows.project(f.a)  # (N, r), recomputed
+        grad_u, *grads = f.gradients(grad, u, rows, scale(scaling, drop), needs[1:])
+        grads = (rows.low_rank(grad_u, f.a).view(x.shape) if needs[0] else None, *grads)
     return [
         grad.to(like.dtype) if need else like.new_empty(0)
         for grad, like, need in zip(grads, _likes(x, a, w, b), needs, strict=True)
@@ -131,8 +124,8 @@ def _likes(x, a, w, b):
     return x, a, a if w is None else w, b
 
 
-class _Factors:
-    """A, W, B, or A' = W·A, B, or A, B' = B·W, whichever multiplies N rows most cheaply."""
+class Factors:
+    """A, W, B, or A' = W·A, B, or A, B' = B·W, whichever multiplies N rows most cheaply. All of one dtype."""
 
     def __init__(self, a: Tensor, w: Tensor | None, b: Tensor, rows: int):
         self.a, self.w, self.b, self.folded_into = a, w, b, None
@@ -143,6 +136,27 @@ class _Factors:
                 self.b, self.folded_into = b @ w, "b"
             else:
                 self.a, self.folded_into = w @ a, "a"
+
+    def mix(self, u: Tensor) -> Tensor:
+        """What B multiplies: u·Wᵀ (N, r), or u itself where W is folded or absent."""
+        return u if self.w is None else u @ self.w.T
+
+    def gradients(
+        self, grad: Tensor, u: Tensor, rows: Dropped, scale: float, needs: list[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of u (N, r), A, W and B, those of the last three that ``needs`` names, from ``grad`` (N, O)."""
+        need_a, need_w, need_b = needs
+        grad_a = grad_w = grad_b = None
+        grad_u = (grad @ self.b).mul_(scale)  # (N, r), of u·Wᵀ
+        if need_b or self.folded_into == "b":
+            grad_b = (grad.T @ self.mix(u)).mul_(scale)
+        if self.w is not None:
+            if need_w:
+                grad_w = grad_u.T @ u
+            grad_u = grad_u @ self.w
+        if need_a or self.folded_into == "a":
+            grad_a = rows.outer(grad_u)
+        return grad_u, *self.unfold(grad_a, grad_w, grad_b, needs)
 
     def unfold(self, grad_a, grad_w, grad_b, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
         """From the gradients of these factors to those of A, W and B, as far as they are needed."""
@@ -159,7 +173,8 @@ def folds(rows: int, i: int, o: int) -> bool:
     return rows > min(i, o)
 
 
-def _scale(scaling: float, drop: int) -> float:
+def scale(scaling: float, drop: int) -> float:
+    """s / (1 − p)."""
     return scaling * STEPS / (STEPS - drop)
 
 
@@ -173,13 +188,64 @@ def _add(result: Tensor, v: Tensor, bt: Tensor, scale: float) -> Tensor:
     return total.view(result.shape)
 
 
-def _dropped_rows(x: Tensor, seed: Tensor | None, drop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """x as rows (N, I) in ``dtype`` with the dropped elements at 0, and the mask that did it."""
-    rows = x.reshape(-1, x.shape[-1]).to(dtype)
-    if seed is None:
-        return rows, None
-    mask = _draw(rows.shape, seed, drop, x.device)
-    return (rows.view(BITS[rows.element_size()]) & mask).view(dtype), mask
+class Dropped:
+    """D(x), rows (N, I), as the branch's three products see it: the mask is drawn and applied to the bits of x."""
+
+    def __init__(self, rows: Tensor, seed: Tensor | None, drop: int):
+        self.rows, self.mask = rows, None
+        if seed is not None:
+            self.mask = _draw(rows.shape, seed, drop, rows.device)
+            self.rows = (rows.view(BITS[rows.element_size()]) & self.mask).view(rows.dtype)
+
+    def project(self, a: Tensor) -> Tensor:
+        """D(x)·Aᵀ (N, r)."""
+        return self.rows @ a.T
+
+    def outer(self, grad_u: Tensor) -> Tensor:
+        """grad_uᵀ·D(x) (r, I)."""
+        return grad_u.T @ self.rows
+
+    def low_rank(self, grad_u: Tensor, a: Tensor) -> Tensor:
+        """D(grad_u·A) (N, I)."""
+        grad_x = grad_u @ a
+        if self.mask is not None:
+            grad_x.view(BITS[grad_x.element_size()]).bitwise_and_(self.mask)
+        return grad_x
+
+
+class DroppedInside(Dropped):
+    """The same on a GPU, inside the products: no mask in memory, and none drawn twice."""
+
+    def __init__(self, rows: Tensor, seed: Tensor, drop: int):
+        from llava_moslora.adapters import triton_dropout  # imported here: needs Triton
+
+        self.rows, self.mask = rows.contiguous(), (seed, drop)
+        self._products = triton_dropout
+
+    def project(self, a: Tensor) -> Tensor:
+        return self._products.dropped_project(self.rows, a.contiguous(), *self.mask)
+
+    def outer(self, grad_u: Tensor) -> Tensor:
+        return self._products.dropped_outer(grad_u.contiguous(), self.rows, *self.mask)
+
+    def low_rank(self, grad_u: Tensor, a: Tensor) -> Tensor:
+        return self._products.dropped_low_rank(grad_u.contiguous(), a.contiguous(), *self.mask)
+
+
+def dropped(rows: Tensor, seed: Tensor | None, drop: int) -> Dropped:
+    """D(x) for rows (N, I) in the dtype of the adapter; without a seed nothing is dropped."""
+    if seed is None or not uses_triton(rows):
+        return Dropped(rows, seed, drop)
+    return DroppedInside(rows, seed, drop)
+
+
+def uses_triton(rows: Tensor) -> bool:
+    """Whether dropout happens inside Triton's products, which know no float64."""
+    wanted = os.environ.get("LLAVA_MOSLORA_KERNEL", "triton")
+    return rows.is_cuda and rows.dtype != torch.float64 and wanted == "triton" and _HAS_TRITON
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _draw(shape: torch.Size, seed: Tensor, drop: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from torch import nn
 from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
 from llava_moslora.adapters.fold import delta
 from llava_moslora.adapters.kernel import low_rank_update
+from llava_moslora.adapters.linear import adapted_linear, frozen_dtype
 from llava_moslora.errors import Refusal
 
 
@@ -43,10 +44,9 @@ class MosLoraVariant(LoraVariant):
     @staticmethod
     def forward(module: MosLoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
         """``result + s·drop(x)·Aᵀ·Wᵀ·Bᵀ`` (paper eq. 7): x (…, in), result (…, out) → (…, out)."""
-        dropout = module.lora_dropout[active_adapter]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         weights = module.adapter_weights(active_adapter)
-        return low_rank_update(result, x, *weights, module.scaling[active_adapter], p)
+        scaling, p = module.scaling[active_adapter], module.dropout_probability(active_adapter)
+        return low_rank_update(result, x, *weights, scaling, p)
 
     @staticmethod
     def merge_safe(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
@@ -149,6 +149,43 @@ class MosLoraLayer:
         if isinstance(config, MosLoraConfig):
             return MosLoraVariant()
         return super().resolve_lora_variant(config=config, **kwargs)
+
+    def forward(self, x, *args, **kwargs):
+        """As PEFT's, float[..., in] → float[..., out]; where it is only the frozen linear and one MoSLoRA, both as one
+        operation."""
+        adapter = None if args or kwargs else self._only_adapter(x)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        weights = self.adapter_weights(adapter)
+        scaling, p = self.scaling[adapter], self.dropout_probability(adapter)
+        return adapted_linear(x, self.get_base_layer(), *weights, scaling, p)
+
+    fused_base_layers: tuple[type[nn.Module], ...] = (nn.Linear,)  # what ``adapted_linear`` computes itself
+
+    def _only_adapter(self, x: torch.Tensor) -> str | None:
+        """The adapter that is trained here, if nothing but it and the frozen linear is asked for and nobody watches or
+        moves the linear's weight (hooks: ZeRO-3, offloading), with everything in one dtype."""
+        base = self.get_base_layer()
+        if type(base) not in self.fused_base_layers or self.disable_adapters or self.merged:
+            return None
+        if not (self.training or torch.is_grad_enabled()):
+            return None  # generation: the branch of one token is cheaper than the operation's bookkeeping
+        here = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
+        if len(here) != 1 or not isinstance(self.lora_variant.get(here[0]), MosLoraVariant):
+            return None
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return None
+        if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return None
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            return None
+        one_dtype = x.dtype == frozen_dtype(base) == self.lora_A[here[0]].weight.dtype
+        return here[0] if one_dtype else None
+
+    def dropout_probability(self, adapter: str) -> float:
+        """0 outside training."""
+        dropout = self.lora_dropout[adapter]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def _cast_input_dtype(self, x, dtype):
         # PEFT casts x to the adapter's dtype for every layer anew. Ours casts inside the operation, so that backward

@@ -28,6 +28,8 @@ class MosLoraLinear8bitLt(MosLoraLayer, Linear8bitLt):
 class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
     """MoSLoRA over an NF4 or FP4 linear, with or without double quantisation."""
 
+    fused_base_layers = (bnb.nn.Linear4bit,)
+
     def __init__(self, base_layer, adapter_name, config, **kwargs):
         super().__init__(base_layer, adapter_name, config, **kwargs)
         # bitsandbytes otherwise repacks the weight in place at the first eval forward on a CPU with AVX512-BF16;

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import torch
@@ -26,10 +26,13 @@ class Collator:
     """Makes a batch of rows (dictionaries with ``input_ids labels images shard record id number``).
 
     With ``pack_to``, several records share a line of at most that many tokens (or of the longest record's), so that
-    less is padded. Positions restart at 0 with each record and there is no ``attention_mask``: that is how
-    transformers recognises packed lines (with ``use_cache=False``; a cache switches it off in silence), for every
-    attention implementation, and lets no record see another. The records of the batch, and so its loss, are the same as
+    less is padded. Positions restart at 0 with each record: that is how transformers recognises packed lines (with
+    ``use_cache=False``; a cache switches it off in silence), and lets no record see another; kernels for sequences of
+    unlike length go by the lengths instead, and no mask is made. The records of the batch, and so its loss, are as
     without packing.
+
+    There is never an ``attention_mask``: padding comes after every token, so causal attention never sees it, and it has
+    no label. With a mask torch could not use its causal flash attention.
 
     Args:
         pad_token_id: fills the right side of shorter lines; nothing attends to it and no label is trained.
@@ -37,6 +40,7 @@ class Collator:
         transform: the vision tower's.
         follow_links: see :func:`~llava_moslora.data.images.load_image`.
         pack_to: tokens per line; ``None``: one record per line.
+        image_token_id: the placeholder's; with it a batch says where its pictures' features go.
         data_files: the sources that rows count their ``source`` by; named in refusals where there are several.
     """
 
@@ -45,12 +49,15 @@ class Collator:
     transform: ImageTransform
     follow_links: bool = False
     pack_to: int | None = None
+    image_token_id: int | None = None
     data_files: tuple[str, ...] = ()
 
-    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """``input_ids labels`` int64[B, T], ``attention_mask`` (packed: ``position_ids``) int64[B, T], ``record``
-        int64[rows] (the rows' ``number``) and, if any row has pictures, ``pixel_values`` float32[N, 3, H, W] in the
-        order of the placeholders.
+    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor | int]:
+        """``input_ids labels`` int64[B, T], packed also what :func:`_sequences` gives, ``record`` and ``lengths``
+        int64[rows] (the rows' ``number`` and tokens, in their order in the lines) and, if any row has pictures,
+        ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders. Counted in the flattened B·T, so that the
+        model need not ask the device how many there are: ``label_positions`` int64[S], the tokens with a label that
+        have one before them, and with pictures ``image_positions`` int64[N·P], the placeholders.
 
         Raises:
             Refusal: I-..., a picture that cannot be used; D-LABELS, no token is trained. Both name the record.
@@ -64,14 +71,18 @@ class Collator:
             "input_ids": _pad([_joined(line, "input_ids") for line in lines], self.pad_token_id),
             "labels": _pad([_joined(line, "labels") for line in lines], IGNORE_INDEX),
             "record": torch.tensor([row["number"] for row in rows]),
+            "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
         }
-        if self.pack_to is None:
-            batch["attention_mask"] = _pad([[1] * len(row["input_ids"]) for row in rows], 0)
-        else:
-            batch["position_ids"] = _positions(lines, batch["input_ids"].shape[1])
+        trained = batch["labels"] != IGNORE_INDEX
+        trained[:, 0] = False  # nothing comes before it that could predict it
+        batch["label_positions"] = _places(trained)
+        if self.pack_to is not None:
+            batch |= _sequences(lines, batch["input_ids"].shape[1])
         pictures = [self._picture(name, row) for row in rows for name in row["images"]]
         if pictures:
             batch["pixel_values"] = torch.stack(pictures)
+            if self.image_token_id is not None:
+                batch["image_positions"] = _places(batch["input_ids"] == self.image_token_id)
         return batch
 
     def _picture(self, name: str, row: dict) -> torch.Tensor:
@@ -129,6 +140,11 @@ def _first_fit(rows: list[dict], limit: int) -> list[list[dict]]:
     return lines
 
 
+def _places(mask: torch.Tensor) -> torch.Tensor:
+    """int64[n]: where a bool[B, T] is true, counted in the flattened B·T."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
 def _length(line: list[dict]) -> int:
     return sum(len(row["input_ids"]) for row in line)
 
@@ -137,12 +153,23 @@ def _joined(line: list[dict], name: str) -> list[int]:
     return [number for row in line for number in row[name]]
 
 
-def _positions(lines: list[list[dict]], longest: int) -> torch.Tensor:
-    """int64[B, T], counting from 0 in every record, and in the padding, which so becomes a record of its own."""
-    lengths = [[len(row["input_ids"]) for row in line] for line in lines]
-    return torch.stack([
-        torch.cat([torch.arange(length) for length in (*line, longest - sum(line))]) for line in lengths
-    ])  # fmt: skip
+def _sequences(lines: list[list[dict]], longest: int) -> dict[str, torch.Tensor | int]:
+    """Where the records of packed lines are, a line's padding being a record of its own, under transformers' names:
+    ``position_ids`` int64[B, T] count from 0 in each, ``cu_seq_lens_q`` and ``_k`` int32[R+1] are where each begins in
+    the flattened B·T, and the end, ``max_length_q`` and ``_k`` the longest one's tokens."""
+    lengths = []
+    for line in lines:
+        records = [len(row["input_ids"]) for row in line]
+        lengths += [length for length in (*records, longest - sum(records)) if length]
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths]).view(len(lines), longest)
+    return {
+        "position_ids": positions,
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
 
 
 def pad_left_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.errors import Refusal
+from llava_moslora.models.attention import set_attention
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.llava_folder import check_tower_is_taken
 from llava_moslora.models.llm import load_llm, read_llm_config, sketch_llm
@@ -68,6 +69,7 @@ def assemble(
     dtype: torch.dtype,
     bits: int = 16,
     llm_dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
 ) -> tuple[Llava, dict]:
     """The composed model in ``dtype``, everything frozen.
 
@@ -80,6 +82,7 @@ def assemble(
         image_token_id: the placeholder's id.
         bits: 16, or 4 for an NF4 LLM (double quantisation, compute in ``dtype``).
         llm_dtype: of the LLM, if not ``dtype``.
+        attention: one of :data:`llava_moslora.models.attention.IMPLEMENTATIONS`, in the LLM and in the vision tower.
 
     Returns:
         The model and the tower's image-processor settings (what ``preprocessor_config.json`` holds).
@@ -98,6 +101,7 @@ def assemble(
     _add_token_rows(llm, len(tokenizer))
     model = _compose(llm, vision, image_token_id, tokenizer.pad_token_id, dtype)
     model.model.multi_modal_projector = _make_projector(model.config, tensors, dtype, llm)
+    set_attention(model, attention)
     left = [name for name, p in model.named_parameters() if p.is_meta]
     assert not left, f"grafting left parameters on the meta device: {left[:4]}"
     return model.requires_grad_(False), preprocessor

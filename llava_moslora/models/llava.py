@@ -11,6 +11,10 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from llava_moslora.models.attention import needs_no_mask, no_mask
+
+# Up to this many supervised positions the logits are small enough to be made at once, which is faster.
+FUSED_LOSS_ROWS = 4096
 IGNORE_INDEX = -100  # transformers' value; the data layer writes it, the loss reads it
 
 
@@ -26,15 +30,23 @@ class Llava(LlavaForConditionalGeneration):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        label_positions: Tensor | None = None,
+        image_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        position_ids: Tensor | None = None,
         **kwargs,
     ):
         """
         Args:
             input_ids: int64[B, T]; each picture is a run of ``config.image_token_id``, one per patch.
             pixel_values: float[N, 3, H, W] in the order of the pictures in ``input_ids``, or None without pictures.
-            attention_mask: int64[B, T], 1 for tokens, 0 for padding.
+            attention_mask: int64[B, T], 1 for tokens, 0 for padding; not needed where padding is on the right.
             labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken; position t is predicted from t-1.
+            label_positions: int64[S], where ``labels`` has one at t > 0, in the flattened B·T. Given, like
+                ``image_positions``, by the collator; found here otherwise, for which the host waits for the device.
+            image_positions: int64[N·P], where ``input_ids`` has placeholders, in the flattened B·T.
+            position_ids: int64[B, T] of packed lines, from 0 in every record. With them ``kwargs`` has transformers'
+                ``cu_seq_lens_q``, ``max_length_q`` (and ``_k``), by which kernels find the records without a mask.
             num_items_in_batch: the number the summed loss is divided by; default: S, a mean over this batch.
 
         Returns:
@@ -43,18 +55,31 @@ class Llava(LlavaForConditionalGeneration):
         """
         if labels is None:
             return super().forward(
-                input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask, **kwargs
+                input_ids=input_ids,
+                pixel_values=pixel_values,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **kwargs,
             )
-        embeds = self._embed(input_ids, pixel_values)
-        hidden = self.model(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=False, **kwargs)[0]
-        supervised = labels[:, 1:] != IGNORE_INDEX  # (B, T-1)
-        hidden, targets = hidden[:, :-1][supervised], labels[:, 1:][supervised]  # (S, D), (S)
-        if self.fused_loss:
+        embeds = self._embed(input_ids, pixel_values, image_positions)
+        packed = position_ids is not None
+        told = attention_mask is None and (not packed or "cu_seq_lens_q" in kwargs)
+        if told and needs_no_mask(self.config.text_config, embeds, packed=packed):
+            attention_mask = no_mask(embeds)
+        hidden = self.model(
+            inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
+        )[0]  # (B, T, D)
+        if label_positions is None:
+            trained = F.pad(labels[:, 1:] != IGNORE_INDEX, (1, 0))  # (B, T)
+            label_positions = trained.flatten().nonzero().squeeze(1)
+        hidden = hidden.flatten(0, 1).index_select(0, label_positions - 1)  # (S, D)
+        targets = labels.flatten().index_select(0, label_positions)  # (S)
+        if self.fused_loss and len(targets) > FUSED_LOSS_ROWS:
             loss = self._fused_loss(hidden, targets)
         else:
             logits = self.lm_head(hidden)  # (S, V)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-        loss = loss / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
+        loss = loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
         return LlavaCausalLMOutputWithPast(loss=loss)
 
     def _fused_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -64,7 +89,7 @@ class Llava(LlavaForConditionalGeneration):
         assert type(self.lm_head) is nn.Linear, "the kernel multiplies with the head's weight and nothing else"
         return LigerFusedLinearCrossEntropyLoss(reduction="sum")(self.lm_head.weight, hidden, targets)
 
-    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:
         """Word embeddings float[B, T, D] with the pictures' features in their places.
 
         A batch without pictures takes the same steps, forward and backward, with a blank picture whose features are
@@ -76,12 +101,13 @@ class Llava(LlavaForConditionalGeneration):
         blank = pixel_values is None
         if blank:
             size = self.config.vision_config.image_size
-            pixel_values = torch.zeros(1, 3, size, size)
+            pixel_values = embeds.new_zeros(1, 3, size, size)
         pixel_values = pixel_values.to(embeds.device, embeds.dtype)
         features = torch.cat(self.model.get_image_features(pixel_values, return_dict=True).pooler_output)  # (N·P, D)
         features = features.to(embeds.dtype)
         if blank:
             return torch.cat([embeds.flatten(0, 1), features[:0]]).view_as(embeds)
-        places = input_ids == self.config.image_token_id  # (B, T)
-        assert int(places.sum()) == len(features), f"{int(places.sum())} placeholders for {len(features)} features"
-        return embeds.masked_scatter(places.unsqueeze(-1), features)
+        if image_positions is None:
+            image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
+        assert len(image_positions) == len(features), f"{len(image_positions)} placeholders, {len(features)} features"
+        return embeds.flatten(0, 1).index_copy(0, image_positions, features).view_as(embeds)

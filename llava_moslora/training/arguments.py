@@ -25,7 +25,8 @@ from llava_moslora.data.sampler import GROUP, ORDERS, REFERENCE_GROUP
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
 from llava_moslora.models.llava_folder import starting_parts
-from llava_moslora.training import rendezvous
+from llava_moslora.training import liger, rendezvous
+from llava_moslora.training.recompute import MODES, parse_recompute
 
 
 @dataclass
@@ -120,6 +121,13 @@ class TrainingArguments(HfTrainingArguments):
             "the default order has hardly any"
         },
     )
+    recompute: str | None = field(
+        default=None,
+        metadata={
+            "help": f"what backward recomputes instead of keeping it: {MODES}; selective keeps the outputs of linears "
+            "and attention; default: full with --gradient_checkpointing, else none"
+        },
+    )
     sample_questions: str | None = field(
         default=None, metadata={"help": "LLaVA-format JSON with questions that are answered while training"}
     )
@@ -132,6 +140,9 @@ class TrainingArguments(HfTrainingArguments):
     resume: bool = field(default=False, metadata={"help": "go on with the run in --output_dir, if one has begun"})
     allow_change: list[str] = field(default_factory=list, metadata={"help": "settings that may differ when resuming"})
     overwrite: bool = field(default=False, metadata={"help": "delete the run that is in --output_dir"})
+    use_liger_kernel: bool | None = field(
+        default=None, metadata={"help": "Liger's kernels in the LLM's layers; default: on a GPU, where it is installed"}
+    )
     # Three defaults of the Trainer that hide what a user needs to see, and one that would drop our columns.
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False
@@ -161,15 +172,38 @@ class TrainingArguments(HfTrainingArguments):
             rendezvous.join(
                 timedelta(seconds=self.ddp_timeout)
             )  # the Trainer would do it too late for ZeRO-3's loading when use_cpu is set
+        self._settle_recompute()
+        if self.use_liger_kernel is None:
+            self.use_liger_kernel = liger.is_usable()
         super().__post_init__()
-        if self.use_liger_kernel:  # for the LLM's layers; Liger's LLaVA would replace our forward and its loss
-            own = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-            self.liger_kernel_config = (self.liger_kernel_config or {}) | own
+        if self.use_liger_kernel:
+            self.liger_kernel_config = (self.liger_kernel_config or {}) | liger.CONFIG
+
+    def _settle_recompute(self) -> None:
+        """``recompute`` from the Trainer's switch, in either of its names, where it is not given; the Trainer itself is
+        not to switch anything on, as it knows no selective recomputation."""
+        asked = [on for name in CHECKPOINTING if (on := getattr(self, name, None)) is not None]
+        if self.recompute is None:
+            self.recompute = "full" if any(asked) else "none"
+        mode, _ = parse_recompute(self.recompute)
+        if any(asked) and mode == "none":
+            raise Refusal(
+                "C-FLAG", "two flags that disagree", key="--gradient_checkpointing, --recompute",
+                found="True and none", fix="leave one of the two out",
+            )  # fmt: skip
+        for name in CHECKPOINTING:
+            if hasattr(self, name):
+                setattr(self, name, None)
+            if getattr(self, name + "_kwargs", None):
+                raise Refusal("C-FLAG", "not taken here", key=f"--{name}_kwargs", fix="--recompute says all")
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
+
+# The Trainer's switch for full recomputation: transformers renamed it in 5.23.
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 
 ARGUMENTS = (ModelArguments, DataArguments, AdapterArguments, TrainingArguments)
 

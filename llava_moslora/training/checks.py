@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from llava_moslora.errors import Refusal
-from llava_moslora.models.assemble import HEAD
 from llava_moslora.training.arguments import AdapterArguments, ModelArguments, TrainingArguments
 
 STAGES = (0, 1, 2, 3)
@@ -52,7 +51,7 @@ def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: Trai
     _check_adapters(adapter_args)
     _check_precision(args)
     _check_packages(model_args, args)
-    _check_liger(adapter_args, args)
+    _check_liger(args)
     if args.deepspeed:
         _check_deepspeed(args)
 
@@ -110,14 +109,7 @@ def _check_packages(model_args: ModelArguments, args: TrainingArguments) -> None
             raise Refusal("E-MISSING", f"needs {package}, which is not installed", key=flag, fix=fix)
 
 
-def _check_liger(adapter_args: AdapterArguments, args: TrainingArguments) -> None:
-    if args.use_liger_kernel and not adapter_args.tune_mm_mlp_adapter and HEAD in adapter_args.lora_target_modules:
-        raise Refusal(
-            "C-FLAG",
-            "Liger's fused loss multiplies with the LM head's weight itself and would ignore the adapter on it",
-            key="--use_liger_kernel, --lora_target_modules lm_head",
-            fix="leave one of the two out",
-        )
+def _check_liger(args: TrainingArguments) -> None:
     if args.use_liger_kernel and args.use_cpu:
         raise Refusal("C-FLAG", "Liger's kernels need a GPU", key="--use_liger_kernel", fix="leave it out on a CPU")
 
@@ -150,11 +142,6 @@ def _check_deepspeed(args: TrainingArguments) -> None:
         "bf16.enabled": (args.bf16, f"{args.bf16} (--bf16)"),
         "fp16.enabled": (args.fp16, f"{args.fp16} (--fp16)"),
     }
-    if stage == 3 and args.use_liger_kernel:
-        raise Refusal(
-            "C-FLAG", "under ZeRO-3 the LM head's weight is not there for Liger's fused loss", key="--use_liger_kernel",
-            fix="zero_configs/zero2.json, or leave it out",
-        )  # fmt: skip
     if stage == 3 and args.sample_questions:
         raise Refusal(
             "C-FLAG",

@@ -1,6 +1,10 @@
 """What stops a run that has gone wrong: a step whose loss or gradient is not finite, with the records that made it.
 
 A Trainer hides such a step: it logs the loss as 0, and DeepSpeed leaves the update out and goes on.
+
+Losses stay on the device until the gradient is looked at, once per step: a look at each before its backward would keep
+the GPU idle while backward is launched. By then DeepSpeed may have updated the weights, but the run ends before they
+are saved.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from llava_moslora.runs.manifest import write_json
 
 DUMP = "nonfinite.json"
 ADVICE = "lower --learning_rate, look at these records, or train in bf16 instead of fp16"
+NONFINITE_LOSS, FINITE_LOSS = "the loss became NaN or Inf", "a finite loss on every rank"
 
 
 @dataclass
@@ -39,42 +44,53 @@ class FiniteGuard:
     def begin_step(self, records: list[list[int]]) -> None:
         self.records, self.losses = records, []
 
-    def loss(self, step: int, loss: Tensor) -> None:
-        """Look at the next micro-batch's loss, float[], before it goes backward. Collective.
-
-        Raises:
-            Refusal: R-NONFINITE, it is NaN or Inf on some rank.
-        """
+    def loss(self, loss: Tensor) -> None:
+        """Keep the next micro-batch's loss, float[], for :meth:`gradient` to look at."""
         self.losses.append(loss.detach())
-        bad = (~torch.isfinite(loss.detach())).to(torch.int32)
-        if distributed.is_initialized():
-            distributed.all_reduce(bad)
-        if bad:
-            self._stop(step, "the loss became NaN or Inf", "a finite loss on every rank")
 
-    def gradient(self, step: int, norm: float | None, engine, parameters: dict[str, torch.nn.Parameter]) -> None:
-        """Look at the gradient norm of the global batch. Without DeepSpeed nothing has been updated yet; with it the
-        step has been taken or left out. Collective.
+    def gradient(
+        self, step: int, norm: Tensor | float | None, engine, parameters: dict[str, torch.nn.Parameter]
+    ) -> float | None:
+        """Look at the losses and the gradient norm of the global batch. Without DeepSpeed nothing has been updated yet;
+        with it the step has been taken or left out. Collective; the host waits for the device once.
 
         Args:
             norm: of the whole gradient; None where the engine does not tell (ZeRO stage 0 in float32).
             engine: the DeepSpeed engine, or None.
             parameters: looked at instead where there is no norm.
 
+        Returns:
+            The norm as a number.
+
         Raises:
-            Refusal: R-NONFINITE, the gradient has a NaN or Inf, and it is not the fp16 search for a loss scale.
+            Refusal: R-NONFINITE, a loss is NaN or Inf on some rank; or the gradient has a NaN or Inf, and it is not the
+                fp16 search for a loss scale.
         """
+        bad, norm = self._on_the_host(norm)
+        if bad:
+            self._stop(step, NONFINITE_LOSS, FINITE_LOSS)
         skipped = 0 if engine is None else engine.skipped_steps
         grew, self.skipped = skipped > self.skipped, skipped
         if grew and searches_scale(engine):
-            return
+            return norm
         if norm is None:
-            finite = all(bool(torch.isfinite(p).all()) for p in parameters.values())
+            finite = bool(torch.stack([torch.isfinite(p).all() for p in parameters.values()]).all())
         else:
             finite = math.isfinite(norm) and norm >= 0  # DeepSpeed says -1 for a norm that is not finite
         if grew or not finite:
             done = "DeepSpeed left the update out" if grew else f"gradient norm {norm}"
             self._stop(step, f"the gradient became NaN or Inf ({done})", "a finite gradient")
+        return norm
+
+    def _on_the_host(self, norm: Tensor | float | None) -> tuple[int, float | None]:
+        """How many micro-batches of all ranks have a loss that is NaN or Inf, and the norm: one copy for both."""
+        bad = (~torch.isfinite(torch.stack(self.losses))).sum().double()
+        if distributed.is_initialized():
+            distributed.all_reduce(bad)
+        if not isinstance(norm, Tensor):
+            return int(bad), norm
+        count, number = torch.stack([bad, norm.detach().to(bad)]).tolist()
+        return int(count), number
 
     def scale_exhausted(self, step: int) -> NoReturn:
         """fp16 overflows at its smallest loss scale too."""
@@ -92,9 +108,12 @@ class FiniteGuard:
             ranks = [None] * distributed.get_world_size()
             distributed.all_gather_object(ranks, mine)
         batches = [batch for rank in ranks for batch in rank]
+        suspects = [b for b in batches if not math.isfinite(float(b["loss"]))]
+        if suspects:  # whatever came of it
+            what, expected = NONFINITE_LOSS, FINITE_LOSS
+        suspects = suspects or batches
         if publish.rank() == 0:
             write_json(self.run / DUMP, {"step": step, "batches": batches})
-        suspects = [b for b in batches if not math.isfinite(float(b["loss"]))] or batches
         records = [record for batch in suspects for record in batch["records"]]
         raise Refusal(
             "R-NONFINITE",

@@ -34,6 +34,7 @@ class Pause(TrainerCallback):
         self.heard: str | None = None  # the signal this process was sent
         self.heard_at = 0.0
         self.training = self.stopping = self.paused = False
+        self._group = None  # of all ranks, on the CPU: asking one another never waits for a GPU
 
     def listen(self) -> None:
         for number in SIGNALS:
@@ -56,12 +57,14 @@ class Pause(TrainerCallback):
             os.kill(os.getpid(), number)
 
     def on_train_begin(self, args, state, control, **_):
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            self._group = distributed.new_group(backend="gloo")
         self.training = True
 
     def on_step_end(self, args, state, control, **_):
-        asked = torch.tensor(self.heard is not None, dtype=torch.int32, device=args.device)
-        if distributed.is_initialized():
-            distributed.all_reduce(asked, op=distributed.ReduceOp.MAX)
+        asked = torch.tensor(self.heard is not None, dtype=torch.int32)
+        if self._group is not None:
+            distributed.all_reduce(asked, distributed.ReduceOp.MAX, self._group)
         if asked:
             self.stopping = control.should_save = control.should_training_stop = True
 

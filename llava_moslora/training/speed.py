@@ -113,7 +113,7 @@ class Speed:
 
     def count(self, batch: dict[str, Tensor]) -> None:
         """A micro-batch as :class:`~llava_moslora.data.collate.Collator` makes it, still on the CPU."""
-        lengths = record_lengths(batch)
+        lengths = batch["lengths"]
         tokens, pictures = int(lengths.sum()), len(batch.get("pixel_values", ()))
         trained = int((batch["labels"] != IGNORE_INDEX).sum())
         per = self.flops
@@ -127,28 +127,18 @@ class Speed:
         the devices' peak, where that is known; on a GPU ``peak_memory_gib`` of the rank that needs most. Collective."""
         seconds = max(time.monotonic() - self.since, 1e-9)
         memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
-        total = torch.tensor([*self.counted.values()], dtype=torch.float64, device=self.device)
-        most = torch.tensor(memory, dtype=torch.float64, device=self.device)
-        ranks = 1
+        ranks = [[*self.counted.values(), memory]]
         if distributed.is_initialized():
-            distributed.all_reduce(total)
-            distributed.all_reduce(most, distributed.ReduceOp.MAX)
-            ranks = distributed.get_world_size()
-        tokens, samples, flops = total.tolist()
+            mine = torch.tensor(ranks[0], dtype=torch.float64, device=self.device)
+            everyones = mine.new_empty(distributed.get_world_size(), len(mine))
+            distributed.all_gather(list(everyones), mine)
+            ranks = everyones.tolist()
+        tokens, samples, flops, _ = map(sum, zip(*ranks, strict=True))
+        memory = max(rank[-1] for rank in ranks)
         self._begin()
         found = {"tokens_per_second": round(tokens / seconds, 1), "samples_per_second": round(samples / seconds, 3)}
         if self.peak is not None:
-            found["mfu"] = round(flops / seconds / (self.peak * ranks), 4)
+            found["mfu"] = round(flops / seconds / (self.peak * len(ranks)), 4)
         if memory:
-            found["peak_memory_gib"] = round(float(most), 2)
+            found["peak_memory_gib"] = round(memory, 2)
         return found
-
-
-def record_lengths(batch: dict[str, Tensor]) -> Tensor:
-    """int64[records]: tokens of each record, padding not counted. Of packed lines (int64[B, T] ``position_ids``, which
-    begin at 0 with every record) the stretches without a label are padding: a record always has one."""
-    if "attention_mask" in batch:
-        return batch["attention_mask"].sum(1)
-    record = (batch["position_ids"] == 0).flatten().cumsum(0) - 1  # (B·T)
-    trained = torch.bincount(record, weights=(batch["labels"] != IGNORE_INDEX).flatten().float())
-    return torch.bincount(record)[trained > 0]

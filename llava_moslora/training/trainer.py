@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from torch import distributed, nn
 from transformers import Trainer
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from llava_moslora.data.loader import Batches
@@ -17,6 +18,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import PROJECTOR, VISION
 from llava_moslora.runs import publish
 from llava_moslora.runs.manifest import stated, write_json
+from llava_moslora.training import liger
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
 from llava_moslora.training.guards import FiniteGuard, check_labels, out_of_memory
@@ -50,7 +52,9 @@ class MosLoraTrainer(Trainer):
             self.model_accepts_loss_kwargs = False  # no token count for the model: it averages over its micro-batch
         if self.args.use_liger_kernel:
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            inner.fused_loss = True
+            liger.fuse_rotary_embedding(inner.model.language_model)
+            # Liger's loss multiplies with the head's own weight: no adapter on it, and not in pieces on other ranks.
+            inner.fused_loss = type(inner.lm_head) is nn.Linear and not is_deepspeed_zero3_enabled()
         self.guard = FiniteGuard(Path(self.args.output_dir))
         self.speed = Speed(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # of callbacks, for the next row of the log
@@ -117,8 +121,26 @@ class MosLoraTrainer(Trainer):
         for batch, numbers in zip(batches, records, strict=True):
             check_labels(batch["labels"], numbers)
             self.speed.count(batch)
+            del batch["lengths"]  # for the counting alone
         self.guard.begin_step(records)
         return batches, tokens
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The trained tokens of the global batch, counted by the collator; theirs waits for the device to copy them."""
+        if not (self.model_accepts_loss_kwargs and batch_samples):
+            return None
+        tokens = sum(len(batch["label_positions"]) for batch in batch_samples)
+        if not (self.args.average_tokens_across_devices and self.args.world_size > 1):
+            return tokens
+        total = torch.full((), tokens, dtype=torch.int64, device=device)
+        distributed.all_reduce(total)
+        return total
+
+    def _prepare_input(self, data):
+        """As theirs, but without waiting for the device: batches are pinned, and a dtype is changed over there."""
+        if isinstance(data, torch.Tensor):
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.watch.mark()
@@ -132,18 +154,16 @@ class MosLoraTrainer(Trainer):
             raise
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss; a non-finite one on any rank stops all of them before it reaches a gradient."""
+        """The model's loss, kept for the guard, which looks at it when the step has been computed."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.guard.loss(self.state.global_step, result[0] if return_outputs else result)
+        self.guard.loss(result[0] if return_outputs else result)
         return result
 
     def _get_grad_norm(self, model, grad_norm=None) -> float | None:
-        """As theirs, and a non-finite gradient stops the run; without DeepSpeed before the update."""
+        """As theirs, and a non-finite loss or gradient stops the run; without DeepSpeed before the update."""
         norm = super()._get_grad_norm(model, grad_norm)
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
-        number = None if norm is None else float(norm)
-        self.guard.gradient(self.state.global_step, number, engine, trained_parameters(self.model))
-        return norm
+        return self.guard.gradient(self.state.global_step, norm, engine, trained_parameters(self.model))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the speed of all ranks since the last log, and what callbacks have found at this step."""

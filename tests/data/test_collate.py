@@ -27,17 +27,31 @@ def test_batch(picture_folder):
     batch = collate([row(3, ["1.png", "0.png"], 7), row(5, [], 8), row(2, ["2.png"], 9)])
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
         "input_ids": (torch.int64, (3, 5)),
-        "attention_mask": (torch.int64, (3, 5)),
         "labels": (torch.int64, (3, 5)),
         "record": (torch.int64, (3,)),
+        "lengths": (torch.int64, (3,)),
+        "label_positions": (torch.int64, (7,)),
         "pixel_values": (torch.float32, (3, 3, 8, 8)),
     }
     assert batch["input_ids"].tolist() == [[1, 2, 3, 99, 99], [1, 2, 3, 4, 5], [1, 2, 99, 99, 99]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5, [1, 1, 0, 0, 0]]
+    assert batch["lengths"].tolist() == [3, 5, 2]
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100], [-100, 2, 3, 4, 5], [-100, 2, -100, -100, -100]]
     assert batch["record"].tolist() == [7, 8, 9]
     for pixels, name in zip(batch["pixel_values"], ["1.png", "0.png", "2.png"], strict=True):
         assert torch.equal(pixels, TRANSFORM(load_image(name, picture_folder)))
+
+
+def test_positions_are_counted_in_the_flattened_batch(picture_folder):
+    """Of labels, but for a line's first token; of placeholders, in the order of the pictures; packed lines too."""
+    one, two = row(4, ["1.png"], 7), row(3, ["0.png"], 8)
+    one["input_ids"], two["input_ids"] = [1, 60, 60, 4], [60, 60, 5]
+    two["labels"] = [9, -100, 5]
+    for pack_to, labels, pictures in [(None, [1, 2, 3, 6], [1, 2, 4, 5]), (8, [1, 2, 3, 4, 6], [1, 2, 4, 5])]:
+        batch = Collator(99, picture_folder, TRANSFORM, pack_to=pack_to, image_token_id=60)([one, two])
+        assert batch["label_positions"].tolist() == labels
+        assert batch["image_positions"].tolist() == pictures
+    text = Collator(99, None, TRANSFORM, image_token_id=60)([row(3)])
+    assert "image_positions" not in text
 
 
 def test_text_only_batch_has_no_pixels():
@@ -76,7 +90,7 @@ def test_packed_lines(picture_folder):
     assert batch["labels"].tolist() == [[-100, 2, 3, 4, 5, -100, 2], [-100, 2, 3, 4, -100, 2, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 3, 0, 1, 2]]
     assert "attention_mask" not in batch
-    assert batch["record"].tolist() == [8, 9, 10, 7]
+    assert batch["record"].tolist() == [8, 9, 10, 7] and batch["lengths"].tolist() == [5, 2, 4, 3]
     for pixels, name in zip(batch["pixel_values"], ["2.png", "0.png", "1.png"], strict=True):
         assert torch.equal(pixels, TRANSFORM(load_image(name, picture_folder)))
 
@@ -135,7 +149,8 @@ def test_packed_loss_equals_the_unpacked_one(attention):
     losses = []
     for pack_to in (None, 16, 40):
         batch = Collator(0, None, TRANSFORM, pack_to=pack_to)(rows)
-        batch.pop("record")
+        for ours_only in ("record", "lengths", "label_positions"):
+            del batch[ours_only]
         losses.append(model(**batch).loss.item())
     assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-6)
     batch.pop("labels")
@@ -163,7 +178,8 @@ def test_packed_llava_keeps_every_picture_with_its_record(picture_folder):
     losses = []
     for pack_to in (None, 16, 24, 100):
         batch = Collator(0, picture_folder, TRANSFORM, pack_to=pack_to)(rows)
-        batch.pop("record")
+        for ours_only in ("record", "lengths", "label_positions"):
+            del batch[ours_only]
         losses.append(model(**batch, use_cache=False).loss.item())
     assert losses[1:] == pytest.approx([losses[0]] * 3, abs=1e-6)
 

@@ -61,10 +61,8 @@ def main() -> None:
 
     class Stock(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
-            for ours_only in ("record", "lengths"):
-                records = inputs.pop(ours_only, None)
-                if ours_only == "record":
-                    seen = records.tolist()
+            seen = inputs.pop("record").tolist()
+            del inputs["lengths"]
             loss = super().training_step(model, inputs, num_items_in_batch)
             note(self.state.global_step + 1, seen, loss)
             return loss

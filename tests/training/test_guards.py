@@ -69,8 +69,40 @@ def engine(*, skipped: int, scale: float, fp16: bool = True, dynamic: bool = Tru
 def guard(folder) -> FiniteGuard:
     guard = FiniteGuard(folder)
     guard.begin_step([[3, 4]])
-    guard.loss(7, torch.tensor(1.5))
+    guard.loss(torch.tensor(1.5))
     return guard
+
+
+def test_a_loss_is_looked_at_with_its_step_and_its_records_are_named(tmp_path):
+    """Of the micro-batch it belongs to, also where the gradient is finite; until then its value is never asked for."""
+    watch = FiniteGuard(tmp_path)
+    watch.begin_step([[1, 2], [3, 4], [5, 6]])
+    watch.loss(torch.empty((), device="meta"))  # has no value to ask for
+    watch.losses.clear()
+    for loss in (1.5, float("inf"), 2.5):
+        watch.loss(torch.tensor(loss))
+    with pytest.raises(Refusal, match=r"the loss became NaN or Inf at step 7.*found loss inf on records 3, 4;"):
+        watch.gradient(7, torch.tensor(1.0), None, {})
+    batches = json.loads((tmp_path / DUMP).read_text())["batches"]
+    assert [(batch["records"], batch["loss"]) for batch in batches] == [
+        ([1, 2], "1.5"), ([3, 4], "inf"), ([5, 6], "2.5")
+    ]  # fmt: skip
+    with pytest.raises(Refusal, match="the loss became NaN or Inf"):  # and not that the gradient overflows
+        watch.scale_exhausted(7)
+
+
+def test_a_nan_loss_stops_the_search_for_fp16s_loss_scale_too(tmp_path):
+    watch = guard(tmp_path)
+    watch.loss(torch.tensor(float("nan")))
+    watch.records.append([8])
+    with pytest.raises(Refusal, match=r"the loss became NaN or Inf.*records 8;"):
+        watch.gradient(7, -1.0, engine(skipped=1, scale=2**15), {})
+
+
+def test_finite_steps_give_the_norm_as_a_number(tmp_path):
+    assert guard(tmp_path).gradient(7, torch.tensor(2.5), None, {}) == 2.5
+    assert guard(tmp_path).gradient(7, 2.5, engine(skipped=0, scale=1), {}) == 2.5
+    assert guard(tmp_path).gradient(7, None, engine(skipped=0, scale=1), {"a": torch.ones(2)}) is None
 
 
 def test_the_search_for_fp16s_loss_scale_goes_on(tmp_path):

@@ -22,9 +22,12 @@ def plain(parts, tmp_path_factory):
     return folder
 
 
-def test_gradient_checkpointing_computes_the_same(parts, plain, tmp_path):
+@pytest.mark.parametrize(
+    "how", [{"gradient_checkpointing": True}, {"recompute": "every:2"}, {"recompute": "selective"}], ids=str
+)
+def test_recomputing_computes_the_same(parts, plain, tmp_path, how):
     """In both towers and with dropout: the same losses and the same adapter, bit for bit."""
-    train(parts, tmp_path / "run", gradient_checkpointing=True)
+    train(parts, tmp_path / "run", **how)
     assert losses(tmp_path / "run") == losses(plain)
     one, other = adapter(tmp_path / "run", 2), adapter(plain, 2)
     assert all(torch.equal(one[name], other[name]) for name in one)

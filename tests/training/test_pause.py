@@ -60,6 +60,16 @@ def test_while_training_the_step_is_finished_and_saved(pause, trainer, number, c
     assert refusal.value.exit_status == 75
 
 
+def test_alone_no_device_is_asked(pause, trainer):
+    """A process without others knows by itself whether it was signalled."""
+    _, state, control = trainer
+    pause.on_train_begin(None, state, control)
+    pause.on_step_end(None, state, control)
+    os.kill(os.getpid(), signal.SIGTERM)
+    pause.on_step_end(None, state, control)
+    assert control.should_training_stop
+
+
 def test_a_second_one_later_ends_at_once(pause, trainer, monkeypatch):
     pause.on_train_begin(*trainer)
     os.kill(os.getpid(), signal.SIGTERM)

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, train_projector_only
 from llava_moslora.models.llava import Llava
-from llava_moslora.training.speed import PEAKS, Flops, Speed, peak_of, record_lengths
+from llava_moslora.training.speed import PEAKS, Flops, Speed, peak_of
 
 TOKENS, TRAINED, PICTURES = 40, 6, 2
 
@@ -40,23 +40,47 @@ def test_flops_are_torchs(parts, adapters, tolerance, tower):
     assert counted == pytest.approx(counter.get_total_flops(), rel=tolerance)
 
 
-def test_padding_is_no_token():
-    labels = torch.tensor([[-100, 7, 7, -100, 7, -100], [-100, 7, 7, 7, -100, -100]])
-    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
-    assert record_lengths({"attention_mask": mask, "labels": labels}).tolist() == [6, 4]
-    packed = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 0, 1]])  # records of 3, 2 and 4; padding of 1 and 2
-    assert record_lengths({"position_ids": packed, "labels": labels}).tolist() == [3, 2, 4]
+def test_padding_is_no_token(parts):
+    speed = Speed(model_of(parts, adapters=False), torch.device("cpu"))
+    batch = {
+        "lengths": torch.tensor([6, 4]),
+        "labels": torch.tensor([[-100, 7, 7, -100, 7, 7], [-100, 7, 7, 7] + [-100] * 2]),
+    }
+    speed.count(batch)
+    per = speed.flops
+    assert speed.counted["tokens"] == 10 and speed.counted["samples"] == 2
+    assert speed.counted["flops"] == per.token * 10 + per.pair * (36 + 16) + per.trained_token * 7
 
 
 def test_the_share_of_the_peak(parts, monkeypatch):
     speed = Speed(model_of(parts, adapters=False), torch.device("cpu"))
     speed.peak = 1e6
-    speed.count({"attention_mask": torch.ones(1, TOKENS), "labels": torch.full((1, TOKENS), 5)})
+    speed.count({"lengths": torch.tensor([TOKENS]), "labels": torch.full((1, TOKENS), 5)})
     monkeypatch.setattr("time.monotonic", lambda: speed.since + 2)
     work = speed.flops.token * TOKENS + speed.flops.pair * TOKENS**2 + speed.flops.trained_token * TOKENS
     figures = speed.figures()
     assert figures["mfu"] == pytest.approx(work / 2 / 1e6, abs=1e-4)
     assert figures["tokens_per_second"] == TOKENS / 2 and figures["samples_per_second"] == 0.5
+
+
+def test_figures_are_of_all_ranks(parts, monkeypatch):
+    """Sums of what was counted, the most of the memory, and one exchange for all of them."""
+    speed = Speed(model_of(parts, adapters=False), torch.device("cpu"))
+    speed.count({"lengths": torch.tensor([3, 4]), "labels": torch.full((2, 4), 5)})
+    exchanged = []
+
+    def all_gather(rows, mine):
+        exchanged.append(mine)
+        rows[0].copy_(mine)
+        rows[1].copy_(mine * 2 + torch.tensor([0, 0, 0, 1.5]))
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.all_gather", all_gather)
+    monkeypatch.setattr("time.monotonic", lambda: speed.since + 2)
+    figures = speed.figures()
+    assert figures == {"tokens_per_second": 10.5, "samples_per_second": 3.0, "peak_memory_gib": 1.5}
+    assert len(exchanged) == 1 and speed.counted["tokens"] == 0
 
 
 def test_peaks_are_found_by_name(monkeypatch):

@@ -1,0 +1,197 @@
+"""A frozen linear and its adapter as one operation::
+
+    y = x·W₀ᵀ + bias + c·D(x)·Aᵀ·Wᵀ·Bᵀ                                                     (paper eq. 7)
+
+The branch is :mod:`llava_moslora.adapters.kernel`'s. Together with the linear it costs less:
+
+- the branch is written first and the linear's product is added onto it (GPU), one pass over y fewer; backward likewise;
+- x gets one gradient in place of two that autograd would add up;
+- u = D(x)·Aᵀ (N, r) is kept for backward where it is small beside x;
+- y is the output of one operation, which selective recomputation can keep (:mod:`llava_moslora.training.recompute`).
+
+W₀ may be NF4 or FP4: it is dequantised here, in forward and again in backward.
+
+Shapes: N rows (all leading dimensions of x), I in, O out, r rank; x (N, I), W₀ (O, I), A (r, I), W (r, r), B (O, r),
+y (N, O). x, W₀ (or what it is dequantised to), A, W and B have one dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from llava_moslora.adapters import kernel
+from llava_moslora.adapters.kernel import Factors, draw_seed, dropped, scale
+
+KEEP_BELOW = 1 / 16  # u is kept where r is at most this share of I; above, recomputing it costs less than its memory
+
+
+def adapted_linear(
+    x: Tensor, base: nn.Module, a: Tensor, w: Tensor | None, b: Tensor, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """``base(x)`` plus the adapter's branch, float[..., O].
+
+    Args:
+        x: float[..., I].
+        base: the frozen layer: an ``nn.Linear``, or a ``bitsandbytes.nn.Linear4bit``.
+        a: float[r, I].
+        w: float[r, r], or None for plain LoRA.
+        b: float[O, r].
+        scaling: s.
+        dropout: probability of dropping an element of x on its way into the branch; 0 outside training.
+    """
+    drop, seed = draw_seed(dropout)
+    y, _ = _adapted_linear(x, base.weight, base.bias, *_quantisation(base), a, w, b, seed, float(scaling), drop)
+    return y
+
+
+def frozen_dtype(base: nn.Module) -> torch.dtype | None:
+    """What the frozen weight is multiplied in; None for a 4-bit weight that stands for one dtype and computes in
+    another."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight.dtype
+    return state.dtype if base.compute_dtype in (None, state.dtype) else None
+
+
+def _quantisation(base: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[int], str]:
+    """bitsandbytes' description of a 4-bit weight as an operation can take it; empty for an ordinary weight."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return None, None, None, None, list(base.weight.shape), ""
+    outer = state.state2 if state.nested else None
+    layout = [*state.shape, state.blocksize, outer.blocksize if outer else 0]
+    if outer is None:
+        return state.absmax, None, None, None, layout, state.quant_type
+    return state.absmax, outer.absmax, outer.code, state.offset, layout, state.quant_type
+
+
+def _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, dtype) -> Tensor:
+    """W₀ (O, I) in ``dtype``."""
+    if absmax is None:
+        return weight
+    out, i, block, outer_block = layout
+    if outer_absmax is not None:
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+            absmax, outer_absmax, outer_code, outer_block, torch.float32
+        )
+        absmax = absmax + offset
+    return torch.ops.bitsandbytes.dequantize_4bit(weight, absmax, block, quant_type, [out, i], dtype)
+
+
+@torch.library.custom_op(
+    "llava_moslora::adapted_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? absmax, Tensor? outer_absmax, Tensor? outer_code, "
+    "Tensor? offset, int[] layout, str quant_type, Tensor a, Tensor? w, Tensor b, Tensor? seed, float scaling, "
+    "int drop) -> (Tensor, Tensor)",
+)
+def _adapted_linear(
+    x, weight, bias, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, scaling, drop
+):
+    """y, and u (N, r) where backward keeps it, else an empty tensor."""
+    rows = x.reshape(-1, x.shape[-1])
+    frozen = _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, x.dtype)
+    f = Factors(a, w, b, len(rows))
+    u = dropped(rows, seed, drop).project(f.a)
+    if x.is_cuda:
+        # What is written first is read by the epilogue of the large product, while that computes.
+        y = torch.empty(len(rows), len(b), dtype=x.dtype, device=x.device)
+        y.addmm_(f.mix(u), f.b.T, beta=0, alpha=scale(scaling, drop)).addmm_(rows, frozen.T)
+        if bias is not None:
+            y += bias
+    else:
+        y = F.linear(rows, frozen, bias).addmm_(f.mix(u), f.b.T, alpha=scale(scaling, drop))
+    return y.view(*x.shape[:-1], len(b)), u if keeps(len(a), x.shape[-1]) else u.new_empty(0)
+
+
+@torch.library.custom_op(
+    "llava_moslora::adapted_linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? absmax, Tensor? outer_absmax, Tensor? outer_code, "
+    "Tensor? offset, int[] layout, str quant_type, Tensor a, Tensor? w, Tensor b, Tensor? seed, Tensor u, "
+    "float scaling, int drop, bool[] needs) -> Tensor[]",
+)
+def _adapted_linear_backward(
+    grad, x, weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, u, scaling, drop,
+    needs,
+):  # fmt: skip
+    """Gradients of x, a, w, b, those of them that ``needs`` names; an empty tensor stands for the others."""
+    rows = dropped(x.reshape(-1, x.shape[-1]), seed, drop)
+    f = Factors(a, w, b, len(rows.rows))
+    grad = grad.reshape(-1, grad.shape[-1])
+    if not u.numel():
+        u = rows.project(f.a)
+    grad_u, *grads = f.gradients(grad, u, rows, scale(scaling, drop), needs[1:])
+    grad_x = None
+    if needs[0]:
+        frozen = _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, x.dtype)
+        grad_x = rows.low_rank(grad_u, f.a).addmm_(grad, frozen).view(x.shape)
+    return [g if need else x.new_empty(0) for g, need in zip((grad_x, *grads), needs, strict=True)]
+
+
+def keeps(r: int, i: int) -> bool:
+    """Whether u is kept for backward."""
+    return r <= KEEP_BELOW * i
+
+
+@_adapted_linear.register_fake
+def _(x, weight, bias, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, scaling, drop):
+    u = x.new_empty(x.shape[:-1].numel(), len(a)) if keeps(len(a), x.shape[-1]) else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], len(b)), u
+
+
+@_adapted_linear_backward.register_fake
+def _(
+    grad, x, weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, u, scaling, drop,
+    needs,
+):  # fmt: skip
+    like = (x, a, a if w is None else w, b)
+    return [x.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needs, strict=True)]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _, *quantisation, layout, quant_type, a, w, b, seed, ctx.scaling, ctx.drop = inputs
+    ctx.layout, ctx.quant_type = layout, quant_type
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, *quantisation, a, w, b, seed, output[1])
+
+
+def _backward(ctx, grad, _):
+    x, weight, *quantisation, a, w, b, seed, u = ctx.saved_tensors
+    asked = ctx.needs_input_grad
+    needs = [asked[0], *asked[9:12]]
+    if grad is None or not any(needs):
+        return (None,) * 15
+    made = _adapted_linear_backward(
+        grad, x, weight, *quantisation, ctx.layout, ctx.quant_type, a, w, b, seed, u, ctx.scaling, ctx.drop, needs
+    )
+    grad_x, *grads = [g if need else None for g, need in zip(made, needs, strict=True)]
+    return grad_x, *[None] * 8, *grads, None, None, None
+
+
+_adapted_linear.register_autograd(_backward, setup_context=_setup_context)
+OPERATION = torch.ops.llava_moslora.adapted_linear.default
+
+
+def flops(rows: int, i: int, o: int, r: int, mixed: bool, need_x: bool = True) -> dict[str, int]:
+    """FLOPs (2 per multiply-add) of the whole layer in ``forward`` and ``backward``, frozen linear and branch."""
+    branch, frozen = kernel.flops(rows, i, o, r, mixed, need_x), 2 * rows * i * o
+    # The branch alone recomputes u; here it is kept, unless it is too large.
+    spared = 2 * rows * r * i if keeps(r, i) else 0
+    return {"forward": branch["forward"] + frozen, "backward": branch["backward"] - spared + need_x * frozen}
+
+
+@register_flop_formula(torch.ops.llava_moslora.adapted_linear)
+def _(x, weight, bias, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, *rest, **kwargs) -> int:
+    return flops(x[:-1].numel(), a[1], b[0], a[0], w is not None)["forward"]
+
+
+@register_flop_formula(torch.ops.llava_moslora.adapted_linear_backward)
+def _(
+    grad, x, weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, u, scaling, drop,
+    needs, **kwargs,
+) -> int:  # fmt: skip
+    return flops(x[:-1].numel(), a[1], b[0], a[0], w is not None, needs[0])["backward"]

@@ -1,0 +1,161 @@
+"""Dropout inside the adapter's products on a GPU: no mask is stored, and none is drawn twice.
+
+    dropped_project   u  = D(x)·Aᵀ            one pass over x
+    dropped_outer     gA = guᵀ·D(x)           one pass over x
+    dropped_low_rank  gx = D(gu·A)            written once
+
+D zeroes an element where a keyed hash of its index is below a threshold; it does not rescale, the caller's scale does.
+The hash needs no state, so forward, backward and recomputation see the same mask on any NVIDIA GPU, whatever the block
+shape or the number of multiprocessors. Sums are in float32 and their order is fixed: results repeat bit for bit.
+
+Shapes: N rows, I in, r rank; x (N, I), A (r, I), u and gu (N, r). dtypes: bfloat16, float16 or float32, all equal.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS, RANK = 64, 64, 128  # a block's rows and columns of x, and at most this much of the rank
+PROGRAMS = 528  # four for each of an H100's 132 multiprocessors; fixed, so that sums are the same on every GPU
+
+
+@triton.jit
+def _kept(index, key, key2, threshold):
+    """Whether the element is kept: a two-round integer hash (lowbias32's constants) with a key before each round."""
+    h = index ^ key
+    h ^= h >> 16
+    h *= 0x21F0AAAD
+    h ^= key2
+    h ^= h >> 15
+    h *= 0x735A2D97
+    h ^= h >> 15
+    return (h >> 16) >= threshold
+
+
+@triton.jit
+def _dropped_block(x, rows, columns, n, i, key, key2, threshold):
+    """x[rows, columns] with the dropped elements, and those outside, at 0."""
+    place = rows.to(tl.int64)[:, None] * i + columns[None, :]
+    inside = (rows < n)[:, None] & (columns < i)[None, :]
+    block = tl.load(x + place, mask=inside, other=0.0)
+    return tl.where(_kept(place.to(tl.uint32), key.to(tl.uint32), key2.to(tl.uint32), threshold), block, 0.0)
+
+
+@triton.jit(do_not_specialize=["key", "key2", "threshold"])
+def _project(
+    x, a, u, n, i, r, key, key2, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ranks = tl.program_id(1) * RANK + tl.arange(0, RANK)
+    total = tl.zeros((ROWS, RANK), dtype=tl.float32)
+    for begin in range(0, i, COLUMNS):
+        columns = begin + tl.arange(0, COLUMNS)
+        block = _dropped_block(x, rows, columns, n, i, key, key2, threshold)
+        factor = tl.load(
+            a + ranks[None, :] * i + columns[:, None],
+            mask=(ranks < r)[None, :] & (columns < i)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(block, factor, total, input_precision="ieee")
+    place = rows.to(tl.int64)[:, None] * r + ranks[None, :]
+    tl.store(u + place, total.to(u.dtype.element_ty), mask=(rows < n)[:, None] & (ranks < r)[None, :])
+
+
+@triton.jit(do_not_specialize=["key", "key2", "threshold"])
+def _outer(
+    x, gu, parts, n, i, r, rows_per_part, key, key2, threshold,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    part = tl.program_id(1)
+    ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    total = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
+    end = tl.minimum(n, (part + 1) * rows_per_part)
+    for begin in range(part * rows_per_part, end, ROWS):
+        rows = begin + tl.arange(0, ROWS)
+        block = _dropped_block(x, rows, columns, end, i, key, key2, threshold)
+        factor = tl.load(
+            gu + rows.to(tl.int64)[None, :] * r + ranks[:, None],
+            mask=(rows < end)[None, :] & (ranks < r)[:, None],
+            other=0.0,
+        )
+        total = tl.dot(factor, block, total, input_precision="ieee")
+    place = part.to(tl.int64) * r * i + ranks[:, None] * i + columns[None, :]
+    tl.store(parts + place, total, mask=(ranks < r)[:, None] & (columns < i)[None, :])
+
+
+@triton.jit(do_not_specialize=["key", "key2", "threshold"])
+def _low_rank(
+    gu, a, gx, n, i, r, key, key2, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for begin in range(0, r, RANK):
+        ranks = begin + tl.arange(0, RANK)
+        left = tl.load(
+            gu + rows.to(tl.int64)[:, None] * r + ranks[None, :],
+            mask=(rows < n)[:, None] & (ranks < r)[None, :],
+            other=0.0,
+        )
+        right = tl.load(
+            a + ranks[:, None] * i + columns[None, :], mask=(ranks < r)[:, None] & (columns < i)[None, :], other=0.0
+        )
+        total = tl.dot(left, right, total, input_precision="ieee")
+    place = rows.to(tl.int64)[:, None] * i + columns[None, :]
+    kept = _kept(place.to(tl.uint32), key.to(tl.uint32), key2.to(tl.uint32), threshold)
+    inside = (rows < n)[:, None] & (columns < i)[None, :]
+    tl.store(gx + place, tl.where(kept, total, 0.0).to(gx.dtype.element_ty), mask=inside)
+
+
+def keys(seed: Tensor) -> tuple[int, int]:
+    """The two int32 keys of a mask, from an int64 seed on the CPU."""
+    bits = seed.item() & (2**64 - 1)
+    return tuple(half - 2**32 if half >= 2**31 else half for half in (bits >> 32, bits & (2**32 - 1)))
+
+
+def dropped_project(x: Tensor, a: Tensor, seed: Tensor, drop: int) -> Tensor:
+    """D(x)·Aᵀ, (N, r)."""
+    (n, i), r = x.shape, len(a)
+    u = x.new_empty(n, r)
+    rank = _rank_block(r)
+    grid = (triton.cdiv(n, ROWS), triton.cdiv(r, rank))
+    _project[grid](
+        x, a, u, n, i, r, *keys(seed), drop, ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=4, num_stages=4
+    )
+    return u
+
+
+def dropped_outer(gu: Tensor, x: Tensor, seed: Tensor, drop: int) -> Tensor:
+    """guᵀ·D(x), (r, I)."""
+    (n, i), r = x.shape, gu.shape[1]
+    rank = _rank_block(r)
+    blocks = triton.cdiv(i, COLUMNS) * triton.cdiv(r, rank)
+    rows_per_part = triton.cdiv(triton.cdiv(n, max(PROGRAMS // blocks, 1)), ROWS) * ROWS
+    count = triton.cdiv(n, rows_per_part)
+    parts = torch.empty(count, r, i, dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(i, COLUMNS), count, triton.cdiv(r, rank))
+    _outer[grid](
+        x, gu, parts, n, i, r, rows_per_part, *keys(seed), drop,
+        ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return parts.sum(0).to(x.dtype) if count > 1 else parts[0].to(x.dtype)
+
+
+def dropped_low_rank(gu: Tensor, a: Tensor, seed: Tensor, drop: int) -> Tensor:
+    """D(gu·A), (N, I)."""
+    (n, r), i = gu.shape, a.shape[1]
+    gx = gu.new_empty(n, i)
+    grid = (triton.cdiv(n, 2 * ROWS), triton.cdiv(i, 2 * COLUMNS))
+    _low_rank[grid](
+        gu, a, gx, n, i, r, *keys(seed), drop,
+        ROWS=2 * ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return gx
+
+
+def _rank_block(r: int) -> int:
+    return min(max(triton.next_power_of_2(r), 16), RANK)

@@ -1,0 +1,272 @@
+"""The training forward against stock transformers with a mask: the same losses and gradients, for every LLM family."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from llava_moslora.data.collate import Collator
+from llava_moslora.data.images import ImageTransform
+from llava_moslora.models import attention
+from llava_moslora.models.attention import MASKLESS, set_attention
+from llava_moslora.models.llava import IGNORE_INDEX, Llava
+
+PICTURE, PATCHES, LENGTHS = 60, 4, (23, 17, 9)
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # the second layer's
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral, window": MistralConfig(**SIZES, sliding_window=6),
+    "mistral, wide window": MistralConfig(**SIZES, sliding_window=4096),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen2, window": Qwen2Config(**SIZES, **WINDOW),
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "qwen3, window": Qwen3Config(**SIZES, head_dim=8, **WINDOW),
+}
+
+
+def llava_of(text, implementation: str = "sdpa") -> Llava:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=copy.deepcopy(text), image_token_index=PICTURE, vision_feature_layer=1
+    )
+    model = Llava(config)
+    set_attention(model, implementation)
+    return model
+
+
+def batch_of(lengths=LENGTHS) -> dict[str, torch.Tensor]:
+    """Right-padded rows, the first with a picture; labels on the second half of each."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 50, (len(lengths), max(lengths)), generator=generator)
+    labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
+    for line, length in enumerate(lengths):
+        ids[line, length:] = 0
+        mask[line, :length] = 1
+        labels[line, length // 2 : length] = ids[line, length // 2 : length]
+    ids[0, 2 : 2 + PATCHES] = PICTURE
+    pixels = torch.randn(1, 3, 8, 8, generator=generator)
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": pixels}
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padding_needs_no_mask(family, implementation):
+    model, batch = llava_of(FAMILIES[family], implementation), batch_of()
+    stock = LlavaForConditionalGeneration.forward(model, **batch).loss
+    expected = gradients(model, stock)
+    del batch["attention_mask"]
+    ours = model(**batch).loss
+    found = gradients(model, ours)
+    torch.testing.assert_close(ours, stock, rtol=1e-6, atol=1e-6)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "mistral, wide window", "qwen2", "qwen3"])
+def test_torchs_causal_attention_is_asked_for(family, monkeypatch):
+    """What a GPU's flash attention needs: no mask, ``is_causal``, and keys of their own number of heads."""
+    model, batch, calls = llava_of(FAMILIES[family]), batch_of(), []
+    real = F.scaled_dot_product_attention
+
+    def seen(query, key, value, attn_mask=None, is_causal=False, **others):
+        calls.append((attn_mask, is_causal, key.shape[1]))
+        return real(query, key, value, attn_mask=attn_mask, is_causal=is_causal, **others)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
+    del batch["attention_mask"]
+    model(**batch)
+    assert calls[-2:] == [(None, True, 2)] * 2  # the LLM's layers; the tower's are not causal
+
+
+class Waits(TorchDispatchMode):
+    """Operations whose result's size or value the host reads: on a GPU it would wait there for the device."""
+
+    NAMES = ("nonzero", "masked_select", "_local_scalar_dense", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.met = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = "index" in name and any(
+            isinstance(one, torch.Tensor) and one.dtype is torch.bool
+            for arg in args if isinstance(arg, (list, tuple)) for one in arg
+        )  # fmt: skip
+        if name in self.NAMES or by_mask or "masked_scatter" in name:
+            self.met.append(name)
+        return func(*args, **kwargs or {})
+
+
+def with_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    trained = batch["labels"] != IGNORE_INDEX
+    trained[:, 0] = False
+    places = {"label_positions": trained, "image_positions": batch["input_ids"] == PICTURE}
+    return batch | {name: mask.flatten().nonzero().squeeze(1) for name, mask in places.items()}
+
+
+@pytest.mark.parametrize("pictures", [True, False])
+def test_positions_from_the_collator_spare_every_wait(pictures):
+    model, batch = llava_of(FAMILIES["llama"]), batch_of()
+    del batch["attention_mask"]
+    if not pictures:
+        del batch["pixel_values"]
+        batch["input_ids"][batch["input_ids"] == PICTURE] = 1
+    expected = model(**batch).loss
+    grads = gradients(model, expected)
+    model.zero_grad()
+    batch = with_positions(batch)
+    if not pictures:
+        del batch["image_positions"]
+    with Waits() as waits:
+        loss = model(**batch, num_items_in_batch=20).loss
+        loss.backward()
+    assert waits.met == []
+    trained = len(batch["label_positions"])
+    torch.testing.assert_close(loss * 20 / trained, expected)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad * 20 / trained, grads[name], rtol=1e-5, atol=1e-7)
+
+
+def segments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=True):
+    """What torch's ``varlen_attn`` is documented to compute, one sequence after the other. float[B·T, H or K, D]."""
+    assert cu_seq_q.dtype == torch.int32 and cu_seq_q[-1] == len(query) and enable_gqa
+    lengths = cu_seq_q.diff()
+    assert int(lengths.min()) > 0 and int(lengths.max()) == max_q == max_k and torch.equal(cu_seq_q, cu_seq_k)
+    outputs = []
+    for q, k, v in zip(*(x.split(lengths.tolist()) for x in (query, key, value)), strict=True):
+        ahead = torch.arange(len(q))[:, None] - torch.arange(len(q))  # of the key, in tokens
+        left, right = window_size
+        seen = (ahead >= -right) & ((ahead <= left) | (left < 0))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def packed_batch() -> dict[str, torch.Tensor]:
+    """Five records in two lines of the collator's, the shorter one padded."""
+    generator = torch.Generator().manual_seed(2)
+    rows = []
+    for number, length in enumerate([21, 6, 13, 9, 4]):
+        ids = torch.randint(1, 50, (length,), generator=generator).tolist()
+        rows.append({"input_ids": ids, "labels": [IGNORE_INDEX, *ids[1:]], "images": [], "shard": "", "id": "",
+                     "record": number, "number": number})  # fmt: skip
+    batch = Collator(0, None, ImageTransform(8, (8, 8), (0.5,) * 3, (0.5,) * 3), pack_to=30)(rows)
+    assert batch["input_ids"].shape == (2, 27)
+    return {name: value for name, value in batch.items() if name not in ("record", "lengths")}
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """Packed lines go to the variable-length kernel, or to its twin, as on a GPU."""
+    calls = []
+
+    def kernel(*args, **settings):
+        calls.append(settings["window_size"])
+        return segments(*args, **settings)
+
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda x: True)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    return calls
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_lines_need_no_block_mask(family, checkpointing, varlen, monkeypatch):
+    """The kernel for sequences of unlike length computes what a block mask does; no such mask is made."""
+    model, batch = llava_of(FAMILIES[family]), packed_batch()
+    stock = llava_of(FAMILIES[family], "eager")
+    expected = stock(**batch).loss
+    grads = gradients(stock, expected)
+    assert varlen == []
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", None)  # would be the mask's
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
+    loss = model(**batch).loss
+    found = gradients(model, loss)
+    windows = {None: (-1, 0), 6: (5, 0), 4096: (4095, 0)}
+    layers = [windows[layer.self_attn.config.sliding_window if "mistral" in family else
+                      getattr(layer.self_attn, "sliding_window", None)]
+              for layer in model.model.language_model.layers]  # fmt: skip
+    assert sorted(varlen) == sorted(layers * (1 + checkpointing))
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+    for name, gradient in grads.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_packed_lines_are_computed_without_a_wait(varlen, monkeypatch):
+    model, batch = llava_of(FAMILIES["llama"]), packed_batch()
+    monkeypatch.setattr(attention, "varlen_attn", lambda query, *_, **__: query * 1.0)  # the twin reads the lengths
+    with Waits() as waits:
+        model(**batch).loss.backward()
+    assert waits.met == []
+
+
+@pytest.mark.parametrize(
+    "why", ["a CPU", "attention dropout", "no lengths", "another family", "a mask"]
+)  # each would be computed wrongly, or not at all
+def test_where_packed_lines_keep_the_block_mask(why, varlen, monkeypatch):
+    model, batch = llava_of(FAMILIES["llama"]), packed_batch()
+    expected = llava_of(FAMILIES["llama"], "eager")(**batch).loss
+    if why == "a CPU":
+        monkeypatch.undo()
+    elif why == "attention dropout":
+        model.config.text_config.attention_dropout = 0.1
+    elif why == "no lengths":
+        for name in [name for name in batch if name[:3] in ("cu_", "max")]:
+            del batch[name]
+    elif why == "another family":
+        model.config.text_config._attn_implementation_internal = "sdpa"  # what set_attention leaves it
+    else:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        expected = llava_of(FAMILIES["llama"], "eager")(**batch).loss
+    torch.testing.assert_close(model.eval()(**batch).loss, expected, rtol=1e-6, atol=1e-6)
+    assert varlen == []
+
+
+def test_ours_is_sdpa_for_everything_else():
+    """Left-padded prompts and a cache: the same tokens as transformers' own ``sdpa`` writes."""
+    model = llava_of(FAMILIES["llama"]).eval()
+    assert model.config.text_config._attn_implementation == MASKLESS
+    prompts = torch.tensor([[0, 0, 0, 7, 8, 9], [3, 4, 5, 6, 7, 8]])
+    inputs = {"input_ids": prompts, "attention_mask": (prompts > 0).long()}
+    written = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    logits = model(**inputs).logits
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, do_sample=False), written)
+    assert torch.equal(model(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_implementation_is_set_in_both_towers(implementation):
+    model = llava_of(FAMILIES["llama"], implementation)
+    llm, tower = model.model.language_model.config, model.model.vision_tower.config
+    assert llm._attn_implementation == (MASKLESS if implementation == "sdpa" else "eager")
+    assert tower._attn_implementation == implementation
+    assert "_attn_implementation" not in model.config.to_json_string()
