@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.autograd import DeviceType
-from train_row import PROFILED, Job
+from train_row import PROFILED, Job, write_result
 from transformers import Trainer, TrainerCallback
 
 from llava_moslora.training.speed import Speed
@@ -76,6 +76,7 @@ class Meter(TrainerCallback):
         self.steps: list[dict[str, float]] = []
         self.startup = {"until_trainer": time.monotonic() - self.begin - self.waited}
         self.at_rest = self.clock = self.profiler = self.profile = None
+        self.clock_line = ""
 
     def now(self) -> float:
         if self.cuda:
@@ -93,6 +94,7 @@ class Meter(TrainerCallback):
         if self.job.profile and state.global_step == self.job.steps:
             kinds = torch.profiler.ProfilerActivity
             self.profiler = torch.profiler.profile(activities=[kinds.CUDA if self.cuda else kinds.CPU])
+            write_result(self.job, {"status": "ok", **self.result()})  # should the profiler end the process
             self.before = self.now()
             self.profiler.start()
 
@@ -126,7 +128,8 @@ class Meter(TrainerCallback):
             found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
             found["at_rest_gib"] = self.at_rest
         if self.clock is not None:
-            found["clock"] = self.clock.communicate()[0].strip()
+            self.clock_line = self.clock_line or self.clock.communicate()[0].strip()
+            found["clock"] = self.clock_line
         if self.profile is not None:
             found["profile"] = self.profile
         startup = {name: round(seconds, 2) for name, seconds in self.startup.items()}

@@ -205,7 +205,5 @@ def facts() -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = None
-    cuda = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else "cpu"
-    capability = torch.cuda.get_device_capability() if cuda else None
-    return {"device": device, "capability": capability, "python": platform.python_version(), "versions": versions}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"device": device, "python": platform.python_version(), "versions": versions}
