@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch.autograd import DeviceType
-from train_row import PROFILED, Job
+from train_row import PROFILED, Job, write_result
 from transformers import Trainer, TrainerCallback
 
 from llava_moslora.training.speed import Speed
@@ -75,6 +76,7 @@ class Meter(TrainerCallback):
         self.steps: list[dict[str, float]] = []
         self.startup = {"until_trainer": time.monotonic() - self.begin - self.waited}
         self.at_rest = self.clock = self.profiler = self.profile = None
+        self.clock_line = ""
 
     def now(self) -> float:
         if self.cuda:
@@ -92,6 +94,7 @@ class Meter(TrainerCallback):
         if self.job.profile and state.global_step == self.job.steps:
             kinds = torch.profiler.ProfilerActivity
             self.profiler = torch.profiler.profile(activities=[kinds.CUDA if self.cuda else kinds.CPU])
+            write_result(self.job, {"status": "ok", **self.result()})  # should the profiler end the process
             self.before = self.now()
             self.profiler.start()
 
@@ -101,7 +104,7 @@ class Meter(TrainerCallback):
         self.steps.append(step)
         if len(self.steps) == 1:
             self.startup["until_first_step_ended"] = now - self.begin - self.waited
-        if self.cuda and len(self.steps) == self.job.warm_up + 1:
+        if self.cuda and len(self.steps) == self.job.warm_up + 1 and shutil.which("nvidia-smi"):
             self.clock = subprocess.Popen(
                 ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"],
                 stdout=subprocess.PIPE,
@@ -125,7 +128,8 @@ class Meter(TrainerCallback):
             found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
             found["at_rest_gib"] = self.at_rest
         if self.clock is not None:
-            found["clock"] = self.clock.communicate()[0].strip()
+            self.clock_line = self.clock_line or self.clock.communicate()[0].strip()
+            found["clock"] = self.clock_line
         if self.profile is not None:
             found["profile"] = self.profile
         startup = {name: round(seconds, 2) for name, seconds in self.startup.items()}

@@ -21,32 +21,54 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from train_row import Job, run_row
+
+if TYPE_CHECKING:
+    from train_row import Job
 
 MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("llava", "llama", "clip")]
-# Not the package itself, which reads its environment, nor what starts CUDA.
 PRELOADED = ["transformers.trainer", *MODELS, "peft", "datasets", "accelerate", "deepspeed"]
+PRELOADED += [f"llava_moslora.{name}" for name in ("data.prepare", "models.assemble", "training.trainer")]
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
+_capability = torch.cuda.get_device_capability
+
+
+def postpone_cuda() -> None:
+    """Let imports ask for the GPU's compute capability, as bitsandbytes does, without starting CUDA: a process that has
+    started it cannot be forked. Before anything else of the package is imported."""
+    if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
+        return
+    ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
+    capability = tuple(int(number) for number in told.split("."))
+    torch.cuda.get_device_capability = lambda *_: capability
+
+
+def resume_cuda() -> None:
+    """The end of :func:`postpone_cuda`."""
+    torch.cuda.get_device_capability = _capability
+
+
 def can_fork() -> bool:
-    """Import what all rows import; False where an import has started CUDA, which does not survive a fork."""
+    """Import what all rows import; False where an import has started CUDA."""
     for name in PRELOADED:
         importlib.import_module(name)
+    resume_cuda()
     if not torch.cuda.is_available():
         return True
     child = os.fork()
     if child == 0:
-        with contextlib.suppress(BaseException):
+        try:
             torch.ones(8, device="cuda").sum().item()
             os._exit(0)
-        os._exit(1)
-    forks = os.waitpid(child, 0)[1] == 0
-    if not forks:
-        print("CUDA was started by an import: every row gets a new interpreter", flush=True)
-    return forks
+        except BaseException as error:
+            print(f"CUDA does not start after a fork, so every row gets a new interpreter: {error}", flush=True)
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
 
 
 class Process:
@@ -117,6 +139,8 @@ def be_row(job: Job, log: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a row must not keep the GPU when this is killed
         os.dup2(log, 1)
         os.dup2(log, 2)
+        from train_row import run_row
+
         run_row(job)
         sys.stdout.flush()
     finally:

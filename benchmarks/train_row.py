@@ -15,7 +15,7 @@ import runpy
 import sys
 import time
 import traceback
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from llava_moslora.errors import Refusal
@@ -136,7 +136,7 @@ class Gate:
 def run_row(job: Job) -> None:
     """Measure, and write ``result.json`` beside the run folder whatever happens."""
     begin = time.monotonic()
-    from train_meter import metered  # the package, which the process that starts the rows does not import
+    from train_meter import metered
 
     gate, row = Gate(job), Row.parse(job.row)
     result: dict[str, object] = {"status": "ok"}
@@ -151,6 +151,10 @@ def run_row(job: Job) -> None:
         traceback.print_exc()
     for meter in meters:
         result |= meter.result()
+    write_result(job, result)
+
+
+def write_result(job: Job, result: dict) -> None:
     waiting = job.beside("result.json.part")
     waiting.write_text(json.dumps(result))
     os.replace(waiting, job.beside("result.json"))
@@ -183,10 +187,9 @@ def ours_command(job: Job, row: Row) -> tuple[list[str], dict[str, str]]:
         "lora_r": rank,
         "vision_lora_r": rank,
         "health_steps": 0,
-        **recompute_flags(row.recompute),
+        "recompute": row.recompute,
+        "use_liger_kernel": row.liger,
     }
-    if row.liger:
-        settings["use_liger_kernel"] = True
     arguments = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     return arguments, {"LLAVA_MOSLORA_KERNEL": row.kernel} if row.kernel else {}
 
@@ -195,14 +198,6 @@ def longest(job: Job) -> int:
     from train_parts import max_length
 
     return max_length(job.lengths)
-
-
-def recompute_flags(mode: str) -> dict[str, object]:
-    from llava_moslora.training.arguments import TrainingArguments
-
-    if any(field.name == "recompute" for field in fields(TrainingArguments)) or mode not in ("none", "full"):
-        return {"recompute": mode}
-    return {"gradient_checkpointing": mode == "full"}
 
 
 def common_settings(job: Job) -> dict[str, object]:
@@ -267,6 +262,7 @@ def train_stock(job: Job, row: Row) -> None:
         dtype=torch.bfloat16,
     )
     model.__class__ = LlavaForConditionalGeneration  # the same weights under the stock forward
+    model.set_attn_implementation("sdpa")
     names = "|".join(name for tower in (LLM, VISION) for name in linear_suffixes(model, tower))
     set_seed(42)
     config = LoraConfig(
@@ -306,3 +302,4 @@ def train_stock(job: Job, row: Row) -> None:
     }
     settings = TrainingArguments(**common_settings(job) | own)
     Stock(model=model, args=settings, train_dataset=dataset, data_collator=collate).train()
+    assert model.is_gradient_checkpointing

@@ -1,0 +1,126 @@
+"""The rows of benchmarks/train.py on disk and as a table, beside what a roofline says of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from train_row import STOCK, Row
+
+from llava_moslora.errors import Refusal
+
+# (row, batch) → (milliseconds per step, peak GiB) on an H100 as a roofline has them: the sum over operations of the
+# larger of FLOPs / 700 TFLOP/s and bytes / 3.0 TB/s, a lower bound, at 2,048 tokens and 200 labels a record. "~": of
+# figures for an H200, split into products and memory traffic and brought to these two rates. None: not computed.
+ROOFLINE = {
+    ("stock", 8): (2405, 46.2),
+    ("stock-bf16", 8): (2053, 44.9),
+    ("zero2+full+torch", 8): (2140, 27.2),
+    ("zero2+every:2+torch", 8): (1840, 72.0),
+    ("zero2+none+torch", 8): (1539, 115.1),
+    ("zero2+full+torch", 4): (1101, 22.9),
+    ("zero2+none+torch", 4): (799, 66.8),
+    ("zero2+full+torch", 16): (None, 35.8),
+    ("zero0+full+torch", 8): (2090, 25.5),
+    ("zero2+full+liger+torch", 8): (1840, 26.4),  # ~
+    ("zero2+none+liger+torch", 8): (1310, 93.0),  # ~
+    ("zero2+none+liger+torch", 4): (None, 55.7),
+    ("zero2+full+triton", 8): (1800, 26.8),  # ~
+    ("zero2+full+liger+triton", 8): (1500, 26.0),  # ~
+    ("zero0+full+liger+triton", 8): (1430, 24.2),  # ~
+    ("zero2+selective+liger+triton", 8): (1080, 73.9),  # ~
+    ("zero2+none+liger+triton", 8): (1050, 93.6),  # ~
+}
+
+
+def roofline(row: dict, tiny: bool) -> dict | None:
+    """What was computed beforehand for this row; the adapters' kernel is Triton's unless it says otherwise."""
+    if tiny or row["layers"] or row["lengths"] != "uniform":
+        return None
+    parsed = Row.parse(row["row"])
+    if parsed.base not in STOCK and parsed.kernel is None:
+        parsed = replace(parsed, kernel="triton")
+    ms, peak = ROOFLINE.get((parsed.name, row["batch"]), (None, None))
+    return None if ms is peak is None else {"ms_at_least": ms, "peak_allocated_gib": peak}
+
+
+class Results:
+    """The rows, on disk after every one of them."""
+
+    def __init__(self, output: Path | None, facts: dict, rows: list[dict]):
+        self.output, self.facts, self.rows = output, facts, rows
+
+    def add(self, row: dict) -> None:
+        if expected := roofline(row, self.facts["tiny"]):
+            row["roofline"] = expected
+        self.rows.append(row)
+        print(table(self.rows, last=True), flush=True)
+        if self.output is None:
+            return
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        part = self.output.with_name(f".{self.output.name}.part")
+        part.write_text(json.dumps(self.facts | {"rows": self.rows}, indent=1) + "\n")
+        os.replace(part, self.output)
+        if "profile" in row:
+            file = self.output.with_name(f"{self.output.stem}-profile.txt")
+            with file.open("a") as out:
+                out.write(profile_text(row))
+
+
+def read_rows(output: Path, device: str) -> list[dict]:
+    """The rows that ``output`` holds.
+
+    Raises:
+        Refusal: they are another device's.
+    """
+    if not output.exists():
+        return []
+    found = json.loads(output.read_text())
+    if found["device"] != device:
+        raise Refusal(
+            "C-FLAG", "the file is another device's", file=output, key="--append", found=found["device"],
+            expected=device, fix="another --output",
+        )  # fmt: skip
+    return found["rows"]
+
+
+def setting(row: dict) -> tuple:
+    return row["lengths"], row["layers"], row["batch"]
+
+
+def table(rows: list[dict], last: bool = False) -> str:
+    """A line per row, or of the last row alone with more in it; ratios are to the last ``stock`` of the same size."""
+    base = {setting(r): r["tokens_per_second"] for r in rows if r["row"] == "stock" and r["status"] == "ok"}
+    lines = [f"{'':<36}{'tokens/s':>9}{'MFU':>7}{'GiB':>7}{'reserved':>9}{'× stock':>8}"] if not last else []
+    for row in rows[-1:] if last else rows:
+        words = [f"{row['row']}@{row['batch']}"]
+        words += [row["lengths"]] * (row["lengths"] != "uniform") + [f"{row['layers']} layers"] * bool(row["layers"])
+        line = f"{' '.join(words):<36}"
+        if row["status"] == "ok":
+            line += f"{row['tokens_per_second']:>9.0f}"
+            line += f"{row['mfu']:>7.1%}" if "mfu" in row else f"{'':>7}"
+            memory = (row.get("peak_allocated_gib"), row.get("peak_reserved_gib"))
+            line += "".join(
+                f"{'' if gib is None else f'{gib:.1f}':>{width}}" for gib, width in zip(memory, (7, 9), strict=True)
+            )
+            ratio = row["tokens_per_second"] / base[setting(row)] if setting(row) in base else None
+            line += "" if ratio is None else f"{ratio:>8.2f}"
+            if last:
+                startup = row["startup_seconds"]["until_first_step"]
+                line += f"  {row['ms_per_step']:.0f} ms, loss {row['losses'][-1]}, start-up {startup:.0f} s"
+        else:
+            line += f" {row['status']}: {' '.join(row['message'].split())[:120]}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def profile_text(row: dict) -> str:
+    profile = row["profile"]
+    lines = [f"== {row['row']}@{row['batch']} {row['lengths']}, per step: {profile['wall_ms']:.1f} ms"]
+    lines[0] += f", of which a kernel runs in {profile['busy_ms']:.1f} ms"
+    lines += [f"{g['ms']:>10.2f} ms {g['calls']:>8.0f} × {name}" for name, g in profile["groups"].items()]
+    lines += [""]
+    lines += [f"{k['ms']:>10.2f} ms {k['calls']:>8.0f} × {k['group']:<20} {k['name']}" for k in profile["kernels"]]
+    return "\n".join([*lines, "", ""])
