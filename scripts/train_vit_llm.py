@@ -105,6 +105,7 @@ def main() -> None:
         image_token_id=image_token_id(tokenizer),
         dtype=args.dtype,
         bits=model_args.bits,
+        attention=model_args.attn_implementation,
     )
     set_seed(args.seed)  # loading draws random numbers, under ZeRO-3 others: adapters begin the same under any stage
     if adapter_args.tune_mm_mlp_adapter:

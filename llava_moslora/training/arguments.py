@@ -24,6 +24,7 @@ from llava_moslora.data.pixels import ENGINES
 from llava_moslora.data.sampler import GROUP, ORDERS, REFERENCE_GROUP
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
+from llava_moslora.models.attention import IMPLEMENTATIONS
 from llava_moslora.models.llava_folder import starting_parts
 from llava_moslora.training import liger, rendezvous
 from llava_moslora.training.recompute import MODES, parse_recompute
@@ -41,8 +42,14 @@ class ModelArguments:
         default=None, metadata={"help": "conversation template; default: told by the tokenizer"}
     )
     bits: int = field(default=16, metadata={"help": "16, or 4 for an NF4 LLM (QMoSLoRA)"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": " | ".join(IMPLEMENTATIONS)})
 
     def __post_init__(self):
+        if self.attn_implementation not in IMPLEMENTATIONS:
+            raise Refusal(
+                "C-FLAG", "unknown value", key="--attn_implementation", found=self.attn_implementation,
+                expected=" | ".join(IMPLEMENTATIONS),
+            )  # fmt: skip
         if self.bits not in (4, 16):
             raise Refusal("C-FLAG", "unknown base precision", key="--bits", found=self.bits, expected="16 or 4")
         if self.vision_tower is None:  # a complete LLaVA; from here on its parts are named one by one

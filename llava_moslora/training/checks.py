@@ -38,6 +38,11 @@ ADAPTER_RANGES = {  # for each tower's own flag too
     "lora_alpha": (0, False),
     "lora_dropout": (0, True),
 }
+# --attn_implementation → the package that it is in, and where that is from
+FLASH_ATTENTION = {
+    "flash_attention_2": ("flash_attn", "pip install flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "build FlashAttention-3 from its repository's hopper folder"),
+}
 
 
 def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: TrainingArguments) -> None:
@@ -51,6 +56,7 @@ def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: Trai
     _check_adapters(adapter_args)
     _check_precision(args)
     _check_packages(model_args, args)
+    _check_attention(model_args, args)
     _check_liger(args)
     if args.deepspeed:
         _check_deepspeed(args)
@@ -104,9 +110,24 @@ def _check_packages(model_args: ModelArguments, args: TrainingArguments) -> None
     wanted = {"bitsandbytes": (model_args.bits == 4, "--bits 4", "pip install 'llava_moslora[quant]'")}
     wanted["liger_kernel"] = (args.use_liger_kernel, "--use_liger_kernel", "pip install 'llava_moslora[liger]'")
     wanted["wandb"] = ("wandb" in args.report_to, "--report_to wandb", "pip install wandb")
+    for name, (package, fix) in FLASH_ATTENTION.items():
+        flag = f"--attn_implementation {name}"
+        wanted[package] = (model_args.attn_implementation == name, flag, f"{fix}, or --attn_implementation sdpa")
     for package, (asked, flag, fix) in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
             raise Refusal("E-MISSING", f"needs {package}, which is not installed", key=flag, fix=fix)
+
+
+def _check_attention(model_args: ModelArguments, args: TrainingArguments) -> None:
+    name = model_args.attn_implementation
+    if name in FLASH_ATTENTION and (args.use_cpu or not (args.bf16 or args.fp16)):
+        raise Refusal(
+            "C-FLAG",
+            "flash attention's kernels are for 16-bit numbers on a GPU",
+            key=f"--attn_implementation {name}",
+            found="a CPU" if args.use_cpu else "float32",
+            fix="--attn_implementation sdpa" + ("" if args.use_cpu else ", or --bf16 True"),
+        )
 
 
 def _check_liger(args: TrainingArguments) -> None:

@@ -21,6 +21,8 @@ FREE = {
     "model": set(),
     "adapter": set(),
 }
+# What runs did that were begun before there was a flag for it.
+BEFORE = {"attn_implementation": "sdpa"}
 # Of the Trainer's many settings, those that change what is computed.
 TRAINING = (
     *("learning_rate", "vision_lr", "mm_projector_lr", "mixer_lr", "weight_decay", "max_grad_norm"),
@@ -122,8 +124,9 @@ def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
     differing = {}
     for group, free in FREE.items():
         for name in then[group].keys() | now[group].keys():
-            if name not in free and then[group].get(name) != now[group].get(name):
-                differing[name] = (then[group].get(name), now[group].get(name))
+            both = then[group].get(name, BEFORE.get(name)), now[group].get(name)
+            if name not in free and both[0] != both[1]:
+                differing[name] = both
     for name in TRAINING:
         if then["training"].get(name) != now["training"].get(name):
             differing[name] = (then["training"].get(name), now["training"].get(name))

@@ -128,7 +128,7 @@ class Speed:
         seconds = max(time.monotonic() - self.since, 1e-9)
         memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
         ranks = [[*self.counted.values(), memory]]
-        if distributed.is_initialized():
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
             mine = torch.tensor(ranks[0], dtype=torch.float64, device=self.device)
             everyones = mine.new_empty(distributed.get_world_size(), len(mine))
             distributed.all_gather(list(everyones), mine)

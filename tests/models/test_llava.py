@@ -1,10 +1,12 @@
 """The training forward against stock transformers with a mask: the same losses and gradients, for every LLM family."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CLIPVisionConfig,
@@ -18,6 +20,7 @@ from transformers import (
 
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.images import ImageTransform
+from llava_moslora.errors import Refusal
 from llava_moslora.models import attention
 from llava_moslora.models.attention import MASKLESS, set_attention
 from llava_moslora.models.llava import IGNORE_INDEX, Llava
@@ -270,3 +273,58 @@ def test_the_implementation_is_set_in_both_towers(implementation):
     assert llm._attn_implementation == (MASKLESS if implementation == "sdpa" else "eager")
     assert tower._attn_implementation == implementation
     assert "_attn_implementation" not in model.config.to_json_string()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="it is installed here")
+def test_an_implementation_that_a_part_does_not_have():
+    with pytest.raises(
+        Refusal, match=r"C-MODEL\] --attn_implementation: a part .*; found flash_attention_2: .*; fix: sdpa"
+    ):
+        llava_of(FAMILIES["llama"], "flash_attention_2")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_gpu_variable_length_kernel(window, dtype, tolerance):
+    """Output and gradients against the same attention in float64, with fewer key heads than heads."""
+    torch.manual_seed(0)
+    starts = torch.tensor([0, 70, 75, 140, 260, 280], dtype=torch.int32)
+    inputs = [torch.randn(2, heads, 140, 64, dtype=dtype) for heads in (8, 2, 2)]
+    weights = torch.randn(2, 140, 8, 64, dtype=dtype)
+    exact = [x.double().requires_grad_() for x in inputs]
+    flat = (x.transpose(1, 2).flatten(0, 1) for x in exact)
+    bounds = (starts, starts, 120, 120)
+    expected = segments(*flat, *bounds, scale=0.125, window_size=(-1 if window is None else window - 1, 0))
+    expected = expected.view(2, 140, 8, 64)
+    (expected * weights.double()).sum().backward()
+    there = [x.cuda().requires_grad_() for x in inputs]
+    settings = {"scaling": 0.125, "sliding_window": window, "cu_seq_lens_q": starts.cuda(), "max_length_q": 120}
+    found, _ = attention.attend(torch.nn.Module(), *there, attention.no_mask(there[0]), **settings)
+    (found * weights.cuda()).sum().backward()
+    pairs = [(found, expected), *((ours.grad, right.grad) for ours, right in zip(there, exact, strict=True))]
+    for ours, right in pairs:
+        error = (ours.detach().cpu().double() - right.detach()).norm() / right.detach().norm()
+        assert error <= tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_gpu_flash_attention_and_no_wait(family, packed):
+    """Nothing but flash kernels is allowed, which take no mask, and no value travels to the host; the loss is right."""
+    batch = packed_batch() if packed else with_positions(batch_of())
+    batch.pop("attention_mask", None)
+    model = llava_of(FAMILIES[family])
+    expected = model(**batch).loss
+    model = model.to("cuda", torch.bfloat16)
+    batch = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+    model(**batch).loss.backward()  # libraries are loaded, workspaces made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            loss = model(**batch).loss
+            loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(loss) == pytest.approx(float(expected), rel=2e-2)

@@ -54,6 +54,7 @@ def test_the_defaults_pass(asked):
         ("--lora_alpha nan", r"--lora_alpha: out of range; found nan"),
         ("--lora_dropout 1", r"--lora_dropout: out of range; found 1.0; expected a probability below 1"),
         ("--bf16 True", r"--bf16: without DeepSpeed there are no float32 masters.*zero2.json"),
+        ("--attn_implementation flash", r"--attn_implementation: unknown value; found flash; expected sdpa | eager"),
         ("--sample_steps 0", r"--sample_steps: out of range"),
     ],
 )
@@ -83,6 +84,16 @@ def test_both_precisions_at_once(asked):
     ("flags", "package", "message"),
     [
         ("--bits 4", "bitsandbytes", r"E-MISSING\] --bits 4: needs bitsandbytes.*pip install 'llava_moslora\[quant\]'"),
+        (
+            "--attn_implementation flash_attention_2",
+            "flash_attn",
+            r"E-MISSING\] --attn_implementation flash_attention_2: needs flash_attn, which.*pip install flash-attn, or",
+        ),
+        (
+            "--attn_implementation flash_attention_3",
+            "flash_attn_interface",
+            r"--attn_implementation flash_attention_3: needs flash_attn_interface, which is not installed.*hopper",
+        ),
         ("--use_liger_kernel True", "liger_kernel", r"--use_liger_kernel: needs liger_kernel, which is not installed"),
         ("--report_to wandb", "wandb", r"--report_to wandb: needs wandb, which is not .*; fix: pip install wandb"),
     ],
@@ -92,6 +103,15 @@ def test_packages_that_are_missing(asked, monkeypatch, flags, package, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a))
     with pytest.raises(Refusal, match=message):
         asked(*flags.split())
+
+
+def test_flash_attention_needs_a_gpu_and_16_bits(asked, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: True)
+    words = ["--attn_implementation", "flash_attention_2"]
+    found, half = ("float32", "; fix: .* sdpa, or --bf16 True") if torch.cuda.is_available() else ("a CPU", "; fix: .*")
+    with pytest.raises(Refusal, match=f"kernels are for 16-bit numbers on a GPU; found {found}{half}"):
+        asked(*words)
+    asked("--attn_implementation", "eager")
 
 
 def test_what_liger_cannot_do(asked, monkeypatch):

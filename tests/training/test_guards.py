@@ -13,7 +13,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import add_adapters
 from llava_moslora.training.guards import DUMP, FiniteGuard, check_labels, out_of_memory
 
-# Run by a launcher: the script, with one rank's gradient turned into NaN at the second step.
+# Run by a launcher: the script, with one rank's loss or gradient turned into NaN at the second step.
 BROKEN_RUN = """
 import sys
 import scripts.train_vit_llm as script
@@ -22,7 +22,7 @@ from llava_moslora.models.assemble import add_adapters
 from training_runs import broken
 
 sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]
-script.add_adapters = lambda *args: broken(add_adapters(*args), "gradient", only_rank=1)
+script.add_adapters = lambda *args: broken(add_adapters(*args), "{where}", only_rank=1)
 run_script(script.main)
 """
 
@@ -42,10 +42,19 @@ def test_a_step_that_is_not_finite_stops_the_run(parts, tmp_path, monkeypatch, w
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("zero", "bf16"), [("zero2", True), ("zero2", False), ("zero3", True)])
-def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, zero, bf16):
+@pytest.mark.parametrize(
+    ("where", "zero", "bf16"),
+    [
+        ("gradient", "zero2", True),
+        ("gradient", "zero2", False),
+        ("gradient", "zero3", True),
+        ("loss", "zero2", True),
+        ("loss", "zero3", True),
+    ],
+)
+def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, bf16):
     """It leaves a step with a NaN gradient out and goes on."""
-    (tmp_path / "broken.py").write_text(BROKEN_RUN)
+    (tmp_path / "broken.py").write_text(BROKEN_RUN.replace("{where}", where))
     folder = tmp_path / "run"
     words = flags(parts, folder, deepspeed=f"zero_configs/{zero}.json", max_steps=3, save_steps=1, bf16=bf16)
     done = run(
@@ -53,10 +62,12 @@ def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, zero, bf16):
     )
     assert done.returncode == 5, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if "error[R-NONFINITE]" in line]
-    assert lines and "DeepSpeed left the update out" in lines[0]
+    said = "the loss became NaN or Inf at step 1" if where == "loss" else "DeepSpeed left the update out"
+    assert lines and said in lines[0]
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     batches = json.loads((folder / DUMP).read_text())["batches"]
     assert [batch["rank"] for batch in batches] == [0, 1]
+    assert [batch["loss"] == "nan" for batch in batches] == [False, where == "loss"]
 
 
 def engine(*, skipped: int, scale: float, fp16: bool = True, dynamic: bool = True):

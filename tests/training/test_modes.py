@@ -54,6 +54,25 @@ def test_gradient_checkpointing_reaches_both_towers(parts, tmp_path, monkeypatch
     assert runs == {"llm": 2, "vision": 2}
 
 
+def test_eager_attention_learns_the_same(parts, tmp_path, monkeypatch):
+    """And the flag reaches both towers."""
+    import scripts.train_vit_llm as script
+
+    seen, original = [], script.assemble
+
+    def assembled(*args, **settings):
+        model, preprocessor = original(*args, **settings)
+        inner = model.model
+        seen.append({part.config._attn_implementation for part in (inner.language_model, inner.vision_tower)})
+        return model, preprocessor
+
+    monkeypatch.setattr(script, "assemble", assembled)
+    train(parts, tmp_path / "sdpa", **EXACT)
+    train(parts, tmp_path / "eager", attn_implementation="eager", **EXACT)
+    assert seen == [{"sdpa_maskless", "sdpa"}, {"eager"}]
+    assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "sdpa"), rel=1e-5)
+
+
 def test_packed_lines_learn_what_padded_ones_do(parts, tmp_path):
     """Through the Trainer, at a batch of four: the same records, fewer lines, the same losses and gradient norms."""
     same = {"per_device_train_batch_size": 4, "model_max_length": 64, "learning_rate": 1e-3, **EXACT}

@@ -118,6 +118,15 @@ def test_what_may_change_does(run):
     assert reopen(run, now).name == "checkpoint-2"
 
 
+def test_a_run_from_before_a_flag_did_what_is_now_its_default(run):
+    now = settings()
+    now["model"]["attn_implementation"] = "sdpa"
+    assert reopen(run, now).name == "checkpoint-2"
+    now["model"]["attn_implementation"] = "eager"
+    with pytest.raises(Refusal, match="found attn_implementation eager; expected attn_implementation sdpa"):
+        reopen(run, now)
+
+
 def test_no_run_to_resume(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(Refusal, match="not a run: nothing to resume"):
