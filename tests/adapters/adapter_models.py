@@ -72,7 +72,7 @@ def randomise(model: nn.Module, seed: int = 2) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             generator = torch.Generator().manual_seed(seed + sum(name.encode()))
-            parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.2).to(parameter.dtype)
+            parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.2).to(parameter)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

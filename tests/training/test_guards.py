@@ -108,6 +108,21 @@ def test_without_a_norm_the_weights_are_looked_at(tmp_path):
         guard(tmp_path).gradient(7, None, engine(skipped=0, scale=1), {"a": fine, "b": bad})
 
 
+def test_rounded_rotary_frequencies_stop_the_run(parts, tmp_path, monkeypatch):
+    """Older versions of DeepSpeed cast the model's buffers with its parameters."""
+
+    def cast(*args):
+        model = add_adapters(*args)
+        model.base_model.model.model.language_model.rotary_emb.bfloat16()
+        return model
+
+    monkeypatch.setattr(script, "add_adapters", cast)
+    with pytest.raises(
+        Refusal, match=r"C-DEEPSPEED\] .*rotary_emb.inv_freq: .*found torch.bfloat16; expected torch.fl"
+    ):
+        train(parts, tmp_path / "run")
+
+
 def test_a_batch_without_labels_is_refused():
     check_labels(torch.tensor([[-100, 5]]), [3])
     with pytest.raises(Refusal, match=r"D-LABELS.*no token of this batch is trained; found records 3, 9; fix: "):
