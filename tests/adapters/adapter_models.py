@@ -81,13 +81,17 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def hashed(x, seed, drop):
-    """The mask of :mod:`triton_dropout` as integer tensors on ``x``'s device."""
+    """The mask of :mod:`triton_dropout` for x (..., I), in integer tensors on x's device."""
     from llava_moslora.adapters.triton_dropout import keys
 
+    def mixed(h):
+        h = ((h ^ h >> 16) * 0x21F0AAAD) & 0xFFFFFFFF
+        h = ((h ^ h >> 15) * 0x735A2D97) & 0xFFFFFFFF
+        return h ^ h >> 15
+
     key, key2 = (k & 0xFFFFFFFF for k in keys(seed))
-    h = torch.arange(x.numel(), device=x.device) ^ key
-    h = ((h ^ h >> 16) * 0x21F0AAAD) & 0xFFFFFFFF
-    h ^= key2
+    row = mixed(mixed(torch.arange(x[..., 0].numel(), device=x.device) ^ key) ^ key2)
+    column = mixed(mixed(torch.arange(x.shape[-1], device=x.device) ^ key2) + key + 0x1E3779B9 & 0xFFFFFFFF)
+    h = ((row[:, None] ^ column) * 0x21F0AAAD) & 0xFFFFFFFF
     h = ((h ^ h >> 15) * 0x735A2D97) & 0xFFFFFFFF
-    h ^= h >> 15
-    return ((h >> 16) >= drop).view(x.shape)
+    return (h >= drop << 16).view(x.shape)
