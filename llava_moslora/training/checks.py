@@ -64,12 +64,12 @@ def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: Trai
     _check_numbers(args)
     _check_adapters(adapter_args)
     _check_precision(args)
-    _check_optimizer(args)
     _check_packages(model_args, args)
     _check_attention(model_args, args)
     _check_liger(args)
     if args.deepspeed:
         _check_deepspeed(args)
+    _check_optimizer(args)  # last: it takes DeepSpeed's file for one that was looked at
 
 
 def _check_numbers(args: TrainingArguments) -> None:
