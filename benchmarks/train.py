@@ -1,6 +1,6 @@
 """What a training step costs at real size: LLaMA-3-8B and CLIP-L/336 with random weights, on one GPU.
 
-    python benchmarks/train.py [--rows stock zero2+full+liger zero0+selective+liger zero0+none+liger@4] [--batch 8]
+    python benchmarks/train.py [--rows stock zero2+full zero1+selective+liger zero1+none+liger@4] [--batch 8]
 
 A row is a run of its own over the same batches as the others, with adapters of rank 64 in both towers and a trained
 projector:
@@ -48,8 +48,8 @@ from train_row import PROFILED, ROOT, STOCK, Job, Row, common_settings, ours_com
 
 from llava_moslora.errors import Refusal, run_script  # noqa: E402
 
-ROWS = ["stock", "stock-bf16", "zero2+full", "zero2+full+liger", "zero0+full+liger", "zero0+selective+liger"]
-ROWS += ["zero0+none+liger@4", "zero2+full+liger+4bit"]
+ROWS = ["stock", "stock-bf16", "zero2+full+torch", "zero2+full", "zero1+full+liger", "zero1+selective+liger"]
+ROWS += ["zero1+none+liger@4", "zero1+full+liger+4bit"]
 
 
 def main() -> None:
