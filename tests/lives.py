@@ -81,7 +81,8 @@ class Life:
         return set(self.status) == {0}
 
     def said(self, rank: int = 0) -> str:
-        return Path(f"{self.output}-{rank}.out").read_text(errors="replace")
+        file = Path(f"{self.output}-{rank}.out")  # not there yet if it was killed right after the fork
+        return file.read_text(errors="replace") if file.exists() else ""
 
     def watched(self, rank: int = 0) -> list[dict]:
         """Micro-batches of a rank in order: step, records, loss (hexadecimal float)."""

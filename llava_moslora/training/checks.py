@@ -33,6 +33,15 @@ RANGES = {
     "health_steps": (0, True),
     "ddp_timeout": (1, True),
 }
+# What an optimizer keeps is saved as it is. ZeRO cuts what holds a number for every weight; it glues parameters
+# together, over which blocks of 8-bit numbers and rows would go.
+PER_WEIGHT = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "paged_lion_32bit", "sgd",
+              "rmsprop", "rmsprop_bnb_32bit")  # fmt: skip
+PER_PARAMETER = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "rmsprop_bnb",
+                 "rmsprop_bnb_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
+                 "adafactor")  # fmt: skip
+OFFLOADED = ("adamw_torch", "adamw_torch_fused")  # anything else would silently become DeepSpeed's Adam there
+OF_BITSANDBYTES = ("bit", "bnb", "ademamix")  # parts of the names of its optimizers
 ADAPTER_RANGES = {  # for each tower's own flag too
     "lora_r": (0, True),
     "lora_alpha": (0, False),
@@ -55,6 +64,7 @@ def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: Trai
     _check_numbers(args)
     _check_adapters(adapter_args)
     _check_precision(args)
+    _check_optimizer(args)
     _check_packages(model_args, args)
     _check_attention(model_args, args)
     _check_liger(args)
@@ -106,8 +116,30 @@ def _check_precision(args: TrainingArguments) -> None:
         )
 
 
+def _check_optimizer(args: TrainingArguments) -> None:
+    """A run whose optimizer cannot be saved would die at its first checkpoint."""
+    name, known = str(getattr(args.optim, "value", args.optim)), PER_WEIGHT + PER_PARAMETER
+    what, fix = "this optimizer's state cannot be saved", "--optim adamw_torch_fused, or another of those"
+    if args.deepspeed:
+        zero = json.loads(Path(args.deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
+        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            known, what = OFFLOADED, "an optimizer that is offloaded becomes DeepSpeed's Adam, whatever was asked for"
+        elif zero.get("stage", 0) and name in PER_PARAMETER:
+            known, what = PER_WEIGHT, "ZeRO glues parameters together, over which this optimizer's state cannot be cut"
+            fix = "zero_configs/zero0.json, or an optimizer of those"
+    if name not in known:
+        expected = ", ".join(known)
+        raise Refusal("C-FLAG", what, key="--optim", found=name, expected=expected, fix=fix)
+
+
 def _check_packages(model_args: ModelArguments, args: TrainingArguments) -> None:
-    wanted = {"bitsandbytes": (model_args.bits == 4, "--bits 4", "pip install 'llava_moslora[quant]'")}
+    optimizer = str(getattr(args.optim, "value", args.optim))
+    theirs, flag = any(part in optimizer for part in OF_BITSANDBYTES), f"--optim {optimizer}"
+    wanted = {
+        "bitsandbytes": (
+            model_args.bits == 4 or theirs, flag if theirs else "--bits 4", "pip install 'llava_moslora[quant]'"
+        )
+    }  # fmt: skip
     wanted["liger_kernel"] = (args.use_liger_kernel, "--use_liger_kernel", "pip install 'llava_moslora[liger]'")
     wanted["wandb"] = ("wandb" in args.report_to, "--report_to wandb", "pip install wandb")
     for name, (package, fix) in FLASH_ATTENTION.items():

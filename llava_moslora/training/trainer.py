@@ -205,6 +205,7 @@ class MosLoraTrainer(Trainer):
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """As theirs, but the state comes from our portable checkpoint instead of DeepSpeed's or torch's pickles."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        check_rotary(self.model)
         holder = self._holder()
         holder.begin()
         if resume_from_checkpoint is not None:
@@ -231,6 +232,21 @@ class MosLoraTrainer(Trainer):
             file = Path(checkpoint) / f"random-{self.args.process_index}.json"
             if stated(Path(checkpoint))["world_size"] == self.args.world_size:
                 set_random_state(json.loads(file.read_text(encoding="utf-8")))
+
+
+def check_rotary(model: torch.nn.Module) -> None:
+    """Rotary frequencies in 16 bits turn late positions by other angles than an export does.
+
+    Raises:
+        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32.
+    """
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise Refusal(
+                "C-DEEPSPEED", "rotary frequencies were rounded when DeepSpeed took the model over", key=name,
+                found=buffer.dtype, expected=torch.float32,
+                fix="deepspeed 0.19.8 or newer, and no data_types.buffer_dtype in its file",
+            )  # fmt: skip
 
 
 def set_schedule(scheduler, steps: int) -> None:

@@ -72,9 +72,22 @@ def randomise(model: nn.Module, seed: int = 2) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
             generator = torch.Generator().manual_seed(seed + sum(name.encode()))
-            parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.2).to(parameter.dtype)
+            parameter.data = torch.randn(parameter.shape, generator=generator).mul(0.2).to(parameter)
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Distance relative to the size of what is expected, in the 2-norm."""
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def hashed(x, seed, drop):
+    """The mask of :mod:`triton_dropout` as integer tensors on ``x``'s device."""
+    from llava_moslora.adapters.triton_dropout import keys
+
+    key, key2 = (k & 0xFFFFFFFF for k in keys(seed))
+    h = torch.arange(x.numel(), device=x.device) ^ key
+    h = ((h ^ h >> 16) * 0x21F0AAAD) & 0xFFFFFFFF
+    h ^= key2
+    h = ((h ^ h >> 15) * 0x735A2D97) & 0xFFFFFFFF
+    h ^= h >> 15
+    return ((h >> 16) >= drop).view(x.shape)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from adapter_models import LINEARS, llama, relative
+from adapter_models import LINEARS, hashed, llama, relative
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +29,10 @@ def formula(result, x, a, w, b, scaling, dropout, seed):
     """The paper's eq. 7 in plain torch, with the mask that the kernel draws from ``seed``."""
     if dropout:
         drop = round(dropout * kernel.STEPS)
-        mask = kernel._draw(torch.Size((x.shape[0] * x.shape[1], x.shape[2])), seed, drop, x.device)
+        if kernel.uses_triton(x):
+            mask = hashed(x, seed, drop)
+        else:
+            mask = kernel._draw(torch.Size((x.shape[0] * x.shape[1], x.shape[2])), seed, drop, x.device)
         x = x.masked_fill(mask.view(x.shape) == 0, 0) / (1 - drop / kernel.STEPS)
     u = x @ a.T
     return result + scaling * (u if w is None else u @ w.T) @ b.T
@@ -256,7 +259,9 @@ def test_compiles_as_one_graph(backend):
 @pytest.mark.parametrize(
     "dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3 * 2**-8), (torch.float16, 3 * 2**-11)]
 )
-def test_gpu_is_the_formula(shape, dtype, tolerance):
+@pytest.mark.parametrize("products", ["torch", "triton"])
+def test_gpu_is_the_formula(shape, dtype, tolerance, products, monkeypatch):
+    monkeypatch.setenv("LLAVA_MOSLORA_KERNEL", products)
     torch.backends.cuda.matmul.allow_tf32 = False
     for found, expected in zip(*both(inputs(*shape, dtype=dtype, device="cuda"), 0.25), strict=True):
         assert relative(found, expected) <= tolerance

@@ -77,6 +77,7 @@ class Campaign:
         folder: where the runs go.
         world: ranks; 0 is a process without a launcher.
         zero: stage of a DeepSpeed configuration, or None.
+        optim: the optimizer, as ``--optim`` names it.
         main: None for ours, or ``MODULE:FUNCTION`` of another trainer, whose checkpoints are not looked into.
         mutant: a function of ``mutants.py`` that breaks ours.
     """
@@ -90,10 +91,12 @@ class Campaign:
         *,
         world: int = 0,
         zero: int | None = None,
+        optim: str = "adamw_torch_fused",
         main: str | None = None,
         mutant: str | None = None,
     ):
         self.lives, self.parts, self.folder, self.world, self.main = lives, parts, folder, world, main
+        self.optim = optim
         self.hooks = [[f"faults.mutants:{mutant}", {}]] if mutant else []
         self.tally = Tally(name)
         self.ranks = max(world, 1)
@@ -117,6 +120,7 @@ class Campaign:
             save_steps=2,
             save_total_limit=2,
             report_to="none",
+            optim=self.optim,
             resume=True,
             data_cache=self.folder / "cache",
             dataloader_num_workers=0,

@@ -39,6 +39,13 @@ def test_two_ranks(lives, parts, tmp_path, stage):
     assert tally.survivors_exit_max_s < 10
 
 
+@pytest.mark.parametrize(("optim", "zero", "world"), [("adamw_bnb_8bit", None, 0), ("paged_adamw_8bit", 0, 2)])
+def test_optimizers_of_eight_bits(lives, parts, tmp_path, optim, zero, world):
+    kills = max(1, KILLS // 5)
+    campaign = Campaign(f"{optim}, {world or 1} ranks", lives, parts, tmp_path, world=world, zero=zero, optim=optim)
+    clean(campaign.run(kills, SEED), kills)
+
+
 def test_inside_a_save(lives, parts, tmp_path):
     """Before, after and within every file operation of a save that also prunes."""
     campaign = Campaign("inside a save", lives, parts, tmp_path)

@@ -75,6 +75,31 @@ def test_what_a_cpu_cannot_do(asked):
         asked("--fp16", "True")
 
 
+OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "zero", "message"),
+    [
+        ("galore_adamw", None, r"this optimizer's state cannot be saved; found galore_adamw; expected adamw_torch, .*"),
+        ("adagrad", {"stage": 0}, "this optimizer's state cannot be saved; found adagrad"),
+        ("adamw_bnb_8bit", {"stage": 2}, r"cannot be cut; found adamw_bnb_8bit; .*; fix: zero_configs/zero0.json"),
+        ("adafactor", {"stage": 3}, r"cannot be cut; found adafactor; expected adamw_torch, .*, sgd"),
+        ("sgd", OFFLOAD, r"becomes DeepSpeed's Adam.*found sgd; expected adamw_torch, adamw_torch_fused; fix: --optim"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_saved_is_refused(asked, name, zero, message):
+    with pytest.raises(Refusal, match=r"C-FLAG\] --optim: .*" + message):
+        asked("--optim", name, deepspeed=None if zero is None else {"zero_optimization": zero})
+
+
+def test_optimizers_that_can_be_saved(asked):
+    asked("--optim", "adafactor")
+    asked("--optim", "sgd", deepspeed=ZERO_2)
+    asked("--optim", "adafactor", deepspeed={"zero_optimization": {"stage": 0}})
+    asked("--optim", "adamw_torch", deepspeed={"zero_optimization": OFFLOAD})
+
+
 def test_both_precisions_at_once(asked):
     with pytest.raises(Refusal, match=r"C-FLAG\] .*fp16.*bf16|C-FLAG\] .*bf16.*fp16"):
         asked("--fp16", "True", "--bf16", "True")
@@ -83,6 +108,7 @@ def test_both_precisions_at_once(asked):
 @pytest.mark.parametrize(
     ("flags", "package", "message"),
     [
+        ("--optim lion_8bit", "bitsandbytes", r"E-MISSING\] --optim lion_8bit: needs bitsandbytes, which is not"),
         ("--bits 4", "bitsandbytes", r"E-MISSING\] --bits 4: needs bitsandbytes.*pip install 'llava_moslora\[quant\]'"),
         (
             "--attn_implementation flash_attention_2",

@@ -45,6 +45,8 @@ def test_a_step_that_is_not_finite_stops_the_run(parts, tmp_path, monkeypatch, w
 @pytest.mark.parametrize(
     ("where", "zero", "bf16"),
     [
+        ("gradient", "zero0", True),
+        ("gradient", "zero1", True),
         ("gradient", "zero2", True),
         ("gradient", "zero2", False),
         ("gradient", "zero3", True),
@@ -53,7 +55,7 @@ def test_a_step_that_is_not_finite_stops_the_run(parts, tmp_path, monkeypatch, w
     ],
 )
 def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, bf16):
-    """It leaves a step with a NaN gradient out and goes on."""
+    """It leaves a step with a NaN gradient out, or under ZeRO-1 and -2 in bf16 takes it, and goes on."""
     (tmp_path / "broken.py").write_text(BROKEN_RUN.replace("{where}", where))
     folder = tmp_path / "run"
     words = flags(parts, folder, deepspeed=f"zero_configs/{zero}.json", max_steps=3, save_steps=1, bf16=bf16)
@@ -62,7 +64,10 @@ def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, b
     )
     assert done.returncode == 5, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if "error[R-NONFINITE]" in line]
-    said = "the loss became NaN or Inf at step 1" if where == "loss" else "DeepSpeed left the update out"
+    taken = bf16 and zero in ("zero1", "zero2")
+    said = "gradient norm" if taken else "DeepSpeed left the update out"
+    if where == "loss":
+        said = "the loss became NaN or Inf at step 1"
     assert lines and said in lines[0]
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-1"]
     batches = json.loads((folder / DUMP).read_text())["batches"]
@@ -146,6 +151,21 @@ def test_without_a_norm_the_weights_are_looked_at(tmp_path):
     guard(tmp_path).gradient(7, None, engine(skipped=0, scale=1), {"a": fine})
     with pytest.raises(Refusal, match="the gradient became NaN or Inf"):
         guard(tmp_path).gradient(7, None, engine(skipped=0, scale=1), {"a": fine, "b": bad})
+
+
+def test_rounded_rotary_frequencies_stop_the_run(parts, tmp_path, monkeypatch):
+    """Older versions of DeepSpeed cast the model's buffers with its parameters."""
+
+    def cast(*args):
+        model = add_adapters(*args)
+        model.base_model.model.model.language_model.rotary_emb.bfloat16()
+        return model
+
+    monkeypatch.setattr(script, "add_adapters", cast)
+    with pytest.raises(
+        Refusal, match=r"C-DEEPSPEED\] .*rotary_emb.inv_freq: .*found torch.bfloat16; expected torch.fl"
+    ):
+        train(parts, tmp_path / "run")
 
 
 def test_a_batch_without_labels_is_refused():

@@ -128,11 +128,14 @@ def test_a_found_cache_changes_nothing(lives, parts, plain, tmp_path):
         assert (run / last).read_bytes() == (plain[0] / last).read_bytes(), file
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_killed_run_ends_in_the_same_bytes(lives, parts, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "optim"),
+    [*((n, "adamw_torch_fused") for n in NAMES), ("zero0", "adamw_bnb_8bit"), ("zero2", "lion_32bit")],
+)
+def test_killed_run_ends_in_the_same_bytes(lives, parts, tmp_path, name, optim):
     """bf16 and dropout; killed after its first checkpoint, resumed by the same command."""
     same = {"deepspeed": configuration(name, tmp_path), "bf16": True, "mm_projector_lr": 1e-3, "max_steps": 6}
-    same |= {"save_steps": 3, "resume": True, "data_cache": tmp_path / "cache"}
+    same |= {"save_steps": 3, "resume": True, "data_cache": tmp_path / "cache", "optim": optim}
     lived_well(lives, settings(parts, tmp_path / "run", **same), tmp_path / "life", world=2)
     killed = lives.live(settings(parts, tmp_path / "again", **same), tmp_path / "first", world=2, at_step=4)
     assert killed.status == [-9, -9]

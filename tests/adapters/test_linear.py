@@ -1,0 +1,262 @@
+"""A frozen linear and its adapter as one operation: against the two apart, and Triton's products against the formula."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_models import Pair, adapted, hashed, relative
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_moslora.adapters import kernel, linear
+from llava_moslora.adapters.kernel import low_rank_update
+from llava_moslora.adapters.linear import adapted_linear
+
+# rows, in, out, r: u kept, and recomputed where r is large beside in; W folded into B', into A', and not at all
+SHAPES = [(200, 64, 32, 4), (200, 32, 64, 2), (20, 64, 96, 4), (200, 32, 48, 16)]
+
+
+def inputs(rows, i, o, r, mixed=True, bias=True, dtype=torch.float32, device="cpu"):
+    """x, base, a, w, b; all but the base want gradients."""
+    torch.manual_seed(0)
+    base = nn.Linear(i, o, bias=bias).to(device, dtype).requires_grad_(False)
+    shapes = [(2, rows // 2, i), (r, i), (r, r), (o, r)]
+    x, a, w, b = (torch.randn(s, dtype=dtype).to(device).requires_grad_() for s in shapes)
+    return x, base, a, w if mixed else None, b
+
+
+def gradients(y, tensors):
+    torch.manual_seed(4)
+    wanted = [t for t in tensors if isinstance(t, torch.Tensor)]
+    return [y, *torch.autograd.grad(y, wanted, torch.randn(y.shape, dtype=y.dtype).to(y.device))]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixer", "plain"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_it_is_the_linear_and_the_branch(shape, mixed, dropout, bias):
+    tensors = inputs(*shape, mixed, bias)
+    x, base, *factors = tensors
+    torch.manual_seed(3)
+    together = adapted_linear(x, base, *factors, 0.7, dropout)
+    torch.manual_seed(3)
+    apart = low_rank_update(F.linear(x, base.weight, base.bias), x, *factors, 0.7, dropout)
+    for found, expected in zip(gradients(together, tensors), gradients(apart, tensors), strict=True):
+        assert relative(found, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(12, 16, 5, 1), (12, 5, 16, 3), (2, 5, 3, 2)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradcheck(shape, dropout):
+    x, base, *factors = inputs(*shape, dtype=torch.float64)
+
+    def seeded(x, *factors):
+        torch.manual_seed(1)
+        return adapted_linear(x, base, *factors, 0.5, dropout)
+
+    assert torch.autograd.gradcheck(seeded, (x, *factors))
+
+
+def test_bf16_is_no_less_exact_than_the_two_apart():
+    x, base, *factors = (t.detach() if isinstance(t, torch.Tensor) else t for t in inputs(*SHAPES[0]))
+    exact = low_rank_update(base(x), x, *factors, 0.7)
+    low = [t.bfloat16() for t in (x, *factors)]
+    base.bfloat16()
+    together = relative(adapted_linear(low[0], base, *low[1:], 0.7), exact)
+    apart = relative(low_rank_update(base(low[0]), *low, 0.7), exact)
+    assert together <= apart * 1.05
+
+
+def test_only_wanted_gradients_are_made():
+    tensors = inputs(*SHAPES[0])
+    x, _, *factors = tensors
+    full = gradients(adapted_linear(*tensors, 0.7), tensors)[1:]
+    for kept in range(4):
+        for index, tensor in enumerate((x, *factors)):
+            tensor.requires_grad_(index == kept)
+        y = adapted_linear(*tensors, 0.7)
+        torch.manual_seed(4)
+        (grad,) = torch.autograd.grad(y, [(x, *factors)[kept]], torch.randn(y.shape))
+        assert torch.equal(grad, full[kept])
+
+
+@pytest.mark.parametrize(("shape", "kept_u"), [(SHAPES[0], [200 * 4]), (SHAPES[3], [])], ids=str)
+def test_backward_keeps_x_and_a_small_u(shape, kept_u):
+    tensors, kept = inputs(*shape), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapted_linear(*tensors, 0.7, 0.25)
+    known = {t.data_ptr() for t in (tensors[0], tensors[1].weight, *tensors[2:])}
+    sizes = [t.numel() for t in kept if t.numel() and t.data_ptr() not in known]
+    assert sorted(sizes) == sorted([1, *kept_u])  # the seed, and u
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixer", "plain"])
+def test_flops_are_counted(shape, mixed):
+    """What the linear costs, what the branch costs apart, less the u that is not recomputed."""
+    rows, i, o, r = shape
+    tensors = inputs(*shape, mixed)
+    cost, branch = linear.flops(rows, i, o, r, mixed), kernel.flops(rows, i, o, r, mixed)
+    with FlopCounterMode(display=False) as counter:
+        y = adapted_linear(*tensors, 0.7, 0.25)
+        forward = counter.get_total_flops()
+        y.sum().backward()
+    assert (forward, counter.get_total_flops()) == (cost["forward"], cost["forward"] + cost["backward"])
+    with FlopCounterMode(display=False) as counter:
+        low_rank_update(tensors[1](tensors[0]), tensors[0], *tensors[2:], 0.7, 0.25).sum().backward()
+    spared = 2 * rows * r * i * linear.keeps(r, i)
+    assert counter.get_total_flops() - spared == cost["forward"] + cost["backward"]
+    assert branch["forward"] + 2 * rows * i * o == cost["forward"]
+
+
+@pytest.mark.parametrize("drop", [0, 3000])
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixer", "plain"])
+def test_operations_are_well_registered(mixed, drop):
+    x, base, a, w, b = inputs(*SHAPES[0], mixed)
+    seed = torch.tensor(3) if drop else None
+    frozen = (base.weight, base.bias, None, None, None, None, [32, 64], "")
+    torch.library.opcheck(torch.ops.llava_moslora.adapted_linear, (x, *frozen, a, w, b, seed, 0.5, drop))
+    with torch.no_grad():
+        grad, u = torch.randn(*x.shape[:2], 32), torch.randn(200, 4)
+        checked = ("test_schema", "test_faketensor")
+        for needs in ([True, True, mixed, True], [False, True, False, True]):
+            arguments = (grad, x, base.weight, *frozen[2:], a, w, b, seed, u, 0.5, drop, needs)
+            torch.library.opcheck(torch.ops.llava_moslora.adapted_linear_backward, arguments, test_utils=checked)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_changes_no_bit(use_reentrant):
+    tensors = inputs(*SHAPES[0])
+
+    def run(x, a, w, b):
+        return adapted_linear(x, tensors[1], a, w, b, 0.7, 0.3)
+
+    results = []
+    for recomputed in (True, False):
+        torch.manual_seed(7)
+        x, _, *factors = tensors
+        y = checkpoint(run, x, *factors, use_reentrant=use_reentrant) if recomputed else run(x, *factors)
+        x.grad = None
+        for factor in factors:
+            factor.grad = None
+        y.square().sum().backward()
+        results.append([y, x.grad, *(factor.grad for factor in factors)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def calls(model, x, monkeypatch) -> int:
+    """How often the layers of ``model`` take the one operation."""
+    from llava_moslora.adapters import layers
+
+    made = []
+    monkeypatch.setattr(layers, "adapted_linear", lambda *args: made.append(1) or adapted_linear(*args))
+    model(x)
+    return len(made)
+
+
+@pytest.mark.parametrize("kind", ["float", "nf4", "nf4 single"])
+def test_layers_in_training_take_it(kind, monkeypatch):
+    assert calls(adapted(Pair(kind)), torch.randn(3, 64), monkeypatch) == 2
+
+
+def test_layers_that_ask_for_more_do_not(monkeypatch):
+    """Each of these needs PEFT's own forward: hooks on the base, several adapters, autocast, 8 bits, generation."""
+    x = torch.randn(3, 64)
+    hooked = adapted(Pair())
+    hooked.base_model.model.up.base_layer.register_forward_pre_hook(lambda *_: None)
+    assert calls(hooked, x, monkeypatch) == 1
+    two = adapted(Pair())
+    two.add_adapter("second", two.peft_config["default"])
+    two.base_model.set_adapter(["default", "second"])
+    assert calls(two, x, monkeypatch) == 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert calls(adapted(Pair()), x, monkeypatch) == 0
+    assert calls(adapted(Pair("int8")), x, monkeypatch) == 0
+    with torch.no_grad():
+        assert calls(adapted(Pair()).eval(), x, monkeypatch) == 0
+    mixed = adapted(Pair(dtype=torch.bfloat16), autocast_adapter_dtype=True)  # float32 adapters over a 16-bit base
+    assert calls(mixed, x.bfloat16(), monkeypatch) == 0
+
+
+INTERPRETED = """
+import torch
+from llava_moslora.adapters import triton_dropout as products
+
+MASK32 = 2**32 - 1
+
+def kept(n, i, seed, drop):  # the hash in Python's integers
+    key, key2 = (k & MASK32 for k in products.keys(seed))
+    def one(index):
+        h = index ^ key
+        h ^= h >> 16
+        h = h * 0x21F0AAAD & MASK32
+        h ^= key2
+        h ^= h >> 15
+        h = h * 0x735A2D97 & MASK32
+        h ^= h >> 15
+        return (h >> 16) >= drop
+    return torch.tensor([one(index) for index in range(n * i)]).view(n, i)
+
+for n, i, r in ((100, 96, 8), (130, 200, 64), (70, 130, 150)):
+    torch.manual_seed(n)
+    x, a, grad_u = torch.randn(n, i), torch.randn(r, i), torch.randn(n, r)
+    for drop in (3277, 40000):
+        seed = torch.randint(2**63 - 1, ())
+        mask = kept(n, i, seed, drop)
+        assert abs((~mask).float().mean().item() - drop / 65536) < 4 * 0.5 / (n * i) ** 0.5
+        assert not torch.equal(mask, kept(n, i, seed + 1, drop))
+        for found, expected in (
+            (products.dropped_project(x, a, seed, drop), (x * mask) @ a.T),
+            (products.dropped_outer(grad_u, x, seed, drop), grad_u.T @ (x * mask)),
+            (products.dropped_low_rank(grad_u, a, seed, drop), (grad_u @ a) * mask),
+        ):
+            assert (found - expected).norm() <= 1e-6 * expected.norm(), (n, i, r)
+"""
+
+
+def test_triton_products_drop_what_the_hash_says():
+    """On a CPU by Triton's interpreter, which must be asked for before Triton is imported: in a process of its own."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(linear.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [*SHAPES, (1000, 1024, 4096, 64), (1000, 4096, 1024, 150)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4 * 2**-8)])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_gpu_is_the_formula_in_float64(shape, dtype, tolerance, dropout):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    tensors = inputs(*shape, dtype=dtype, device="cuda")
+    torch.manual_seed(3)
+    y = adapted_linear(*tensors, 0.7, dropout)
+    x, base, *factors = tensors
+    x, a, w, b = (t.detach().double().requires_grad_() for t in (x, *factors))
+    dropped = x
+    if dropout:
+        torch.manual_seed(3)
+        drop, seed = kernel.draw_seed(dropout)
+        dropped = x * hashed(x, seed, drop) / (1 - drop / kernel.STEPS)
+    z = F.linear(x, base.weight.double(), base.bias.double()) + 0.7 * dropped @ a.T @ w.T @ b.T
+    torch.manual_seed(4)
+    grad = torch.randn(y.shape).cuda()
+    found = [y, *torch.autograd.grad(y, [t for t in tensors if isinstance(t, torch.Tensor)], grad.to(dtype))]
+    expected = [z, *torch.autograd.grad(z, [x, a, w, b], grad.to(dtype).double())]
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one.double(), other) <= tolerance
+
+
+@pytest.mark.gpu
+def test_gpu_is_never_waited_for():
+    tensors = inputs(*SHAPES[0], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        adapted_linear(*tensors, 0.7, 0.25).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
