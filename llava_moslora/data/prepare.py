@@ -1,7 +1,8 @@
 """Data files to a tokenised Arrow data set in a cache, every record and every picture's header checked on the way.
 
 Each source (a data file, or a set of shards) has a cache folder of its own, named by everything that decides its
-content: the file's bytes, the tokenizer, the template, the tokens per picture, the length limit and ``CODE_VERSION``.
+content: the file's bytes, the tokenizer, what the template writes, the tokens per picture, the length limit and
+``CODE_VERSION``.
 It is built part by part (:mod:`llava_moslora.data.parts`) in a staging folder under a file lock and published by one
 rename, so several ranks may call :func:`prepare` at once without talking to each other, and a build that was
 interrupted goes on where it stopped.
@@ -29,6 +30,7 @@ from llava_moslora.data.conversation import Turn, chat_template, encode_prompt
 from llava_moslora.data.images import check_image
 from llava_moslora.data.parts import Job, build_parts
 from llava_moslora.data.shards import find_shards, is_sharded, version_of
+from llava_moslora.data.templates import OWN, get_template
 from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.errors import Refusal
 
@@ -232,7 +234,11 @@ def _key(job: Job) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     digest.update(job.tokenizer.backend_tokenizer.to_str().encode())
-    rest = [job.tokenizer.special_tokens_map, job.template, job.tokens_per_image, job.max_length]
+    # A name does not say what a tokenizer's own template writes. Its source too: what was read off it is what a few
+    # conversations showed, and two sources are never taken for one.
+    template = [job.template, repr(get_template(job.template, job.tokenizer))]
+    template += [job.tokenizer.chat_template] if job.template == OWN else []
+    rest = [job.tokenizer.special_tokens_map, template, job.tokens_per_image, job.max_length]
     digest.update(json.dumps([*rest, CODE_VERSION], default=str, sort_keys=True).encode())
     name = re.sub(r"[^\w.-]", "_", Path(job.file).stem)[:40]
     return f"{name}-{digest.hexdigest()[:20]}"

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 
 import pytest
 
@@ -10,8 +11,8 @@ from llava_moslora.data import parts
 from llava_moslora.data import prepare as module
 from llava_moslora.data.conversation import IGNORE_INDEX, show_labels
 from llava_moslora.data.conversation import Encoded as Pair
-from llava_moslora.data.prepare import check_template, prepare, report_of
-from llava_moslora.data.tokenizer import image_token_id
+from llava_moslora.data.prepare import check_template, keys_of, prepare, report_of
+from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
 
 
@@ -75,6 +76,27 @@ def test_cache_is_found_again_and_keyed_by_content(build, monkeypatch):
     monkeypatch.setattr(module, "CODE_VERSION", module.CODE_VERSION + 1)
     others.append(build([record()]))
     assert len({folder, *(os.path.dirname(one.cache_files[0]["filename"]) for one in others)}) == 6
+
+
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_an_edited_chat_template_gives_another_cache(build, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("chatml"), tmp_path / "llm")
+
+    def rows_with(chat_template):
+        (folder / "chat_template.jinja").write_text(chat_template)
+        return build([record()], tokenizer=load_tokenizer(folder), template="tokenizer")
+
+    first = rows_with(CHAT)
+    edited = rows_with(CHAT.replace("m['role']", "m['role'].replace('user', 'the user says')"))
+    again = rows_with(CHAT)
+    assert edited[0]["length"] > first[0]["length"]
+    assert keys_of(edited) != keys_of(first) == keys_of(again)
+    assert again[:] == first[:]
 
 
 def rounds(*sizes, image_at=(0,)):
