@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,12 +22,22 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.data.cache import (
+    REPORT,
+    arrow_files,
+    copy_parts,
+    find_damage,
+    publish,
+    read_report,
+    write_json,
+    writing,
+)
 from llava_moslora.data.conversation import Turn, chat_template, encode_prompt
 from llava_moslora.data.images import check_image
-from llava_moslora.data.parts import Job, build_parts
+from llava_moslora.data.parts import PART, Job, as_problem, build_parts, look_at_pictures
 from llava_moslora.data.shards import find_shards, is_sharded, version_of
 from llava_moslora.data.templates import OWN, get_template
 from llava_moslora.data.tokenizer import IMAGE_TOKEN
@@ -92,7 +101,8 @@ def prepare(
         "", folder, tokenizer, template, tokens_per_image, max_length, follow_image_links, decode_images
     )  # fmt: skip
     cache = Path(cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
     datasets, seen, before = [], [], 0
     for position, source in enumerate(sources):
         folder = _prepare_source(replace(job, file=str(source)), cache, num_proc, on_bad_record, max_bad_share)
@@ -102,39 +112,78 @@ def prepare(
             fix = "name it once, and say with --data_weights how often it is to be seen"
             raise Refusal("D-TWICE", f"the same data as {first}", file=source, fix=fix)
         seen.append(digest)
-        rows = concatenate_datasets([Dataset.from_file(str(part)) for part in _parts(folder)])
+        rows = concatenate_datasets([Dataset.from_file(str(part)) for part in arrow_files(folder)])
         rows = rows.add_column("source", np.full(len(rows), position, dtype=np.int32))
         datasets.append(rows.add_column("number", before + _numbers(folder, rows)))
-        before += _report(folder)["records"]
+        report = _report(folder)
+        assert len(rows) == report["kept"], f"{folder} holds {len(rows)} rows, its report counts {report['kept']}"
+        before += report["records"]
     return concatenate_datasets(datasets)
 
 
 def _prepare_source(job: Job, cache: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> Path:
     target = cache / _key(job)
-    if not _is_done(target, job):
-        with FileLock(f"{target}.lock"):
-            if not _is_done(target, job):  # another rank may have built it while this one waited
+    if _why_build(target, job):
+        with _lock(target):
+            if why := _why_build(target, job):  # another rank may have built it while this one waited
+                if target.exists():
+                    log.warning("%s: its data cache is built again: %s", job.file, why)
                 _build(job, target, num_proc, on_bad_record, max_bad_share)
+    if _image_folder(job) != _report(target)["image_folder"]:
+        with _lock(target):
+            _check_in_this_folder(job, target, num_proc, on_bad_record, max_bad_share)
     report = _report(target)
-    _judge(report["problems"], report["records"], on_bad_record, max_bad_share)
-    if job.image_folder is not None and str(job.image_folder.resolve()) != report["image_folder"]:
-        with FileLock(f"{target}.lock"):
-            _check_pictures_again(job, target)
+    _judge(_look_again(report["problems"], job)[0], report["records"], on_bad_record, max_bad_share)
     return target
 
 
-def _check_pictures_again(job: Job, target: Path) -> None:
+def _why_build(target: Path, job: Job) -> str | None:
+    """What has to be built, or ``None`` where the cache can be used as it is."""
+    if not target.is_dir():
+        return "it is not there"
+    if damage := find_damage(target):
+        return damage
+    report = _report(target)
+    if job.decode_images and not report["decoded"]:
+        return "its pictures have not been decoded"
+    if usable := _look_again(report["problems"], job)[1]:
+        return f"{usable} records whose pictures could not be used can be used now"
+    return None
+
+
+def _look_again(problems: list[dict], job: Job) -> tuple[list[dict], int]:
+    """The problems as they are today, and how many records' pictures can be used now.
+
+    A picture that was missing may have been copied since, or be missing in another folder today.
+    """
+    today, usable = [], 0
+    for problem in problems:
+        if "images" in problem:
+            where = {name: problem["refusal"].get(name) for name in ("record", "record_id")}
+            try:
+                look_at_pictures(problem["images"], job, **where)
+                usable += 1
+            except Refusal as refusal:
+                problem = problem | as_problem(refusal)
+        today.append(problem)
+    return today, usable
+
+
+def _check_in_this_folder(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
     """The cache fits the data, but its pictures were checked in another folder: check them in this one, once.
 
     Raises:
         Refusal: I-..., the first picture that cannot be used, with the number of the others.
     """
-    report, here = _report(target), str(job.image_folder.resolve())
+    report, here = _report(target), _image_folder(job)
     if report["image_folder"] == here:  # another rank has done it while this one waited
         return
+    if job.image_folder is None and report["with_pictures"] and not report["shards"]:
+        what = "the records have pictures but no image folder was given"
+        raise Refusal("I-FOLDER", what, file=job.file, fix="give --image_folder")
     log.info("%s: its pictures were checked in %s; checking them in %s", job.file, report["image_folder"], here)
     first, bad = None, 0
-    for part in _parts(target):
+    for part in arrow_files(target):
         rows = Dataset.from_file(str(part)).select_columns(["images", "shard", "record", "id"])
         for row in (row for row in rows if not row["shard"]):
             for name in row["images"]:
@@ -144,20 +193,25 @@ def _check_pictures_again(job: Job, target: Path) -> None:
                     )
                 except Refusal as refusal:
                     first, bad = first or refusal, bad + 1
-    if first is not None:
+    if first is not None and on_bad_record == "fail":
         more = f" (and {bad - 1} more pictures cannot be used)" if bad > 1 else ""
         raise Refusal(**(vars(first) | {"what": first.what + more}))
-    waiting = target / ".report.json"
-    waiting.write_text(json.dumps(report | {"image_folder": here}, indent=1))
-    os.replace(waiting, target / "report.json")
+    if first is not None:  # other records are left out here
+        _build(job, target, num_proc, on_bad_record, max_bad_share)
+        return
+    with writing(target.parent):
+        problems = _look_again(report["problems"], job)[0]
+        write_json(target / REPORT, report | {"problems": problems, "image_folder": here})
 
 
-def _is_done(target: Path, job: Job) -> bool:
-    return target.is_dir() and (_report(target)["decoded"] or not job.decode_images)
+def _image_folder(job: Job) -> str:
+    return str(job.image_folder and job.image_folder.resolve())
 
 
-def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.arrow"))
+def _lock(target: Path) -> AcquireReturnProxy:
+    """A lock on ``target``, to be used in a ``with``."""
+    with writing(target.parent):
+        return FileLock(f"{target}.lock").acquire()
 
 
 def _numbers(folder: Path, rows: Dataset) -> np.ndarray:
@@ -171,14 +225,20 @@ def _numbers(folder: Path, rows: Dataset) -> np.ndarray:
 
 
 def _report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_bytes())
+    if (report := read_report(folder)) is None:
+        what = "the data cache was changed by something else while it is in use"
+        raise Refusal("D-CACHE", what, file=folder, fix="start again: what is damaged is built again")
+    return report
 
 
 def reports_of(dataset: Dataset) -> list[dict]:
     """What was counted while each source of ``dataset`` was prepared: file, records, kept, left_out, turns_dropped,
     answers_cut, problems, ..."""
-    folders = dict.fromkeys(Path(part["filename"]).parent for part in dataset.cache_files)
-    return [_report(folder) for folder in folders]
+    return [_report(folder) for folder in _folders(dataset)]
+
+
+def _folders(dataset: Dataset) -> list[Path]:
+    return list(dict.fromkeys(Path(part["filename"]).parent for part in dataset.cache_files))
 
 
 def report_of(dataset: Dataset) -> dict:
@@ -191,8 +251,14 @@ def report_of(dataset: Dataset) -> dict:
 
 
 def keys_of(dataset: Dataset) -> list[str]:
-    """The cache key of each source: equal keys, equal rows."""
-    return list(dict.fromkeys(Path(part["filename"]).parent.name for part in dataset.cache_files))
+    """The key of each source: equal keys, equal rows.
+
+    It is the name of the cache folder and a digest of which records are in it, because a record that is left out for
+    its pictures comes back when they can be used.
+    """
+    sources, records = (np.asarray(dataset[name][:]) for name in ("source", "record"))
+    digests = [hashlib.sha256(records[sources == k].tobytes()).hexdigest()[:8] for k in range(len(_folders(dataset)))]
+    return [f"{folder.name}-{digest}" for folder, digest in zip(_folders(dataset), digests, strict=True)]
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
@@ -246,40 +312,55 @@ def _key(job: Job) -> str:
 
 def _build(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
     check_template(job.tokenizer, job.template)
-    how = f"{job.image_folder and job.image_folder.resolve()} {job.decode_images}"
-    checked = hashlib.sha256(how.encode()).hexdigest()[:8]
-    staging = target.with_name(f"{target.name}.{checked}.staging")  # parts checked otherwise are not taken over
-    staging.mkdir(exist_ok=True)
+    staging = _begin_staging(job, target)
     counts: Counter = Counter(records=0, kept=0)
     problems: list[dict] = []
     shards: dict[str, int] = {}
+    parts: list[dict] = []
     for part in build_parts(job, staging, num_proc):
         counts.update(part["counts"])
         shards |= {part["shard"]: part["counts"]["records"]} if part["shard"] else {}
         problems += part["problems"]
+        parts.append({"name": part["name"], "file": part["file"]})
     if counts["kept"]:
-        ids = Counter(name for part in _parts(staging) for name in Dataset.from_file(str(part))["id"][:])
+        files = [str(staging / f"{part['name']}.arrow") for part in parts]
+        ids = Counter(name for file in files for name in Dataset.from_file(file)["id"][:])
         counts["duplicate_ids"] = sum(times - 1 for name, times in ids.items() if name)
     if counts["duplicate_ids"]:
         log.warning("%s: %d records have the id of an earlier one", job.file, counts["duplicate_ids"])
-    report = {"file": job.file, **counts, "shards": shards, "problems": problems, "decoded": job.decode_images,
-              "image_folder": str(job.image_folder and job.image_folder.resolve())}  # fmt: skip
     if len(problems) > 1 or on_bad_record == "quarantine":  # a single one is the refusal itself
         for problem in problems[:SHOWN]:
             log.error("%s", problem["line"])
-    for number in {problem["part"] for problem in problems}:  # looked at again if this build is not published
-        (staging / f"{number:06d}.json").unlink()
+    with writing(target.parent):
+        for number in {problem["part"] for problem in problems}:  # looked at again in the next build
+            (staging / f"{number:06d}.json").unlink()
     _judge(problems, counts["records"], on_bad_record, max_bad_share)
     if not counts["kept"]:
         what = "no record is short enough" if counts["records"] else "there are no records"
         raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=job.file, found=f"{counts['records']} records")
-    (staging / "report.json").write_text(json.dumps(report, indent=1))
-    if target.is_dir():  # made without decoding
-        undecoded = target.with_name(f"{target.name}.undecoded")
-        os.rename(target, undecoded)
-        shutil.rmtree(undecoded)
-    os.rename(staging, target)
+    report = {"file": job.file, **counts, "shards": shards, "problems": problems, "decoded": job.decode_images,
+              "image_folder": _image_folder(job), "parts": parts}  # fmt: skip
+    with writing(target.parent):
+        for stray in set(arrow_files(staging)) - {staging / f"{part['name']}.arrow" for part in parts}:
+            stray.unlink()
+        write_json(staging / REPORT, report)
+        publish(staging, target)
     log.info("prepared %s: %s", job.file, ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+
+
+def _begin_staging(job: Job, target: Path) -> Path:
+    """The folder in which a build begins or goes on; of a published cache the parts that are good are taken over."""
+    checked = hashlib.sha256(f"{_image_folder(job)} {job.decode_images} {PART}".encode()).hexdigest()[:8]
+    staging = target.with_name(f"{target.name}.{checked}.staging")  # parts checked otherwise are not taken over
+    with writing(target.parent):
+        report = read_report(target)
+        alike = report is not None and (report["image_folder"], report["decoded"]) == (
+            _image_folder(job), job.decode_images
+        )  # fmt: skip
+        if alike and not staging.exists():
+            copy_parts(target, staging)
+        staging.mkdir(exist_ok=True)
+    return staging
 
 
 def _judge(problems: list[dict], records: int, policy: str, share: float) -> None:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -310,6 +311,157 @@ def test_a_finished_cache_is_checked_in_another_image_folder_once(build, monkeyp
     assert build(records, image_folder=other)[:] == rows[:]
     monkeypatch.setattr("llava_moslora.data.prepare.check_image", None)
     assert build(records, image_folder=other)[:] == rows[:]
+
+
+def test_a_quarantined_picture_is_looked_at_again(build, picture_folder, tmp_path):
+    records = [record(image="late.png", id="0"), *(record(id=str(k)) for k in range(1, 9))]
+    quarantine = {"on_bad_record": "quarantine", "max_bad_share": 0.2}
+    without = build(records, **quarantine)
+    assert without["id"][0] == "1"
+    assert keys_of(build(records, **quarantine)) == keys_of(without)
+    (picture_folder / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    rows = build(records)  # under the policy "fail"
+    assert rows["id"][:] == [str(k) for k in range(9)]
+    assert build(records, **quarantine)[:] == rows[:]
+    assert keys_of(rows) != keys_of(without)  # other rows: a run that goes on must notice
+    assert report_of(rows)["problems"] == []
+
+
+def test_only_parts_with_problems_are_built_again(build, monkeypatch, picture_folder):
+    monkeypatch.setattr(parts, "PART", 2)
+    records = [record(id=str(k), image="late.png" if k == 3 else "0.png") for k in range(9)]
+    build(records, on_bad_record="quarantine", max_bad_share=0.2)
+    (picture_folder / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    seen, check = [], parts.check_record
+    monkeypatch.setattr(parts, "check_record", lambda raw, index, *rest: seen.append(index) or check(raw, index, *rest))
+    assert build(records)["id"][:] == [str(k) for k in range(9)]
+    assert seen == [2, 3]
+
+
+def test_a_picture_that_is_missing_in_another_folder_is_told_of_that_folder(build, picture_folder, tmp_path):
+    records = [record(image="late.png", id="0"), *(record(id=str(k)) for k in range(1, 9))]
+    build(records, on_bad_record="quarantine", max_bad_share=0.2)
+    other = shutil.copytree(picture_folder, tmp_path / "others")
+    for _ in range(2):
+        with pytest.raises(Refusal, match=rf"{other}/late.png:record 0 id=0:image: there is no such picture"):
+            build(records, image_folder=other)
+    with pytest.raises(Refusal, match=rf"{picture_folder}/late.png:record 0 id=0:image: there is no such picture"):
+        build(records)
+    (other / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    assert len(build(records, image_folder=other)) == 9
+    with pytest.raises(Refusal, match=rf"{picture_folder}/late.png:record 0"):  # here it is still missing
+        build(records)
+    assert len(build(records, image_folder=other)) == 9
+
+
+def test_pictures_missing_in_another_folder_only_are_quarantined_there(build, picture_folder, tmp_path):
+    records = [record(image=f"{k % 4}.png", id=str(k)) for k in range(8)]
+    quarantine = {"on_bad_record": "quarantine", "max_bad_share": 0.3}
+    whole = build(records, **quarantine)
+    other = shutil.copytree(picture_folder, tmp_path / "others")
+    (other / "2.png").unlink()
+    rows = build(records, image_folder=other, **quarantine)
+    assert rows["id"][:] == ["0", "1", "3", "4", "5", "7"]
+    assert build(records, **quarantine)[:] == whole[:]
+
+
+def test_a_cache_with_pictures_needs_the_image_folder(build):
+    build([record()])
+    with pytest.raises(Refusal, match=r"I-FOLDER\] .*no image folder was given; fix: give --image_folder"):
+        build([record()], image_folder=None)
+
+
+def flip(path, at=-200):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "cut": lambda arrow, report: os.truncate(arrow, arrow.stat().st_size // 2),
+    "empty": lambda arrow, report: os.truncate(arrow, 0),
+    "zeros": lambda arrow, report: arrow.write_bytes(bytes(arrow.stat().st_size)),
+    "gone": lambda arrow, report: arrow.unlink(),
+    "one bit": lambda arrow, report: flip(arrow),
+    "a part too many": lambda arrow, report: shutil.copy(arrow, arrow.with_name("000009.arrow")),
+    "no report": lambda arrow, report: report.unlink(),
+    "an empty report": lambda arrow, report: os.truncate(report, 0),
+    "a report of {}": lambda arrow, report: report.write_text("{}"),
+    "a report of []": lambda arrow, report: report.write_text("[]"),
+    "another number": lambda arrow, report: report.write_text(report.read_text().replace('"kept": 5', '"kept": 6')),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_built_again(build, monkeypatch, caplog, damage):
+    monkeypatch.setattr(parts, "PART", 2)
+    records = [record(id=str(k)) for k in range(5)]
+    rows = build(records)
+    before, folder = rows[:], Path(rows.cache_files[0]["filename"]).parent
+    DAMAGE[damage](folder / "000001.arrow", folder / "report.json")
+    assert build(records)[:] == before
+    assert "its data cache is built again" in caplog.text
+    caplog.clear()
+    assert build(records)[:] == before
+    assert not caplog.text
+    assert report_of(rows)["kept"] == 5
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
+
+
+UNFINISHED = {
+    "its count empty": lambda part: os.truncate(part.with_suffix(".json"), 0),
+    "its count cut": lambda part: os.truncate(part.with_suffix(".json"), 20),
+    "its count changed": lambda part: part.with_suffix(".json").write_text('{"counts": {}}'),
+    "its rows gone": lambda part: part.with_suffix(".arrow").unlink(),
+    "its rows cut": lambda part: os.truncate(part.with_suffix(".arrow"), 100),
+    "its rows changed": lambda part: flip(part.with_suffix(".arrow")),
+}
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("damage", UNFINISHED)
+def test_a_damaged_part_of_an_unfinished_build_is_built_again(build, monkeypatch, tmp_path, damage, num_proc):
+    monkeypatch.setattr(parts, "PART", 2)
+    records, work = [record(id=str(k)) for k in range(9)], parts._work
+
+    def stop_at_three(task):
+        if task.number == 3:
+            raise KeyboardInterrupt
+        return work(task)
+
+    monkeypatch.setattr(parts, "_work", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        build(records)
+    monkeypatch.setattr(parts, "_work", work)
+    (staging,) = (tmp_path / "cache").glob("*.staging")
+    UNFINISHED[damage](staging / "000001")
+    rows = build(records, num_proc=num_proc)
+    assert rows["id"][:] == [str(k) for k in range(9)]
+    assert report_of(rows)["kept"] == len(rows) == 9
+
+
+def test_everything_is_on_the_disk_before_it_counts(build, monkeypatch):
+    """Each file is synced before the rename that gives it its name, its folder before the folder's own."""
+    synced, renamed, fsync, replace, rename = [], [], os.fsync, os.replace, os.rename
+
+    def note_fsync(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_rename(real):
+        def call(source, target):
+            renamed.append((os.path.basename(source), os.path.basename(target)))
+            assert os.path.basename(source) in synced, f"{source} was not synced before it was renamed"
+            real(source, target)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_rename(replace))
+    monkeypatch.setattr(os, "rename", note_rename(rename))
+    build([record()])
+    assert [target for _, target in renamed][:3] == ["000000.arrow", "000000.json", "report.json"]
+    assert renamed[-1][0].endswith(".staging") and synced[-1] == "cache"
 
 
 def test_many_workers_keep_the_order(build, monkeypatch):
