@@ -319,6 +319,34 @@ def test_tower_refusals(tmp_path, tower):
         ImageTransform.from_tower(tower, "square")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_resize": False},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"do_center_crop": "no"},
+        {"rescale_factor": 0},
+        {"rescale_factor": "1/255"},
+        {"image_std": [0, 0, 0]},
+        {"image_std": 0.5},
+        {"image_mean": ["0.5"] * 3},
+        {"size": 10**6},
+        {"size": {"shortest_edge": None}},
+        {"size": {"height": 33}},
+        {"crop_size": "33"},
+        {"resample": "bicubic"},
+    ],
+)
+def test_settings_that_would_not_be_followed_are_refused(change):
+    (key,) = change
+    good = SIGLIP | {"do_center_crop": False}
+    ImageTransform.from_settings(good)
+    with pytest.raises(Refusal, match=rf"\[K-VISION\] tower.json:{key}: .*; expected ") as refusal:
+        ImageTransform.from_settings(good | change, source="tower.json")
+    assert refusal.value.found == change[key]
+
+
 def test_blank_is_the_padding(tower):
     transform = ImageTransform.from_tower(tower, "pad")
     blank = transform.blank()
