@@ -30,6 +30,7 @@ from llava_moslora.models.assemble import (
     tokens_per_picture,
     train_projector_only,
 )
+from llava_moslora.models.llm import longest_text
 from llava_moslora.models.vision import read_picture_settings, read_vision_config
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
@@ -58,7 +59,7 @@ def main() -> None:
         check_output(run, resume=args.resume, overwrite=args.overwrite)
 
     # 1. The parts, looked at before any weight is read
-    read_llm_config(model_args.model_name_or_path)
+    llm_config = read_llm_config(model_args.model_name_or_path)
     vision_config = read_vision_config(model_args.vision_tower)
     transform = ImageTransform.from_settings(
         read_picture_settings(model_args.vision_tower), data_args.image_aspect_ratio, data_args.image_engine
@@ -81,6 +82,7 @@ def main() -> None:
         max_bad_share=data_args.max_bad_share,
         follow_image_links=data_args.follow_image_links,
         decode_images=data_args.decode_images,
+        longest_text=longest_text(llm_config),
     )
     say("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
     sampler = GlobalBatchSampler(

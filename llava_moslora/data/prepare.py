@@ -63,6 +63,7 @@ def prepare(
     max_bad_share: float = 0.01,
     follow_image_links: bool = False,
     decode_images: bool = False,
+    longest_text: int | None = None,
 ) -> Dataset:
     """The tokenised data set of one or several sources, from the cache or built now.
 
@@ -83,11 +84,13 @@ def prepare(
         on_bad_record: ``fail`` refuses the file if any record is bad, after looking at all of them; ``quarantine``
             leaves bad records out and lists them in the report, up to a share of ``max_bad_share``.
         follow_image_links: see :func:`~llava_moslora.data.images.load_image`.
-        decode_images: decode every picture instead of reading its header; a cache that was made without is made anew.
+        decode_images: decode every picture instead of reading its header; a cache built without is built again.
+        longest_text: tokens up to which the LLM knows positions; ``max_length`` may not be above it.
 
     Raises:
-        Refusal: D-..., I-... (the first problem, with the number of the others), C-TEMPLATE (template and tokenizer
-            do not fit), D-NONE (nothing to train on), D-TWICE (a source is named twice).
+        Refusal: C-FLAG (``max_length`` out of range), D-..., I-... (the first problem, with the number of the others),
+            C-TEMPLATE (template and tokenizer do not fit), D-NONE (nothing to train on), D-TWICE (a source is named
+            twice), E-DISK (the cache cannot be written).
     """
     if on_bad_record not in ("fail", "quarantine"):
         raise Refusal(
@@ -97,6 +100,8 @@ def prepare(
     folder = None if image_folder is None else Path(image_folder)
     if folder is not None and not folder.is_dir():
         raise Refusal("I-FOLDER", "there is no such folder", file=folder, fix="check --image_folder")
+    pictures = tokens_per_image if folder is not None or any(is_sharded(str(source)) for source in sources) else 0
+    _check_length(max_length, pictures, longest_text)
     job = Job(
         "", folder, tokenizer, template, tokens_per_image, max_length, follow_image_links, decode_images
     )  # fmt: skip
@@ -119,6 +124,23 @@ def prepare(
         assert len(rows) == report["kept"], f"{folder} holds {len(rows)} rows, its report counts {report['kept']}"
         before += report["records"]
     return concatenate_datasets(datasets)
+
+
+def _check_length(max_length: int, picture: int, longest_text: int | None) -> None:
+    """``picture``: tokens of a picture, 0 where the data have none."""
+    key = "--model_max_length"
+    if max_length <= picture:
+        raise Refusal(
+            "C-FLAG", "out of range", key=key, found=max_length,
+            expected=f"above {picture}, the tokens of one picture" if picture else "at least 1",
+            fix="2048 holds LLaVA's records with a picture of 576 tokens",
+        )  # fmt: skip
+    if longest_text is not None and max_length > longest_text:
+        raise Refusal(
+            "C-FLAG", "longer than the LLM's positions", key=key, found=max_length,
+            expected=f"at most {longest_text} (max_position_embeddings of the LLM, with its scaling)",
+            fix=f"{key} {longest_text}, or an LLM with a longer context",
+        )  # fmt: skip
 
 
 def _prepare_source(job: Job, cache: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> Path:

@@ -78,6 +78,20 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
     return config
 
 
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which the LLM knows positions, ``None`` where its configuration does not tell.
+
+    ``max_position_embeddings``, or more where positions are scaled and the configuration states the length before
+    scaling, as Vicuna-16k's and Qwen2.5's with YaRN do; LLaMA-3.1's states the length after it.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("factor")
+    if not isinstance(limit, int) or not isinstance(factor, int | float) or rope.get("rope_type") == "default":
+        return limit if isinstance(limit, int) else None
+    return max(limit, int(factor * (rope.get("original_max_position_embeddings") or limit)))
+
+
 def _model_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel]:
     """The causal LM of ``config``, which must have the two parts that LLaVA takes: ``model`` and ``lm_head``."""
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)

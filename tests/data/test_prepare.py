@@ -154,6 +154,25 @@ def test_no_picture_is_cut_and_no_row_is_without_labels(build, tiny, limit):  # 
         assert len(row["input_ids"]) <= limit
 
 
+@pytest.mark.parametrize("limit", [-7, -1, 0, 3, 4])
+def test_a_limit_that_holds_no_picture_is_refused(build, limit):
+    with pytest.raises(Refusal, match=rf"C-FLAG\] --model_max_length: out of range; found {limit}; expected above 4"):
+        build([record()], max_length=limit)
+    if limit > 0:  # text needs no room for a picture
+        assert len(build([record("hi", "ho", None)], image_folder=None, max_length=40)) == 1
+    else:
+        with pytest.raises(Refusal, match=rf"--model_max_length: out of range; found {limit}; expected at least 1"):
+            build([record("hi", "ho", None)], image_folder=None, max_length=limit)
+
+
+def test_a_limit_above_the_llms_positions_is_refused(build):
+    long = [record("q" * 80, "a", None)]
+    assert len(build(long, max_length=100, longest_text=100)) == 1
+    what = r"C-FLAG\] --model_max_length: longer than the LLM's positions; found 101; expected at most 100 .*fix: "
+    with pytest.raises(Refusal, match=what + "--model_max_length 100, or"):
+        build(long, max_length=101, longest_text=100)
+
+
 BAD = [
     record(id=0),
     record(id=1, image="nope.png"),

@@ -2,9 +2,14 @@
 
 import importlib.util
 import json
+import re
+import shutil
+import sys
 
 import pytest
 import torch
+from launching import run
+from training_runs import train
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training.arguments import parse
@@ -154,3 +159,27 @@ def test_yaml_with_aliases_is_not_read(tmp_path):
     (tmp_path / "c.yaml").write_text("lora_target_modules: &a [q_proj, q_proj]\nvision_lora_target_modules: *a\n")
     with pytest.raises(Refusal, match=r"neither YAML nor JSON; found an alias, \*a"):
         parse(["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(-1, "above 16, .*one picture"), (16, "above 16"), (2049, "at most 2048")]
+)
+def test_lengths_that_cannot_be(parts, tmp_path, limit, expected):
+    """Refused before the data are read: neither a cache nor a run folder is made."""
+    flag = rf"C-FLAG\] --model_max_length: .*; found {limit}; expected {expected}"
+    with pytest.raises(Refusal, match=flag):
+        train(parts, tmp_path / "run", model_max_length=limit)
+    prepared = [*("--model_name_or_path", parts.llm, "--vision_tower", parts.clip, "--data_path", parts.data)]
+    prepared += ["--image_folder", parts.images, "--data_cache", tmp_path / "cache", "--model_max_length", limit]
+    done = run([sys.executable, "scripts/prepare_data.py", *prepared])
+    assert done.returncode == 2 and re.fullmatch(rf"error\[{flag}.*", done.stderr.strip().splitlines()[-1])
+    assert not list(tmp_path.iterdir())
+
+
+def test_picture_settings_are_refused_before_the_data_are_read(parts, tmp_path):
+    tower = shutil.copytree(parts.clip, tmp_path / "clip")
+    file = tower / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_rescale": False}))
+    with pytest.raises(Refusal, match=r"preprocessor_config.json:do_rescale: not usable; found False; expected true"):
+        train(parts, tmp_path / "run", vision_tower=tower)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
