@@ -130,8 +130,8 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What the operating system refuses while ``folder`` is written becomes a refusal.
+def using(folder: Path) -> Iterator[None]:
+    """What the operating system refuses while ``folder`` is read or written becomes a refusal.
 
     Raises:
         Refusal: E-DISK
@@ -140,6 +140,7 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise Refusal(
-            "E-DISK", "the data cache cannot be written", file=folder, key="--data_cache",
-            found=error.strerror or error, fix="free space or rights there, or name another folder",
+            "E-DISK", "the data cache cannot be used", file=error.filename or folder, key="--data_cache",
+            found=error.strerror or error, expected="a folder that can be written, with space",
+            fix="free space, mend its rights, or name another folder",
         ) from error  # fmt: skip

@@ -11,6 +11,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import count, islice
 from multiprocessing import get_context
@@ -21,7 +22,7 @@ from datasets import Features, List, Value
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.cache import describe_file, read_json, replace_file, write_json, writing
+from llava_moslora.data.cache import describe_file, read_json, replace_file, using, write_json
 from llava_moslora.data.conversation import IGNORE_INDEX, encode
 from llava_moslora.data.images import check_bytes, check_image, load_bytes, load_image
 from llava_moslora.data.json_stream import JsonStream
@@ -71,7 +72,11 @@ class Task:
 
 
 def build_parts(job: Job, staging: Path, num_proc: int) -> Iterator[dict]:
-    """Build the parts that are missing in ``staging``; yields every part's ``counts`` and ``problems``, in order."""
+    """Build the parts that are missing in ``staging``; yields what :func:`_work` returned for each, in order.
+
+    Raises:
+        Refusal: D-PARSE and the like, of the file as a whole; E-DISK; E-WORKER, a process was killed.
+    """
     name = printable(Path(job.file).name)
     if is_sharded(job.file):
         shards = find_shards(job.file)
@@ -94,14 +99,20 @@ def _map_in_order(tasks: Iterator[Task], job: Job, num_proc: int) -> Iterator[di
         _start_worker(job)
         yield from map(_work, tasks)
         return
-    with ProcessPoolExecutor(num_proc, get_context("fork"), _start_worker, (job,)) as pool:
-        waiting: deque[Future] = deque()
-        for task in tasks:
-            waiting.append(pool.submit(_work, task))
-            if len(waiting) >= 2 * num_proc:  # a window, or the whole file would be read ahead of the workers
+    try:
+        with ProcessPoolExecutor(num_proc, get_context("fork"), _start_worker, (job,)) as pool:
+            waiting: deque[Future] = deque()
+            for task in tasks:
+                waiting.append(pool.submit(_work, task))
+                if len(waiting) >= 2 * num_proc:  # a window, or the whole file would be read ahead of the workers
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise Refusal(
+            "E-WORKER", "a process that tokenises was killed", file=job.file, key="--preprocessing_num_workers",
+            found=num_proc, fix="most often memory ran out: fewer processes; the parts that are done are kept",
+        ) from None  # fmt: skip
 
 
 def _tasks(stream: JsonStream | ParquetStream, staging: Path) -> Iterator[Task]:
@@ -161,7 +172,7 @@ def _work(task: Task) -> dict:
     with pa.ipc.new_stream(buffer, table.schema) as writer:
         writer.write_table(table)
     arrow = task.path.with_suffix(".arrow")
-    with writing(arrow.parent):
+    with using(arrow.parent):
         replace_file(arrow, memoryview(buffer.getvalue()))
         result = {"name": task.path.name, "shard": task.shard, "counts": dict(counts), "problems": problems}
         result["file"] = describe_file(arrow)

@@ -32,8 +32,8 @@ from llava_moslora.data.cache import (
     find_damage,
     publish,
     read_report,
+    using,
     write_json,
-    writing,
 )
 from llava_moslora.data.conversation import Turn, chat_template, encode_prompt
 from llava_moslora.data.images import check_image
@@ -96,6 +96,12 @@ def prepare(
         raise Refusal(
             "C-FLAG", "unknown policy", key="--on_bad_record", found=on_bad_record, expected="fail | quarantine"
         )
+    if num_proc < 1:
+        raise Refusal(
+            "C-FLAG", "out of range", key="--preprocessing_num_workers", found=num_proc, expected="at least 1"
+        )
+    if not 0 <= max_bad_share <= 1:
+        raise Refusal("C-FLAG", "out of range", key="--max_bad_share", found=max_bad_share, expected="0 to 1")
     sources = [data_path] if isinstance(data_path, str | Path) else list(data_path)
     folder = None if image_folder is None else Path(image_folder)
     if folder is not None and not folder.is_dir():
@@ -106,7 +112,7 @@ def prepare(
         "", folder, tokenizer, template, tokens_per_image, max_length, follow_image_links, decode_images
     )  # fmt: skip
     cache = Path(cache_dir)
-    with writing(cache):
+    with using(cache):
         cache.mkdir(parents=True, exist_ok=True)
     datasets, seen, before = [], [], 0
     for position, source in enumerate(sources):
@@ -161,9 +167,9 @@ def _prepare_source(job: Job, cache: Path, num_proc: int, on_bad_record: str, ma
 
 def _why_build(target: Path, job: Job) -> str | None:
     """What has to be built, or ``None`` where the cache can be used as it is."""
-    if not target.is_dir():
-        return "it is not there"
-    if damage := find_damage(target):
+    with using(target):
+        damage = find_damage(target) if target.is_dir() else "it is not there"
+    if damage:
         return damage
     report = _report(target)
     if job.decode_images and not report["decoded"]:
@@ -221,7 +227,7 @@ def _check_in_this_folder(job: Job, target: Path, num_proc: int, on_bad_record: 
     if first is not None:  # other records are left out here
         _build(job, target, num_proc, on_bad_record, max_bad_share)
         return
-    with writing(target.parent):
+    with using(target.parent):
         problems = _look_again(report["problems"], job)[0]
         write_json(target / REPORT, report | {"problems": problems, "image_folder": here})
 
@@ -232,7 +238,7 @@ def _image_folder(job: Job) -> str:
 
 def _lock(target: Path) -> AcquireReturnProxy:
     """A lock on ``target``, to be used in a ``with``."""
-    with writing(target.parent):
+    with using(target.parent):
         return FileLock(f"{target}.lock").acquire()
 
 
@@ -313,14 +319,18 @@ def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
 
 def _key(job: Job) -> str:
     digest = hashlib.sha256()
-    if is_sharded(job.file):
-        digest.update(json.dumps([version_of(shard) for shard in find_shards(job.file)], default=str).encode())
-    elif not os.path.isfile(job.file):
-        raise Refusal("D-FILE", "there is no such file", file=job.file, fix="check --data_path")
-    else:
-        with open(job.file, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+    try:
+        if is_sharded(job.file):
+            digest.update(json.dumps([version_of(shard) for shard in find_shards(job.file)], default=str).encode())
+        elif not os.path.isfile(job.file):
+            raise Refusal("D-FILE", "there is no such file", file=job.file, fix="check --data_path")
+        else:
+            with open(job.file, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    except OSError as error:
+        what, found = "the file cannot be read", error.strerror or error
+        raise Refusal("D-FILE", what, file=job.file, found=found, fix="mend its rights, or copy it again") from None
     digest.update(job.tokenizer.backend_tokenizer.to_str().encode())
     # A name does not say what a tokenizer's own template writes. Its source too: what was read off it is what a few
     # conversations showed, and two sources are never taken for one.
@@ -353,7 +363,7 @@ def _build(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_sh
     if len(problems) > 1 or on_bad_record == "quarantine":  # a single one is the refusal itself
         for problem in problems[:SHOWN]:
             log.error("%s", problem["line"])
-    with writing(target.parent):
+    with using(target.parent):
         for number in {problem["part"] for problem in problems}:  # looked at again in the next build
             (staging / f"{number:06d}.json").unlink()
     _judge(problems, counts["records"], on_bad_record, max_bad_share)
@@ -362,7 +372,7 @@ def _build(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_sh
         raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=job.file, found=f"{counts['records']} records")
     report = {"file": job.file, **counts, "shards": shards, "problems": problems, "decoded": job.decode_images,
               "image_folder": _image_folder(job), "parts": parts}  # fmt: skip
-    with writing(target.parent):
+    with using(target.parent):
         for stray in set(arrow_files(staging)) - {staging / f"{part['name']}.arrow" for part in parts}:
             stray.unlink()
         write_json(staging / REPORT, report)
@@ -374,7 +384,7 @@ def _begin_staging(job: Job, target: Path) -> Path:
     """The folder in which a build begins or goes on; of a published cache the parts that are good are taken over."""
     checked = hashlib.sha256(f"{_image_folder(job)} {job.decode_images} {PART}".encode()).hexdigest()[:8]
     staging = target.with_name(f"{target.name}.{checked}.staging")  # parts checked otherwise are not taken over
-    with writing(target.parent):
+    with using(target.parent):
         report = read_report(target)
         alike = report is not None and (report["image_folder"], report["decoded"]) == (
             _image_folder(job), job.decode_images

@@ -1,9 +1,12 @@
 """The prepared data set: columns, cache key, truncation, quarantine, interruption, several processes at once."""
 
+import errno
+import io
 import json
 import multiprocessing
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -481,6 +484,80 @@ def test_everything_is_on_the_disk_before_it_counts(build, monkeypatch):
     build([record()])
     assert [target for _, target in renamed][:3] == ["000000.arrow", "000000.json", "report.json"]
     assert renamed[-1][0].endswith(".staging") and synced[-1] == "cache"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_proc": 0}, r"--preprocessing_num_workers: out of range; found 0; expected at least 1"),
+        ({"max_bad_share": float("nan")}, r"--max_bad_share: out of range; found nan; expected 0 to 1"),
+        ({"max_bad_share": -1}, r"--max_bad_share: out of range; found -1; expected 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range(build, options, message):
+    with pytest.raises(Refusal, match=message):
+        build([record()], **options)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("call", ["fsync", "replace", "rename", "mkdir"])
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_cache_that_cannot_be_written(build, monkeypatch, error, call, num_proc):
+    def fail(*arguments, **options):
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patched, pytest.raises(Refusal) as refusal:
+        patched.setattr(os, call, fail)
+        build([record(id=str(k)) for k in range(3)], num_proc=num_proc)
+    assert (refusal.value.code, refusal.value.key) == ("E-DISK", "--data_cache")
+    assert refusal.value.found == os.strerror(error)
+    assert len(build([record(id=str(k)) for k in range(3)])) == 3
+
+
+def test_a_file_in_place_of_the_cache(build, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(
+        Refusal, match=r"E-DISK\] .*cache:--data_cache: the data cache cannot be used; found File exists"
+    ):
+        build([record()])
+
+
+def test_a_cache_or_data_file_that_cannot_be_read(build, monkeypatch):
+    rows = build([record()])
+    arrow, real = Path(rows.cache_files[0]["filename"]), io.open
+
+    def refuse(which):
+        def open_(file, *arguments, **options):
+            if Path(file) == which:
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return real(file, *arguments, **options)
+
+        return open_
+
+    with monkeypatch.context() as patched:
+        patched.setattr(io, "open", refuse(arrow))
+        with pytest.raises(
+            Refusal, match=rf"E-DISK\] {arrow}:--data_cache: .* cannot be used; found Permission denied"
+        ):
+            build([record()])
+    data = Path(report_of_first(rows)["file"])
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", refuse(data))
+        with pytest.raises(Refusal, match=rf"D-FILE\] {data}: the file cannot be read; found Permission denied"):
+            build([record()])
+    assert build([record()])[:] == rows[:]
+
+
+def report_of_first(rows):
+    return json.loads((Path(rows.cache_files[0]["filename"]).parent / "report.json").read_text())
+
+
+def test_a_killed_worker_is_told(build, monkeypatch):
+    monkeypatch.setattr(parts, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(Refusal, match=r"E-WORKER\] .*a process that tokenises was killed; .*fewer processes"):
+        build([record()], num_proc=2)
+    monkeypatch.undo()
+    assert len(build([record()], num_proc=2)) == 1
 
 
 def test_many_workers_keep_the_order(build, monkeypatch):
