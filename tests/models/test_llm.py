@@ -47,6 +47,24 @@ def test_native_architectures(tmp_path, config_class, model_class, tied):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        '{"eos_token_id": ',
+        "[1]",
+        '{"max_new_tokens": "many", "num_beams": -1, "cache_implementation": "nope"}',
+    ],
+)
+def test_a_damaged_generation_config_is_refused_before_the_data_are_read(tmp_path, content):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(Refusal, match=r"K-(JSON|CONFIG)\] .*generation_config.json: not ") as refusal:
+        read_llm_config(tmp_path)
+    assert refusal.value.fix
+
+
+@pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({}, 2048),
