@@ -9,6 +9,7 @@ Training with the same settings finds the result in ``--data_cache`` by its cont
 import argparse
 import logging
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.prepare import prepare, report_of
@@ -54,8 +55,25 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def make_report_folder(folder: Path) -> None:
+    """Before the work, not after it.
+
+    Raises:
+        Refusal: C-PATH, no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        where = {"file": folder, "key": "--report_dir", "found": error.strerror}
+        raise Refusal("C-PATH", "the report cannot be written there", **where, fix="name another folder") from error
+
+
 def main() -> None:
     args = parse()
+    if args.report_dir:
+        make_report_folder(Path(args.report_dir))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     llm = Path(args.model_name_or_path)  # a tokenizer's files alone are enough here
     tokenizer = load_tokenizer(llm)

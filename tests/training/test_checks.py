@@ -2,18 +2,17 @@
 
 import importlib.util
 import json
-import re
 import shutil
 import sys
 
 import pytest
 import torch
-from launching import run
 from training_runs import train
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training.arguments import parse
 from llava_moslora.training.checks import check, check_launch
+from scripts import prepare_data
 
 PARTS = "--model_name_or_path llm --vision_tower clip --data_path d.json --image_folder i".split()
 
@@ -164,15 +163,16 @@ def test_yaml_with_aliases_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("limit", "expected"), [(-1, "above 16, .*one picture"), (16, "above 16"), (2049, "at most 2048")]
 )
-def test_lengths_that_cannot_be(parts, tmp_path, limit, expected):
+def test_lengths_that_cannot_be(parts, tmp_path, monkeypatch, limit, expected):
     """Refused before the data are read: neither a cache nor a run folder is made."""
-    flag = rf"C-FLAG\] --model_max_length: .*; found {limit}; expected {expected}"
-    with pytest.raises(Refusal, match=flag):
+    message = rf"C-FLAG\] --model_max_length: .*; found {limit}; expected {expected}"
+    with pytest.raises(Refusal, match=message):
         train(parts, tmp_path / "run", model_max_length=limit)
-    prepared = [*("--model_name_or_path", parts.llm, "--vision_tower", parts.clip, "--data_path", parts.data)]
-    prepared += ["--image_folder", parts.images, "--data_cache", tmp_path / "cache", "--model_max_length", limit]
-    done = run([sys.executable, "scripts/prepare_data.py", *prepared])
-    assert done.returncode == 2 and re.fullmatch(rf"error\[{flag}.*", done.stderr.strip().splitlines()[-1])
+    words = ["--model_name_or_path", parts.llm, "--vision_tower", parts.clip, "--data_path", parts.data]
+    words += ["--image_folder", parts.images, "--data_cache", tmp_path / "cache", "--model_max_length", limit]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+    with pytest.raises(Refusal, match=message):
+        prepare_data.main()
     assert not list(tmp_path.iterdir())
 
 
