@@ -7,13 +7,18 @@ the rename that makes it count.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
 
 from llava_moslora.errors import Refusal
 
@@ -72,6 +77,48 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 def read_report(folder: Path) -> dict | None:
     """The report of ``folder`` if it is whole."""
     return read_json(folder / REPORT)
+
+
+def report_in(folder: Path) -> dict:
+    """The report of a cache in use.
+
+    Raises:
+        Refusal: D-CACHE, it is damaged, or no longer there.
+    """
+    if (report := read_report(folder)) is None:
+        what = "the data cache was changed by something else while it is in use"
+        raise Refusal("D-CACHE", what, file=folder, fix="start again: what is damaged is built again")
+    return report
+
+
+def reports_of(dataset: Dataset) -> list[dict]:
+    """What was counted while each source of ``dataset`` was prepared: file, records, kept, left_out, turns_dropped,
+    answers_cut, problems, ..."""
+    return [report_in(folder) for folder in _folders(dataset)]
+
+
+def _folders(dataset: Dataset) -> list[Path]:
+    return list(dict.fromkeys(Path(part["filename"]).parent for part in dataset.cache_files))
+
+
+def report_of(dataset: Dataset) -> dict:
+    """The :func:`reports_of` all sources together: counts added up, problems one after the other."""
+    counts: Counter = Counter()
+    reports = reports_of(dataset)
+    for report in reports:
+        counts.update({name: n for name, n in report.items() if isinstance(n, int) and not isinstance(n, bool)})
+    return {**counts, "problems": [problem for report in reports for problem in report["problems"]]}
+
+
+def keys_of(dataset: Dataset) -> list[str]:
+    """The key of each source: equal keys, equal rows.
+
+    It is the name of the cache folder and a digest of which records are in it, because a record that is left out for
+    its pictures comes back when they can be used.
+    """
+    sources, records = (np.asarray(dataset[name][:]) for name in ("source", "record"))
+    digests = [hashlib.sha256(records[sources == k].tobytes()).hexdigest()[:8] for k in range(len(_folders(dataset)))]
+    return [f"{folder.name}-{digest}" for folder, digest in zip(_folders(dataset), digests, strict=True)]
 
 
 def find_damage(folder: Path) -> str | None:

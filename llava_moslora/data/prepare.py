@@ -2,10 +2,10 @@
 
 Each source (a data file, or a set of shards) has a cache folder of its own, named by everything that decides its
 content: the file's bytes, the tokenizer, what the template writes, the tokens per picture, the length limit and
-``CODE_VERSION``.
-It is built part by part (:mod:`llava_moslora.data.parts`) in a staging folder under a file lock and published by one
-rename, so several ranks may call :func:`prepare` at once without talking to each other, and a build that was
-interrupted goes on where it stopped.
+``CODE_VERSION``. It is built part by part (:mod:`llava_moslora.data.parts`) in a staging folder under a file lock and
+published by one rename, so several ranks may call :func:`prepare` at once without talking to each other, and a build
+that was interrupted goes on where it stopped. What lies there is verified each time it is opened
+(:mod:`llava_moslora.data.cache`), and pictures that could not be used are looked at again.
 """
 
 from __future__ import annotations
@@ -30,8 +30,12 @@ from llava_moslora.data.cache import (
     arrow_files,
     copy_parts,
     find_damage,
+    keys_of,
     publish,
     read_report,
+    report_in,
+    report_of,
+    reports_of,
     using,
     write_json,
 )
@@ -42,6 +46,8 @@ from llava_moslora.data.shards import find_shards, is_sharded, version_of
 from llava_moslora.data.templates import OWN, get_template
 from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.errors import Refusal
+
+__all__ = ["check_template", "keys_of", "prepare", "report_of", "reports_of"]
 
 CODE_VERSION = 3  # raise it whenever ids, labels or columns of the same data would change
 SHOWN = 20  # problems that are logged; all of them are in the report
@@ -92,16 +98,7 @@ def prepare(
             C-TEMPLATE (template and tokenizer do not fit), D-NONE (nothing to train on), D-TWICE (a source is named
             twice), E-DISK (the cache cannot be written).
     """
-    if on_bad_record not in ("fail", "quarantine"):
-        raise Refusal(
-            "C-FLAG", "unknown policy", key="--on_bad_record", found=on_bad_record, expected="fail | quarantine"
-        )
-    if num_proc < 1:
-        raise Refusal(
-            "C-FLAG", "out of range", key="--preprocessing_num_workers", found=num_proc, expected="at least 1"
-        )
-    if not 0 <= max_bad_share <= 1:
-        raise Refusal("C-FLAG", "out of range", key="--max_bad_share", found=max_bad_share, expected="0 to 1")
+    _check_policy(num_proc, on_bad_record, max_bad_share)
     sources = [data_path] if isinstance(data_path, str | Path) else list(data_path)
     folder = None if image_folder is None else Path(image_folder)
     if folder is not None and not folder.is_dir():
@@ -126,10 +123,23 @@ def prepare(
         rows = concatenate_datasets([Dataset.from_file(str(part)) for part in arrow_files(folder)])
         rows = rows.add_column("source", np.full(len(rows), position, dtype=np.int32))
         datasets.append(rows.add_column("number", before + _numbers(folder, rows)))
-        report = _report(folder)
+        report = report_in(folder)
         assert len(rows) == report["kept"], f"{folder} holds {len(rows)} rows, its report counts {report['kept']}"
         before += report["records"]
     return concatenate_datasets(datasets)
+
+
+def _check_policy(num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
+    if on_bad_record not in ("fail", "quarantine"):
+        raise Refusal(
+            "C-FLAG", "unknown policy", key="--on_bad_record", found=on_bad_record, expected="fail | quarantine"
+        )
+    if num_proc < 1:
+        raise Refusal(
+            "C-FLAG", "out of range", key="--preprocessing_num_workers", found=num_proc, expected="at least 1"
+        )
+    if not 0 <= max_bad_share <= 1:
+        raise Refusal("C-FLAG", "out of range", key="--max_bad_share", found=max_bad_share, expected="0 to 1")
 
 
 def _check_length(max_length: int, picture: int, longest_text: int | None) -> None:
@@ -157,10 +167,10 @@ def _prepare_source(job: Job, cache: Path, num_proc: int, on_bad_record: str, ma
                 if target.exists():
                     log.warning("%s: its data cache is built again: %s", job.file, why)
                 _build(job, target, num_proc, on_bad_record, max_bad_share)
-    if _image_folder(job) != _report(target)["image_folder"]:
+    if _image_folder(job) != report_in(target)["image_folder"]:
         with _lock(target):
             _check_in_this_folder(job, target, num_proc, on_bad_record, max_bad_share)
-    report = _report(target)
+    report = report_in(target)
     _judge(_look_again(report["problems"], job)[0], report["records"], on_bad_record, max_bad_share)
     return target
 
@@ -171,7 +181,7 @@ def _why_build(target: Path, job: Job) -> str | None:
         damage = find_damage(target) if target.is_dir() else "it is not there"
     if damage:
         return damage
-    report = _report(target)
+    report = report_in(target)
     if job.decode_images and not report["decoded"]:
         return "its pictures have not been decoded"
     if usable := _look_again(report["problems"], job)[1]:
@@ -203,7 +213,7 @@ def _check_in_this_folder(job: Job, target: Path, num_proc: int, on_bad_record: 
     Raises:
         Refusal: I-..., the first picture that cannot be used, with the number of the others.
     """
-    report, here = _report(target), _image_folder(job)
+    report, here = report_in(target), _image_folder(job)
     if report["image_folder"] == here:  # another rank has done it while this one waited
         return
     if job.image_folder is None and report["with_pictures"] and not report["shards"]:
@@ -246,47 +256,10 @@ def _numbers(folder: Path, rows: Dataset) -> np.ndarray:
     """int64[rows]: the records counted through a source; a shard counts its own from 0."""
     shards, records = np.asarray(rows["shard"][:]), np.asarray(rows["record"][:], dtype=np.int64)
     before = 0
-    for shard, count in _report(folder)["shards"].items():
+    for shard, count in report_in(folder)["shards"].items():
         records[shards == shard] += before
         before += count
     return records
-
-
-def _report(folder: Path) -> dict:
-    if (report := read_report(folder)) is None:
-        what = "the data cache was changed by something else while it is in use"
-        raise Refusal("D-CACHE", what, file=folder, fix="start again: what is damaged is built again")
-    return report
-
-
-def reports_of(dataset: Dataset) -> list[dict]:
-    """What was counted while each source of ``dataset`` was prepared: file, records, kept, left_out, turns_dropped,
-    answers_cut, problems, ..."""
-    return [_report(folder) for folder in _folders(dataset)]
-
-
-def _folders(dataset: Dataset) -> list[Path]:
-    return list(dict.fromkeys(Path(part["filename"]).parent for part in dataset.cache_files))
-
-
-def report_of(dataset: Dataset) -> dict:
-    """The :func:`reports_of` all sources together: counts added up, problems one after the other."""
-    counts: Counter = Counter()
-    reports = reports_of(dataset)
-    for report in reports:
-        counts.update({name: n for name, n in report.items() if isinstance(n, int) and not isinstance(n, bool)})
-    return {**counts, "problems": [problem for report in reports for problem in report["problems"]]}
-
-
-def keys_of(dataset: Dataset) -> list[str]:
-    """The key of each source: equal keys, equal rows.
-
-    It is the name of the cache folder and a digest of which records are in it, because a record that is left out for
-    its pictures comes back when they can be used.
-    """
-    sources, records = (np.asarray(dataset[name][:]) for name in ("source", "record"))
-    digests = [hashlib.sha256(records[sources == k].tobytes()).hexdigest()[:8] for k in range(len(_folders(dataset)))]
-    return [f"{folder.name}-{digest}" for folder, digest in zip(_folders(dataset), digests, strict=True)]
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
