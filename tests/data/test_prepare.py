@@ -286,8 +286,12 @@ def _prepare_in_child(path, images, tokenizer, cache, results):
     results.put((os.path.dirname(rows.cache_files[0]["filename"]), rows["id"][:]))
 
 
-def test_several_processes_at_once(tiny, write_json, picture_folder, tmp_path):
-    path = write_json([record(id=str(k)) for k in range(300)])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_several_processes_at_once(build, tiny, write_json, picture_folder, tmp_path, damaged):
+    records = [record(id=str(k)) for k in range(300)]
+    path = write_json(records)
+    if damaged:
+        flip(Path(build(records, max_length=99).cache_files[0]["filename"]))
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     arguments = (path, picture_folder, tiny("chatml"), tmp_path / "cache", results)
