@@ -171,7 +171,10 @@ def _prepare_source(job: Job, cache: Path, num_proc: int, on_bad_record: str, ma
         with _lock(target):
             _check_in_this_folder(job, target, num_proc, on_bad_record, max_bad_share)
     report = report_in(target)
-    _judge(_look_again(report["problems"], job)[0], report["records"], on_bad_record, max_bad_share)
+    problems = report["problems"]
+    if on_bad_record == "fail":  # the refusal is about the first of them: as it is today
+        problems = _look_again(problems[:1], job)[0] + problems[1:]
+    _judge(problems, report["records"], on_bad_record, max_bad_share)
     return target
 
 
