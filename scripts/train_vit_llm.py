@@ -30,7 +30,8 @@ from llava_moslora.models.assemble import (
     tokens_per_picture,
     train_projector_only,
 )
-from llava_moslora.models.vision import read_vision_config
+from llava_moslora.models.llm import longest_text
+from llava_moslora.models.vision import read_picture_settings, read_vision_config
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.training.arguments import parse, tower_adapters
@@ -59,8 +60,11 @@ def main() -> None:
         check_output(run, resume=args.resume, overwrite=args.overwrite)
 
     # 1. The parts, looked at before any weight is read
-    read_llm_config(model_args.model_name_or_path)
+    llm_config = read_llm_config(model_args.model_name_or_path)
     vision_config = read_vision_config(model_args.vision_tower)
+    transform = ImageTransform.from_settings(
+        read_picture_settings(model_args.vision_tower), data_args.image_aspect_ratio, data_args.image_engine
+    )
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     template = model_args.version or recognise_template(tokenizer)
     say(f"conversation template: {template}")
@@ -79,6 +83,7 @@ def main() -> None:
         max_bad_share=data_args.max_bad_share,
         follow_image_links=data_args.follow_image_links,
         decode_images=data_args.decode_images,
+        longest_text=longest_text(llm_config),
     )
     say("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
     sampler = GlobalBatchSampler(
@@ -162,7 +167,7 @@ def main() -> None:
         data_collator=Collator(
             tokenizer.pad_token_id,
             data_args.image_folder,
-            ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio, data_args.image_engine),
+            transform,
             follow_links=data_args.follow_image_links,
             pack_to=data_args.model_max_length if args.packing else None,
             image_token_id=image_token_id(tokenizer),
@@ -174,7 +179,6 @@ def main() -> None:
     )
     if args.sample_questions:
         samples = read_samples(args.sample_questions, args.sample_image_folder or data_args.image_folder)
-        transform = ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio, data_args.image_engine)
         answerer = Answerer(model, tokenizer, template, transform)
         limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
         trainer.add_callback(Samples(samples, answerer, run, **limits))

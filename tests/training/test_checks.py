@@ -2,14 +2,18 @@
 
 import importlib.util
 import json
+import shutil
+import sys
 
 import pytest
 import torch
+from training_runs import train
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training import checks
 from llava_moslora.training.arguments import parse
 from llava_moslora.training.checks import check, check_launch
+from scripts import prepare_data
 
 PARTS = "--model_name_or_path llm --vision_tower clip --data_path d.json --image_folder i".split()
 
@@ -205,3 +209,28 @@ def test_yaml_with_aliases_is_not_read(tmp_path):
     (tmp_path / "c.yaml").write_text("lora_target_modules: &a [q_proj, q_proj]\nvision_lora_target_modules: *a\n")
     with pytest.raises(Refusal, match=r"neither YAML nor JSON; found an alias, \*a"):
         parse(["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(-1, "above 16, .*one picture"), (16, "above 16"), (2049, "at most 2048")]
+)
+def test_lengths_that_cannot_be(parts, tmp_path, monkeypatch, limit, expected):
+    """Refused before the data are read: neither a cache nor a run folder is made."""
+    message = rf"C-FLAG\] --model_max_length: .*; found {limit}; expected {expected}"
+    with pytest.raises(Refusal, match=message):
+        train(parts, tmp_path / "run", model_max_length=limit)
+    words = ["--model_name_or_path", parts.llm, "--vision_tower", parts.clip, "--data_path", parts.data]
+    words += ["--image_folder", parts.images, "--data_cache", tmp_path / "cache", "--model_max_length", limit]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+    with pytest.raises(Refusal, match=message):
+        prepare_data.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_picture_settings_are_refused_before_the_data_are_read(parts, tmp_path):
+    tower = shutil.copytree(parts.clip, tmp_path / "clip")
+    file = tower / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_rescale": False}))
+    with pytest.raises(Refusal, match=r"preprocessor_config.json:do_rescale: not usable; found False; expected true"):
+        train(parts, tmp_path / "run", vision_tower=tower)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
