@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal
+from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.runs.manifest import replace_json, sha256
 
 RUN = "run.json"
@@ -57,9 +58,13 @@ def read_run(folder: str | Path) -> dict:
 def fingerprint(source: str | Path) -> dict[str, str]:
     """What identifies a file by its hash, or a model folder in a second however large it is: hashes of its JSON and
     SentencePiece files, and of its weight files a hash of their size and of 64 places in them, so that another model
-    of the same shape is told apart. Of ``open_clip:ARCH@FILE`` it is the file; of one of open_clip's own tags, the tag.
+    of the same shape is told apart. Of ``open_clip:ARCH@FILE`` it is the file, of ``open_clip:FOLDER`` the folder; of
+    one of open_clip's own tags, the tag. The path is no part of it: the same model elsewhere is the same model.
     """
-    folder = Path(str(source).rpartition("@")[2])
+    folder = Path(source)
+    if str(source).startswith(OPEN_CLIP):
+        arch, at, where = str(source).removeprefix(OPEN_CLIP).partition("@")
+        folder = Path(where if at else arch)
     if folder.is_file():
         return {folder.name: sha256(folder)}
     if not folder.is_dir():

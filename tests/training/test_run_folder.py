@@ -39,12 +39,15 @@ def run(tmp_path):
     open_run(folder, overwrite=False).release()
     write_run(folder, settings())
     for step in (1, 2):
-        publish.publish(
-            folder / f"checkpoint-{step}",
-            lambda staging: (staging / "w.bin").write_bytes(b"weights"),
-            lambda step=step: {"step": step, **FACTS},
-        )
+        save(folder, step)
     return folder
+
+
+def save(folder, step, **facts):
+    def write(staging):
+        (staging / "w.bin").write_bytes(b"weights")
+
+    publish.publish(folder / f"checkpoint-{step}", write, lambda: {"step": step, "seed": 42, **FACTS, **facts})
 
 
 def reopen(run, now=None, facts=FACTS, allow=()):
@@ -77,7 +80,7 @@ def test_nothing_in_it_uses_file_times(run):
         os.utime(run / name, (time, time))
     assert reopen(run).name == "checkpoint-2"
     for step in (3, 4):
-        shutil.copytree(run / "checkpoint-2", run / f"checkpoint-{step}")
+        save(run, step)
         os.utime(run / f"checkpoint-{step}", (0, 0))
     publish.prune(run, keep=2)
     assert [p.name for p in publish.checkpoints(run)] == ["checkpoint-4", "checkpoint-3"]
@@ -211,3 +214,27 @@ def test_models_of_one_shape_have_different_fingerprints(tmp_path):
         file.write(b"another")
     assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "other")
     assert json.dumps(fingerprint(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("place", ["user@host/llm", "plain/llm", "open_clip@home/llm"])
+def test_a_fingerprint_does_not_depend_on_the_path(tmp_path, place):
+    """Homes below a path with @ are usual where accounts are user@domain."""
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    hashes = fingerprint(folder)
+    assert list(hashes) == ["model.safetensors"]
+    folder.rename(tmp_path / "moved")
+    assert fingerprint(tmp_path / "moved") == hashes
+    assert fingerprint(f"open_clip:{tmp_path / 'moved'}") == hashes
+    (tmp_path / "moved" / "model.safetensors").write_bytes(b"Weights")
+    assert fingerprint(tmp_path / "moved") != hashes
+
+
+def test_an_open_clip_tower_is_its_file(tmp_path):
+    (tmp_path / "user@host").mkdir()
+    file = tmp_path / "user@host" / "vit.safetensors"
+    file.write_bytes(b"weights")
+    hashes = fingerprint(f"open_clip:ViT-B-32@{file}")
+    assert list(hashes) == ["vit.safetensors"] and hashes == fingerprint(file)
+    assert fingerprint("open_clip:ViT-B-32@openai") == {"name": "open_clip:ViT-B-32@openai"}
