@@ -8,6 +8,7 @@ from collections import namedtuple
 import pytest
 
 from llava_moslora.errors import Refusal
+from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import RUN, fingerprint, read_run, write_run
 from llava_moslora.training.output_dir import check_output, has_begun
@@ -100,14 +101,16 @@ def test_without_a_valid_checkpoint_nothing_is_resumed_and_nothing_touched(run, 
 
 def test_a_checkpoint_under_another_step_is_refused(run):
     (run / "checkpoint-2").rename(run / "checkpoint-6")
-    with pytest.raises(Refusal, match=r"K-STEP.*found step 2.*expected step 6"):
-        reopen(run)
+    for opens in (reopen, newest_checkpoint):  # a resume; an export, a chat
+        with pytest.raises(Refusal, match=r"K-STEP.*found step 2.*expected step 6"):
+            opens(run)
 
 
 def test_a_checkpoint_of_another_seed_is_refused(run):
     save(run, 3, seed=7)
-    with pytest.raises(Refusal, match=r"K-SEED.*checkpoint-3: .*found seed 7; expected seed 42"):
-        reopen(run)
+    for opens in (reopen, newest_checkpoint):
+        with pytest.raises(Refusal, match=r"K-SEED.*checkpoint-3: .*found seed 7; expected seed 42"):
+            opens(run)
 
 
 def test_a_seed_that_was_allowed_to_change_is_the_runs_own(run):
