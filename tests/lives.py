@@ -81,7 +81,8 @@ class Life:
         return set(self.status) == {0}
 
     def said(self, rank: int = 0) -> str:
-        return Path(f"{self.output}-{rank}.out").read_text(errors="replace")
+        file = Path(f"{self.output}-{rank}.out")
+        return file.read_text(errors="replace") if file.exists() else ""  # killed before it could open it
 
     def watched(self, rank: int = 0) -> list[dict]:
         """Micro-batches of a rank in order: step, records, loss (hexadecimal float)."""

@@ -23,10 +23,11 @@ from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_beg
 
 ASIDE = ".aside"  # of folders that a replaced run waits in
 
-# What may differ between a run and its continuation: where things are written, how fast, how often.
+# What may differ between a run and its continuation: where things are written, how fast, how often; and where the parts
+# lie, because the fingerprints say what they are.
 FREE = {
     "data": {"data_cache", "preprocessing_num_workers", "decode_images"},
-    "model": set(),
+    "model": {"model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"},
     "adapter": set(),
 }
 # Of the Trainer's many settings, those that change what is computed.
@@ -123,8 +124,9 @@ def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
     for name in TRAINING:
         if then["training"].get(name) != now["training"].get(name):
             differing[name] = (then["training"].get(name), now["training"].get(name))
-    if then["global_batch_size"] != now["global_batch_size"]:  # its split over ranks and accumulation is free
-        differing["global_batch_size"] = (then["global_batch_size"], now["global_batch_size"])
+    batches = then.get("global_batch_size"), now["global_batch_size"]
+    if batches[0] != batches[1]:  # its split over ranks and accumulation is free
+        differing["global_batch_size"] = batches
     return differing
 
 

@@ -172,6 +172,7 @@ def test_what_changed_is_refused_unless_allowed(run, case):
 def test_what_may_change_does(run):
     now = settings(save_steps=7, logging_steps=5)
     now["data"]["data_cache"] = "there"
+    now["model"] = now["model"] | {"model_name_or_path": "moved/llm", "vision_tower": "moved/clip"}
     assert reopen(run, now).name == "checkpoint-2"
 
 
@@ -471,3 +472,11 @@ def test_an_open_clip_tower_is_its_file(tmp_path):
     hashes = fingerprint(f"open_clip:ViT-B-32@{file}")
     assert list(hashes) == ["vit.safetensors"] and hashes == fingerprint(file)
     assert fingerprint("open_clip:ViT-B-32@openai") == {"name": "open_clip:ViT-B-32@openai"}
+
+
+def test_a_record_without_a_batch_size_is_another(run):
+    record = json.loads((run / RUN).read_text())
+    del record["settings"]["global_batch_size"]
+    (run / RUN).write_text(json.dumps(record))
+    with pytest.raises(Refusal, match=r"K-CHANGED.*found global_batch_size 4; expected global_batch_size None"):
+        reopen(run)
