@@ -94,6 +94,17 @@ def test_a_run_is_replaced_by_one_that_starts(parts, whole, tmp_path):
     assert leftovers == {".lock", ".locked_by"}
 
 
+def test_a_resume_without_a_valid_checkpoint_touches_nothing(parts, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    file = run / "checkpoint-2" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    before = content(run)
+    with pytest.raises(Refusal, match=r"K-NONE.*no checkpoint of this run is valid.*K-HASH"):
+        train(parts, run, resume=True, save_steps=1)
+    assert content(run) == before
+
+
 def test_inputs_inside_the_run_are_named_before_anything_is_loaded(parts, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(parts.llm, tmp_path / "run" / "llm")
