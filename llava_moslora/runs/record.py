@@ -85,7 +85,7 @@ def read_run(folder: str | Path) -> dict:
             raise Refusal(
                 "K-RUN", "lacks what this version of the package reads", file=folder / RUN, key=".".join(path),
                 found=f"{'nothing' if value is _ABSENT else value}, written by version {record['llava_moslora']}",
-                expected=f"{kind}, as version {__version__} writes it",
+                expected=f"{getattr(kind, '__name__', kind)}, as version {__version__} writes it",
                 fix="use the version of this package that wrote it, or put its copy back",
             )  # fmt: skip
     return record
