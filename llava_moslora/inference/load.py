@@ -19,7 +19,8 @@ from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.tensors import read_json
 from llava_moslora.runs import publish
-from llava_moslora.runs.record import RUN, TOKENIZER, read_run
+from llava_moslora.runs.manifest import stated
+from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, read_run
 
 EXPORT = "export.json"  # beside an export's weights: what it is an export of
 
@@ -42,7 +43,7 @@ def newest_checkpoint(run: Path) -> Path:
     """The newest valid checkpoint of a run.
 
     Raises:
-        Refusal: the run has none.
+        Refusal: the run has none, or the newest is not this run's own: renamed, or of another seed.
     """
     checkpoint, passed_over = publish.newest_valid(run)
     if checkpoint is None:
@@ -53,6 +54,7 @@ def newest_checkpoint(run: Path) -> Path:
             found="; ".join(r.line() for r in passed_over) or "none at all",
             fix="let the training reach its first --save_steps, or its end",
         )
+    check_seed(read_run(run), checkpoint, stated(checkpoint))
     return checkpoint
 
 

@@ -271,6 +271,11 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArgume
     return groups
 
 
+def config_file(argv: list[str]) -> str | None:
+    """The ``--config`` of a command line."""
+    return _early_parser().parse_known_args(argv)[0].config
+
+
 def _early_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")

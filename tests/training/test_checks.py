@@ -60,6 +60,12 @@ def test_the_defaults_pass(asked):
         ("--bf16 True", r"--bf16: without DeepSpeed there are no float32 masters.*zero2.json"),
         ("--attn_implementation flash", r"--attn_implementation: unknown value; found flash; expected sdpa | eager"),
         ("--sample_steps 0", r"--sample_steps: out of range"),
+        (
+            "--max_steps 0",
+            r"--max_steps: nothing to train; found 0; expected at least 1, or -1 for as many as --num_tr",
+        ),
+        ("--max_steps -5", r"--max_steps: nothing to train; found -5"),
+        ("--resume_from_checkpoint runs/a/checkpoint-2", r"--resume_from_checkpoint: .*; fix: use --resume True"),
     ],
 )
 def test_values_out_of_range(asked, flags, message):
