@@ -230,11 +230,38 @@ def _reopened(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def _check_numbers(trained: Trained, expected: list[dict], as_trained: list[Tensor], found: dict[str, Tensor]) -> None:
+    """Refuse numbers that a comparison passes without comparing: NaN and Inf, and nothing but zeros.
+
+    Raises:
+        Refusal: K-PROOF
+    """
+    sides = [("the run as trained", "logits", logits) for logits in as_trained]
+    for row in expected:
+        sides += [("the merged run", key, value) for key, value in row.items() if value.is_floating_point()]
+    sides += [("the export", key.split(".")[0], t) for key, t in found.items() if t.is_floating_point()]
+    for side, key, value in sides:
+        if value.isfinite().all() and value.any():
+            continue
+        raise Refusal(
+            "K-PROOF", "the values to compare are not finite, or all zero", file=trained.run, key=key,
+            found=f"{_described(value)} from {side}", expected="finite values, not all zero",
+            fix="export an earlier checkpoint, and look for NaN and Inf in the base and in metrics.jsonl",
+        )  # fmt: skip
+
+
+def _described(value: Tensor) -> str:
+    if value.isnan().any():
+        return f"{int(value.isnan().sum())} NaN of {value.numel()}"
+    return f"{int(value.isinf().sum())} Inf of {value.numel()}" if value.isinf().any() else f"{value.numel()} zeros"
+
+
 def _compare(trained, layout, expected, as_trained, found, dtype) -> dict:
     largest = {"logits": 0.0, "features": 0.0, "projected": 0.0}
     worst = dict.fromkeys(largest, 0.0)
     compared, same = set(), {"ids": True, "answer": True}
     from_run = None
+    _check_numbers(trained, expected, as_trained, found)
     for number, row in enumerate(expected):
         for key, value in row.items():
             there = found.get(f"{key}.{number}")

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +161,76 @@ def test_an_unfinished_export_of_something_else_is_not_taken_up(run, tmp_path):
     (staging / "model.safetensors").write_bytes(b"of another run")
     folder = export(run, tmp_path / "out", prove=False)["hf"]
     assert len(load_file(folder / "model.safetensors")) > 50
+
+
+def resealed(run, place, change) -> Path:
+    """A copy of ``run`` whose adapter tensors ``change`` has edited in place, with a manifest that fits them."""
+    copy = shutil.copytree(run, place)
+    file = copy / "checkpoint-1" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    facts = json.loads((copy / "checkpoint-1" / "MANIFEST.json").read_text())
+    write_manifest(copy / "checkpoint-1", {name: facts[name] for name in ("step", "llm", "vision_tower", "data")})
+    return copy
+
+
+FIRST_B = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize("formats", [["hf"], ["peft"]])
+def test_an_adapter_that_is_not_finite_is_not_written(run, tmp_path, formats):
+    def change(tensors):
+        tensors[FIRST_B][3, 1] = float("nan")
+
+    copy = resealed(run, tmp_path / "run", change)
+    match = r"K-NONFINITE\] .*layers\.0\.self_attn\.q_proj.*: a tensor is not finite; found .*NaN.*adapter.*earlier"
+    with pytest.raises(Refusal, match=match):
+        export(copy, tmp_path / "out", formats, prove=False)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.safetensors.partial"))
+
+
+def test_a_base_that_is_not_finite_is_not_written(parts, tmp_path):
+    llm = write_llm(tmp_path / "llm")
+    weights = load_file(llm / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][5, 5] = float("-inf")
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    trained_run(tmp_path / "run", llm, parts.clip, parts.projector)
+    match = r"K-NONFINITE\] .*layers\.1\.mlp\.up_proj\.weight: .*found .*-Inf.*base.*download"
+    with pytest.raises(Refusal, match=match):
+        export(tmp_path / "run", tmp_path / "out", prove=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_overflows_the_dtype_is_not_written(parts, tmp_path):
+    llm = write_llm(tmp_path / "llm")
+    weights = load_file(llm / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][5, 5] = 1e5
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    trained_run(tmp_path / "run", llm, parts.clip, parts.projector)
+    match = r"K-NONFINITE\] .*up_proj\.weight: .*found 1e\+05.*float16.*fix: --dtype bfloat16"
+    with pytest.raises(Refusal, match=match):
+        export(tmp_path / "run", tmp_path / "out", dtype=torch.float16, prove=False)
+    file = export(tmp_path / "run", tmp_path / "out", dtype=torch.bfloat16, prove=False)["hf"] / "model.safetensors"
+    assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_a_proof_without_finite_numbers_is_none(run, tmp_path, monkeypatch, value):
+    """NaN differs from nothing that is compared with < or max, and 1e30 becomes a row of zeros in a norm."""
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            if "lora_B" in name and "language_model" in name:
+                tensor.fill_(value)
+
+    copy = resealed(run, tmp_path / "run", change)
+    reopen_here(monkeypatch)
+    monkeypatch.setattr(streaming, "check_finite", lambda *_: None, raising=False)
+    match = r"K-PROOF\] .*logits: the values to compare are not finite, or all zero; found .* from the run as trained"
+    with pytest.raises(Refusal, match=match):
+        export(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 FLAGS = {
