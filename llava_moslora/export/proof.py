@@ -152,7 +152,12 @@ def _logits(answerer: Answerer, questions: list[Question]) -> list[Tensor]:
 def _load(trained: Trained, bits: int, mapped: bool) -> Answerer:
     stored = trained.llm_config.dtype if mapped and bits == 16 else None
     answerer = load_run(
-        trained.run, llm=trained.llm_folder, vision_tower=trained.vision_spec, bits=bits, llm_dtype=stored
+        trained.run,
+        checkpoint=trained.checkpoint,
+        llm=trained.llm_folder,
+        vision_tower=trained.vision_spec,
+        bits=bits,
+        llm_dtype=stored,
     )
     if stored is not None:
         inner = _inner(answerer)

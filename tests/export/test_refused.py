@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_clip, write_llm
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export import job, mapped_weights, proof, streaming
+from llava_moslora.export import job, mapped_weights, streaming
 from llava_moslora.export.job import export
 from llava_moslora.runs.manifest import write_manifest
 
@@ -89,24 +89,13 @@ def test_a_checkpoint_that_does_not_name_its_base(run, tmp_path):
     refused(copy, tmp_path / "out", r"K-MANIFEST\] .*MANIFEST\.json:llm: the checkpoint does not say which base")
 
 
-def test_existing_folder(run, tmp_path, monkeypatch):
+def test_existing_folder(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("kept")
     refused(run, tmp_path / "out", r"C-OUTPUT\] .*out:--output_dir: already exists; fix: .*--overwrite")
     with pytest.raises(Refusal, match=r"C-OUTPUT\] .*not an export: nothing is deleted here; expected export.json"):
         export(run, tmp_path / "out", overwrite=True)
-    (tmp_path / "out" / "export.json").touch()
-
-    def interrupted(*_, **__):
-        raise Refusal("K-PROOF", "not today")
-
-    monkeypatch.setattr(proof, "prove", interrupted)
-    with pytest.raises(Refusal, match="not today"):
-        export(run, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "mine.txt").is_file()  # the old one stays until the new is whole
-    export(run, tmp_path / "out", overwrite=True, prove=False)
-    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "MANIFEST.json").is_file()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert (tmp_path / "out" / "mine.txt").is_file()
 
 
 def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
