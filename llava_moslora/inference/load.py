@@ -64,7 +64,7 @@ def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None
     of the same shape runs as well, and answers otherwise.
 
     Args:
-        part: of the base, as the manifest calls it: ``llm`` or ``vision_tower``.
+        part: of the base, as the manifest calls it: ``llm``, ``vision_tower`` or ``projector``.
         flag: by which the user chose ``source``; None: run.json names it.
 
     Raises:
@@ -80,8 +80,9 @@ def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None
     matter = [name for name in recorded.keys() | now.keys() if name == "config.json" or not name.endswith(".json")]
     if differing := sorted(name for name in matter if recorded.get(name) != now.get(name)):
         name = differing[0]
+        file = source if str(source).endswith(f"/{name}") else f"{source}/{name}"
         raise Refusal(
-            "K-BASE", "not the base that this run was trained on, or changed since", file=f"{source}/{name}", key=flag,
+            "K-BASE", "not the base that this run was trained on, or changed since", file=file, key=flag,
             found=now.get(name, "no such file"), expected=recorded.get(name, "no such file"),
             fix=f"give the run's own base as {flag}" if flag else "put the run's own base there",
         )  # fmt: skip
@@ -124,6 +125,8 @@ def load_run(
         check_base(llm, checkpoint, "llm")
         read_vision_config(vision_tower)
         check_base(vision_tower, checkpoint, "vision_tower")
+        if not trained and parts["pretrain_mm_mlp_adapter"]:
+            check_base(parts["pretrain_mm_mlp_adapter"], checkpoint, "projector")
     tokenizer = load_tokenizer(run / TOKENIZER)
     model, preprocessor = assemble(
         llm,
