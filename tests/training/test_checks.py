@@ -54,6 +54,10 @@ def test_the_defaults_pass(asked):
         ("--lora_dropout 1", r"--lora_dropout: out of range; found 1.0; expected a probability below 1"),
         ("--bf16 True", r"--bf16: without DeepSpeed there are no float32 masters.*zero2.json"),
         ("--sample_steps 0", r"--sample_steps: out of range"),
+        (
+            "--dataloader_num_workers 1 --dataloader_prefetch_factor 0",
+            r"C-FLAG\] --dataloader_prefetch_factor: out of range; found 0; expected at least 1",
+        ),
     ],
 )
 def test_values_out_of_range(asked, flags, message):
