@@ -9,7 +9,9 @@ Needs gradio: pip install 'llava_moslora[serve]'.
 """
 
 import argparse
+import errno
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +40,7 @@ def main() -> None:
     names = args.names or [Path(model).name for model in args.model] + ["untrained"] * args.compare_untrained
     if len(names) != count:
         raise Refusal("C-FLAG", "one name for each model", key="--names", found=len(names), expected=count)
+    check_address(args.host, args.port)
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -48,6 +51,32 @@ def main() -> None:
     if args.compare_untrained:
         answerers.append(load_run(args.model[0], trained=False))
     page(dict(zip(names, answerers, strict=True))).launch(server_name=args.host, server_port=args.port, share=False)
+
+
+def check_address(host: str, port: int) -> None:
+    """Look, before a model is loaded, whether the page can be served there.
+
+    Raises:
+        Refusal: C-FLAG, no address of this machine, or no port; E-PORT, another process listens there.
+    """
+    if not 0 < port < 2**16:
+        raise Refusal("C-FLAG", "no port", key="--port", found=port, expected="1 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        number, found = getattr(error, "errno", None), f"{host}:{port}"
+        if number == errno.EADDRINUSE:
+            what, fix = "another process listens there", "choose another"
+            raise Refusal("E-PORT", what, key="--port", found=found, fix=fix) from error
+        if number == errno.EACCES:
+            raise Refusal("E-PORT", "not permitted", key="--port", found=found, fix="1024 or above") from error
+        raise Refusal(
+            "C-FLAG", "no address of this machine", key="--host", found=f"{host}: {error}",
+            fix="127.0.0.1 for this machine alone, 0.0.0.0 for every network",
+        ) from error  # fmt: skip
 
 
 def page(answerers: dict[str, Answerer]):
