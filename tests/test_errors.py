@@ -219,3 +219,37 @@ def test_a_lost_rank_0_lets_the_cause_end_first(capsys, monkeypatch):
         ended(refusal, capsys)
         assert naps == expected
         naps.clear()
+
+
+ONE_RANK_FAILS = """
+import os
+import torch
+from torch import distributed
+from llava_moslora.errors import run_script
+from llava_moslora.training.pause import contact
+
+def main():
+    distributed.init_process_group("gloo")
+    if os.environ["RANK"] == "WHICH":
+        raise KeyError("exp_avg")
+    with contact():
+        distributed.all_reduce(torch.ones(1))
+
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_defect_on_one_rank_is_the_status_of_all(rank, tmp_path):
+    """The other rank only loses contact, which is a status to start again on; the launcher must not report that one."""
+    from launching import LAUNCHER, free_port
+
+    (tmp_path / "train.py").write_text(ONE_RANK_FAILS.replace("WHICH", rank))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [*LAUNCHER, "--master_port", str(free_port()), "train.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
+    assert done.returncode == 70, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "error[X-DEFECT]" in done.stderr and "Traceback" not in done.stdout + done.stderr
+    (report,) = tmp_path.glob(".defect-*")
+    assert f"rank {rank} of 2" in report.read_text() and "KeyError: 'exp_avg'" in report.read_text()
