@@ -24,6 +24,8 @@ from llava_moslora.inference.load import Answerer, load, load_run
 from llava_moslora.inference.stream import stream
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves this machine
+CHARACTERS = 20_000  # of a question; attention over a megabyte of text keeps the machine busy for minutes
+PICTURE_BYTES = 50 * 1024**2
 
 
 def main() -> None:
@@ -50,7 +52,24 @@ def main() -> None:
     answerers = [load(model) for model in args.model]
     if args.compare_untrained:
         answerers.append(load_run(args.model[0], trained=False))
-    page(dict(zip(names, answerers, strict=True))).launch(server_name=args.host, server_port=args.port, share=False)
+    page(dict(zip(names, answerers, strict=True))).launch(**launching(args.host, args.port))
+
+
+def launching(host: str, port: int) -> dict:
+    """How the page is served. On this machine alone, only to browsers that ask for this machine: the page of a foreign
+    site, whose name was made to mean 127.0.0.1, asks by that name."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    own = ["127.0.0.1", "localhost"]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=own)] if host in own else []
+    return {
+        "server_name": host,
+        "server_port": port,
+        "share": False,
+        "max_file_size": PICTURE_BYTES,
+        "app_kwargs": {"middleware": middleware},
+    }
 
 
 def check_address(host: str, port: int) -> None:
@@ -88,7 +107,9 @@ def page(answerers: dict[str, Answerer]):
         with gradio.Row():
             with gradio.Column(scale=1):
                 picture = gradio.Image(type="filepath", label="picture", sources=["upload", "clipboard"], height=300)
-                text = gradio.Textbox(label="question", placeholder="What is shown?", elem_id="question")
+                text = gradio.Textbox(
+                    label="question", placeholder="What is shown?", elem_id="question", max_length=CHARACTERS
+                )
                 with gradio.Row():
                     ask = gradio.Button("Ask", variant="primary", elem_id="ask")
                     clear = gradio.Button("Start over")
@@ -117,7 +138,7 @@ def page(answerers: dict[str, Answerer]):
                         this["answers"][number] += piece
                         yield [rounds, "", *shown(rounds, len(answerers))]
                 except Refusal as refusal:
-                    raise gradio.Error(refusal.line()) from refusal
+                    raise gradio.Error(refusal.line(), print_exception=False) from refusal
             yield [rounds, "", *shown(rounds, len(answerers))]
 
         inputs, outputs = [state, picture, text, length, temperature], [state, text, *chats]
@@ -131,10 +152,17 @@ def conversation(rounds: list[dict], number: int) -> Question:
     """What model ``number`` is asked: its own earlier answers, and the pictures where they were shown.
 
     Raises:
-        Refusal: the placeholder was typed, or a picture cannot be used.
+        Refusal: the placeholder was typed, the question is too long, or a picture cannot be used.
     """
     turns, pictures = [], []
     for past in rounds:
+        if len(past["question"]) > CHARACTERS:
+            what, found, expected = (
+                "the question is too long",
+                len(past["question"]),
+                f"at most {CHARACTERS} characters",
+            )
+            raise Refusal("D-LENGTH", what, found=found, expected=expected, fix="shorten it")
         if IMAGE_TOKEN in past["question"]:
             what = "the picture's placeholder is not typed"
             raise Refusal("D-IMAGES", what, found=past["question"], fix="drop a picture on the page")

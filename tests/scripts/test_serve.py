@@ -1,5 +1,6 @@
 """The web page in a headless browser, with a picture: two models side by side, two turns. Needs the extra ``serve``."""
 
+import http.client
 import os
 import re
 import shutil
@@ -52,6 +53,28 @@ def test_an_address_that_cannot_be_served(monkeypatch, host, port, message):
 def test_an_address_that_can_be_served():
     serve.check_address("127.0.0.1", free_port())
     serve.check_address("localhost", free_port())
+
+
+def test_a_question_without_end_is_refused():
+    rounds = [{"file": None, "question": "x" * 10**6, "answers": [""]}]
+    with pytest.raises(Refusal, match=r"D-LENGTH\] the question is too long; found 1000000; expected at most 20000"):
+        serve.conversation(rounds, 0)
+
+
+def test_only_this_machines_name_is_answered():
+    """A foreign page whose name was made to mean 127.0.0.1 sends that name, and must not reach the model."""
+    pytest.importorskip("gradio", reason="pip install 'llava_moslora[serve]'")
+    port = free_port()
+    blocks = serve.page({"model": None})
+    blocks.launch(**serve.launching("127.0.0.1", port), prevent_thread_lock=True, quiet=True)
+    try:
+        for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("evil.example", 400)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", "/config", headers={"Host": host, "Origin": f"http://{host}"})
+            assert connection.getresponse().status == status, host
+            connection.close()
+    finally:
+        blocks.close()
 
 
 @pytest.fixture
