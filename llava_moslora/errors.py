@@ -169,6 +169,9 @@ def _leave(refusal: Refusal) -> None:
         # others within a second, and one that is still here was alone in refusing.
         time.sleep(5)
     try:
+        if "tqdm" in sys.modules:  # an unfinished progress bar: the line would stand behind it, where no grep looks
+            for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+                bar.close()
         if os.environ.get("LLAVA_MOSLORA_DEBUG"):
             traceback.print_exc()
         print(refusal.line(), file=sys.stderr, flush=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from torch import distributed
+from tqdm import tqdm
 
 from llava_moslora.errors import EXIT_STATUS, Refusal, printable, run_script
 
@@ -176,15 +177,16 @@ def test_a_rank_that_is_no_number(rank, capsys, monkeypatch):
     assert ended(Refusal("D-ROLE", "two humans in a row"), capsys)[0] == 2
 
 
-def script(body: str, **options) -> subprocess.Popen:
+def script(body: str, unbuffered: str = "", **options) -> subprocess.Popen:
     code = f"from llava_moslora.errors import Refusal, run_script\ndef main():\n    {body}\nrun_script(main)\n"
-    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    buffered = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=buffered, **options)
 
 
-def test_a_reader_that_is_gone():
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone(unbuffered):
     """``python scripts/… | head -1``"""
-    running = script("for k in range(10**6): print(k)", stdout=subprocess.PIPE)
+    running = script("for k in range(10**6): print(k)", unbuffered, stdout=subprocess.PIPE)
     running.stdout.readline()
     running.stdout.close()
     assert running.stderr.readlines()[-1] == (
@@ -202,6 +204,18 @@ def test_a_full_disk_behind_the_output(body, tmp_path):
     code, status = ("X-DEFECT", 70) if "raise" in body else ("E-DISK", 4)
     assert said.splitlines()[-1].startswith(f"error[{code}] ") and "Traceback" not in said
     assert running.wait(60) == status
+
+
+def test_the_line_begins_a_line_below_a_progress_bar(capsys):
+    bar = tqdm(total=3)
+    bar.update()
+
+    def main():
+        raise Refusal("D-ROLE", "two humans in a row")
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert capsys.readouterr().err.splitlines()[-1] == "error[D-ROLE] two humans in a row"
 
 
 def test_a_lost_rank_0_lets_the_cause_end_first(capsys, monkeypatch):
@@ -225,6 +239,7 @@ ONE_RANK_FAILS = """
 import os
 import torch
 from torch import distributed
+from tqdm import tqdm
 from llava_moslora.errors import run_script
 from llava_moslora.training.pause import contact
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -218,13 +219,20 @@ def _reopened(folder: Path) -> dict[str, Tensor]:
     """What ``reopen.py`` found in a fresh process.
 
     Raises:
-        Refusal: K-PROOF, stock libraries cannot open the export.
+        Refusal: K-PROOF, stock libraries cannot open the export; E-DISK, E-MEMORY.
     """
     output = folder / PROBE / ".found.safetensors"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, str(folder / PROBE / "reopen.py"), "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
+        if "No space left on device" in done.stderr:
+            raise Refusal("E-DISK", "the disk is full", file=output, fix="free space, then start again")
+        if done.returncode == -signal.SIGKILL:
+            raise Refusal(
+                "E-MEMORY", "the process of the proof was killed, as the system does for lack of memory", file=folder,
+                fix="--no_proof, or export on a larger machine",
+            )  # fmt: skip
         raise Refusal(
             "K-PROOF", "stock libraries cannot open the export", file=folder,
             found=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_clip, write_llm
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export import job, mapped_weights, streaming
+from llava_moslora.export import job, mapped_weights, proof, streaming
 from llava_moslora.export.job import export
 from llava_moslora.runs.manifest import write_manifest
 
@@ -220,6 +220,18 @@ def test_a_proof_without_finite_numbers_is_none(run, tmp_path, monkeypatch, valu
     with pytest.raises(Refusal, match=match):
         export(copy, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("program", "match"), [
+    ("raise OSError(28, 'No space left on device')", r"E-DISK\] .*the disk is full"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"E-MEMORY\] .*was killed.*fix: --no_proof"),
+    ("raise KeyError('x')", r"K-PROOF\] .*stock libraries cannot open the export; found KeyError: 'x'"),
+])  # fmt: skip
+def test_ends_of_the_proofs_process(tmp_path, program, match):
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "reopen.py").write_text(program)
+    with pytest.raises(Refusal, match=match):
+        proof._reopened(tmp_path)
 
 
 FLAGS = {
