@@ -26,6 +26,7 @@ RANGES = {
     "warmup_steps": (0, True),
     "per_device_train_batch_size": (1, True),
     "gradient_accumulation_steps": (1, True),
+    "dataloader_prefetch_factor": (1, True),
     "save_steps": (0, False),
     "logging_steps": (0, False),
     "sample_steps": (1, True),

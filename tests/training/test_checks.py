@@ -66,6 +66,10 @@ def test_the_defaults_pass(asked):
         ),
         ("--max_steps -5", r"--max_steps: nothing to train; found -5"),
         ("--resume_from_checkpoint runs/a/checkpoint-2", r"--resume_from_checkpoint: .*; fix: use --resume True"),
+        (
+            "--dataloader_num_workers 1 --dataloader_prefetch_factor 0",
+            r"C-FLAG\] --dataloader_prefetch_factor: out of range; found 0; expected at least 1",
+        ),
     ],
 )
 def test_values_out_of_range(asked, flags, message):
