@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+import sys
 from collections import namedtuple
 
 import pytest
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, defect
 from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import RUN, fingerprint, read_run, write_run
@@ -207,6 +208,19 @@ def test_a_jobs_log_does_not_hinder_a_start(tmp_path, flags):
     else:
         open_run(tmp_path, overwrite=flags.get("overwrite", False)).release()
     assert all((tmp_path / name).is_file() for name in LOGS)
+
+
+def test_the_report_of_a_defect_does_not_hinder_a_run(run, tmp_path, monkeypatch):
+    new = tmp_path / "new"
+    new.mkdir()
+    for folder in (run, new):
+        monkeypatch.setattr(sys, "argv", ["train_vit_llm.py", "--output_dir", str(folder)])
+        defect(KeyError("exp_avg"))
+    assert reopen(run).name == "checkpoint-2"
+    open_run(new, overwrite=False).release()
+    open_run(run, overwrite=True).release()
+    begin(run)
+    assert all(len(list(folder.glob(".defect-*.txt"))) == 1 for folder in (run, new))
 
 
 def test_resume_begins_beside_files_that_are_no_runs(tmp_path):
