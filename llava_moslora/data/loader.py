@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.queues import Queue
 
@@ -18,6 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.sampler import GlobalBatchSampler
@@ -132,20 +131,22 @@ class Batches(DataLoader):
     def _begin(self) -> Iterator:
         """torch's iterator with its workers, or, where it cannot be had, none of them left.
 
-        torch raises the death of a worker from a handler of SIGCHLD, in the middle of whatever runs: on one rank, and
-        blaming any line. ``next`` finds a dead worker too, within 5 seconds, and there all ranks agree.
+        torch raises the death of a worker that it watches from a handler of SIGCHLD, in the middle of whatever runs: on
+        one rank, and blaming any line. ``next`` finds a dead worker too, within 5 seconds, and there all ranks agree;
+        so these workers are not among the watched, whichever loader of this process has installed that handler.
         """
-        handler, before = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+        before = set(multiprocessing.active_children())
         try:
-            return super().__iter__()
+            batches = super().__iter__()
+            if getattr(batches, "_worker_pids_set", False):
+                signal_handling._remove_worker_pids(id(batches))
+                batches._worker_pids_set = False
+            return batches
         except BaseException:
             for worker in set(multiprocessing.active_children()) - before:
                 worker.kill()  # they ignore SIGTERM, which Python's exit would send, and wait
                 worker.join()
             raise
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
     def close(self) -> None:
         """End the workers. Python's exit would end them by SIGTERM, and wait for ever for one that ignores it."""

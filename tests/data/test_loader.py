@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 from torch import distributed
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.images import ImageTransform
@@ -157,9 +159,19 @@ def alone(folder, prepare=lambda: None, collator=None, workers=2):
         process.kill()
 
 
-def test_a_worker_that_is_killed_during_a_step(picture_folder):
-    """The signal of its death comes while something else runs; the next batch tells."""
-    _, error = alone(picture_folder, collator=Killed(0, picture_folder, TRANSFORM))
+@pytest.mark.parametrize("other", [False, True])
+def test_a_worker_that_is_killed_during_a_step(picture_folder, other):
+    """The signal of its death comes while something else runs; the next batch tells. Also where another loader of
+    torch has put its handler there."""
+
+    def prepare():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal_handling._SIGCHLD_handler_set = False  # as in a new process
+        if other:
+            assert list(DataLoader([1, 2], num_workers=1))
+            assert callable(signal.getsignal(signal.SIGCHLD))
+
+    _, error = alone(picture_folder, prepare, collator=Killed(0, picture_folder, TRANSFORM))
     assert isinstance(error, Refusal) and error.code == "E-WORKER", error
 
 
