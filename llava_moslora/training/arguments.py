@@ -179,7 +179,7 @@ class TrainingArguments(HfTrainingArguments):
         self._settle_recompute()
         super().__post_init__()
         if self.use_liger_kernel:
-            # The loss is ours, and Liger's rotary embedding writes over its inputs, which selective recomputation keeps.
+            # The loss is ours; Liger's rotary embedding writes over its inputs, which selective recomputation keeps.
             own = {"cross_entropy": False, "fused_linear_cross_entropy": False, "rope": False}
             self.liger_kernel_config = (self.liger_kernel_config or {}) | own
 

@@ -1,4 +1,4 @@
-"""Norms, SwiGLU and the rotary embedding in one pass: transformers' own numbers, by Triton's interpreter and on a GPU."""
+"""Norms, SwiGLU and rotary embedding in one pass: transformers' own numbers, by Triton's interpreter and on a GPU."""
 
 import os
 import subprocess
