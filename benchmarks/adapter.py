@@ -4,7 +4,8 @@
 
 Four methods are measured side by side in one run, in a LLaMA decoder layer and a CLIP layer with all linears adapted:
 the frozen linears alone, stock PEFT's LoRA, the mixer's plain formula x·Aᵀ·Wᵀ·Bᵀ on PEFT's layers, and ours. On a GPU
-the shapes are LLaMA-3-8B's and CLIP-L/336's; on a CPU the decoder layer is half as wide.
+the shapes are LLaMA-3-8B's and CLIP-L/336's, the base is in bfloat16, and a fifth method, "torch", is ours with plain
+torch operations instead of Triton's; on a CPU the decoder layer is half as wide.
 
 - time: forward and backward, the best of the repeats, which take the methods in turn. On a CPU it is the processor
   time of one thread, so that a busy machine does not count.
@@ -23,6 +24,7 @@ import json
 import os
 import platform
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,11 +41,13 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from llava_moslora.adapters import kernel
+from llava_moslora.adapters import kernel, linear
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.layers import MosLoraLayer, MosLoraVariant
 
 METHODS = ("frozen", "lora", "naive", "ours")
+ON_GPU = (*METHODS, "torch")  # "torch" is "ours" with KERNEL set to that in the environment
+KERNEL = "LLAVA_MOSLORA_KERNEL"
 RANKS = (64, 512)
 DROPOUT = 0.05
 LINEARS = {
@@ -111,7 +115,20 @@ def build(method: str, layer: str, shape: dict, precision: str, rank: int, devic
         for module in model.modules():
             if isinstance(module, MosLoraLayer):
                 module.lora_variant["default"] = Naive()
+                module.fused_base_layers = ()  # the frozen linear by itself, as PEFT has it
     return model.train()
+
+
+@contextmanager
+def kernel_of(method: str):
+    """The environment in which a step of ``method`` is taken; the adapters look at it in every step."""
+    before = os.environ.get(KERNEL)
+    if method == "torch":
+        os.environ[KERNEL] = "torch"
+    yield
+    os.environ.pop(KERNEL, None)
+    if before is not None:
+        os.environ[KERNEL] = before
 
 
 def step(model: nn.Module, x: torch.Tensor, checkpointed: bool) -> None:
@@ -153,11 +170,13 @@ def measure(device: str, layer: str, precision: str, rank: int, checkpointed: bo
     """Method → seconds, and bytes above the frozen layer where nothing is checkpointed."""
     shape, size = SHAPES[device][layer]
     x = torch.randn(*size, shape["hidden_size"], device=device, dtype=PRECISIONS[precision][0], requires_grad=True)
+    methods = ON_GPU if device == "cuda" else METHODS
     models = {method: build(method, layer, shape, precision, rank, device) for method in METHODS}
-    row = {method: {"seconds": float("inf")} for method in METHODS}
+    row = {method: {"seconds": float("inf")} for method in methods}
     for repeat in range(repeats + 1):
-        for method, model in models.items():
-            taken = seconds(model, x, checkpointed)
+        for method in methods:
+            with kernel_of(method):
+                taken = seconds(models["ours" if method == "torch" else method], x, checkpointed)
             if repeat:  # the first is a warm-up
                 row[method]["seconds"] = min(row[method]["seconds"], taken)
     if not checkpointed:
@@ -179,10 +198,16 @@ def count_flops(layer: str, rank: int) -> dict:
         total[method] = counter.get_total_flops()
     linears = [m for m in model.modules() if isinstance(m, MosLoraLayer)]
     rows = size[0] * size[1]
-    again = sum(kernel.flops(rows, m.in_features, m.out_features, rank, True)["again"] for m in linears)
+    again = sum(computed_again(rows, m.in_features, m.out_features, rank) for m in linears)
     flops = {method: {"flops": total[method] - total["frozen"]} for method in METHODS[1:]}
     flops["ours"] = {"flops": flops["ours"]["flops"] - again, "flops_again": again}
     return {"rows": rows, **flops}
+
+
+def computed_again(rows: int, i: int, o: int, rank: int) -> int:
+    """FLOPs that ours spends in backward on what forward computed: not on the r-wide activation where it is kept."""
+    again = kernel.flops(rows, i, o, rank, True)["again"]
+    return again - 2 * rows * rank * i * linear.keeps(rank, i)
 
 
 def machine(device: str) -> str:
@@ -216,9 +241,11 @@ def targets(device: str, rows: list[dict], flops: list[dict]) -> list[dict]:
     return [{"what": what, "at_most": bound, "found": round(ratio, 4)} for what, (bound, ratio) in promises.items()]
 
 
-def cases(ranks: tuple[int, ...]):
-    """(layer, precision, rank, checkpointed). fp32 adapters over bf16 are for the bytes, which checkpointing hides."""
-    for layer, precision, rank in itertools.product(LINEARS, PRECISIONS, ranks):
+def cases(ranks: tuple[int, ...], device: str):
+    """(layer, precision, rank, checkpointed). fp32 adapters over bf16 are for the bytes, which checkpointing hides; a
+    base in fp32 is for the CPU: no GPU trains that."""
+    precisions = [name for name, (base, _) in PRECISIONS.items() if device == "cpu" or base != torch.float32]
+    for layer, precision, rank in itertools.product(LINEARS, precisions, ranks):
         for checkpointed in (False,) if PRECISIONS[precision][1] else (False, True):
             yield layer, precision, rank, checkpointed
 
@@ -232,6 +259,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=0, help="default: 3 on a CPU, 20 on a GPU")
     parser.add_argument("--quick", action="store_true", help="rank 64 alone, once; writes nothing")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/adapter-DEVICE.json")
     arguments = parser.parse_args()
     device, ranks = arguments.device, RANKS[:1] if arguments.quick else RANKS
     repeats = 1 if arguments.quick else arguments.repeats or {"cpu": 3, "cuda": 20}[device]
@@ -239,18 +267,19 @@ def main() -> None:
         torch.set_num_threads(1)
 
     print(f"{machine(device)}; torch {torch.__version__}, peft {peft.__version__}; ratios to PEFT's LoRA\n")
-    print("layer   precision             r ckpt | time: frozen  naive   ours | bytes: naive   ours")
+    timed = ("frozen", "naive", "ours", *["torch"] * (device == "cuda"))
+    titles = " ".join(f"{method:>6}" for method in timed)
+    print(f"layer   precision             r ckpt | time: {titles} | bytes: naive   ours")
     rows = []
-    for layer, precision, rank, checkpointed in cases(ranks):
+    for layer, precision, rank, checkpointed in cases(ranks, device):
         row = {"layer": layer, "precision": precision, "rank": rank, "checkpointed": checkpointed}
         row |= measure(device, layer, precision, rank, checkpointed, repeats)
         rows.append(row)
         line = f"{layer:7} {precision:18} {rank:4} {'on' if checkpointed else 'off':4} | "
-        line += "{:12.2f} {:6.2f} {:6.2f} |".format(*ratios(row, "seconds", "frozen", "naive", "ours"))
-        print(
-            line if checkpointed else line + "{:13.2f} {:6.2f}".format(*ratios(row, "bytes", "naive", "ours")),
-            flush=True,
-        )
+        line += "      " + " ".join(f"{ratio:6.2f}" for ratio in ratios(row, "seconds", *timed)) + " |"
+        if not checkpointed:
+            line += "{:13.2f} {:6.2f}".format(*ratios(row, "bytes", "naive", "ours"))
+        print(line, flush=True)
     print("\nlayer      r   rows | FLOPs: naive    ours  made again")
     flops = []
     for layer, rank in itertools.product(LINEARS, RANKS):
@@ -276,8 +305,8 @@ def main() -> None:
         "layers": rows,
         "flops": flops,
     }
-    file = Path(__file__).parent / "results" / f"adapter-{device}.json"
-    file.parent.mkdir(exist_ok=True)
+    file = arguments.output or Path(__file__).parent / "results" / f"adapter-{device}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
 
 

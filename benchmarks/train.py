@@ -1,6 +1,6 @@
 """What a training step costs at real size: LLaMA-3-8B and CLIP-L/336 with random weights, on one GPU.
 
-    python benchmarks/train.py [--rows stock zero2+full+liger zero0+selective+liger zero0+none+liger@4] [--batch 8]
+    python benchmarks/train.py [--rows stock zero2+full zero1+selective+liger zero1+none+liger@4] [--batch 8]
 
 A row is a run of its own over the same batches as the others, with adapters of rank 64 in both towers and a trained
 projector:
@@ -48,8 +48,8 @@ from train_row import PROFILED, ROOT, STOCK, Job, Row, common_settings, ours_com
 
 from llava_moslora.errors import Refusal, run_script  # noqa: E402
 
-ROWS = ["stock", "stock-bf16", "zero2+full", "zero2+full+liger", "zero0+full+liger", "zero0+selective+liger"]
-ROWS += ["zero0+none+liger@4", "zero2+full+liger+4bit"]
+ROWS = ["stock", "stock-bf16", "zero2+full+torch", "zero2+full", "zero1+full+liger", "zero1+selective+liger"]
+ROWS += ["zero1+none+liger@4", "zero1+full+liger+4bit"]
 
 
 def main() -> None:
@@ -63,10 +63,12 @@ def main() -> None:
         if args.dry_run:
             print("\n".join(described(job) for job in jobs))
             return
-        result = prepared(folder, jobs, args)
+        preparing = subprocess.Popen([sys.executable, __file__, "--child", json.dumps({"prepare": asdict(jobs[0])})])
+        by_fork = not args.fresh and can_fork()  # seconds of imports, while the parts are made
+        result = prepared(preparing, folder, args)
         results = Results(args.output, result, read_rows(args.output, result["device"]) if args.append else [])
         before = len(results.rows)
-        by_fork = not args.fresh and can_fork()
+        print(f"parts, data and imports: {time.monotonic() - begin:.0f} s", flush=True)
         deadline = args.deadline - (time.monotonic() - begin) + time.time()
         measure(jobs, results.add, by_fork=by_fork, alone=args.alone, limit=args.limit, deadline=deadline)
     finally:
@@ -148,19 +150,15 @@ def described(job: Job) -> str:
     return f"{job.row}@{job.batch}: {shlex.join([*words, 'scripts/train_vit_llm.py', *arguments])}"
 
 
-def prepared(folder: Path, jobs: list[Job], args: argparse.Namespace) -> dict:
-    """Parts and data, made by a process of its own: this one must not start CUDA. Returns the device and versions."""
-    before = time.monotonic()
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps({"prepare": asdict(jobs[0])})])
-    if done.returncode:
-        raise Refusal("E-RUN", "the parts could not be made", found=f"status {done.returncode}", fix="see above")
-    seconds = time.monotonic() - before
-    print(f"parts and data: {seconds:.0f} s", flush=True)
+def prepared(preparing: subprocess.Popen, folder: Path, args: argparse.Namespace) -> dict:
+    """The device and the versions, when a process of its own has made parts and data: this one must not start CUDA."""
+    if status := preparing.wait():
+        raise Refusal("E-RUN", "the parts could not be made", found=f"status {status}", fix="see above")
     result = json.loads((folder / "facts.json").read_text())
     if args.output is None and not args.tiny:
         name = result["device"].lower().replace(" ", "-")
         args.output = ROOT / "benchmarks" / "results" / f"train-{name}.json"
-    return result | {"tiny": args.tiny, "seconds_for_parts": round(seconds, 1)}
+    return result | {"tiny": args.tiny}
 
 
 def run_child(text: str) -> None:

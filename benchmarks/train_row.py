@@ -233,7 +233,8 @@ def stock_batch(batch: dict) -> dict:
     import torch
 
     kept = {name: batch[name] for name in ("input_ids", "labels", "pixel_values") if name in batch}
-    places = torch.arange(batch["input_ids"].shape[1])
+    ids = batch["input_ids"]  # on the device already: the Trainer's loader is accelerate's
+    places = torch.arange(ids.shape[1], device=ids.device)
     return kept | {"attention_mask": (places < batch["lengths"][:, None]).long()}
 
 

@@ -5,17 +5,31 @@ A refusal prints as::
     error[C-FLAG] --lora_rr: unknown flag; fix: did you mean --lora_r?
 
 The letter before the dash names the subject and decides the exit status of a script, so that a shell script or a job
-scheduler can tell a typing error (2) from a damaged checkpoint (3), a missing compiler (4), a diverged run (5) and an
-interrupted one that only needs to be started again (75, ``EX_TEMPFAIL`` of sysexits.h).
+scheduler can tell a typing error (2) from a damaged checkpoint (3), a missing compiler (4), a diverged run (5), a
+defect of this package (70, ``EX_SOFTWARE`` of sysexits.h) and an interrupted run that only needs to be started again
+(75, ``EX_TEMPFAIL``).
+
+Scripts run their ``main`` through :func:`run_script`, where every other exception becomes a refusal too: what the
+system or a library is known to fail with (:func:`known_failure`), or else a defect, whose traceback is saved.
 """
 
 from __future__ import annotations
 
+import errno
+import io
+import itertools
 import os
+import platform
+import re
+import select
+import shlex
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 
 EXIT_STATUS = {
     "C": 2,  # configuration: a flag, a configuration file, a combination of settings
@@ -25,7 +39,38 @@ EXIT_STATUS = {
     "E": 4,  # environment: disk, memory, compiler, device
     "R": 5,  # the run itself: a non-finite loss
     "P": 75,  # interrupted, by a signal or by the end of another rank: start it again, it goes on
+    "X": 70,  # a defect of this package: started again, it would end so again
 }
+
+# How gloo, NCCL and the store say that the other end is gone.
+LOST = re.compile(
+    r"connection (was )?(likely )?(closed|reset)|failed to recv|broken pipe|timed out waiting|remote process exited",
+    re.IGNORECASE,
+)
+WORKER = re.compile(
+    r"DataLoader worker \(pid|shared memory|/torch_\d+|received \d+ items of ancdata|Too many open files", re.IGNORECASE
+)
+NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE
+)
+CUDA = re.compile(r"\bCUDA\b|\bcu(da|dnn|blas)\w*(error|status)|\bNCCL\b", re.IGNORECASE)
+# A device that fails, not a program that asks it for something wrong: another start may find it well, or another one.
+DEVICE_LOST = re.compile(
+    r"unspecified launch failure|\bECC\b|hardware|device is lost|fell off|unknown error|busy or unavailable"
+    r"|launch timed out|system not (yet )?initialized|nvlink|\bNCCL\b|remote error|internal error",
+    re.IGNORECASE,
+)
+NCCL_SETTINGS = re.compile(r"NCCL.*(invalid (usage|argument)|Duplicate GPU)|ncclInvalid", re.IGNORECASE | re.DOTALL)
+NO_DEVICE = re.compile(
+    r"no kernel image|invalid device ordinal|driver version is insufficient|no CUDA-capable device|no NVIDIA driver",
+    re.IGNORECASE,
+)
+FULL, FORBIDDEN, FILES = (
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    (errno.EACCES, errno.EPERM, errno.EROFS),
+    (errno.EMFILE, errno.ENFILE),
+)
+PACKAGES = ("llava_moslora", "torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "safetensors")
 
 
 class Refusal(ValueError):
@@ -101,18 +146,188 @@ def printable(value: object, limit: int = 300) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; a :class:`Refusal` becomes one line on stderr and its exit status, without a traceback.
+    """Run a script's ``main``; whatever it raises becomes one line on stderr and an exit status, without a traceback.
 
-    With ``LLAVA_MOSLORA_DEBUG=1`` in the environment the traceback is printed before it.
+    A :class:`Refusal` is printed as it is, another exception as what :func:`known_failure` or :func:`defect` makes of
+    it. With ``LLAVA_MOSLORA_DEBUG=1`` in the environment the traceback is printed before it.
     """
     try:
         main()
+        sys.stdout.flush()  # at Python's own end a full disk behind it would be noticed too late for a status
     except Refusal as refusal:
-        if int(os.environ.get("RANK", "0")) > 0:
-            # All ranks usually refuse the same thing at the same time. Rank 0 says it; the launcher then ends the
-            # others within a second, and one that is still here was alone in refusing.
-            time.sleep(5)
+        _leave(refusal)
+    except SystemExit:
+        raise
+    except BaseException as error:  # the boundary: nothing leaves a script as a traceback
+        _leave(known_failure(error) or defect(error))
+
+
+def _leave(refusal: Refusal) -> None:
+    rank, ranks = (int(text) if (text := os.environ.get(n, "")).isdecimal() else 0 for n in ("RANK", "WORLD_SIZE"))
+    if rank > 0:
+        # All ranks usually refuse the same thing at the same time. Rank 0 says it; the launcher then ends the
+        # others within a second, and one that is still here was alone in refusing.
+        time.sleep(5)
+    try:
+        if "tqdm" in sys.modules:  # an unfinished progress bar: the line would stand behind it, where no grep looks
+            for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
+                bar.close()
         if os.environ.get("LLAVA_MOSLORA_DEBUG"):
             traceback.print_exc()
         print(refusal.line(), file=sys.stderr, flush=True)
-        sys.exit(refusal.exit_status)
+    except (OSError, ValueError, AttributeError):
+        pass  # stderr is closed: the status still tells
+    if rank == 0 and ranks > 1 and refusal.code == "P-RANK":
+        time.sleep(5)  # the launcher reports the status of whichever ends first, and that is to be the cause of this
+    if not _stdout_works():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would change the status at the end
+    sys.exit(refusal.exit_status)
+
+
+def _stdout_works() -> bool:
+    try:
+        sys.stdout.flush()
+        poller = select.poll()
+        poller.register(sys.stdout.fileno(), 0)
+        return not poller.poll(0)  # asked for nothing, it tells that the other end is closed
+    except (io.UnsupportedOperation, AttributeError):  # no file: captured, or closed from the start
+        return True
+    except (OSError, ValueError):
+        return False
+
+
+def known_failure(error: BaseException) -> Refusal | None:
+    """``error``, or what it was raised from, as a refusal where the system, a device or another process failed; None
+    where it tells of a defect."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, Refusal):  # a library wrapped it
+            return cause
+        if found := _failure_of_system(cause) or _failure_of_library(cause):
+            return found
+        cause = cause.__cause__
+    return None
+
+
+def _failure_of_system(error: BaseException) -> Refusal | None:
+    first = _first_line(error)
+    if isinstance(error, KeyboardInterrupt):
+        return Refusal("P-STOPPED", "stopped by Ctrl-C", fix="start the same command again")
+    if isinstance(error, MemoryError):
+        return Refusal("E-MEMORY", "the machine's memory is not enough", found=first, fix="a machine with more memory")
+    if not isinstance(error, OSError):
+        return None
+    if isinstance(error, ConnectionError):
+        if isinstance(error, BrokenPipeError) and not _stdout_works():
+            return Refusal("E-OUTPUT", "nobody reads the output any more", found=first, fix="send it to a file")
+        return Refusal(
+            "P-CONNECTION", "a connection to another process was lost", found=first,
+            fix="see why it ended, then start the same command again",
+        )  # fmt: skip
+    return _failure_by_number(error.errno, error.filename, first)
+
+
+def _failure_by_number(number: int | None, file: object, found: str) -> Refusal | None:
+    if number in FULL:
+        return Refusal("E-DISK", "the disk is full", file=file, found=found, fix="free space, then start again")
+    if number in FORBIDDEN:
+        fix = "give this user the right to it, or choose another place"
+        return Refusal("E-PERMISSION", "not permitted", file=file, found=found, fix=fix)
+    if number in FILES:
+        return Refusal("E-FILES", "too many open files", file=file, found=found, fix="raise the limit: ulimit -n 4096")
+    if number == errno.ENOMEM:
+        return Refusal("E-MEMORY", "the machine's memory is not enough", found=found, fix="a machine with more memory")
+    if number == errno.EIO:
+        return Refusal("E-DISK", "the disk cannot be read or written", file=file, found=found, fix="check the disk")
+    return None
+
+
+def _failure_of_library(error: BaseException) -> Refusal | None:
+    """Errors of torch, NCCL and of libraries in Rust and C++, which have a text and no number."""
+    kind, text, first = type(error).__name__, str(error), _first_line(error)
+    if number := re.search(r"\(os error (\d+)\)", text):  # of Rust: safetensors, tokenizers
+        return _failure_by_number(int(number[1]), None, first)
+    if not isinstance(error, RuntimeError):
+        return None
+    if WORKER.search(text):
+        return worker_failure(first)
+    if kind == "OutOfMemoryError" or NO_MEMORY.search(text):
+        fix = "smaller batches, or a device or machine with more memory"
+        return Refusal("E-MEMORY", "the memory of the device or the machine is not enough", found=first, fix=fix)
+    if "address already in use" in text.lower() or "EADDRINUSE" in text:
+        return Refusal("E-PORT", "another process listens there", found=first, fix="choose another port")
+    if NCCL_SETTINGS.search(text):
+        return Refusal("E-NCCL", "NCCL cannot be used so", found=first, fix="NCCL_DEBUG=WARN shows the reason")
+    if kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or LOST.search(text):
+        return Refusal(
+            "P-RANK", "lost contact with another process of this run", found=first,
+            fix="see why it ended, then start the same command again with --resume True",
+        )  # fmt: skip
+    if NO_DEVICE.search(text):
+        fix = "see nvidia-smi, and the CUDA version that torch was built for"
+        return Refusal("E-DEVICE", "the device cannot be used", found=first, fix=fix)
+    if CUDA.search(text) and DEVICE_LOST.search(text):
+        fix = "start the same command again; where it comes back, see dmesg and nvidia-smi -q for the device"
+        return Refusal("P-DEVICE", "the device failed", found=first, fix=fix)
+    return None
+
+
+def worker_failure(found: str) -> Refusal:
+    """A data loader's process ended, or could not begin or hand on its batch."""
+    return Refusal(
+        "E-WORKER", "a process that reads pictures died", found=found,
+        fix="lower --dataloader_num_workers, or give the machine more memory, shared memory (/dev/shm) and open files "
+        "(ulimit -n)",
+    )  # fmt: skip
+
+
+def defect(error: BaseException) -> Refusal:
+    """Save the report of an exception that nothing foresaw; the refusal names it, or holds what it can."""
+    report = "\n".join([
+        f"command: {shlex.join([sys.executable, *sys.argv])}",
+        f"time: {time.strftime('%Y-%m-%d %H:%M:%S %z')}; folder: {os.getcwd()}",
+        f"rank {os.environ.get('RANK') or 0} of {os.environ.get('WORLD_SIZE') or 1}",
+        f"python {platform.python_version()}, {platform.platform()}",
+        *(f"{name} {_version(name)}" for name in PACKAGES),
+        "",
+        "".join(traceback.format_exception(error)),
+    ])  # fmt: skip
+    file, where = _save_report(report), traceback.extract_tb(error.__traceback__)
+    place = f" at {where[-1].filename}:{where[-1].lineno}" if where else ""
+    saved = f"report it with {file}" if file else "LLAVA_MOSLORA_DEBUG=1 shows the traceback: report it"
+    return Refusal(
+        "X-DEFECT", "a defect of this package", found=f"{_first_line(error)}{place}", fix=f"none from outside: {saved}"
+    )
+
+
+def _save_report(report: str) -> Path | None:
+    """Into the output folder if it is there, else into the current one. Hidden: a run folder with nothing else in it is
+    still an empty one, and an export is still as it was written."""
+    name = f".defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.environ.get('RANK') or 0}-{os.getpid()}.txt"
+    for folder in (*_output_folders(sys.argv[1:]), Path.cwd(), Path(tempfile.gettempdir())):
+        try:
+            if folder.is_dir():
+                (folder / name).write_text(report, encoding="utf-8", errors="backslashreplace")
+                return (folder / name).absolute()
+        except OSError:
+            continue
+    return None
+
+
+def _output_folders(arguments: list[str]) -> list[Path]:
+    flag = "--output_dir"
+    given = [value for name, value in itertools.pairwise(arguments) if name == flag]
+    given += [word.removeprefix(flag + "=") for word in arguments if word.startswith(flag + "=")]
+    return [Path(value) for value in given[-1:]]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -7,10 +7,11 @@
     /clear        begin a new conversation
     /exit         or end of input
 
-Prompts are made by the function that made the training ids. Ctrl-C stops an answer.
+Prompts are made by the function that made the training ids. Ctrl-C stops an answer; at the prompt, twice, it leaves.
 """
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from llava_moslora.data.images import load_image
 from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.inference.load import load
-from llava_moslora.inference.stream import stream
+from llava_moslora.inference.stream import check_sampling, stream
 
 
 def main() -> None:
@@ -31,6 +32,10 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
     parser.add_argument("--top_p", type=float, default=1.0)
     args = parser.parse_args()
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
+    for stream_, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream_, io.TextIOWrapper):  # bytes that are no text are refused below, or shown; not raised
+            stream_.reconfigure(errors=errors)
     waiting = [open_picture(file) for file in args.image]
     answerer = load(args.model)
     turns, pictures = beginning(args.system), []
@@ -51,6 +56,8 @@ def main() -> None:
                 turns, pictures, waiting = [*asked, Turn("gpt", said)], shown, []
         except Refusal as refusal:  # of this question: the conversation goes on without it
             print(refusal.line(), file=sys.stderr, flush=True)
+        except KeyboardInterrupt:  # while the question or a picture was prepared
+            print(flush=True)
 
 
 def beginning(system: str | None) -> list[Turn]:
@@ -58,15 +65,21 @@ def beginning(system: str | None) -> list[Turn]:
 
 
 def ask_user() -> str | None:
-    """A line, or None at the end of input. A script's input is echoed, so that its output reads as a conversation."""
-    try:
-        line = input("you> ")
-    except EOFError:
-        print()
-        return None
-    if not sys.stdin.isatty():
-        print(line)
-    return line
+    """A line, or None at the end of input, or after Ctrl-C twice in a row. A script's input is echoed, so that its
+    output reads as a conversation."""
+    for _ in range(2):
+        try:
+            line = input("you> ")
+        except KeyboardInterrupt:
+            print("\n(Ctrl-C again, or /exit, leaves)", flush=True)
+            continue
+        except (EOFError, RuntimeError):  # RuntimeError: there is no standard input
+            print()
+            return None
+        if not sys.stdin.isatty():
+            print(line)
+        return line
+    return None
 
 
 def open_picture(file: str):
@@ -74,7 +87,10 @@ def open_picture(file: str):
     Raises:
         Refusal: no such file, or not a usable picture.
     """
-    path = Path(file).expanduser().resolve()
+    try:
+        path = Path(file).expanduser().resolve()
+    except (ValueError, RuntimeError, OSError) as error:  # a NUL, an unknown ~user, a loop of links
+        raise Refusal("I-PATH", "not a path", file=file, found=error) from error
     return load_image(path.name, path.parent)
 
 
@@ -82,8 +98,10 @@ def question(text: str, pictures: int) -> str:
     """The text of a turn with its pictures above it, as LLaVA's data has them.
 
     Raises:
-        Refusal: the placeholder was typed.
+        Refusal: the placeholder was typed, or bytes that are no text.
     """
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise Refusal("D-TEXT", "not UTF-8", found=text, fix="set the terminal, or the file, to UTF-8")
     if IMAGE_TOKEN in text:
         what, fix = "the picture's placeholder is not typed", "/image FILE shows a picture with the next question"
         raise Refusal("D-IMAGES", what, found=text, fix=fix)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job, small: a LLaVA of real parts, MoSLoRA in both towers, EasyVQA, two processes on CPU or all GPUs.
-# What exists is reused; `make clean` starts over. Run it as `make demo`, which sets up first.
+# What is finished is reused, and an interrupted training goes on; `make clean` starts over. Run it as `make demo`, which sets up first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,7 +13,8 @@ bash playground/demo_inputs.sh
 
 # 2. Train: adapters in both towers, the projector whole, ZeRO-2. Many small steps: "what" questions are learned at once,
 #    but comparing what is seen with what a yes/no question names only after 250 to 350 steps (200 of 16 did not get there).
-if ! ls -d $RUN/checkpoint-* >/dev/null 2>&1; then
+STEPS=600
+if [ ! -d $RUN/checkpoint-$STEPS ]; then
   echo "== training"
   GPUS=$(python -c 'import torch; print(torch.cuda.device_count())')
   PROCESSES=$([ "$GPUS" -gt 0 ] && echo "$GPUS" || echo 2)
@@ -28,10 +29,11 @@ if ! ls -d $RUN/checkpoint-* >/dev/null 2>&1; then
     --lora_r 16 --lora_alpha 32 --vision_lora_r 8 --vision_lora_alpha 16 \
     --lora_dropout 0 --vision_lora_dropout 0 \
     --learning_rate 1e-3 --vision_lr 5e-4 \
-    --per_device_train_batch_size $((PROCESSES < 4 ? 4 / PROCESSES : 1)) --max_steps 600 \
+    --per_device_train_batch_size $((PROCESSES < 4 ? 4 / PROCESSES : 1)) --max_steps $STEPS \
     --model_max_length 256 --data_order shuffle \
     --bf16 True --seed 1024 \
-    --output_dir $RUN --overwrite True
+    --save_steps 100 --save_total_limit 2 \
+    --output_dir $RUN --resume True
 else
   echo "== reusing the run in $RUN"
 fi
@@ -46,12 +48,21 @@ fi
 
 # 4. Held-out questions, one at a time: before, after, after without the picture, and merged in a stock process
 mkdir -p $WORK
-ask() { [ -f "$WORK/$1.json" ] || { echo "== asking: $1"; python scripts/evaluate.py $RUN $QUESTIONS --batch_size 50 --output "$WORK/$1.json" "${@:2}"; }; }
+# An answer file gets its name when it is whole.
+ask() {
+  [ -f "$WORK/$1.json" ] && return
+  echo "== asking: $1"
+  python scripts/evaluate.py $RUN $QUESTIONS --batch_size 50 --output "$WORK/$1.part" "${@:2}"
+  mv "$WORK/$1.part" "$WORK/$1.json"
+}
 ask before --untrained
 ask after --probe $WORK/after.safetensors
 ask blanked --blank
-[ -f $WORK/merged.json ] || { echo "== asking: merged, stock transformers only"
-  python playground/ask_stock.py $MERGED $QUESTIONS --batch_size 50 --output $WORK/merged.json --probe $WORK/merged.safetensors; }
+if [ ! -f $WORK/merged.json ]; then
+  echo "== asking: merged, stock transformers only"
+  python playground/ask_stock.py $MERGED $QUESTIONS --batch_size 50 --output $WORK/merged.part --probe $WORK/merged.safetensors
+  mv $WORK/merged.part $WORK/merged.json
+fi
 
 # 5. One table and one picture
 python playground/demo_report.py $WORK $QUESTIONS --figures $VQA/figures.json

@@ -40,7 +40,9 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--model_name_or_path", help="the LLM's folder, if it moved since the training")
     parser.add_argument("--vision_tower", help="the vision tower, if it moved since the training")
-    parser.add_argument("--overwrite", action="store_true", help="replace --output_dir if it exists")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an export, as it was written, in --output_dir"
+    )
     parser.add_argument("--no_proof", action="store_true", help="do not reopen and compare; the report will say so")
     args = parser.parse_args()
     folders = export(

@@ -8,6 +8,8 @@ Training with the same settings finds the result in ``--data_cache`` by its cont
 
 import argparse
 import logging
+from pathlib import Path
+from tempfile import TemporaryFile
 
 from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.prepare import prepare, report_of
@@ -16,6 +18,7 @@ from llava_moslora.data.sampler import GROUP
 from llava_moslora.data.tokenizer import load_tokenizer
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.models.assemble import tokens_per_picture
+from llava_moslora.models.llm import longest_text, read_llm_config
 from llava_moslora.models.vision import read_vision_config
 
 
@@ -52,10 +55,28 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def make_report_folder(folder: Path) -> None:
+    """Before the work, not after it.
+
+    Raises:
+        Refusal: C-PATH, no file can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        where = {"file": folder, "key": "--report_dir", "found": error.strerror}
+        raise Refusal("C-PATH", "the report cannot be written there", **where, fix="name another folder") from error
+
+
 def main() -> None:
     args = parse()
+    if args.report_dir:
+        make_report_folder(Path(args.report_dir))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    llm = Path(args.model_name_or_path)  # a tokenizer's files alone are enough here
+    tokenizer = load_tokenizer(llm)
     template = args.version or recognise_template(tokenizer)
     print(f"conversation template: {template}")
     dataset = prepare(
@@ -71,6 +92,7 @@ def main() -> None:
         max_bad_share=args.max_bad_share,
         follow_image_links=args.follow_image_links,
         decode_images=args.decode_images,
+        longest_text=longest_text(read_llm_config(llm)) if (llm / "config.json").is_file() else None,
     )
     counts = {name: value for name, value in report_of(dataset).items() if isinstance(value, int)}
     print("  ".join(f"{name}: {value:,}" for name, value in counts.items()))

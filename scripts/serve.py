@@ -9,7 +9,9 @@ Needs gradio: pip install 'llava_moslora[serve]'.
 """
 
 import argparse
+import errno
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from llava_moslora.inference.load import Answerer, load, load_run
 from llava_moslora.inference.stream import stream
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves this machine
+CHARACTERS = 20_000  # of a question; attention over a megabyte of text keeps the machine busy for minutes
+PICTURE_BYTES = 50 * 1024**2
 
 
 def main() -> None:
@@ -38,6 +42,7 @@ def main() -> None:
     names = args.names or [Path(model).name for model in args.model] + ["untrained"] * args.compare_untrained
     if len(names) != count:
         raise Refusal("C-FLAG", "one name for each model", key="--names", found=len(names), expected=count)
+    check_address(args.host, args.port)
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -47,7 +52,50 @@ def main() -> None:
     answerers = [load(model) for model in args.model]
     if args.compare_untrained:
         answerers.append(load_run(args.model[0], trained=False))
-    page(dict(zip(names, answerers, strict=True))).launch(server_name=args.host, server_port=args.port, share=False)
+    page(dict(zip(names, answerers, strict=True))).launch(**launching(args.host, args.port))
+
+
+def launching(host: str, port: int) -> dict:
+    """How the page is served. On this machine alone, only to browsers that ask for this machine: the page of a foreign
+    site, whose name was made to mean 127.0.0.1, asks by that name."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    own = ["127.0.0.1", "localhost"]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=own)] if host in own else []
+    return {
+        "server_name": host,
+        "server_port": port,
+        "share": False,
+        "max_file_size": PICTURE_BYTES,
+        "app_kwargs": {"middleware": middleware},
+    }
+
+
+def check_address(host: str, port: int) -> None:
+    """Look, before a model is loaded, whether the page can be served there.
+
+    Raises:
+        Refusal: C-FLAG, no address of this machine, or no port; E-PORT, another process listens there.
+    """
+    if not 0 < port < 2**16:
+        raise Refusal("C-FLAG", "no port", key="--port", found=port, expected="1 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        number, found = getattr(error, "errno", None), f"{host}:{port}"
+        if number == errno.EADDRINUSE:
+            what, fix = "another process listens there", "choose another"
+            raise Refusal("E-PORT", what, key="--port", found=found, fix=fix) from error
+        if number == errno.EACCES:
+            raise Refusal("E-PORT", "not permitted", key="--port", found=found, fix="1024 or above") from error
+        raise Refusal(
+            "C-FLAG", "no address of this machine", key="--host", found=f"{host}: {error}",
+            fix="127.0.0.1 for this machine alone, 0.0.0.0 for every network",
+        ) from error  # fmt: skip
 
 
 def page(answerers: dict[str, Answerer]):
@@ -59,7 +107,9 @@ def page(answerers: dict[str, Answerer]):
         with gradio.Row():
             with gradio.Column(scale=1):
                 picture = gradio.Image(type="filepath", label="picture", sources=["upload", "clipboard"], height=300)
-                text = gradio.Textbox(label="question", placeholder="What is shown?", elem_id="question")
+                text = gradio.Textbox(
+                    label="question", placeholder="What is shown?", elem_id="question", max_length=CHARACTERS
+                )
                 with gradio.Row():
                     ask = gradio.Button("Ask", variant="primary", elem_id="ask")
                     clear = gradio.Button("Start over")
@@ -88,7 +138,7 @@ def page(answerers: dict[str, Answerer]):
                         this["answers"][number] += piece
                         yield [rounds, "", *shown(rounds, len(answerers))]
                 except Refusal as refusal:
-                    raise gradio.Error(refusal.line()) from refusal
+                    raise gradio.Error(refusal.line(), print_exception=False) from refusal
             yield [rounds, "", *shown(rounds, len(answerers))]
 
         inputs, outputs = [state, picture, text, length, temperature], [state, text, *chats]
@@ -102,10 +152,17 @@ def conversation(rounds: list[dict], number: int) -> Question:
     """What model ``number`` is asked: its own earlier answers, and the pictures where they were shown.
 
     Raises:
-        Refusal: the placeholder was typed, or a picture cannot be used.
+        Refusal: the placeholder was typed, the question is too long, or a picture cannot be used.
     """
     turns, pictures = [], []
     for past in rounds:
+        if len(past["question"]) > CHARACTERS:
+            what, found, expected = (
+                "the question is too long",
+                len(past["question"]),
+                f"at most {CHARACTERS} characters",
+            )
+            raise Refusal("D-LENGTH", what, found=found, expected=expected, fix="shorten it")
         if IMAGE_TOKEN in past["question"]:
             what = "the picture's placeholder is not typed"
             raise Refusal("D-IMAGES", what, found=past["question"], fix="drop a picture on the page")

@@ -10,8 +10,10 @@
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from transformers import set_seed
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast, set_seed
 
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.conversation import recognise_template
@@ -30,19 +32,19 @@ from llava_moslora.models.assemble import (
     tokens_per_picture,
     train_projector_only,
 )
-from llava_moslora.models.vision import read_vision_config
+from llava_moslora.models.llm import longest_text
+from llava_moslora.models.vision import read_picture_settings, read_vision_config
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
-from llava_moslora.training.arguments import parse, tower_adapters
+from llava_moslora.training.arguments import DataArguments, TrainingArguments, config_file, parse, tower_adapters
 from llava_moslora.training.checks import check, check_launch
+from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, input_paths
 from llava_moslora.training.pause import Pause, contact
 from llava_moslora.training.recompute import set_recompute
-from llava_moslora.training.run_folder import check_output, check_shared, check_space, open_run, reopen_run
+from llava_moslora.training.run_folder import begin_run, check_shared, check_space, open_run, reopen_run
 from llava_moslora.training.samples import Samples, read_samples
 from llava_moslora.training.state import trained_count
 from llava_moslora.training.trainer import MosLoraTrainer
-
-DATA_REPORT = "data"
 
 
 @contact()
@@ -55,12 +57,16 @@ def main() -> None:
     main_process = args.process_index == 0
     say = print if main_process else (lambda *_: None)
     run = Path(args.output_dir)
+    inputs = input_paths(model_args, data_args, args, config_file(sys.argv[1:]))
     if main_process:
-        check_output(run, resume=args.resume, overwrite=args.overwrite)
+        check_output(run, resume=args.resume, overwrite=args.overwrite, inputs=inputs, data_cache=data_args.data_cache)
 
     # 1. The parts, looked at before any weight is read
-    read_llm_config(model_args.model_name_or_path)
+    llm_config = read_llm_config(model_args.model_name_or_path)
     vision_config = read_vision_config(model_args.vision_tower)
+    transform = ImageTransform.from_settings(
+        read_picture_settings(model_args.vision_tower), data_args.image_aspect_ratio, data_args.image_engine
+    )
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     template = model_args.version or recognise_template(tokenizer)
     say(f"conversation template: {template}")
@@ -79,6 +85,7 @@ def main() -> None:
         max_bad_share=data_args.max_bad_share,
         follow_image_links=data_args.follow_image_links,
         decode_images=data_args.decode_images,
+        longest_text=longest_text(llm_config),
     )
     say("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
     sampler = GlobalBatchSampler(
@@ -115,7 +122,7 @@ def main() -> None:
     set_recompute(model, args.recompute)
     say(describe(model))
 
-    # 4. The run folder: what was asked for, on what, with which versions
+    # 4. What trains it: whatever refuses does so before the run folder is touched
     settings = {
         "model": asdict(model_args) | {"version": template},
         "data": asdict(data_args),
@@ -130,31 +137,6 @@ def main() -> None:
         "projector": fingerprint(model_args.pretrain_mm_mlp_adapter or "none"),
         "data": keys_of(dataset),
     }
-    lock = checkpoint = None
-    if main_process:
-        if args.resume:
-            lock, checkpoint = reopen_run(run, settings, facts, args.allow_change)
-        check_space(run, trained_count(model), checkpoints=2 if checkpoint is None else 1)
-        if not args.resume:
-            lock = open_run(run, overwrite=args.overwrite)
-        write_run(run, settings)
-        tokenizer.save_pretrained(run / TOKENIZER)
-        if not (run / DATA_REPORT / "report.html").is_file():
-            write_report(
-                run / DATA_REPORT,
-                dataset,
-                tokenizer=tokenizer,
-                image_folder=data_args.image_folder,
-                batch_size=args.per_device_train_batch_size,
-                title=" ".join(data_args.data_path),
-                follow_links=data_args.follow_image_links,
-                group=data_args.data_group,
-                weights=data_args.data_weights or None,
-            )
-    check_shared(run)
-    checkpoint = publish.from_rank_0(checkpoint)
-
-    # 5. Train
     trainer = MosLoraTrainer(
         model=model,
         args=args,
@@ -162,7 +144,7 @@ def main() -> None:
         data_collator=Collator(
             tokenizer.pad_token_id,
             data_args.image_folder,
-            ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio, data_args.image_engine),
+            transform,
             follow_links=data_args.follow_image_links,
             pack_to=data_args.model_max_length if args.packing else None,
             image_token_id=image_token_id(tokenizer),
@@ -174,17 +156,70 @@ def main() -> None:
     )
     if args.sample_questions:
         samples = read_samples(args.sample_questions, args.sample_image_folder or data_args.image_folder)
-        transform = ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio, data_args.image_engine)
         answerer = Answerer(model, tokenizer, template, transform)
         limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
         trainer.add_callback(Samples(samples, answerer, run, **limits))
+    trainer.create_optimizer()
+
+    # 5. The run folder: a new run, or the old one where it stopped
+    lock = checkpoint = None
+    if main_process:
+        if args.resume:
+            lock, checkpoint = reopen_run(run, settings, facts, args.allow_change, inputs)
+        else:
+            lock = open_run(run, overwrite=args.overwrite, inputs=inputs)
+        check_space(run, trained_count(model), checkpoints=2 if checkpoint is None else 1)
+
+        def record(run: Path) -> None:
+            write_run(run, settings)
+            tokenizer.save_pretrained(run / TOKENIZER)
+
+        if args.resume and has_begun(run):
+            record(run)
+        else:
+            with TemporaryDirectory(dir=run, prefix=".", suffix=".staging") as staging:
+                report = Path(staging) / DATA_REPORT
+                write_data_report(report, dataset, tokenizer, data_args, args)  # looks at pictures: may refuse
+                begin_run(run, record, report)
+    check_shared(run)
+    checkpoint = publish.from_rank_0(checkpoint)
+
+    # 6. Train
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
+    if args.save_strategy == "no":
+        say("--save_strategy no: nothing of this run will be saved")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     pause.leave(run)
-    say(f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED")
+    say(closing_line(run, trainer.state.global_step))
     if lock is not None:
         lock.release()
+
+
+def write_data_report(
+    folder: Path,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerFast,
+    data_args: DataArguments,
+    args: TrainingArguments,
+) -> None:
+    write_report(
+        folder,
+        dataset,
+        tokenizer=tokenizer,
+        image_folder=data_args.image_folder,
+        batch_size=args.per_device_train_batch_size,
+        title=" ".join(data_args.data_path),
+        follow_links=data_args.follow_image_links,
+        group=data_args.data_group,
+        weights=data_args.data_weights or None,
+    )
+
+
+def closing_line(run: Path, step: int) -> str:
+    if (run / f"checkpoint-{step}").is_dir():
+        return f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED"
+    return f"trained: {run}, and nothing was saved of step {step}, its last: there is nothing to export"
 
 
 if __name__ == "__main__":

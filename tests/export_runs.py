@@ -72,6 +72,7 @@ def trained_run(
         log = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.25}]
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
 
-    facts = {"step": 1, "llm": fingerprint(llm), "vision_tower": fingerprint(vision), "data": {"data.json": "0"}}
+    inputs = {"llm": llm, "vision_tower": vision, "projector": projector or "none"}
+    facts = {"step": 1, "data": {"data.json": "0"}} | {name: fingerprint(path) for name, path in inputs.items()}
     publish.publish(run / "checkpoint-1", save, lambda: facts)
     return model.eval()

@@ -51,7 +51,7 @@ class Lives:
                 ``["MODULE:FUNCTION", {argument: value}]``, called in the child before ``main``; ``main``:
                 ``MODULE:FUNCTION`` instead of training's; ``limit``: seconds after which everything left is killed
                 and the life counts as stuck; ``bury``: kill those that were sent the signal once all
-                others have ended (a stopped process cannot).
+                others have ended (a stopped process cannot); ``wake``: seconds after which SIGCONT follows it.
         """
         request = {"arguments": [str(a) for a in arguments], "output": str(output), "world": world, **how}
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -140,6 +140,12 @@ def _live(request: dict) -> dict:
                 if pids[rank] in children:
                     os.kill(pids[rank], request.get("signal", signal.SIGKILL))
             sent, first_death = True, now
+            wake = now + request["wake"] if "wake" in request else None
+        if sent and wake is not None and now >= wake:
+            for rank in request.get("ranks", range(len(pids))):
+                if pids[rank] in children:
+                    os.kill(pids[rank], signal.SIGCONT)
+            wake = None
         if now > until:
             stuck = True
             for pid in children:

@@ -28,7 +28,9 @@ CASES = {
     " test_deepspeeds_file_against_the_flags_every_difference_at_once",
     "C11 rates out of range": "training/test_checks.py test_values_out_of_range",
     "C12 a folder with something in it": "training/test_run_folder.py test_what_is_no_run_is_never_deleted"
-    " test_a_run_is_deleted_where_it_is_asked_for scripts/test_main_job.py test_a_run_is_not_overwritten_unasked",
+    " test_a_run_is_deleted_where_it_is_asked_for test_a_file_among_a_runs_own_is_named_and_kept"
+    " scripts/test_main_job.py test_a_run_is_not_overwritten_unasked"
+    " training/test_start.py test_a_run_is_not_deleted_for_one_that_cannot_start test_the_corrected_call_starts",
     "C13 a folder that cannot be written": "training/test_run_folder.py test_a_folder_that_cannot_be_made_is_refused",
     "C14 a disk too small": "training/test_run_folder.py test_too_little_disk_is_refused_before_the_start"
     " export/test_refused.py test_too_little_disk_or_memory",
@@ -40,13 +42,16 @@ CASES = {
     "K2 a truncated safetensors file": "models/test_tensors.py test_a_missing_a_truncated_and_an_emptied_shard"
     " runs/test_publish.py test_damage_is_found_and_the_older_checkpoint_used",
     "K3 a flipped bit": "runs/test_publish.py test_damage_is_found_and_the_older_checkpoint_used"
-    " faults/test_fuzz_checkpoints.py test_damage_is_never_taken_for_a_checkpoint",
+    " test_prune_never_counts_a_damaged_checkpoint"
+    " faults/test_fuzz_checkpoints.py test_damage_is_never_taken_for_a_checkpoint training/test_run_folder.py"
+    " test_without_a_valid_checkpoint_nothing_is_resumed_and_nothing_touched",
     "K4 a truncated torch file": "models/test_vision.py"
     " test_truncated_and_poisoned_torch_files_are_named_and_run_nothing",
     "K5 a pickle with code": "models/test_wrong_inputs.py test_wrong_input models/test_projector.py"
     " test_pickled_code_does_not_run adapters/test_reading.py test_a_pickle_runs_nothing scripts/test_main_job.py"
     " test_no_file_of_a_checkpoint_is_a_pickle",
-    "K6 decoys and leftovers": "training/test_run_folder.py test_leftovers_and_decoys_do_not_hinder",
+    "K6 decoys and leftovers": "training/test_run_folder.py test_leftovers_and_decoys_do_not_hinder"
+    " test_a_checkpoint_under_another_step_is_refused test_a_checkpoint_of_another_seed_is_refused",
     "K7 an adapter of another base": "export/test_refused.py test_another_base"
     " training/test_run_folder.py test_models_of_one_shape_have_different_fingerprints",
     "K8 a projector of another shape": "models/test_projector.py test_other_towers_are_named"
@@ -72,7 +77,7 @@ CASES = {
     "R8 NaN": "training/test_guards.py test_a_step_that_is_not_finite_stops_the_run",
     "R9 clocks": "training/test_run_folder.py test_nothing_in_it_uses_file_times",
     "R10 two runs in one folder": "runs/test_publish.py test_second_process_on_one_folder_is_refused",
-    "R11 a rank that stands still": "faults/test_stopped.py test_a_stopped_rank_is_named"
+    "R11 a rank that stands still": "faults/test_stopped.py test_a_stopped_rank_is_named test_a_suspended_run_goes_on"
     " training/test_watch.py test_a_silent_rank_is_named",
     "R12 text against pictures": "training/test_zero.py"
     " test_text_and_pictures_on_different_ranks_do_not_wait_for_each_other",

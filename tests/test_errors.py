@@ -1,7 +1,16 @@
+import errno
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from torch import distributed
+from tqdm import tqdm
 
 from llava_moslora.errors import EXIT_STATUS, Refusal, printable, run_script
 
@@ -61,3 +70,201 @@ def _refuse(_):
 def test_arrives_from_a_worker():
     with multiprocessing.get_context("fork").Pool(1) as pool, pytest.raises(Refusal, match="record 5"):
         pool.map(_refuse, [0])
+
+
+def ended(error: BaseException, capsys) -> tuple[int, str]:
+    """The status and the line of a script whose ``main`` raises ``error``."""
+
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as leaving:
+        run_script(main)
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and "Traceback" not in printed.err
+    return leaving.value.code, printed.err
+
+
+def system(number: int, file: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), file)
+
+
+FAILURES = {
+    "E-DISK": (4, system(errno.ENOSPC, "/data/x"), "/data/x: the disk is full"),
+    "E-DISK of Rust": (4, SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full"),
+    "E-DISK of tokenizers": (4, Exception("No space left on device (os error 28)"), "the disk is full"),
+    "E-PERMISSION": (4, system(errno.EACCES, "a"), "a: not permitted; found PermissionError"),
+    "E-PERMISSION read-only": (4, system(errno.EROFS, "a"), "a: not permitted"),
+    "E-FILES": (4, system(errno.EMFILE), "ulimit -n"),
+    "E-MEMORY": (4, MemoryError(), "the machine's memory is not enough"),
+    "E-MEMORY of the device": (4, torch.OutOfMemoryError("CUDA out of memory. Tried"), "found OutOfMemoryError"),
+    "E-MEMORY of the allocator": (
+        4, RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"), "not enough"
+    ),
+    "E-WORKER": (4, RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "reads pictures died"),
+    "E-WORKER shm": (4, RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "/dev/shm"),
+    "E-PORT": (4, distributed.DistNetworkError("the server socket has failed: address already in use"), "another port"),
+    "E-NCCL": (
+        4, distributed.DistBackendError("NCCL error in: x.cpp:1, invalid usage, NCCL version 2.2"), "NCCL_DEBUG=WARN"
+    ),
+    "E-DEVICE": (4, RuntimeError("CUDA error: no kernel image is available for execution"), "the device cannot"),
+    "P-STOPPED": (75, KeyboardInterrupt(), "stopped by Ctrl-C"),
+    "P-CONNECTION": (75, ConnectionResetError(104, "Connection reset by peer"), "a connection to another process"),
+    "P-RANK": (75, distributed.DistBackendError("NCCL communicator was aborted on rank 1."), "lost contact"),
+    "P-RANK of the store": (75, distributed.DistStoreError("Timed out after 1801 s waiting for clients."), "lost"),
+    "P-RANK of gloo": (75, RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.1]:41234"), "lost contact"),
+    "P-DEVICE": (75, RuntimeError("CUDA error: uncorrectable ECC error encountered"), "the device failed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_known_failures_have_a_status_of_their_own(case, capsys):
+    status, error, words = FAILURES[case]
+    found, line = ended(error, capsys)
+    assert (found, line.startswith(f"error[{case.split()[0]}] ")) == (status, True) and words in line, line
+
+
+def test_the_cause_of_a_librarys_error_counts(capsys):
+    wrapped = RuntimeError("Caught OSError in something")
+    wrapped.__cause__ = system(errno.ENOSPC, "x")
+    assert ended(wrapped, capsys)[0] == 4
+    wrapped.__cause__ = Refusal("D-ROLE", "two humans in a row")
+    assert ended(wrapped, capsys) == (2, "error[D-ROLE] two humans in a row\n")
+
+
+DEFECTS = [
+    KeyError("exp_avg"),
+    AssertionError("64 placeholders for 32 features"),
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
+    RuntimeError("shape mismatch"),
+    RuntimeError("CUDA error: device-side assert triggered"),
+]
+
+
+@pytest.mark.parametrize("error", DEFECTS, ids=repr)
+def test_everything_else_is_a_defect_with_a_report(error, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--lora_r", "8"])
+    status, line = ended(error, capsys)
+    (file,) = tmp_path.iterdir()
+    assert status == 70 and line.startswith("error[X-DEFECT] a defect of this package; found ") and str(file) in line
+    report = file.read_text()
+    for part in ("train.py --lora_r 8", "Traceback (most recent call last)", "raise error", type(error).__name__,
+                 f"torch {torch.__version__.split('+')[0]}", "python 3."):  # fmt: skip
+        assert part in report, part
+
+
+@pytest.mark.parametrize("form", [["--output_dir", "run"], ["--output_dir=run"]])
+def test_the_report_lies_in_the_output_folder_and_leaves_it_empty(form, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *form])
+    (tmp_path / "run").mkdir()
+    line = ended(KeyError("x"), capsys)[1]
+    (file,) = (tmp_path / "run").iterdir()
+    assert str(file) in line and file.name.startswith(".")
+    assert list(tmp_path.iterdir()) == [tmp_path / "run"]
+
+
+def test_a_report_that_cannot_be_saved(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(system(errno.ENOSPC)))
+    status, line = ended(KeyError("x"), capsys)
+    assert status == 70 and "LLAVA_MOSLORA_DEBUG=1 shows the traceback" in line
+
+
+@pytest.mark.parametrize("rank", ["", "zero"])
+def test_a_rank_that_is_no_number(rank, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    assert ended(Refusal("D-ROLE", "two humans in a row"), capsys)[0] == 2
+
+
+def script(body: str, unbuffered: str = "", **options) -> subprocess.Popen:
+    code = f"from llava_moslora.errors import Refusal, run_script\ndef main():\n    {body}\nrun_script(main)\n"
+    buffered = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=buffered, **options)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_is_gone(unbuffered):
+    """``python scripts/… | head -1``"""
+    running = script("for k in range(10**6): print(k)", unbuffered, stdout=subprocess.PIPE)
+    running.stdout.readline()
+    running.stdout.close()
+    assert running.stderr.readlines()[-1] == (
+        "error[E-OUTPUT] nobody reads the output any more; found BrokenPipeError: [Errno 32] Broken pipe;"
+        " fix: send it to a file\n"
+    )
+    assert running.wait(60) == 4
+
+
+@pytest.mark.parametrize("body", ["print('x')", "print('x', flush=True)", "print('x'); raise KeyError('x')"])
+def test_a_full_disk_behind_the_output(body, tmp_path):
+    with Path("/dev/full").open("w") as full:
+        running = script(body, stdout=full, cwd=tmp_path)
+        said = running.stderr.read()
+    code, status = ("X-DEFECT", 70) if "raise" in body else ("E-DISK", 4)
+    assert said.splitlines()[-1].startswith(f"error[{code}] ") and "Traceback" not in said
+    assert running.wait(60) == status
+
+
+def test_the_line_begins_a_line_below_a_progress_bar(capsys):
+    bar = tqdm(total=3)
+    bar.update()
+
+    def main():
+        raise Refusal("D-ROLE", "two humans in a row")
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert capsys.readouterr().err.splitlines()[-1] == "error[D-ROLE] two humans in a row"
+
+
+def test_a_lost_rank_0_lets_the_cause_end_first(capsys, monkeypatch):
+    """The launcher reports the status of the process that ends first: it is to be that of the rank with the defect."""
+    naps = []
+    monkeypatch.setattr("llava_moslora.errors.time.sleep", naps.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, refusal, expected in (
+        ("0", Refusal("P-RANK", "lost"), [5]),
+        ("1", Refusal("P-RANK", "lost"), [5]),
+        ("0", Refusal("D-ROLE", "two humans"), []),
+        ("1", Refusal("D-ROLE", "two humans"), [5]),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        ended(refusal, capsys)
+        assert naps == expected
+        naps.clear()
+
+
+ONE_RANK_FAILS = """
+import os
+import torch
+from torch import distributed
+from tqdm import tqdm
+from llava_moslora.errors import run_script
+from llava_moslora.training.pause import contact
+
+def main():
+    distributed.init_process_group("gloo")
+    if os.environ["RANK"] == "WHICH":
+        raise KeyError("exp_avg")
+    with contact():
+        distributed.all_reduce(torch.ones(1))
+
+run_script(main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_defect_on_one_rank_is_the_status_of_all(rank, tmp_path):
+    """The other rank only loses contact, which is a status to start again on; the launcher must not report that one."""
+    from launching import LAUNCHER, free_port
+
+    (tmp_path / "train.py").write_text(ONE_RANK_FAILS.replace("WHICH", rank))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [*LAUNCHER, "--master_port", str(free_port()), "train.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=200)
+    assert done.returncode == 70, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "error[X-DEFECT]" in done.stderr and "Traceback" not in done.stdout + done.stderr
+    (report,) = tmp_path.glob(".defect-*")
+    assert f"rank {rank} of 2" in report.read_text() and "KeyError: 'exp_avg'" in report.read_text()

@@ -27,7 +27,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200  # beyond it the short side is less than two of a tower's 336 pixels
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+# A URL's beginning, or a picture inside a data: URL; any other name with a colon, as vg:1.png, is a file's.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:[^,]*[/;][^,]*,", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
 _animated_seen = False

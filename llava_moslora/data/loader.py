@@ -7,17 +7,21 @@ agree that each has one, and where one has not, all raise that rank's refusal.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.queues import Queue
 
 import torch
 from datasets import Dataset
 from torch import Tensor, distributed
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.sampler import GlobalBatchSampler
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, known_failure, worker_failure
 
 MOST_WORKERS = 8
 
@@ -30,15 +34,38 @@ class _Careful:
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor] | Refusal:
         try:
-            return self.collator(rows)
-        except Refusal as refusal:
-            return refusal
+            batch = self.collator(rows)
+            if get_worker_info() is not None:
+                for value in batch.values():  # now, where a full /dev/shm is an error of this batch, and not later,
+                    if isinstance(value, Tensor):  # in the thread that hands it on
+                        value.share_memory_()
+            return batch
         except Exception as error:
+            if failure := known_failure(error):
+                return failure
             places = ", ".join(f"{row['record']} ({row['id']})" for row in rows)
             return Refusal(
                 "R-BATCH", "a batch could not be made", found=f"{type(error).__name__}: {error}; records {places}",
                 fix="this is a defect of the package: report it with the record",
             )  # fmt: skip
+
+
+class _Begin:
+    """The first thing a worker does: an error of the thread that hands its batches on ends the worker, which the main
+    process notices. Python's own way is to print it, drop the batch and let the main process wait for ever."""
+
+    def __init__(self, then: Callable[[int], None] | None):
+        self.then = then
+
+    def __call__(self, number: int) -> None:
+        Queue._on_queue_feeder_error = staticmethod(_end_worker)
+        if self.then is not None:
+            self.then(number)
+
+
+def _end_worker(error: Exception, _batch: object) -> None:
+    os.write(2, f"data worker {os.getpid()}: {worker_failure(f'{type(error).__name__}: {error}').line()}\n".encode())
+    os._exit(1)
 
 
 class Batches(DataLoader):
@@ -73,7 +100,7 @@ class Batches(DataLoader):
             prefetch_factor=prefetch if workers else None,
             persistent_workers=persistent and workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=worker_init,
+            worker_init_fn=_Begin(worker_init) if workers else None,
             generator=torch.Generator().manual_seed(seed),
         )
         several = distributed.is_initialized() and distributed.get_world_size() > 1
@@ -87,25 +114,46 @@ class Batches(DataLoader):
             Refusal: I-..., D-..., the record that some rank could not read; E-WORKER, a worker of some rank died;
                 R-BATCH. The same on every rank.
         """
-        batches = self._running = super().__iter__()
+        try:
+            batches = self._running = self._begin()
+        except (RuntimeError, OSError) as error:  # too few processes, open files, shared memory
+            self._agree(_worker_error(error))
+            raise AssertionError("a refusal is raised on every rank") from error
         while True:
             try:
                 batch = next(batches)
             except StopIteration:  # at the same step on every rank
                 return
             except (RuntimeError, EOFError, OSError) as error:  # a worker is gone, or with it a batch it had ready
-                batch = Refusal(
-                    "E-WORKER", "a process that reads pictures died",
-                    found=f"{type(error).__name__}: {error}".splitlines()[0],
-                    fix="lower --dataloader_num_workers, or give the machine more (shared) memory",
-                )  # fmt: skip
+                batch = _worker_error(error)
             self._agree(batch if isinstance(batch, Refusal) else None)
             yield batch
+
+    def _begin(self) -> Iterator:
+        """torch's iterator with its workers, or, where it cannot be had, none of them left.
+
+        torch raises the death of a worker from a handler of SIGCHLD, in the middle of whatever runs: on one rank, and
+        blaming any line. ``next`` finds a dead worker too, within 5 seconds, and there all ranks agree.
+        """
+        handler, before = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+        try:
+            return super().__iter__()
+        except BaseException:
+            for worker in set(multiprocessing.active_children()) - before:
+                worker.kill()  # they ignore SIGTERM, which Python's exit would send, and wait
+                worker.join()
+            raise
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL if handler is None else handler)
 
     def close(self) -> None:
         """End the workers. Python's exit would end them by SIGTERM, and wait for ever for one that ignores it."""
         if self.num_workers and self._running is not None:
             self._running._shutdown_workers()  # what torch does when it deletes the iterator, whenever that is
+            for worker in self._running._workers:
+                if worker.is_alive():
+                    worker.kill()
         self._running = self._iterator = None
 
     def _agree(self, refusal: Refusal | None) -> None:
@@ -118,6 +166,12 @@ class Batches(DataLoader):
                 refusal = told[0]
         if refusal is not None:
             raise refusal
+
+
+def _worker_error(error: Exception) -> Refusal:
+    """Of an exception that torch passes on from a worker the last line of its text is the worker's own."""
+    lines = str(error).strip().splitlines() or [""]
+    return worker_failure(f"{type(error).__name__}: {lines[-1]}")
 
 
 def default_workers() -> int:

@@ -1,17 +1,17 @@
 """The work of :mod:`llava_moslora.data.prepare`: a data file part by part, checked and tokenised by several processes.
 
 A part is a few thousand records of a file, or one shard of a sharded source. ``NUMBER.arrow`` holds its rows and
-``NUMBER.json``, written last, what was counted, so a part that is there is done.
+``NUMBER.json``, written last, what was counted and the rows' checksum, so a part whose two files are whole is done.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import count, islice
 from multiprocessing import get_context
@@ -22,6 +22,7 @@ from datasets import Features, List, Value
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.data.cache import describe_file, read_json, replace_file, using, write_json
 from llava_moslora.data.conversation import IGNORE_INDEX, encode
 from llava_moslora.data.images import check_bytes, check_image, load_bytes, load_image
 from llava_moslora.data.json_stream import JsonStream
@@ -67,14 +68,20 @@ class Task:
     path: Path  # without its suffix
     records: list[tuple[int, object, str | None]] = ()  # index, raw record, JSON problem
     shard: str = ""  # or else where they are read from
+    result: dict | None = None  # of a part that is done
 
 
 def build_parts(job: Job, staging: Path, num_proc: int) -> Iterator[dict]:
-    """Build the parts that are missing in ``staging``; yields every part's ``counts`` and ``problems``, in order."""
+    """Build the parts that are missing in ``staging``; yields what :func:`_work` returned for each, in order.
+
+    Raises:
+        Refusal: D-PARSE and the like, of the file as a whole; E-DISK; E-WORKER, a process was killed.
+    """
     name = printable(Path(job.file).name)
     if is_sharded(job.file):
         shards = find_shards(job.file)
-        tasks = (Task(number, staging / f"{number:06d}", shard=shard) for number, shard in enumerate(shards))
+        paths = ((staging / f"{number:06d}", shard) for number, shard in enumerate(shards))
+        tasks = (Task(k, path, shard=shard, result=_result(path)) for k, (path, shard) in enumerate(paths))
         with tqdm(total=len(shards), unit="shard", desc=f"preparing {name}") as bar:
             for result in _map_in_order(tasks, job, num_proc):
                 bar.update()
@@ -92,14 +99,20 @@ def _map_in_order(tasks: Iterator[Task], job: Job, num_proc: int) -> Iterator[di
         _start_worker(job)
         yield from map(_work, tasks)
         return
-    with ProcessPoolExecutor(num_proc, get_context("fork"), _start_worker, (job,)) as pool:
-        waiting: deque[Future] = deque()
-        for task in tasks:
-            waiting.append(pool.submit(_work, task))
-            if len(waiting) >= 2 * num_proc:  # a window, or the whole file would be read ahead of the workers
+    try:
+        with ProcessPoolExecutor(num_proc, get_context("fork"), _start_worker, (job,)) as pool:
+            waiting: deque[Future] = deque()
+            for task in tasks:
+                waiting.append(pool.submit(_work, task))
+                if len(waiting) >= 2 * num_proc:  # a window, or the whole file would be read ahead of the workers
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise Refusal(
+            "E-WORKER", "a process that tokenises was killed", file=job.file, key="--preprocessing_num_workers",
+            found=num_proc, fix="most often memory ran out: fewer processes; the parts that are done are kept",
+        ) from None  # fmt: skip
 
 
 def _tasks(stream: JsonStream | ParquetStream, staging: Path) -> Iterator[Task]:
@@ -109,7 +122,15 @@ def _tasks(stream: JsonStream | ParquetStream, staging: Path) -> Iterator[Task]:
         if not records:
             return
         path = staging / f"{number:06d}"
-        yield Task(number, path, [] if path.with_suffix(".json").exists() else records)
+        result = _result(path)
+        yield Task(number, path, records if result is None else [], result=result)
+
+
+def _result(path: Path) -> dict | None:
+    """What :func:`_work` returned for a part, if the part is done and its files are whole."""
+    if (result := read_json(path.with_suffix(".json"))) is None or not path.with_suffix(".arrow").is_file():
+        return None
+    return result if describe_file(path.with_suffix(".arrow")) == result["file"] else None
 
 
 def _start_worker(job: Job) -> None:
@@ -120,21 +141,24 @@ def _start_worker(job: Job) -> None:
 
 
 def _work(task: Task) -> dict:
-    """Check and encode one part."""
-    done = task.path.with_suffix(".json")
-    if done.exists():
-        return json.loads(done.read_bytes())
+    """Check and encode one part, if it is not done."""
+    if task.result is not None:
+        return task.result
     counts: Counter = Counter(records=0)
     problems: list[dict] = []
     columns: dict[str, list] = {name: [] for name in FEATURES}
     for index, raw, problem, pictures in _records(task):
         counts["records"] += 1
+        record = None
         try:
             record = check_record(raw, index, task.shard or _job.file, problem)
             counts["control_names_as_text"] += any(_controls.search(turn.text) for turn in record.turns)
             row = _encode(record, _check_images(record, pictures, task.shard), task.shard, counts)
         except Refusal as refusal:
-            problems.append({"part": task.number, "line": refusal.line(), "refusal": _as_json(refusal)})
+            problem = {"part": task.number, **as_problem(refusal)}
+            if record is not None and refusal.code.startswith("I-") and not task.shard:  # shards do not change
+                problem["images"] = record.images
+            problems.append(problem)
         else:
             for name, value in (row or {}).items():
                 columns[name].append(value)
@@ -144,13 +168,15 @@ def _work(task: Task) -> dict:
         tokens=sum(columns["length"]),
     )
     table = pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema)
-    half = task.path.with_suffix(".half")
-    with pa.OSFile(str(half), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+    buffer = pa.BufferOutputStream()
+    with pa.ipc.new_stream(buffer, table.schema) as writer:
         writer.write_table(table)
-    os.replace(half, task.path.with_suffix(".arrow"))
-    result = {"shard": task.shard, "counts": counts, "problems": problems}
-    half.write_text(json.dumps(result))
-    os.replace(half, done)
+    arrow = task.path.with_suffix(".arrow")
+    with using(arrow.parent):
+        replace_file(arrow, memoryview(buffer.getvalue()))
+        result = {"name": task.path.name, "shard": task.shard, "counts": dict(counts), "problems": problems}
+        result["file"] = describe_file(arrow)
+        write_json(task.path.with_suffix(".json"), result)
     return result
 
 
@@ -168,18 +194,28 @@ def _check_images(record: Record, pictures: dict[str, Held], shard: str) -> list
     where = {"record": record.index, "record_id": record.id or None}
     if shard:
         return [str(_find(name, pictures, shard, where).place) for name in record.images]
-    if record.images and _job.image_folder is None:
+    look_at_pictures(record.images, _job, **where)
+    return list(record.images)
+
+
+def look_at_pictures(names: Sequence[str], job: Job, *, record: int, record_id: str | None) -> None:
+    """Check a record's picture files; decode them if the job asks for it.
+
+    Raises:
+        Refusal: I-..., the first that cannot be used.
+    """
+    where = {"record": record, "record_id": record_id}
+    if names and job.image_folder is None:
         raise Refusal(
             "I-FOLDER",
             "the record has a picture but no image folder was given",
-            file=_job.file,
+            file=job.file,
             fix="give --image_folder",
             **where,
         )
-    look = load_image if _job.decode_images else check_image
-    for name in record.images:
-        look(name, _job.image_folder, follow_links=_job.follow_links, **where)
-    return list(record.images)
+    look = load_image if job.decode_images else check_image
+    for name in names:
+        look(name, job.image_folder, follow_links=job.follow_links, **where)
 
 
 def _find(name: str, pictures: dict[str, Held], shard: str, where: dict) -> Held:
@@ -227,6 +263,8 @@ def _encode(record: Record, images: list[str], shard: str, counts: Counter) -> d
     }
 
 
-def _as_json(refusal: Refusal) -> dict:
+def as_problem(refusal: Refusal) -> dict:
+    """A refusal as it is kept in a report: its line, and its parts as JSON."""
     parts = {name: value for name, value in vars(refusal).items() if value is not None}
-    return {name: value if isinstance(value, int) else str(value) for name, value in parts.items()}
+    parts = {name: value if isinstance(value, int) else str(value) for name, value in parts.items()}
+    return {"line": refusal.line(), "refusal": parts}

@@ -18,6 +18,8 @@ from torch.nn.functional import interpolate
 from llava_moslora.errors import Refusal
 
 STRIP = 16_000_000  # pixels of background that are laid around a tall picture at once
+LARGEST_SIDE = 4096  # pixels: far above any tower's
+SMALLEST = 1e-6  # a factor or a deviation below it leaves nothing but black, or infinity
 ENGINES = ("pil", "torch")
 TORCH_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's number, torch's name
 
@@ -83,7 +85,8 @@ class ImageTransform:
         """From the content of a tower's ``preprocessor_config.json``; ``source`` is named in refusals.
 
         Raises:
-            Refusal: K-VISION, a needed key is not there; C-MODE, unknown ``mode``, or a filter the engine lacks.
+            Refusal: K-VISION, a needed key is not there, or asks for something that is not done here; C-MODE, unknown
+                ``mode``, or a filter the engine lacks.
         """
         if mode not in ("pad", "crop"):
             raise Refusal(
@@ -99,6 +102,7 @@ class ImageTransform:
         lacking = [key for key in ("size", "image_mean", "image_std") if config.get(key) is None]
         if lacking:
             raise Refusal("K-VISION", "the picture settings lack a key", file=source, key=", ".join(lacking))
+        _check(config, source)
         resize_to = _side(config["size"])
         size = (
             _side(config["crop_size"]) if config.get("do_center_crop", True) and config.get("crop_size") else resize_to
@@ -196,6 +200,36 @@ class ImageTransform:
             grown[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
             return self._cut_centre(grown)
         return pixels[top : top + height, left : left + width]
+
+
+def _check(config: dict, source: str | Path | None) -> None:
+    """Refuse what would be ignored here, or would give no pictures; all keys are there."""
+
+    def numbers(value: object, count: int, lowest: float, highest: float) -> bool:
+        value = value if isinstance(value, list | tuple) else [value]
+        kinds = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
+        return kinds and len(value) == count and all(lowest <= v <= highest for v in value)
+
+    def sides(value: object) -> bool:
+        named = {key: side for key, side in value.items() if side is not None} if isinstance(value, dict) else {}
+        known = isinstance(value, int) or set(named) in ({"shortest_edge"}, {"height", "width"})
+        given = list(named.values()) if named else [value]
+        return known and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in given)
+
+    rules = {
+        **{key: (config.get(key) in (None, True), "true") for key in ("do_resize", "do_rescale", "do_normalize")},
+        "do_center_crop": (config.get("do_center_crop") in (None, True, False), "true or false"),
+        "size": (sides(config["size"]), f"side lengths up to {LARGEST_SIDE}"),
+        "crop_size": (not config.get("crop_size") or sides(config["crop_size"]), f"side lengths up to {LARGEST_SIDE}"),
+        "image_mean": (numbers(config["image_mean"], 3, 0, 1), "three numbers from 0 to 1"),
+        "image_std": (numbers(config["image_std"], 3, SMALLEST, 1e6), "three numbers above 0"),
+        "rescale_factor": (numbers(config.get("rescale_factor", 1), 1, SMALLEST, 1e6), "a number above 0"),
+        "resample": (type(config.get("resample", 3)) is int and 0 <= config.get("resample", 3) <= 5, "0 to 5"),
+    }
+    for key, (is_good, expected) in rules.items():
+        if not is_good:
+            what = "the picture settings ask for something that is not done here"
+            raise Refusal("K-VISION", what, file=source, key=key, found=config.get(key), expected=expected)
 
 
 def _side(size: int | dict) -> int | tuple[int, int]:

@@ -1,10 +1,11 @@
 """Data files to a tokenised Arrow data set in a cache, every record and every picture's header checked on the way.
 
 Each source (a data file, or a set of shards) has a cache folder of its own, named by everything that decides its
-content: the file's bytes, the tokenizer, the template, the tokens per picture, the length limit and ``CODE_VERSION``.
-It is built part by part (:mod:`llava_moslora.data.parts`) in a staging folder under a file lock and published by one
-rename, so several ranks may call :func:`prepare` at once without talking to each other, and a build that was
-interrupted goes on where it stopped.
+content: the file's bytes, the tokenizer, what the template writes, the tokens per picture, the length limit and
+``CODE_VERSION``. It is built part by part (:mod:`llava_moslora.data.parts`) in a staging folder under a file lock and
+published by one rename, so several ranks may call :func:`prepare` at once without talking to each other, and a build
+that was interrupted goes on where it stopped. What lies there is verified each time it is opened
+(:mod:`llava_moslora.data.cache`), and pictures that could not be used are looked at again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import logging
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,15 +22,32 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from filelock import FileLock
+from filelock import AcquireReturnProxy, FileLock
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.data.cache import (
+    REPORT,
+    arrow_files,
+    copy_parts,
+    find_damage,
+    keys_of,
+    publish,
+    read_report,
+    report_in,
+    report_of,
+    reports_of,
+    using,
+    write_json,
+)
 from llava_moslora.data.conversation import Turn, chat_template, encode_prompt
 from llava_moslora.data.images import check_image
-from llava_moslora.data.parts import Job, build_parts
+from llava_moslora.data.parts import PART, Job, as_problem, build_parts, look_at_pictures
 from llava_moslora.data.shards import find_shards, is_sharded, version_of
+from llava_moslora.data.templates import OWN, get_template
 from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.errors import Refusal
+
+__all__ = ["check_template", "keys_of", "prepare", "report_of", "reports_of"]
 
 CODE_VERSION = 3  # raise it whenever ids, labels or columns of the same data would change
 SHOWN = 20  # problems that are logged; all of them are in the report
@@ -52,6 +69,7 @@ def prepare(
     max_bad_share: float = 0.01,
     follow_image_links: bool = False,
     decode_images: bool = False,
+    longest_text: int | None = None,
 ) -> Dataset:
     """The tokenised data set of one or several sources, from the cache or built now.
 
@@ -72,25 +90,27 @@ def prepare(
         on_bad_record: ``fail`` refuses the file if any record is bad, after looking at all of them; ``quarantine``
             leaves bad records out and lists them in the report, up to a share of ``max_bad_share``.
         follow_image_links: see :func:`~llava_moslora.data.images.load_image`.
-        decode_images: decode every picture instead of reading its header; a cache that was made without is made anew.
+        decode_images: decode every picture instead of reading its header; a cache built without is built again.
+        longest_text: tokens up to which the LLM knows positions; ``max_length`` may not be above it.
 
     Raises:
-        Refusal: D-..., I-... (the first problem, with the number of the others), C-TEMPLATE (template and tokenizer
-            do not fit), D-NONE (nothing to train on), D-TWICE (a source is named twice).
+        Refusal: C-FLAG (``max_length`` out of range), D-..., I-... (the first problem, with the number of the others),
+            C-TEMPLATE (template and tokenizer do not fit), D-NONE (nothing to train on), D-TWICE (a source is named
+            twice), E-DISK (the cache cannot be written).
     """
-    if on_bad_record not in ("fail", "quarantine"):
-        raise Refusal(
-            "C-FLAG", "unknown policy", key="--on_bad_record", found=on_bad_record, expected="fail | quarantine"
-        )
+    _check_policy(num_proc, on_bad_record, max_bad_share)
     sources = [data_path] if isinstance(data_path, str | Path) else list(data_path)
     folder = None if image_folder is None else Path(image_folder)
     if folder is not None and not folder.is_dir():
         raise Refusal("I-FOLDER", "there is no such folder", file=folder, fix="check --image_folder")
+    pictures = tokens_per_image if folder is not None or any(is_sharded(str(source)) for source in sources) else 0
+    _check_length(max_length, pictures, longest_text)
     job = Job(
         "", folder, tokenizer, template, tokens_per_image, max_length, follow_image_links, decode_images
     )  # fmt: skip
     cache = Path(cache_dir)
-    cache.mkdir(parents=True, exist_ok=True)
+    with using(cache):
+        cache.mkdir(parents=True, exist_ok=True)
     datasets, seen, before = [], [], 0
     for position, source in enumerate(sources):
         folder = _prepare_source(replace(job, file=str(source)), cache, num_proc, on_bad_record, max_bad_share)
@@ -100,39 +120,111 @@ def prepare(
             fix = "name it once, and say with --data_weights how often it is to be seen"
             raise Refusal("D-TWICE", f"the same data as {first}", file=source, fix=fix)
         seen.append(digest)
-        rows = concatenate_datasets([Dataset.from_file(str(part)) for part in _parts(folder)])
+        rows = concatenate_datasets([Dataset.from_file(str(part)) for part in arrow_files(folder)])
         rows = rows.add_column("source", np.full(len(rows), position, dtype=np.int32))
         datasets.append(rows.add_column("number", before + _numbers(folder, rows)))
-        before += _report(folder)["records"]
+        report = report_in(folder)
+        assert len(rows) == report["kept"], f"{folder} holds {len(rows)} rows, its report counts {report['kept']}"
+        before += report["records"]
     return concatenate_datasets(datasets)
+
+
+def _check_policy(num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
+    if on_bad_record not in ("fail", "quarantine"):
+        raise Refusal(
+            "C-FLAG", "unknown policy", key="--on_bad_record", found=on_bad_record, expected="fail | quarantine"
+        )
+    if num_proc < 1:
+        raise Refusal(
+            "C-FLAG", "out of range", key="--preprocessing_num_workers", found=num_proc, expected="at least 1"
+        )
+    if not 0 <= max_bad_share <= 1:
+        raise Refusal("C-FLAG", "out of range", key="--max_bad_share", found=max_bad_share, expected="0 to 1")
+
+
+def _check_length(max_length: int, picture: int, longest_text: int | None) -> None:
+    """``picture``: tokens of a picture, 0 where the data have none."""
+    key = "--model_max_length"
+    if max_length <= picture:
+        raise Refusal(
+            "C-FLAG", "out of range", key=key, found=max_length,
+            expected=f"above {picture}, the tokens of one picture" if picture else "at least 1",
+            fix="2048 holds LLaVA's records with a picture of 576 tokens",
+        )  # fmt: skip
+    if longest_text is not None and max_length > longest_text:
+        raise Refusal(
+            "C-FLAG", "longer than the LLM's positions", key=key, found=max_length,
+            expected=f"at most {longest_text} (max_position_embeddings of the LLM, with its scaling)",
+            fix=f"{key} {longest_text}, or an LLM with a longer context",
+        )  # fmt: skip
 
 
 def _prepare_source(job: Job, cache: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> Path:
     target = cache / _key(job)
-    if not _is_done(target, job):
-        with FileLock(f"{target}.lock"):
-            if not _is_done(target, job):  # another rank may have built it while this one waited
+    if _why_build(target, job):
+        with _lock(target):
+            if why := _why_build(target, job):  # another rank may have built it while this one waited
+                if target.exists():
+                    log.warning("%s: its data cache is built again: %s", job.file, why)
                 _build(job, target, num_proc, on_bad_record, max_bad_share)
-    report = _report(target)
-    _judge(report["problems"], report["records"], on_bad_record, max_bad_share)
-    if job.image_folder is not None and str(job.image_folder.resolve()) != report["image_folder"]:
-        with FileLock(f"{target}.lock"):
-            _check_pictures_again(job, target)
+    if _image_folder(job) != report_in(target)["image_folder"]:
+        with _lock(target):
+            _check_in_this_folder(job, target, num_proc, on_bad_record, max_bad_share)
+    report = report_in(target)
+    problems = report["problems"]
+    if on_bad_record == "fail":  # the refusal is about the first of them: as it is today
+        problems = _look_again(problems[:1], job)[0] + problems[1:]
+    _judge(problems, report["records"], on_bad_record, max_bad_share)
     return target
 
 
-def _check_pictures_again(job: Job, target: Path) -> None:
+def _why_build(target: Path, job: Job) -> str | None:
+    """What has to be built, or ``None`` where the cache can be used as it is."""
+    with using(target):
+        damage = find_damage(target) if target.is_dir() else "it is not there"
+    if damage:
+        return damage
+    report = report_in(target)
+    if job.decode_images and not report["decoded"]:
+        return "its pictures have not been decoded"
+    if usable := _look_again(report["problems"], job)[1]:
+        return f"{usable} records whose pictures could not be used can be used now"
+    return None
+
+
+def _look_again(problems: list[dict], job: Job) -> tuple[list[dict], int]:
+    """The problems as they are today, and how many records' pictures can be used now.
+
+    A picture that was missing may have been copied since, or be missing in another folder today.
+    """
+    today, usable = [], 0
+    for problem in problems:
+        if "images" in problem:
+            where = {name: problem["refusal"].get(name) for name in ("record", "record_id")}
+            try:
+                look_at_pictures(problem["images"], job, **where)
+                usable += 1
+            except Refusal as refusal:
+                problem = problem | as_problem(refusal)
+        today.append(problem)
+    return today, usable
+
+
+def _check_in_this_folder(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
     """The cache fits the data, but its pictures were checked in another folder: check them in this one, once.
 
     Raises:
         Refusal: I-..., the first picture that cannot be used, with the number of the others.
     """
-    report, here = _report(target), str(job.image_folder.resolve())
+    report, here = report_in(target), _image_folder(job)
     if report["image_folder"] == here:  # another rank has done it while this one waited
         return
+    if job.image_folder is None and report["with_pictures"] and not report["shards"]:
+        what = "the records have pictures but no image folder was given"
+        raise Refusal("I-FOLDER", what, file=job.file, fix="give --image_folder")
     log.info("%s: its pictures were checked in %s; checking them in %s", job.file, report["image_folder"], here)
     first, bad = None, 0
-    for part in _parts(target):
+    for part in arrow_files(target):
         rows = Dataset.from_file(str(part)).select_columns(["images", "shard", "record", "id"])
         for row in (row for row in rows if not row["shard"]):
             for name in row["images"]:
@@ -142,55 +234,35 @@ def _check_pictures_again(job: Job, target: Path) -> None:
                     )
                 except Refusal as refusal:
                     first, bad = first or refusal, bad + 1
-    if first is not None:
+    if first is not None and on_bad_record == "fail":
         more = f" (and {bad - 1} more pictures cannot be used)" if bad > 1 else ""
         raise Refusal(**(vars(first) | {"what": first.what + more}))
-    waiting = target / ".report.json"
-    waiting.write_text(json.dumps(report | {"image_folder": here}, indent=1))
-    os.replace(waiting, target / "report.json")
+    if first is not None:  # other records are left out here
+        _build(job, target, num_proc, on_bad_record, max_bad_share)
+        return
+    with using(target.parent):
+        problems = _look_again(report["problems"], job)[0]
+        write_json(target / REPORT, report | {"problems": problems, "image_folder": here})
 
 
-def _is_done(target: Path, job: Job) -> bool:
-    return target.is_dir() and (_report(target)["decoded"] or not job.decode_images)
+def _image_folder(job: Job) -> str:
+    return str(job.image_folder and job.image_folder.resolve())
 
 
-def _parts(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.arrow"))
+def _lock(target: Path) -> AcquireReturnProxy:
+    """A lock on ``target``, to be used in a ``with``."""
+    with using(target.parent):
+        return FileLock(f"{target}.lock").acquire()
 
 
 def _numbers(folder: Path, rows: Dataset) -> np.ndarray:
     """int64[rows]: the records counted through a source; a shard counts its own from 0."""
     shards, records = np.asarray(rows["shard"][:]), np.asarray(rows["record"][:], dtype=np.int64)
     before = 0
-    for shard, count in _report(folder)["shards"].items():
+    for shard, count in report_in(folder)["shards"].items():
         records[shards == shard] += before
         before += count
     return records
-
-
-def _report(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_bytes())
-
-
-def reports_of(dataset: Dataset) -> list[dict]:
-    """What was counted while each source of ``dataset`` was prepared: file, records, kept, left_out, turns_dropped,
-    answers_cut, problems, ..."""
-    folders = dict.fromkeys(Path(part["filename"]).parent for part in dataset.cache_files)
-    return [_report(folder) for folder in folders]
-
-
-def report_of(dataset: Dataset) -> dict:
-    """The :func:`reports_of` all sources together: counts added up, problems one after the other."""
-    counts: Counter = Counter()
-    reports = reports_of(dataset)
-    for report in reports:
-        counts.update({name: n for name, n in report.items() if isinstance(n, int) and not isinstance(n, bool)})
-    return {**counts, "problems": [problem for report in reports for problem in report["problems"]]}
-
-
-def keys_of(dataset: Dataset) -> list[str]:
-    """The cache key of each source: equal keys, equal rows."""
-    return list(dict.fromkeys(Path(part["filename"]).parent.name for part in dataset.cache_files))
 
 
 def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
@@ -223,16 +295,24 @@ def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
 
 def _key(job: Job) -> str:
     digest = hashlib.sha256()
-    if is_sharded(job.file):
-        digest.update(json.dumps([version_of(shard) for shard in find_shards(job.file)], default=str).encode())
-    elif not os.path.isfile(job.file):
-        raise Refusal("D-FILE", "there is no such file", file=job.file, fix="check --data_path")
-    else:
-        with open(job.file, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+    try:
+        if is_sharded(job.file):
+            digest.update(json.dumps([version_of(shard) for shard in find_shards(job.file)], default=str).encode())
+        elif not os.path.isfile(job.file):
+            raise Refusal("D-FILE", "there is no such file", file=job.file, fix="check --data_path")
+        else:
+            with open(job.file, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    except OSError as error:
+        what, found = "the file cannot be read", error.strerror or error
+        raise Refusal("D-FILE", what, file=job.file, found=found, fix="mend its rights, or copy it again") from None
     digest.update(job.tokenizer.backend_tokenizer.to_str().encode())
-    rest = [job.tokenizer.special_tokens_map, job.template, job.tokens_per_image, job.max_length]
+    # A name does not say what a tokenizer's own template writes. Its source too: what was read off it is what a few
+    # conversations showed, and two sources are never taken for one.
+    template = [job.template, repr(get_template(job.template, job.tokenizer))]
+    template += [job.tokenizer.chat_template] if job.template == OWN else []
+    rest = [job.tokenizer.special_tokens_map, template, job.tokens_per_image, job.max_length]
     digest.update(json.dumps([*rest, CODE_VERSION], default=str, sort_keys=True).encode())
     name = re.sub(r"[^\w.-]", "_", Path(job.file).stem)[:40]
     return f"{name}-{digest.hexdigest()[:20]}"
@@ -240,40 +320,55 @@ def _key(job: Job) -> str:
 
 def _build(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
     check_template(job.tokenizer, job.template)
-    how = f"{job.image_folder and job.image_folder.resolve()} {job.decode_images}"
-    checked = hashlib.sha256(how.encode()).hexdigest()[:8]
-    staging = target.with_name(f"{target.name}.{checked}.staging")  # parts checked otherwise are not taken over
-    staging.mkdir(exist_ok=True)
+    staging = _begin_staging(job, target)
     counts: Counter = Counter(records=0, kept=0)
     problems: list[dict] = []
     shards: dict[str, int] = {}
+    parts: list[dict] = []
     for part in build_parts(job, staging, num_proc):
         counts.update(part["counts"])
         shards |= {part["shard"]: part["counts"]["records"]} if part["shard"] else {}
         problems += part["problems"]
+        parts.append({"name": part["name"], "file": part["file"]})
     if counts["kept"]:
-        ids = Counter(name for part in _parts(staging) for name in Dataset.from_file(str(part))["id"][:])
+        files = [str(staging / f"{part['name']}.arrow") for part in parts]
+        ids = Counter(name for file in files for name in Dataset.from_file(file)["id"][:])
         counts["duplicate_ids"] = sum(times - 1 for name, times in ids.items() if name)
     if counts["duplicate_ids"]:
         log.warning("%s: %d records have the id of an earlier one", job.file, counts["duplicate_ids"])
-    report = {"file": job.file, **counts, "shards": shards, "problems": problems, "decoded": job.decode_images,
-              "image_folder": str(job.image_folder and job.image_folder.resolve())}  # fmt: skip
     if len(problems) > 1 or on_bad_record == "quarantine":  # a single one is the refusal itself
         for problem in problems[:SHOWN]:
             log.error("%s", problem["line"])
-    for number in {problem["part"] for problem in problems}:  # looked at again if this build is not published
-        (staging / f"{number:06d}.json").unlink()
+    with using(target.parent):
+        for number in {problem["part"] for problem in problems}:  # looked at again in the next build
+            (staging / f"{number:06d}.json").unlink()
     _judge(problems, counts["records"], on_bad_record, max_bad_share)
     if not counts["kept"]:
         what = "no record is short enough" if counts["records"] else "there are no records"
         raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=job.file, found=f"{counts['records']} records")
-    (staging / "report.json").write_text(json.dumps(report, indent=1))
-    if target.is_dir():  # made without decoding
-        undecoded = target.with_name(f"{target.name}.undecoded")
-        os.rename(target, undecoded)
-        shutil.rmtree(undecoded)
-    os.rename(staging, target)
+    report = {"file": job.file, **counts, "shards": shards, "problems": problems, "decoded": job.decode_images,
+              "image_folder": _image_folder(job), "parts": parts}  # fmt: skip
+    with using(target.parent):
+        for stray in set(arrow_files(staging)) - {staging / f"{part['name']}.arrow" for part in parts}:
+            stray.unlink()
+        write_json(staging / REPORT, report)
+        publish(staging, target)
     log.info("prepared %s: %s", job.file, ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+
+
+def _begin_staging(job: Job, target: Path) -> Path:
+    """The folder in which a build begins or goes on; of a published cache the parts that are good are taken over."""
+    checked = hashlib.sha256(f"{_image_folder(job)} {job.decode_images} {PART}".encode()).hexdigest()[:8]
+    staging = target.with_name(f"{target.name}.{checked}.staging")  # parts checked otherwise are not taken over
+    with using(target.parent):
+        report = read_report(target)
+        alike = report is not None and (report["image_folder"], report["decoded"]) == (
+            _image_folder(job), job.decode_images
+        )  # fmt: skip
+        if alike and not staging.exists():
+            copy_parts(target, staging)
+        staging.mkdir(exist_ok=True)
+    return staging
 
 
 def _judge(problems: list[dict], records: int, policy: str, share: float) -> None:

@@ -18,10 +18,13 @@ from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.errors import Refusal
 
 ROLES = ("system", "human", "gpt")
+WITHOUT_VIDEO = "take the record out, or save frames as pictures: a list under 'image', one <image> for each"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # In a record without pictures, <image> inside a sentence is text (somebody writes about HTML); on a line's edge of its
 # own at the start or end of a turn it is what LLaVA writes for a picture, and the picture is missing.
 _PICTURE_PLACE = re.compile(rf"\A\s*{IMAGE_TOKEN}\s*(\n|\Z)|\n\s*{IMAGE_TOKEN}\s*\Z")
+VIDEO_TOKEN = "<video>"
+_VIDEO_PLACE = re.compile(_PICTURE_PLACE.pattern.replace(IMAGE_TOKEN, VIDEO_TOKEN))
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def check_record(raw: object, index: int, file: str | Path, problem: str | None 
         problem: what the JSON reader noticed about this value.
 
     Raises:
-        Refusal: D-TYPE, D-JSON, D-SCHEMA, D-ROLE, D-EMPTY, D-IMAGES or D-UNICODE, with file, index and id.
+        Refusal: D-TYPE, D-JSON, D-SCHEMA, D-ROLE, D-EMPTY, D-IMAGES, D-VIDEO or D-UNICODE, with file, index and id.
     """
     own = raw.get("id") if isinstance(raw, dict) else None
 
@@ -83,6 +86,10 @@ def check_record(raw: object, index: int, file: str | Path, problem: str | None 
     if not isinstance(images, list) or not all(isinstance(name, str) and name.strip() for name in images):
         raise refusal(
             "D-SCHEMA", "must be a file name or a list of file names", key="image", found=repr(raw["image"])[:80]
+        )
+    if raw.get("video") is not None or raw.get("videos") is not None:
+        raise refusal(
+            "D-VIDEO", "videos are not trained on", key="video" if "video" in raw else "videos", fix=WITHOUT_VIDEO
         )
     turns = raw.get("conversations")
     if not isinstance(turns, list) or not turns:
@@ -133,6 +140,9 @@ def check_record(raw: object, index: int, file: str | Path, problem: str | None 
             found=f"{places} <image>, 0 pictures",
             fix="add the key 'image', or take the <image> line out",
         )
+    if any(_VIDEO_PLACE.search(text) for text in human):
+        what = "the record has a place for a video, and videos are not trained on"
+        raise refusal("D-VIDEO", what, found=VIDEO_TOKEN, fix=WITHOUT_VIDEO)
     return Record(
         index, "" if own is None else str(own), tuple(images), tuple(Turn(t["from"], t["value"]) for t in turns)
     )

@@ -12,7 +12,9 @@ cannot be found again by its position is refused: a compressed tar, a Parquet fi
 
 from __future__ import annotations
 
+import glob
 import io
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -32,6 +34,7 @@ RECORD_SUFFIXES = (".json", ".jsonl")
 LARGEST_PICTURE = 100 << 20  # bytes as stored
 LARGEST_ROW_GROUP = 256 << 20  # bytes; to read one picture its row group is read
 SHARD_SUFFIXES = (".tar", ".parquet")
+SIGNS = "*?["  # of a pattern
 EXPECTED = "tar files of records and pictures, or Parquet files with the pictures' bytes"
 
 
@@ -62,7 +65,7 @@ class Held:
 
 def is_sharded(source: str) -> bool:
     """Whether ``--data_path`` names a sharded source: a URL, a pattern, a tar, or Parquet with pictures in it."""
-    if "://" in source or any(sign in source for sign in "*?[") or source.endswith(".tar"):
+    if "://" in source or _is_pattern(source) or source.endswith(".tar"):
         return True
     if not source.endswith(".parquet"):
         return False
@@ -72,15 +75,34 @@ def is_sharded(source: str) -> bool:
         return False  # the plain reader says what is wrong with it
 
 
+def _is_pattern(source: str) -> bool:
+    """Whether ``source`` stands for several files; a file of that very name is itself, also below ``data [v2]/``."""
+    return any(sign in source for sign in SIGNS) and not os.path.isfile(source)
+
+
+def _escape_folders(path: str) -> str:
+    """A local pattern in which the folders that are there under their own name stand for themselves."""
+    if not _is_pattern(path):
+        return path
+    *folders, name = path.split("/")
+    there, escaped = "", []
+    for folder in folders:
+        there += f"{folder}/"
+        escaped.append(glob.escape(folder) if os.path.isdir(there) else folder)
+    return "/".join([*escaped, name])
+
+
 def find_shards(source: str) -> list[str]:
-    """The shards that ``source`` (a path or URL, perhaps with ``*``) names, sorted.
+    """The shards that ``source`` (a path or URL, perhaps with ``*``) names, sorted; an existing file is that file.
 
     Raises:
         Refusal: D-FILE, there are none, or their storage cannot be reached; D-SHARD, files of another kind.
     """
     try:
         system, path = url_to_fs(source)
-        found = system.glob(path) if any(sign in path for sign in "*?[") else [path] * system.exists(path)
+        if "://" not in source:
+            path = _escape_folders(path)
+        found = system.glob(path) if _is_pattern(path) else [path] * system.exists(path)
     except (ImportError, ValueError, OSError) as error:
         raise Refusal("D-FILE", "the storage cannot be reached", file=source, found=error) from None
     if not found:

@@ -51,7 +51,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         raise Refusal("K-TOKENIZER", "there is no such folder", file=folder, fix="give the downloaded model's folder")
     state, settings = _read_folder(folder)
 
-    added = {token["content"]: token for token in state["added_tokens"]}
+    added = {token["content"]: token for token in _added_tokens(state, folder)}
     reserved = [name for name in RESERVED_TOKENS if name in added]
     if IMAGE_TOKEN not in added and reserved:
         _rename(state, added, reserved.pop(0), IMAGE_TOKEN)
@@ -71,9 +71,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(json.dumps(state, ensure_ascii=False))
         file.flush()
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=file.name, padding_side="right", clean_up_tokenization_spaces=False, **settings
-        )
+        try:
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_file=file.name, padding_side="right", clean_up_tokenization_spaces=False, **settings
+            )
+        except Exception as error:  # the Rust library raises bare Exceptions: an unknown model type, a bad pattern
+            fix = "download it again; a tokenizer that is newer than the package needs pip install -U tokenizers"
+            what = "the tokenizers library cannot read it"
+            raise Refusal("K-TOKENIZER", what, file=folder, found=error, fix=fix) from error
     if IMAGE_TOKEN not in added:
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
     if tokenizer.pad_token is None:
@@ -104,15 +109,15 @@ def _read_folder(folder: Path) -> tuple[dict, dict]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one wins
         if (folder / name).is_file():
             config.update(_read_json(folder / name))
-    settings: dict = {name: _content(config.get(name)) for name in NAMED_TOKENS}
+    settings: dict = {name: _content(name, config.get(name), folder) for name in NAMED_TOKENS}
     if (limit := config.get("model_max_length")) is not None:
-        settings["model_max_length"] = limit
+        settings["model_max_length"] = _of_type(int | float, "a number", "model_max_length", limit, folder)
     template = folder / "chat_template.jinja"
-    settings["chat_template"] = template.read_text("utf-8") if template.is_file() else config.get("chat_template")
+    settings["chat_template"] = _read(template).decode() if template.is_file() else config.get("chat_template")
 
     if (folder / "tokenizer.json").is_file():
         state = _read_json(folder / "tokenizer.json")
-        if not isinstance(state, dict) or "model" not in state or not isinstance(state.get("added_tokens"), list):
+        if not isinstance(state.get("model"), dict) or not isinstance(state.get("added_tokens"), list):
             raise Refusal("K-TOKENIZER", "not a tokenizer of the tokenizers library", file=folder / "tokenizer.json")
         state["truncation"] = state["padding"] = None  # some folders were saved in the middle of a batched call
     elif (folder / "tokenizer.model").is_file():
@@ -130,15 +135,52 @@ def _read_folder(folder: Path) -> tuple[dict, dict]:
     return state, settings
 
 
-def _content(token: str | dict | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+def _added_tokens(state: dict, folder: Path) -> list[dict]:
+    for token in state["added_tokens"]:
+        whole = isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+        if not whole or not isinstance(token.get("special"), bool):
+            raise Refusal(
+                "K-TOKENIZER", "not a whole token", file=folder / "tokenizer.json", key="added_tokens", found=token,
+                expected="an object with id, content and special", fix="download it again",
+            )  # fmt: skip
+    return state["added_tokens"]
+
+
+def _content(name: str, token: object, folder: Path) -> str | None:
+    token = token.get("content", token) if isinstance(token, dict) else token
+    return None if token is None else _of_type(str, "a token, or an object with its content", name, token, folder)
+
+
+def _of_type(kind: type, expected: str, key: str, value: object, folder: Path) -> object:
+    """``value`` if it is of ``kind``."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise Refusal(
+            "K-TOKENIZER", "not usable", file=folder / "tokenizer_config.json", key=key, found=value,
+            expected=expected, fix="download it again",
+        )  # fmt: skip
+    return value
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file in UTF-8."""
+    try:
+        content = path.read_bytes()
+        content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        found = error.strerror if isinstance(error, OSError) else error
+        raise Refusal("K-TOKENIZER", "cannot be read", file=path, found=found, fix="download it again") from None
+    return content
 
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(_read(path))
+    except (RecursionError, json.JSONDecodeError) as error:
         raise Refusal("K-TOKENIZER", "not valid JSON", file=path, found=error, fix="download it again") from None
+    if not isinstance(content, dict):
+        what = "not a tokenizer of the tokenizers library" if path.name == "tokenizer.json" else "not a JSON object"
+        raise Refusal("K-TOKENIZER", what, file=path, found=type(content).__name__, fix="download it again")
+    return content
 
 
 def _rename(state: dict, added: dict[str, dict], old: str, new: str) -> None:
@@ -146,7 +188,7 @@ def _rename(state: dict, added: dict[str, dict], old: str, new: str) -> None:
     token = added.pop(old)
     token["content"] = new
     added[new] = token
-    vocabulary = state["model"]["vocab"]
+    vocabulary = state["model"].get("vocab")
     if isinstance(vocabulary, dict) and old in vocabulary:
         vocabulary[new] = vocabulary.pop(old)
 
@@ -158,11 +200,12 @@ def _forbid_merging_into(state: dict, names: set[str]) -> None:
     would turn a user's text into a control token all the same.
     """
     model = state["model"]
-    if model.get("type") == "BPE":
+    if model.get("type") == "BPE" and isinstance(model.get("merges"), list):
+        # A merge is "a b" or ["a", "b"]; anything else is kept, for the library to refuse.
         model["merges"] = [
             merge
             for merge in model["merges"]
-            if (merge.replace(" ", "", 1) if isinstance(merge, str) else merge[0] + merge[1]) not in names
+            if ("".join(map(str, merge)) if isinstance(merge, list) else str(merge).replace(" ", "", 1)) not in names
         ]
 
 

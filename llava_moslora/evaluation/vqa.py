@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,20 +30,32 @@ def read_questions(path: str | Path) -> list[Question]:
     """A JSON array of objects with ``id``, ``image``, ``question`` and ``answer``.
 
     Raises:
-        Refusal: no such file, no JSON, or a record without one of the four.
+        Refusal: no such file, no JSON array, none in it, or a record without one of the four as text.
     """
     path = Path(path)
     if not path.is_file():
         raise Refusal("D-PATH", "no such file", file=path, key="--questions")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise Refusal("D-PARSE", "not JSON", file=path, found=error) from error
+    if not isinstance(rows, list) or not rows:
+        found = "an empty array" if rows == [] else type(rows).__name__
+        raise Refusal("D-PARSE", "no questions", file=path, found=found, expected="a JSON array of questions")
     questions = []
     for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise Refusal(
+                "D-TYPE", "not a question", file=path, record=index, found=type(row).__name__, expected="an object"
+            )
         missing = [key for key in ("id", "image", "question", "answer") if key not in row]
         if missing:
             raise Refusal("D-KEY", "a question without one of its parts", file=path, record=index, key=missing[0])
+        if wrong := [key for key in ("image", "question", "answer") if not isinstance(row[key], str)]:
+            raise Refusal(
+                "D-TYPE", "not text", file=path, record=index, key=wrong[0], found=type(row[wrong[0]]).__name__,
+                expected="text; of several answers (VQAv2) choose one",
+            )  # fmt: skip
         questions.append(Question(str(row["id"]), row["image"], row["question"], row["answer"]))
     return questions
 
@@ -67,10 +80,10 @@ def with_pictures(
     return [([picture(q)], [Turn("human", f"<image>\n{q.question}")]) for q in questions]
 
 
-def ask(answerer: Answerer, asked: list[Asked], *, batch_size: int = 16) -> list[str]:
-    """The model's greedy answers, in order, of at most 8 tokens."""
+def ask(answerer: Answerer, asked: list[Asked], *, batch_size: int = 16) -> Iterator[str]:
+    """The model's greedy answers as they are made, in order, of at most 8 tokens."""
     answers = answer(answerer, asked, max_new_tokens=8, batch_size=batch_size)
-    return list(tqdm(answers, total=len(asked), unit="question", dynamic_ncols=True))
+    return iter(tqdm(answers, total=len(asked), unit="question", dynamic_ncols=True))
 
 
 def accuracy(questions: list[Question], answers: list[str]) -> float:

@@ -1,16 +1,15 @@
 """One export: everything that can be refused is refused first, then written, proven, described, and published whole.
 
-The folder is built in hidden staging beside its place and appears by one rename. What a killed export or a full disk
-left there is taken up again, as long as it is the same export of the same checkpoint.
+The folder is built in hidden staging beside its place and appears by one rename (output.py). What a killed export or a
+full disk left there is taken up again, as long as it is the same export of the same checkpoint.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -19,11 +18,22 @@ from llava_moslora.errors import Refusal
 from llava_moslora.export import hf, llava, mapped_weights, parts, peft_adapters, proof, xtuner
 from llava_moslora.export.card import summary, write_card
 from llava_moslora.export.layout import Layout
+from llava_moslora.export.output import (
+    PLAN,
+    check_folder,
+    check_inputs,
+    held_checkpoint,
+    locked,
+    open_staging,
+    publish,
+    staging_of,
+)
 from llava_moslora.export.source import DEQUANTIZED, ORIGINAL, Trained, open_trained
 from llava_moslora.export.streaming import write_weights
 from llava_moslora.inference.load import EXPORT
-from llava_moslora.runs.manifest import MANIFEST, fsync, sha256, write_json, write_manifest
-from llava_moslora.runs.record import fingerprint
+from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
+from llava_moslora.runs.manifest import MANIFEST, sha256, write_json, write_manifest
+from llava_moslora.runs.record import fingerprint, read_run
 
 TARGETS: dict[str, Callable[[Trained, torch.dtype], Layout]] = {
     "hf": hf.layout,
@@ -35,7 +45,7 @@ TARGETS: dict[str, Callable[[Trained, torch.dtype], Layout]] = {
     "vision": parts.vision,
     "projector": parts.projector,
 }
-PLAN, REPORT = ".plan.json", "export_report.json"
+REPORT = "export_report.json"
 SMALL_FILES = 64 * 1024**2  # room for tokenizer, configurations and the probe
 
 
@@ -61,6 +71,7 @@ def export(
         merge_base: over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
         with_base: of ``peft``, one adapter over a base LLaVA written beside it.
         llm, vision_tower: where the base is now, if not where it was when the run was trained.
+        overwrite: replace an export, as it was written, that is there.
         prove: reopen each folder with stock libraries in a fresh process and compare it with the run.
 
     Returns:
@@ -70,38 +81,44 @@ def export(
         Refusal: before anything is written: no run, no valid checkpoint, another or changed base, a folder exists,
             too little disk or memory, a format that the run does not have. Then: E-DISK; K-PROOF.
     """
-    output = Path(output)
     _check_flags(formats, with_base, merge_base)
-    folders = {name: output if len(formats) == 1 else output / name for name in formats}
-    for folder in folders.values():
-        if folder.exists() and not overwrite:
-            raise Refusal(
-                "C-OUTPUT", "already exists", file=folder, key="--output_dir", fix="choose another, or --overwrite"
-            )
-        if folder.exists() and not (folder / EXPORT).is_file():
-            raise Refusal(
-                "C-OUTPUT", "not an export: nothing is deleted here", file=folder, key="--output_dir",
-                expected=f"{EXPORT} in it", fix="choose another",
-            )  # fmt: skip
-    trained = open_trained(run, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
-    dtype = dtype or trained.llm_config.dtype or torch.float32
-    layouts = {}
-    for name in formats:
-        target = peft_adapters.with_base if name == "peft" and with_base else TARGETS[name]
-        layouts[name] = target(trained, dtype)
-    _check_disk(output, [weights.total_size for layout in layouts.values() for weights in layout.weights])
-    prover = functools.partial(proof.prove, mapped=mapped_weights.needed(trained, dtype)) if prove else None
-    for name, layout in layouts.items():
-        kind = "peft with base" if name == "peft" and with_base else name
-        _write(trained, kind, layout, dtype, folders[name], prover)
+    folders = {name: Path(output) if len(formats) == 1 else Path(output) / name for name in formats}
+    places = {name: folder.resolve() for name, folder in folders.items()}  # through a link: what it points to
+    inputs = _inputs(Path(run), read_run(run)["settings"]["model"], llm, vision_tower)
+    for folder in places.values():
+        check_folder(folder, overwrite)
+        check_inputs(folder, inputs)
+    with ExitStack() as stack:
+        for folder in places.values():
+            stack.enter_context(locked(folder))
+            check_folder(folder, overwrite)  # as the last holder of the lock left it
+        checkpoint = stack.enter_context(held_checkpoint(Path(run), next(iter(places.values()))))
+        trained = open_trained(run, checkpoint=checkpoint, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
+        dtype = dtype or trained.llm_config.dtype or torch.float32
+        layouts = {}
+        for name in formats:
+            kind = "peft with base" if name == "peft" and with_base else name
+            layouts[name] = kind, (peft_adapters.with_base if kind != name else TARGETS[name])(trained, dtype)
+        sizes = [weights.total_size for _, layout in layouts.values() for weights in layout.weights]
+        _check_disk(list(places.values()), sizes)
+        prover = functools.partial(proof.prove, mapped=mapped_weights.needed(trained, dtype)) if prove else None
+        for name, (kind, layout) in layouts.items():
+            _write(trained, kind, layout, dtype, places[name], prover)
     return folders
+
+
+def _inputs(run: Path, parts: dict, llm: str | Path | None, vision_tower: str | None) -> list[str | Path]:
+    """What the export reads: the run, its base as it was trained, and where that is now."""
+    towers = [str(tower) for tower in (parts["vision_tower"], vision_tower) if tower]
+    towers = [tower.partition("@")[2] if tower.startswith(OPEN_CLIP) else tower for tower in towers]
+    others = [parts["model_name_or_path"], parts["pretrain_mm_mlp_adapter"], llm]
+    return [run, *(path for path in [*others, *towers] if path)]
 
 
 def _write(
     trained: Trained, kind: str, layout: Layout, dtype: torch.dtype, folder: Path, prove: Callable[..., dict] | None
 ) -> None:
-    staging = folder.with_name(f".{folder.name}.staging")
-    _open_staging(staging, _plan(trained, kind, layout, dtype))
+    staging = open_staging(folder, _plan(trained, kind, layout, dtype))
     write_weights(staging, layout.weights)
     layout.finish(staging)
     if prove is None:
@@ -126,7 +143,7 @@ def _write(
     write_json(staging / EXPORT, facts)
     (staging / PLAN).unlink()
     write_manifest(staging, {"format": kind, "proof": report["proof"]})
-    _publish(staging, folder)
+    publish(staging, folder)
 
 
 def _check_flags(formats: Sequence[str], with_base: bool, merge_base: str) -> None:
@@ -143,15 +160,10 @@ def _check_flags(formats: Sequence[str], with_base: bool, merge_base: str) -> No
         )  # fmt: skip
 
 
-def _check_disk(output: Path, sizes: list[int]) -> None:
+def _check_disk(places: list[Path], sizes: list[int]) -> None:
     """Refuse before the first byte what would not fit, counting what an earlier call already wrote."""
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    staged = [
-        *output.parent.glob(f".{output.name}.staging/**/*.safetensors"),
-        *output.glob(".*.staging/**/*.safetensors"),
-    ]
+    place = places[0].parent
+    staged = [file for folder in places for file in staging_of(folder).glob("**/*.safetensors")]
     need = sum(sizes) + SMALL_FILES - sum(path.stat().st_size for path in staged)
     have = shutil.disk_usage(place).free
     if need > have:
@@ -176,30 +188,3 @@ def _plan(trained: Trained, kind: str, layout: Layout, dtype: torch.dtype) -> di
             for file, tensors in weights.files().items()
         },
     }
-
-
-def _open_staging(staging: Path, plan: dict) -> None:
-    """Keep what an earlier call with the same plan finished; delete anything else."""
-    if staging.is_dir():
-        try:
-            same = json.loads((staging / PLAN).read_text(encoding="utf-8")) == plan
-        except (OSError, ValueError):
-            same = False
-        if same:
-            done = sum(1 for file in plan["files"] if (staging / file.lstrip("/")).is_file())
-            print(f"going on: {done} of {len(plan['files'])} weight files are there", flush=True)
-            return
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    write_json(staging / PLAN, plan)
-
-
-def _publish(staging: Path, folder: Path) -> None:
-    """One rename; an old folder goes only when the new one is complete."""
-    trash = folder.with_name(f".{folder.name}.trash")
-    shutil.rmtree(trash, ignore_errors=True)
-    if folder.exists():
-        os.rename(folder, trash)
-    os.rename(staging, folder)
-    fsync(folder.parent)
-    shutil.rmtree(trash, ignore_errors=True)

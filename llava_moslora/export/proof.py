@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -152,7 +153,12 @@ def _logits(answerer: Answerer, questions: list[Question]) -> list[Tensor]:
 def _load(trained: Trained, bits: int, mapped: bool) -> Answerer:
     stored = trained.llm_config.dtype if mapped and bits == 16 else None
     answerer = load_run(
-        trained.run, llm=trained.llm_folder, vision_tower=trained.vision_spec, bits=bits, llm_dtype=stored
+        trained.run,
+        checkpoint=trained.checkpoint,
+        llm=trained.llm_folder,
+        vision_tower=trained.vision_spec,
+        bits=bits,
+        llm_dtype=stored,
     )
     if stored is not None:
         inner = _inner(answerer)
@@ -213,13 +219,20 @@ def _reopened(folder: Path) -> dict[str, Tensor]:
     """What ``reopen.py`` found in a fresh process.
 
     Raises:
-        Refusal: K-PROOF, stock libraries cannot open the export.
+        Refusal: K-PROOF, stock libraries cannot open the export; E-DISK, E-MEMORY.
     """
     output = folder / PROBE / ".found.safetensors"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     command = [sys.executable, str(folder / PROBE / "reopen.py"), "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
+        if "No space left on device" in done.stderr:
+            raise Refusal("E-DISK", "the disk is full", file=output, fix="free space, then start again")
+        if done.returncode == -signal.SIGKILL:
+            raise Refusal(
+                "E-MEMORY", "the process of the proof was killed, as the system does for lack of memory", file=folder,
+                fix="--no_proof, or export on a larger machine",
+            )  # fmt: skip
         raise Refusal(
             "K-PROOF", "stock libraries cannot open the export", file=folder,
             found=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}",
@@ -230,11 +243,38 @@ def _reopened(folder: Path) -> dict[str, Tensor]:
     return found
 
 
+def _check_numbers(trained: Trained, expected: list[dict], as_trained: list[Tensor], found: dict[str, Tensor]) -> None:
+    """Refuse numbers that a comparison passes without comparing: NaN and Inf, and nothing but zeros.
+
+    Raises:
+        Refusal: K-PROOF
+    """
+    sides = [("the run as trained", "logits", logits) for logits in as_trained]
+    for row in expected:
+        sides += [("the merged run", key, value) for key, value in row.items() if value.is_floating_point()]
+    sides += [("the export", key.split(".")[0], t) for key, t in found.items() if t.is_floating_point()]
+    for side, key, value in sides:
+        if value.isfinite().all() and value.any():
+            continue
+        raise Refusal(
+            "K-PROOF", "the values to compare are not finite, or all zero", file=trained.run, key=key,
+            found=f"{_described(value)} from {side}", expected="finite values, not all zero",
+            fix="export an earlier checkpoint, and look for NaN and Inf in the base and in metrics.jsonl",
+        )  # fmt: skip
+
+
+def _described(value: Tensor) -> str:
+    if value.isnan().any():
+        return f"{int(value.isnan().sum())} NaN of {value.numel()}"
+    return f"{int(value.isinf().sum())} Inf of {value.numel()}" if value.isinf().any() else f"{value.numel()} zeros"
+
+
 def _compare(trained, layout, expected, as_trained, found, dtype) -> dict:
     largest = {"logits": 0.0, "features": 0.0, "projected": 0.0}
     worst = dict.fromkeys(largest, 0.0)
     compared, same = set(), {"ids": True, "answer": True}
     from_run = None
+    _check_numbers(trained, expected, as_trained, found)
     for number, row in enumerate(expected):
         for key, value in row.items():
             there = found.get(f"{key}.{number}")

@@ -22,14 +22,14 @@ from llava_moslora.data.conversation import stop_token_ids
 from llava_moslora.data.tokenizer import load_tokenizer
 from llava_moslora.errors import Refusal
 from llava_moslora.export.streaming import Planned
-from llava_moslora.inference.load import newest_checkpoint
+from llava_moslora.inference.load import check_base, newest_checkpoint
 from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, mean_row
 from llava_moslora.models.llm import read_llm_config, read_llm_tensors, sketch_llm
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.tensors import Stored, read_tensor_file
 from llava_moslora.models.vision import load_vision_tower
-from llava_moslora.runs.manifest import MANIFEST, read_manifest
-from llava_moslora.runs.record import TOKENIZER, fingerprint, read_run
+from llava_moslora.runs.manifest import stated
+from llava_moslora.runs.record import TOKENIZER, read_run
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -182,13 +182,15 @@ class _Dequantised:
 def open_trained(
     run: str | Path,
     *,
+    checkpoint: Path | None = None,
     llm: str | Path | None = None,
     vision_tower: str | None = None,
     merge_base: str = ORIGINAL,
 ) -> Trained:
-    """Open the newest valid checkpoint of ``run``, a training's ``--output_dir``.
+    """Open a checkpoint of ``run``, a training's ``--output_dir``.
 
     Args:
+        checkpoint: whose files were verified; None: the newest valid one.
         llm, vision_tower: where the base is now, if not where it was when the run was trained.
         merge_base: for a run over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
 
@@ -204,18 +206,13 @@ def open_trained(
             "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
             expected=ORIGINAL, fix="leave the flag out",
         )  # fmt: skip
-    checkpoint = newest_checkpoint(run)
-    manifest = read_manifest(checkpoint)
+    checkpoint = checkpoint or newest_checkpoint(run)
+    manifest = stated(checkpoint)
     llm_folder, spec = Path(llm or parts["model_name_or_path"]), str(vision_tower or parts["vision_tower"])
     llm_config = read_llm_config(llm_folder)
-    if missing := [part for part in ("llm", "vision_tower", "data") if part not in manifest]:
-        raise Refusal(
-            "K-MANIFEST", "the checkpoint does not say which base it belongs to", file=checkpoint / MANIFEST,
-            key=missing[0], fix="use a checkpoint that scripts/train_vit_llm.py wrote",
-        )  # fmt: skip
-    _check_base(llm_folder, manifest["llm"], "--model_name_or_path")
+    check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
     tower, preprocessor = load_vision_tower(spec, torch.float32)
-    _check_base(spec, manifest["vision_tower"], "--vision_tower")
+    check_base(spec, checkpoint, "vision_tower", "--vision_tower")
     adapter, projector = _read_checkpoint(checkpoint, tower.config.hidden_size, llm_config.hidden_size)
     return Trained(
         run=run,
@@ -249,19 +246,6 @@ def alone(module: str) -> str:
 
 def _tower_of(module: str) -> str:
     return VISION if module.startswith(VISION + ".") else LLM
-
-
-def _check_base(source: str | Path, recorded: dict[str, str], flag: str) -> None:
-    """Refuse a base whose configuration or weight files are not those that the run was trained on."""
-    now = fingerprint(source)
-    matter = [name for name in recorded.keys() | now.keys() if name == "config.json" or not name.endswith(".json")]
-    if differing := sorted(name for name in matter if recorded.get(name) != now.get(name)):
-        name = differing[0]
-        raise Refusal(
-            "K-BASE", "not the base that this run was trained on, or changed since", file=f"{source}/{name}", key=flag,
-            found=now.get(name, "no such file"), expected=recorded.get(name, "no such file"),
-            fix=f"give the run's own base as {flag}",
-        )  # fmt: skip
 
 
 def _check_fit(updates: dict[str, StoredLowRank], plan: list[Planned], checkpoint: Path) -> None:

@@ -75,7 +75,8 @@ def write_weights(root: Path, all_weights: list[Weights]) -> None:
     """Write all weights below ``root``, with an index beside shards; files that are already there are complete.
 
     Raises:
-        Refusal: E-DISK, the disk is full; what was finished stays for the next call.
+        Refusal: E-DISK, the disk is full; what was finished stays for the next call. K-NONFINITE, a tensor would hold
+            NaN or Inf.
     """
     total = sum(weights.total_size for weights in all_weights)
     with tqdm(total=total, unit="B", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
@@ -118,6 +119,9 @@ def _write_file(file: Path, tensors: list[Planned], dtype: torch.dtype, bar: tqd
                     bar.update(rows.nbytes)
             out.flush()
         fsync(partial)
+    except Refusal:
+        partial.unlink(missing_ok=True)
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -130,14 +134,54 @@ def _write_file(file: Path, tensors: list[Planned], dtype: torch.dtype, bar: tqd
 
 
 def merged(planned: Planned, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensor in blocks along its first dimension: W + s·B·W_mixer·A in float32, rounded once to ``dtype``."""
+    """The tensor in blocks along its first dimension: W + s·B·W_mixer·A in float32, rounded once to ``dtype``.
+
+    Raises:
+        Refusal: K-NONFINITE, the tensor would hold NaN or Inf.
+    """
     base = planned.read()
     assert tuple(base.shape) == planned.shape, f"{planned.name} was announced as {planned.shape}, is {base.shape}"
     update = None if planned.update is None else planned.update()
     step = max(1, BLOCK // max(1, math.prod(planned.shape[1:])))
     for begin in range(0, len(base), step):
-        rows = base[begin : begin + step]
+        stored = rows = base[begin : begin + step]
         if update is not None:
             part = LowRank(update.a, None, update.b[begin : begin + step], update.scaling)
             rows = merge(rows.float(), part)
-        yield rows.to(dtype).contiguous()
+        rounded = rows.to(dtype).contiguous()
+        check_finite(planned.name, stored, update, rows, rounded)
+        yield rounded
+
+
+def check_finite(name: str, stored: Tensor, update: LowRank | None, rows: Tensor, rounded: Tensor) -> None:
+    """Refuse rows of the tensor ``name`` that hold NaN or Inf, and say where these come from.
+
+    Args:
+        stored: the rows as the base (or, of factors that are not merged, the adapter) has them.
+        update: what is added to them.
+        rows: their sum. rounded: the same in the dtype of the export.
+
+    Raises:
+        Refusal: K-NONFINITE
+    """
+    if rounded.isfinite().all():
+        return
+    if not stored.isfinite().all():
+        where = "in the adapter" if ".lora_" in name else "in the base or the projector"
+        found, fix = f"{_not_finite(stored)} {where}", "download the base again, or export an earlier checkpoint"
+    elif update is not None and not (update.a.isfinite().all() and update.b.isfinite().all()):
+        value = _not_finite(update.a if not update.a.isfinite().all() else update.b)
+        found, fix = f"{value} in the adapter", "export an earlier checkpoint, and see metrics.jsonl for where it began"
+    elif not rows.isfinite().all():
+        found, fix = "an adapter too large to be added in float32", "export an earlier checkpoint"
+    else:
+        kind = str(rounded.dtype).removeprefix("torch.")
+        found = f"{rows.abs().max().item():.4g}, above the {torch.finfo(rounded.dtype).max:.4g} of {kind}"
+        fix = f"--dtype {'float32' if rounded.dtype == torch.bfloat16 else 'bfloat16'}"
+    raise Refusal("K-NONFINITE", "a tensor is not finite", key=name, found=found, expected="finite numbers", fix=fix)
+
+
+def _not_finite(tensor: Tensor) -> str:
+    """The first value of ``tensor`` that is not finite, as a word."""
+    value = tensor[~tensor.isfinite()][0].item()
+    return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"

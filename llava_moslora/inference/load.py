@@ -16,10 +16,13 @@ from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import ADAPTER_NAME, assemble, tokens_per_picture
 from llava_moslora.models.llava_folder import is_llava_folder
+from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.tensors import read_json
+from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs import publish
-from llava_moslora.runs.record import RUN, TOKENIZER, read_run
+from llava_moslora.runs.manifest import MANIFEST, stated
+from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, fingerprint, read_run
 
 EXPORT = "export.json"  # beside an export's weights: what it is an export of
 
@@ -42,7 +45,7 @@ def newest_checkpoint(run: Path) -> Path:
     """The newest valid checkpoint of a run.
 
     Raises:
-        Refusal: the run has none.
+        Refusal: the run has none, or the newest is not this run's own: renamed, or of another seed.
     """
     checkpoint, passed_over = publish.newest_valid(run)
     if checkpoint is None:
@@ -53,7 +56,37 @@ def newest_checkpoint(run: Path) -> Path:
             found="; ".join(r.line() for r in passed_over) or "none at all",
             fix="let the training reach its first --save_steps, or its end",
         )
+    check_seed(read_run(run), checkpoint, stated(checkpoint))
     return checkpoint
+
+
+def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None = None) -> None:
+    """Refuse a base whose configuration or weight files are not those that ``checkpoint`` was trained on: another model
+    of the same shape runs as well, and answers otherwise.
+
+    Args:
+        part: of the base, as the manifest calls it: ``llm``, ``vision_tower`` or ``projector``.
+        flag: by which the user chose ``source``; None: run.json names it.
+
+    Raises:
+        Refusal: K-BASE; K-MANIFEST, the checkpoint does not say what it was trained on.
+    """
+    manifest = stated(checkpoint)
+    if part not in manifest:
+        raise Refusal(
+            "K-MANIFEST", "the checkpoint does not say which base it belongs to", file=checkpoint / MANIFEST,
+            key=part, fix="use a checkpoint that scripts/train_vit_llm.py wrote",
+        )  # fmt: skip
+    recorded, now = manifest[part], fingerprint(source)
+    matter = [name for name in recorded.keys() | now.keys() if name == "config.json" or not name.endswith(".json")]
+    if differing := sorted(name for name in matter if recorded.get(name) != now.get(name)):
+        name = differing[0]
+        file = source if str(source).endswith(f"/{name}") else f"{source}/{name}"
+        raise Refusal(
+            "K-BASE", "not the base that this run was trained on, or changed since", file=file, key=flag,
+            found=now.get(name, "no such file"), expected=recorded.get(name, "no such file"),
+            fix=f"give the run's own base as {flag}" if flag else "put the run's own base there",
+        )  # fmt: skip
 
 
 def load_run(
@@ -61,6 +94,7 @@ def load_run(
     *,
     dtype: torch.dtype = torch.float32,
     trained: bool = True,
+    checkpoint: Path | None = None,
     llm: str | Path | None = None,
     vision_tower: str | None = None,
     bits: int | None = None,
@@ -70,18 +104,34 @@ def load_run(
 
     Args:
         run: the ``--output_dir`` of a training.
-        trained: with its newest valid checkpoint; False: as it was before the first step.
+        trained: with ``checkpoint``; False: as it was before the first step.
+        checkpoint: whose files were verified; None: the newest valid one.
         llm, vision_tower: where the base is now, if not where it was.
         bits: 16 or 4, if the LLM shall be loaded otherwise than it was trained.
         llm_dtype: of the LLM's own weights, if not ``dtype``; weights that are stored in it stay mapped.
+
+    Raises:
+        Refusal: no run, no valid checkpoint; K-BASE, the base is not the one that the run was trained on.
     """
     run = Path(run)
     settings = read_run(run)["settings"]
     parts = settings["model"]
+    llm, vision_tower = llm or parts["model_name_or_path"], vision_tower or parts["vision_tower"]
+    if trained:
+        checkpoint = checkpoint or newest_checkpoint(run)
+    elif checkpoint is None:  # whichever: all say which base the run began from; before the first there is none to ask
+        checkpoint = next((c for c in publish.checkpoints(run) if (c / MANIFEST).is_file()), None)
+    if checkpoint is not None:
+        read_llm_config(llm)  # a folder that is gone is told as such
+        check_base(llm, checkpoint, "llm")
+        read_vision_config(vision_tower)
+        check_base(vision_tower, checkpoint, "vision_tower")
+        if not trained and parts["pretrain_mm_mlp_adapter"]:
+            check_base(parts["pretrain_mm_mlp_adapter"], checkpoint, "projector")
     tokenizer = load_tokenizer(run / TOKENIZER)
     model, preprocessor = assemble(
-        llm or parts["model_name_or_path"],
-        vision_tower or parts["vision_tower"],
+        llm,
+        vision_tower,
         None if trained else parts["pretrain_mm_mlp_adapter"],  # every checkpoint holds the whole projector
         tokenizer=tokenizer,
         image_token_id=image_token_id(tokenizer),
@@ -90,7 +140,7 @@ def load_run(
         llm_dtype=llm_dtype,
     )
     if trained:
-        model = _with_checkpoint(model, newest_checkpoint(run), dtype)
+        model = _with_checkpoint(model, checkpoint, dtype)
     data = settings["data"]
     transform = ImageTransform.from_settings(preprocessor, data["image_aspect_ratio"], data.get("image_engine", "pil"))
     return Answerer(model.eval(), tokenizer, parts["version"], transform)

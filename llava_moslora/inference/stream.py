@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from llava_moslora.data.conversation import stop_token_ids
+from llava_moslora.errors import Refusal
 from llava_moslora.inference.generate import Question, batch
 from llava_moslora.inference.load import Answerer
 
@@ -24,8 +26,9 @@ def stream(
         temperature: 0: greedy; else sampled at it, from the smallest set of tokens of probability ``top_p``.
 
     Raises:
-        Refusal: as ``answer``. An iterator that is closed early stops the generation.
+        Refusal: as ``answer`` and :func:`check_sampling`. An iterator that is closed early stops the generation.
     """
+    check_sampling(max_new_tokens, temperature, top_p)
     inputs = batch(answerer, [question])
     pieces: queue.SimpleQueue = queue.SimpleQueue()
     stopped = threading.Event()
@@ -69,6 +72,20 @@ def stream(
     finally:
         stopped.set()
         thread.join()
+
+
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """
+    Raises:
+        Refusal: C-FLAG, one of them is out of its range.
+    """
+    for name, value, holds, expected in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 or above"),
+        ("top_p", top_p, 0 < top_p <= 1, "above 0, at most 1"),
+    ):
+        if not holds:  # also of NaN
+            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=expected)
 
 
 class _Pieces(BaseStreamer):

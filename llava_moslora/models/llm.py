@@ -49,6 +49,7 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
             fix="check the path, or download the model first: nothing is fetched at run time",
         )
     raw = read_json(file)
+    _generation_config(folder)
     if raw.get("quantization_config") is not None:
         raise Refusal(
             "C-MODEL",
@@ -78,6 +79,20 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
     return config
 
 
+def longest_text(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which the LLM knows positions, ``None`` where its configuration does not tell.
+
+    ``max_position_embeddings``, or more where positions are scaled and the configuration states the length before
+    scaling, as Vicuna-16k's and Qwen2.5's with YaRN do; LLaMA-3.1's states the length after it.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    factor = rope.get("factor")
+    if not isinstance(limit, int) or not isinstance(factor, int | float) or rope.get("rope_type") == "default":
+        return limit if isinstance(limit, int) else None
+    return max(limit, int(factor * (rope.get("original_max_position_embeddings") or limit)))
+
+
 def _model_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel]:
     """The causal LM of ``config``, which must have the two parts that LLaVA takes: ``model`` and ``lm_head``."""
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -88,6 +103,18 @@ def _model_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel]:
             fix="check --model_name_or_path",
         )  # fmt: skip
     return found
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    read_json(file)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # transformers checks the values with several kinds of errors of its own
+        fix = "download it again, or take the file away: then the library's defaults count"
+        raise Refusal("K-CONFIG", "not a generation config", file=file, found=error, fix=fix) from error
 
 
 def sketch_llm(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
@@ -154,14 +181,13 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
     as_kept = quantization is None and not is_deepspeed_zero3_enabled()
     for name, stored in read_llm_tensors(folder, config).items():
         tensors[name] = stored.read().to(dtype) if as_kept else stored.read()
-    generation = folder / "generation_config.json"
     llm, info = _model_class(config, folder).from_pretrained(
         None,
         config=config,
         state_dict=tensors,
         dtype=dtype,
         quantization_config=quantization,
-        generation_config=GenerationConfig.from_pretrained(folder) if generation.is_file() else None,
+        generation_config=_generation_config(folder),
         output_loading_info=True,
     )
     llm.config.name_or_path = str(folder)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from llava_moslora.errors import Refusal
-from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, processor_settings
+from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, check_settings, processor_settings
 from llava_moslora.models.tensors import read_json, read_tensor_file
 
 PREFIX = "open_clip:"
@@ -140,7 +140,7 @@ def preprocessing(preprocess_cfg: Mapping[str, Any], image_size: int, source: Pa
     """open_clip's ``mean``, ``std``, ``interpolation``, ``resize_mode`` (its defaults where absent) as CLIP's settings.
 
     Raises:
-        Refusal: K-PROCESSOR, a way of resizing that CLIP's preprocessing does not know.
+        Refusal: K-PROCESSOR, a way of resizing that CLIP's preprocessing does not know, or numbers that are none.
     """
     constants = _import_open_clip().constants
     mode = preprocess_cfg.get("resize_mode") or "shortest"
@@ -150,12 +150,13 @@ def preprocessing(preprocess_cfg: Mapping[str, Any], image_size: int, source: Pa
     std = preprocess_cfg.get("std") or constants.OPENAI_DATASET_STD
     mean, std = (list(v) if isinstance(v, list | tuple) else [v] * 3 for v in (mean, std))
     square = {"height": image_size, "width": image_size}
-    if mode == "squash":
-        return processor_settings(size=square, crop=None, mean=mean, std=std, resample=resample)
-    if mode != "shortest":
+    if mode not in ("shortest", "squash"):
         what = "this way of resizing pictures cannot be written as CLIP's preprocessing"
         raise Refusal("K-PROCESSOR", what, file=source, key="resize_mode", found=mode, expected="shortest or squash")
-    return processor_settings(size={"shortest_edge": image_size}, crop=square, mean=mean, std=std, resample=resample)
+    size, crop = (square, None) if mode == "squash" else ({"shortest_edge": image_size}, square)
+    settings = processor_settings(size=size, crop=crop, mean=mean, std=std, resample=resample)
+    check_settings(settings, source)
+    return settings
 
 
 def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:

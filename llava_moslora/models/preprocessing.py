@@ -1,10 +1,12 @@
 """How pictures become a vision tower's input, in full and in today's spelling, as ``preprocessor_config.json`` has it.
 
-Mean, standard deviation, size and interpolation come from where the tower came from; nothing is guessed.
+Mean, standard deviation, size and interpolation come from where the tower came from; nothing is guessed, and what
+training would not do as the settings have it is refused by name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,46 @@ KINDS = {
     **{f"Llava{name}": CLIP_PROCESSOR for name in PROCESSOR_NAMES},
     **{f"Siglip{name}": SIGLIP_PROCESSOR for name in PROCESSOR_NAMES},
 }
+LARGEST_SIDE = 4096  # pixels: far above any tower's; a picture scaled to it takes 50 MB, and to 10**6 the whole machine
+FIX = "copy the file from where the tower came from"
+
+
+def _is_number(value: object, lowest: float, highest: float = 1e6) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= highest
+
+
+def _are_three(value: object, lowest: float, highest: float = 1e6) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(_is_number(v, lowest, highest) for v in value)
+
+
+def _is_side(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_SIDE
+
+
+def _is_size(value: object) -> bool:
+    sides = {key: side for key, side in value.items() if side is not None} if isinstance(value, dict) else {}
+    return set(sides) in ({"shortest_edge"}, {"height", "width"}) and all(map(_is_side, sides.values()))
+
+
+ON = "true, as training does it in any case"
+SIZES = f"side lengths in whole pixels up to {LARGEST_SIDE}"
+RULES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "do_resize": (lambda v: v is True, ON),
+    "do_rescale": (lambda v: v is True, ON),
+    "do_normalize": (lambda v: v is True, ON),
+    "do_center_crop": (lambda v: isinstance(v, bool), "true or false"),
+    "do_convert_rgb": (lambda v: isinstance(v, bool), "true or false"),
+    "size": (_is_size, f"shortest_edge, or height and width: {SIZES}"),
+    "crop_size": (_is_size, f"height and width: {SIZES}"),
+    "resample": (lambda v: type(v) is int and 0 <= v <= 5, "Pillow's number of a filter, 0 to 5"),
+    "rescale_factor": (lambda v: _is_number(v, 1e-6), "a number above 0, usually 1/255"),
+    "image_mean": (lambda v: _are_three(v, 0, 1), "three numbers from 0 to 1"),
+    "image_std": (lambda v: _are_three(v, 1e-6), "three numbers above 0"),
+}
 
 
 def processor_settings(
-    size: dict, crop: dict | None, mean: list, std: list, resample: int, kind: str = CLIP_PROCESSOR
+    size: dict, crop: dict | None, mean: list | None, std: list | None, resample: int, kind: str = CLIP_PROCESSOR
 ) -> dict[str, Any]:
     """The settings of an image processor of ``kind``; without ``crop`` nothing is cut off."""
     return {
@@ -38,8 +76,8 @@ def processor_settings(
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(mean),
-        "image_std": list(std),
+        "image_mean": mean,
+        "image_std": std,
     }
 
 
@@ -47,8 +85,8 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     """The preprocessing that ``folder`` holds; it must yield pictures of ``image_size`` × ``image_size``.
 
     Raises:
-        Refusal: K-MISSING, K-JSON; K-PROCESSOR, neither CLIP's nor SigLIP's preprocessing, incomplete, or of another
-            size.
+        Refusal: K-MISSING, K-JSON; K-PROCESSOR, neither CLIP's nor SigLIP's preprocessing, incomplete, of another
+            size, or something that training would not do.
     """
     file = folder / "preprocessor_config.json"
     if file.is_file():
@@ -56,36 +94,53 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     elif (folder / "processor_config.json").is_file():  # where transformers 5 puts it for a CLIPModel
         file = folder / "processor_config.json"
         raw = read_json(file).get("image_processor") or {}
+        if not isinstance(raw, dict):
+            raise Refusal("K-PROCESSOR", "not an object", file=file, key="image_processor", found=raw, fix=FIX)
     else:
         fix = "copy the file from where the tower came from; mean, std and size are not guessed"
         raise Refusal("K-MISSING", "the tower's preprocessing is not there", file=file, fix=fix)
     named = raw.get("image_processor_type", raw.get("feature_extractor_type", CLIP_PROCESSOR))
-    own = "copy the file from where the tower came from"
-    if (kind := KINDS.get(named)) is None:
-        where = {"file": file, "key": "image_processor_type", "fix": own}
+    if (kind := KINDS.get(named) if isinstance(named, str) else None) is None:
+        where = {"file": file, "key": "image_processor_type", "fix": FIX}
         what = "neither CLIP's nor SigLIP's preprocessing"
         raise Refusal("K-PROCESSOR", what, **where, found=named, expected=f"{CLIP_PROCESSOR} or {SIGLIP_PROCESSOR}")
-    for key in ("image_mean", "image_std"):
-        values = raw.get(key)
-        if not (isinstance(values, list) and len(values) == 3 and all(isinstance(v, int | float) for v in values)):
-            where = {"file": file, "key": key, "fix": own}
-            raise Refusal("K-PROCESSOR", "not usable", **where, found=values, expected="three numbers")
+    processor = _complete(raw, kind)
+    check_settings(processor, file)
+    result = processor["crop_size"] if processor["do_center_crop"] else processor["size"]
+    if (result.get("height"), result.get("width")) != (image_size, image_size):
+        where = {"file": file, "key": "crop_size" if processor["do_center_crop"] else "size", "fix": FIX}
+        what = "the pictures would not have the tower's size"
+        raise Refusal("K-PROCESSOR", what, **where, found=result, expected=f"{image_size}×{image_size}")
+    return processor
+
+
+def _complete(raw: dict[str, Any], kind: str) -> dict[str, Any]:
+    """``raw`` in today's spelling, with CLIP's and SigLIP's defaults; its values are not yet checked."""
     crops = kind == CLIP_PROCESSOR if raw.get("do_center_crop") is None else raw["do_center_crop"]
-    size, crop = raw.get("size", 224), (raw.get("crop_size") or 224) if crops else None
+    size, crop = (raw.get("size") or 224), (raw.get("crop_size") or 224) if crops else None
     if isinstance(size, int):
         size = {"shortest_edge": size} if kind == CLIP_PROCESSOR else {"height": size, "width": size}
     processor = processor_settings(
         kind=kind,
         size=size,
         crop={"height": crop, "width": crop} if isinstance(crop, int) else crop,
-        mean=raw["image_mean"],
-        std=raw["image_std"],
-        resample=raw.get("resample", BICUBIC),
+        mean=raw.get("image_mean"),
+        std=raw.get("image_std"),
+        resample=BICUBIC if raw.get("resample") is None else raw["resample"],
     )
-    processor |= {key: raw[key] for key in processor if key.startswith(("do_", "rescale")) and raw.get(key) is not None}
-    result = processor["crop_size"] if processor["do_center_crop"] else processor["size"]
-    if (result.get("height"), result.get("width")) != (image_size, image_size):
-        where = {"file": file, "key": "crop_size" if processor["do_center_crop"] else "size", "fix": own}
-        what = "the pictures would not have the tower's size"
-        raise Refusal("K-PROCESSOR", what, **where, found=result, expected=f"{image_size}×{image_size}")
-    return processor
+    return processor | {
+        key: raw[key] for key in processor if key.startswith(("do_", "rescale")) and raw.get(key) is not None
+    }
+
+
+def check_settings(processor: dict[str, Any], source: Path) -> None:
+    """Refuse complete settings that training would not follow, or could not.
+
+    Raises:
+        Refusal: K-PROCESSOR, with the key.
+    """
+    for key, (is_good, expected) in RULES.items():
+        if key in processor and not is_good(processor[key]):
+            raise Refusal(
+                "K-PROCESSOR", "not usable", file=source, key=key, found=processor[key], expected=expected, fix=FIX
+            )

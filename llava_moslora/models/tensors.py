@@ -68,6 +68,8 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Refusal("K-MISSING", "no such file", file=file, fix="download it, or check the path") from error
+    except OSError as error:
+        raise Refusal("K-MISSING", "cannot be read", file=file, found=error.strerror, fix="mend its rights") from error
     except (ValueError, RecursionError) as error:
         raise Refusal("K-JSON", "not JSON", file=file, found=error, fix=AGAIN) from error
     if not isinstance(value, dict):

@@ -52,16 +52,32 @@ def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> t
     Raises:
         Refusal: as :func:`read_vision_config`; a file is missing or damaged; not exactly the tower's tensors.
     """
+    settings = read_picture_settings(spec)  # refused before a weight is read
     spec = str(spec)
     if spec.startswith(open_clip.PREFIX):
         model_cfg, preprocess_cfg, weights = open_clip.find_source(spec)
         return from_open_clip(model_cfg, open_clip.read_visual_tensors(weights), preprocess_cfg, dtype, source=weights)
     folder, config = Path(spec), _folder_config(Path(spec))
-    whole = llava_folder.is_llava_folder(folder)
-    settings = read_preprocessing(llava_folder.tower_description(folder) if whole else folder, config.image_size)
-    found = llava_folder.read_parts(folder).vision if whole else read_tensor_folder(folder)
+    found = (
+        llava_folder.read_parts(folder).vision if llava_folder.is_llava_folder(folder) else read_tensor_folder(folder)
+    )
     kept = {name.removeprefix("vision_model."): s for name, s in found.items() if not NOT_VISION.match(name)}
     return _build(config, kept, folder, dtype), settings
+
+
+def read_picture_settings(spec: str | Path) -> dict[str, Any]:
+    """How pictures are prepared for the tower that ``spec`` names; no weight is read.
+
+    Raises:
+        Refusal: as :func:`read_vision_config`; settings that are missing, or that training would not follow.
+    """
+    spec = str(spec)
+    if spec.startswith(open_clip.PREFIX):
+        model_cfg, preprocess_cfg, weights = open_clip.find_source(spec)
+        return open_clip.preprocessing(preprocess_cfg, open_clip.tower_config(model_cfg, weights).image_size, weights)
+    folder, config = Path(spec), _folder_config(Path(spec))
+    whole = llava_folder.is_llava_folder(folder)
+    return read_preprocessing(llava_folder.tower_description(folder) if whole else folder, config.image_size)
 
 
 def read_vision_config(spec: str | Path) -> PreTrainedConfig:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import distributed
 
 from llava_moslora.errors import Refusal
-from llava_moslora.runs.manifest import MANIFEST, fsync, read_manifest, write_manifest
+from llava_moslora.runs.manifest import MANIFEST, fsync, read_manifest, stated, write_manifest
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -50,7 +50,8 @@ def publish(target: Path, write: Callable[[Path], None], facts: Callable[[], dic
     """Make ``target``, a folder, appear at once with everything ``write`` put into it. Collective.
 
     Args:
-        target: the final folder. If it is already there and whole, nothing is done.
+        target: the final folder. If it is already there and valid, nothing is done; a damaged one is replaced, once
+            everything of the new one is written.
         write: called on every rank with the staging folder; ranks write different files.
         facts: called on rank 0; JSON facts for the manifest.
 
@@ -62,13 +63,16 @@ def publish(target: Path, write: Callable[[Path], None], facts: Callable[[], dic
 
     def begin() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(target, ignore_errors=True)  # there, but damaged: a rename needs the name free
         staging.mkdir()
 
     def finish() -> None:
+        _follow_umask(staging)
         write_manifest(staging, facts())
+        damaged = _trash(target) if target.exists() else None  # a rename needs the name free
         os.rename(staging, target)
         fsync(target.parent)
+        if damaged is not None:
+            delete(damaged)
 
     if from_rank_0(rank() == 0 and is_valid(target)):
         return
@@ -102,12 +106,33 @@ def _all_or_none(action: Callable[[], None] | None, staging: Path) -> None:
     ) from failure
 
 
+def _follow_umask(folder: Path) -> None:
+    """Give every file below ``folder`` the mode that a new file gets there; safetensors' are for their owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode != mode:  # a file system without modes has nothing to change
+            path.chmod(mode & 0o777)
+
+
 def is_valid(folder: Path) -> bool:
+    """Whether the manifest and every hash verify, and a checkpoint has the name of its step."""
     try:
-        read_manifest(folder)
+        _check_name(folder, read_manifest(folder))
     except Refusal:
         return False
     return True
+
+
+def _check_name(folder: Path, manifest: dict) -> None:
+    if CHECKPOINT.fullmatch(folder.name) and manifest.get("step") != step_of(folder):
+        raise Refusal(
+            "K-STEP", "a checkpoint under the name of another step: renamed or copied", file=folder,
+            found=f"step {manifest.get('step')} in its {MANIFEST}", expected=f"step {step_of(folder)}",
+            fix=f"rename it to checkpoint-{manifest.get('step')}, or move it out of the run folder",
+        )  # fmt: skip
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -123,31 +148,66 @@ def step_of(checkpoint: Path) -> int:
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[Refusal]]:
-    """The newest checkpoint whose manifest and hashes verify, and why newer ones, left alone, were passed over."""
+    """The newest checkpoint whose manifest and hashes verify, and why newer ones, left alone, were passed over.
+
+    Raises:
+        Refusal: K-STEP, the newest one that verifies has the name of another step. No damage does that, and an older
+            one in its place would be a surprise.
+    """
     passed_over = []
     for folder in checkpoints(run):
         try:
-            read_manifest(folder)
+            manifest = read_manifest(folder)
         except Refusal as refusal:
             passed_over.append(refusal)
         else:
+            _check_name(folder, manifest)
             return folder, passed_over
     return None, passed_over
 
 
 def prune(run: Path, keep: int) -> None:
-    """Delete finished checkpoints but the newest ``keep``, at least two: the newest may yet prove damaged."""
-    finished = [folder for folder in checkpoints(run) if (folder / MANIFEST).is_file()]
-    for folder in finished[max(keep, 2) :]:
-        trash = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.trash")
-        os.rename(folder, trash)  # a half-deleted folder must never look like a checkpoint
-        shutil.rmtree(trash)
+    """Delete checkpoints but the newest ``keep`` valid ones, at least two: the newest may yet prove damaged.
+
+    A damaged checkpoint takes no valid one's place, and one whose manifest cannot be read (damaged, or written by
+    another version of this package) is left alone.
+    """
+    finished = [folder for folder in checkpoints(run) if _is_stated(folder)]
+    if len(finished) <= max(keep, 2):
+        return  # nothing to delete, so nothing to hash
+    kept = 0
+    for folder in finished:
+        if kept == max(keep, 2):
+            delete(_trash(folder))
+        elif is_valid(folder):
+            kept += 1
+
+
+def _is_stated(folder: Path) -> bool:
+    """Whether the manifest itself is undamaged and of the step in the folder's name."""
+    try:
+        _check_name(folder, stated(folder))
+    except Refusal:
+        return False
+    return True
+
+
+def _trash(path: Path) -> Path:
+    """``path`` renamed, and where it is now: a half-deleted folder must never look like a checkpoint."""
+    trash = path.with_name(f".{path.name}.{secrets.token_hex(4)}.trash")
+    os.rename(path, trash)
+    return trash
+
+
+def delete(path: Path) -> None:
+    """Delete a file, a link, or a folder with everything in it."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def sweep(run: Path) -> None:
     """Remove what killed lives left behind: unfinished checkpoints and half-deleted ones. Needs the run's lock."""
     for leftover in [*run.glob(".*.staging"), *run.glob(".*.trash")]:
-        shutil.rmtree(leftover)
+        delete(leftover)
 
 
 def lock_run(run: Path, patience: float = 15) -> FileLock:

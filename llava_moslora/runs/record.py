@@ -12,19 +12,38 @@ from pathlib import Path
 
 from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal
+from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.runs.manifest import replace_json, sha256
 
 RUN = "run.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+# Of ``settings``, what resuming, exporting and answering need: group → key → type.
+NEEDED = {
+    "model": {
+        "model_name_or_path": str,
+        "vision_tower": str,
+        "pretrain_mm_mlp_adapter": str | None,
+        "version": str,
+        "bits": int,
+    },
+    "data": {"image_aspect_ratio": str},
+    "adapter": {"lora_r": int, "vision_lora_r": int},
+    "training": {},
+}
 _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
 def write_run(folder: Path, settings: dict) -> None:
-    """Write ``run.json`` into ``folder``: ``settings`` (what was asked for, resolved) and how it was run."""
+    """Write ``run.json`` into ``folder``: ``settings`` (what was asked for, resolved) and how it was run.
+
+    Of a run that goes on, the record keeps the seeds that its earlier checkpoints were trained with.
+    """
+    seeds = _seeds(read_run(folder)) if (folder / RUN).is_file() else []
     record = {
         "llava_moslora": __version__,
         "settings": settings,
+        "seeds": list(dict.fromkeys([*seeds, settings.get("training", {}).get("seed")])),
         "command": sys.argv,
         "python": platform.python_version(),
         "versions": {name: _installed(name) for name in _PACKAGES},
@@ -37,7 +56,8 @@ def read_run(folder: str | Path) -> dict:
     """``run.json`` of a run folder.
 
     Raises:
-        Refusal: the folder is missing, holds no run, or its record is damaged.
+        Refusal: C-PATH, the folder is missing or holds no run; K-RUN, its record is damaged, of something else, or
+            lacks what this version of the package reads.
     """
     folder = Path(folder)
     if not (folder / RUN).is_file():
@@ -49,17 +69,78 @@ def read_run(folder: str | Path) -> dict:
             fix="give the --output_dir of a training run",
         )
     try:
-        return json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except ValueError as error:
+        record = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise Refusal("K-RUN", "not JSON: damaged", file=folder / RUN, found=error, fix="put its copy back") from error
+    if not _is_ours(record):
+        raise Refusal("K-RUN", "not the record of a run of this package", file=folder / RUN, fix="another folder")
+    needed = {(group,): dict for group in NEEDED}
+    needed |= {(group, key): kind for group, keys in NEEDED.items() for key, kind in keys.items()}
+    needed = {("settings", *path): kind for path, kind in needed.items()} | {("command",): list, ("versions",): dict}
+    for path, kind in needed.items():
+        value = record
+        for key in path:
+            value = value.get(key, _ABSENT)  # its group is a dict: groups are looked at first
+        if not isinstance(value, kind):
+            raise Refusal(
+                "K-RUN", "lacks what this version of the package reads", file=folder / RUN, key=".".join(path),
+                found=f"{'nothing' if value is _ABSENT else value}, written by version {record['llava_moslora']}",
+                expected=f"{getattr(kind, '__name__', kind)}, as version {__version__} writes it",
+                fix="use the version of this package that wrote it, or put its copy back",
+            )  # fmt: skip
+    return record
+
+
+_ABSENT = object()
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``run.json`` is there and this package, of whatever version, wrote it."""
+    try:
+        return _is_ours(json.loads((folder / RUN).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return False
+
+
+def _is_ours(record: object) -> bool:
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("llava_moslora"), str)
+        and isinstance(record.get("settings"), dict)
+    )
+
+
+def check_seed(record: dict, checkpoint: Path, manifest: dict) -> None:
+    """Refuse a checkpoint of another run that was copied in.
+
+    Args:
+        record: of the run, as :func:`read_run` gives it. manifest: the checkpoint's.
+
+    Raises:
+        Refusal: K-SEED
+    """
+    if (seed := manifest.get("seed")) not in (seeds := _seeds(record)):
+        raise Refusal(
+            "K-SEED", "a checkpoint of a run with another seed", file=checkpoint, found=f"seed {seed}",
+            expected=f"seed {' or '.join(map(str, seeds))}", fix="move it out of the run folder",
+        )  # fmt: skip
+
+
+def _seeds(record: dict) -> list:
+    """Several where a run went on with ``--allow_change seed``."""
+    return record.get("seeds") or [record["settings"]["training"].get("seed")]
 
 
 def fingerprint(source: str | Path) -> dict[str, str]:
     """What identifies a file by its hash, or a model folder in a second however large it is: hashes of its JSON and
     SentencePiece files, and of its weight files a hash of their size and of 64 places in them, so that another model
-    of the same shape is told apart. Of ``open_clip:ARCH@FILE`` it is the file; of one of open_clip's own tags, the tag.
+    of the same shape is told apart. Of ``open_clip:ARCH@FILE`` it is the file, of ``open_clip:FOLDER`` the folder; of
+    one of open_clip's own tags, the tag. The path is no part of it: the same model elsewhere is the same model.
     """
-    folder = Path(str(source).rpartition("@")[2])
+    folder = Path(source)
+    if str(source).startswith(OPEN_CLIP):
+        arch, at, where = str(source).removeprefix(OPEN_CLIP).partition("@")
+        folder = Path(where if at else arch)
     if folder.is_file():
         return {folder.name: sha256(folder)}
     if not folder.is_dir():

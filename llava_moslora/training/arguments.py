@@ -15,7 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
@@ -27,6 +26,7 @@ from llava_moslora.models.assemble import TowerAdapter
 from llava_moslora.models.attention import IMPLEMENTATIONS
 from llava_moslora.models.llava_folder import starting_parts
 from llava_moslora.training import rendezvous
+from llava_moslora.training.config_file import read_config
 from llava_moslora.training.recompute import MODES, parse_recompute
 
 
@@ -250,7 +250,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArgume
     known = {f.name for group in ARGUMENTS for f in fields(group) if f.init}
     early, _ = _early_parser().parse_known_args(argv)
     if early.config:
-        argv = [*_as_flags(_read_config(Path(early.config)), known, early.config), *argv]
+        argv = [*_as_flags(read_config(Path(early.config)), known, early.config), *argv]
     _check_deepspeed_file(argv)
     namespace, unknown = parser.parse_known_args(argv)
     for flag in unknown:
@@ -266,6 +266,11 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArgume
     except (ValueError, ImportError) as error:  # the Trainer's own checks, in its words
         raise Refusal("C-FLAG", "the training arguments do not go together", found=error) from error
     return groups
+
+
+def config_file(argv: list[str]) -> str | None:
+    """The ``--config`` of a command line."""
+    return _early_parser().parse_known_args(argv)[0].config
 
 
 def _early_parser() -> argparse.ArgumentParser:
@@ -287,35 +292,12 @@ def _shared_start(a: str, b: str) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _read_config(path: Path) -> dict:
-    if not path.is_file():
-        raise Refusal("C-PATH", "no such file", file=path, key="--config")
-    try:
-        content = _Plain(path.read_text(encoding="utf-8")).get_single_data()  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise Refusal("C-PARSE", "neither YAML nor JSON", file=path, found=error) from error
-    if not isinstance(content, dict):
-        raise Refusal("C-PARSE", "not a mapping of flags to values", file=path, found=type(content).__name__)
-    return content
-
-
-class _Plain(yaml.SafeLoader):
-    """YAML without code and without aliases, by which ten lines can stand for a billion values."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError(f"an alias, *{self.peek_event().anchor}, which is not read here")
-        return super().compose_node(parent, index)
-
-
-def _as_flags(content: dict, known: set[str], path: str) -> list[str]:
+def _as_flags(content: dict[str, str | list[str]], known: set[str], path: str) -> list[str]:
     flags = []
     for key, value in content.items():
         if key not in known:
             raise Refusal("C-FLAG", "unknown key", file=path, key=str(key), fix=_nearest(str(key), known))
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        flags += [f"--{key}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+        flags += [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]
     return flags
 
 

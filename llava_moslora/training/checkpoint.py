@@ -18,6 +18,8 @@ from llava_moslora.training.state import NUMBER, frozen_mixers, trained_paramete
 ADAPTER_FILE, PROJECTOR_FILE = "adapter/adapter_model.safetensors", "projector/model.safetensors"
 OPTIMIZER_FILE, POSITION_FILE = "optimizer.safetensors", "position.json"
 
+FIRST_VERSIONS = "adam_steps"  # their checkpoints have it in position.json
+
 
 def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
     """The trained tensors and the frozen mixers: one adapter over the whole model with the projector in it, or in
@@ -46,13 +48,17 @@ def write_optimizer(folder: Path, model, state: dict[str, Tensor], position: dic
 def read_trained(checkpoint: Path, model) -> dict[str, Tensor]:
     """The float32 masters of a checkpoint by the names of ``model``'s parameters.
 
+    The first versions did not keep frozen mixers: from their checkpoints there are none, and those of ``model``, which
+    are drawn from the run's seed, are the same.
+
     Raises:
         Refusal: K-TENSOR: tensors missing or left over, such as an adapter of other targets; another shape or dtype;
             a number that is not finite.
     """
     adapted = isinstance(model, PeftModel)
     file = checkpoint / (ADAPTER_FILE if adapted else PROJECTOR_FILE)
-    saved = {name: live_to_saved(name) for name in trained_parameters(model) | frozen_mixers(model)}
+    kept = trained_parameters(model) | ({} if FIRST_VERSIONS in _position(checkpoint) else frozen_mixers(model))
+    saved = {name: live_to_saved(name) for name in kept}
     if not adapted:
         saved = {name: other.removeprefix("model.") for name, other in saved.items()}
     shapes = shapes_of(model)
@@ -69,15 +75,15 @@ def read_optimizer(checkpoint: Path, made: dict[str, Tensor]) -> tuple[dict[str,
     Raises:
         Refusal: K-TENSOR, as :func:`read_trained`.
     """
-    position = json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8"))
+    position = _position(checkpoint)
     untouched = tuple(name + "." for name in position.get("not_stepped", []))
     wanted = {k: (tuple(t.shape), t.dtype) for k, t in made.items() if not (untouched and k.startswith(untouched))}
-    if "adam_steps" not in position:
+    if FIRST_VERSIONS not in position:
         return _read(checkpoint / OPTIMIZER_FILE, wanted), position
-    # written when there was only Adam, with one count of steps for all parameters
+    # there was only Adam, with one count of steps for all parameters
     counts = [key for key in wanted if key.endswith(".step")]
     moments = _read(checkpoint / OPTIMIZER_FILE, {k: v for k, v in wanted.items() if k not in counts})
-    return moments | dict.fromkeys(counts, torch.tensor(float(position["adam_steps"]), dtype=NUMBER)), position
+    return moments | dict.fromkeys(counts, torch.tensor(float(position[FIRST_VERSIONS]), dtype=NUMBER)), position
 
 
 def shapes_of(model) -> dict[str, tuple[int, ...]]:
@@ -89,6 +95,10 @@ def shapes_of(model) -> dict[str, tuple[int, ...]]:
 def live_to_saved(name: str) -> str:
     """PEFT's name of a trained tensor in a file, from its name in the live model."""
     return name.replace(f".modules_to_save.{ADAPTER_NAME}", "").replace(f".{ADAPTER_NAME}.", ".")
+
+
+def _position(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8"))
 
 
 def _read(file: Path, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ RANGES = {
     "warmup_steps": (0, True),
     "per_device_train_batch_size": (1, True),
     "gradient_accumulation_steps": (1, True),
+    "dataloader_prefetch_factor": (1, True),
     "save_steps": (0, False),
     "logging_steps": (0, False),
     "sample_steps": (1, True),
@@ -61,21 +62,29 @@ def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: Trai
         Refusal: C-FLAG, a value out of its range or flags that exclude each other; C-DEEPSPEED, a DeepSpeed file that
             says other than the flags, every difference at once; E-MISSING, an optional package is not installed.
     """
+    if args.resume_from_checkpoint is not None:
+        raise Refusal(
+            "C-FLAG", "a run goes on from the newest valid checkpoint in its --output_dir, not from one that is named",
+            key="--resume_from_checkpoint", found=args.resume_from_checkpoint, fix="use --resume True",
+        )  # fmt: skip
     _check_numbers(args)
     _check_adapters(adapter_args)
     _check_precision(args)
-    _check_optimizer(args)
     _check_packages(model_args, args)
     _check_attention(model_args, args)
     _check_liger(args)
     if args.deepspeed:
         _check_deepspeed(args)
+    _check_optimizer(args)  # last: it takes DeepSpeed's file for one that was looked at
 
 
 def _check_numbers(args: TrainingArguments) -> None:
     for name, (smallest, allowed) in RANGES.items():
         if (value := getattr(args, name)) is not None:
             _check_range(name, value, smallest, allowed)
+    if args.max_steps == 0 or args.max_steps < -1:
+        expected = "at least 1, or -1 for as many as --num_train_epochs makes"
+        raise Refusal("C-FLAG", "nothing to train", key="--max_steps", found=args.max_steps, expected=expected)
     if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
         raise Refusal(
             "C-FLAG", "nothing to train", key="--num_train_epochs", found=args.num_train_epochs, expected="above 0"

@@ -60,18 +60,36 @@ def append(file: Path, row: dict) -> None:
 
 
 def read(file: Path) -> list[dict]:
-    """The rows of a file that :func:`append` wrote; a line that a kill left unfinished is not among them."""
+    """The rows of a file that :func:`append` wrote. A line that a kill left unfinished is not among them, nor is a
+    damaged one: a log that lost a line stops nothing."""
+    return _read(file)[0]
+
+
+def _read(file: Path) -> tuple[list[dict], int]:
+    """The rows, and the number of damaged lines."""
     if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
+        return [], 0
+    *lines, _unfinished = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows = [row for line in lines if (row := _row(line)) is not None]
+    return rows, len(lines) - len(rows)
+
+
+def _row(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def keep_until(file: Path, step: int) -> None:
     """Take out the rows of later steps, at once: a kill leaves the old file or the new one."""
     if not file.is_file():
         return
-    kept = [row for row in read(file) if row["step"] <= step]
+    rows, damaged = _read(file)
+    if damaged:
+        print(f"{file}: {damaged} damaged lines left out", flush=True)
+    kept = [row for row in rows if row["step"] <= step]
     unfinished = file.with_name(f".{file.name}.unfinished")
     unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
     os.replace(unfinished, file)

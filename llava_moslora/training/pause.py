@@ -7,7 +7,6 @@ of grace; so whichever rank hears a signal first stops all ranks after the same 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -17,14 +16,9 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-from llava_moslora.errors import EXIT_STATUS, Refusal
+from llava_moslora.errors import EXIT_STATUS, LOST, Refusal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# How gloo, NCCL and the store say that the other end is gone.
-LOST = re.compile(
-    r"connection (was )?(likely )?(closed|reset)|failed to recv|broken pipe|timed out waiting|remote process exited",
-    re.IGNORECASE,
-)
 
 
 class Pause(TrainerCallback):

@@ -1,4 +1,8 @@
-"""Opening ``--output_dir``: a new run in an empty folder, or the old run where it stopped, and never a mixture."""
+"""Opening ``--output_dir``: a new run, or the old run where it stopped, and never a mixture.
+
+Nothing of a run is touched before everything else has been checked, and a run that is replaced is set aside first and
+deleted last.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from filelock import FileLock
@@ -13,12 +18,16 @@ from filelock import FileLock
 from llava_moslora.errors import Refusal
 from llava_moslora.runs import publish
 from llava_moslora.runs.manifest import stated
-from llava_moslora.runs.record import RUN, read_run
+from llava_moslora.runs.record import RUN, check_seed, read_run
+from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
 
-# What may differ between a run and its continuation: where things are written, how fast, how often.
+ASIDE = ".aside"  # of folders that a replaced run waits in
+
+# What may differ between a run and its continuation: where things are written, how fast, how often; and where the parts
+# lie, because the fingerprints say what they are.
 FREE = {
     "data": {"data_cache", "preprocessing_num_workers", "decode_images"},
-    "model": set(),
+    "model": {"model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"},
     "adapter": set(),
 }
 # What runs did that were begun before there was a flag for it.
@@ -33,80 +42,68 @@ TRAINING = (
 )
 
 
-def check_output(run: Path, *, resume: bool, overwrite: bool) -> None:
-    """What :func:`open_run` and :func:`reopen_run` would refuse of the folder itself, before anything is loaded.
-
-    Raises:
-        Refusal: C-OUTPUT, it is no folder, cannot be written to, or holds something that is neither to be gone on with
-            nor to be deleted.
-    """
-    if run.exists() and not run.is_dir():
-        raise Refusal("C-OUTPUT", "not a folder", file=run, key="--output_dir", fix="choose another path")
-    place = next(p for p in (run, *run.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise Refusal(
-            "C-OUTPUT", "cannot be written to", file=place, key="--output_dir", fix="choose another path, or its rights"
-        )
-    present = _content(run) if run.is_dir() else []
-    if not present:
-        return
-    if not (resume or overwrite):
-        raise Refusal(
-            "C-OUTPUT",
-            "the folder is not empty",
-            file=run,
-            key="--output_dir",
-            found=", ".join(sorted(p.name for p in present)[:5]),
-            fix="--resume True to go on with this run, --overwrite True to delete it, or another folder",
-        )
-    if not (run / RUN).is_file():
-        raise Refusal(
-            "C-OUTPUT", "not a run: nothing to resume" if resume else "not a run: nothing is deleted here", file=run,
-            key="--output_dir", found=", ".join(sorted(p.name for p in present)[:5]), expected=f"{RUN} in it",
-            fix="choose another folder",
-        )  # fmt: skip
-
-
-def open_run(run: Path, *, overwrite: bool) -> FileLock:
-    """An empty, locked run folder; with ``overwrite``, the run in it is deleted, and never anything but a run.
+def open_run(run: Path, *, overwrite: bool, inputs: Iterable[tuple[str, Path]] = ()) -> FileLock:
+    """The locked folder of a run that may begin there (:func:`begin_run`); nothing is deleted yet.
 
     Raises:
         Refusal: as :func:`check_output`; the folder is in use.
     """
-    check_output(run, resume=False, overwrite=overwrite)
-    lock = publish.lock_run(run)
-    for path in _content(run):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    check_output(run, resume=False, overwrite=overwrite, inputs=inputs)
+    lock = _lock(run)
+    try:
+        check_output(run, resume=False, overwrite=overwrite, inputs=inputs)  # another process may have been faster
+    except Refusal:
+        lock.release()
+        raise
+    publish.sweep(run)
     return lock
 
 
-def reopen_run(run: Path, settings: dict, facts: dict, allow_change: list[str]) -> tuple[FileLock, Path | None]:
+def reopen_run(
+    run: Path, settings: dict, facts: dict, allow_change: list[str], inputs: Iterable[tuple[str, Path]] = ()
+) -> tuple[FileLock, Path | None]:
     """The locked folder of a run that may have begun, and the newest valid checkpoint to go on from (None: begin).
 
     Args:
         settings: of this call, as :func:`llava_moslora.runs.record.write_run` records them.
         facts: fingerprints of this call's inputs, as every checkpoint's manifest states them.
         allow_change: names of settings or facts that may differ from the run's.
+        inputs: as for :func:`check_output`.
 
     Raises:
-        Refusal: settings or inputs differ from the run's and the difference is not allowed; the folder is in use, or
-            holds something that is no run.
+        Refusal: settings or inputs differ from the run's and the difference is not allowed; there are checkpoints and
+            none of them is valid (K-NONE), or the newest is not this run's own; the folder is in use, or holds
+            something that is no run. Nothing in the folder has changed then.
     """
-    check_output(run, resume=True, overwrite=False)
-    lock = publish.lock_run(run)
+    check_output(run, resume=True, overwrite=False, inputs=inputs)
+    lock = _lock(run)
+    try:
+        checkpoint = _checkpoint_to_resume(run, settings, facts, allow_change) if has_begun(run) else None
+    except Refusal:
+        lock.release()
+        raise
     publish.sweep(run)
-    if not _content(run):
-        return lock, None
-    checkpoint, passed_over = publish.newest_valid(run)
-    for refusal in passed_over:
-        print(f"passed over: {refusal.line()}", flush=True)
-    changed = changes(read_run(run)["settings"], settings)
+    return lock, checkpoint
+
+
+def _checkpoint_to_resume(run: Path, settings: dict, facts: dict, allow_change: list[str]) -> Path | None:
+    record = read_run(run)
+    checkpoint, skipped = publish.newest_valid(run)
+    if checkpoint is None and skipped:
+        raise Refusal(
+            "K-NONE", "no checkpoint of this run is valid, and beginning at step 1 would replace them", file=run,
+            found="; ".join(refusal.line() for refusal in skipped),
+            fix="put a copy of one back, or choose another --output_dir; --overwrite True deletes this run",
+        )  # fmt: skip
+    for refusal in skipped:
+        print(f"skipped: {refusal.line()}", flush=True)
+    changed = changes(record["settings"], settings)
     if checkpoint is not None:
         manifest = stated(checkpoint)
+        check_seed(record, checkpoint, manifest)
         changed |= {name: (manifest.get(name), now) for name, now in facts.items() if manifest.get(name) != now}
     changed = {name: both for name, both in changed.items() if name not in allow_change}
     if changed:
-        lock.release()
         raise Refusal(
             "K-CHANGED",
             "this call differs from the run that it would resume",
@@ -116,7 +113,7 @@ def reopen_run(run: Path, settings: dict, facts: dict, allow_change: list[str]) 
             expected="; ".join(f"{name} {then}" for name, (then, _) in changed.items()),
             fix=f"give the run's own values, or --allow_change {' '.join(changed)}",
         )
-    return lock, checkpoint
+    return checkpoint
 
 
 def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
@@ -130,9 +127,41 @@ def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
     for name in TRAINING:
         if then["training"].get(name) != now["training"].get(name):
             differing[name] = (then["training"].get(name), now["training"].get(name))
-    if then["global_batch_size"] != now["global_batch_size"]:  # its split over ranks and accumulation is free
-        differing["global_batch_size"] = (then["global_batch_size"], now["global_batch_size"])
+    batches = then.get("global_batch_size"), now["global_batch_size"]
+    if batches[0] != batches[1]:  # its split over ranks and accumulation is free
+        differing["global_batch_size"] = batches
     return differing
+
+
+def begin_run(run: Path, record: Callable[[Path], None], report: Path) -> None:
+    """Put the first files of a new run into a locked folder, in place of the run that may be there.
+
+    The old run is set aside by renaming and deleted last; if this fails in between, it is put back, also after a kill,
+    by whoever opens the folder next.
+
+    Args:
+        record: called with ``run``; writes what is known of the run, ``run.json`` first.
+        report: the finished report about the data, on the same disk; moved into ``run``.
+    """
+    aside = run / f".{secrets.token_hex(4)}{ASIDE}"
+    aside.mkdir()
+    try:
+        for path in sorted(of_a_run(run), key=lambda path: path.name == RUN):  # as long as it is there, it is a run
+            os.rename(path, aside / path.name)
+    except BaseException:
+        _put_back(run, aside)
+        raise
+    try:
+        record(run)
+        os.rename(report, run / DATA_REPORT)
+    except BaseException:
+        for path in of_a_run(run):
+            publish.delete(path)
+        _put_back(run, aside)
+        raise
+    trash = aside.with_suffix(".trash")
+    os.rename(aside, trash)
+    publish.delete(trash)
 
 
 def check_space(run: Path, trained: int, checkpoints: int = 2) -> None:
@@ -187,6 +216,16 @@ def check_shared(run: Path, patience: float = 15) -> None:
         )
 
 
-def _content(run: Path) -> list[Path]:
-    """What is in the folder, but for the lock and for files that a killed life had not finished."""
-    return [p for p in run.iterdir() if not p.name.startswith(".")]
+def _lock(run: Path) -> FileLock:
+    lock = publish.lock_run(run)
+    for aside in run.glob(f".*{ASIDE}"):  # a process was killed while it replaced a run
+        _put_back(run, aside)
+    return lock
+
+
+def _put_back(run: Path, aside: Path) -> None:
+    for path in sorted(aside.iterdir(), key=lambda path: path.name != RUN):
+        if (run / path.name).exists():  # the new run's
+            publish.delete(run / path.name)
+        os.rename(path, run / path.name)
+    aside.rmdir()

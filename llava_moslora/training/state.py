@@ -123,10 +123,11 @@ class Holder:
         """Put a state back, whatever stage and world size it came from. Collective; before the first step.
 
         Args:
-            masters, state: as :meth:`masters` and :meth:`optimizer_state` gave them.
+            masters, state: as :meth:`masters` and :meth:`optimizer_state` gave them; frozen mixers that are not in
+                ``masters`` stay as they are.
         """
-        if set(masters) != set(self.parameters) | set(frozen_mixers(self.model)):
-            raise KeyError(f"other parameters: {sorted(set(masters) ^ set(self.parameters))[:4]}")
+        if differing := set(masters) - set(frozen_mixers(self.model)) ^ set(self.parameters):
+            raise KeyError(f"other parameters: {sorted(differing)[:4]}")
         if self.partitioned:
             self._restore_flats(masters, state)
         else:
@@ -208,7 +209,7 @@ class Holder:
 
     def _set_working_weights(self, masters: dict[str, Tensor]) -> None:
         """The model's weights are the masters rounded; DeepSpeed would make them so only at the next step."""
-        parameters = self.parameters | frozen_mixers(self.model)
+        parameters = {name: p for name, p in self.model.named_parameters() if name in masters}
         with _gathered(parameters.values(), modified=True), torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.data.copy_(masters[name])

@@ -27,7 +27,7 @@ from llava_moslora.training.metrics import Metrics
 from llava_moslora.training.pause import contact, ignore_signals
 from llava_moslora.training.progress import Progress
 from llava_moslora.training.speed import Speed
-from llava_moslora.training.state import Holder, random_state, set_random_state, trained_parameters
+from llava_moslora.training.state import Holder, frozen_mixers, random_state, set_random_state, trained_parameters
 from llava_moslora.training.watch import Watch
 
 
@@ -212,6 +212,8 @@ class MosLoraTrainer(Trainer):
             checkpoint = Path(resume_from_checkpoint)
             holder.make_optimizer_state()
             masters = read_trained(checkpoint, self.model)
+            if (redrawn := len(frozen_mixers(self.model).keys() - masters.keys())) and publish.rank() == 0:
+                print(f"{checkpoint} is of a version that kept no frozen mixers: {redrawn} drawn from the seed again")
             state, position = read_optimizer(checkpoint, holder.optimizer_state())
             holder.restore(masters, state, position["loss_scale"])
             set_schedule(self.lr_scheduler, position["scheduler_steps"])

@@ -94,8 +94,11 @@ class Watch:
         before = time.monotonic()
         while not self.ended.wait(self.pause):
             now = time.monotonic()
-            if now - before > self.pause + self.timeout / 2:  # this process was the one that stood still
+            stood_still = now - before - self.pause  # this process itself: it was suspended, with others or alone
+            if stood_still > self.timeout / 2:  # the others may wake later
                 self._begin_again(now)
+            elif stood_still > self.pause:
+                self._do_not_count(stood_still, now)
             elif found := self.trouble(now):
                 print(self.refusal(found).line(), file=sys.stderr, flush=True)
                 os._exit(self.refusal(found).exit_status)  # the main thread is in a call that nothing interrupts
@@ -105,6 +108,11 @@ class Watch:
         self.answered = now
         for seen in self.seen:
             seen.heard = seen.moved = now
+
+    def _do_not_count(self, seconds: float, now: float) -> None:
+        self.answered = min(now, self.answered + seconds)
+        for seen in self.seen:
+            seen.heard, seen.moved = min(now, seen.heard + seconds), min(now, seen.moved + seconds)
 
     def trouble(self, now: float) -> str | None:
         """Which ranks stand still at ``now`` (seconds, monotonic), in words; None where all is well."""

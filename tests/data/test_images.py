@@ -37,6 +37,13 @@ def test_a_good_picture(root):
     assert load_image("deep/../deep/./ok.png", root).size == (60, 40)
 
 
+@pytest.mark.parametrize("name", ["vg:1.png", "scan-2024-01-01T10:30:00.png", "C:x.png", "data:1.png", "vg:a/1.png"])
+def test_a_name_with_a_colon_is_no_url(root, name):
+    (root / name).parent.mkdir(exist_ok=True)
+    Image.fromarray(NOISE).save(root / name)
+    assert load_image(name, root).size == check_image(name, root) == (60, 40)
+
+
 def png_header(width: int, height: int, colour: int = 2) -> bytes:
     """A PNG that claims a size, in a few bytes."""
 
@@ -65,6 +72,9 @@ NAMES = [
     ("I15", "http://host/x.png", r"\[I-PATH\] .*never from a URL; found http://host/x.png; fix: download"),
     ("I15", "file:///etc/passwd", r"\[I-PATH\] .*never from a URL"),
     ("I15", "data:image/png;base64,AAAA", r"\[I-PATH\] .*never from a URL"),
+    ("I15", "S3://bucket/x.png", r"\[I-PATH\] .*never from a URL"),
+    ("I15", "data:,AA;,", r"\[I-MISSING\]"),
+    ("I15", "vg:nope.png", r"\[I-MISSING\] .*there is no such picture; found vg:nope.png"),
     ("I15", "//host/share/x.png", r"\[I-PATH\] .*never from a URL"),
     ("I16", "no\nsuch\x1b[31m\u202egnp.png", r"\[I-MISSING\] .*no\\nsuch\\x1b\[31m\\u202egnp.png"),
 ]
@@ -317,6 +327,34 @@ def test_tower_refusals(tmp_path, tower):
         ImageTransform.from_tower(tmp_path)
     with pytest.raises(Refusal, match=r"\[C-MODE\] --image_aspect_ratio: unknown picture mode; found square"):
         ImageTransform.from_tower(tower, "square")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"do_resize": False},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"do_center_crop": "no"},
+        {"rescale_factor": 0},
+        {"rescale_factor": "1/255"},
+        {"image_std": [0, 0, 0]},
+        {"image_std": 0.5},
+        {"image_mean": ["0.5"] * 3},
+        {"size": 10**6},
+        {"size": {"shortest_edge": None}},
+        {"size": {"height": 33}},
+        {"crop_size": "33"},
+        {"resample": "bicubic"},
+    ],
+)
+def test_settings_that_would_not_be_followed_are_refused(change):
+    (key,) = change
+    good = SIGLIP | {"do_center_crop": False}
+    ImageTransform.from_settings(good)
+    with pytest.raises(Refusal, match=rf"\[K-VISION\] tower.json:{key}: .*; expected ") as refusal:
+        ImageTransform.from_settings(good | change, source="tower.json")
+    assert refusal.value.found == change[key]
 
 
 def test_blank_is_the_padding(tower):

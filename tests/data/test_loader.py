@@ -2,7 +2,10 @@
 
 import multiprocessing
 import os
+import resource
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -117,6 +120,81 @@ def test_workers_live_on_and_the_cursor_is_heeded(picture_folder):
     assert [batch["record"].tolist() for batch in loader] == [[k, k + 1] for k in range(0, 16, 2)]
     loader.batch_sampler.start_at(6)
     assert [batch["record"].tolist() for batch in loader] == [[12, 13], [14, 15]]
+
+
+def _alone(folder, told, prepare, collator, workers):
+    """One process that ends as a script does: by leaving Python."""
+    distributed.is_initialized = lambda: False
+    prepare()
+    loader = batches(rows(64), folder, collator=collator, workers=workers, worker_init=_ignore)
+    seen = []
+    try:
+        for batch in loader:
+            seen += batch["record"].tolist()
+            work_until = time.monotonic() + 0.5
+            while collator is not None and time.monotonic() < work_until:  # a step, in which the worker dies
+                pass
+        told.send((seen, None))
+    except BaseException as error:
+        told.send((seen, error))
+    finally:
+        loader.close()
+
+
+def alone(folder, prepare=lambda: None, collator=None, workers=2):
+    """What a process saw and what ended it; it must end itself, with workers that ignore SIGTERM."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_alone, args=(folder, send, prepare, collator, workers))
+    process.start()
+    try:
+        assert receive.poll(60), "it hangs"
+        found = receive.recv()
+        process.join(20)
+        assert not process.is_alive(), "it does not end"
+        return found
+    finally:
+        process.kill()
+
+
+def test_a_worker_that_is_killed_during_a_step(picture_folder):
+    """The signal of its death comes while something else runs; the next batch tells."""
+    _, error = alone(picture_folder, collator=Killed(0, picture_folder, TRANSFORM))
+    assert isinstance(error, Refusal) and error.code == "E-WORKER", error
+
+
+@pytest.mark.parametrize("more", [2, 14])
+def test_too_few_open_files(picture_folder, more):
+    def limit():
+        used = max(map(int, os.listdir("/proc/self/fd")))
+        while os.open(os.devnull, os.O_RDONLY) < used:  # the gaps
+            pass
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2 + more, used + 2 + more))
+
+    _, error = alone(picture_folder, limit)
+    assert isinstance(error, Refusal) and error.code in ("E-WORKER", "E-FILES") and "ulimit -n" in error.line(), error
+
+
+def test_a_small_shared_memory(picture_folder):
+    def full():
+        def share(_tensor):
+            raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
+
+        torch.UntypedStorage._share_fd_cpu_ = torch.UntypedStorage.share_memory_ = torch.Tensor.share_memory_ = share
+
+    _, error = alone(picture_folder, full)
+    assert isinstance(error, Refusal) and error.code == "E-WORKER" and "/dev/shm" in error.line(), error
+
+
+class Unsendable(Collator):
+    def __call__(self, rows):
+        return super().__call__(rows) | {"lock": threading.Lock()}
+
+
+def test_a_batch_that_cannot_be_handed_on(picture_folder):
+    """Python prints such an error in the worker, and lets the main process wait."""
+    _, error = alone(picture_folder, collator=Unsendable(0, picture_folder, TRANSFORM))
+    assert isinstance(error, Refusal) and error.code == "E-WORKER", error
 
 
 def _ignore(_worker):

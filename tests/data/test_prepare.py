@@ -1,8 +1,13 @@
 """The prepared data set: columns, cache key, truncation, quarantine, interruption, several processes at once."""
 
+import errno
+import io
 import json
 import multiprocessing
 import os
+import shutil
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +15,8 @@ from llava_moslora.data import parts
 from llava_moslora.data import prepare as module
 from llava_moslora.data.conversation import IGNORE_INDEX, show_labels
 from llava_moslora.data.conversation import Encoded as Pair
-from llava_moslora.data.prepare import check_template, prepare, report_of
-from llava_moslora.data.tokenizer import image_token_id
+from llava_moslora.data.prepare import check_template, keys_of, prepare, report_of
+from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
 
 
@@ -77,6 +82,27 @@ def test_cache_is_found_again_and_keyed_by_content(build, monkeypatch):
     assert len({folder, *(os.path.dirname(one.cache_files[0]["filename"]) for one in others)}) == 6
 
 
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def test_an_edited_chat_template_gives_another_cache(build, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("chatml"), tmp_path / "llm")
+
+    def rows_with(chat_template):
+        (folder / "chat_template.jinja").write_text(chat_template)
+        return build([record()], tokenizer=load_tokenizer(folder), template="tokenizer")
+
+    first = rows_with(CHAT)
+    edited = rows_with(CHAT.replace("m['role']", "m['role'].replace('user', 'the user says')"))
+    again = rows_with(CHAT)
+    assert edited[0]["length"] > first[0]["length"]
+    assert keys_of(edited) != keys_of(first) == keys_of(again)
+    assert again[:] == first[:]
+
+
 def rounds(*sizes, image_at=(0,)):
     turns = []
     for k, size in enumerate(sizes):
@@ -129,6 +155,25 @@ def test_no_picture_is_cut_and_no_row_is_without_labels(build, tiny, limit):  # 
         assert row["input_ids"].count(image_token_id(tiny("chatml"))) == 4 * len(row["images"])
         assert any(label != IGNORE_INDEX for label in row["labels"])
         assert len(row["input_ids"]) <= limit
+
+
+@pytest.mark.parametrize("limit", [-7, -1, 0, 3, 4])
+def test_a_limit_that_holds_no_picture_is_refused(build, limit):
+    with pytest.raises(Refusal, match=rf"C-FLAG\] --model_max_length: out of range; found {limit}; expected above 4"):
+        build([record()], max_length=limit)
+    if limit > 0:  # text needs no room for a picture
+        assert len(build([record("hi", "ho", None)], image_folder=None, max_length=40)) == 1
+    else:
+        with pytest.raises(Refusal, match=rf"--model_max_length: out of range; found {limit}; expected at least 1"):
+            build([record("hi", "ho", None)], image_folder=None, max_length=limit)
+
+
+def test_a_limit_above_the_llms_positions_is_refused(build):
+    long = [record("q" * 80, "a", None)]
+    assert len(build(long, max_length=100, longest_text=100)) == 1
+    what = r"C-FLAG\] --model_max_length: longer than the LLM's positions; found 101; expected at most 100 .*fix: "
+    with pytest.raises(Refusal, match=what + "--model_max_length 100, or"):
+        build(long, max_length=101, longest_text=100)
 
 
 BAD = [
@@ -241,8 +286,12 @@ def _prepare_in_child(path, images, tokenizer, cache, results):
     results.put((os.path.dirname(rows.cache_files[0]["filename"]), rows["id"][:]))
 
 
-def test_several_processes_at_once(tiny, write_json, picture_folder, tmp_path):
-    path = write_json([record(id=str(k)) for k in range(300)])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_several_processes_at_once(build, tiny, write_json, picture_folder, tmp_path, damaged):
+    records = [record(id=str(k)) for k in range(300)]
+    path = write_json(records)
+    if damaged:
+        flip(Path(build(records, max_length=99).cache_files[0]["filename"]))
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     arguments = (path, picture_folder, tiny("chatml"), tmp_path / "cache", results)
@@ -288,6 +337,231 @@ def test_a_finished_cache_is_checked_in_another_image_folder_once(build, monkeyp
     assert build(records, image_folder=other)[:] == rows[:]
     monkeypatch.setattr("llava_moslora.data.prepare.check_image", None)
     assert build(records, image_folder=other)[:] == rows[:]
+
+
+def test_a_quarantined_picture_is_looked_at_again(build, picture_folder, tmp_path):
+    records = [record(image="late.png", id="0"), *(record(id=str(k)) for k in range(1, 9))]
+    quarantine = {"on_bad_record": "quarantine", "max_bad_share": 0.2}
+    without = build(records, **quarantine)
+    assert without["id"][0] == "1"
+    assert keys_of(build(records, **quarantine)) == keys_of(without)
+    (picture_folder / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    rows = build(records)  # under the policy "fail"
+    assert rows["id"][:] == [str(k) for k in range(9)]
+    assert build(records, **quarantine)[:] == rows[:]
+    assert keys_of(rows) != keys_of(without)  # other rows: a run that goes on must notice
+    assert report_of(rows)["problems"] == []
+
+
+def test_only_parts_with_problems_are_built_again(build, monkeypatch, picture_folder):
+    monkeypatch.setattr(parts, "PART", 2)
+    records = [record(id=str(k), image="late.png" if k == 3 else "0.png") for k in range(9)]
+    build(records, on_bad_record="quarantine", max_bad_share=0.2)
+    (picture_folder / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    seen, check = [], parts.check_record
+    monkeypatch.setattr(parts, "check_record", lambda raw, index, *rest: seen.append(index) or check(raw, index, *rest))
+    assert build(records)["id"][:] == [str(k) for k in range(9)]
+    assert seen == [2, 3]
+
+
+def test_a_picture_that_is_missing_in_another_folder_is_told_of_that_folder(build, picture_folder, tmp_path):
+    records = [record(image="late.png", id="0"), *(record(id=str(k)) for k in range(1, 9))]
+    build(records, on_bad_record="quarantine", max_bad_share=0.2)
+    other = shutil.copytree(picture_folder, tmp_path / "others")
+    for _ in range(2):
+        with pytest.raises(Refusal, match=rf"{other}/late.png:record 0 id=0:image: there is no such picture"):
+            build(records, image_folder=other)
+    with pytest.raises(Refusal, match=rf"{picture_folder}/late.png:record 0 id=0:image: there is no such picture"):
+        build(records)
+    (other / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    assert len(build(records, image_folder=other)) == 9
+    with pytest.raises(Refusal, match=rf"{picture_folder}/late.png:record 0"):  # here it is still missing
+        build(records)
+    assert len(build(records, image_folder=other)) == 9
+
+
+def test_pictures_missing_in_another_folder_only_are_quarantined_there(build, picture_folder, tmp_path):
+    records = [record(image=f"{k % 4}.png", id=str(k)) for k in range(8)]
+    quarantine = {"on_bad_record": "quarantine", "max_bad_share": 0.3}
+    whole = build(records, **quarantine)
+    other = shutil.copytree(picture_folder, tmp_path / "others")
+    (other / "2.png").unlink()
+    rows = build(records, image_folder=other, **quarantine)
+    assert rows["id"][:] == ["0", "1", "3", "4", "5", "7"]
+    assert build(records, **quarantine)[:] == whole[:]
+
+
+def test_a_cache_with_pictures_needs_the_image_folder(build):
+    build([record()])
+    with pytest.raises(Refusal, match=r"I-FOLDER\] .*no image folder was given; fix: give --image_folder"):
+        build([record()], image_folder=None)
+
+
+def flip(path, at=-200):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "cut": lambda arrow, report: os.truncate(arrow, arrow.stat().st_size // 2),
+    "empty": lambda arrow, report: os.truncate(arrow, 0),
+    "zeros": lambda arrow, report: arrow.write_bytes(bytes(arrow.stat().st_size)),
+    "gone": lambda arrow, report: arrow.unlink(),
+    "one bit": lambda arrow, report: flip(arrow),
+    "a part too many": lambda arrow, report: shutil.copy(arrow, arrow.with_name("000009.arrow")),
+    "no report": lambda arrow, report: report.unlink(),
+    "an empty report": lambda arrow, report: os.truncate(report, 0),
+    "a report of {}": lambda arrow, report: report.write_text("{}"),
+    "a report of []": lambda arrow, report: report.write_text("[]"),
+    "another number": lambda arrow, report: report.write_text(report.read_text().replace('"kept": 5', '"kept": 6')),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_built_again(build, monkeypatch, caplog, damage):
+    monkeypatch.setattr(parts, "PART", 2)
+    records = [record(id=str(k)) for k in range(5)]
+    rows = build(records)
+    before, folder = rows[:], Path(rows.cache_files[0]["filename"]).parent
+    DAMAGE[damage](folder / "000001.arrow", folder / "report.json")
+    assert build(records)[:] == before
+    assert "its data cache is built again" in caplog.text
+    caplog.clear()
+    assert build(records)[:] == before
+    assert not caplog.text
+    assert report_of(rows)["kept"] == 5
+    assert [path.name for path in folder.parent.iterdir() if path.is_dir()] == [folder.name]
+
+
+UNFINISHED = {
+    "its count empty": lambda part: os.truncate(part.with_suffix(".json"), 0),
+    "its count cut": lambda part: os.truncate(part.with_suffix(".json"), 20),
+    "its count changed": lambda part: part.with_suffix(".json").write_text('{"counts": {}}'),
+    "its rows gone": lambda part: part.with_suffix(".arrow").unlink(),
+    "its rows cut": lambda part: os.truncate(part.with_suffix(".arrow"), 100),
+    "its rows changed": lambda part: flip(part.with_suffix(".arrow")),
+}
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("damage", UNFINISHED)
+def test_a_damaged_part_of_an_unfinished_build_is_built_again(build, monkeypatch, tmp_path, damage, num_proc):
+    monkeypatch.setattr(parts, "PART", 2)
+    records, work = [record(id=str(k)) for k in range(9)], parts._work
+
+    def stop_at_three(task):
+        if task.number == 3:
+            raise KeyboardInterrupt
+        return work(task)
+
+    monkeypatch.setattr(parts, "_work", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        build(records)
+    monkeypatch.setattr(parts, "_work", work)
+    (staging,) = (tmp_path / "cache").glob("*.staging")
+    UNFINISHED[damage](staging / "000001")
+    rows = build(records, num_proc=num_proc)
+    assert rows["id"][:] == [str(k) for k in range(9)]
+    assert report_of(rows)["kept"] == len(rows) == 9
+
+
+def test_everything_is_on_the_disk_before_it_counts(build, monkeypatch):
+    """Each file is synced before the rename that gives it its name, its folder before the folder's own."""
+    synced, renamed, fsync, replace, rename = [], [], os.fsync, os.replace, os.rename
+
+    def note_fsync(descriptor):
+        synced.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def note_rename(real):
+        def call(source, target):
+            renamed.append((os.path.basename(source), os.path.basename(target)))
+            assert os.path.basename(source) in synced, f"{source} was not synced before it was renamed"
+            real(source, target)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_rename(replace))
+    monkeypatch.setattr(os, "rename", note_rename(rename))
+    build([record()])
+    assert [target for _, target in renamed][:3] == ["000000.arrow", "000000.json", "report.json"]
+    assert renamed[-1][0].endswith(".staging") and synced[-1] == "cache"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_proc": 0}, r"--preprocessing_num_workers: out of range; found 0; expected at least 1"),
+        ({"max_bad_share": float("nan")}, r"--max_bad_share: out of range; found nan; expected 0 to 1"),
+        ({"max_bad_share": -1}, r"--max_bad_share: out of range; found -1; expected 0 to 1"),
+    ],
+)
+def test_numbers_out_of_range(build, options, message):
+    with pytest.raises(Refusal, match=message):
+        build([record()], **options)
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("call", ["fsync", "replace", "rename", "mkdir"])
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_cache_that_cannot_be_written(build, monkeypatch, error, call, num_proc):
+    def fail(*arguments, **options):
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patched, pytest.raises(Refusal) as refusal:
+        patched.setattr(os, call, fail)
+        build([record(id=str(k)) for k in range(3)], num_proc=num_proc)
+    assert (refusal.value.code, refusal.value.key) == ("E-DISK", "--data_cache")
+    assert refusal.value.found == os.strerror(error)
+    assert len(build([record(id=str(k)) for k in range(3)])) == 3
+
+
+def test_a_file_in_place_of_the_cache(build, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(
+        Refusal, match=r"E-DISK\] .*cache:--data_cache: the data cache cannot be used; found File exists"
+    ):
+        build([record()])
+
+
+def test_a_cache_or_data_file_that_cannot_be_read(build, monkeypatch):
+    rows = build([record()])
+    arrow, real = Path(rows.cache_files[0]["filename"]), io.open
+
+    def refuse(which):
+        def open_(file, *arguments, **options):
+            if Path(file) == which:
+                raise PermissionError(errno.EACCES, "Permission denied", str(file))
+            return real(file, *arguments, **options)
+
+        return open_
+
+    with monkeypatch.context() as patched:
+        patched.setattr(io, "open", refuse(arrow))
+        with pytest.raises(
+            Refusal, match=rf"E-DISK\] {arrow}:--data_cache: .* cannot be used; found Permission denied"
+        ):
+            build([record()])
+    data = Path(report_of_first(rows)["file"])
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", refuse(data))
+        with pytest.raises(Refusal, match=rf"D-FILE\] {data}: the file cannot be read; found Permission denied"):
+            build([record()])
+    assert build([record()])[:] == rows[:]
+
+
+def report_of_first(rows):
+    return json.loads((Path(rows.cache_files[0]["filename"]).parent / "report.json").read_text())
+
+
+def test_a_killed_worker_is_told(build, monkeypatch):
+    monkeypatch.setattr(parts, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(Refusal, match=r"E-WORKER\] .*a process that tokenises was killed; .*fewer processes"):
+        build([record()], num_proc=2)
+    monkeypatch.undo()
+    assert len(build([record()], num_proc=2)) == 1
 
 
 def test_many_workers_keep_the_order(build, monkeypatch):

@@ -12,6 +12,8 @@ import pytest
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import data_report, histogram, padding_waste, write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.errors import Refusal
+from scripts import prepare_data
 
 SCRIPT = Path(__file__).parents[2] / "scripts/prepare_data.py"
 
@@ -105,6 +107,17 @@ def test_page(dataset, tiny, picture_folder, tmp_path):
 def run_script(*arguments):
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], timeout=600)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/report"])
+def test_a_report_folder_that_cannot_be_is_refused_before_the_work(parts, tmp_path, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    words = ["--model_name_or_path", parts.llm, "--vision_tower", parts.clip, "--data_path", parts.data]
+    words += ["--image_folder", parts.images, "--data_cache", tmp_path / "cache", "--report_dir", tmp_path / place]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+    with pytest.raises(Refusal, match=rf"C-PATH\] .*{place}:--report_dir: the report cannot be written there; found "):
+        prepare_data.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.slow  # the imports of a new process

@@ -270,6 +270,33 @@ def test_which_sources_are_shards(tmp_path, pictures):
     assert find_shards(str(packed)) == [str(packed)]
 
 
+@pytest.mark.parametrize("folder", ["data [v2]", "what?", "all*", "[ab]/c"])
+def test_an_existing_file_is_a_file_whatever_its_folders_name(build, tmp_path, picture_folder, pictures, folder):
+    place = tmp_path / folder
+    place.mkdir(parents=True)
+    (place / "train.json").write_text(json.dumps([record()]))
+    (place / "lines [1].jsonl").write_text(json.dumps(record(id="l")))
+    for file in (place / "train.json", place / "lines [1].jsonl"):
+        assert not is_sharded(str(file))
+        assert build(file, picture_folder)["images"][:] == [["0.png"]]
+    pq.write_table(pa.Table.from_pylist([record(id="p")]), place / "plain.parquet")
+    assert not is_sharded(str(place / "plain.parquet"))
+    tars = [str(write_tar(place / f"{name}.tar", [record(id=name)], pictures)) for name in ("s-1", "s-2")]
+    assert is_sharded(tars[0]) and find_shards(tars[0]) == tars[:1]
+    assert find_shards(str(place / "s-*.tar")) == tars
+    assert build(place / "s-*.tar")["id"][:] == ["s-1", "s-2"]
+    write_parquet(place / "p.parquet", [record(id="q")], pictures)
+    assert build(place / "p.parquet")["id"][:] == ["q"]
+
+
+def test_patterns_over_folders_still_are_patterns(tmp_path, pictures):
+    for name in ("a1", "a2"):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "s.tar", [record()], pictures)
+    expected = [str(tmp_path / name / "s.tar") for name in ("a1", "a2")]
+    assert find_shards(str(tmp_path / "a[12]/*.tar")) == find_shards(str(tmp_path / "a*/s.tar")) == expected
+
+
 def test_report_names_the_pictures_folders(build, tmp_path, pictures):
     write_tar(
         tmp_path / "s.tar", [record(image="coco/0.png"), record("a", image=None)], {"coco/0.png": pictures["0.png"]}

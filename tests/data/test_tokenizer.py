@@ -102,6 +102,59 @@ def test_refusals(tmp_path, tiny_folder):
         image_token_id(stock)
 
 
+def edit_state(change):
+    def call(folder):
+        state = json.loads((folder / "tokenizer.json").read_text())
+        change(state)
+        (folder / "tokenizer.json").write_text(json.dumps(state))
+
+    return call
+
+
+def edit_config(**changes):
+    def call(folder):
+        config = json.loads((folder / "tokenizer_config.json").read_text()) | changes
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+    return call
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+WRONG = [  # what is done to the folder, the file or key in the message
+    (edit_state(lambda s: s["model"].update(type="Newer")), "the tokenizers library cannot read it; found .*; fix: "),
+    (edit_state(lambda s: s["model"].pop("vocab")), "the tokenizers library cannot read it"),
+    (edit_state(lambda s: s["model"].pop("merges")), "the tokenizers library cannot read it"),
+    (edit_state(lambda s: s["model"].update(merges=5)), "the tokenizers library cannot read it"),
+    (edit_state(lambda s: s["model"].update(merges=[5])), "the tokenizers library cannot read it"),
+    (edit_state(lambda s: s["model"].update(merges=[["a"]])), "the tokenizers library cannot read it"),
+    (edit_state(lambda s: s.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated",
+                                                  "invert": False})), "the tokenizers library cannot read it"),
+    (edit_state(lambda s: s.update(model=[])), "tokenizer.json: not a tokenizer of the tokenizers library"),
+    (edit_state(lambda s: s["added_tokens"][0].pop("content")), "tokenizer.json:added_tokens: not a whole token"),
+    (edit_state(lambda s: s["added_tokens"].append("<x>")), "tokenizer.json:added_tokens: not a whole token; found <"),
+    (edit_config(pad_token=5), "tokenizer_config.json:pad_token: not usable; found 5; expected a token"),
+    (edit_config(eos_token={}), r"tokenizer_config.json:eos_token: not usable; found \{\}"),
+    (edit_config(eos_token=["a"]), r"tokenizer_config.json:eos_token: not usable; found \['a'\]"),
+    (edit_config(model_max_length="long"), "tokenizer_config.json:model_max_length: not usable; found long"),
+    (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json: not a JSON object; found list"),
+    (lambda f: (f / "tokenizer_config.json").write_text(POINTER), "tokenizer_config.json: not valid JSON"),
+    (lambda f: (f / "special_tokens_map.json").write_text("null"), "special_tokens_map.json: not a JSON object"),
+    (lambda f: (f / "tokenizer.json").write_text("[" * 10**5), "tokenizer.json: not valid JSON"),
+    (lambda f: (f / "tokenizer.json").write_bytes(b"\xff\xfe{\0"), "tokenizer.json: cannot be read"),
+    (lambda f: (f / "chat_template.jinja").write_bytes(b"caf\xe9"), "chat_template.jinja: cannot be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_half_downloaded_and_newer_files_are_refused(tiny_folder, tmp_path, case):
+    change, message = WRONG[case]
+    folder = shutil.copytree(tiny_folder("chatml"), tmp_path / "t")
+    change(folder)
+    with pytest.raises(Refusal, match=rf"K-TOKENIZER\] .*{message}") as refusal:
+        load_tokenizer(folder)
+    assert refusal.value.fix or "not a tokenizer" in message
+
+
 @pytest.mark.parametrize("name", ["llama2-legacy", "llama2-always", "llama2-first"])
 def test_merges_into_control_tokens_are_dropped(tiny_folder, tiny, name):
     """The tiny Llama-2 has the merges ``<`` + ``s>`` and ``</`` + ``s>``, with which stock text becomes ``<s>``."""

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,24 +89,13 @@ def test_a_checkpoint_that_does_not_name_its_base(run, tmp_path):
     refused(copy, tmp_path / "out", r"K-MANIFEST\] .*MANIFEST\.json:llm: the checkpoint does not say which base")
 
 
-def test_existing_folder(run, tmp_path, monkeypatch):
+def test_existing_folder(run, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("kept")
     refused(run, tmp_path / "out", r"C-OUTPUT\] .*out:--output_dir: already exists; fix: .*--overwrite")
     with pytest.raises(Refusal, match=r"C-OUTPUT\] .*not an export: nothing is deleted here; expected export.json"):
         export(run, tmp_path / "out", overwrite=True)
-    (tmp_path / "out" / "export.json").touch()
-
-    def interrupted(*_, **__):
-        raise Refusal("K-PROOF", "not today")
-
-    monkeypatch.setattr(proof, "prove", interrupted)
-    with pytest.raises(Refusal, match="not today"):
-        export(run, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "mine.txt").is_file()  # the old one stays until the new is whole
-    export(run, tmp_path / "out", overwrite=True, prove=False)
-    assert not (tmp_path / "out" / "mine.txt").exists() and (tmp_path / "out" / "MANIFEST.json").is_file()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    assert (tmp_path / "out" / "mine.txt").is_file()
 
 
 def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
@@ -160,6 +150,88 @@ def test_an_unfinished_export_of_something_else_is_not_taken_up(run, tmp_path):
     (staging / "model.safetensors").write_bytes(b"of another run")
     folder = export(run, tmp_path / "out", prove=False)["hf"]
     assert len(load_file(folder / "model.safetensors")) > 50
+
+
+def resealed(run, place, change) -> Path:
+    """A copy of ``run`` whose adapter tensors ``change`` has edited in place, with a manifest that fits them."""
+    copy = shutil.copytree(run, place)
+    file = copy / "checkpoint-1" / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    facts = json.loads((copy / "checkpoint-1" / "MANIFEST.json").read_text())
+    write_manifest(copy / "checkpoint-1", {name: facts[name] for name in ("step", "llm", "vision_tower", "data")})
+    return copy
+
+
+FIRST_B = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_B.weight"
+
+
+@pytest.mark.parametrize("formats", [["hf"], ["peft"]])
+def test_an_adapter_that_is_not_finite_is_not_written(run, tmp_path, formats):
+    def change(tensors):
+        tensors[FIRST_B][3, 1] = float("nan")
+
+    copy = resealed(run, tmp_path / "run", change)
+    match = r"K-NONFINITE\] .*layers\.0\.self_attn\.q_proj.*: a tensor is not finite; found .*NaN.*adapter.*earlier"
+    with pytest.raises(Refusal, match=match):
+        export(copy, tmp_path / "out", formats, prove=False)
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.safetensors.partial"))
+
+
+def test_a_base_that_is_not_finite_is_not_written(parts, tmp_path):
+    llm = write_llm(tmp_path / "llm")
+    weights = load_file(llm / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][5, 5] = float("-inf")
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    trained_run(tmp_path / "run", llm, parts.clip, parts.projector)
+    match = r"K-NONFINITE\] .*layers\.1\.mlp\.up_proj\.weight: .*found .*-Inf.*base.*download"
+    with pytest.raises(Refusal, match=match):
+        export(tmp_path / "run", tmp_path / "out", prove=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_overflows_the_dtype_is_not_written(parts, tmp_path):
+    llm = write_llm(tmp_path / "llm")
+    weights = load_file(llm / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][5, 5] = 1e5
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    trained_run(tmp_path / "run", llm, parts.clip, parts.projector)
+    match = r"K-NONFINITE\] .*up_proj\.weight: .*found 1e\+05.*float16.*fix: --dtype bfloat16"
+    with pytest.raises(Refusal, match=match):
+        export(tmp_path / "run", tmp_path / "out", dtype=torch.float16, prove=False)
+    file = export(tmp_path / "run", tmp_path / "out", dtype=torch.bfloat16, prove=False)["hf"] / "model.safetensors"
+    assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e30])
+def test_a_proof_without_finite_numbers_is_none(run, tmp_path, monkeypatch, value):
+    """NaN differs from nothing that is compared with < or max, and 1e30 becomes a row of zeros in a norm."""
+
+    def change(tensors):
+        for name, tensor in tensors.items():
+            if "lora_B" in name and "language_model" in name:
+                tensor.fill_(value)
+
+    copy = resealed(run, tmp_path / "run", change)
+    reopen_here(monkeypatch)
+    monkeypatch.setattr(streaming, "check_finite", lambda *_: None, raising=False)
+    match = r"K-PROOF\] .*logits: the values to compare are not finite, or all zero; found .* from the run as trained"
+    with pytest.raises(Refusal, match=match):
+        export(copy, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("program", "match"), [
+    ("raise OSError(28, 'No space left on device')", r"E-DISK\] .*the disk is full"),
+    ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"E-MEMORY\] .*was killed.*fix: --no_proof"),
+    ("raise KeyError('x')", r"K-PROOF\] .*stock libraries cannot open the export; found KeyError: 'x'"),
+])  # fmt: skip
+def test_ends_of_the_proofs_process(tmp_path, program, match):
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "reopen.py").write_text(program)
+    with pytest.raises(Refusal, match=match):
+        proof._reopened(tmp_path)
 
 
 FLAGS = {

@@ -7,6 +7,7 @@ from faults.campaign import Campaign
 
 pytestmark = pytest.mark.faults
 SECONDS = 8
+SLEEP = 12.0
 
 
 @pytest.mark.parametrize(("stage", "stopped"), [(2, 1), (3, 1), (2, 0)])
@@ -28,4 +29,17 @@ def test_a_stopped_rank_is_named(lives, parts, tmp_path, stage, stopped):
         assert "the store, which rank 0 or the launcher serves, has not answered" in said
     assert life.outlived < 4 * SECONDS
     assert campaign.live("run", 1).ended_well  # and the run goes on
+    assert campaign.state_of(tmp_path / "run") == campaign.final
+
+
+@pytest.mark.parametrize(("stage", "step"), [(2, 5), (3, 6)])
+def test_a_suspended_run_goes_on(lives, parts, tmp_path, stage, step):
+    """All ranks stopped for longer than the timeout and woken, as a scheduler suspends a job: nobody stood still."""
+    campaign = Campaign("suspended", lives, parts, tmp_path, world=2, zero=stage)
+    arguments = [*campaign.arguments(tmp_path / "run"), "--ddp_timeout", "4"]
+    life = lives.live(
+        arguments, tmp_path / "life", world=2, limit=100, signal=int(signal.SIGSTOP), at_step=step, wake=SLEEP,
+    )  # fmt: skip
+    assert life.ended_well, life.said(0)[-2000:] + life.said(1)[-2000:]
+    assert life.seconds > SLEEP
     assert campaign.state_of(tmp_path / "run") == campaign.final

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from llava_moslora.errors import Refusal
-from llava_moslora.models.llm import load_llm, read_llm_config, read_llm_tensors, with_old_rope
+from llava_moslora.models.llm import load_llm, longest_text, read_llm_config, read_llm_tensors, with_old_rope
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -44,6 +44,42 @@ def test_native_architectures(tmp_path, config_class, model_class, tied):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     ids = torch.arange(12)[None]
     assert torch.equal(model(ids).logits, stock(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        '{"eos_token_id": ',
+        "[1]",
+        '{"max_new_tokens": "many", "num_beams": -1, "cache_implementation": "nope"}',
+    ],
+)
+def test_a_damaged_generation_config_is_refused_before_the_data_are_read(tmp_path, content):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(Refusal, match=r"K-(JSON|CONFIG)\] .*generation_config.json: not ") as refusal:
+        read_llm_config(tmp_path)
+    assert refusal.value.fix
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 2048),
+        ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+          "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        ({"max_position_embeddings": 32768, "rope_scaling": {"type": "yarn", "factor": 4.0,
+          "original_max_position_embeddings": 32768}}, 131072),
+    ],
+    ids=["plain", "llama-3.1", "vicuna-16k", "qwen2.5 with yarn"],
+)  # fmt: skip
+def test_the_longest_text_is_what_the_configuration_states(tmp_path, changes, expected):
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **SMALL}
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    assert longest_text(read_llm_config(tmp_path)) == expected
 
 
 def test_old_torch_folder_with_saved_frequencies(parts, tmp_path):

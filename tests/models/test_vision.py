@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models import open_clip as conversion
-from llava_moslora.models.vision import from_open_clip, load_vision_tower
+from llava_moslora.models.vision import from_open_clip, load_vision_tower, read_picture_settings
 
 TINY = {
     "embed_dim": 24,
@@ -324,12 +324,51 @@ def test_configurations_that_are_not_a_plain_tower(tower_folder, change, code, k
         ({"image_mean": None}, "image_mean"),
         ({"image_std": [0.5]}, "image_std"),
         ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type"),
+        ({"image_processor_type": ["CLIPImageProcessor"]}, "image_processor_type"),
+        ({"do_resize": False}, "do_resize"),
+        ({"do_rescale": False}, "do_rescale"),
+        ({"do_normalize": False}, "do_normalize"),
+        ({"do_center_crop": "false"}, "do_center_crop"),
+        ({"rescale_factor": 0}, "rescale_factor"),
+        ({"rescale_factor": "1/255"}, "rescale_factor"),
+        ({"rescale_factor": float("nan")}, "rescale_factor"),
+        ({"image_std": [0.3, 0, 0.3]}, "image_std"),
+        ({"image_std": [0.3, float("inf"), 0.3]}, "image_std"),
+        ({"image_mean": [True, True, True]}, "image_mean"),
+        ({"image_mean": "0.5"}, "image_mean"),
+        ({"image_mean": [124, 116, 104]}, "image_mean"),
+        ({"resample": "bicubic"}, "resample"),
+        ({"resample": 9}, "resample"),
+        ({"size": "32"}, "size"),
+        ({"size": {"shortest_edge": 10**6}}, "size"),
+        ({"size": {"shortest_edge": -32}}, "size"),
+        ({"size": {"longest_edge": 32}}, "size"),
+        ({"size": {"shortest_edge": 32.5}}, "size"),
+        ({"crop_size": [32, 32]}, "crop_size"),
+        ({"crop_size": {"height": "32", "width": "32"}}, "crop_size"),
     ],
 )
 def test_preprocessing_that_does_not_fit_the_tower(tower_folder, change, key):
     edit(tower_folder / "preprocessor_config.json", **change)
     refusal = refused(tower_folder)
     assert (refusal.code, refusal.key) == ("K-PROCESSOR", key)
+
+
+def test_preprocessing_is_refused_before_a_weight_is_read(tower_folder):
+    edit(tower_folder / "preprocessor_config.json", do_normalize=False)
+    (tower_folder / "model.safetensors").unlink()
+    with pytest.raises(
+        Refusal, match=r"K-PROCESSOR\] .*preprocessor_config.json:do_normalize: .*found False; expected"
+    ):
+        read_picture_settings(tower_folder)
+    assert refused(tower_folder).key == "do_normalize"
+
+
+@pytest.mark.parametrize(("change", "key"), [({"mean": "grey"}, "image_mean"), ({"std": [0, 0, 0]}, "image_std")])
+def test_open_clips_preprocessing_that_is_none(change, key):
+    cfg, model = tiny_open_clip()
+    with pytest.raises(Refusal, match=rf"K-PROCESSOR\] .*{key}: not usable"):
+        from_open_clip(cfg, model.state_dict(), change)
 
 
 def test_missing_files_are_named(tower_folder, tmp_path):

@@ -1,9 +1,11 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from llava_moslora.errors import Refusal
 from llava_moslora.runs import publish
@@ -154,6 +156,75 @@ def test_prune_keeps_the_newest_and_never_fewer_than_two(tmp_path):
     assert [publish.step_of(p) for p in publish.checkpoints(tmp_path)] == [5, 4, 3]
     publish.prune(tmp_path, keep=1)
     assert [publish.step_of(p) for p in publish.checkpoints(tmp_path)] == [5, 4]
+
+
+def steps(run: Path) -> list[int]:
+    return [publish.step_of(p) for p in publish.checkpoints(run)]
+
+
+def test_prune_never_counts_a_damaged_checkpoint(tmp_path):
+    """Two damaged ones with the largest numbers: a run that went on below them keeps what it saves."""
+    for step in (20, 30):
+        damage_flip(make(tmp_path, step))
+    for step in (3, 6, 9, 12):
+        make(tmp_path, step)
+        publish.prune(tmp_path, keep=2)
+    assert steps(tmp_path) == [30, 20, 12, 9]
+    assert publish.newest_valid(tmp_path)[0].name == "checkpoint-12"
+
+
+@pytest.mark.parametrize("damage", [damage_no_manifest, damage_manifest, damage_schema, damage_fact])
+def test_prune_leaves_alone_what_it_cannot_read(tmp_path, damage):
+    """Such as a checkpoint that a newer version of this package wrote."""
+    damage(make(tmp_path, 20).rename(tmp_path / "checkpoint-2"))
+    for step in (3, 6, 9):
+        make(tmp_path, step)
+    publish.prune(tmp_path, keep=2)
+    assert steps(tmp_path) == [9, 6, 2]
+
+
+def test_a_damaged_checkpoint_stays_until_the_new_one_is_written(tmp_path):
+    damage_flip(make(tmp_path, 1))
+
+    def write(folder: Path) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(Refusal, match="disk full"):
+        publish.publish(tmp_path / "checkpoint-1", write, dict)
+    assert (tmp_path / "checkpoint-1" / "adapter" / "w.bin").is_file()
+    make(tmp_path, 1, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert read_manifest(tmp_path / "checkpoint-1")["files"]["adapter/w.bin"]["size"] == 3
+
+
+def test_a_renamed_checkpoint_is_refused(tmp_path):
+    make(tmp_path, 2)
+    shutil.copytree(tmp_path / "checkpoint-2", tmp_path / "checkpoint-20")
+    with pytest.raises(
+        Refusal, match=r"K-STEP.*checkpoint-20: .*found step 2 in .*expected step 20; fix: rename it to"
+    ):
+        publish.newest_valid(tmp_path)
+    make(tmp_path, 20)  # the true end of the run is written all the same
+    assert publish.newest_valid(tmp_path)[0].name == "checkpoint-20"
+    assert read_manifest(tmp_path / "checkpoint-20")["step"] == 20
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_files_follow_the_umask(tmp_path, umask, mode):
+    """safetensors writes files that only their owner may read."""
+    from safetensors.torch import save_file
+
+    def write(folder: Path) -> None:
+        (folder / "adapter").mkdir()
+        save_file({"w": torch.zeros(2)}, folder / "adapter" / "w.safetensors")
+
+    before = os.umask(umask)
+    try:
+        publish.publish(tmp_path / "checkpoint-1", write, lambda: {"step": 1})
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "checkpoint-1").rglob("*") if p.is_file()]
+    assert {p.name: p.stat().st_mode & 0o777 for p in files} == {"w.safetensors": mode, MANIFEST: mode}
 
 
 def test_second_process_on_one_folder_is_refused(tmp_path):

@@ -187,3 +187,58 @@ def test_what_slurm_starts_on_a_host(folders):
 def test_every_recipe_is_tested():
     written = {path.stem for path in (ROOT / "scripts").glob("*.sh")} - {"demo"}
     assert written == set(RECIPES)
+
+
+STUB = """#!/usr/bin/env bash
+echo "$(basename $0) $*" >> "$SEEN"
+if [ "$(basename $0)" = python ] && [ "$1" = -c ]; then echo 0; fi
+while [ $# -gt 0 ]; do [ "$1" = --output ] && echo half > "$2"; shift; done
+[ "$(grep -c . "$SEEN")" -lt "${DIES_AT:-1000}" ]
+"""
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """``demo.sh`` in a repository of its own, where training, exporting and asking only say how they were called."""
+    for name in ("deepspeed", "python"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(STUB)
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name in ("scripts/demo.sh", "playground/demo_inputs.sh"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text() if name == "scripts/demo.sh" else "")
+
+    def start() -> list[str]:
+        (tmp_path / "seen").write_text("")
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SEEN": str(tmp_path / "seen")}
+        environment |= start.more
+        subprocess.run(
+            ["bash", str(tmp_path / "scripts" / "demo.sh")], env=environment, capture_output=True, check=False
+        )
+        return (tmp_path / "seen").read_text().splitlines()
+
+    start.more, start.runs = {}, tmp_path / "playground" / "runs"
+    return start
+
+
+@pytest.mark.parametrize("saved", [[], [100], [500]])
+def test_an_interrupted_demo_goes_on_training(demo, saved):
+    for step in saved:
+        (demo.runs / "demo" / f"checkpoint-{step}").mkdir(parents=True)
+    (training,) = [line for line in demo() if line.startswith("deepspeed")]
+    assert "--resume True" in training and "--overwrite" not in training
+
+
+def test_a_finished_demo_trains_no_more(demo):
+    (demo.runs / "demo" / "checkpoint-600").mkdir(parents=True)
+    assert not [line for line in demo() if line.startswith("deepspeed")]
+
+
+def test_a_question_that_was_interrupted_is_asked_again(demo):
+    (demo.runs / "demo" / "checkpoint-600").mkdir(parents=True)
+    demo.more["DIES_AT"] = "2"  # the export goes well, the first asking dies with half its file written
+    assert "evaluate.py" in demo()[-1]
+    del demo.more["DIES_AT"]
+    asked = [line for line in demo() if "evaluate.py" in line or "ask_stock.py" in line]
+    assert len(asked) == 4
+    assert not [line for line in demo() if "evaluate.py" in line or "ask_stock.py" in line]

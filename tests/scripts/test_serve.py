@@ -1,8 +1,10 @@
 """The web page in a headless browser, with a picture: two models side by side, two turns. Needs the extra ``serve``."""
 
+import http.client
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -14,8 +16,10 @@ from launching import ROOT, free_port
 from PIL import Image
 
 from llava_moslora.data.conversation import Turn
+from llava_moslora.errors import Refusal
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load, load_run
+from scripts import serve
 
 SCREENSHOT = os.environ.get("SERVE_SCREENSHOT")  # a file to look at
 
@@ -28,6 +32,49 @@ def test_wrong_flags_are_answered_before_anything_is_loaded(tmp_path):
     ):
         done = subprocess.run([sys.executable, "scripts/serve.py", *words], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("host", "port", "message"), [
+    ("127.0.0.1", 99999, r"C-FLAG\] --port: no port; found 99999; expected 1 to 65535"),
+    ("127.0.0.1", -1, r"C-FLAG\] --port: no port"),
+    ("no such host", 7860, r"C-FLAG\] --host: no address of this machine; found no such host: .*fix: 127\.0\.0\.1"),
+    ("192.0.2.1", 7860, r"C-FLAG\] --host: no address of this machine"),
+    ("127.0.0.1", None, r"E-PORT\] --port: another process listens there; found 127\.0\.0\.1:\d+"),
+])  # fmt: skip
+def test_an_address_that_cannot_be_served(monkeypatch, host, port, message):
+    monkeypatch.setattr(serve, "load", lambda _: pytest.fail("the model was loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = port or taken.getsockname()[1]
+        monkeypatch.setattr(sys, "argv", ["serve.py", "model", "--host", host, "--port", str(port)])
+        with pytest.raises(Refusal, match=message):
+            serve.main()
+
+
+def test_an_address_that_can_be_served():
+    serve.check_address("127.0.0.1", free_port())
+    serve.check_address("localhost", free_port())
+
+
+def test_a_question_without_end_is_refused():
+    rounds = [{"file": None, "question": "x" * 10**6, "answers": [""]}]
+    with pytest.raises(Refusal, match=r"D-LENGTH\] the question is too long; found 1000000; expected at most 20000"):
+        serve.conversation(rounds, 0)
+
+
+def test_only_this_machines_name_is_answered():
+    """A foreign page whose name was made to mean 127.0.0.1 sends that name, and must not reach the model."""
+    pytest.importorskip("gradio", reason="pip install 'llava_moslora[serve]'")
+    port = free_port()
+    blocks = serve.page({"model": None})
+    blocks.launch(**serve.launching("127.0.0.1", port), prevent_thread_lock=True, quiet=True)
+    try:
+        for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("evil.example", 400)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", "/config", headers={"Host": host, "Origin": f"http://{host}"})
+            assert connection.getresponse().status == status, host
+            connection.close()
+    finally:
+        blocks.close()
 
 
 @pytest.fixture

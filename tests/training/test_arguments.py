@@ -83,6 +83,77 @@ def test_unknown_key_in_a_file(tmp_path):
         parse(["--config", str(file), *required(tmp_path)])
 
 
+@pytest.mark.parametrize("text", ["2025_11_03", "0012", "1:30", "2025-11-03", "no", "on", "1e3", "0x10", ".5", "="])
+def test_a_text_in_the_file_is_what_is_written(tmp_path, text):
+    """YAML 1.1 makes a number, a time or a truth value of most of these."""
+    file = tmp_path / "c.yaml"
+    file.write_text(f"output_dir: {text}\nrun_name: '{text}'\ndata_path: [{text}]\n")
+    _, data, _, args = parse([*required(tmp_path)[:4], "--config", str(file)])
+    assert [args.output_dir, args.run_name, data.data_path] == [text, text, [text]]
+
+
+def test_numbers_truth_values_and_mappings_in_the_file(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "lora_r: 0012\nlearning_rate: 1e-4\nmixer_lr: 2.5e-4\nbf16: yes\nwarmup_steps: 0.1\ndata_weights: [1, .5]\n"
+        "save_strategy: no\nsample_questions: ''\nlr_scheduler_kwargs: {a: 1, b: [no, 2.5, null, '3'], c: TRUE}\n"
+    )
+    _, data, adapter, args = parse([*required(tmp_path), "--config", str(file)])
+    assert (adapter.lora_r, args.learning_rate, args.mixer_lr, args.bf16) == (12, 1e-4, 2.5e-4, True)
+    assert (args.warmup_steps, data.data_weights, args.save_strategy, args.sample_questions) == (
+        0.1,
+        [1, 0.5],
+        "no",
+        "",
+    )
+    assert args.lr_scheduler_kwargs == {"a": 1, "b": ["no", 2.5, None, "3"], "c": True}
+    file.write_text(
+        json.dumps({"lora_r": 12, "bf16": True, "lr_scheduler_kwargs": {"a": "no"}, "image_folder": "null"})
+    )
+    _, data, adapter, args = parse([*required(tmp_path)[:6], "--config", str(file), "--output_dir", str(tmp_path)])
+    assert (adapter.lora_r, args.bf16, args.lr_scheduler_kwargs, data.image_folder) == (12, True, {"a": "no"}, "null")
+
+
+@pytest.mark.parametrize("null", ["null", "~", "", "Null"])
+def test_null_is_a_flag_that_is_not_given(tmp_path, null):
+    file = tmp_path / "c.yaml"
+    names = ("deepspeed", "pretrain_mm_mlp_adapter", "report_to", "image_folder", "vision_lr", "lora_r", "data_weights")
+    file.write_text("".join(f"{name}: {null}\n" for name in names))
+    words = required(tmp_path)
+    assert parse([*words[:6], *words[8:], "--config", str(file)]) == parse([*words[:6], *words[8:]])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"lora_r: 4\nlora_r: 8\n", r"c\.yaml:lora_r: the key occurs twice; found lines 1 and 2; fix: keep one"),
+        (b'{"lora_r": 4, "lora_r": 4}', r"c\.yaml:lora_r: the key occurs twice"),
+        (b"lr_scheduler_kwargs: {a: 1, a: 2}", r"c\.yaml:a: the key occurs twice"),
+        ("run_name: caf\xe9\n".encode("latin-1"), r"C-PARSE\] .*not UTF-8; found byte 0xe9 at 13; fix: save .* UTF-8"),
+        ("run_name: a\n".encode("utf-16"), r"C-PARSE\] .*not UTF-8; found byte 0xff at 0; fix: save the file as UTF-8"),
+        ("run_name: a\n".encode("utf-16-le"), r"C-PARSE\] .*neither YAML nor JSON"),
+        (b"", r"not a mapping of flags to values; found nothing"),
+        (b"- lora_r", r"not a mapping of flags to values; found sequence"),
+        (b"lora_r: !!int 4", r"neither YAML nor JSON; found the tag tag:yaml.org,2002:int, which is not read here"),
+        (b"data_path: [a, null]", r"data_path: a list holds plain values only; found null"),
+        (b"data_path: [[a]]", r"data_path: a list holds plain values only; found sequence"),
+        (b"[a]: b", r"a key that is no text; found line 1"),
+        (b"[" * 9000, r"neither YAML nor JSON"),
+    ],
+)
+def test_files_that_cannot_be_read_as_written(tmp_path, content, message):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(content)
+    with pytest.raises(Refusal, match=message) as refusal:
+        parse([*required(tmp_path), "--config", str(file)])
+    assert refusal.value.line().isprintable()
+
+
+def test_a_file_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "c.yaml").write_text("lora_r: 4\n", encoding="utf-8-sig")
+    assert parse([*required(tmp_path), "--config", str(tmp_path / "c.yaml")])[2].lora_r == 4
+
+
 def test_yaml_that_builds_objects_is_refused(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("lora_r: !!python/object/apply:os.getpid []\n")

@@ -2,14 +2,18 @@
 
 import importlib.util
 import json
+import shutil
+import sys
 
 import pytest
 import torch
+from training_runs import train
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training import checks
 from llava_moslora.training.arguments import parse
 from llava_moslora.training.checks import check, check_launch
+from scripts import prepare_data
 
 PARTS = "--model_name_or_path llm --vision_tower clip --data_path d.json --image_folder i".split()
 
@@ -56,6 +60,16 @@ def test_the_defaults_pass(asked):
         ("--bf16 True", r"--bf16: without DeepSpeed there are no float32 masters.*zero2.json"),
         ("--attn_implementation flash", r"--attn_implementation: unknown value; found flash; expected sdpa | eager"),
         ("--sample_steps 0", r"--sample_steps: out of range"),
+        (
+            "--max_steps 0",
+            r"--max_steps: nothing to train; found 0; expected at least 1, or -1 for as many as --num_tr",
+        ),
+        ("--max_steps -5", r"--max_steps: nothing to train; found -5"),
+        ("--resume_from_checkpoint runs/a/checkpoint-2", r"--resume_from_checkpoint: .*; fix: use --resume True"),
+        (
+            "--dataloader_num_workers 1 --dataloader_prefetch_factor 0",
+            r"C-FLAG\] --dataloader_prefetch_factor: out of range; found 0; expected at least 1",
+        ),
     ],
 )
 def test_values_out_of_range(asked, flags, message):
@@ -205,3 +219,28 @@ def test_yaml_with_aliases_is_not_read(tmp_path):
     (tmp_path / "c.yaml").write_text("lora_target_modules: &a [q_proj, q_proj]\nvision_lora_target_modules: *a\n")
     with pytest.raises(Refusal, match=r"neither YAML nor JSON; found an alias, \*a"):
         parse(["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(-1, "above 16, .*one picture"), (16, "above 16"), (2049, "at most 2048")]
+)
+def test_lengths_that_cannot_be(parts, tmp_path, monkeypatch, limit, expected):
+    """Refused before the data are read: neither a cache nor a run folder is made."""
+    message = rf"C-FLAG\] --model_max_length: .*; found {limit}; expected {expected}"
+    with pytest.raises(Refusal, match=message):
+        train(parts, tmp_path / "run", model_max_length=limit)
+    words = ["--model_name_or_path", parts.llm, "--vision_tower", parts.clip, "--data_path", parts.data]
+    words += ["--image_folder", parts.images, "--data_cache", tmp_path / "cache", "--model_max_length", limit]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+    with pytest.raises(Refusal, match=message):
+        prepare_data.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_picture_settings_are_refused_before_the_data_are_read(parts, tmp_path):
+    tower = shutil.copytree(parts.clip, tmp_path / "clip")
+    file = tower / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_rescale": False}))
+    with pytest.raises(Refusal, match=r"preprocessor_config.json:do_rescale: not usable; found False; expected true"):
+        train(parts, tmp_path / "run", vision_tower=tower)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]

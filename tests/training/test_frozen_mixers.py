@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from export_runs import reopen_here
+from safetensors.torch import load_file, save_file
 from test_zero import configuration, lived_well, settings
 from test_zero import lives as lives  # a fixture
 from training_runs import adapter, losses, train
@@ -13,6 +14,7 @@ import scripts.train_vit_llm as script
 from llava_moslora.export.job import export
 from llava_moslora.inference.load import load_run
 from llava_moslora.models.assemble import add_adapters
+from llava_moslora.runs.manifest import read_manifest, write_manifest
 from llava_moslora.training.state import frozen_mixers
 
 STARTS = ["butterfly", "orthogonal", "kaiming_uniform", "normal"]
@@ -55,6 +57,26 @@ def test_a_frozen_mixer_is_saved_resumed_loaded_and_exported(parts, tmp_path, mo
     for name in mixers:
         assert torch.equal(loaded[name.replace("lora_mixer.", "lora_mixer.default.")], saved[name])
     is_exported(run, tmp_path / "merged", monkeypatch)
+
+
+def test_a_run_of_the_first_versions_gets_its_mixers_back(parts, tmp_path, capsys):
+    """They wrote no frozen mixer, and drew it from the seed again when they resumed."""
+    same = {"mixer_init": "normal", "train_mixer": False, "save_steps": 2, "resume": True, "max_steps": 4}
+    run, old = tmp_path / "run", tmp_path / "old"
+    train(parts, run, **same)
+    shutil.copytree(run, old)
+    shutil.rmtree(old / "checkpoint-4")
+    checkpoint = old / "checkpoint-2"
+    facts = {k: v for k, v in read_manifest(checkpoint).items() if k not in ("schema", "files", "sha256")}
+    for file, dropped in (FILES[0], "lora_mixer"), (FILES[1], ".step"):
+        tensors = {n: t for n, t in load_file(checkpoint / file).items() if dropped not in n}
+        save_file(tensors, checkpoint / file, metadata={"format": "pt"})
+    (checkpoint / FILES[2]).write_text('{"adam_steps": 2, "scheduler_steps": 2, "loss_scale": null}')
+    write_manifest(checkpoint, facts)
+    train(parts, old, **same)
+    assert "of a version that kept no frozen mixers" in capsys.readouterr().out
+    for file in FILES:
+        assert (old / "checkpoint-4" / file).read_bytes() == (run / "checkpoint-4" / file).read_bytes(), file
 
 
 @pytest.mark.slow

@@ -3,15 +3,18 @@
 import json
 import os
 import shutil
+import sys
 from collections import namedtuple
 
 import pytest
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, defect
+from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import RUN, fingerprint, read_run, write_run
+from llava_moslora.training.output_dir import check_output, has_begun
 from llava_moslora.training.run_folder import (
-    check_output,
+    begin_run,
     check_shared,
     check_space,
     checkpoint_bytes,
@@ -19,14 +22,16 @@ from llava_moslora.training.run_folder import (
     reopen_run,
 )
 
+MODEL = {"model_name_or_path": "llm", "vision_tower": "clip", "pretrain_mm_mlp_adapter": None, "version": "chatml"}
+FILE = "optimizer.safetensors"
 FACTS = {"llm": {"config.json": "aa"}, "data": {"data.json": "bb"}}
 
 
 def settings(**training) -> dict:
     return {
-        "model": {"bits": 16},
-        "data": {"data_path": "a.json", "data_cache": "here"},
-        "adapter": {"lora_r": 4},
+        "model": MODEL | {"bits": 16},
+        "data": {"data_path": "a.json", "data_cache": "here", "image_aspect_ratio": "pad"},
+        "adapter": {"lora_r": 4, "vision_lora_r": 2},
         "training": {"seed": 42, "learning_rate": 1e-3} | training,
         "global_batch_size": 4,
     }
@@ -39,12 +44,15 @@ def run(tmp_path):
     open_run(folder, overwrite=False).release()
     write_run(folder, settings())
     for step in (1, 2):
-        publish.publish(
-            folder / f"checkpoint-{step}",
-            lambda staging: (staging / "w.bin").write_bytes(b"weights"),
-            lambda step=step: {"step": step, **FACTS},
-        )
+        save(folder, step)
     return folder
+
+
+def save(folder, step, **facts):
+    def write(staging):
+        (staging / FILE).write_bytes(b"weights")
+
+    publish.publish(folder / f"checkpoint-{step}", write, lambda: {"step": step, "seed": 42, **FACTS, **facts})
 
 
 def reopen(run, now=None, facts=FACTS, allow=()):
@@ -57,12 +65,62 @@ def test_the_newest_checkpoint_is_chosen(run):
     assert reopen(run).name == "checkpoint-2"
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named(run, capsys):
-    (run / "checkpoint-2" / "w.bin").write_bytes(b"Weights")
+def test_a_damaged_checkpoint_is_skipped_and_named(run, capsys):
+    (run / "checkpoint-2" / FILE).write_bytes(b"Weights")
     assert reopen(run).name == "checkpoint-1"
     said = capsys.readouterr().out
-    assert said.startswith("passed over: error[K-HASH]") and "checkpoint-2/w.bin" in said
+    assert said.startswith("skipped: error[K-HASH]") and f"checkpoint-2/{FILE}" in said
     assert (run / "checkpoint-2").is_dir()
+
+
+def content(run):
+    """Everything but the lock."""
+    return {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in (".lock", ".locked_by")}
+
+
+DAMAGES = {
+    "a byte": lambda folder: (folder / FILE).write_bytes(b"Weights"),
+    "no manifest": lambda folder: (folder / "MANIFEST.json").unlink(),
+    "a newer version's": lambda folder: (folder / "MANIFEST.json").write_text('{"schema": 3, "files": {}}'),
+    "emptied": lambda folder: [path.unlink() for path in folder.iterdir()],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_without_a_valid_checkpoint_nothing_is_resumed_and_nothing_touched(run, damage):
+    """To begin at step 1 would write over the metrics and, one by one, over the checkpoints."""
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for step in (1, 2):
+        DAMAGES[damage](run / f"checkpoint-{step}")
+    before = content(run)
+    with pytest.raises(Refusal, match=r"no checkpoint of this run is valid.*found error\[K-.*; error\[K-.*") as refusal:
+        reopen(run)
+    assert refusal.value.code == "K-NONE" and refusal.value.exit_status == 3
+    assert content(run) == before
+    publish.lock_run(run, patience=0).release()
+
+
+def test_a_checkpoint_under_another_step_is_refused(run):
+    (run / "checkpoint-2").rename(run / "checkpoint-6")
+    for opens in (reopen, newest_checkpoint):  # a resume; an export, a chat
+        with pytest.raises(Refusal, match=r"K-STEP.*found step 2.*expected step 6"):
+            opens(run)
+
+
+def test_a_checkpoint_of_another_seed_is_refused(run):
+    save(run, 3, seed=7)
+    for opens in (reopen, newest_checkpoint):
+        with pytest.raises(Refusal, match=r"K-SEED.*checkpoint-3: .*found seed 7; expected seed 42"):
+            opens(run)
+
+
+def test_a_seed_that_was_allowed_to_change_is_the_runs_own(run):
+    changed = settings(seed=7)
+    assert reopen(run, changed, allow=["seed"]).name == "checkpoint-2"
+    write_run(run, changed)  # and killed before its next checkpoint
+    assert reopen(run, changed).name == "checkpoint-2"
+    save(run, 3, seed=7)
+    assert reopen(run, changed).name == "checkpoint-3"
 
 
 def test_leftovers_and_decoys_do_not_hinder(run):
@@ -77,7 +135,7 @@ def test_nothing_in_it_uses_file_times(run):
         os.utime(run / name, (time, time))
     assert reopen(run).name == "checkpoint-2"
     for step in (3, 4):
-        shutil.copytree(run / "checkpoint-2", run / f"checkpoint-{step}")
+        save(run, step)
         os.utime(run / f"checkpoint-{step}", (0, 0))
     publish.prune(run, keep=2)
     assert [p.name for p in publish.checkpoints(run)] == ["checkpoint-4", "checkpoint-3"]
@@ -115,6 +173,7 @@ def test_what_changed_is_refused_unless_allowed(run, case):
 def test_what_may_change_does(run):
     now = settings(save_steps=7, logging_steps=5)
     now["data"]["data_cache"] = "there"
+    now["model"] = now["model"] | {"model_name_or_path": "moved/llm", "vision_tower": "moved/clip"}
     assert reopen(run, now).name == "checkpoint-2"
 
 
@@ -127,10 +186,202 @@ def test_a_run_from_before_a_flag_did_what_is_now_its_default(run):
         reopen(run, now)
 
 
-def test_no_run_to_resume(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(Refusal, match="not a run: nothing to resume"):
+@pytest.mark.parametrize("name", ["checkpoint-2", "tokenizer", "metrics.jsonl", "MANIFEST.json", "export.json"])
+def test_no_run_to_resume(tmp_path, name):
+    """What is left of a run, a checkpoint, an export."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(Refusal, match=f"not a run: nothing to resume; found {name}; expected run.json in it"):
         reopen(tmp_path)
+
+
+LOGS = ["slurm-123.out", "train.err", "log", "job.o4711", "logs/rank0.log"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_jobs_log_does_not_hinder_a_start(tmp_path, flags):
+    for name in LOGS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    check_output(tmp_path, **{"resume": False, "overwrite": False} | flags)
+    if flags.get("resume"):
+        assert reopen(tmp_path) is None
+    else:
+        open_run(tmp_path, overwrite=flags.get("overwrite", False)).release()
+    assert all((tmp_path / name).is_file() for name in LOGS)
+
+
+def test_the_report_of_a_defect_does_not_hinder_a_run(run, tmp_path, monkeypatch):
+    new = tmp_path / "new"
+    new.mkdir()
+    for folder in (run, new):
+        monkeypatch.setattr(sys, "argv", ["train_vit_llm.py", "--output_dir", str(folder)])
+        defect(KeyError("exp_avg"))
+    assert reopen(run).name == "checkpoint-2"
+    open_run(new, overwrite=False).release()
+    open_run(run, overwrite=True).release()
+    begin(run)
+    assert all(len(list(folder.glob(".defect-*.txt"))) == 1 for folder in (run, new))
+
+
+def test_resume_begins_beside_files_that_are_no_runs(tmp_path):
+    """The recipes always pass it."""
+    (tmp_path / "recipe.yaml").touch()
+    assert reopen(tmp_path) is None
+    with pytest.raises(Refusal, match=r"the folder is not empty; found recipe.yaml; fix: choose another folder"):
+        check_output(tmp_path, resume=False, overwrite=False)
+
+
+def test_a_data_cache_in_the_run_folder_is_refused(tmp_path):
+    for cache in (tmp_path / "run" / "cache", tmp_path / "run", tmp_path / "x" / ".." / "run" / "cache"):
+        with pytest.raises(Refusal, match=r"--data_cache: the data cache lies in the run folder"):
+            check_output(tmp_path / "run", resume=True, overwrite=False, data_cache=cache)
+    check_output(tmp_path / "run", resume=True, overwrite=False, data_cache=tmp_path / "runcache")
+
+
+def test_a_run_that_never_took_a_step_can_be_begun_again(tmp_path):
+    """Such as one that ran out of memory at once: its corrected settings are not compared."""
+    run = tmp_path / "run"
+    begin(run)
+    (run / "metrics.jsonl").write_text('{"unfinished')
+    check_output(run, resume=False, overwrite=False)
+    open_run(run, overwrite=False).release()
+    assert reopen(run, settings(learning_rate=1.0)) is None
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert has_begun(run)
+    with pytest.raises(Refusal, match="the folder is not empty"):
+        check_output(run, resume=False, overwrite=False)
+    with pytest.raises(Refusal, match="K-CHANGED"):
+        reopen(run, settings(learning_rate=1.0))
+
+
+def begin(run, fail=False, **training):
+    """As the script does it."""
+    staged = run.parent / "staged"
+    staged.mkdir()
+    (staged / "report.html").write_text("new")
+
+    def record(run):
+        write_run(run, settings(**training))
+        (run / "tokenizer").mkdir()
+        if fail:
+            raise OSError("disk full")
+
+    run.mkdir(exist_ok=True)
+    begin_run(run, record, staged)
+
+
+def test_a_run_is_replaced_at_the_end(run):
+    (run / "tokenizer").mkdir()
+    (run / "notes.md").write_text("mine")
+    (run / "eval").mkdir()
+    (run / "eval" / "results.csv").write_text("mine")
+    check_output(run, resume=False, overwrite=True)
+    begin(run, learning_rate=1.0)
+    names = {path.name for path in run.iterdir()} - {".lock", ".locked_by"}
+    assert names == {"run.json", "tokenizer", "data", "notes.md", "eval"}
+    assert (run / "eval" / "results.csv").read_text() == "mine" == (run / "notes.md").read_text()
+    assert read_run(run)["settings"]["training"]["learning_rate"] == 1.0
+
+
+def test_a_run_that_cannot_be_replaced_is_put_back(run):
+    before = content(run)
+    with pytest.raises(OSError, match="disk full"):
+        begin(run, fail=True, learning_rate=1.0)
+    assert content(run) == before
+
+
+@pytest.mark.parametrize("when", ["while it is set aside", "while the new one is written"])
+def test_a_kill_while_a_run_is_replaced_loses_nothing(run, monkeypatch, when):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    before = content(run)
+    rename, calls = os.rename, []
+    monkeypatch.setattr("llava_moslora.training.run_folder._put_back", kill)  # nobody tidies up after a kill
+    if when == "while it is set aside":
+        monkeypatch.setattr(
+            os, "rename", lambda *paths: rename(*paths) if not calls.append(1) and len(calls) < 3 else kill()
+        )
+    else:
+        monkeypatch.setattr(publish, "delete", kill)
+    with pytest.raises((Killed, OSError)):
+        begin(run, fail=True, learning_rate=1.0)
+    monkeypatch.undo()
+    assert content(run) != before
+    open_run(run, overwrite=True).release()
+    assert content(run) == before
+
+
+INPUTS = ["llm", "checkpoint-2/projector", "sub/data.json", "mix/*.tar", "."]
+
+
+@pytest.mark.parametrize("place", INPUTS)
+def test_an_input_inside_the_run_is_not_deleted(run, place):
+    inputs = [("--model_name_or_path", run.parent), ("--data_path", run / place)]
+    with pytest.raises(Refusal, match=r"--data_path: an input lies in the run folder that is to be replaced"):
+        check_output(run, resume=False, overwrite=True, inputs=inputs)
+    check_output(run, resume=True, overwrite=False, inputs=inputs)  # nothing is deleted
+
+
+def test_an_input_reached_by_a_link_is_not_deleted(run):
+    (run.parent / "link").symlink_to(run)
+    with pytest.raises(Refusal, match=r"--image_folder: an input lies in"):
+        check_output(run, resume=False, overwrite=True, inputs=[("--image_folder", run.parent / "link" / "images")])
+
+
+@pytest.mark.parametrize(
+    "file", ["checkpoint-2/notes.md", "tokenizer/mine.txt", "data/train.json", "tensorboard/a.png"]
+)
+def test_a_file_among_a_runs_own_is_named_and_kept(run, file):
+    (run / file).parent.mkdir(exist_ok=True)
+    (run / file).touch()
+    with pytest.raises(
+        Refusal, match=f"files that no run writes lie among those to be deleted; found {file}; fix: move"
+    ):
+        open_run(run, overwrite=True)
+    assert (run / file).is_file()
+
+
+RECORDS = {
+    "not a dict": lambda record: [],
+    "another tool's": lambda record: {"project": "my other tool"},
+    "no settings": lambda record: {k: v for k, v in record.items() if k != "settings"},
+}
+KEYS = ["settings.model", "settings.training", "settings.model.bits", "settings.data.image_aspect_ratio", "versions"]
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_another_tools_record_is_no_run(run, case):
+    (run / RUN).write_text(json.dumps(RECORDS[case](json.loads((run / RUN).read_text()))))
+    with pytest.raises(Refusal, match=r"K-RUN.*run.json: not the record of a run of this package"):
+        read_run(run)
+    for flags in ({"overwrite": True}, {"resume": True}, {}):
+        with pytest.raises(Refusal, match=r"C-OUTPUT.*run.json is not the record of a run of this package"):
+            check_output(run, **{"resume": False, "overwrite": False} | flags)
+
+
+@pytest.mark.parametrize("value", ["missing", 5.5])
+@pytest.mark.parametrize("key", KEYS)
+def test_a_record_of_another_version_is_refused(run, key, value):
+    record = json.loads((run / RUN).read_text()) | {"llava_moslora": "7.0"}
+    *groups, name = key.split(".")
+    group = record
+    for part in groups:
+        group = group[part]
+    if value == "missing":
+        del group[name]
+    else:
+        group[name] = value
+    (run / RUN).write_text(json.dumps(record))
+    found = "nothing" if value == "missing" else "5.5"
+    with pytest.raises(
+        Refusal, match=rf"K-RUN.*run.json:{key}: .*found {found}, written by version 7.0; expected (dict|int|str), as"
+    ) as raised:
+        reopen(run)
+    assert raised.value.exit_status == 3
 
 
 def test_a_damaged_record_of_the_run_is_named(run):
@@ -176,26 +427,26 @@ def test_a_folder_without_the_right_to_write(tmp_path):
     tmp_path.chmod(0o700)
 
 
-@pytest.mark.parametrize("flags", [{"resume": False, "overwrite": True}, {"resume": True, "overwrite": False}])
-def test_what_is_no_run_is_never_deleted(tmp_path, flags):
+def test_what_is_no_run_is_never_deleted(tmp_path):
     """Such as the folder of the pictures, given by mistake."""
     (tmp_path / "picture.jpg").touch()
     (tmp_path / "more").mkdir()
     with pytest.raises(Refusal, match=r"--output_dir: not a run: .*found more, picture.jpg; expected run.json in it"):
-        check_output(tmp_path, **flags)
+        check_output(tmp_path, resume=False, overwrite=True)
     with pytest.raises(Refusal, match="not a run"):
         open_run(tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"picture.jpg", "more"}
 
 
-def test_a_run_is_deleted_where_it_is_asked_for(tmp_path):
-    for name in ("run.json", "metrics.jsonl", "checkpoint-2/MANIFEST.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+def test_a_run_is_deleted_where_it_is_asked_for(run):
     with pytest.raises(Refusal, match=r"the folder is not empty.*--resume True to go on.*--overwrite True to delete"):
-        check_output(tmp_path, resume=False, overwrite=False)
-    open_run(tmp_path, overwrite=True).release()
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+        check_output(run, resume=False, overwrite=False)
+    before = content(run)
+    open_run(run, overwrite=True).release()
+    assert content(run) == before  # not yet
+    begin(run)
+    assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {"run.json", "tokenizer", "data"}
+    assert not list(run.glob(".*.trash"))
 
 
 def test_one_process_sees_its_own_folder(tmp_path):
@@ -220,3 +471,35 @@ def test_models_of_one_shape_have_different_fingerprints(tmp_path):
         file.write(b"another")
     assert fingerprint(tmp_path / "one") != fingerprint(tmp_path / "other")
     assert json.dumps(fingerprint(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("place", ["user@host/llm", "plain/llm", "open_clip@home/llm"])
+def test_a_fingerprint_does_not_depend_on_the_path(tmp_path, place):
+    """Homes below a path with @ are usual where accounts are user@domain."""
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    hashes = fingerprint(folder)
+    assert list(hashes) == ["model.safetensors"]
+    folder.rename(tmp_path / "moved")
+    assert fingerprint(tmp_path / "moved") == hashes
+    assert fingerprint(f"open_clip:{tmp_path / 'moved'}") == hashes
+    (tmp_path / "moved" / "model.safetensors").write_bytes(b"Weights")
+    assert fingerprint(tmp_path / "moved") != hashes
+
+
+def test_an_open_clip_tower_is_its_file(tmp_path):
+    (tmp_path / "user@host").mkdir()
+    file = tmp_path / "user@host" / "vit.safetensors"
+    file.write_bytes(b"weights")
+    hashes = fingerprint(f"open_clip:ViT-B-32@{file}")
+    assert list(hashes) == ["vit.safetensors"] and hashes == fingerprint(file)
+    assert fingerprint("open_clip:ViT-B-32@openai") == {"name": "open_clip:ViT-B-32@openai"}
+
+
+def test_a_record_without_a_batch_size_is_another(run):
+    record = json.loads((run / RUN).read_text())
+    del record["settings"]["global_batch_size"]
+    (run / RUN).write_text(json.dumps(record))
+    with pytest.raises(Refusal, match=r"K-CHANGED.*found global_batch_size 4; expected global_batch_size None"):
+        reopen(run)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import free_port, run
+from launching import ROOT, free_port, run
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 from transformers import TrainingArguments as HfTrainingArguments
 
@@ -23,7 +24,9 @@ IN_DEEPSPEED = [
     *((0, name, 3) for name in ("ademamix_8bit", "paged_adamw_32bit", "sgd", "rmsprop_bnb_8bit")),
     *((stage, name, 3) for stage in (1, 2, 3) for name in PER_WEIGHT),
     *((stage, "adamw_torch_fused", 0) for stage in (0, 1, 2, 3)),
+    *(("1 with float32 gradients", "adamw_torch_fused", stop) for stop in (0, 3)),  # DeepSpeed's BF16_Optimizer
 ]
+FEW = 4  # tensor operations a parameter and step
 
 
 class Net(nn.Module):
@@ -69,8 +72,10 @@ class InDeepSpeed:
     def __init__(self, name: str, seed: int, stage: int):
         import deepspeed
 
-        zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+        zero = {"stage": int(str(stage)[0])} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
         config = {"train_micro_batch_size_per_gpu": 4, "bf16": {"enabled": True}, "zero_optimization": zero}
+        if stage == "1 with float32 gradients":
+            config["data_types"] = {"grad_accum_dtype": "fp32"}
         config |= {"gradient_clipping": 1.0, "zero_allow_untested_optimizer": True}
         self.model = Net(seed).bfloat16()
         optimizer = optimizer_of(name, self.model)
@@ -132,20 +137,61 @@ def test_eight_bits_are_kept_in_eight_bits(tmp_path):
 
 @pytest.mark.slow
 def test_in_deepspeed(tmp_path):
-    """Also a save before the first step that counts, as of fp16 while its loss scale is still searched for."""
+    """Also a save before the first step that counts, as of fp16 while its loss scale is still searched for.
+
+    And what a step costs: DeepSpeed looks at every gradient for NaN and Inf by itself unless it is told not to, a dozen
+    kernels a parameter; the norm, which it computes anyway, finds them too.
+    """
     pytest.importorskip("bitsandbytes")
     rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     here = {"PYTHONPATH": f".:tests:{os.environ.get('PYTHONPATH', '')}"} | {k: str(v) for k, v in rank.items()}
     done = run([sys.executable, __file__, tmp_path], **here)
     results = json.loads((tmp_path / "results.json").read_text())
+    operations = {name: results.pop(name, None) for name in ("zero1", "zero2")}
     assert done.returncode == 0 and results == {str(case): "same" for case in IN_DEEPSPEED}, results
+    assert all(0 < count <= FEW for count in operations.values()), operations
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations that are no mere views."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = any(
+            result.alias_info is not None and not result.alias_info.is_write for result in function._schema.returns
+        )
+        self.count += not views
+        return function(*args, **(kwargs or {}))
+
+
+def operations_per_parameter(file: Path) -> float:
+    """Of the optimizer's step under a file of zero_configs/, by the difference of two models."""
+    import deepspeed
+
+    counts = []
+    for depth in (10, 30):
+        config = json.loads(file.read_text()) | {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 1.0}
+        config = {key: value for key, value in config.items() if value != "auto"}
+        config["bf16"]["enabled"], config["fp16"]["enabled"] = True, False
+        model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(depth))).bfloat16()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        for step in range(2):
+            engine.backward(engine(batch(step).bfloat16()).float().square().mean())
+            with Counting() as counting:
+                engine.step()
+        counts.append(counting.count)
+    return (counts[1] - counts[0]) / 20
 
 
 def main(folder: Path) -> None:
     import deepspeed
 
     deepspeed.init_distributed()
-    results = {}
+    results = {name: operations_per_parameter(ROOT / "zero_configs" / f"{name}.json") for name in ("zero1", "zero2")}
     for case in IN_DEEPSPEED:
         stage, name, stop = case
         try:

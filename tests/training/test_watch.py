@@ -84,6 +84,18 @@ def test_a_process_that_stood_still_itself_blames_nobody(monkeypatch):
     assert [seen.heard for seen in watch.seen] == [500.0, 500.0]
 
 
+def test_short_suspensions_are_not_counted(monkeypatch):
+    """A scheduler that shares a machine in turns stops all ranks for a while, again and again, in one long step."""
+    watch = watching(rank(5), rank(4))  # of 10 seconds
+    times = iter([100.0, 102.0, 108.0, 110.0, 116.0, 118.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+    waits = iter([False] * 5 + [True])
+    monkeypatch.setattr(watch.ended, "wait", lambda _: next(waits))
+    monkeypatch.setattr(os, "_exit", lambda status: pytest.fail(f"left with {status}"))
+    watch._compare(None)
+    assert [seen.moved for seen in watch.seen] == [108.0, 108.0]
+
+
 def test_one_process_is_not_watched():
     with Watch(10) as watch:
         watch.mark()

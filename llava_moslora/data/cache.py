@@ -1,0 +1,193 @@
+"""A data cache on disk: the arrow files of its parts, and a report with what was counted and a checksum of each file.
+
+A cache lives for months on disks that fill up, lose power and are copied, so nothing in it is believed unread: a folder
+with a damaged file is damaged, and is built again (:mod:`llava_moslora.data.prepare`). Every file is on the disk before
+the rename that makes it count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+
+from llava_moslora.errors import Refusal
+
+REPORT = "report.json"
+CHECKSUM = "crc32"  # key of a checksum of all the others, in the report and in what was counted in a part
+
+
+def arrow_files(folder: Path) -> list[Path]:
+    """The rows of ``folder``, part by part."""
+    return sorted(folder.glob("*.arrow"))
+
+
+def describe_file(path: Path) -> dict[str, int]:
+    """Size in bytes and CRC-32 of a file.
+
+    All of a cache is read so each time it is opened. That costs 0.2 s per GB on one core (measured: read from the page
+    cache in blocks of 1 MB; SHA-256 0.5 s), once per process, and training is about to read the same bytes.
+    """
+    size = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return {"bytes": size, "crc32": checksum}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """``content`` with a checksum of it, whole or not at all."""
+    text = json.dumps(content | {CHECKSUM: zlib.crc32(_canonical(content))}, indent=1)
+    replace_file(path, text.encode())
+
+
+def read_json(path: Path) -> dict | None:
+    """What :func:`write_json` wrote, or ``None`` if that is not what is there."""
+    try:
+        content = json.loads(path.read_bytes())
+        checksum = content.pop(CHECKSUM)
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError, KeyError):
+        return None
+    return content if checksum == zlib.crc32(_canonical(content)) else None
+
+
+def _canonical(content: dict) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def replace_file(path: Path, content: bytes | memoryview) -> None:
+    """Write ``path`` so that after a crash it holds ``content`` or what it held before."""
+    half = path.with_name(f".{path.name}.half")
+    with half.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(half, path)
+
+
+def read_report(folder: Path) -> dict | None:
+    """The report of ``folder`` if it is whole."""
+    return read_json(folder / REPORT)
+
+
+def report_in(folder: Path) -> dict:
+    """The report of a cache in use.
+
+    Raises:
+        Refusal: D-CACHE, it is damaged, or no longer there.
+    """
+    if (report := read_report(folder)) is None:
+        what = "the data cache was changed by something else while it is in use"
+        raise Refusal("D-CACHE", what, file=folder, fix="start again: what is damaged is built again")
+    return report
+
+
+def reports_of(dataset: Dataset) -> list[dict]:
+    """What was counted while each source of ``dataset`` was prepared: file, records, kept, left_out, turns_dropped,
+    answers_cut, problems, ..."""
+    return [report_in(folder) for folder in _folders(dataset)]
+
+
+def _folders(dataset: Dataset) -> list[Path]:
+    return list(dict.fromkeys(Path(part["filename"]).parent for part in dataset.cache_files))
+
+
+def report_of(dataset: Dataset) -> dict:
+    """The :func:`reports_of` all sources together: counts added up, problems one after the other."""
+    counts: Counter = Counter()
+    reports = reports_of(dataset)
+    for report in reports:
+        counts.update({name: n for name, n in report.items() if isinstance(n, int) and not isinstance(n, bool)})
+    return {**counts, "problems": [problem for report in reports for problem in report["problems"]]}
+
+
+def keys_of(dataset: Dataset) -> list[str]:
+    """The key of each source: equal keys, equal rows.
+
+    It is the name of the cache folder and a digest of which records are in it, because a record that is left out for
+    its pictures comes back when they can be used.
+    """
+    sources, records = (np.asarray(dataset[name][:]) for name in ("source", "record"))
+    digests = [hashlib.sha256(records[sources == k].tobytes()).hexdigest()[:8] for k in range(len(_folders(dataset)))]
+    return [f"{folder.name}-{digest}" for folder, digest in zip(_folders(dataset), digests, strict=True)]
+
+
+def find_damage(folder: Path) -> str | None:
+    """Why the rows of a finished cache cannot be used, or ``None``: every byte is as it was when it was built."""
+    if (report := read_report(folder)) is None:
+        return f"{REPORT} is missing or damaged"
+    expected = [f"{part['name']}.arrow" for part in report["parts"]]
+    if (found := [path.name for path in arrow_files(folder)]) != expected:
+        return f"{len(expected)} arrow files are expected, {len(found)} are there"
+    for name, part in zip(expected, report["parts"], strict=True):
+        try:
+            now = describe_file(folder / name)
+        except FileNotFoundError:  # another process is building the folder again
+            return f"{name} is missing"
+        if now != part["file"]:
+            return f"{name} is not the file that was written"
+    return None
+
+
+def publish(staging: Path, target: Path) -> None:
+    """Make the finished folder ``staging`` the cache ``target``, in place of what may be there."""
+    _flush_folder(staging)
+    if target.exists():
+        old = target.with_name(f"{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        os.rename(staging, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(staging, target)
+    _flush_folder(target.parent)
+
+
+def copy_parts(target: Path, staging: Path) -> None:
+    """Begin ``staging`` with the files of a finished cache, which stays as it is."""
+    half = staging.with_name(f"{staging.name}.half")
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(target, half, copy_function=_link, ignore=shutil.ignore_patterns(REPORT))
+    os.rename(half, staging)
+
+
+def _link(source: str, destination: str) -> None:
+    try:
+        os.link(source, destination)  # files are replaced, never written into
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, destination)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Names and renames in ``folder`` onto the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def using(folder: Path) -> Iterator[None]:
+    """What the operating system refuses while ``folder`` is read or written becomes a refusal.
+
+    Raises:
+        Refusal: E-DISK
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Refusal(
+            "E-DISK", "the data cache cannot be used", file=error.filename or folder, key="--data_cache",
+            found=error.strerror or error, expected="a folder that can be written, with space",
+            fix="free space, mend its rights, or name another folder",
+        ) from error  # fmt: skip

@@ -1,0 +1,181 @@
+"""``--output_dir`` before a run begins or goes on there: what may lie in it, and what would be lost.
+
+A file that no run writes is never deleted: what lies beside a run's own files stays, what lies among them is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from llava_moslora.errors import Refusal
+from llava_moslora.inference.load import EXPORT
+from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
+from llava_moslora.runs import publish
+from llava_moslora.runs.manifest import MANIFEST
+from llava_moslora.runs.record import RUN, TOKENIZER, is_run
+from llava_moslora.training import metrics
+from llava_moslora.training.arguments import DataArguments, ModelArguments, TrainingArguments
+
+DATA_REPORT = "data"
+# Everything that a run writes, by its path in the run folder; NAMES are the first parts of these paths, but for
+# checkpoints.
+WRITTEN = re.compile(
+    r"run\.json|metrics\.jsonl|samples\.(jsonl|html)|nonfinite\.json|data/report\.(json|html)"
+    r"|tokenizer/(tokenizer\.(json|model)|(tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"|vocab\.(json|txt)|merges\.txt|chat_template\.jinja)"
+    r"|tensorboard/events\.out\.tfevents\.[^/]+"
+    r"|checkpoint-\d+/(MANIFEST|trainer_state|position|random-\d+)\.json|checkpoint-\d+/optimizer\.safetensors"
+    r"|checkpoint-\d+/adapter/(adapter_config\.json|adapter_model\.safetensors|README\.md)"
+    r"|checkpoint-\d+/projector/model\.safetensors"
+)
+NAMES = re.compile(
+    rf"run\.json|metrics\.jsonl|samples\.(jsonl|html)|nonfinite\.json|{DATA_REPORT}|{TOKENIZER}|tensorboard"
+)
+# What job schedulers and shells write: slurm-12.out, train.o4711 (PBS), nohup.out, ``tee RUN/log``.
+JOB_LOG = re.compile(r".*\.(out|err|log|[oe]\d+)|log")
+
+
+def input_paths(
+    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, config: str | None
+) -> list[tuple[str, Path]]:
+    """What a training reads, by flag: what must not lie where a run is deleted."""
+    tower = model_args.vision_tower
+    if tower.startswith(OPEN_CLIP):
+        arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
+        tower = where if at else arch
+    asked = [
+        ("--model_name_or_path", model_args.model_name_or_path),
+        ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
+        ("--pretrain_mm_mlp_adapter", model_args.pretrain_mm_mlp_adapter),
+        *(("--data_path", path) for path in data_args.data_path if "://" not in path),
+        ("--image_folder", data_args.image_folder),
+        ("--sample_questions", args.sample_questions),
+        ("--sample_image_folder", args.sample_image_folder),
+        ("--deepspeed", args.deepspeed),
+        ("--config", config),
+    ]
+    return [(flag, Path(path)) for flag, path in asked if path]
+
+
+def check_output(
+    run: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    inputs: Iterable[tuple[str, Path]] = (),
+    data_cache: str | Path | None = None,
+) -> None:
+    """What opening the run folder would refuse of the folder itself, before anything is loaded.
+
+    Args:
+        inputs: by flag, what this training reads (:func:`input_paths`). data_cache: where it keeps tokenised data.
+
+    Raises:
+        Refusal: C-OUTPUT, it is no folder, cannot be written to, or holds something that is neither to be gone on with
+            nor to be deleted: not a run, a file that no run writes inside a run's own folders, an input.
+    """
+    if run.exists() and not run.is_dir():
+        raise _refusal("not a folder", run, fix="choose another path")
+    place = next(p for p in (run, *run.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise _refusal("cannot be written to", place, fix="choose another path, or its rights")
+    if data_cache is not None and _lies_in(Path(data_cache), run):
+        raise Refusal(
+            "C-OUTPUT", "the data cache lies in the run folder", file=data_cache, key="--data_cache",
+            fix="choose another --data_cache; several runs on the same data share it",
+        )  # fmt: skip
+    if not run.is_dir():
+        return
+    if not (run / RUN).exists():
+        _check_no_run(run, resume, overwrite)
+        return
+    if not is_run(run):
+        raise _refusal(f"{RUN} is not the record of a run of this package", run, fix="choose another folder")
+    if overwrite or not has_begun(run):
+        _check_replaceable(run, inputs, [run] if overwrite else of_a_run(run))
+    elif not resume:
+        raise _refusal(
+            "the folder is not empty", run, found=_names(_content(run)),
+            fix="--resume True to go on with this run, --overwrite True to delete it, or another folder",
+        )  # fmt: skip
+
+
+def _check_no_run(run: Path, resume: bool, overwrite: bool) -> None:
+    """A folder without a run: a new one may begin beside a job's log; beside other files only where ``resume`` says
+    that the folder is meant; never where it would mix with a checkpoint, an export or what is left of a run."""
+    ours = [*of_a_run(run), *(run / name for name in (MANIFEST, EXPORT) if (run / name).exists())]
+    others = [path for path in _content(run) if not _is_job_log(path)]
+    if not ours and (resume or not others):
+        return
+    what = "not a run: nothing is deleted here" if overwrite else "not a run: nothing to resume"
+    raise _refusal(
+        what if resume or overwrite else "the folder is not empty", run, found=_names(ours if resume else others),
+        expected=f"{RUN} in it" if resume or overwrite else None, fix="choose another folder",
+    )  # fmt: skip
+
+
+def _check_replaceable(run: Path, inputs: Iterable[tuple[str, Path]], places: list[Path]) -> None:
+    strange = [path for own in of_a_run(run) for path in _files(own) if not WRITTEN.fullmatch(_inside(path, run))]
+    if strange:
+        raise _refusal(
+            "files that no run writes lie among those to be deleted", run,
+            found=", ".join(_inside(path, run) for path in strange[:5]), fix="move them elsewhere",
+        )  # fmt: skip
+    for flag, path in inputs:
+        if any(_lies_in(path, place) for place in places):
+            raise Refusal(
+                "C-OUTPUT", "an input lies in the run folder that is to be replaced", file=path, key=flag,
+                fix="move it elsewhere, or choose another --output_dir",
+            )  # fmt: skip
+
+
+def of_a_run(run: Path) -> list[Path]:
+    """What has, directly in the folder, a name that a run gives."""
+    return [p for p in run.iterdir() if NAMES.fullmatch(p.name) or publish.CHECKPOINT.fullmatch(p.name)]
+
+
+def has_begun(run: Path) -> bool:
+    """Whether ``run`` holds a run that saved or logged a step; one that was refused before can be begun again."""
+    return (run / RUN).is_file() and bool(publish.checkpoints(run) or metrics.read(run / metrics.FILE))
+
+
+def _content(run: Path) -> list[Path]:
+    """What is in the folder, but for the lock and for files that a killed life had not finished."""
+    return [p for p in run.iterdir() if not p.name.startswith(".")]
+
+
+def _files(path: Path) -> list[Path]:
+    """Files and links at and below ``path``; links are not followed."""
+    if path.is_symlink() or not path.is_dir():
+        return [path]
+    return [file for child in sorted(path.iterdir()) for file in _files(child)]
+
+
+def _is_job_log(path: Path) -> bool:
+    """A log, or a folder of nothing else."""
+    if path.is_dir() and not path.is_symlink():
+        files = _files(path)
+        return bool(files) and all(JOB_LOG.fullmatch(file.name) for file in files)
+    return JOB_LOG.fullmatch(path.name) is not None
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether ``path``, or of a pattern or a missing path the folder above it, is ``folder`` or lies in it."""
+    path, folder = Path(os.path.abspath(path)), Path(os.path.abspath(folder))
+    place = next(p for p in (path, *path.parents) if p.exists())
+    return place.resolve().is_relative_to(folder.resolve()) or path.is_relative_to(folder)
+
+
+def _inside(path: Path, run: Path) -> str:
+    return path.relative_to(run).as_posix()
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(sorted(path.name for path in paths)[:5])
+
+
+def _refusal(what: str, file: Path, **parts: object) -> Refusal:
+    return Refusal("C-OUTPUT", what, file=file, key="--output_dir", **parts)

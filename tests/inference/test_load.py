@@ -1,0 +1,62 @@
+"""A run answers over the base that it was trained on, or not at all."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from export_runs import trained_run
+from safetensors.torch import load_file, save_file
+from tiny import write_clip, write_llm
+
+from llava_moslora.errors import Refusal
+from llava_moslora.inference.load import load, load_run
+
+
+@pytest.fixture
+def own(parts, tmp_path):
+    """A run, and bases of its own that can be changed."""
+    llm, clip = write_llm(tmp_path / "llm"), write_clip(tmp_path / "clip")
+    trained_run(tmp_path / "run", llm, clip, parts.projector)
+    return SimpleNamespace(run=tmp_path / "run", llm=llm, clip=clip)
+
+
+def scaled(file) -> None:
+    save_file({name: t * 1.5 for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["llm", "clip"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_changed_base_is_refused(own, part, trained):
+    """Another revision of the same shape, at the path that run.json names."""
+    load_run(own.run, trained=trained)
+    scaled(vars(own)[part] / "model.safetensors")
+    match = rf"K-BASE\] .*{part}/model\.safetensors: not the base that this run was trained on.*fix: put the run's own"
+    with pytest.raises(Refusal, match=match):
+        load_run(own.run, trained=trained)
+
+
+def test_an_untrained_run_begins_from_the_same_projector(own, parts, tmp_path):
+    projector = shutil.copy(parts.projector, tmp_path / "projector.safetensors")
+    trained_run(tmp_path / "other", own.llm, own.clip, projector)
+    scaled(projector)
+    load_run(tmp_path / "other")  # every checkpoint holds the whole projector
+    with pytest.raises(Refusal, match=r"K-BASE\] .*/projector\.safetensors: not the base that"):
+        load_run(tmp_path / "other", trained=False)
+
+
+def test_a_path_that_means_another_folder_here_is_refused(own, tmp_path, monkeypatch):
+    record = json.loads((own.run / "run.json").read_text())
+    record["settings"]["model"]["model_name_or_path"] = "llm"
+    (own.run / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    load(own.run)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(own.llm, elsewhere / "llm")
+    scaled(elsewhere / "llm" / "model.safetensors")
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(Refusal, match=r"K-BASE\] llm/model\.safetensors"):
+        load(own.run)
+    shutil.rmtree(elsewhere / "llm")
+    with pytest.raises(Refusal, match=r"llm.*no such folder"):
+        load(own.run)

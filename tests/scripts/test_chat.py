@@ -1,0 +1,68 @@
+"""A conversation in the terminal goes on whatever is typed into it."""
+
+import io
+import sys
+
+import pytest
+
+from llava_moslora.errors import Refusal
+from scripts import chat
+
+
+@pytest.fixture
+def talk(monkeypatch):
+    """Chat with a model that answers with the length of the conversation; gives what was asked for, line by line."""
+    monkeypatch.setattr(chat, "load", lambda _: "answerer")
+    monkeypatch.setattr(chat, "stream", lambda _, question, **__: iter([f"turn {len(question[1])}"]))
+
+    def with_input(typed: bytes, *flags: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+        monkeypatch.setattr(sys, "argv", ["chat.py", "model", *flags])
+        chat.main()
+
+    return with_input
+
+
+@pytest.mark.parametrize(("typed", "message"), [
+    (b"caf\xe9", "error[D-TEXT] not UTF-8"),
+    (b"/image ~nobody-of-this-name/a.png", "error[I-PATH] ~nobody-of-this-name/a.png: not a path"),
+    (b"/image a\0b", "error[I-PATH] a\\x00b: not a path"),
+    (b"/image nothing.png", "error[I-MISSING]"),
+])  # fmt: skip
+def test_what_cannot_be_used_is_refused_and_the_conversation_goes_on(talk, capsys, typed, message):
+    talk(b"one\n" + typed + b"\ntwo\n")
+    printed = capsys.readouterr()
+    assert "turn 1" in printed.out and "turn 3" in printed.out  # the second question, after one and its answer
+    assert printed.err.startswith(message) and printed.err.count("\n") == 1
+
+
+def test_ctrl_c_at_the_prompt(talk, capsys, monkeypatch):
+    """Once it is a slip, twice it is meant."""
+    lines = iter(["one", KeyboardInterrupt, "two", KeyboardInterrupt, KeyboardInterrupt, "three"])
+
+    def typed(_prompt):
+        if (line := next(lines)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr("builtins.input", typed)
+    talk(b"")
+    assert "turn 3" in capsys.readouterr().out and next(lines) == "three"
+
+
+def test_without_standard_input(talk, monkeypatch):
+    def lost(_prompt):
+        raise RuntimeError("input(): lost sys.stdin")
+
+    monkeypatch.setattr("builtins.input", lost)
+    talk(b"")
+
+
+@pytest.mark.parametrize("flags", [
+    "--temperature -1", "--temperature nan", "--temperature inf", "--top_p -1", "--top_p 0", "--top_p 1.5",
+    "--top_p nan", "--max_new_tokens 0",
+])  # fmt: skip
+def test_flags_out_of_range(talk, monkeypatch, flags):
+    monkeypatch.setattr(chat, "load", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(Refusal, match=rf"C-FLAG\] {flags.split()[0]}: out of range"):
+        talk(b"", *flags.split())

@@ -1,0 +1,96 @@
+"""Evaluation: what cannot be written is refused before the model is loaded, and no answer is lost."""
+
+import json
+import sys
+
+import pytest
+from export_runs import trained_run
+from safetensors.torch import load_file
+
+from llava_moslora.errors import Refusal
+from scripts import evaluate
+
+
+@pytest.fixture(scope="module")
+def run(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate") / "run"
+    trained_run(folder, parts.llm, parts.clip, parts.projector)
+    return folder
+
+
+@pytest.fixture
+def questions(tmp_path):
+    rows = [{"id": k, "image": "0.png", "question": f"is it {k}?", "answer": "yes"} for k in range(7)]
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def evaluated(monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+
+
+def loaded(*_, **__):
+    raise AssertionError("the model was loaded")
+
+
+@pytest.mark.parametrize("flag", ["--output", "--probe"])
+@pytest.mark.parametrize("place", ["missing/answers.json", ".", "questions.json/answers.json"])
+def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions, monkeypatch, tmp_path, flag, place):
+    monkeypatch.setattr(evaluate, "load_run", loaded)
+    with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: (nothing can be written|not a file)"):
+        evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images, flag, tmp_path / place)
+
+
+@pytest.mark.parametrize(("content", "match"), [
+    ("[]", r"no questions; found an empty array"),
+    ("{}", r"no questions; found dict"),
+    ('["a"]', r"record 0: not a question; found str"),
+    ('[{"id": 1, "image": "0.png", "question": "q", "answer": ["a", "b"]}]', r"record 0:answer: not text; found list"),
+    ('[{"id": 1, "image": null, "question": "q", "answer": "a"}]', r"record 0:image: not text; found NoneType"),
+])  # fmt: skip
+def test_questions_of_another_kind(run, parts, questions, monkeypatch, content, match):
+    questions.write_text(content)
+    monkeypatch.setattr(evaluate, "load_run", loaded)
+    with pytest.raises(Refusal, match=match):
+        evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batch_size(run, parts, questions, monkeypatch, size):
+    monkeypatch.setattr(evaluate, "load_run", loaded)
+    with pytest.raises(Refusal, match=r"C-FLAG\] --batch_size: out of range"):
+        evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images, "--batch_size", size)
+
+
+def test_answers_are_kept_and_gone_on_with(run, parts, questions, monkeypatch, tmp_path, capsys):
+    """Stopped after 5 of 7 in batches of 2: four are taken up, three are asked."""
+    command = [run, "--questions", questions, "--image_folder", parts.images, "--batch_size", 2]
+    evaluated(monkeypatch, *command, "--output", tmp_path / "whole.json", "--probe", tmp_path / "probe.safetensors")
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    assert len(whole["answers"]) == 7 and load_file(tmp_path / "probe.safetensors")["logits"].shape[0] == 7
+    ask, asked = evaluate.ask, []
+
+    def stopped(answerer, questions, *, batch_size):
+        for number, text in enumerate(ask(answerer, questions, batch_size=batch_size)):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield text
+
+    monkeypatch.setattr(evaluate, "ask", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(monkeypatch, *command, "--output", tmp_path / "answers.json")
+    assert not (tmp_path / "answers.json").exists()
+    with pytest.raises(Refusal, match=r"answers\.json\.unfinished:--output: unfinished answers of another evaluation"):
+        evaluated(monkeypatch, *command, "--blank", "--output", tmp_path / "answers.json")
+
+    def counted(answerer, questions, *, batch_size):
+        asked.append(len(questions))
+        return ask(answerer, questions, batch_size=batch_size)
+
+    monkeypatch.setattr(evaluate, "ask", counted)
+    evaluated(monkeypatch, *command, "--output", tmp_path / "answers.json")
+    assert asked == [3] and "going on after 4 answers" in capsys.readouterr().out
+    assert json.loads((tmp_path / "answers.json").read_text()) == whole
+    assert not list(tmp_path.glob("*.unfinished"))
