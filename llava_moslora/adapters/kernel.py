@@ -240,10 +240,14 @@ def dropped(rows: Tensor, seed: Tensor | None, drop: int) -> Dropped:
     return DroppedInside(rows, seed, drop)
 
 
+def triton_wanted() -> bool:
+    """Whether Triton's kernels are used on a GPU: it is installed, and the environment does not choose torch."""
+    return os.environ.get("LLAVA_MOSLORA_KERNEL", "triton") == "triton" and _HAS_TRITON
+
+
 def uses_triton(rows: Tensor) -> bool:
     """Whether the products with rows (N, I) are Triton's, which know no float64."""
-    wanted = os.environ.get("LLAVA_MOSLORA_KERNEL", "triton")
-    return rows.is_cuda and rows.dtype != torch.float64 and wanted == "triton" and _HAS_TRITON
+    return rows.is_cuda and rows.dtype != torch.float64 and triton_wanted()
 
 
 def add_low_rank(y: Tensor, v: Tensor, b: Tensor, scale: float) -> Tensor:

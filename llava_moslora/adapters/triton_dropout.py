@@ -49,17 +49,17 @@ def _kept(rows, columns, key, key2, threshold):
 
 
 @triton.jit
-def _places(x, rows, columns, i):
-    """Pointers into x (…, i): 64 bits for the block's first row, 32 within the block."""
-    first = tl.min(rows)
-    return x + first.to(tl.int64) * i + ((rows - first)[:, None] * i + columns[None, :])
+def _places(x, first, columns, i, ROWS: tl.constexpr):
+    """Pointers to x[first : first + ROWS, columns] of x (…, i): 64 bits for the first row, 32 within the block."""
+    return x + tl.cast(first, tl.int64) * i + (tl.arange(0, ROWS)[:, None] * i + columns[None, :])
 
 
 @triton.jit
-def _dropped_block(x, rows, columns, n, i, key, key2, threshold):
-    """x[rows, columns] with the dropped elements, and those outside, at 0."""
+def _dropped_block(x, first, columns, n, i, key, key2, threshold, ROWS: tl.constexpr):
+    """x[first : first + ROWS, columns] with the dropped elements, and those outside, at 0."""
+    rows = first + tl.arange(0, ROWS)
     inside = (rows < n)[:, None] & (columns < i)[None, :]
-    block = tl.load(_places(x, rows, columns, i), mask=inside, other=0.0)
+    block = tl.load(_places(x, first, columns, i, ROWS), mask=inside, other=0.0)
     return tl.where(_kept(rows, columns, key, key2, threshold), block, 0.0)
 
 
@@ -67,12 +67,13 @@ def _dropped_block(x, rows, columns, n, i, key, key2, threshold):
 def _project(
     x, a, u, n, i, r, key, key2, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
     ranks = tl.program_id(1) * RANK + tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), dtype=tl.float32)
     for begin in range(0, i, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
-        block = _dropped_block(x, rows, columns, n, i, key, key2, threshold)
+        block = _dropped_block(x, first, columns, n, i, key, key2, threshold, ROWS)
         factor = tl.load(
             a + ranks[None, :] * i + columns[:, None],
             mask=(ranks < r)[None, :] & (columns < i)[:, None],
@@ -95,7 +96,7 @@ def _outer(
     end = tl.minimum(n, (part + 1) * rows_per_part)
     for begin in range(part * rows_per_part, end, ROWS):
         rows = begin + tl.arange(0, ROWS)
-        block = _dropped_block(x, rows, columns, end, i, key, key2, threshold)
+        block = _dropped_block(x, begin, columns, end, i, key, key2, threshold, ROWS)
         factor = tl.load(
             gu + rows.to(tl.int64)[None, :] * r + ranks[:, None],
             mask=(rows < end)[None, :] & (ranks < r)[:, None],
@@ -111,11 +112,9 @@ def _add(
     y, left, right, n, o, r, right_rank, right_column, scale, key, key2, threshold,
     DROP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    place = _places(y, rows, columns, o)
-    inside = (rows < n)[:, None] & (columns < o)[None, :]
-    before = tl.load(place, mask=inside, other=0.0)  # on its way while the product is made
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for begin in range(0, r, RANK):
         ranks = begin + tl.arange(0, RANK)
@@ -133,6 +132,9 @@ def _add(
     total *= scale
     if DROP:
         total = tl.where(_kept(rows, columns, key, key2, threshold), total, 0.0)
+    place = _places(y, first, columns, o, ROWS)
+    inside = (rows < n)[:, None] & (columns < o)[None, :]
+    before = tl.load(place, mask=inside, other=0.0)
     tl.store(place, (before.to(tl.float32) + total).to(y.dtype.element_ty), mask=inside)
 
 

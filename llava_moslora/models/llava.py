@@ -6,15 +6,15 @@ Shapes: B batch, T tokens, N pictures, P patches, D LLM width, V vocabulary, S s
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from llava_moslora.models.attention import needs_no_mask, no_mask
 
-# Up to this many supervised positions the logits are small enough to be made at once, which is faster.
-FUSED_LOSS_ROWS = 4096
+LOSS_ROWS = 4096  # supervised positions whose logits are made at once: 5 GiB at most, with LLaMA-3's vocabulary
 IGNORE_INDEX = -100  # transformers' value; the data layer writes it, the loss reads it
 
 
@@ -22,8 +22,6 @@ class Llava(LlavaForConditionalGeneration):
     """``LlavaForConditionalGeneration`` with its own training forward; without ``labels`` it is the stock model."""
 
     accepts_loss_kwargs = True  # the Trainer hands us the global batch's supervised-token count
-    fused_loss = False  # True: Liger's, which makes the S×V logits piece by piece; the LM head must be a plain linear
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -74,20 +72,22 @@ class Llava(LlavaForConditionalGeneration):
             label_positions = trained.flatten().nonzero().squeeze(1)
         hidden = hidden.flatten(0, 1).index_select(0, label_positions - 1)  # (S, D)
         targets = labels.flatten().index_select(0, label_positions)  # (S)
-        if self.fused_loss and len(targets) > FUSED_LOSS_ROWS:
-            loss = self._fused_loss(hidden, targets)
-        else:
-            logits = self.lm_head(hidden)  # (S, V)
-            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        loss = self._summed_loss(hidden, targets)
         loss = loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
         return LlavaCausalLMOutputWithPast(loss=loss)
 
-    def _fused_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """The summed loss of float[S, D] against int64[S] by Liger's kernel."""
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # an optional package
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy of float[S, D] against int64[S], summed, float32[]; the logits of more than ``LOSS_ROWS``
+        positions are made piece by piece, and again in backward."""
+        # Under ZeRO-3 every rank must run the head as often as the others, and they have different numbers of labels.
+        if len(targets) <= LOSS_ROWS or hasattr(self.lm_head.weight, "ds_id"):
+            return self._piece_of_loss(hidden, targets)
+        pieces = zip(hidden.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        return torch.stack([checkpoint(self._piece_of_loss, *piece, use_reentrant=False) for piece in pieces]).sum()
 
-        assert type(self.lm_head) is nn.Linear, "the kernel multiplies with the head's weight and nothing else"
-        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(self.lm_head.weight, hidden, targets)
+    def _piece_of_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.lm_head(hidden)  # (S, V)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:
         """Word embeddings float[B, T, D] with the pictures' features in their places.

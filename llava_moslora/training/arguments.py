@@ -25,7 +25,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
 from llava_moslora.models.attention import IMPLEMENTATIONS
 from llava_moslora.models.llava_folder import starting_parts
-from llava_moslora.training import liger, rendezvous
+from llava_moslora.training import rendezvous
 from llava_moslora.training.config_file import read_config
 from llava_moslora.training.recompute import MODES, parse_recompute
 
@@ -147,9 +147,6 @@ class TrainingArguments(HfTrainingArguments):
     resume: bool = field(default=False, metadata={"help": "go on with the run in --output_dir, if one has begun"})
     allow_change: list[str] = field(default_factory=list, metadata={"help": "settings that may differ when resuming"})
     overwrite: bool = field(default=False, metadata={"help": "delete the run that is in --output_dir"})
-    use_liger_kernel: bool | None = field(
-        default=None, metadata={"help": "Liger's kernels in the LLM's layers; default: on a GPU, where it is installed"}
-    )
     # Three defaults of the Trainer that hide what a user needs to see, and one that would drop our columns.
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False
@@ -180,11 +177,11 @@ class TrainingArguments(HfTrainingArguments):
                 timedelta(seconds=self.ddp_timeout)
             )  # the Trainer would do it too late for ZeRO-3's loading when use_cpu is set
         self._settle_recompute()
-        if self.use_liger_kernel is None:
-            self.use_liger_kernel = liger.is_usable()
         super().__post_init__()
         if self.use_liger_kernel:
-            self.liger_kernel_config = (self.liger_kernel_config or {}) | liger.CONFIG
+            # The loss is ours; Liger's rotary embedding writes over its inputs, which selective recomputation keeps.
+            own = {"cross_entropy": False, "fused_linear_cross_entropy": False, "rope": False}
+            self.liger_kernel_config = (self.liger_kernel_config or {}) | own
 
     def _settle_recompute(self) -> None:
         """``recompute`` from the Trainer's switch, in either of its names, where it is not given; the Trainer itself is

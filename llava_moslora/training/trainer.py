@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from torch import distributed, nn
+from torch import distributed
 from transformers import Trainer
-from transformers.integrations import TensorBoardCallback, is_deepspeed_zero3_enabled
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from llava_moslora.adapters.kernel import triton_wanted
 from llava_moslora.data.loader import Batches
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import PROJECTOR, VISION
 from llava_moslora.runs import publish
 from llava_moslora.runs.manifest import stated, write_json
-from llava_moslora.training import liger
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
 from llava_moslora.training.guards import FiniteGuard, check_labels, out_of_memory
@@ -50,11 +50,11 @@ class MosLoraTrainer(Trainer):
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
         if self.args.loss_average == "micro_batch":
             self.model_accepts_loss_kwargs = False  # no token count for the model: it averages over its micro-batch
-        if self.args.use_liger_kernel:
+        if self.args.device.type == "cuda" and triton_wanted() and not self.args.use_liger_kernel:
+            from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
+
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            liger.fuse_rotary_embedding(inner.model.language_model)
-            # Liger's loss multiplies with the head's own weight: no adapter on it, and not in pieces on other ranks.
-            inner.fused_loss = type(inner.lm_head) is nn.Linear and not is_deepspeed_zero3_enabled()
+            fuse_layers(inner.model.language_model)
         self.guard = FiniteGuard(Path(self.args.output_dir))
         self.speed = Speed(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # of callbacks, for the next row of the log

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -328,3 +329,23 @@ def test_gpu_flash_attention_and_no_wait(family, packed):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert float(loss) == pytest.approx(float(expected), rel=2e-2)
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_many_labels_are_a_loss_in_pieces(monkeypatch, trained_head):
+    """The same sum and gradients as all logits at once, and the logits of no more than a piece at a time."""
+    monkeypatch.setattr("llava_moslora.models.llava.LOSS_ROWS", 4)
+    torch.manual_seed(0)
+    hidden, targets = torch.randn(10, 32, requires_grad=True), torch.randint(0, 50, (10,))  # (S, D), (S)
+    head, seen = torch.nn.Linear(32, 50, bias=False).requires_grad_(trained_head), []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    model = SimpleNamespace(lm_head=head)
+    model._piece_of_loss = lambda *piece: Llava._piece_of_loss(model, *piece)
+    wanted = [hidden, *(p for p in head.parameters() if p.requires_grad)]
+    loss = Llava._summed_loss(model, hidden, targets)
+    gradients = torch.autograd.grad(loss, wanted)
+    assert seen[:3] == [4, 4, 2] and sorted(seen[3:]) == [2, 4, 4]  # and again in backward
+    whole = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")
+    torch.testing.assert_close(loss, whole, atol=1e-6, rtol=1e-6)
+    for one, other in zip(gradients, torch.autograd.grad(whole, wanted), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)

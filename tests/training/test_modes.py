@@ -137,35 +137,6 @@ def test_stage_1_trains_the_projector_alone(parts, tmp_path, monkeypatch):
     assert health == ["gradient/projector"]
 
 
-FUSED = """
-from types import SimpleNamespace
-import torch
-from llava_moslora.models.llava import Llava
-
-torch.manual_seed(0)
-hidden, targets = torch.randn(7, 32, requires_grad=True), torch.randint(0, 50, (7,))  # (S, D), (S)
-head = torch.nn.Linear(32, 50, bias=False).requires_grad_(False)
-gradients = []
-for loss in (
-    Llava._fused_loss(SimpleNamespace(lm_head=head), hidden, targets),
-    torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum"),
-):
-    gradients.append(torch.autograd.grad(loss, hidden)[0])
-    print(loss.item())
-torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
-"""
-
-
-@pytest.mark.slow
-def test_ligers_fused_loss_is_the_loss():
-    """On a CPU by Triton's interpreter, which must be asked for before Triton is imported: in a process of its own."""
-    pytest.importorskip("liger_kernel")
-    done = run([sys.executable, "-c", FUSED], TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr[-2000:]
-    fused, plain = map(float, done.stdout.splitlines()[-2:])
-    assert fused == pytest.approx(plain, rel=1e-6)
-
-
 @pytest.mark.gpu
 def test_ligers_kernels_compute_the_same(parts, tmp_path):
     """Triton's interpreter does not run all of them."""

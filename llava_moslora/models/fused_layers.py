@@ -1,0 +1,151 @@
+"""The LLM's norms, activation and rotary embedding in one pass over memory each, for training on a GPU.
+
+transformers computes them operation by operation: RMSNorm in eight passes, SwiGLU in two and the rotary embedding in
+five a tensor, with float32 copies between. Here RMSNorm is torch's own, and two small Triton kernels do the rest. They
+compute in float32 and round once, where transformers rounds in between: a difference of one rounding.
+
+Shapes: B lines, T tokens, H heads, D a head's width, N rows, I the MLP's width.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import MethodType
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose layers are known to be made of these
+COLUMNS = 1024
+
+
+def fuse_layers(llm: nn.Module) -> None:
+    """Let the layers of ``llm``, a decoder of one of ``FAMILIES``, compute so; others are left as they are."""
+    config = llm.config
+    if config.model_type not in FAMILIES:
+        return
+    for module in llm.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(_rms_norm, module)
+        elif type(module).__name__.endswith("MLP") and config.hidden_act == "silu":
+            module.forward = MethodType(_mlp, module)
+    modeling = sys.modules[type(llm).__module__]
+    if not isinstance(modeling.apply_rotary_pos_emb, _Rotary):
+        modeling.apply_rotary_pos_emb = _Rotary(modeling.apply_rotary_pos_emb)
+
+
+def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
+    return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+def _mlp(self: nn.Module, x: Tensor) -> Tensor:
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    return self.down_proj(_SiluMul.apply(gate, up) if gate.is_cuda else F.silu(gate) * up)
+
+
+class _Rotary:
+    """transformers' ``apply_rotary_pos_emb`` of one family, which it is on a CPU still."""
+
+    def __init__(self, stock):
+        self.stock = stock
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        """q (B, H, T, D), k (B, key heads, T, D), cos and sin (B or 1, T, D), rotated; the inputs stay as they are."""
+        plain = not q.is_cuda or unsqueeze_dim != 1 or cos.shape[-1] != q.shape[-1]
+        if plain:
+            return self.stock(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+        return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+
+
+class _SiluMul(torch.autograd.Function):
+    """silu(gate)·up."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        n, i = _rows(gate)
+        _silu_mul[(n, triton.cdiv(i, COLUMNS))](gate, up, out, i, COLUMNS=COLUMNS)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        n, i = _rows(gate)
+        grid = (n, triton.cdiv(i, COLUMNS))
+        _silu_mul_backward[grid](grad.contiguous(), gate, up, grad_gate, grad_up, i, COLUMNS=COLUMNS)
+        return grad_gate, grad_up
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    assert x.is_contiguous(), "a linear's output is contiguous"
+    return x.shape[:-1].numel(), x.shape[-1]
+
+
+@triton.jit
+def _silu_mul(gate, up, out, i, COLUMNS: tl.constexpr):
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = tl.program_id(0).to(tl.int64) * i + columns
+    g = tl.load(gate + place, mask=columns < i, other=0.0).to(tl.float32)
+    u = tl.load(up + place, mask=columns < i, other=0.0).to(tl.float32)
+    tl.store(out + place, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=columns < i)
+
+
+@triton.jit
+def _silu_mul_backward(grad, gate, up, grad_gate, grad_up, i, COLUMNS: tl.constexpr):
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    place = tl.program_id(0).to(tl.int64) * i + columns
+    d = tl.load(grad + place, mask=columns < i, other=0.0).to(tl.float32)
+    g = tl.load(gate + place, mask=columns < i, other=0.0).to(tl.float32)
+    u = tl.load(up + place, mask=columns < i, other=0.0).to(tl.float32)
+    s = tl.sigmoid(g)
+    silu = g * s
+    tl.store(grad_up + place, (d * silu).to(grad_up.dtype.element_ty), mask=columns < i)
+    slope = s + silu * (1 - s)
+    tl.store(grad_gate + place, (d * u * slope).to(grad_gate.dtype.element_ty), mask=columns < i)
+
+
+class _Rotate(torch.autograd.Function):
+    """x·cos + rotate_half(x)·sin of x (B, H, T, D), whose memory is (B, T, H, D) as a linear wrote it."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rotated(grad, *ctx.saved_tensors, -1.0), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    x = x.transpose(1, 2).contiguous()  # (B, T, H, D): as it lies in memory, so no copy
+    b, t, h, d = x.shape
+    out = torch.empty_like(x)
+    heads = triton.next_power_of_2(h)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    per_line = 0 if len(cos) == 1 else t * d
+    _rotate[(b * t,)](x, cos, sin, out, t, h, d, per_line, sign, HEADS=heads, HALF=triton.next_power_of_2(d // 2))
+    return out.transpose(1, 2)
+
+
+@triton.jit
+def _rotate(x, cos, sin, out, t, h, d, per_line, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """One token: all its heads."""
+    token = tl.program_id(0)
+    half = tl.arange(0, HALF)
+    angle = (token // t) * per_line + (token % t) * d + half
+    inside = half < d // 2
+    c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)[None, :] * sign
+    heads = tl.arange(0, HEADS)
+    place = token.to(tl.int64) * h * d + (heads[:, None] * d + half[None, :])
+    both = (heads < h)[:, None] & inside[None, :]
+    first = tl.load(x + place, mask=both, other=0.0).to(tl.float32)
+    second = tl.load(x + place + d // 2, mask=both, other=0.0).to(tl.float32)
+    tl.store(out + place, (first * c - second * s).to(out.dtype.element_ty), mask=both)
+    tl.store(out + place + d // 2, (second * c + first * s).to(out.dtype.element_ty), mask=both)
