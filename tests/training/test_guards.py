@@ -55,7 +55,7 @@ def test_a_step_that_is_not_finite_stops_the_run(parts, tmp_path, monkeypatch, w
     ],
 )
 def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, bf16):
-    """It leaves a step with a NaN gradient out, or under ZeRO-1 and -2 in bf16 takes it, and goes on."""
+    """It leaves a step with a NaN gradient out, or under ZeRO-2 in bf16 takes it, and goes on."""
     (tmp_path / "broken.py").write_text(BROKEN_RUN.replace("{where}", where))
     folder = tmp_path / "run"
     words = flags(parts, folder, deepspeed=f"zero_configs/{zero}.json", max_steps=3, save_steps=1, bf16=bf16)
@@ -64,7 +64,7 @@ def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, b
     )
     assert done.returncode == 5, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if "error[R-NONFINITE]" in line]
-    taken = bf16 and zero in ("zero1", "zero2")
+    taken = bf16 and zero == "zero2"
     said = "gradient norm" if taken else "DeepSpeed left the update out"
     if where == "loss":
         said = "the loss became NaN or Inf at step 1"
