@@ -34,13 +34,13 @@ from llava_moslora.models.assemble import (
 )
 from llava_moslora.models.llm import longest_text
 from llava_moslora.models.vision import read_picture_settings, read_vision_config
+from llava_moslora.recompute import set_recompute
 from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.training.arguments import DataArguments, TrainingArguments, config_file, parse, tower_adapters
 from llava_moslora.training.checks import check, check_launch
 from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, input_paths
 from llava_moslora.training.pause import Pause, contact
-from llava_moslora.training.recompute import set_recompute
 from llava_moslora.training.run_folder import begin_run, check_shared, check_space, open_run, reopen_run
 from llava_moslora.training.samples import Samples, read_samples
 from llava_moslora.training.state import trained_count

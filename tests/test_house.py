@@ -11,6 +11,7 @@ PACKAGE = ROOT / "llava_moslora"
 # From below upwards; rooms of one floor are siblings and never import each other.
 FLOORS = [
     {"errors", "_version"},
+    {"recompute"},
     {"adapters", "models", "data"},
     {"runs"},
     {"inference"},

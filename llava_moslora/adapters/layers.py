@@ -16,6 +16,7 @@ from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
+from llava_moslora import recompute
 from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
 from llava_moslora.adapters.fold import delta
 from llava_moslora.adapters.kernel import low_rank_update
@@ -155,11 +156,13 @@ class MosLoraLayer:
         operation."""
         adapter = None if args or kwargs else self._only_adapter(x)
         if adapter is None:
-            return super().forward(x, *args, **kwargs)
+            with recompute.keep_operations():
+                return super().forward(x, *args, **kwargs)
         weights = self.adapter_weights(adapter)
         scaling, p = self.scaling[adapter], self.dropout_probability(adapter)
-        return adapted_linear(x, self.get_base_layer(), *weights, scaling, p)
+        return adapted_linear(x, self.get_base_layer(), *weights, scaling, p, self.ends_layer)
 
+    ends_layer = False  # see adapted_linear; selective recomputation says it
     fused_base_layers: tuple[type[nn.Module], ...] = (nn.Linear,)  # what ``adapted_linear`` computes itself
 
     def _only_adapter(self, x: torch.Tensor) -> str | None:

@@ -7,7 +7,10 @@ The branch is :mod:`llava_moslora.adapters.kernel`'s. Together with the linear i
 - the branch is added onto the linear's product in place, in forward and in backward, in one pass over it;
 - x gets one gradient in place of two that autograd would add up;
 - u = D(x)·Aᵀ (N, r) is kept for backward where it is small beside x;
-- y is the output of one operation, which selective recomputation can keep (:mod:`llava_moslora.training.recompute`).
+- y is the output of one operation, which selective recomputation can keep (:mod:`llava_moslora.recompute`).
+
+The autograd function around the operation is cheap for the host, which has several hundred of them to start per step;
+``torch.library.custom_op`` would cost it three times as much.
 
 W₀ may be NF4 or FP4: it is dequantised here, in forward and again in backward.
 
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
+from llava_moslora import recompute
 from llava_moslora.adapters import kernel
 from llava_moslora.adapters.kernel import Factors, add_low_rank, draw_seed, dropped, scale
 
@@ -29,7 +33,14 @@ KEEP_BELOW = 1 / 16  # u is kept where r is at most this share of I; above, reco
 
 
 def adapted_linear(
-    x: Tensor, base: nn.Module, a: Tensor, w: Tensor | None, b: Tensor, scaling: float, dropout: float = 0.0
+    x: Tensor,
+    base: nn.Module,
+    a: Tensor,
+    w: Tensor | None,
+    b: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
+    ends_layer: bool = False,
 ) -> Tensor:
     """``base(x)`` plus the adapter's branch, float[..., O].
 
@@ -41,10 +52,11 @@ def adapted_linear(
         b: float[O, r].
         scaling: s.
         dropout: probability of dropping an element of x on its way into the branch; 0 outside training.
+        ends_layer: nothing that backward needs is computed from y in this layer: where it is recomputed, y is not.
     """
     drop, seed = draw_seed(dropout)
-    y, _ = _adapted_linear(x, base.weight, base.bias, *_quantisation(base), a, w, b, seed, float(scaling), drop)
-    return y
+    frozen = (base.weight, base.bias, *_quantisation(base))
+    return _AdaptedLinear.apply(x, *frozen, a, w, b, seed, float(scaling), drop, ends_layer)
 
 
 def frozen_dtype(base: nn.Module) -> torch.dtype | None:
@@ -81,13 +93,6 @@ def _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, qua
     return torch.ops.bitsandbytes.dequantize_4bit(weight, absmax, block, quant_type, [out, i], dtype)
 
 
-@torch.library.custom_op(
-    "llava_moslora::adapted_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor? absmax, Tensor? outer_absmax, Tensor? outer_code, "
-    "Tensor? offset, int[] layout, str quant_type, Tensor a, Tensor? w, Tensor b, Tensor? seed, float scaling, "
-    "int drop) -> (Tensor, Tensor)",
-)
 def _adapted_linear(
     x, weight, bias, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, scaling, drop
 ):
@@ -100,13 +105,6 @@ def _adapted_linear(
     return y.view(*x.shape[:-1], len(b)), u if keeps(len(a), x.shape[-1]) else u.new_empty(0)
 
 
-@torch.library.custom_op(
-    "llava_moslora::adapted_linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor? absmax, Tensor? outer_absmax, Tensor? outer_code, "
-    "Tensor? offset, int[] layout, str quant_type, Tensor a, Tensor? w, Tensor b, Tensor? seed, Tensor u, "
-    "float scaling, int drop, bool[] needs) -> Tensor[]",
-)
 def _adapted_linear_backward(
     grad, x, weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, u, scaling, drop,
     needs,
@@ -130,13 +128,30 @@ def keeps(r: int, i: int) -> bool:
     return r <= KEEP_BELOW * i
 
 
-@_adapted_linear.register_fake
+_library = torch.library.Library("llava_moslora", "FRAGMENT")
+_library.define(
+    "adapted_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? absmax, Tensor? outer_absmax, Tensor? outer_code, "
+    "Tensor? offset, int[] layout, str quant_type, Tensor a, Tensor? w, Tensor b, Tensor? seed, float scaling, "
+    "int drop) -> (Tensor, Tensor)"
+)
+_library.define(
+    "adapted_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor? absmax, Tensor? outer_absmax, "
+    "Tensor? outer_code, Tensor? offset, int[] layout, str quant_type, Tensor a, Tensor? w, Tensor b, Tensor? seed, "
+    "Tensor u, float scaling, int drop, bool[] needs) -> Tensor[]"
+)
+_library.impl("adapted_linear", _adapted_linear, "CompositeExplicitAutograd")
+_library.impl("adapted_linear_backward", _adapted_linear_backward, "CompositeExplicitAutograd")
+_forward = torch.ops.llava_moslora.adapted_linear.default
+_backward = torch.ops.llava_moslora.adapted_linear_backward.default
+
+
+@torch.library.register_fake("llava_moslora::adapted_linear", lib=_library)
 def _(x, weight, bias, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, scaling, drop):
     u = x.new_empty(x.shape[:-1].numel(), len(a)) if keeps(len(a), x.shape[-1]) else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], len(b)), u
 
 
-@_adapted_linear_backward.register_fake
+@torch.library.register_fake("llava_moslora::adapted_linear_backward", lib=_library)
 def _(
     grad, x, weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, u, scaling, drop,
     needs,
@@ -145,28 +160,32 @@ def _(
     return [x.new_empty(t.shape) if need else x.new_empty(0) for t, need in zip(like, needs, strict=True)]
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, _, *quantisation, layout, quant_type, a, w, b, seed, ctx.scaling, ctx.drop = inputs
-    ctx.layout, ctx.quant_type = layout, quant_type
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, *quantisation, a, w, b, seed, output[1])
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        *operands, ends_layer = inputs
+        x, weight, _, *quantisation, layout, quant_type, a, w, b, seed, scaling, drop = operands
+        kept = recompute.kept()
+        if kept is None:
+            y, u = _forward(*operands)
+        elif kept.recomputing:
+            y, u = kept.take()
+            y = x.new_empty(*x.shape[:-1], len(b)) if y is None else y
+        else:
+            y, u = _forward(*operands)
+            kept.put((None if ends_layer else y, u))
+        ctx.layout, ctx.quant_type, ctx.scaling, ctx.drop = layout, quant_type, scaling, drop
+        ctx.save_for_backward(x, weight, *quantisation, a, w, b, seed, u)
+        return y
 
-
-def _backward(ctx, grad, _):
-    x, weight, *quantisation, a, w, b, seed, u = ctx.saved_tensors
-    asked = ctx.needs_input_grad
-    needs = [asked[0], *asked[9:12]]
-    if grad is None or not any(needs):
-        return (None,) * 15
-    made = _adapted_linear_backward(
-        grad, x, weight, *quantisation, ctx.layout, ctx.quant_type, a, w, b, seed, u, ctx.scaling, ctx.drop, needs
-    )
-    grad_x, *grads = [g if need else None for g, need in zip(made, needs, strict=True)]
-    return grad_x, *[None] * 8, *grads, None, None, None
-
-
-_adapted_linear.register_autograd(_backward, setup_context=_setup_context)
-OPERATION = torch.ops.llava_moslora.adapted_linear.default
+    @staticmethod
+    def backward(ctx, grad):
+        asked = ctx.needs_input_grad
+        needs = [asked[0], *asked[9:12]]
+        x, weight, *quantisation, a, w, b, seed, u = ctx.saved_tensors
+        operands = (x, weight, *quantisation, ctx.layout, ctx.quant_type, a, w, b, seed, u, ctx.scaling, ctx.drop)
+        grads = [g if need else None for g, need in zip(_backward(grad, *operands, needs), needs, strict=True)]
+        return grads[0], *[None] * 8, *grads[1:], None, None, None, None
 
 
 def flops(rows: int, i: int, o: int, r: int, mixed: bool, need_x: bool = True) -> dict[str, int]:

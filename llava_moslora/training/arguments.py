@@ -25,9 +25,9 @@ from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
 from llava_moslora.models.attention import IMPLEMENTATIONS
 from llava_moslora.models.llava_folder import starting_parts
+from llava_moslora.recompute import MODES, parse_recompute
 from llava_moslora.training import rendezvous
 from llava_moslora.training.config_file import read_config
-from llava_moslora.training.recompute import MODES, parse_recompute
 
 
 @dataclass

@@ -120,12 +120,14 @@ def test_flops_are_counted(shape, mixed):
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixer", "plain"])
 def test_operations_are_well_registered(mixed, drop):
     x, base, a, w, b = inputs(*SHAPES[0], mixed)
-    seed = torch.tensor(3) if drop else None
+    seed, checked = torch.tensor(3) if drop else None, ("test_schema", "test_faketensor")
     frozen = (base.weight, base.bias, None, None, None, None, [32, 64], "")
-    torch.library.opcheck(torch.ops.llava_moslora.adapted_linear, (x, *frozen, a, w, b, seed, 0.5, drop))
-    with torch.no_grad():
+    with torch.no_grad():  # autograd's part is a function around them
+        x, a, b = x.detach(), a.detach(), b.detach()
+        w = w.detach() if mixed else None
+        arguments = (x, *frozen, a, w, b, seed, 0.5, drop)
+        torch.library.opcheck(torch.ops.llava_moslora.adapted_linear, arguments, test_utils=checked)
         grad, u = torch.randn(*x.shape[:2], 32), torch.randn(200, 4)
-        checked = ("test_schema", "test_faketensor")
         for needs in ([True, True, mixed, True], [False, True, False, True]):
             arguments = (grad, x, base.weight, *frozen[2:], a, w, b, seed, u, 0.5, drop, needs)
             torch.library.opcheck(torch.ops.llava_moslora.adapted_linear_backward, arguments, test_utils=checked)

@@ -1,0 +1,171 @@
+"""Selective recomputation: what runs twice, what is kept, and gradients that are those of keeping everything."""
+
+import gc
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    Qwen3Config,
+    Qwen3Model,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from llava_moslora import recompute
+from llava_moslora.adapters import linear
+from llava_moslora.adapters.config import MosLoraConfig
+from llava_moslora.errors import Refusal
+from llava_moslora.recompute import parse_recompute, set_recompute
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+TEXT = SIZES | {"num_key_value_heads": 2, "vocab_size": 50, "head_dim": 8}
+PICTURES = SIZES | {"image_size": 16, "patch_size": 4}
+MODELS = {
+    "llama": lambda: LlamaModel(LlamaConfig(**TEXT)),
+    "qwen3": lambda: Qwen3Model(Qwen3Config(**TEXT)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**PICTURES)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**PICTURES)),
+}
+LINEARS = ["q_proj", "v_proj", "out_proj", "o_proj", "up_proj", "down_proj", "fc1", "fc2"]  # k and gate have none
+
+
+def adapted(name: str, mode: str):
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    targets = [suffix for suffix in LINEARS if any(n.endswith(suffix) for n, _ in model.named_modules())]
+    config = MosLoraConfig(r=2, target_modules=targets, lora_dropout=0.2, init_lora_weights=False)
+    model = get_peft_model(model, config)
+    model.enable_input_require_grads()
+    set_recompute(model, mode)
+    return model.train()
+
+
+def run(model, name: str):
+    """Output and gradients of a step."""
+    torch.manual_seed(1)
+    if "clip" in name or "siglip" in name:
+        given = {"pixel_values": torch.randn(2, 3, 16, 16)}
+    else:
+        given = {"input_ids": torch.arange(1, 25).view(2, 12)}
+    model.zero_grad()
+    hidden = model(**given).last_hidden_state
+    hidden.square().sum().backward()
+    return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("mode", ["full", "selective", "every:2"])
+def test_no_bit_changes(name, mode):
+    found, expected = run(adapted(name, mode), name), run(adapted(name, "none"), name)
+    assert len(found) == len(expected) and all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the products and attentions that really run."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation._schema.name
+        plain = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.count += plain or name == "llava_moslora::adapted_linear" or name.endswith("attention_for_cpu")
+        return operation(*args, **(kwargs or {}))
+
+
+def forward_products(name: str, mode: str) -> int:
+    """Products in the step beyond those of backward's own, which are the same in every mode."""
+    with Products() as counter:
+        run(adapted(name, mode), name)
+    return counter.count
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_product_of_a_layer_runs_twice(name):
+    none, selective, full = (forward_products(name, mode) for mode in ("none", "selective", "full"))
+    assert none == selective < full
+
+
+@pytest.mark.parametrize("name", ["llama", "clip"])
+def test_memory_lies_between(name):
+    """Bytes that autograd and the kept outputs hold after forward."""
+
+    def held(mode: str) -> int:
+        model, storages = adapted(name, mode), {}
+
+        def note(value):
+            if isinstance(value, torch.Tensor):
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        put = recompute.Kept.put
+        recompute.Kept.put = lambda self, output: put(self, torch.utils._pytree.tree_map(note, output))
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+                given = torch.randn(2, 3, 16, 16) if name == "clip" else torch.arange(1, 25).view(2, 12)
+                model(given)
+        finally:
+            recompute.Kept.put = put
+        return sum(storages.values())
+
+    none, selective, full = held("none"), held("selective"), held("full")
+    assert full < selective < none
+
+
+def test_kept_outputs_are_freed_by_backward():
+    """Nothing waits for the garbage collector: gigabytes would."""
+    model, alive = adapted("llama", "selective"), []
+    put = recompute.Kept.put
+
+    def noted(self, output):
+        put(self, output)
+        tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+        alive.extend(StorageWeakRef(t.untyped_storage()) for t in tensors)
+
+    gc.collect()
+    gc.disable()
+    recompute.Kept.put = noted
+    try:
+        run(model, "llama")
+        assert alive and all(reference.expired() for reference in alive)
+    finally:
+        recompute.Kept.put = put
+        gc.enable()
+
+
+def test_the_last_linear_of_a_layer_is_not_kept():
+    """Its output is only added to the residual; in a layer that is not known to end so, it is kept."""
+    for name, model in (("llama", adapted("llama", "selective")), ("clip", adapted("clip", "selective"))):
+        last = [n for n, m in model.named_modules() if getattr(m, "ends_layer", False)]
+        assert [n.rsplit(".", 1)[1] for n in last] == ["down_proj" if name == "llama" else "fc2"] * 3
+
+
+def test_an_output_that_is_written_over_is_noticed():
+    kept = recompute.Kept()
+    y = torch.ones(3)
+    kept.put((y, torch.ones(2)))
+    y.add_(1)
+    kept.next = 0
+    with pytest.raises(AssertionError, match="was written over"):
+        kept.take()
+
+
+def test_what_is_no_mode_is_refused():
+    assert parse_recompute("every:3") == ("full", 3)
+    for text in ("every", "every:0", "every:-1", "half", "Full"):
+        with pytest.raises(Refusal, match=r"--recompute: unknown way to recompute; found .*; expected none \| full"):
+            parse_recompute(text)
+
+
+def test_outside_of_it_nothing_is_kept():
+    assert recompute.kept() is None
+    run(adapted("llama", "selective"), "llama")
+    assert recompute.kept() is None
+    assert linear.recompute.kept() is None
