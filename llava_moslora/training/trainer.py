@@ -23,6 +23,7 @@ from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
 from llava_moslora.training.guards import FiniteGuard, check_labels, out_of_memory
 from llava_moslora.training.health import Health
+from llava_moslora.training.host_time import clear_trained_gradients, switch_mode_once
 from llava_moslora.training.metrics import Metrics
 from llava_moslora.training.pause import contact, ignore_signals
 from llava_moslora.training.progress import Progress
@@ -46,7 +47,9 @@ class MosLoraTrainer(Trainer):
         self.facts = facts
         self.sampler = sampler
         self.batches: Batches | None = None
-        if not trained_parameters(self.model):
+        self.flops_per_token: int | None = None
+        self.trained = trained_parameters(self.model)
+        if not self.trained:
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
         if self.args.loss_average == "micro_batch":
             self.model_accepts_loss_kwargs = False  # no token count for the model: it averages over its micro-batch
@@ -93,7 +96,7 @@ class MosLoraTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         groups: dict[tuple[float, float], list] = {}
-        for name, parameter in trained_parameters(self.model).items():
+        for name, parameter in self.trained.items():
             decay = self.args.weight_decay if parameter_rank(parameter) > 1 else 0.0
             groups.setdefault((self.learning_rate_of(name), decay), []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
@@ -142,6 +145,13 @@ class MosLoraTrainer(Trainer):
             data = data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
+    def floating_point_ops(self, inputs) -> int:
+        """As theirs, per token of the padded batch; the model's parameters are counted once."""
+        tokens = inputs["input_ids"].numel()
+        if self.flops_per_token is None:
+            self.flops_per_token = super().floating_point_ops(inputs) // tokens
+        return self.flops_per_token * tokens
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.watch.mark()
         try:
@@ -163,7 +173,7 @@ class MosLoraTrainer(Trainer):
         """As theirs, and a non-finite loss or gradient stops the run; without DeepSpeed before the update."""
         norm = super()._get_grad_norm(model, grad_norm)
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
-        return self.guard.gradient(self.state.global_step, norm, engine, trained_parameters(self.model))
+        return self.guard.gradient(self.state.global_step, norm, engine, self.trained)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the speed of all ranks since the last log, and what callbacks have found at this step."""
@@ -206,6 +216,9 @@ class MosLoraTrainer(Trainer):
         """As theirs, but the state comes from our portable checkpoint instead of DeepSpeed's or torch's pickles."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         check_rotary(self.model)
+        switch_mode_once(self.model)
+        if self.is_deepspeed_enabled:
+            clear_trained_gradients(self.model_wrapped, self.trained)
         holder = self._holder()
         holder.begin()
         if resume_from_checkpoint is not None:
