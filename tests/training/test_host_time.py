@@ -1,0 +1,34 @@
+"""Walks over all modules that are spared at every step, and what they must still do."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from llava_moslora.training.host_time import clear_trained_gradients, switch_mode_once
+
+
+def test_the_mode_is_switched_where_it_changes():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    visits = []
+    switch_mode_once(model)
+    inner = model[1].train
+    model[1].train = lambda mode=True: visits.append(mode) or inner(mode)
+    assert model.train() is model and visits == []  # it trains from the start
+    model.eval()
+    assert visits == [False] and not model[1].training
+    model.eval()
+    assert visits == [False]
+    model.train()
+    assert visits == [False, True] and model[1].training
+    assert model.train(True) is model and visits == [False, True]
+
+
+def test_gradients_of_what_is_trained_are_cleared():
+    model = nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    engine = SimpleNamespace(module=model)
+    clear_trained_gradients(engine, dict(model.named_parameters()))
+    assert model.weight.grad is not None
+    engine.zero_grad()
+    assert model.weight.grad is None and model.bias.grad is None
