@@ -31,6 +31,6 @@ deepspeed --num_gpus "$GPUS" --master_addr 127.0.0.1 scripts/train_vit_llm.py \
     --data_order shuffle \
     --learning_rate 1e-3 --per_device_train_batch_size 32 --gradient_accumulation_steps $((8 / GPUS)) \
     --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 --max_grad_norm 1 \
-    --num_train_epochs 1 --bf16 True --gradient_checkpointing True --seed 1024 \
+    --num_train_epochs 1 --bf16 True --recompute full --seed 1024 \
     --dataloader_num_workers 4 --preprocessing_num_workers 16 --save_steps 500 --save_total_limit 2 \
     --output_dir "$RUN" --resume True "$@"

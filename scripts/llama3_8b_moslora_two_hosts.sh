@@ -53,6 +53,6 @@ esac
     --mixer_init kaiming_uniform \
     --learning_rate 2e-5 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 \
     --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 --max_grad_norm 1 \
-    --num_train_epochs 1 --bf16 True --gradient_checkpointing True --seed 1024 \
+    --num_train_epochs 1 --bf16 True --recompute full --seed 1024 \
     --dataloader_num_workers 4 --preprocessing_num_workers 16 --save_steps 1000 --save_total_limit 2 \
     --output_dir "$RUN" --resume True "$@"
