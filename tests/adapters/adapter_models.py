@@ -30,18 +30,20 @@ def llama(dtype=torch.float32) -> LlamaForCausalLM:
 class Pair(nn.Module):
     """Two linears of different shapes (64→96→64): "float", "nf4" (with double quantisation), "nf4 single" or "int8"."""
 
-    def __init__(self, kind="float", dtype=torch.float32):
+    def __init__(self, kind="float", dtype=torch.float32, device="cpu"):
         super().__init__()
         torch.manual_seed(0)
         self.up, self.down = nn.Linear(64, 96).to(dtype), nn.Linear(96, 64).to(dtype)
         for name in ("up", "down") if kind != "float" else ():
-            setattr(self, name, quantised(getattr(self, name), kind))
+            setattr(self, name, quantised(getattr(self, name), kind, device))
+        self.to(device)
 
     def forward(self, x):
         return self.down(torch.tanh(self.up(x)))
 
 
-def quantised(linear: nn.Linear, kind: str) -> nn.Module:
+def quantised(linear: nn.Linear, kind: str, device: str) -> nn.Module:
+    """bitsandbytes quantises when the layer is moved, and 8-bit layers stay where that was."""
     bnb = pytest.importorskip("bitsandbytes")
     i, o, dtype = linear.in_features, linear.out_features, linear.weight.dtype
     if kind.startswith("nf4"):
@@ -54,7 +56,7 @@ def quantised(linear: nn.Linear, kind: str) -> nn.Module:
         new = bnb.nn.Linear8bitLt(i, o, has_fp16_weights=False)
         new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     new.bias = linear.bias
-    return new.to("cpu")
+    return new.to(device)
 
 
 def adapted(model: nn.Module, autocast_adapter_dtype=True, plain=False, **settings) -> nn.Module:

@@ -274,7 +274,7 @@ def test_gpu_frozen_identity_is_pefts_lora(case):
         dtype, tolerance = torch.float16, 2**-10  # the CUDA kernel's input dtype
     outputs, gradients = [], []
     for settings in (IDENTITY, {"plain": True}):
-        model = adapted(Pair(kind, dtype).cuda(), autocast_adapter_dtype, **settings)
+        model = adapted(Pair(kind, dtype, "cuda"), autocast_adapter_dtype, **settings)
         torch.manual_seed(5)
         x = torch.randn(2, 9, 64, dtype=dtype).cuda().requires_grad_()
         outputs.append(model(x))
