@@ -22,6 +22,7 @@ class Llava(LlavaForConditionalGeneration):
     """``LlavaForConditionalGeneration`` with its own training forward; without ``labels`` it is the stock model."""
 
     accepts_loss_kwargs = True  # the Trainer hands us the global batch's supervised-token count
+
     def forward(
         self,
         input_ids: Tensor | None = None,
