@@ -11,11 +11,17 @@ from torch import nn
 
 
 def switch_mode_once(model: nn.Module) -> None:
-    """``model.train()`` of a model that trains already, and ``eval()`` of one that does not, visit no module."""
-    switch = model.train
+    """From the second call on, ``model.train()`` of a model that trains already, and ``eval()`` of one that does not,
+    visit no module. The first call visits all: parts come from their loaders in eval mode, and the model that was put
+    together of them still says that it trains."""
+    switch, visited = model.train, False
 
     def train(mode: bool = True) -> nn.Module:
-        return model if model.training is mode else switch(mode)
+        nonlocal visited
+        if visited and model.training is mode:
+            return model
+        visited = True
+        return switch(mode)
 
     model.train = train
 

@@ -14,14 +14,25 @@ def test_the_mode_is_switched_where_it_changes():
     switch_mode_once(model)
     inner = model[1].train
     model[1].train = lambda mode=True: visits.append(mode) or inner(mode)
-    assert model.train() is model and visits == []  # it trains from the start
-    model.eval()
-    assert visits == [False] and not model[1].training
-    model.eval()
-    assert visits == [False]
+    assert model.train() is model and visits == [True]  # what the model says of itself need not be true of its parts
     model.train()
-    assert visits == [False, True] and model[1].training
-    assert model.train(True) is model and visits == [False, True]
+    assert visits == [True]
+    model.eval()
+    assert visits == [True, False] and not model[1].training
+    model.eval()
+    assert visits == [True, False]
+    model.train()
+    assert visits == [True, False, True] and model[1].training
+    assert model.train(True) is model and visits == [True, False, True]
+
+
+def test_parts_that_were_loaded_in_eval_mode_train():
+    """A part's loader leaves it in eval mode; the model that is put together of parts says that it trains."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5).eval())
+    assert model.training
+    switch_mode_once(model)
+    model.train()
+    assert model[1].training
 
 
 def test_gradients_of_what_is_trained_are_cleared():
