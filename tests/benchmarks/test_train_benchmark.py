@@ -145,7 +145,9 @@ def test_a_profile_is_grouped_and_per_step():
     product = next(kernel for kernel in found["kernels"] if kernel["name"] == "aten::mm")
     assert product["group"] == "product" and product["calls"] == 3
     assert found["wall_ms"] == 1e3 / PROFILED and 0 < found["busy_ms"] < found["wall_ms"]
-    assert sum(group["ms"] for group in found["groups"].values()) >= product["ms"] > 0
+    assert product["ms"] > 0
+    in_groups = sum(group["ms"] for group in found["groups"].values())
+    assert in_groups >= product["ms"] - 0.005  # groups are rounded to 0.01 ms, kernels to 0.001
 
 
 def test_more_ragged_records_begin_with_the_same_ones():
