@@ -11,9 +11,12 @@ from torch import nn
 
 
 def switch_mode_once(model: nn.Module) -> None:
-    """From the second call on, ``model.train()`` of a model that trains already, and ``model.train(False)``
-    of one that does not, visit no module. The first call visits all: parts come from their loaders in eval mode, and the model that was put
-    together of them still says that it trains."""
+    """From the second call on, ``model.train()`` of a model that trains already visits no module, nor does
+    ``model.train(False)`` of one that does not.
+
+    The first call visits all: parts come from their loaders in eval mode, and the model that was put together of them
+    still says that it trains.
+    """
     switch, visited = model.train, False
 
     def train(mode: bool = True) -> nn.Module:
