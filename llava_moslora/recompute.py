@@ -16,13 +16,15 @@ on all the time, which takes more of the host's time than everything else in a l
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
@@ -38,7 +40,7 @@ class Kept:
     """Outputs of one forward of one layer, in the order in which they were made."""
 
     def __init__(self):
-        self.outputs: list[tuple[object, list[int]]] = []
+        self.outputs: list[tuple[str, object, list[int]] | None] = []
         self.next: int | None = None  # while recomputing: which comes next
         self.watched = False  # a mode is on already
 
@@ -46,7 +48,7 @@ class Kept:
     def recomputing(self) -> bool:
         return self.next is not None
 
-    def put(self, output) -> None:
+    def put(self, operation: str, output) -> None:
         """Keep tensors, or a structure of them, without the graph that made them."""
         versions: list[int] = []
 
@@ -56,12 +58,15 @@ class Kept:
             versions.append(value._version)
             return value.detach()
 
-        self.outputs.append((tree_map(detached, output), versions))
+        self.outputs.append((operation, tree_map(detached, output), versions))
 
-    def take(self):
-        """The next output, once."""
-        output, versions = self.outputs[self.next]
-        self.outputs[self.next] = (None, [])
+    def take(self, operation: str):
+        """The next output, once; it must be of the same operation."""
+        assert self.next < len(self.outputs), f"{operation} runs only where backward recomputes"
+        entry, self.outputs[self.next] = self.outputs[self.next], None
+        assert entry is not None, "a second backward through a layer that recomputes selectively"
+        kept_operation, output, versions = entry
+        assert kept_operation == operation, f"recomputing, {operation} comes in the place of {kept_operation}"
         self.next += 1
         found: list[int] = []
         tree_map(lambda value: found.append(value._version) if isinstance(value, Tensor) else None, output)
@@ -74,20 +79,24 @@ def kept() -> Kept | None:
     return getattr(_state, "kept", None)
 
 
-@contextmanager
-def _keeping(outputs: Kept, recomputing: bool):
-    before = kept()
-    outputs.next = 0 if recomputing else None
-    _state.kept = outputs
-    try:
-        yield
-    finally:
-        _state.kept = before
+class _Keeping:
+    """A context in which the layer that runs keeps its outputs, or takes them back."""
+
+    def __init__(self, outputs: Kept, recomputing: bool):
+        self.outputs, self.recomputing = outputs, recomputing
+
+    def __enter__(self):
+        self.before = kept()
+        self.outputs.next = 0 if self.recomputing else None
+        _state.kept = self.outputs
+
+    def __exit__(self, *error):
+        _state.kept = self.before
 
 
 def _contexts():
     outputs = Kept()
-    return _keeping(outputs, False), _keeping(outputs, True)
+    return _Keeping(outputs, False), _Keeping(outputs, True)
 
 
 class _KeepOperations(TorchDispatchMode):
@@ -108,13 +117,16 @@ class _KeepOperations(TorchDispatchMode):
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        named = any(name in operation._schema.name for name in ("attention", "attn", "gemm_4bit"))
+        named = any(part in operation._schema.name for part in ("attention", "attn", "gemm_4bit"))
         if not named and operation not in self.products:
             return operation(*args, **(kwargs or {}))
+        name = operation._schema.name
         if self.outputs.recomputing:
-            return self.outputs.take()
+            return self.outputs.take(name)
         output = operation(*args, **(kwargs or {}))
-        self.outputs.put(output)
+        # ZeRO-3 replaces F.linear by a product to which the bias is added in place.
+        overwritten = operation in self.products and not inspect.isbuiltin(F.linear)
+        self.outputs.put(name, output.clone() if overwritten else output)
         return output
 
 
@@ -168,11 +180,10 @@ def _keep_in(layer: nn.Module) -> None:
         own_linear = isinstance(module, nn.Linear) and not re.search(r"\b(base_layer|lora_\w+)\b", name)
         if own_linear or name == "self_attn":
             module.forward = partial(_kept_forward, module.forward)
-    last = [module for module in layer.modules() if hasattr(module, "ends_layer")]
-    if last and type(layer).__name__ in _ENDS_WITH_LINEAR:
-        last[-1].ends_layer = True
+    if (last := _LAST_LINEAR.get(type(layer).__name__)) and hasattr(layer.get_submodule(last), "ends_layer"):
+        layer.get_submodule(last).ends_layer = True
 
 
-# Layers whose last linear is only added to the residual: what it returns is needed by nothing that backward needs.
-_ENDS_WITH_LINEAR = {f"{name}DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
-_ENDS_WITH_LINEAR |= {"CLIPEncoderLayer", "SiglipEncoderLayer"}
+# Layer → its last linear, where what that returns is only added to the residual: nothing that backward needs needs it.
+_LAST_LINEAR = {f"{name}DecoderLayer": "mlp.down_proj" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+_LAST_LINEAR |= {"CLIPEncoderLayer": "mlp.fc2", "SiglipEncoderLayer": "mlp.fc2"}

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast, set_seed
 
+from llava_moslora.adapters.kernel import mask_source
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.images import ImageTransform
@@ -127,7 +128,7 @@ def main() -> None:
         "model": asdict(model_args) | {"version": template},
         "data": asdict(data_args),
         "adapter": asdict(adapter_args),
-        "training": args.to_sanitized_dict(),
+        "training": args.to_sanitized_dict() | {"dropout_masks": mask_source(args.device)},
         "preprocessor": preprocessor,
         "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
     }

@@ -35,10 +35,12 @@ MODELS = {
 LINEARS = ["q_proj", "v_proj", "out_proj", "o_proj", "up_proj", "down_proj", "fc1", "fc2"]  # k and gate have none
 
 
-def adapted(name: str, mode: str):
+def adapted(name: str, mode: str, linears=tuple(LINEARS)):
     torch.manual_seed(0)
     model = MODELS[name]()
-    targets = [suffix for suffix in LINEARS if any(n.endswith(suffix) for n, _ in model.named_modules())]
+    for parameter in model.parameters():  # also biases, which start at zero
+        torch.nn.init.normal_(parameter, std=0.2)
+    targets = [suffix for suffix in linears if any(n.endswith(suffix) for n, _ in model.named_modules())]
     config = MosLoraConfig(r=2, target_modules=targets, lora_dropout=0.2, init_lora_weights=False)
     model = get_peft_model(model, config)
     model.enable_input_require_grads()
@@ -59,11 +61,41 @@ def run(model, name: str):
     return [hidden.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+def same(found, expected) -> bool:
+    return len(found) == len(expected) and all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("mode", ["full", "selective", "every:2"])
 def test_no_bit_changes(name, mode):
-    found, expected = run(adapted(name, mode), name), run(adapted(name, "none"), name)
-    assert len(found) == len(expected) and all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert same(run(adapted(name, mode), name), run(adapted(name, "none"), name))
+
+
+@pytest.mark.parametrize("linears", [["q_proj", "v_proj"], ["o_proj", "out_proj"], ["up_proj", "fc1"]], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_no_bit_changes_where_the_last_linear_has_no_adapter(name, linears):
+    models = [adapted(name, mode, linears) for mode in ("selective", "none")]
+    assert same(*(run(model, name) for model in models))
+
+
+def test_a_bias_that_is_added_in_place_is_added_once(monkeypatch):
+    """As ZeRO-3 does, which replaces ``F.linear``; its hooks also keep linear and adapter apart."""
+
+    def linear_of_zero3(x, weight, bias=None):
+        y = x.matmul(weight.t())
+        if bias is not None:
+            y += bias
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", linear_of_zero3)
+    results = []
+    for mode in ("selective", "none"):
+        model = adapted("clip", mode)
+        for module in model.modules():
+            if hasattr(module, "base_layer"):
+                module.base_layer.register_forward_pre_hook(lambda *_: None)
+        results.append(run(model, "clip"))
+    assert same(*results)
 
 
 class Products(torch.utils._python_dispatch.TorchDispatchMode):
@@ -106,7 +138,7 @@ def test_memory_lies_between(name):
             return value
 
         put = recompute.Kept.put
-        recompute.Kept.put = lambda self, output: put(self, torch.utils._pytree.tree_map(note, output))
+        recompute.Kept.put = lambda self, name, output: put(self, name, torch.utils._pytree.tree_map(note, output))
         try:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
                 given = torch.randn(2, 3, 16, 16) if name == "clip" else torch.arange(1, 25).view(2, 12)
@@ -124,8 +156,8 @@ def test_kept_outputs_are_freed_by_backward():
     model, alive = adapted("llama", "selective"), []
     put = recompute.Kept.put
 
-    def noted(self, output):
-        put(self, output)
+    def noted(self, name, output):
+        put(self, name, output)
         tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
         alive.extend(StorageWeakRef(t.untyped_storage()) for t in tensors)
 
@@ -150,11 +182,27 @@ def test_the_last_linear_of_a_layer_is_not_kept():
 def test_an_output_that_is_written_over_is_noticed():
     kept = recompute.Kept()
     y = torch.ones(3)
-    kept.put((y, torch.ones(2)))
+    kept.put("mm", (y, torch.ones(2)))
     y.add_(1)
     kept.next = 0
     with pytest.raises(AssertionError, match="was written over"):
-        kept.take()
+        kept.take("mm")
+
+
+def test_an_output_of_another_operation_is_noticed():
+    kept = recompute.Kept()
+    kept.put("mm", torch.ones(3))
+    kept.next = 0
+    with pytest.raises(AssertionError, match="addmm comes in the place of mm"):
+        kept.take("addmm")
+
+
+def test_a_second_backward_is_noticed():
+    model = adapted("llama", "selective")
+    loss = model(input_ids=torch.arange(1, 25).view(2, 12)).last_hidden_state.square().sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="a second backward"):
+        loss.backward()
 
 
 def test_what_is_no_mode_is_refused():

@@ -245,6 +245,11 @@ def triton_wanted() -> bool:
     return os.environ.get("LLAVA_MOSLORA_KERNEL", "triton") == "triton" and _HAS_TRITON
 
 
+def mask_source(device: torch.device) -> str:
+    """What dropout's masks are a function of besides their seeds: another source, other masks."""
+    return "hash" if device.type == "cuda" and triton_wanted() else f"{device.type} generator"
+
+
 def uses_triton(rows: Tensor) -> bool:
     """Whether the products with rows (N, I) are Triton's, which know no float64."""
     return rows.is_cuda and rows.dtype != torch.float64 and triton_wanted()

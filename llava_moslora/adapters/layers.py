@@ -178,6 +178,8 @@ class MosLoraLayer:
             return None
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return None
+        if "forward" in vars(base) or base.weight.device != x.device:  # accelerate's way to offload
+            return None
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return None
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):

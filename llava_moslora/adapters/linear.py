@@ -169,11 +169,11 @@ class _AdaptedLinear(torch.autograd.Function):
         if kept is None:
             y, u = _forward(*operands)
         elif kept.recomputing:
-            y, u = kept.take()
+            y, u = kept.take("adapted_linear")
             y = x.new_empty(*x.shape[:-1], len(b)) if y is None else y
         else:
             y, u = _forward(*operands)
-            kept.put((None if ends_layer else y, u))
+            kept.put("adapted_linear", (None if ends_layer else y, u))
         ctx.layout, ctx.quant_type, ctx.scaling, ctx.drop = layout, quant_type, scaling, drop
         ctx.save_for_backward(x, weight, *quantisation, a, w, b, seed, u)
         return y

@@ -23,7 +23,8 @@ from llava_moslora.errors import Refusal
 
 IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 MASKLESS = "sdpa_maskless"
-# LLMs whose attention is causal, in some layers with a window, and nothing else. Others keep transformers' masks.
+# LLMs whose attention is causal, in some layers with a window, and nothing else (others keep transformers' masks), and
+# whose layers are made of RMSNorm, SwiGLU and rotary embedding.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # torch 2.11 takes fewer key heads than heads as they are, later versions when told to
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # whose layers are known to be made of these
+from llava_moslora.models.attention import FAMILIES
+
 COLUMNS = 1024
 
 

@@ -73,6 +73,7 @@ def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: Trai
     _check_packages(model_args, args)
     _check_attention(model_args, args)
     _check_liger(args)
+    _check_compile(args)
     if args.deepspeed:
         _check_deepspeed(args)
     _check_optimizer(args)  # last: it takes DeepSpeed's file for one that was looked at
@@ -169,6 +170,14 @@ def _check_attention(model_args: ModelArguments, args: TrainingArguments) -> Non
             found="a CPU" if args.use_cpu else "float32",
             fix="--attn_implementation sdpa" + ("" if args.use_cpu else ", or --bf16 True"),
         )
+
+
+def _check_compile(args: TrainingArguments) -> None:
+    if args.torch_compile and args.recompute == "selective":
+        raise Refusal(
+            "C-FLAG", "torch.compile decides itself what is recomputed", key="--torch_compile, --recompute selective",
+            fix="--recompute none or full, or leave --torch_compile out",
+        )  # fmt: skip
 
 
 def _check_liger(args: TrainingArguments) -> None:

@@ -10,23 +10,19 @@ from __future__ import annotations
 from torch import nn
 
 
-def switch_mode_once(model: nn.Module) -> None:
-    """From the second call on, ``model.train()`` of a model that trains already visits no module, nor does
-    ``model.train(False)`` of one that does not.
+def switch_mode_once(engine) -> None:
+    """A DeepSpeed engine's ``train()``, which the Trainer calls at every step, visits modules only where the model on
+    top is in the other mode. The first call visits all: parts come from their loaders in eval mode, and the model that
+    was put together of them still says that it trains."""
+    switch, visited = engine.train, False
 
-    The first call visits all: parts come from their loaders in eval mode, and the model that was put together of them
-    still says that it trains.
-    """
-    switch, visited = model.train, False
-
-    def train(mode: bool = True) -> nn.Module:
+    def train(mode: bool = True) -> None:
         nonlocal visited
-        if visited and model.training is mode:
-            return model
-        visited = True
-        return switch(mode)
+        if not visited or engine.module.training is not mode:
+            visited = True
+            switch(mode)
 
-    model.train = train
+    engine.train = train
 
 
 def clear_trained_gradients(engine, trained: dict[str, nn.Parameter]) -> None:

@@ -31,14 +31,14 @@ FREE = {
     "adapter": set(),
 }
 # What runs did that were begun before there was a flag for it.
-BEFORE = {"attn_implementation": "sdpa"}
+BEFORE = {"attn_implementation": "sdpa", "dropout_masks": "cpu generator"}
 # Of the Trainer's many settings, those that change what is computed.
 TRAINING = (
     *("learning_rate", "vision_lr", "mm_projector_lr", "mixer_lr", "weight_decay", "max_grad_norm"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("loss_average", "packing", "seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
-    *("use_liger_kernel", "torch_compile", "tf32", "full_determinism"),
+    *("use_liger_kernel", "torch_compile", "tf32", "full_determinism", "dropout_masks"),
 )
 
 
@@ -125,8 +125,9 @@ def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
             if name not in free and both[0] != both[1]:
                 differing[name] = both
     for name in TRAINING:
-        if then["training"].get(name) != now["training"].get(name):
-            differing[name] = (then["training"].get(name), now["training"].get(name))
+        both = tuple(settings["training"].get(name, BEFORE.get(name)) for settings in (then, now))
+        if both[0] != both[1]:
+            differing[name] = both
     batches = then.get("global_batch_size"), now["global_batch_size"]
     if batches[0] != batches[1]:  # its split over ranks and accumulation is free
         differing["global_batch_size"] = batches

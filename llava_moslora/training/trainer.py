@@ -216,8 +216,8 @@ class MosLoraTrainer(Trainer):
         """As theirs, but the state comes from our portable checkpoint instead of DeepSpeed's or torch's pickles."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         check_rotary(self.model)
-        switch_mode_once(self.model)
         if self.is_deepspeed_enabled:
+            switch_mode_once(self.model_wrapped)
             clear_trained_gradients(self.model_wrapped, self.trained)
         holder = self._holder()
         holder.begin()

@@ -154,6 +154,12 @@ def test_flash_attention_needs_a_gpu_and_16_bits(asked, monkeypatch):
     asked("--attn_implementation", "eager")
 
 
+def test_what_torch_compile_decides_itself(asked):
+    with pytest.raises(Refusal, match=r"--torch_compile, --recompute selective: torch.compile decides itself"):
+        asked("--torch_compile", "True", "--recompute", "selective")
+    asked("--torch_compile", "True", "--recompute", "full")
+
+
 def test_what_liger_cannot_do(asked, monkeypatch):
     """Its kernels need a GPU."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: True)

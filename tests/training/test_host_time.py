@@ -8,30 +8,34 @@ from torch import nn
 from llava_moslora.training.host_time import clear_trained_gradients, switch_mode_once
 
 
+def engine_of(model):
+    return SimpleNamespace(module=model, train=model.train)
+
+
 def test_the_mode_is_switched_where_it_changes():
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
-    visits = []
-    switch_mode_once(model)
+    engine, visits = engine_of(model), []
+    switch_mode_once(engine)
     inner = model[1].train
     model[1].train = lambda mode=True: visits.append(mode) or inner(mode)
-    assert model.train() is model and visits == [True]  # what the model says of itself need not be true of its parts
-    model.train()
+    engine.train()
+    assert visits == [True]  # what the model says of itself need not be true of its parts
+    engine.train()
     assert visits == [True]
-    model.eval()
-    assert visits == [True, False] and not model[1].training
-    model.eval()
-    assert visits == [True, False]
-    model.train()
+    model.eval()  # questions are answered in between
+    engine.train()
     assert visits == [True, False, True] and model[1].training
-    assert model.train(True) is model and visits == [True, False, True]
+    engine.train(False)
+    assert visits == [True, False, True, False] and not model[1].training
 
 
 def test_parts_that_were_loaded_in_eval_mode_train():
     """A part's loader leaves it in eval mode; the model that is put together of parts says that it trains."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5).eval())
     assert model.training
-    switch_mode_once(model)
-    model.train()
+    engine = engine_of(model)
+    switch_mode_once(engine)
+    engine.train()
     assert model[1].training
 
 
