@@ -52,7 +52,8 @@ class Pause(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         if distributed.is_initialized() and distributed.get_world_size() > 1:
-            self._group = distributed.new_group(backend="gloo")
+            on_cpu = distributed.get_backend() == "gloo"
+            self._group = distributed.group.WORLD if on_cpu else distributed.new_group(backend="gloo")
         self.training = True
 
     def on_step_end(self, args, state, control, **_):
