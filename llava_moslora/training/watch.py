@@ -21,6 +21,7 @@ from torch import distributed
 from llava_moslora.errors import Refusal
 
 LONGEST_PAUSE = 5.0  # seconds between two looks
+GRACE = 5.0  # seconds after a process has ended in which the collective that waits for it usually fails by itself
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Seen:
     marks: int = 0
     heard: float = 0.0  # when its beats changed: its process runs
     moved: float = 0.0  # when its marks changed: it gets on
+    pid: int = 0  # of its process, if that is one of those that can be looked at from here and has not left training
+    missed: float | None = None  # since when there is no such process
 
 
 class Watch:
@@ -46,6 +49,7 @@ class Watch:
         self.timeout, self.pause = timeout, min(LONGEST_PAUSE, timeout / 5)
         self.marks = 0
         self.ended = threading.Event()
+        self.threads: list[threading.Thread] = []
 
     def mark(self) -> None:
         """This rank got on: call it at every stage of a step."""
@@ -60,46 +64,54 @@ class Watch:
             # a connection of its own: on the shared one a call that waits would keep the others out
             store = distributed.distributed_c10d._get_default_store().clone()
             for work in (self._exchange, self._compare):
-                threading.Thread(target=work, args=(store,), daemon=True, name=f"watch {work.__name__}").start()
+                thread = threading.Thread(target=work, args=(store,), daemon=True, name=f"watch {work.__name__}")
+                thread.start()
+                self.threads.append(thread)
         return self
 
     def __exit__(self, *_) -> None:
         self.ended.set()
+        for thread in self.threads:  # the others are told that this rank leaves
+            thread.join(timeout=2)
 
     def _exchange(self, store: distributed.Store) -> None:
         """Tell and read, until training is over or the store is gone (its host ended; collectives fail then)."""
         keys = [f"watch/{rank}" for rank in range(len(self.seen))]
         who, beats = f"process {os.getpid()} on {socket.gethostname()}", 0
+        here = _processes()
         try:
             # at first without pauses: who is who is wanted when one of them dies soon
             while not self.ended.wait(self.pause if all(seen.who for seen in self.seen) else min(0.1, self.pause)):
                 beats += 1
-                store.set(keys[self.rank], f"{beats}\n{self.marks}\n{who}")
+                store.set(keys[self.rank], f"{beats}\n{self.marks}\n{who}\n{os.getpid()} {here}")
                 for key, seen in zip(keys, self.seen, strict=True):
                     if store.check([key]):
-                        self._note(seen, store.get(key).decode(), time.monotonic())
+                        self._note(seen, store.get(key).decode(), time.monotonic(), here)
                 self.answered = time.monotonic()
+            store.set(keys[self.rank], f"{beats + 1}\n{self.marks}\n{who}\n0 left")
         except (RuntimeError, OSError):
             self.ended.set()
 
     @staticmethod
-    def _note(seen: Seen, said: str, now: float) -> None:
-        beats, marks, seen.who = said.split("\n")
+    def _note(seen: Seen, said: str, now: float, here: str) -> None:
+        beats, marks, seen.who, process = said.split("\n")
+        pid, _, processes = process.partition(" ")
+        seen.pid = int(pid) if processes == here else 0
         if beats != seen.beats:
             seen.beats, seen.heard = beats, now
         if int(marks) != seen.marks:
             seen.marks, seen.moved = int(marks), now
 
     def _compare(self, _store: distributed.Store) -> None:
-        before = time.monotonic()
-        while not self.ended.wait(self.pause):
+        before, look = time.monotonic(), min(self.pause, 1.0)
+        while not self.ended.wait(look):
             now = time.monotonic()
-            stood_still = now - before - self.pause  # this process itself: it was suspended, with others or alone
+            stood_still = now - before - look  # this process itself: it was suspended, with others or alone
             if stood_still > self.timeout / 2:  # the others may wake later
                 self._begin_again(now)
             elif stood_still > self.pause:
                 self._do_not_count(stood_still, now)
-            elif found := self.trouble(now):
+            elif found := self.dead(now) or self.trouble(now):
                 print(self.refusal(found).line(), file=sys.stderr, flush=True)
                 os._exit(self.refusal(found).exit_status)  # the main thread is in a call that nothing interrupts
             before = now
@@ -113,6 +125,19 @@ class Watch:
         self.answered = min(now, self.answered + seconds)
         for seen in self.seen:
             seen.heard, seen.moved = min(now, seen.heard + seconds), min(now, seen.moved + seconds)
+
+    def dead(self, now: float) -> str | None:
+        """Ranks whose process ended ``GRACE`` seconds ago without having left training, in words; None without any.
+
+        Whoever waits for such a rank in a collective gets an error. Whoever waits for it to join a new group does not.
+        """
+        for seen in self.seen:
+            if not seen.pid or _runs(seen.pid):
+                seen.missed = None
+            elif seen.missed is None:
+                seen.missed = now
+        ended = [rank for rank, seen in enumerate(self.seen) if seen.missed is not None and now - seen.missed >= GRACE]
+        return f"{self._names(ended)} has ended" if ended else None
 
     def trouble(self, now: float) -> str | None:
         """Which ranks stand still at ``now`` (seconds, monotonic), in words; None where all is well."""
@@ -162,3 +187,11 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return False
+
+
+def _processes() -> str:
+    """What process numbers are unique in: this host, or this container of it."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return socket.gethostname()

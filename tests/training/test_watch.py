@@ -44,6 +44,23 @@ def test_a_rank_that_lives_but_stays_behind_is_named():
     assert found == "no rank got on for 10 s; behind the others is rank 1 (process 7 on node-a)"
 
 
+def test_a_rank_whose_process_has_ended_is_named_after_a_grace():
+    """Whoever waits for it to join a new group of processes would wait for the whole timeout."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        watch = watching(rank(5), Seen(who="process 8 on node-a", marks=5, heard=100, moved=100, pid=process.pid))
+        assert watch.dead(100) is None
+        process.kill()
+    assert watch.dead(101) is None and watch.dead(101 + module.GRACE - 1) is None
+    assert watch.dead(101 + module.GRACE) == "rank 1 (process 8 on node-a) has ended"
+
+
+def test_a_rank_that_left_training_or_runs_elsewhere_is_not_missed():
+    seen = Seen()
+    for said in ("3\n5\nprocess 8 on node-a\n0 left", "3\n5\nprocess 8 on node-a\n99999999 node-a pid:[2]"):
+        Watch._note(seen, said, 100, "node-a pid:[1]")
+        assert watching(rank(5), seen).dead(100) is watching(rank(5), seen).dead(1000) is None
+
+
 def test_all_waiting_at_one_place():
     found = watching(rank(5, moved=90), rank(5, moved=90)).trouble(101)
     assert found == "no rank got on for 10 s, all at the same stage of a step"
