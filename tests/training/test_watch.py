@@ -104,7 +104,7 @@ def test_a_process_that_stood_still_itself_blames_nobody(monkeypatch):
 def test_short_suspensions_are_not_counted(monkeypatch):
     """A scheduler that shares a machine in turns stops all ranks for a while, again and again, in one long step."""
     watch = watching(rank(5), rank(4))  # of 10 seconds
-    times = iter([100.0, 102.0, 108.0, 110.0, 116.0, 118.0])
+    times = iter([100.0, 101.0, 106.0, 107.0, 112.0, 113.0])  # looks a second apart, and two stops of four seconds
     monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
     waits = iter([False] * 5 + [True])
     monkeypatch.setattr(watch.ended, "wait", lambda _: next(waits))
