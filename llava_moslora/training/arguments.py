@@ -263,7 +263,7 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, AdapterArgume
         groups = parser.parse_dict(values)
     except Refusal:
         raise
-    except (ValueError, ImportError) as error:  # the Trainer's own checks, in its words
+    except (ValueError, ImportError, OverflowError) as error:  # the Trainer's own checks, in its words
         raise Refusal("C-FLAG", "the training arguments do not go together", found=error) from error
     return groups
 
@@ -309,7 +309,16 @@ def _check_deepspeed_file(argv: list[str]) -> None:
     if not path.is_file():
         raise Refusal("C-PATH", "no such file", file=path, key="--deepspeed", fix="the package's are in zero_configs/")
     try:
-        json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise Refusal("C-PARSE", "not UTF-8", file=path, key="--deepspeed", found=error.reason) from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}: {error.msg}"
         raise Refusal("C-PARSE", "not JSON", file=path, key="--deepspeed", found=place) from error
+    # The Trainer looks into these while it reads its flags.
+    blocks = {"--deepspeed": config}
+    if isinstance(config, dict):
+        blocks = {name: config.get(name, {}) for name in ("zero_optimization", "bf16", "fp16")}
+    for name, block in blocks.items():
+        if not isinstance(block, dict):
+            raise Refusal("C-DEEPSPEED", "not a mapping", file=path, key=name, found=block, expected="{…}")

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training.arguments import AdapterArguments, ModelArguments, TrainingArguments
@@ -33,6 +34,19 @@ RANGES = {
     "sample_max_new_tokens": (1, True),
     "health_steps": (0, True),
     "ddp_timeout": (1, True),
+    "adam_beta1": (0, True),
+    "adam_beta2": (0, True),
+    "adam_epsilon": (0, False),
+    "seed": (0, True),
+    "data_seed": (0, True),
+    "neftune_noise_alpha": (0, False),
+}
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+# The Trainer's own flags that would do nothing here, or not what they say → what they are to be left at, and why
+LEFT_ALONE = {
+    "eval_strategy": ("no", "nothing is evaluated while training; ask the checkpoints with scripts/evaluate.py"),
+    "save_strategy": ("steps, epoch or no", "no checkpoint is known to be the best without an evaluation"),
+    "label_smoothing_factor": (0.0, "the loss has no label smoothing"),
 }
 # What an optimizer keeps is saved as it is. ZeRO cuts what holds a number for every weight; it glues parameters
 # together, over which blocks of 8-bit numbers and rows would go.
@@ -83,6 +97,16 @@ def _check_numbers(args: TrainingArguments) -> None:
     for name, (smallest, allowed) in RANGES.items():
         if (value := getattr(args, name)) is not None:
             _check_range(name, value, smallest, allowed)
+            if value >= BELOW.get(name, math.inf):
+                raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"below {BELOW[name]}")
+    for name, (left, why) in LEFT_ALONE.items():
+        value = getattr(args, name)
+        value = getattr(value, "value", value)
+        if value != left and str(value) not in str(left).replace(",", "").split():
+            raise Refusal("C-FLAG", why, key=f"--{name}", found=value, expected=left, fix="leave it out")
+    if unknown := [name for name in args.report_to if name not in INTEGRATION_TO_CALLBACK]:
+        expected = ", ".join(sorted(INTEGRATION_TO_CALLBACK)) + ", or none"
+        raise Refusal("C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected)
     if args.max_steps == 0 or args.max_steps < -1:
         expected = "at least 1, or -1 for as many as --num_train_epochs makes"
         raise Refusal("C-FLAG", "nothing to train", key="--max_steps", found=args.max_steps, expected=expected)
@@ -189,6 +213,11 @@ def _check_deepspeed(args: TrainingArguments) -> None:
     """The file's own numbers against the flags; ``auto`` stands for the flag."""
     file = Path(args.deepspeed)
     config = json.loads(file.read_text(encoding="utf-8"))
+    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys():
+        raise Refusal(
+            "C-DEEPSPEED", "DeepSpeed must be told the batch size", file=file, key="train_micro_batch_size_per_gpu",
+            found="neither it nor train_batch_size", fix='"train_micro_batch_size_per_gpu": "auto"',
+        )  # fmt: skip
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage not in STAGES:
         raise Refusal(

@@ -236,6 +236,7 @@ class MosLoraTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # resumed at its end: theirs would take one step more
             self.control.should_training_stop = True
             return
+        self.state.compute_steps(self.args, self.state.max_steps)  # this call's intervals, not the checkpoint's
         super()._run_epoch(**theirs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:

@@ -24,11 +24,13 @@ ZERO_2 = {"zero_optimization": {"stage": 2}}
 def asked(tmp_path):
     """The checks on a command line; ``deepspeed`` is the content of its file."""
 
-    def ask(*more: str, deepspeed: dict | None = None) -> None:
+    def ask(*more: str, deepspeed: dict | None = None, whole: object = None) -> None:
         words = [*PARTS]
         words += ["--output_dir", str(tmp_path / "run")]
         if deepspeed is not None:
-            (tmp_path / "ds.json").write_text(json.dumps(deepspeed))
+            whole = {"train_micro_batch_size_per_gpu": "auto"} | deepspeed
+        if whole is not None:
+            (tmp_path / "ds.json").write_text(json.dumps(whole))
             words += ["--deepspeed", str(tmp_path / "ds.json")]
         model_args, _, adapter_args, args = parse([*words, *more])
         check(model_args, adapter_args, args)
@@ -60,6 +62,18 @@ def test_the_defaults_pass(asked):
         ("--bf16 True", r"--bf16: without DeepSpeed there are no float32 masters.*zero2.json"),
         ("--attn_implementation flash", r"--attn_implementation: unknown value; found flash; expected sdpa | eager"),
         ("--sample_steps 0", r"--sample_steps: out of range"),
+        ("--adam_beta1 2", r"--adam_beta1: out of range; found 2.0; expected below 1"),
+        ("--adam_epsilon -1", r"--adam_epsilon: out of range; found -1.0; expected above 0"),
+        ("--seed -1", r"--seed: out of range; found -1; expected at least 0"),
+        ("--seed 4294967296", r"--seed: out of range; found 4294967296; expected below 4294967296"),
+        ("--neftune_noise_alpha nan", r"--neftune_noise_alpha: out of range; found nan"),
+        (
+            "--eval_strategy steps --eval_steps 5",
+            r"--eval_strategy: nothing is evaluated while training; .*found steps",
+        ),
+        ("--label_smoothing_factor 0.1", r"--label_smoothing_factor: the loss has no label smoothing; found 0.1"),
+        ("--report_to banana", r"--report_to: unknown reporter; found banana; expected .*tensorboard.*, or none"),
+        ("--save_steps inf", r"the training arguments do not go together"),
         (
             "--max_steps 0",
             r"--max_steps: nothing to train; found 0; expected at least 1, or -1 for as many as --num_tr",
@@ -152,6 +166,21 @@ def test_flash_attention_needs_a_gpu_and_16_bits(asked, monkeypatch):
     with pytest.raises(Refusal, match=f"kernels are for 16-bit numbers on a GPU; found {found}{half}"):
         asked(*words)
     asked("--attn_implementation", "eager")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ({"zero_optimization": {"stage": 2}}, r"train_micro_batch_size_per_gpu: DeepSpeed must be told the batch size"),
+        ({"train_batch_size": "auto", "zero_optimization": True}, r"zero_optimization: not a mapping; found True"),
+        ({"train_batch_size": "auto", "bf16": True}, r"bf16: not a mapping; found True"),
+        ([], r"--deepspeed: not a mapping; found \[\]"),
+    ],
+    ids=str,
+)
+def test_deepspeed_files_that_cannot_be(asked, file, message):
+    with pytest.raises(Refusal, match=message):
+        asked(whole=file)
 
 
 def test_what_torch_compile_decides_itself(asked):

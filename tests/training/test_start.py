@@ -155,3 +155,12 @@ def test_a_damaged_log_stops_no_resume(parts, whole, tmp_path, capsys):
     assert capsys.readouterr().out.count("metrics.jsonl: 3 damaged lines left out") == 1
     train(parts, run, resume=True)
     assert "left out" not in capsys.readouterr().out
+
+
+def test_a_resume_saves_as_often_as_it_is_told(parts, tmp_path):
+    """The Trainer takes the interval of the checkpoint's state instead."""
+    run = tmp_path / "run"
+    train(parts, run, max_steps=6, save_steps=3)
+    shutil.rmtree(run / "checkpoint-6")
+    train(parts, run, max_steps=6, save_steps=1, resume=True)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (3, 4, 5, 6)]
