@@ -104,16 +104,25 @@ def _checkpoint_to_resume(run: Path, settings: dict, facts: dict, allow_change: 
         changed |= {name: (manifest.get(name), now) for name, now in facts.items() if manifest.get(name) != now}
     changed = {name: both for name, both in changed.items() if name not in allow_change}
     if changed:
+        shown = {name: only_differing(*both) for name, both in changed.items()}
         raise Refusal(
             "K-CHANGED",
             "this call differs from the run that it would resume",
             file=run,
             key=", ".join(changed),
-            found="; ".join(f"{name} {now}" for name, (_, now) in changed.items()),
-            expected="; ".join(f"{name} {then}" for name, (then, _) in changed.items()),
+            found="; ".join(f"{name} {now}" for name, (_, now) in shown.items()),
+            expected="; ".join(f"{name} {then}" for name, (then, _) in shown.items()),
             fix=f"give the run's own values, or --allow_change {' '.join(changed)}",
         )
     return checkpoint
+
+
+def only_differing(then: object, now: object) -> tuple[object, object]:
+    """Of two mappings, such as the files of a folder and their hashes, what differs."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return then, now
+    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    return tuple({name: side.get(name, "missing") for name in names} for side in (then, now))
 
 
 def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:

@@ -503,3 +503,13 @@ def test_a_record_without_a_batch_size_is_another(run):
     (run / RUN).write_text(json.dumps(record))
     with pytest.raises(Refusal, match=r"K-CHANGED.*found global_batch_size 4; expected global_batch_size None"):
         reopen(run)
+
+
+def test_of_a_changed_folder_only_the_changed_files_are_told():
+    then = {"config.json": "1", "model.safetensors": "2", "old.json": "3"}
+    now = {"config.json": "1", "model.safetensors": "4"}
+    assert only_differing(then, now) == (
+        {"model.safetensors": "2", "old.json": "3"},
+        {"model.safetensors": "4", "old.json": "missing"},
+    )
+    assert only_differing(2, 3) == (2, 3) and only_differing(None, now) == (None, now)
