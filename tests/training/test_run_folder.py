@@ -18,6 +18,7 @@ from llava_moslora.training.run_folder import (
     check_shared,
     check_space,
     checkpoint_bytes,
+    only_differing,
     open_run,
     reopen_run,
 )
