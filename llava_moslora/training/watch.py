@@ -20,6 +20,7 @@ from torch import distributed
 
 from llava_moslora.errors import Refusal
 
+KEY = "watch/{}"  # in the run's store, of each rank
 LONGEST_PAUSE = 5.0  # seconds between two looks
 GRACE = 5.0  # seconds after a process has ended in which the collective that waits for it usually fails by itself
 
@@ -76,19 +77,18 @@ class Watch:
 
     def _exchange(self, store: distributed.Store) -> None:
         """Tell and read, until training is over or the store is gone (its host ended; collectives fail then)."""
-        keys = [f"watch/{rank}" for rank in range(len(self.seen))]
-        who, beats = f"process {os.getpid()} on {socket.gethostname()}", 0
-        here = _processes()
+        keys = [KEY.format(rank) for rank in range(len(self.seen))]
+        here, beats = _processes(), 0
         try:
             # at first without pauses: who is who is wanted when one of them dies soon
             while not self.ended.wait(self.pause if all(seen.who for seen in self.seen) else min(0.1, self.pause)):
                 beats += 1
-                store.set(keys[self.rank], f"{beats}\n{self.marks}\n{who}\n{os.getpid()} {here}")
+                store.set(keys[self.rank], _sign_of_life(beats, self.marks))
                 for key, seen in zip(keys, self.seen, strict=True):
                     if store.check([key]):
                         self._note(seen, store.get(key).decode(), time.monotonic(), here)
                 self.answered = time.monotonic()
-            store.set(keys[self.rank], f"{beats + 1}\n{self.marks}\n{who}\n0 left")
+            store.set(keys[self.rank], _sign_of_life(beats + 1, self.marks, left=True))
         except (RuntimeError, OSError):
             self.ended.set()
 
@@ -187,6 +187,19 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return False
+
+
+def introduce() -> None:
+    """Tell the other ranks which process this one is, as soon as they have met: one that dies before it watches is
+    missed all the same."""
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        store = distributed.distributed_c10d._get_default_store()
+        store.set(KEY.format(distributed.get_rank()), _sign_of_life(0, 0))
+
+
+def _sign_of_life(beats: int, marks: int, left: bool = False) -> str:
+    process = "0 left" if left else f"{os.getpid()} {_processes()}"
+    return f"{beats}\n{marks}\nprocess {os.getpid()} on {socket.gethostname()}\n{process}"
 
 
 def _processes() -> str:
