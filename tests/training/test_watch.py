@@ -3,11 +3,12 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 
 import pytest
 import torch.multiprocessing as mp
-from launching import free_port
+from launching import ROOT, free_port
 from torch import distributed
 
 from llava_moslora.training import watch as module
@@ -154,3 +155,39 @@ def test_the_dead_are_named(tmp_path):
 def test_of_another_host_nothing_is_known():
     assert watching(Seen(who="process 1 on elsewhere"), Seen()).gone(patience=0) == ""
     assert Watch(10).gone() == ""
+
+
+DIES_EARLY = """
+import os, sys, time
+from datetime import timedelta
+from torch import distributed
+from llava_moslora.training import watch as module
+from llava_moslora.training.rendezvous import meeting_place
+
+rank = int(sys.argv[1])
+store = meeting_place("127.0.0.1", int(sys.argv[2]), rank, 2)
+distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+module.introduce()
+distributed.barrier()
+if rank == 1:
+    os._exit(9)  # before it watches
+module.GRACE = 0.5
+with module.Watch(600):
+    distributed.new_group(backend="gloo")  # waits for rank 1
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_before_it_watches_keeps_nobody_waiting():
+    port = str(free_port())
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", DIES_EARLY, str(rank), port], env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = ranks[0].communicate(timeout=120)[1]
+    ranks[1].communicate()
+    assert ranks[0].returncode == 75
+    assert f"rank 1 (process {ranks[1].pid} on {socket.gethostname()}) has ended" in said
