@@ -44,7 +44,8 @@ EXIT_STATUS = {
 
 # How gloo, NCCL and the store say that the other end is gone.
 LOST = re.compile(
-    r"connection (was )?(likely )?(closed|reset)|failed to recv|broken pipe|timed out waiting|remote process exited",
+    r"connection (was )?(likely )?(closed|reset|refused)|failed to recv|broken pipe|timed out (waiting|connecting)"
+    r"|remote process exited|connectFullMesh failed",
     re.IGNORECASE,
 )
 WORKER = re.compile(

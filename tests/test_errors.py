@@ -112,6 +112,11 @@ FAILURES = {
     "P-CONNECTION": (75, ConnectionResetError(104, "Connection reset by peer"), "a connection to another process"),
     "P-RANK": (75, distributed.DistBackendError("NCCL communicator was aborted on rank 1."), "lost contact"),
     "P-RANK of the store": (75, distributed.DistStoreError("Timed out after 1801 s waiting for clients."), "lost"),
+    "P-RANK of a new group": (
+        75,
+        RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_ERROR: Connection refused"),
+        "lost contact",
+    ),
     "P-RANK of gloo": (75, RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.1]:41234"), "lost contact"),
     "P-DEVICE": (75, RuntimeError("CUDA error: uncorrectable ECC error encountered"), "the device failed"),
 }  # fmt: skip
