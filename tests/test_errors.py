@@ -114,7 +114,7 @@ FAILURES = {
     "P-RANK of the store": (75, distributed.DistStoreError("Timed out after 1801 s waiting for clients."), "lost"),
     "P-RANK of a new group": (
         75,
-        RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_ERROR: Connection refused"),
+        RuntimeError("Gloo connectFullMesh failed with [pair.cc:152] timed out connecting: SO_ERROR: ..."),
         "lost contact",
     ),
     "P-RANK of gloo": (75, RuntimeError("[pair.cc:547] Connection closed by peer [10.0.0.1]:41234"), "lost contact"),
