@@ -9,8 +9,8 @@ The branch is :mod:`llava_moslora.adapters.kernel`'s. Together with the linear i
 - u = D(x)·Aᵀ (N, r) is kept for backward where it is small beside x;
 - y is the output of one operation, which selective recomputation can keep (:mod:`llava_moslora.recompute`).
 
-The autograd function around the operation is cheap for the host, which has several hundred of them to start per step;
-``torch.library.custom_op`` would cost it three times as much.
+The autograd function around the operation is cheap for the host, which has several hundred of them to start per step:
+with ``torch.library.custom_op`` a forward costs it 1.7 times as much.
 
 W₀ may be NF4 or FP4: it is dequantised here, in forward and again in backward.
 
