@@ -1,6 +1,6 @@
 """What a training step costs at real size: LLaMA-3-8B and CLIP-L/336 with random weights, on one GPU.
 
-    python benchmarks/train.py [--rows stock zero2+full zero1+selective+liger zero1+none+liger@4] [--batch 8]
+    python benchmarks/train.py [--rows stock zero2+full zero1+selective zero1+none@4] [--batch 8]
 
 A row is a run of its own over the same batches as the others, with adapters of rank 64 in both towers and a trained
 projector:
@@ -8,8 +8,8 @@ projector:
 - stock: stock PEFT's LoRA on stock LlavaForConditionalGeneration under a plain Hugging Face Trainer in bf16 with full
   gradient checkpointing; its adapters are in float32, as they are by default; stock-bf16: in bf16;
 - ours, scripts/train_vit_llm.py in bf16 with a trained mixer everywhere: a file of zero_configs, then what backward
-  recomputes (none, full, every:2, selective), liger, the adapters' kernel (torch, triton) and 4bit, an NF4 LLM;
-  "@4" sets the records per step of a row.
+  recomputes (none, full, every:2, selective), liger in place of our fused layers, the kernels (torch, triton) and 4bit,
+  an NF4 LLM; "@4" sets the records per step of a row.
 
 Each row is written to --output when it has ended, one that fails with its message. The table shows tokens per second
 (padding not counted) and MFU, medians after the warm-up, and the peak memory of a step; the file holds every step's
@@ -48,8 +48,7 @@ from train_row import PROFILED, ROOT, STOCK, Job, Row, common_settings, ours_com
 
 from llava_moslora.errors import Refusal, run_script  # noqa: E402
 
-ROWS = ["stock", "stock-bf16", "zero2+full+torch", "zero2+full", "zero1+full+liger", "zero1+selective+liger"]
-ROWS += ["zero1+none+liger@4", "zero1+full+liger+4bit"]
+ROWS = ["stock", "stock-bf16", "zero1+full", "zero1+full+4bit", "zero1+selective"]
 
 
 def main() -> None:

@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from llava_moslora.errors import Refusal
+
 # Dropout probabilities are multiples of 2⁻¹⁶, so that one 64-bit draw serves four elements, and a mask is 16 bits that
 # are and-ed onto the bits of x: on a CPU ten times as fast as masked_fill in bf16, twice in fp32.
 STEPS = 1 << 16
@@ -241,8 +243,16 @@ def dropped(rows: Tensor, seed: Tensor | None, drop: int) -> Dropped:
 
 
 def triton_wanted() -> bool:
-    """Whether Triton's kernels are used on a GPU: it is installed, and the environment does not choose torch."""
-    return os.environ.get("LLAVA_MOSLORA_KERNEL", "triton") == "triton" and _HAS_TRITON
+    """Whether Triton's kernels are used on a GPU: it is installed, and the environment does not choose torch.
+
+    Raises:
+        Refusal: C-FLAG, the environment chooses something else.
+    """
+    wanted = os.environ.get("LLAVA_MOSLORA_KERNEL", "triton")
+    if wanted not in ("torch", "triton"):
+        key = "LLAVA_MOSLORA_KERNEL in the environment"
+        raise Refusal("C-FLAG", "unknown kernels", key=key, found=wanted, expected="torch or triton")
+    return wanted == "triton" and _HAS_TRITON
 
 
 def mask_source(device: torch.device) -> str:

@@ -42,11 +42,11 @@ RANGES = {
     "neftune_noise_alpha": (0, False),
 }
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
-# The Trainer's own flags that would do nothing here, or not what they say → what they are to be left at, and why
+# The Trainer's own flags that would do nothing here → the values that are taken, and why no others are
 LEFT_ALONE = {
-    "eval_strategy": ("no", "nothing is evaluated while training; ask the checkpoints with scripts/evaluate.py"),
-    "save_strategy": ("steps, epoch or no", "no checkpoint is known to be the best without an evaluation"),
-    "label_smoothing_factor": (0.0, "the loss has no label smoothing"),
+    "eval_strategy": (("no",), "nothing is evaluated while training; ask the checkpoints with scripts/evaluate.py"),
+    "save_strategy": (("steps", "epoch", "no"), "no checkpoint is known to be the best without an evaluation"),
+    "label_smoothing_factor": ((0.0,), "the loss has no label smoothing"),
 }
 # What an optimizer keeps is saved as it is. ZeRO cuts what holds a number for every weight; it glues parameters
 # together, over which blocks of 8-bit numbers and rows would go.
@@ -99,11 +99,12 @@ def _check_numbers(args: TrainingArguments) -> None:
             _check_range(name, value, smallest, allowed)
             if value >= BELOW.get(name, math.inf):
                 raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"below {BELOW[name]}")
-    for name, (left, why) in LEFT_ALONE.items():
+    for name, (taken, why) in LEFT_ALONE.items():
         value = getattr(args, name)
-        value = getattr(value, "value", value)
-        if value != left and str(value) not in str(left).replace(",", "").split():
-            raise Refusal("C-FLAG", why, key=f"--{name}", found=value, expected=left, fix="leave it out")
+        value = getattr(value, "value", value)  # of an enumeration
+        if value not in taken:
+            expected = " or ".join(map(str, taken))
+            raise Refusal("C-FLAG", why, key=f"--{name}", found=value, expected=expected, fix="leave it out")
     if unknown := [name for name in args.report_to if name not in INTEGRATION_TO_CALLBACK]:
         expected = ", ".join(sorted(INTEGRATION_TO_CALLBACK)) + ", or none"
         raise Refusal("C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected)

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava_moslora.adapters import kernel
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.kernel import low_rank_update
+from llava_moslora.errors import Refusal
 
 # rows, in, out: W folded into A' (out > in) and into B', and left at width r where the rows are few
 SHAPES = [(200, 32, 64), (200, 64, 32), (20, 32, 64), (20, 64, 32)]
@@ -252,6 +253,14 @@ def test_compiles_as_one_graph(backend):
     assert torch.equal(first, compiled(x))
     assert not torch.equal(first, compiled(x))
     first.sum().backward()
+
+
+def test_unknown_kernels_are_refused(monkeypatch):
+    monkeypatch.setenv("LLAVA_MOSLORA_KERNEL", "tritn")
+    with pytest.raises(Refusal, match=r"LLAVA_MOSLORA_KERNEL in the env.*found tritn; expected torch or triton"):
+        kernel.triton_wanted()
+    monkeypatch.setenv("LLAVA_MOSLORA_KERNEL", "torch")
+    assert not kernel.triton_wanted()
 
 
 @pytest.mark.gpu
