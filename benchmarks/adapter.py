@@ -10,7 +10,7 @@ torch operations instead of Triton's; on a CPU the decoder layer is half as wide
 - time: forward and backward, the best of the repeats, which take the methods in turn. On a CPU it is the processor
   time of one thread, so that a busy machine does not count.
 - FLOPs: torch's counter on meta tensors at LLaMA-3-8B's and CLIP-L/336's shapes and 16,384 rows, minus the frozen
-  layer's. What backward makes again is stated separately.
+  layer's. What backward makes again is read_facts separately.
 - bytes: what autograd keeps for backward besides parameters, each storage counted once, minus the frozen layer's.
 
 It prints one table of ratios to PEFT's LoRA and writes benchmarks/results/adapter-DEVICE.json.

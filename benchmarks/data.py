@@ -1,8 +1,8 @@
-"""The data path in one table of ratios: records, pictures, memory, time to the first batch, padding, packing.
+"""The data path in one table of ratios: records, images, memory, time to the first batch, padding, packing.
 
     python benchmarks/data.py --tokenizer playground/models/smollm2-135m-instruct [--records 665298]
 
-Everything is made here: a data file with the proportions of LLaVA's mix665k (94 % pictures with short talk, the rest
+Everything is made here: a data file with the proportions of LLaVA's mix665k (94 % images with short talk, the rest
 long texts) and photograph-like JPEGs of COCO's size. One process, one core, unless a row says otherwise.
 """
 
@@ -29,21 +29,21 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.conversation import encode
 from llava_moslora.data.images import ImageTransform, load_image
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.records import read_records
 from llava_moslora.data.sampler import GROUP, REFERENCE_GROUP, GlobalBatchSampler
-from llava_moslora.data.tokenizer import load_tokenizer
+from llava_moslora.text.conversation import encode
+from llava_moslora.text.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 WORDS = (
-    "the a of picture shows red blue small large man woman dog street holding standing near while what is there".split()
+    "the a of image shows red blue small large man woman dog street holding standing near while what is there".split()
 )
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def write_records(path: Path, count: int, *, pictures: bool) -> None:
+def write_records(path: Path, count: int, *, images: bool) -> None:
     """A JSON array of ``count`` records, with mix665k's proportions of short and long ones."""
     random = np.random.default_rng(0)
     text = " ".join(np.asarray(WORDS)[random.integers(0, len(WORDS), 20_000)])
@@ -58,11 +58,11 @@ def write_records(path: Path, count: int, *, pictures: bool) -> None:
             rounds = int(random.integers(1, 6))
             turns = []
             for number in range(rounds):
-                place = "<image>\n" if pictures and short and number == 0 else ""
+                place = "<image>\n" if images and short and number == 0 else ""
                 turns.append({"from": "human", "value": place + some(60)})
                 turns.append({"from": "gpt", "value": some(random.lognormal(4.6 if short else 6.0, 0.9))})
-            picture = {"image": f"coco/{k % 50:03d}.jpg"} if pictures and short else {}
-            row = {"id": str(k), **picture, "conversations": turns}
+            image = {"image": f"coco/{k % 50:03d}.jpg"} if images and short else {}
+            row = {"id": str(k), **image, "conversations": turns}
             file.write(("[" if k == 0 else ",\n") + json.dumps(row))
         file.write("]")
 
@@ -109,7 +109,7 @@ def rate(work: Callable[[], int], seconds: float = 4.0) -> float:
 
 def records_per_second(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict:
     path = folder / "some.json"
-    write_records(path, 2000, pictures=False)
+    write_records(path, 2000, images=False)
 
     def ours() -> int:
         return sum(
@@ -124,7 +124,7 @@ def records_per_second(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict
     return found | {"ratio": found["ours_per_s"] / found["naive_per_s"]}
 
 
-def pictures_per_second(folder: Path) -> dict:
+def images_per_second(folder: Path) -> dict:
     names = write_photographs(folder / "photographs", 50)
     root = folder / "photographs"
     size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
@@ -209,20 +209,20 @@ def first_batch(folder: Path, path: Path, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def mix_lengths(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths and modalities: 94 % of the file's texts with a picture of 576 tokens before them."""
-    pictured = np.random.default_rng(1).random(len(text)) < 0.94
-    return np.minimum(2048, text + 576 * pictured), pictured
+    """Lengths and modalities: 94 % of the file's texts with an image of 576 tokens before them."""
+    imaged = np.random.default_rng(1).random(len(text)) < 0.94
+    return np.minimum(2048, text + 576 * imaged), imaged
 
 
 def padding(text: np.ndarray) -> dict:
     """Padding waste at 16 records per device, on one rank and as eight ranks are dealt their shares."""
-    lengths, pictured = mix_lengths(text)
+    lengths, imaged = mix_lengths(text)
     orders = {f"group {group}": {"group": group} for group in (REFERENCE_GROUP, 75, GROUP, 200)}
     found = {}
     for name, options in {**orders, "shuffle": {"order": "shuffle"}}.items():
         for ranks in (1, 8):
             sampler = GlobalBatchSampler(
-                lengths, pictured, per_device_batch_size=16, world_size=ranks, **options
+                lengths, imaged, per_device_batch_size=16, world_size=ranks, **options
             )  # fmt: skip
             batches = lengths[sampler.epoch_order()].reshape(-1, 16, ranks)  # of a micro-batch, rank r takes r::ranks
             found[f"{name}, {ranks} ranks"] = float(1 - batches.sum() / (batches.max(axis=1).sum() * 16))
@@ -233,14 +233,14 @@ def packing(text: np.ndarray, batches: int = 3) -> dict:
     """Tokens per second, padding not counted, of forward and backward of one Llama layer of width 1,024 on the same
     records: one per line against several per line of 2,048, in the grouped order and shuffled. (PyTorch's attention
     on a CPU computes the whole square of a packed line, a third of this layer's work; flash attention would not.)"""
-    lengths, pictured = mix_lengths(text)
+    lengths, imaged = mix_lengths(text)
     config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=1,
                          num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     found: dict = {}
     for order in ("modality_length", "shuffle"):
-        sampler = GlobalBatchSampler(lengths, pictured, per_device_batch_size=16, order=order)
+        sampler = GlobalBatchSampler(lengths, imaged, per_device_batch_size=16, order=order)
         chosen = sampler.epoch_order().reshape(-1, 16)[np.linspace(1, sampler.global_batches - 2, batches).astype(int)]
         for name, pack_to in (("one per line", None), ("packed", 2048)):
             collate = Collator(0, None, ImageTransform(1, (1, 1), MEAN, STD), pack_to=pack_to)
@@ -271,9 +271,9 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        result = {"records": records_per_second(folder, tokenizer), "pictures": pictures_per_second(folder)}
+        result = {"records": records_per_second(folder, tokenizer), "images": images_per_second(folder)}
         path = folder / "mix.json"
-        write_records(path, args.records, pictures=False)
+        write_records(path, args.records, images=False)
         result["reading"] = peak_of_reading(path)
         result["cache"], lengths = first_batch(folder, path, tokenizer)
         result["padding_waste"], result["packing"] = padding(lengths), packing(lengths)

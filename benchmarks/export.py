@@ -29,13 +29,13 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast
 
-from llava_moslora.data.tokenizer import load_tokenizer
-from llava_moslora.export.job import export
-from llava_moslora.export.streaming import Planned, Weights, write_weights
-from llava_moslora.models.assemble import ADAPTER_NAME, TowerAdapter, blueprint
-from llava_moslora.models.llm import sketch_llm
-from llava_moslora.runs import publish
+from llava_moslora.export.export import export
+from llava_moslora.export.writer import PlannedTensor, WeightFiles, write_weights
+from llava_moslora.files import publish
+from llava_moslora.models.assemble import ADAPTER_NAME, TowerAdapter, model_on_meta
+from llava_moslora.models.llm import llm_on_meta
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
+from llava_moslora.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 MEMORY, TIME = 0.25, 1.0  # at most, as ratios to PEFT's
@@ -48,7 +48,7 @@ SIDES = {
     "imports": "import json, sys, time, torch, transformers, peft\nstart = time.perf_counter()",
     "ours": """
 import json, sys, time
-from llava_moslora.export.job import export
+from llava_moslora.export.export import export
 import peft, transformers
 start = time.perf_counter()
 export(sys.argv[1], sys.argv[4], ["llm"], prove=False)
@@ -73,7 +73,7 @@ def write_base(folder: Path, gigabytes: float) -> Path:
     config = LlamaConfig(
         **shape, vocab_size=32064, num_hidden_layers=1, bos_token_id=None, eos_token_id=1, dtype="bfloat16"
     )
-    of = lambda layers: sum(p.numel() for p in sketch_llm(layers, folder).parameters())  # noqa: E731
+    of = lambda layers: sum(p.numel() for p in llm_on_meta(layers, folder).parameters())  # noqa: E731
     one = of(config)
     config.num_hidden_layers = 2
     config.num_hidden_layers = max(1, round((gigabytes * 1e9 / 2 - one) / (of(config) - one)) + 1)
@@ -82,9 +82,9 @@ def write_base(folder: Path, gigabytes: float) -> Path:
     def draw(shape: tuple) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
-    state = sketch_llm(config, folder).state_dict()
-    plan = [Planned(name, tuple(t.shape), lambda t=t: draw(tuple(t.shape))) for name, t in state.items()]
-    write_weights(folder, [Weights("", plan, torch.bfloat16)])
+    state = llm_on_meta(config, folder).state_dict()
+    plan = [PlannedTensor(name, tuple(t.shape), lambda t=t: draw(tuple(t.shape))) for name, t in state.items()]
+    write_weights(folder, [WeightFiles("", plan, torch.bfloat16)])
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     words = {"<|endoftext|>": 0, "<|im_end|>": 1, "<|im_start|>": 2, "<image>": 3, "a": 4}
@@ -112,7 +112,7 @@ def write_run_folder(run: Path, llm: Path, tower: Path, rank: int) -> None:
     """A run over them with random factors, made without ever making the model: shapes come from the meta device."""
     adapters = TowerAdapter(rank, 2 * rank), TowerAdapter(16, 16)
     configs = LlamaConfig.from_pretrained(llm), CLIPVisionConfig.from_pretrained(tower)
-    model = blueprint(*configs, *adapters)
+    model = model_on_meta(*configs, *adapters)
     generator = torch.Generator().manual_seed(1)
     trained = {}
     for name, parameter in model.named_parameters():

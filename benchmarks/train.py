@@ -90,11 +90,11 @@ def parse() -> argparse.Namespace:
         "--lengths",
         default="uniform",
         choices=["uniform", "ragged", "text"],
-        help="uniform: 2,048 tokens with a picture, 200 of them trained; ragged: as LLaVA's; text: 4,096, no picture",
+        help="uniform: 2,048 tokens with an image, 200 of them trained; ragged: as LLaVA's; text: 4,096, no image",
     )
     parser.add_argument("--layers", type=int, help="of the LLM, the first so many")
     parser.add_argument("--profile", action="store_true", help="two more steps under torch's profiler")
-    parser.add_argument("--workers", type=int, default=4, help="processes that read pictures")
+    parser.add_argument("--workers", type=int, default=4, help="processes that read images")
     parser.add_argument("--keep", type=Path, help="make the parts in this folder, or use those that are there")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/train-DEVICE.json")
     parser.add_argument("--append", action="store_true", help="keep the rows that --output holds")

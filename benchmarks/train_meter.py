@@ -15,7 +15,7 @@ from torch.autograd import DeviceType
 from train_row import PROFILED, Job, write_result
 from transformers import Trainer, TrainerCallback
 
-from llava_moslora.training.speed import Speed
+from llava_moslora.training.throughput import Throughput
 
 GIB = 2**30
 KEPT = 40  # kernels of a profile
@@ -72,7 +72,7 @@ class Meter(TrainerCallback):
     def __init__(self, trainer: Trainer, job: Job, waited: float, begin: float):
         self.job, self.waited, self.begin = job, waited, begin
         self.cuda = trainer.args.device.type == "cuda"
-        self.speed = Speed(trainer.model, trainer.args.device)
+        self.speed = Throughput(trainer.model, trainer.args.device)
         self.steps: list[dict[str, float]] = []
         self.startup = {"until_trainer": time.monotonic() - self.begin - self.waited}
         self.at_rest = self.clock = self.profiler = self.profile = None

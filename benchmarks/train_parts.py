@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llava_moslora.data.conversation import IGNORE_INDEX, Turn, encode
 from llava_moslora.data.prepare import prepare
-from llava_moslora.data.tokenizer import load_tokenizer
-from llava_moslora.models.assemble import tokens_per_picture
+from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
+from llava_moslora.text.conversation import IGNORE_INDEX, Turn, encode
+from llava_moslora.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
@@ -36,7 +36,7 @@ TINY |= {"num_key_value_heads": 2, "vocab_size": 400, "bos_token_id": None}
 LENGTHS = ("uniform", "ragged", "text")
 # tokens of a record, labels included, and labels
 SIZES = {"uniform": (2048, 200), "text": (4096, 200), "tiny": (96, 12)}
-PICTURES = 8  # distinct ones; more would only fill the disk
+IMAGES = 8  # distinct ones; more would only fill the disk
 SIDE = 336
 LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")  # the tokenizer merges none of them
 TEMPLATE = "chatml"
@@ -61,7 +61,7 @@ def make_parts(folder: Path, *, tiny: bool, layers: int | None) -> None:
             write_clip(folder / "clip", **({} if tiny else CLIP_L_336))
         sizes = {} if tiny else {"vision": CLIP_L_336["hidden_size"], "llm": LLAMA_3_8B["hidden_size"]}
         write_projector(folder / "projector.safetensors", **sizes)
-        write_pictures(folder / "images")
+        write_images(folder / "images")
         (folder / "done").touch()
     if layers is not None and not (folder / f"llm-{layers}").exists():
         cut_layers(folder / "llm", folder / f"llm-{layers}", layers)
@@ -116,10 +116,10 @@ def cut_layers(whole: Path, folder: Path, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
-    for index in range(PICTURES):  # blurred: noise would take longer to decode than a photograph
+    for index in range(IMAGES):  # blurred: noise would take longer to decode than a photograph
         noise = Image.fromarray(random.integers(0, 255, (24, 24, 3), dtype=np.uint8))
         noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
 
@@ -131,7 +131,7 @@ def max_length(lengths: str) -> int:
 def make_data(file: Path, folder: Path, lengths: str, count: int, *, tiny: bool) -> None:
     """``count`` records in ``file``, tokenised into ``folder/cache``; the first ones are the same for every count."""
     tokenizer = load_tokenizer(folder / "llm")
-    patches = tokens_per_picture(read_vision_config(str(folder / "clip")))
+    patches = tokens_per_image(read_vision_config(str(folder / "clip")))
     if not file.exists():
         sizes = record_sizes(lengths, count, patches, tiny)
         file.write_text(json.dumps(records(sizes, tokenizer, patches)))
@@ -151,9 +151,9 @@ def make_data(file: Path, folder: Path, lengths: str, count: int, *, tiny: bool)
 
 
 def record_sizes(lengths: str, count: int, patches: int, tiny: bool) -> list[tuple[bool, int, int]]:
-    """(has a picture, tokens, of them labels) of each record.
+    """(has an image, tokens, of them labels) of each record.
 
-    Ragged ones are drawn to look like LLaVA's 665K mix: 6 % are long texts, the rest have a picture and a text whose
+    Ragged ones are drawn to look like LLaVA's 665K mix: 6 % are long texts, the rest have an image and a text whose
     logarithm is normal with a median of 230 tokens, of which two fifths are answers.
     """
     if lengths != "ragged":
@@ -161,38 +161,38 @@ def record_sizes(lengths: str, count: int, patches: int, tiny: bool) -> list[tup
     random = np.random.default_rng(0)
     sizes = []
     for _ in range(count):
-        picture = bool(random.random() >= 0.06)
-        text = float(random.lognormal(math.log(230 if picture else 1000), 0.8)) / (20 if tiny else 1)
-        most = SIZES["uniform"][0] - patches * picture
+        image = bool(random.random() >= 0.06)
+        text = float(random.lognormal(math.log(230 if image else 1000), 0.8)) / (20 if tiny else 1)
+        most = SIZES["uniform"][0] - patches * image
         text = int(min(max(text, 50), most))
-        sizes.append((picture, text + patches * picture, max(8, int(0.4 * text))))
+        sizes.append((image, text + patches * image, max(8, int(0.4 * text))))
     return sizes
 
 
 def records(sizes: list[tuple[bool, int, int]], tokenizer, patches: int) -> list[dict]:
     """LLaVA's JSON of records with exactly those sizes."""
     random = np.random.default_rng(1)
-    frame = {picture: _frame(picture, tokenizer, patches) for picture in (True, False)}
+    frame = {image: _frame(image, tokenizer, patches) for image in (True, False)}
     rows = []
-    for index, (picture, tokens, labels) in enumerate(sizes):
-        fixed, fixed_labels = frame[picture]
+    for index, (image, tokens, labels) in enumerate(sizes):
+        fixed, fixed_labels = frame[image]
         answer = labels - fixed_labels
         question = tokens - fixed - answer
         assert answer > 0 and question > 0, f"a record of {tokens} tokens and {labels} labels is too short"
         texts = ("".join(random.choice(LETTERS, size=size)) for size in (question, answer))
         turns = [{"from": sender, "value": text} for sender, text in zip(("human", "gpt"), texts, strict=True)]
         row = {"id": str(index), "conversations": turns}
-        if picture:
+        if image:
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
-            row["image"] = f"{index % PICTURES}.jpg"
+            row["image"] = f"{index % IMAGES}.jpg"
         rows.append(row)
     return rows
 
 
-def _frame(picture: bool, tokenizer, patches: int) -> tuple[int, int]:
+def _frame(image: bool, tokenizer, patches: int) -> tuple[int, int]:
     """Tokens and labels of a record besides its question's and answer's characters."""
-    turns = [Turn("human", "<image>\nQ" if picture else "Q"), Turn("gpt", "A")]
-    made = encode(turns, tokenizer=tokenizer, template=TEMPLATE, image_tokens=[patches] * picture)
+    turns = [Turn("human", "<image>\nQ" if image else "Q"), Turn("gpt", "A")]
+    made = encode(turns, tokenizer=tokenizer, template=TEMPLATE, image_tokens=[patches] * image)
     return len(made.input_ids) - 2, sum(label != IGNORE_INDEX for label in made.labels) - 1
 
 

@@ -248,8 +248,8 @@ def train_stock(job: Job, row: Row) -> None:
     from llava_moslora.data.collate import Collator
     from llava_moslora.data.images import ImageTransform
     from llava_moslora.data.prepare import prepare
-    from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
-    from llava_moslora.models.assemble import LLM, PROJECTOR, VISION, assemble, linear_suffixes, tokens_per_picture
+    from llava_moslora.models.assemble import LLM, PROJECTOR, VISION, assemble, linear_suffixes, tokens_per_image
+    from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
     folder, rank = Path(job.folder), 4 if job.tiny else 64
     tokenizer = load_tokenizer(job.llm)
@@ -281,7 +281,7 @@ def train_stock(job: Job, row: Row) -> None:
         folder / "images",
         tokenizer=tokenizer,
         template=TEMPLATE,
-        tokens_per_image=tokens_per_picture(model.config.vision_config),
+        tokens_per_image=tokens_per_image(model.config.vision_config),
         max_length=longest(job),
         cache_dir=folder / "cache",
     )

@@ -276,7 +276,7 @@ def _failure_of_library(error: BaseException) -> Refusal | None:
 def worker_failure(found: str) -> Refusal:
     """A data loader's process ended, or could not begin or hand on its batch."""
     return Refusal(
-        "E-WORKER", "a process that reads pictures died", found=found,
+        "E-WORKER", "a process that reads images died", found=found,
         fix="lower --dataloader_num_workers, or give the machine more memory, shared memory (/dev/shm) and open files "
         "(ulimit -n)",
     )  # fmt: skip

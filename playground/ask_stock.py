@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
 
     questions = json.loads(Path(args.questions).read_text(encoding="utf-8"))
-    # Pillow scales pictures as training did; torchvision, transformers' default, differs by up to 1/64 per channel.
+    # Pillow scales images as training did; torchvision, transformers' default, differs by up to 1/64 per channel.
     processor = AutoProcessor.from_pretrained(args.folder, backend="pil")
     processor.tokenizer.padding_side = "left"
     model = AutoModelForImageTextToText.from_pretrained(args.folder).eval()

@@ -1,4 +1,4 @@
-"""The demo's table and picture, from the answers that the demo wrote; fails when the export does not answer as the run.
+"""The demo's table and image, from the answers that the demo wrote; fails when the export does not answer as the run.
 
 Run by ``scripts/demo.sh``, whose last line shows the arguments.
 """
@@ -33,7 +33,7 @@ def main() -> None:
         ("question-only prior", chosen["question_only_prior"], whole["question_only_prior"]),
         ("before training", accuracy(questions, answers["before"]), None),
         ("after training", accuracy(questions, answers["after"]), None),
-        ("after, picture blanked", accuracy(questions, answers["blanked"]), None),
+        ("after, image blanked", accuracy(questions, answers["blanked"]), None),
         ("merged, stock transformers", accuracy(questions, answers["merged"]), None),
     ]
     print(f"\n{'EasyVQA, held-out test split':<32}{len(questions):>6} asked{'all ' + str(whole['questions']):>12}")
@@ -46,7 +46,7 @@ def main() -> None:
     different = sum(a != b for a, b in zip(answers["after"], answers["merged"], strict=True))
     print(f"{'merged against run':<32}{different:>6} answers differ; logits within {distance:.1e}")
     draw(args.folder / "answers.png", questions, answers["after"], args.image_folder)
-    print(f"picture: {args.folder / 'answers.png'}")
+    print(f"image: {args.folder / 'answers.png'}")
     if different or distance > 1e-4:
         sys.exit("error: the merged model does not answer as the trained one")
 
@@ -56,7 +56,7 @@ def read(path: Path) -> list[str]:
 
 
 def draw(path: Path, questions: list[Question], answers: list[str], image_folder: Path) -> None:
-    """Twelve held-out pictures, each another one, with question, answer and truth; wrong answers in red."""
+    """Twelve held-out images, each another one, with question, answer and truth; wrong answers in red."""
     first = {}
     for index, question in enumerate(questions):
         first.setdefault(question.image, index)
@@ -67,8 +67,8 @@ def draw(path: Path, questions: list[Question], answers: list[str], image_folder
     for place, index in enumerate(chosen):
         question, given = questions[index], answers[index]
         left, top = place % COLUMNS * (SIDE + 20) + 10, place // COLUMNS * (SIDE + CAPTION) + 8
-        with Image.open(image_folder / question.image) as picture:
-            sheet.paste(picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
+        with Image.open(image_folder / question.image) as image:
+            sheet.paste(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
         canvas.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), outline="#888888")
         right = normalise(given) == normalise(question.answer)
         for line, (text, colour) in enumerate(

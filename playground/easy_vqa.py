@@ -1,13 +1,13 @@
-"""EasyVQA as LLaVA JSON: the demo's pictures and questions.
+"""EasyVQA as LLaVA JSON: the demo's images and questions.
 
     python playground/easy_vqa.py --packages playground/data/packages --out playground/data/easy_vqa
 
 EasyVQA (MIT) is a public set of 64×64 drawings of one coloured shape, with a training and a test split of its own. The
 folder appears whole or not at all; a second run finds it and does nothing. It holds::
 
-    images/{train,test}/<id>.png   the pictures; the paths in the files below start at images/
+    images/{train,test}/<id>.png   the images; the paths in the files below start at images/
     train.json      training questions that cannot be guessed, as LLaVA records of up to three turns
-    captions.json   "a red circle" for the training pictures whose questions settle it: the projector's pretraining
+    captions.json   "a red circle" for the training images whose questions settle it: the projector's pretraining
     test.json       every test question, asked alone: {id, image, question, answer}
     test_400.json   400 of them with the same mix of answers and wordings
     figures.json    what answering without looking scores, on both test files
@@ -36,11 +36,11 @@ VALUES = {
     "shape": ("circle", "rectangle", "triangle"),
     "color": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
 }
-Row = list  # [question, answer, picture id], as in the data set
+Row = list  # [question, answer, image id], as in the data set
 
 
 class Knowledge:
-    """What a series of questions and answers about one picture tells: the values each attribute can still have."""
+    """What a series of questions and answers about one image tells: the values each attribute can still have."""
 
     def __init__(self):
         self.possible = {attribute: set(values) for attribute, values in VALUES.items()}
@@ -80,11 +80,11 @@ def parse(question: str) -> tuple[str | None, dict[str, str]]:
     return "color" if "color" in words else "shape", named
 
 
-def by_picture(rows: list[Row]) -> dict[int, list[tuple[str, str]]]:
-    pictures = defaultdict(list)
-    for question, answer, picture in rows:
-        pictures[picture].append((question, answer))
-    return dict(sorted(pictures.items()))
+def by_image(rows: list[Row]) -> dict[int, list[tuple[str, str]]]:
+    images = defaultdict(list)
+    for question, answer, image in rows:
+        images[image].append((question, answer))
+    return dict(sorted(images.items()))
 
 
 def balanced(rows: list[Row]) -> list[Row]:
@@ -92,7 +92,7 @@ def balanced(rows: list[Row]) -> list[Row]:
 
     Four of five yes/no questions have the answer that their wording suggests ("is there a red circle?": no). A short
     training on all of them learns the wording and stays there. So every yes/no question with the other answer is kept
-    and as many with the suggested one, and of the questions that ask what, one per picture.
+    and as many with the suggested one, and of the questions that ask what, one per image.
     """
     rng = random.Random(SEED)
     guesses = blind_guesses(rows)
@@ -101,7 +101,7 @@ def balanced(rows: list[Row]) -> list[Row]:
     suggested = rng.sample([row for row in yes_no if guesses[row[0]] == row[1]], len(other))
     what = [row for row in rows if row[1] not in ("yes", "no")]
     rng.shuffle(what)
-    one_each = list({picture: (question, answer, picture) for question, answer, picture in what}.values())
+    one_each = list({image: (question, answer, image) for question, answer, image in what}.values())
     return [list(row) for row in (*other, *suggested, *one_each)]
 
 
@@ -109,11 +109,11 @@ def train_records(rows: list[Row]) -> list[dict]:
     """Every question of ``rows`` once, in records of up to ``TURNS`` turns, in a fixed random order.
 
     A turn whose answer follows from the turns before it can be answered without looking. So each question goes to the
-    first of the picture's records that does not give its answer away, and only where all do, to one that does.
+    first of the image's records that does not give its answer away, and only where all do, to one that does.
     """
     rng = random.Random(SEED)
     records = []
-    for picture, turns in by_picture(rows).items():
+    for image, turns in by_image(rows).items():
         rng.shuffle(turns)
         groups = [([], Knowledge()) for _ in range(-(-len(turns) // TURNS))]
         for question, answer in turns:
@@ -123,7 +123,7 @@ def train_records(rows: list[Row]) -> list[dict]:
             known.learn(question, answer)
         for number, (group, _) in enumerate(groups):
             if group:
-                records.append(record(f"train-{picture}-{number}", f"train/{picture}.png", group))
+                records.append(record(f"train-{image}-{number}", f"train/{image}.png", group))
     rng.shuffle(records)
     return records
 
@@ -137,16 +137,16 @@ def record(identity: str, image: str, turns: list[tuple[str, str]]) -> dict:
 
 
 def caption_records(rows: list[Row]) -> list[dict]:
-    """``<image>`` and the caption, for each training picture whose questions and answers settle shape and colour."""
+    """``<image>`` and the caption, for each training image whose questions and answers settle shape and colour."""
     records = []
-    for picture, turns in by_picture(rows).items():
+    for image, turns in by_image(rows).items():
         known = Knowledge()
         for question, answer in turns:
             known.learn(question, answer)
-        assert all(known.possible.values()), f"the questions about training picture {picture} contradict each other"
+        assert all(known.possible.values()), f"the questions about training image {image} contradict each other"
         if (caption := known.caption()) is not None:
             conversation = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
-            records.append({"id": f"caption-{picture}", "image": f"train/{picture}.png", "conversations": conversation})
+            records.append({"id": f"caption-{image}", "image": f"train/{image}.png", "conversations": conversation})
     random.Random(SEED).shuffle(records)
     return records
 
@@ -173,12 +173,12 @@ def blind_guesses(train: list[Row]) -> dict[str, str]:
 
 
 def blind_scores(train: list[Row], questions: list[dict]) -> dict[str, float | int | str]:
-    """What answers chosen on the training split, without the picture, score on ``questions``: shares of 1."""
+    """What answers chosen on the training split, without the image, score on ``questions``: shares of 1."""
     guesses = blind_guesses(train)
     majority = Counter(answer for _, answer, _ in train).most_common(1)[0][0]
     return {
         "questions": len(questions),
-        "pictures": len({q["image"] for q in questions}),
+        "images": len({q["image"] for q in questions}),
         "majority_answer": majority,
         "majority": sum(q["answer"] == majority for q in questions) / len(questions),
         "question_only_prior": sum(guesses[q["question"]] == q["answer"] for q in questions) / len(questions),
@@ -223,8 +223,8 @@ def main() -> None:
     train, test = (json.loads((source / s / "questions.json").read_text(encoding="utf-8")) for s in ("train", "test"))
 
     questions = [
-        {"id": f"test-{number}", "image": f"test/{picture}.png", "question": question, "answer": answer}
-        for number, (question, answer, picture) in enumerate(test)
+        {"id": f"test-{number}", "image": f"test/{image}.png", "question": question, "answer": answer}
+        for number, (question, answer, image) in enumerate(test)
     ]
     few = subset(questions, SUBSET, blind_guesses(train))
     chosen = balanced(train)
@@ -238,7 +238,7 @@ def main() -> None:
         shutil.copytree(source / split / "images", staging / "images" / split)
     missing = [r["image"] for r in records + captions + questions if not (staging / "images" / r["image"]).is_file()]
     if missing:
-        raise Refusal("I-MISSING", f"{len(missing)} pictures are not in the package", file=source, found=missing[0])
+        raise Refusal("I-MISSING", f"{len(missing)} images are not in the package", file=source, found=missing[0])
     write_json(staging / "train.json", records)
     write_json(staging / "captions.json", captions)
     write_json(staging / "test.json", questions)
@@ -248,13 +248,13 @@ def main() -> None:
 
     print(f"{args.out}:")
     wordings = {caption["conversations"][1]["value"] for caption in captions}
-    pictures = len(by_picture(chosen))
-    print(f"  train    {pictures:4} pictures  {len(chosen):5} questions  in {len(records)} records of ≤ {TURNS} turns")
+    images = len(by_image(chosen))
+    print(f"  train    {images:4} images  {len(chosen):5} questions  in {len(records)} records of ≤ {TURNS} turns")
     print(f"           {leaked / later:.1%} of the later turns follow from the turns before them")
     print(f"           {len(captions)} captions, {len(wordings)} different ones")
     for name, f in figures.items():
         print(
-            f"  {name:8} {f['pictures']:4} pictures  {f['questions']:5} questions  always {f['majority_answer']!r} "
+            f"  {name:8} {f['images']:4} images  {f['questions']:5} questions  always {f['majority_answer']!r} "
             f"{f['majority']:.1%}, best answer to the question alone {f['question_only_prior']:.1%}"
         )
 

@@ -14,7 +14,7 @@ from llava_moslora.inference.load import newest_checkpoint
 README = """# projector-tiny
 
 A two-layer MLP projector from `playground/clip-tiny` (width {width}) to SmolLM2-135M-Instruct (width {out}), pretrained
-with this package's own stage 1 on captions of EasyVQA's training pictures. Made by `make demo-parts`; Apache-2.0.
+with this package's own stage 1 on captions of EasyVQA's training images. Made by `make demo-parts`; Apache-2.0.
 """
 
 

@@ -2,8 +2,8 @@
 
     python playground/train_clip.py --data playground/data/easy_vqa --out playground/clip-tiny
 
-No package ships a small CLIP, so the demo brings one: 64-pixel pictures in 16 patches, width 128, 5 layers, trained
-contrastively from scratch on the training pictures and their 24 captions, in about three minutes. Every batch holds
+No package ships a small CLIP, so the demo brings one: 64-pixel images in 16 patches, width 128, 5 layers, trained
+contrastively from scratch on the training images and their 24 captions, in about three minutes. Every batch holds
 each caption at most once: two red circles in one batch would be each other's wrong answer. The result is rounded to
 fp16 and converted to a ``CLIPVisionModel`` folder through ``llava_moslora.models.vision``, as any open_clip tower would
 be. One seed, one thread: a second run writes the same bytes on the same machine.
@@ -40,21 +40,21 @@ PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "interpolation": 
 GROUPS = 4  # batches of distinct captions that share one optimizer step
 EPOCHS = 30
 PEAK_LR, WEIGHT_DECAY, WARMUP = 1e-3, 0.05, 100
-SHIFT = 4  # pixels; more would push the smallest shapes out of the picture
+SHIFT = 4  # pixels; more would push the smallest shapes out of the image
 
-# B pictures in a batch, C captions, P patches, E vision width.
+# B images in a batch, C captions, P patches, E vision width.
 
 
-def load_pictures(data: Path, names: list[str]) -> torch.Tensor:
-    """float[N, 3, 64, 64]: the pictures as open_clip's own inference transform gives them."""
+def load_images(data: Path, names: list[str]) -> torch.Tensor:
+    """float[N, 3, 64, 64]: the images as open_clip's own inference transform gives them."""
     size = ARCHITECTURE["vision_cfg"]["image_size"]
     transform = open_clip.image_transform(size, is_train=False, **PREPROCESS)
     return torch.stack([transform(Image.open(data / "images" / name)) for name in names])
 
 
 def epoch_batches(by_caption: dict[str, list[int]], rng: random.Random) -> list[list[tuple[str, int]]]:
-    """Every picture once, in random batches in which no caption appears twice."""
-    queues = {caption: rng.sample(pictures, len(pictures)) for caption, pictures in by_caption.items()}
+    """Every image once, in random batches in which no caption appears twice."""
+    queues = {caption: rng.sample(images, len(images)) for caption, images in by_caption.items()}
     batches = []
     while queues:
         batches.append([(caption, queue.pop()) for caption, queue in queues.items()])
@@ -63,8 +63,8 @@ def epoch_batches(by_caption: dict[str, list[int]], rng: random.Random) -> list[
     return batches
 
 
-def train(pictures: torch.Tensor, captions: list[str]) -> open_clip.CLIP:
-    """Contrastive training; ``captions[i]`` describes ``pictures[i]``."""
+def train(images: torch.Tensor, captions: list[str]) -> open_clip.CLIP:
+    """Contrastive training; ``captions[i]`` describes ``images[i]``."""
     by_caption = defaultdict(list)
     for index, caption in enumerate(captions):
         by_caption[caption].append(index)
@@ -94,8 +94,8 @@ def train(pictures: torch.Tensor, captions: list[str]) -> open_clip.CLIP:
         for start in range(0, len(batches), GROUPS):
             step = batches[start : start + GROUPS]
             chosen = torch.tensor([index for batch in step for _, index in batch])
-            images = moved(pictures[chosen], rng)  # (B, 3, 64, 64)
-            image_features = F.normalize(model.encode_image(images), dim=-1)  # (B, 64)
+            views = moved(images[chosen], rng)  # (B, 3, 64, 64)
+            image_features = F.normalize(model.encode_image(views), dim=-1)  # (B, 64)
             text_features = dict(zip(tokens, encode_texts(model, list(tokens.values())), strict=True))
             loss, position = 0.0, 0
             for batch in step:  # each batch is contrasted within itself only
@@ -119,13 +119,13 @@ def train(pictures: torch.Tensor, captions: list[str]) -> open_clip.CLIP:
 
 
 def moved(images: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """float[B, 3, 64, 64]: each picture mirrored or not and shifted by a few pixels, which keeps shape and colour."""
+    """float[B, 3, 64, 64]: each image mirrored or not and shifted by a few pixels, which keeps shape and colour."""
     height, width = images.shape[-2:]
     padded = F.pad(images, [SHIFT] * 4, mode="replicate")
     views = []
-    for picture in padded:
+    for image in padded:
         top, left = rng.randint(0, 2 * SHIFT), rng.randint(0, 2 * SHIFT)
-        view = picture[:, top : top + height, left : left + width]
+        view = image[:, top : top + height, left : left + width]
         views.append(view.flip(-1) if rng.random() < 0.5 else view)
     return torch.stack(views)
 
@@ -140,9 +140,9 @@ def encode_texts(model: open_clip.CLIP, tokens: list[torch.Tensor]) -> torch.Ten
 
 
 @torch.no_grad()
-def zero_shot(model: open_clip.CLIP, pictures: torch.Tensor, truth: list[str], captions: list[str]) -> dict[str, float]:
-    """Share of pictures whose nearest caption names the right colour, the right shape, and both."""
-    nearest = (model.encode_image(pictures) @ encode_texts(model, list(tokenize(captions))).T).argmax(-1)
+def zero_shot(model: open_clip.CLIP, images: torch.Tensor, truth: list[str], captions: list[str]) -> dict[str, float]:
+    """Share of images whose nearest caption names the right colour, the right shape, and both."""
+    nearest = (model.encode_image(images) @ encode_texts(model, list(tokenize(captions))).T).argmax(-1)
     pairs = [(captions[i].split()[1:], caption.split()[1:]) for i, caption in zip(nearest.tolist(), truth, strict=True)]
     shares = {"color": [g[0] == t[0] for g, t in pairs], "shape": [g[1] == t[1] for g, t in pairs]}
     shares["both"] = [g == t for g, t in pairs]
@@ -150,9 +150,9 @@ def zero_shot(model: open_clip.CLIP, pictures: torch.Tensor, truth: list[str], c
 
 
 @torch.no_grad()
-def patch_features(tower: CLIPVisionModel, pictures: torch.Tensor) -> torch.Tensor:
+def patch_features(tower: CLIPVisionModel, images: torch.Tensor) -> torch.Tensor:
     """float[N, P, E]: what a LLaVA projector reads, the last but one layer's patches."""
-    return torch.cat([tower(b, output_hidden_states=True).hidden_states[-2][:, 1:] for b in pictures.split(256)])
+    return torch.cat([tower(b, output_hidden_states=True).hidden_states[-2][:, 1:] for b in images.split(256)])
 
 
 def linear_probe(fit: torch.Tensor, fit_truth: list[str], test: torch.Tensor, truth: list[str]) -> dict[str, float]:
@@ -179,7 +179,7 @@ def linear_probe(fit: torch.Tensor, fit_truth: list[str], test: torch.Tensor, tr
 
 
 def test_captions(data: Path) -> dict[str, str]:
-    """{picture: caption} of the test split, as far as "what color" and "what shape" questions give both."""
+    """{image: caption} of the test split, as far as "what color" and "what shape" questions give both."""
     seen = defaultdict(dict)
     for q in json.loads((data / "test.json").read_text(encoding="utf-8")):
         if q["question"].startswith("what"):
@@ -214,14 +214,14 @@ fp16), trained from scratch with open_clip on the training split of EasyVQA. Mad
     make demo-parts
 
 that is, `python playground/train_clip.py --data playground/data/easy_vqa --out playground/clip-tiny`. Only training
-pictures and captions deduced from training questions were used. Accuracy on {count} test pictures:
+images and captions deduced from training questions were used. Accuracy on {count} test images:
 
 | | colour | shape | both |
 | --- | --- | --- | --- |
 | zero-shot, nearest of 24 captions | {zero["color"]:.1%} | {zero["shape"]:.1%} | {zero["both"]:.1%} |
 | linear probe on the mean patch of the last but one layer | {probe["color"]:.1%} | {probe["shape"]:.1%} | |
 
-Licence: Apache-2.0, like this repository. The pictures are EasyVQA's (MIT) and not part of this folder.
+Licence: Apache-2.0, like this repository. The images are EasyVQA's (MIT) and not part of this folder.
 """
 
 
@@ -239,19 +239,19 @@ def main() -> None:
 
     records = json.loads((args.data / "captions.json").read_text(encoding="utf-8"))
     captions = [record["conversations"][1]["value"] for record in records]
-    pictures = load_pictures(args.data, [record["image"] for record in records])
+    images = load_images(args.data, [record["image"] for record in records])
     test = test_captions(args.data)
-    test_pictures, truth = load_pictures(args.data, list(test)), list(test.values())
-    print(f"{len(captions)} training pictures, {len(set(captions))} captions; {len(truth)} test pictures", flush=True)
-    model = train(pictures, captions)
+    test_images, truth = load_images(args.data, list(test)), list(test.values())
+    print(f"{len(captions)} training images, {len(set(captions))} captions; {len(truth)} test images", flush=True)
+    model = train(images, captions)
 
     staging = args.out.parent / f".{args.out.name}.partial"
     shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
     staging.mkdir(parents=True)
     round_to_half(model.visual)
     tower = save_tower(model, staging)
-    zero = zero_shot(model, test_pictures, truth, sorted(set(captions)))
-    probe = linear_probe(patch_features(tower, pictures), captions, patch_features(tower, test_pictures), truth)
+    zero = zero_shot(model, test_images, truth, sorted(set(captions)))
+    probe = linear_probe(patch_features(tower, images), captions, patch_features(tower, test_images), truth)
     (staging / "README.md").write_text(readme(zero, probe, len(truth)), encoding="utf-8")
     shutil.rmtree(args.out, ignore_errors=True)
     os.rename(staging, args.out)

@@ -1,9 +1,9 @@
-"""Talk to a training run or an export in the terminal, with pictures.
+"""Talk to a training run or an export in the terminal, with images.
 
     python scripts/chat.py merged/llama3-8b-moslora --image photo.jpg
     you> what is on the table?
 
-    /image FILE   show a picture with the next question (more than one, if the model was trained so)
+    /image FILE   show an image with the next question (more than one, if the model was trained so)
     /clear        begin a new conversation
     /exit         or end of input
 
@@ -15,18 +15,18 @@ import io
 import sys
 from pathlib import Path
 
-from llava_moslora.data.conversation import Turn
 from llava_moslora.data.images import load_image
-from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.inference.load import load
 from llava_moslora.inference.stream import check_sampling, stream
+from llava_moslora.text.conversation import Turn
+from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the --output_dir of a training, or an export of --format hf")
-    parser.add_argument("--image", action="append", default=[], help="a picture for the first question")
+    parser.add_argument("--image", action="append", default=[], help="an image for the first question")
     parser.add_argument("--system", help="a system message")
     parser.add_argument("--max_new_tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
@@ -36,27 +36,27 @@ def main() -> None:
     for stream_, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream_, io.TextIOWrapper):  # bytes that are no text are refused below, or shown; not raised
             stream_.reconfigure(errors=errors)
-    waiting = [open_picture(file) for file in args.image]
-    answerer = load(args.model)
-    turns, pictures = beginning(args.system), []
+    waiting = [open_image(file) for file in args.image]
+    chat_model = load(args.model)
+    turns, images = beginning(args.system), []
     while (line := ask_user()) is not None:
         command, _, rest = line.partition(" ")
         if command == "/exit":
             break
         try:
             if command == "/clear":
-                turns, pictures, waiting = beginning(args.system), [], []
+                turns, images, waiting = beginning(args.system), [], []
             elif command == "/image":
-                waiting.append(open_picture(rest.strip()))
+                waiting.append(open_image(rest.strip()))
             elif line.strip():
                 asked = [*turns, Turn("human", question(line, len(waiting)))]
-                shown = pictures + waiting
-                said = speak(stream(answerer, (shown, asked), max_new_tokens=args.max_new_tokens,
+                shown = images + waiting
+                said = speak(stream(chat_model, (shown, asked), max_new_tokens=args.max_new_tokens,
                                     temperature=args.temperature, top_p=args.top_p))  # fmt: skip
-                turns, pictures, waiting = [*asked, Turn("gpt", said)], shown, []
+                turns, images, waiting = [*asked, Turn("gpt", said)], shown, []
         except Refusal as refusal:  # of this question: the conversation goes on without it
             print(refusal.line(), file=sys.stderr, flush=True)
-        except KeyboardInterrupt:  # while the question or a picture was prepared
+        except KeyboardInterrupt:  # while the question or an image was prepared
             print(flush=True)
 
 
@@ -82,10 +82,10 @@ def ask_user() -> str | None:
     return None
 
 
-def open_picture(file: str):
+def open_image(file: str):
     """
     Raises:
-        Refusal: no such file, or not a usable picture.
+        Refusal: no such file, or not a usable image.
     """
     try:
         path = Path(file).expanduser().resolve()
@@ -94,8 +94,8 @@ def open_picture(file: str):
     return load_image(path.name, path.parent)
 
 
-def question(text: str, pictures: int) -> str:
-    """The text of a turn with its pictures above it, as LLaVA's data has them.
+def question(text: str, images: int) -> str:
+    """The text of a turn with its images above it, as LLaVA's data has them.
 
     Raises:
         Refusal: the placeholder was typed, or bytes that are no text.
@@ -103,9 +103,9 @@ def question(text: str, pictures: int) -> str:
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise Refusal("D-TEXT", "not UTF-8", found=text, fix="set the terminal, or the file, to UTF-8")
     if IMAGE_TOKEN in text:
-        what, fix = "the picture's placeholder is not typed", "/image FILE shows a picture with the next question"
+        what, fix = "the image's placeholder is not typed", "/image FILE shows an image with the next question"
         raise Refusal("D-IMAGES", what, found=text, fix=fix)
-    return f"{IMAGE_TOKEN}\n" * pictures + text.strip()
+    return f"{IMAGE_TOKEN}\n" * images + text.strip()
 
 
 def speak(pieces) -> str:

@@ -15,12 +15,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from llava_moslora.data.tokenizer import load_tokenizer
 from llava_moslora.errors import Refusal, run_script
+from llava_moslora.files.manifest import fsync, write_json
+from llava_moslora.files.tensors import read_json, read_tensor_folder
 from llava_moslora.models.internlm2 import MODEL_TYPE, llama_tensors
 from llava_moslora.models.llm import read_llm_config, read_llm_tensors, with_old_rope
-from llava_moslora.models.tensors import read_json, read_tensor_folder
-from llava_moslora.runs.manifest import fsync, write_json
+from llava_moslora.text.tokenizer import load_tokenizer
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ else
   echo "== reusing the export in $MERGED"
 fi
 
-# 4. Held-out questions, one at a time: before, after, after without the picture, and merged in a stock process
+# 4. Held-out questions, one at a time: before, after, after without the image, and merged in a stock process
 mkdir -p $WORK
 # An answer file gets its name when it is whole.
 ask() {
@@ -64,5 +64,5 @@ if [ ! -f $WORK/merged.json ]; then
   mv $WORK/merged.part $WORK/merged.json
 fi
 
-# 5. One table and one picture
+# 5. One table and one image
 python playground/demo_report.py $WORK $QUESTIONS --figures $VQA/figures.json

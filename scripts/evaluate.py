@@ -1,4 +1,4 @@
-"""Short-answer accuracy of a training run on a question file, with the picture shown or blanked.
+"""Short-answer accuracy of a training run on a question file, with the image shown or blanked.
 
     python scripts/evaluate.py runs/demo --questions test.json --image_folder images --output answers.json
 
@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.evaluation.vqa import accuracy, ask, read_questions, with_pictures
+from llava_moslora.evaluation.vqa import accuracy, ask, read_questions, with_images
+from llava_moslora.files.manifest import fsync, replace_json, sha256
 from llava_moslora.inference.generate import first_logits
 from llava_moslora.inference.load import load_run, newest_checkpoint
-from llava_moslora.runs.manifest import fsync, replace_json, sha256
 
 
 def main() -> None:
@@ -29,9 +29,7 @@ def main() -> None:
     parser.add_argument("--questions", required=True, help="JSON array of questions")
     parser.add_argument("--image_folder", required=True)
     parser.add_argument("--untrained", action="store_true", help="the model as it was before the first step")
-    parser.add_argument(
-        "--blank", action="store_true", help="blank the picture: what is guessed from the question alone"
-    )
+    parser.add_argument("--blank", action="store_true", help="blank the image: what is guessed from the question alone")
     parser.add_argument("--output", help="write accuracy and answers to this JSON file")
     parser.add_argument("--probe", metavar="FILE", help="write the first-token logits of the first 32 questions there")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -52,15 +50,15 @@ def main() -> None:
     }
     unfinished = None if output is None else output.with_name(output.name + ".unfinished")
     answers = [] if unfinished is None else earlier_answers(unfinished, facts, args.batch_size)
-    answerer = load_run(args.run, trained=not args.untrained, checkpoint=checkpoint)
-    answerer.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    asked = with_pictures(answerer, questions, args.image_folder, blank=args.blank)
+    chat_model = load_run(args.run, trained=not args.untrained, checkpoint=checkpoint)
+    chat_model.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    asked = with_images(chat_model, questions, args.image_folder, blank=args.blank)
     if unfinished is not None:
         begun = unfinished.with_name(f".{unfinished.name}")
         begun.write_text("".join(json.dumps(line) + "\n" for line in (facts, *answers)), encoding="utf-8")
         os.replace(begun, unfinished)
     with open(unfinished or os.devnull, "a", encoding="utf-8") as kept:
-        for text in ask(answerer, asked[len(answers) :], batch_size=args.batch_size):
+        for text in ask(chat_model, asked[len(answers) :], batch_size=args.batch_size):
             answers.append(text)
             print(json.dumps(text), file=kept, flush=True)
     share = accuracy(questions, answers)
@@ -69,7 +67,7 @@ def main() -> None:
         unfinished.unlink()
     print(f"{share:.1%} of {len(questions)} questions answered right")
     if probe is not None:
-        logits = torch.stack([first_logits(answerer, question) for question in asked[:32]])
+        logits = torch.stack([first_logits(chat_model, question) for question in asked[:32]])
         partial = probe.with_name(f".{probe.name}.unfinished")
         save_file({"logits": logits}, partial)
         fsync(partial)

@@ -21,8 +21,8 @@ import argparse
 import torch
 
 from llava_moslora.errors import run_script
-from llava_moslora.export.job import TARGETS, export
-from llava_moslora.export.source import DEQUANTIZED, ORIGINAL
+from llava_moslora.export.export import TARGETS, export
+from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -11,15 +11,15 @@ import logging
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.prepare import prepare, report_of
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GROUP
-from llava_moslora.data.tokenizer import load_tokenizer
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.models.assemble import tokens_per_picture
+from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.llm import longest_text, read_llm_config
 from llava_moslora.models.vision import read_vision_config
+from llava_moslora.text.conversation import recognise_template
+from llava_moslora.text.tokenizer import load_tokenizer
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +37,7 @@ def truth(text: str) -> bool:
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="folder of the LLM: its tokenizer is used")
-    parser.add_argument("--vision_tower", required=True, help="folder of the vision tower: tokens per picture")
+    parser.add_argument("--vision_tower", required=True, help="folder of the vision tower: tokens per image")
     parser.add_argument("--data_path", required=True, nargs="+", help="LLaVA-format JSON, JSONL, Parquet, or shards")
     parser.add_argument("--data_weights", type=float, nargs="+", help="how often each of several is seen in an epoch")
     parser.add_argument("--image_folder", help="folder that the records' image names are relative to")
@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--on_bad_record", default="fail", help="fail, or quarantine: leave bad records out, listed")
     parser.add_argument("--max_bad_share", type=float, default=0.01, help="quarantine at most this share")
     parser.add_argument("--follow_image_links", default=False, type=truth, help="allow links out of the image folder")
-    parser.add_argument("--decode_images", default=False, type=truth, help="decode every picture, not its header only")
+    parser.add_argument("--decode_images", default=False, type=truth, help="decode every image, not its header only")
     parser.add_argument("--data_group", type=int, default=GROUP, help="for the padding figures, as in training")
     parser.add_argument("--per_device_train_batch_size", type=int, default=16, help="for the padding figures")
     parser.add_argument("--report_dir", help="where report.html and report.json go; default: no report")
@@ -84,7 +84,7 @@ def main() -> None:
         args.image_folder,
         tokenizer=tokenizer,
         template=template,
-        tokens_per_image=tokens_per_picture(read_vision_config(args.vision_tower)),
+        tokens_per_image=tokens_per_image(read_vision_config(args.vision_tower)),
         max_length=args.model_max_length,
         cache_dir=args.data_cache,
         num_proc=args.preprocessing_num_workers,

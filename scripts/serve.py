@@ -1,4 +1,4 @@
-"""A small local web page: show a picture to one model, or to two side by side, and talk.
+"""A small local web page: show an image to one model, or to two side by side, and talk.
 
     python scripts/serve.py merged/llama3-8b-moslora
     python scripts/serve.py runs/llama3-8b-moslora --compare_untrained
@@ -15,17 +15,17 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from llava_moslora.data.conversation import Turn
 from llava_moslora.data.images import load_image
-from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.inference.generate import Question
-from llava_moslora.inference.load import Answerer, load, load_run
+from llava_moslora.inference.load import ChatModel, load, load_run
 from llava_moslora.inference.stream import stream
+from llava_moslora.text.conversation import Turn
+from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves this machine
 CHARACTERS = 20_000  # of a question; attention over a megabyte of text keeps the machine busy for minutes
-PICTURE_BYTES = 50 * 1024**2
+IMAGE_BYTES = 50 * 1024**2
 
 
 def main() -> None:
@@ -49,10 +49,10 @@ def main() -> None:
         raise Refusal(
             "E-PACKAGE", "the web page needs gradio", found=error, fix="pip install 'llava_moslora[serve]'"
         ) from error
-    answerers = [load(model) for model in args.model]
+    chat_models = [load(model) for model in args.model]
     if args.compare_untrained:
-        answerers.append(load_run(args.model[0], trained=False))
-    page(dict(zip(names, answerers, strict=True))).launch(**launching(args.host, args.port))
+        chat_models.append(load_run(args.model[0], trained=False))
+    page(dict(zip(names, chat_models, strict=True))).launch(**launching(args.host, args.port))
 
 
 def launching(host: str, port: int) -> dict:
@@ -67,7 +67,7 @@ def launching(host: str, port: int) -> dict:
         "server_name": host,
         "server_port": port,
         "share": False,
-        "max_file_size": PICTURE_BYTES,
+        "max_file_size": IMAGE_BYTES,
         "app_kwargs": {"middleware": middleware},
     }
 
@@ -98,15 +98,15 @@ def check_address(host: str, port: int) -> None:
         ) from error  # fmt: skip
 
 
-def page(answerers: dict[str, Answerer]):
-    """The page as gradio's ``Blocks``: a picture, a question, and one conversation per model."""
+def page(chat_models: dict[str, ChatModel]):
+    """The page as gradio's ``Blocks``: an image, a question, and one conversation per model."""
     import gradio
 
     with gradio.Blocks(title="llava_moslora", analytics_enabled=False) as blocks:
-        gradio.Markdown("### " + " · ".join(answerers))
+        gradio.Markdown("### " + " · ".join(chat_models))
         with gradio.Row():
             with gradio.Column(scale=1):
-                picture = gradio.Image(type="filepath", label="picture", sources=["upload", "clipboard"], height=300)
+                image = gradio.Image(type="filepath", label="image", sources=["upload", "clipboard"], height=300)
                 text = gradio.Textbox(
                     label="question", placeholder="What is shown?", elem_id="question", max_length=CHARACTERS
                 )
@@ -118,43 +118,43 @@ def page(answerers: dict[str, Answerer]):
             with gradio.Column(scale=2), gradio.Row():
                 chats = [
                     gradio.Chatbot(label=name, height=560, render_markdown=False, buttons=["copy"])
-                    for name in answerers
+                    for name in chat_models
                 ]
-        state = gradio.State([])  # (file of the picture or None, question) and the answers, round by round
+        state = gradio.State([])  # (file of the image or None, question) and the answers, round by round
 
         def answer(rounds: list, file: str | None, question: str, tokens: int, warmth: float):
             """Yields the conversations while the models answer, one model after the other."""
             if not question.strip():
-                yield [rounds, question, *shown(rounds, len(answerers))]
+                yield [rounds, question, *shown(rounds, len(chat_models))]
                 return
             earlier = [past for past in rounds if past["file"] is not None]
-            new = file if not earlier or earlier[-1]["file"] != file else None  # the picture is shown once
-            this = {"file": new, "question": question.strip(), "answers": [""] * len(answerers)}
+            new = file if not earlier or earlier[-1]["file"] != file else None  # the image is shown once
+            this = {"file": new, "question": question.strip(), "answers": [""] * len(chat_models)}
             rounds = [*rounds, this]
-            for number, answerer in enumerate(answerers.values()):
+            for number, chat_model in enumerate(chat_models.values()):
                 try:
                     asked = conversation(rounds, number)
-                    for piece in stream(answerer, asked, max_new_tokens=int(tokens), temperature=warmth):
+                    for piece in stream(chat_model, asked, max_new_tokens=int(tokens), temperature=warmth):
                         this["answers"][number] += piece
-                        yield [rounds, "", *shown(rounds, len(answerers))]
+                        yield [rounds, "", *shown(rounds, len(chat_models))]
                 except Refusal as refusal:
                     raise gradio.Error(refusal.line(), print_exception=False) from refusal
-            yield [rounds, "", *shown(rounds, len(answerers))]
+            yield [rounds, "", *shown(rounds, len(chat_models))]
 
-        inputs, outputs = [state, picture, text, length, temperature], [state, text, *chats]
+        inputs, outputs = [state, image, text, length, temperature], [state, text, *chats]
         ask.click(answer, inputs, outputs)
         text.submit(answer, inputs, outputs)
-        clear.click(lambda: [[], "", *shown([], len(answerers))], None, outputs)
+        clear.click(lambda: [[], "", *shown([], len(chat_models))], None, outputs)
     return blocks
 
 
 def conversation(rounds: list[dict], number: int) -> Question:
-    """What model ``number`` is asked: its own earlier answers, and the pictures where they were shown.
+    """What model ``number`` is asked: its own earlier answers, and the images where they were shown.
 
     Raises:
-        Refusal: the placeholder was typed, the question is too long, or a picture cannot be used.
+        Refusal: the placeholder was typed, the question is too long, or an image cannot be used.
     """
-    turns, pictures = [], []
+    turns, images = [], []
     for past in rounds:
         if len(past["question"]) > CHARACTERS:
             what, found, expected = (
@@ -164,15 +164,15 @@ def conversation(rounds: list[dict], number: int) -> Question:
             )
             raise Refusal("D-LENGTH", what, found=found, expected=expected, fix="shorten it")
         if IMAGE_TOKEN in past["question"]:
-            what = "the picture's placeholder is not typed"
-            raise Refusal("D-IMAGES", what, found=past["question"], fix="drop a picture on the page")
+            what = "the image's placeholder is not typed"
+            raise Refusal("D-IMAGES", what, found=past["question"], fix="drop an image on the page")
         prefix = ""
         if past["file"] is not None:
             path = Path(past["file"])
-            pictures.append(load_image(path.name, path.parent))
+            images.append(load_image(path.name, path.parent))
             prefix = f"{IMAGE_TOKEN}\n"
         turns += [Turn("human", prefix + past["question"]), Turn("gpt", past["answers"][number])]
-    return pictures, turns[:-1]
+    return images, turns[:-1]
 
 
 def shown(rounds: list[dict], models: int) -> Iterator[list[dict]]:

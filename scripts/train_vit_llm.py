@@ -17,40 +17,40 @@ from transformers import PreTrainedTokenizerFast, set_seed
 
 from llava_moslora.adapters.kernel import mask_source
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.images import ImageTransform
 from llava_moslora.data.prepare import keys_of, prepare, report_of
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import run_script
-from llava_moslora.inference.load import Answerer
+from llava_moslora.files import publish
+from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.assemble import (
     add_adapters,
     assemble,
     describe,
     read_llm_config,
-    tokens_per_picture,
+    tokens_per_image,
     train_projector_only,
 )
 from llava_moslora.models.llm import longest_text
-from llava_moslora.models.vision import read_picture_settings, read_vision_config
+from llava_moslora.models.vision import read_image_settings, read_vision_config
 from llava_moslora.recompute import set_recompute
-from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
+from llava_moslora.text.conversation import recognise_template
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.training.arguments import DataArguments, TrainingArguments, config_file, parse, tower_adapters
-from llava_moslora.training.checks import check, check_launch
+from llava_moslora.training.callbacks.preemption import Preemption, contact
+from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
+from llava_moslora.training.optimizer_state import trained_count
 from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, input_paths
-from llava_moslora.training.pause import Pause, contact
 from llava_moslora.training.run_folder import begin_run, check_shared, check_space, open_run, reopen_run
-from llava_moslora.training.samples import Samples, read_samples
-from llava_moslora.training.state import trained_count
 from llava_moslora.training.trainer import MosLoraTrainer
+from llava_moslora.training.validate import check, check_launch
 
 
 @contact()
 def main() -> None:
-    pause = Pause()
+    pause = Preemption()
     pause.listen()
     model_args, data_args, adapter_args, args = parse(sys.argv[1:])
     check(model_args, adapter_args, args)
@@ -66,7 +66,7 @@ def main() -> None:
     llm_config = read_llm_config(model_args.model_name_or_path)
     vision_config = read_vision_config(model_args.vision_tower)
     transform = ImageTransform.from_settings(
-        read_picture_settings(model_args.vision_tower), data_args.image_aspect_ratio, data_args.image_engine
+        read_image_settings(model_args.vision_tower), data_args.image_aspect_ratio, data_args.image_engine
     )
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     template = model_args.version or recognise_template(tokenizer)
@@ -78,7 +78,7 @@ def main() -> None:
         data_args.image_folder,
         tokenizer=tokenizer,
         template=template,
-        tokens_per_image=tokens_per_picture(vision_config),
+        tokens_per_image=tokens_per_image(vision_config),
         max_length=data_args.model_max_length,
         cache_dir=data_args.data_cache,
         num_proc=data_args.preprocessing_num_workers,
@@ -157,9 +157,9 @@ def main() -> None:
     )
     if args.sample_questions:
         samples = read_samples(args.sample_questions, args.sample_image_folder or data_args.image_folder)
-        answerer = Answerer(model, tokenizer, template, transform)
+        chat_model = ChatModel(model, tokenizer, template, transform)
         limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
-        trainer.add_callback(Samples(samples, answerer, run, **limits))
+        trainer.add_callback(SampleAnswers(samples, chat_model, run, **limits))
     trainer.create_optimizer()
 
     # 5. The run folder: a new run, or the old one where it stopped
@@ -180,7 +180,7 @@ def main() -> None:
         else:
             with TemporaryDirectory(dir=run, prefix=".", suffix=".staging") as staging:
                 report = Path(staging) / DATA_REPORT
-                write_data_report(report, dataset, tokenizer, data_args, args)  # looks at pictures: may refuse
+                write_data_report(report, dataset, tokenizer, data_args, args)  # looks at images: may refuse
                 begin_run(run, record, report)
     check_shared(run)
     checkpoint = publish.from_rank_0(checkpoint)

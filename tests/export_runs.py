@@ -7,11 +7,11 @@ import torch
 from internlm2_reference import write_internlm2
 from tiny import tiny_tokenizer, write_llm
 
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
-from llava_moslora.export import proof, reopen
+from llava_moslora.export import probe, verify
+from llava_moslora.files import publish
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble
-from llava_moslora.runs import publish
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 
 def internlm2(folder: Path, **changes) -> Path:
@@ -30,7 +30,7 @@ METHODS = {"moslora": {}, "lora": {"mixer_init": "identity", "train_mixer": Fals
 
 def reopen_here(monkeypatch) -> None:
     """The stock side of the proof in this process: a fresh one costs seconds of imports each time (test_proof.py)."""
-    monkeypatch.setattr(proof, "_reopened", reopen.find)
+    monkeypatch.setattr(verify, "_reopened", probe.find)
 
 
 def trained_run(

@@ -1,6 +1,6 @@
 """The tables of wrong configurations, damaged checkpoints and runtime events are complete: every case names its tests.
 
-Those of data and pictures are in data/test_case_list.py.
+Those of data and images are in data/test_case_list.py.
 """
 
 import re
@@ -79,8 +79,8 @@ CASES = {
     "R10 two runs in one folder": "runs/test_publish.py test_second_process_on_one_folder_is_refused",
     "R11 a rank that stands still": "faults/test_stopped.py test_a_stopped_rank_is_named test_a_suspended_run_goes_on"
     " training/test_watch.py test_a_silent_rank_is_named",
-    "R12 text against pictures": "training/test_zero.py"
-    " test_text_and_pictures_on_different_ranks_do_not_wait_for_each_other",
+    "R12 text against images": "training/test_zero.py"
+    " test_text_and_images_on_different_ranks_do_not_wait_for_each_other",
 }
 
 

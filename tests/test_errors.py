@@ -39,7 +39,7 @@ def test_lone_surrogate_can_be_printed():
 
 
 def test_survives_a_process_boundary():
-    refusal = Refusal("I-MISSING", "no such picture", file="a.png", record=7, fix="look")
+    refusal = Refusal("I-MISSING", "no such image", file="a.png", record=7, fix="look")
     again = pickle.loads(pickle.dumps(refusal))
     assert again.line() == refusal.line() and again.record == 7 and again.code == "I-MISSING"
 
@@ -101,7 +101,7 @@ FAILURES = {
     "E-MEMORY of the allocator": (
         4, RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"), "not enough"
     ),
-    "E-WORKER": (4, RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "reads pictures died"),
+    "E-WORKER": (4, RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "reads images died"),
     "E-WORKER shm": (4, RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)"), "/dev/shm"),
     "E-PORT": (4, distributed.DistNetworkError("the server socket has failed: address already in use"), "another port"),
     "E-NCCL": (
@@ -246,7 +246,7 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 from llava_moslora.errors import run_script
-from llava_moslora.training.pause import contact
+from llava_moslora.training.callbacks.preemption import contact
 
 def main():
     distributed.init_process_group("gloo")

@@ -11,8 +11,9 @@ PACKAGE = ROOT / "llava_moslora"
 # From below upwards; rooms of one floor are siblings and never import each other.
 FLOORS = [
     {"errors", "_version"},
-    {"recompute"},
-    {"adapters", "models", "data"},
+    {"files", "recompute"},
+    {"adapters", "text"},
+    {"models", "data"},
     {"runs"},
     {"inference"},
     {"training", "export", "evaluation", "planning"},

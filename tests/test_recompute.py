@@ -25,12 +25,12 @@ from llava_moslora.recompute import parse_recompute, set_recompute
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = SIZES | {"num_key_value_heads": 2, "vocab_size": 50, "head_dim": 8}
-PICTURES = SIZES | {"image_size": 16, "patch_size": 4}
+IMAGES = SIZES | {"image_size": 16, "patch_size": 4}
 MODELS = {
     "llama": lambda: LlamaModel(LlamaConfig(**TEXT)),
     "qwen3": lambda: Qwen3Model(Qwen3Config(**TEXT)),
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**PICTURES)),
-    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**PICTURES)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**IMAGES)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**IMAGES)),
 }
 LINEARS = ["q_proj", "v_proj", "out_proj", "o_proj", "up_proj", "down_proj", "fc1", "fc2"]  # k and gate have none
 

@@ -18,9 +18,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-WORDS = (
-    "what colour is the shape red green blue yes no circle square a of in this picture user assistant system".split()
-)
+WORDS = "what colour is the shape red green blue yes no circle square a of in this image user assistant system".split()
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -87,7 +85,7 @@ def write_clip(folder: Path, **changes) -> Path:
 
 
 def write_siglip(folder: Path, **changes) -> Path:
-    """As ``write_clip``; pictures of 34 pixels have 4 patches a side and 2 pixels to spare, as 384 in patches of 14."""
+    """As ``write_clip``; images of 34 pixels have 4 patches a side and 2 pixels to spare, as 384 in patches of 14."""
     torch.manual_seed(2)
     config = SiglipVisionConfig(**(TOWER | {"image_size": 34} | changes))
     model = SiglipVisionModel(config)
@@ -121,19 +119,19 @@ def write_projector(file: Path, vision: int = 32, llm: int = 64) -> Path:
 
 
 def write_data(folder: Path, records: int = 16) -> Path:
-    """``data.json`` and ``images/``: every third record is text only, pictures have several sizes."""
+    """``data.json`` and ``images/``: every third record is text only, images have several sizes."""
     (folder / "images").mkdir(parents=True)
     random = np.random.default_rng(4)
     rows = []
     for index in range(records):
         row = {"id": f"r{index}", "conversations": []}
-        picture = ""
+        image = ""
         if index % 3 != 2:
             size = (int(random.integers(20, 60)), int(random.integers(20, 60)), 3)
             Image.fromarray(random.integers(0, 255, size, dtype=np.uint8)).save(folder / "images" / f"{index}.png")
-            row["image"], picture = f"{index}.png", "<image>\n"
+            row["image"], image = f"{index}.png", "<image>\n"
         for turn in range(1 + index % 2):
-            question = ("" if turn else picture) + "what colour is the shape?"
+            question = ("" if turn else image) + "what colour is the shape?"
             row["conversations"] += [
                 {"from": "human", "value": question},
                 {"from": "gpt", "value": WORDS[5 + index % 3]},

@@ -257,6 +257,6 @@ def custom_modules() -> dict[type[nn.Module], type]:
     """
     quantised = {}
     if is_bnb_available():
-        from llava_moslora.adapters.quantised import QUANTISED as quantised  # needs this module, and bitsandbytes
+        from llava_moslora.adapters.bnb import QUANTISED as quantised  # needs this module, and bitsandbytes
 
     return {**quantised, nn.Linear: MosLoraLinear, nn.Module: Unsupported}

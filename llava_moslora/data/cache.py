@@ -76,7 +76,10 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 
 def read_report(folder: Path) -> dict | None:
     """The report of ``folder`` if it is whole."""
-    return read_json(folder / REPORT)
+    report = read_json(folder / REPORT)
+    if report is not None and "with_pictures" in report:  # as version 0.1 called it
+        report["with_images"] = report.pop("with_pictures")
+    return report
 
 
 def report_in(folder: Path) -> dict:
@@ -114,7 +117,7 @@ def keys_of(dataset: Dataset) -> list[str]:
     """The key of each source: equal keys, equal rows.
 
     It is the name of the cache folder and a digest of which records are in it, because a record that is left out for
-    its pictures comes back when they can be used.
+    its images comes back when they can be used.
     """
     sources, records = (np.asarray(dataset[name][:]) for name in ("source", "record"))
     digests = [hashlib.sha256(records[sources == k].tobytes()).hexdigest()[:8] for k in range(len(_folders(dataset)))]

@@ -1,6 +1,6 @@
-"""Rows of the prepared data set to one padded batch, pictures read and transformed on the way.
+"""Rows of the prepared data set to one padded batch, images read and transformed on the way.
 
-Shapes: B lines, T the longest line's tokens, N pictures of all rows in order, H and W the vision tower's input size.
+Shapes: B lines, T the longest line's tokens, N images of all rows in order, H and W the vision tower's input size.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from llava_moslora.data.conversation import IGNORE_INDEX
 from llava_moslora.data.images import ImageTransform, load_bytes, load_image
-from llava_moslora.data.shards import Place, read_picture
+from llava_moslora.data.sources.shards import ImageRef, read_image
 from llava_moslora.errors import Refusal
+from llava_moslora.text.conversation import IGNORE_INDEX
 
 PACKINGS = 32  # lengths of packed lines that are tried
 
@@ -36,11 +36,11 @@ class Collator:
 
     Args:
         pad_token_id: fills the right side of shorter lines; nothing attends to it and no label is trained.
-        image_folder: where the rows' picture names start; needed when a row has pictures.
+        image_folder: where the rows' image names start; needed when a row has images.
         transform: the vision tower's.
         follow_links: see :func:`~llava_moslora.data.images.load_image`.
         pack_to: tokens per line; ``None``: one record per line.
-        image_token_id: the placeholder's; with it a batch says where its pictures' features go.
+        image_token_id: the placeholder's; with it a batch says where its images' features go.
         data_files: the sources that rows count their ``source`` by; named in refusals where there are several.
     """
 
@@ -54,13 +54,13 @@ class Collator:
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor | int]:
         """``input_ids labels`` int64[B, T], packed also what :func:`_sequences` gives, ``record`` and ``lengths``
-        int64[rows] (the rows' ``number`` and tokens, in their order in the lines) and, if any row has pictures,
+        int64[rows] (the rows' ``number`` and tokens, in their order in the lines) and, if any row has images,
         ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders. Counted in the flattened B·T, so that the
         model need not ask the device how many there are: ``label_positions`` int64[S], the tokens with a label that
-        have one before them, and with pictures ``image_positions`` int64[N·P], the placeholders.
+        have one before them, and with images ``image_positions`` int64[N·P], the placeholders.
 
         Raises:
-            Refusal: I-..., a picture that cannot be used; D-LABELS, no token is trained. Both name the record.
+            Refusal: I-..., an image that cannot be used; D-LABELS, no token is trained. Both name the record.
         """
         for row in rows:
             if all(label == IGNORE_INDEX for label in row["labels"]):
@@ -78,15 +78,15 @@ class Collator:
         batch["label_positions"] = _places(trained)
         if self.pack_to is not None:
             batch |= _sequences(lines, batch["input_ids"].shape[1])
-        pictures = [self._picture(name, row) for row in rows for name in row["images"]]
-        if pictures:
-            batch["pixel_values"] = torch.stack(pictures)
+        images = [self._image(name, row) for row in rows for name in row["images"]]
+        if images:
+            batch["pixel_values"] = torch.stack(images)
             if self.image_token_id is not None:
                 batch["image_positions"] = _places(batch["input_ids"] == self.image_token_id)
         return batch
 
-    def _picture(self, name: str, row: dict) -> torch.Tensor:
-        return self.transform(read_row_picture(row, name, self.image_folder, self.follow_links, **self._where(row)))
+    def _image(self, name: str, row: dict) -> torch.Tensor:
+        return self.transform(read_row_image(row, name, self.image_folder, self.follow_links, **self._where(row)))
 
     def _where(self, row: dict) -> dict:
         several = len(self.data_files) > 1
@@ -96,7 +96,7 @@ class Collator:
         }
 
 
-def read_row_picture(
+def read_row_image(
     row: dict, name: str, folder: str | Path | None, follow_links: bool, *, record: int, record_id: str | None
 ) -> Image.Image:
     """One of a row's ``images``, out of its shard or the image folder, in RGB.
@@ -105,10 +105,10 @@ def read_row_picture(
         Refusal: I-...
     """
     if not row["shard"]:
-        assert folder is not None, "rows with pictures need an image folder; prepare refuses them without"
+        assert folder is not None, "rows with images need an image folder; prepare refuses them without"
         return load_image(name, folder, record=record, record_id=record_id, follow_links=follow_links)
-    place = Place.parse(name)
-    data = read_picture(row["shard"], place, record=record, record_id=record_id)
+    place = ImageRef.parse(name)
+    data = read_image(row["shard"], place, record=record, record_id=record_id)
     return load_bytes(data, f"{row['shard']}:{place.name}", record=record, record_id=record_id)
 
 

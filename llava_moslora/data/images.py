@@ -1,6 +1,6 @@
-"""Pictures: one loader for training, evaluation and chat.
+"""Images: one loader for training, evaluation and chat.
 
-A picture's name comes out of a data file and its bytes from the internet, so both are treated as hostile: names stay
+An image's name comes out of a data file and its bytes from the internet, so both are treated as hostile: names stay
 inside the image folder, sizes are judged by the header, formats come from a short list, and whatever Pillow raises
 becomes a :class:`Refusal` that names the record.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from llava_moslora.data.pixels import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 
 __all__ = ["ImageTransform", "check_bytes", "check_image", "load_bytes", "load_image"]
@@ -27,7 +27,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200  # beyond it the short side is less than two of a tower's 336 pixels
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
-# A URL's beginning, or a picture inside a data: URL; any other name with a colon, as vg:1.png, is a file's.
+# A URL's beginning, or an image inside a data: URL; any other name with a colon, as vg:1.png, is a file's.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:[^,]*[/;][^,]*,", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def load_image(
     record_id: str | None = None,
     follow_links: bool = False,
 ) -> Image.Image:
-    """The picture ``name`` in the folder ``root``, upright, in RGB.
+    """The image ``name`` in the folder ``root``, upright, in RGB.
 
     EXIF orientation is applied; transparency shows white; 16-bit grey is scaled to 8 bits (Pillow would clip it to
     white); of an animation the first frame is taken.
@@ -61,7 +61,7 @@ def load_image(
 
 
 def load_bytes(data: bytes, name: str, *, record: int | None = None, record_id: str | None = None) -> Image.Image:
-    """As :func:`load_image`, of a picture's bytes; ``name`` says in refusals where they come from."""
+    """As :func:`load_image`, of an image's bytes; ``name`` says in refusals where they come from."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     with _open(io.BytesIO(data), name, where) as image:
         return _decode(image, name, where)
@@ -83,7 +83,7 @@ def check_image(
 
 
 def check_bytes(data: bytes, name: str, *, record: int | None = None, record_id: str | None = None) -> tuple[int, int]:
-    """As :func:`check_image`, of a picture's bytes; ``name`` says in refusals where they come from."""
+    """As :func:`check_image`, of an image's bytes; ``name`` says in refusals where they come from."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     with _open(io.BytesIO(data), name, where) as image:
         return _size(image, name, where)
@@ -105,7 +105,7 @@ def _decode(image: Image.Image, path: str | Path, where: dict) -> Image.Image:
     except Exception as error:  # hostile bytes make Pillow raise nearly anything: OSError, SyntaxError, struct.error
         raise Refusal(
             "I-DECODE",
-            "the picture is damaged",
+            "the image is damaged",
             file=path,
             found=f"{type(error).__name__}: {error}",
             fix="copy or download it again",
@@ -119,7 +119,7 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
     if _URL.match(name) or name.startswith("//"):
         raise Refusal(
             "I-PATH",
-            "pictures are read from the image folder, never from a URL",
+            "images are read from the image folder, never from a URL",
             found=name,
             fix="download them first",
             **where,
@@ -149,7 +149,7 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
     except (FileNotFoundError, NotADirectoryError):
         raise Refusal(
             "I-MISSING",
-            "there is no such picture",
+            "there is no such image",
             file=path,
             found=name,
             expected=f"a file below {root}",
@@ -164,20 +164,20 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
 
 
 def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Image:
-    """The picture with its header read; ``path`` names it."""
+    """The image with its header read; ``path`` names it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS below is stricter
             image = Image.open(source, formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise Refusal("I-SIZE", "the picture is too large", file=path, found=error, **where) from None
+        raise Refusal("I-SIZE", "the image is too large", file=path, found=error, **where) from None
     except PermissionError as error:
-        raise Refusal("I-FILE", "the picture cannot be read", file=path, found=error.strerror, **where) from None
+        raise Refusal("I-FILE", "the image cannot be read", file=path, found=error.strerror, **where) from None
     except Exception as error:  # see load_image
         empty = (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else source.stat().st_size) == 0
         raise Refusal(
             "I-FORMAT",
-            "the file is empty" if empty else "not a picture in a known format",
+            "the file is empty" if empty else "not an image in a known format",
             file=path,
             found=None if empty else type(error).__name__,
             expected=" | ".join(FORMATS),
@@ -188,7 +188,7 @@ def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Ima
         image.close()
         raise Refusal(
             "I-SIZE",
-            "the picture is too large",
+            "the image is too large",
             file=path,
             found=f"{width}×{height} = {width * height / 1e6:.0f} MP",
             expected=f"at most {MAX_PIXELS // 10**6} MP",
@@ -198,7 +198,7 @@ def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Ima
         image.close()
         raise Refusal(
             "I-SHAPE",
-            "the picture is a line",
+            "the image is a line",
             file=path,
             found=f"{width}×{height}",
             expected=f"sides no more than 1:{MAX_ASPECT}",
@@ -229,7 +229,7 @@ def _mode_refusal(image: Image.Image, path: str | Path, where: dict) -> Refusal:
         f"{kind} pixels have no defined brightness",
         file=path,
         expected="8 or 16 bits per channel",
-        fix="convert the picture",
+        fix="convert the image",
         **where,
     )
 

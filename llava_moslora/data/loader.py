@@ -1,6 +1,6 @@
 """Batches for training: worker processes that never end one rank alone.
 
-A picture that breaks after preparation, or a worker that the system kills, stops one rank; the others would wait in
+An image that breaks after preparation, or a worker that the system kills, stops one rank; the others would wait in
 their next collective until a timeout of minutes, and then blame the network. So before a batch is handed out all ranks
 agree that each has one, and where one has not, all raise that rank's refusal.
 """
@@ -71,7 +71,7 @@ class Batches(DataLoader):
     """The batches of one rank, pinned and prefetched by workers that live as long as the run.
 
     Args:
-        workers: processes that read pictures; 0: in this process.
+        workers: processes that read images; 0: in this process.
         prefetch: batches that each worker holds ready.
         pin_memory: for a GPU.
         seed: of the loader's own generator: iterating must not draw from the stream that dropout uses.

@@ -1,11 +1,11 @@
-"""Data files to a tokenised Arrow data set in a cache, every record and every picture's header checked on the way.
+"""Data files to a tokenised Arrow data set in a cache, every record and every image's header checked on the way.
 
 Each source (a data file, or a set of shards) has a cache folder of its own, named by everything that decides its
-content: the file's bytes, the tokenizer, what the template writes, the tokens per picture, the length limit and
-``CODE_VERSION``. It is built part by part (:mod:`llava_moslora.data.parts`) in a staging folder under a file lock and
-published by one rename, so several ranks may call :func:`prepare` at once without talking to each other, and a build
+content: the file's bytes, the tokenizer, what the template writes, the tokens per image, the length limit and
+``CODE_VERSION``. It is built part by part (:mod:`llava_moslora.data.tokenise`) in a staging folder under a file lock,
+and published by one rename, so several ranks may call :func:`prepare` at once without talking to each other, and a build
 that was interrupted goes on where it stopped. What lies there is verified each time it is opened
-(:mod:`llava_moslora.data.cache`), and pictures that could not be used are looked at again.
+(:mod:`llava_moslora.data.cache`), and images that could not be used are looked at again.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from llava_moslora.data.cache import (
     using,
     write_json,
 )
-from llava_moslora.data.conversation import Turn, chat_template, encode_prompt
 from llava_moslora.data.images import check_image
-from llava_moslora.data.parts import PART, Job, as_problem, build_parts, look_at_pictures
-from llava_moslora.data.shards import find_shards, is_sharded, version_of
-from llava_moslora.data.templates import OWN, get_template
-from llava_moslora.data.tokenizer import IMAGE_TOKEN
+from llava_moslora.data.sources.shards import find_shards, is_sharded, version_of
+from llava_moslora.data.tokenise import PART, Job, as_problem, build_parts, check_image_files
 from llava_moslora.errors import Refusal
+from llava_moslora.text.conversation import Turn, chat_template, encode_prompt
+from llava_moslora.text.templates import OWN, get_template
+from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
 __all__ = ["check_template", "keys_of", "prepare", "report_of", "reports_of"]
 
@@ -73,8 +73,8 @@ def prepare(
 ) -> Dataset:
     """The tokenised data set of one or several sources, from the cache or built now.
 
-    Columns: ``input_ids`` and ``labels`` int32[length] with pictures expanded, ``images`` file names (in a shard:
-    places), ``shard`` (``""`` for pictures in files), ``record`` index in the data file or shard, ``id``, ``length``,
+    Columns: ``input_ids`` and ``labels`` int32[length] with images expanded, ``images`` file names (in a shard:
+    places), ``shard`` (``""`` for images in files), ``record`` index in the data file or shard, ``id``, ``length``,
     ``trained`` (tokens with a label), ``has_image``; ``source``, a position in ``data_path``, and ``number``, the
     record counted through all sources: for a single data file its index there.
 
@@ -83,14 +83,14 @@ def prepare(
     :func:`reports_of`. Records are never reordered.
 
     Args:
-        data_path: JSON, JSONL, Parquet, or shards (:mod:`llava_moslora.data.shards`).
-        image_folder: where picture names start; ``None`` for text-only data and for shards.
-        tokens_per_image: placeholders per picture.
+        data_path: JSON, JSONL, Parquet, or shards (:mod:`llava_moslora.data.sources.shards`).
+        image_folder: where image names start; ``None`` for text-only data and for shards.
+        tokens_per_image: placeholders per image.
         num_proc: worker processes.
         on_bad_record: ``fail`` refuses the file if any record is bad, after looking at all of them; ``quarantine``
             leaves bad records out and lists them in the report, up to a share of ``max_bad_share``.
         follow_image_links: see :func:`~llava_moslora.data.images.load_image`.
-        decode_images: decode every picture instead of reading its header; a cache built without is built again.
+        decode_images: decode every image instead of reading its header; a cache built without is built again.
         longest_text: tokens up to which the LLM knows positions; ``max_length`` may not be above it.
 
     Raises:
@@ -103,8 +103,8 @@ def prepare(
     folder = None if image_folder is None else Path(image_folder)
     if folder is not None and not folder.is_dir():
         raise Refusal("I-FOLDER", "there is no such folder", file=folder, fix="check --image_folder")
-    pictures = tokens_per_image if folder is not None or any(is_sharded(str(source)) for source in sources) else 0
-    _check_length(max_length, pictures, longest_text)
+    images = tokens_per_image if folder is not None or any(is_sharded(str(source)) for source in sources) else 0
+    _check_length(max_length, images, longest_text)
     job = Job(
         "", folder, tokenizer, template, tokens_per_image, max_length, follow_image_links, decode_images
     )  # fmt: skip
@@ -142,14 +142,14 @@ def _check_policy(num_proc: int, on_bad_record: str, max_bad_share: float) -> No
         raise Refusal("C-FLAG", "out of range", key="--max_bad_share", found=max_bad_share, expected="0 to 1")
 
 
-def _check_length(max_length: int, picture: int, longest_text: int | None) -> None:
-    """``picture``: tokens of a picture, 0 where the data have none."""
+def _check_length(max_length: int, image: int, longest_text: int | None) -> None:
+    """``image``: tokens of an image, 0 where the data have none."""
     key = "--model_max_length"
-    if max_length <= picture:
+    if max_length <= image:
         raise Refusal(
             "C-FLAG", "out of range", key=key, found=max_length,
-            expected=f"above {picture}, the tokens of one picture" if picture else "at least 1",
-            fix="2048 holds LLaVA's records with a picture of 576 tokens",
+            expected=f"above {image}, the tokens of one image" if image else "at least 1",
+            fix="2048 holds LLaVA's records with an image of 576 tokens",
         )  # fmt: skip
     if longest_text is not None and max_length > longest_text:
         raise Refusal(
@@ -186,23 +186,23 @@ def _why_build(target: Path, job: Job) -> str | None:
         return damage
     report = report_in(target)
     if job.decode_images and not report["decoded"]:
-        return "its pictures have not been decoded"
+        return "its images have not been decoded"
     if usable := _look_again(report["problems"], job)[1]:
-        return f"{usable} records whose pictures could not be used can be used now"
+        return f"{usable} records whose images could not be used can be used now"
     return None
 
 
 def _look_again(problems: list[dict], job: Job) -> tuple[list[dict], int]:
-    """The problems as they are today, and how many records' pictures can be used now.
+    """The problems as they are today, and how many records' images can be used now.
 
-    A picture that was missing may have been copied since, or be missing in another folder today.
+    An image that was missing may have been copied since, or be missing in another folder today.
     """
     today, usable = [], 0
     for problem in problems:
         if "images" in problem:
             where = {name: problem["refusal"].get(name) for name in ("record", "record_id")}
             try:
-                look_at_pictures(problem["images"], job, **where)
+                check_image_files(problem["images"], job, **where)
                 usable += 1
             except Refusal as refusal:
                 problem = problem | as_problem(refusal)
@@ -211,18 +211,18 @@ def _look_again(problems: list[dict], job: Job) -> tuple[list[dict], int]:
 
 
 def _check_in_this_folder(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
-    """The cache fits the data, but its pictures were checked in another folder: check them in this one, once.
+    """The cache fits the data, but its images were checked in another folder: check them in this one, once.
 
     Raises:
-        Refusal: I-..., the first picture that cannot be used, with the number of the others.
+        Refusal: I-..., the first image that cannot be used, with the number of the others.
     """
     report, here = report_in(target), _image_folder(job)
     if report["image_folder"] == here:  # another rank has done it while this one waited
         return
-    if job.image_folder is None and report["with_pictures"] and not report["shards"]:
-        what = "the records have pictures but no image folder was given"
+    if job.image_folder is None and report["with_images"] and not report["shards"]:
+        what = "the records have images but no image folder was given"
         raise Refusal("I-FOLDER", what, file=job.file, fix="give --image_folder")
-    log.info("%s: its pictures were checked in %s; checking them in %s", job.file, report["image_folder"], here)
+    log.info("%s: its images were checked in %s; checking them in %s", job.file, report["image_folder"], here)
     first, bad = None, 0
     for part in arrow_files(target):
         rows = Dataset.from_file(str(part)).select_columns(["images", "shard", "record", "id"])
@@ -235,7 +235,7 @@ def _check_in_this_folder(job: Job, target: Path, num_proc: int, on_bad_record: 
                 except Refusal as refusal:
                     first, bad = first or refusal, bad + 1
     if first is not None and on_bad_record == "fail":
-        more = f" (and {bad - 1} more pictures cannot be used)" if bad > 1 else ""
+        more = f" (and {bad - 1} more images cannot be used)" if bad > 1 else ""
         raise Refusal(**(vars(first) | {"what": first.what + more}))
     if first is not None:  # other records are left out here
         _build(job, target, num_proc, on_bad_record, max_bad_share)
@@ -310,7 +310,8 @@ def _key(job: Job) -> str:
     digest.update(job.tokenizer.backend_tokenizer.to_str().encode())
     # A name does not say what a tokenizer's own template writes. Its source too: what was read off it is what a few
     # conversations showed, and two sources are never taken for one.
-    template = [job.template, repr(get_template(job.template, job.tokenizer))]
+    written = repr(get_template(job.template, job.tokenizer))
+    template = [job.template, written.replace("images_only=", "pictures_only=")]  # the field's name in earlier caches
     template += [job.tokenizer.chat_template] if job.template == OWN else []
     rest = [job.tokenizer.special_tokens_map, template, job.tokens_per_image, job.max_length]
     digest.update(json.dumps([*rest, CODE_VERSION], default=str, sort_keys=True).encode())

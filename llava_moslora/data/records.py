@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_moslora.data.conversation import Turn
-from llava_moslora.data.json_stream import JsonStream, json_type
-from llava_moslora.data.parquet_stream import ParquetStream
-from llava_moslora.data.tokenizer import IMAGE_TOKEN
+from llava_moslora.data.sources.json import JsonStream, json_type
+from llava_moslora.data.sources.parquet import ParquetStream
 from llava_moslora.errors import Refusal
+from llava_moslora.text.conversation import Turn
+from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
 ROLES = ("system", "human", "gpt")
-WITHOUT_VIDEO = "take the record out, or save frames as pictures: a list under 'image', one <image> for each"
+WITHOUT_VIDEO = "take the record out, or save frames as images: a list under 'image', one <image> for each"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# In a record without pictures, <image> inside a sentence is text (somebody writes about HTML); on a line's edge of its
-# own at the start or end of a turn it is what LLaVA writes for a picture, and the picture is missing.
-_PICTURE_PLACE = re.compile(rf"\A\s*{IMAGE_TOKEN}\s*(\n|\Z)|\n\s*{IMAGE_TOKEN}\s*\Z")
+# In a record without images, <image> inside a sentence is text (somebody writes about HTML); on a line's edge of its
+# own at the start or end of a turn it is what LLaVA writes for an image, and the image is missing.
+_IMAGE_PLACE = re.compile(rf"\A\s*{IMAGE_TOKEN}\s*(\n|\Z)|\n\s*{IMAGE_TOKEN}\s*\Z")
 VIDEO_TOKEN = "<video>"
-_VIDEO_PLACE = re.compile(_PICTURE_PLACE.pattern.replace(IMAGE_TOKEN, VIDEO_TOKEN))
+_VIDEO_PLACE = re.compile(_IMAGE_PLACE.pattern.replace(IMAGE_TOKEN, VIDEO_TOKEN))
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def check_record(raw: object, index: int, file: str | Path, problem: str | None 
         raise refusal("D-SCHEMA", "must be a string or a number", key="id", found=json_type(own))
     images = raw.get("image")
     if "image" not in raw and "images" in raw:
-        raise refusal("D-SCHEMA", "the key is spelled 'image', also for several pictures", key="images")
+        raise refusal("D-SCHEMA", "the key is spelled 'image', also for several images", key="images")
     images = [] if images is None else [images] if isinstance(images, str) else images
     if not isinstance(images, list) or not all(isinstance(name, str) and name.strip() for name in images):
         raise refusal(
@@ -129,15 +129,15 @@ def check_record(raw: object, index: int, file: str | Path, problem: str | None 
     if images and places != len(images):
         raise refusal(
             "D-IMAGES",
-            "the human turns have another number of <image> than the record has pictures",
+            "the human turns have another number of <image> than the record has images",
             found=f"{places} <image>",
-            expected=f"{len(images)} for {len(images)} pictures",
+            expected=f"{len(images)} for {len(images)} images",
         )
-    if not images and any(_PICTURE_PLACE.search(text) for text in human):
+    if not images and any(_IMAGE_PLACE.search(text) for text in human):
         raise refusal(
             "D-IMAGES",
-            "the record has a place for a picture but no picture",
-            found=f"{places} <image>, 0 pictures",
+            "the record has a place for an image but no image",
+            found=f"{places} <image>, 0 images",
             fix="add the key 'image', or take the <image> line out",
         )
     if any(_VIDEO_PLACE.search(text) for text in human):

@@ -15,11 +15,11 @@ from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.collate import read_row_picture
-from llava_moslora.data.conversation import label_runs
+from llava_moslora.data.collate import read_row_image
 from llava_moslora.data.prepare import report_of, reports_of
 from llava_moslora.data.sampler import GROUP, GlobalBatchSampler
-from llava_moslora.data.shards import Place
+from llava_moslora.data.sources.shards import ImageRef
+from llava_moslora.text.conversation import label_runs
 
 BARS = 40
 THUMBNAIL = 192
@@ -30,7 +30,7 @@ def data_report(
 ) -> dict:
     """Counts by source and modality, histograms, padding waste; with what :func:`report_of` counted.
 
-    A record's source is the first folder of its picture's name (``coco``, ``gqa``, ...), or ``text``.
+    A record's source is the first folder of its image's name (``coco``, ``gqa``, ...), or ``text``.
 
     Args:
         batch_size: records per micro-batch, for the padding waste.
@@ -40,7 +40,7 @@ def data_report(
     lengths, trained = np.asarray(dataset["length"][:]), np.asarray(dataset["trained"][:])
     has_image = np.asarray(dataset["has_image"][:])
     first = [
-        None if not images else Place.parse(images[0]).name if shard else images[0]
+        None if not images else ImageRef.parse(images[0]).name if shard else images[0]
         for images, shard in zip(dataset["images"][:], dataset["shard"][:], strict=True)
     ]
     source = np.asarray(["text" if name is None else name.split("/")[0] if "/" in name else "." for name in first])
@@ -70,7 +70,7 @@ def data_report(
     ]
     return {
         **counted,
-        "pictures": sum(len(images) for images in dataset["images"][:]),
+        "images": sum(len(images) for images in dataset["images"][:]),
         "trained_tokens": int(trained.sum()),
         "truncated_share": cut / counted["records"],
         "longest": int(lengths.max()),
@@ -79,7 +79,7 @@ def data_report(
         "files": files,
         "sources": sources,
         "lengths": {
-            "with pictures": histogram(lengths[has_image], lengths.max()),
+            "with images": histogram(lengths[has_image], lengths.max()),
             "text only": histogram(lengths[~has_image], lengths.max()),
         },
         "trained_per_record": {"all": histogram(trained, np.quantile(trained, 0.99))},
@@ -129,12 +129,12 @@ def write_report(
 def _sample(
     row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, image_folder: str | Path | None, follow_links: bool
 ) -> str:
-    """One record: its pictures and its text, trained parts marked."""
-    pictures = ""
+    """One record: its images and its text, trained parts marked."""
+    images = ""
     for name in row["images"]:
-        picture = read_row_picture(row, name, image_folder, follow_links, record=row["record"], record_id=row["id"])
-        shown = html.escape(Place.parse(name).name if row["shard"] else name)
-        pictures += f"<figure>{_thumbnail(picture)}<figcaption>{shown}</figcaption></figure>"
+        image = read_row_image(row, name, image_folder, follow_links, record=row["record"], record_id=row["id"])
+        shown = html.escape(ImageRef.parse(name).name if row["shard"] else name)
+        images += f"<figure>{_thumbnail(image)}<figcaption>{shown}</figcaption></figure>"
     text = "".join(
         f'<span class="{kind}">{html.escape(part)}</span>'
         for kind, part in label_runs(row["input_ids"], row["labels"], tokenizer)
@@ -142,17 +142,17 @@ def _sample(
     heading = f"record {row['record']}" + (f" · {html.escape(row['id'])}" if row["id"] else "")
     heading += f" · {html.escape(files[row['source']])}" if len(files) > 1 else ""
     size = f"{row['length']} tokens, {row['trained']} trained"
-    body = f"<div class=sample>{pictures}<pre>{text}</pre></div>"
+    body = f"<div class=sample>{images}<pre>{text}</pre></div>"
     return f"<article><h3>{heading} <small>{size}</small></h3>{body}</article>"
 
 
-def _thumbnail(picture: Image.Image) -> str:
-    picture = picture.copy()
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+def _thumbnail(image: Image.Image) -> str:
+    image = image.copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
+    image.save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" width={picture.width} height={picture.height} alt="">'
+    return f'<img src="data:image/jpeg;base64,{data}" width={image.width} height={image.height} alt="">'
 
 
 def _page(report: dict, samples: list[str], title: str) -> str:
@@ -160,8 +160,8 @@ def _page(report: dict, samples: list[str], title: str) -> str:
     facts = {
         "records": f"{report['records']:,}",
         "kept": f"{report['kept']:,}",
-        "with pictures": f"{report['with_pictures']:,}",
-        "pictures": f"{report['pictures']:,}",
+        "with images": f"{report['with_images']:,}",
+        "images": f"{report['images']:,}",
         "tokens": f"{report['tokens']:,}",
         "trained tokens": f"{report['trained_tokens']:,} ({report['trained_tokens'] / report['tokens']:.1%})",
         "longest record": f"{report['longest']:,} tokens",
@@ -184,7 +184,7 @@ def _page(report: dict, samples: list[str], title: str) -> str:
     ]  # fmt: skip
     charts = [
         _chart("Tokens per record", report["lengths"]),
-        _chart("Trained tokens per record (last bar: longest 1 %)", report["trained_per_record"]),
+        _chart("TrainedRun tokens per record (last bar: longest 1 %)", report["trained_per_record"]),
     ]
     kinds = Counter(problem["refusal"]["code"] for problem in report["problems"])
     problems = "".join(f"<li>{html.escape(problem['line'])}</li>" for problem in report["problems"])
@@ -196,7 +196,7 @@ def _page(report: dict, samples: list[str], title: str) -> str:
 <div class=row>{"".join(charts)}</div><div class=row>{"".join(tables)}</div>
 <h2>{len(samples)} records, drawn at random</h2>
 <p><span class=trained>trained</span> <span class=masked>not trained</span>
-<span class=image>picture placeholders</span></p>{"".join(samples)}
+<span class=image>image placeholders</span></p>{"".join(samples)}
 <h2>Problems: {html.escape(summary)}</h2><ol class=problems>{problems}</ol></html>
 """
 

@@ -157,14 +157,14 @@ def _check_weights(weights: Sequence[float] | None, source: Sequence[int] | None
 def _modality_length_order(
     lengths: np.ndarray, has_image: np.ndarray, group_size: int, generator: torch.Generator
 ) -> np.ndarray:
-    pictured, text = np.flatnonzero(has_image), np.flatnonzero(~has_image)
-    if len(pictured) == 0 or len(text) == 0:
+    imaged, text = np.flatnonzero(has_image), np.flatnonzero(~has_image)
+    if len(imaged) == 0 or len(text) == 0:
         groups = _groups(np.arange(len(lengths)), lengths, group_size, generator)
     else:
-        by_picture = _groups(pictured, lengths, group_size, generator)
+        by_image = _groups(imaged, lengths, group_size, generator)
         by_text = _groups(text, lengths, group_size, generator)
-        mixed = np.concatenate([by_picture[-1], by_text[-1]])
-        pure = by_picture[:-1] + by_text[:-1]
+        mixed = np.concatenate([by_image[-1], by_text[-1]])
+        pure = by_image[:-1] + by_text[:-1]
         shuffled = torch.randperm(len(pure), generator=generator).tolist()
         groups = [pure[k] for k in shuffled] + [mixed[np.argsort(-lengths[mixed], kind="stable")]]
     order = np.concatenate(groups)

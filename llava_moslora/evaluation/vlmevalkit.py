@@ -10,7 +10,7 @@ Start VLMEvalKit's ``run.py`` with this file's lines before it::
     supported_VLM["my-llava"] = partial(model_class(), "merged/llama3-8b-moslora")
     runpy.run_path("run.py", run_name="__main__")     # python this.py --model my-llava --data MMBench_DEV_EN MME
 
-Prompts are made by the function that made the training ids, and pictures by the transform that training used. Answers
+Prompts are made by the function that made the training ids, and images by the transform that training used. Answers
 are greedy, so that a score can be had twice. XTuner's class samples with beams, pads always and knows no system text.
 """
 
@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llava_moslora.data.conversation import Turn
 from llava_moslora.data.images import load_image
-from llava_moslora.data.tokenizer import IMAGE_TOKEN
 from llava_moslora.inference.generate import Question, answer
 from llava_moslora.inference.load import load
+from llava_moslora.text.conversation import Turn
+from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
 CHOICES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's own instruction
@@ -41,18 +41,18 @@ def model_class() -> type:
 
         def __init__(self, path: str, max_new_tokens: int = 512):
             super().__init__()
-            self.answerer = load(path)
+            self.chat_model = load(path)
             self.max_new_tokens = max_new_tokens
 
         def use_custom_prompt(self, dataset: str) -> bool:
             return DATASET_TYPE(dataset) in ("MCQ", "Y/N")
 
         def build_prompt(self, line: Mapping, dataset: str | None = None) -> list[dict[str, str]]:
-            pictures = [{"type": "image", "value": file} for file in self.dump_image(line, dataset)]
-            return [*pictures, {"type": "text", "value": prompt(line, DATASET_TYPE(dataset))}]
+            images = [{"type": "image", "value": file} for file in self.dump_image(line, dataset)]
+            return [*images, {"type": "text", "value": prompt(line, DATASET_TYPE(dataset))}]
 
         def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
-            return next(answer(self.answerer, [question(message)], max_new_tokens=self.max_new_tokens))
+            return next(answer(self.chat_model, [question(message)], max_new_tokens=self.max_new_tokens))
 
     return LlavaMoslora
 
@@ -70,8 +70,8 @@ def prompt(line: Mapping, kind: str) -> str:
 
 
 def question(message: Sequence[Mapping[str, str]]) -> Question:
-    """VLMEvalKit's message, pictures and texts in any order, as one turn: the pictures above, the texts below."""
+    """VLMEvalKit's message, images and texts in any order, as one turn: the images above, the texts below."""
     files = [Path(item["value"]).resolve() for item in message if item["type"] == "image"]
     texts = [item["value"].replace(IMAGE_TOKEN, "") for item in message if item["type"] == "text"]
-    pictures = [load_image(file.name, file.parent) for file in files]
-    return pictures, [Turn("human", f"{IMAGE_TOKEN}\n" * len(pictures) + "\n".join(texts))]
+    images = [load_image(file.name, file.parent) for file in files]
+    return images, [Turn("human", f"{IMAGE_TOKEN}\n" * len(images) + "\n".join(texts))]

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from llava_moslora.data.conversation import Turn
 from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal
-from llava_moslora.inference.generate import Picture, answer
+from llava_moslora.inference.generate import ImageInput, answer
 from llava_moslora.inference.generate import Question as Asked
-from llava_moslora.inference.load import Answerer
+from llava_moslora.inference.load import ChatModel
+from llava_moslora.text.conversation import Turn
 
 
 @dataclass(frozen=True)
@@ -65,24 +65,24 @@ def normalise(text: str) -> str:
     return re.sub(r"^(a|an|the)\s+", "", text.strip().lower().strip(" .!?\"'"))
 
 
-def with_pictures(
-    answerer: Answerer, questions: list[Question], image_folder: str | Path, *, blank: bool = False
+def with_images(
+    chat_model: ChatModel, questions: list[Question], image_folder: str | Path, *, blank: bool = False
 ) -> list[Asked]:
-    """Each question with its picture, as the first turn of a conversation of its own.
+    """Each question with its image, as the first turn of a conversation of its own.
 
-    With ``blank`` every picture is replaced by one of the tower's mean colour: what is then still answered right was
+    With ``blank`` every image is replaced by one of the tower's mean colour: what is then still answered right was
     not seen but guessed from the question.
     """
 
-    def picture(question: Question) -> Picture:
-        return answerer.transform.blank() if blank else load_image(question.image, image_folder)
+    def image(question: Question) -> ImageInput:
+        return chat_model.transform.blank() if blank else load_image(question.image, image_folder)
 
-    return [([picture(q)], [Turn("human", f"<image>\n{q.question}")]) for q in questions]
+    return [([image(q)], [Turn("human", f"<image>\n{q.question}")]) for q in questions]
 
 
-def ask(answerer: Answerer, asked: list[Asked], *, batch_size: int = 16) -> Iterator[str]:
+def ask(chat_model: ChatModel, asked: list[Asked], *, batch_size: int = 16) -> Iterator[str]:
     """The model's greedy answers as they are made, in order, of at most 8 tokens."""
-    answers = answer(answerer, asked, max_new_tokens=8, batch_size=batch_size)
+    answers = answer(chat_model, asked, max_new_tokens=8, batch_size=batch_size)
     return iter(tqdm(answers, total=len(asked), unit="question", dynamic_ncols=True))
 
 

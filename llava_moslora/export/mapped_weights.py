@@ -1,6 +1,6 @@
 """The run's side of a proof where memory is short: the LLM computed from 16-bit weights that stay in their files.
 
-The export's side, ``compute_in_float32``, is in reopen.py, which must do without this package.
+The export's side, ``compute_in_float32``, is in probe.py, which must do without this package.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export import reopen
-from llava_moslora.export.source import Trained
+from llava_moslora.export import probe
+from llava_moslora.export.trained_run import TrainedRun
+from llava_moslora.files.tensors import read_json
 from llava_moslora.models.assemble import ADAPTER_NAME, HEAD, LLM
-from llava_moslora.models.tensors import read_json
 
 OVERHEAD = 10**9  # bytes: libraries, activations, the other process
 
 
-def needed(trained: Trained, dtype: torch.dtype) -> bool:
+def needed(trained: TrainedRun, dtype: torch.dtype) -> bool:
     """How the LLM is computed in float32: held in it (False), or where that does not fit, with its 16-bit weights left
     in their files, mapped, and brought to float32 block by block (True): slower, and the same sums.
 
@@ -71,7 +71,7 @@ def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
         base, update = module.get_base_layer(), module.get_delta_weight(ADAPTER_NAME)  # (out, in)
     weight = base.weight
     if _is_4bit(base):
-        from llava_moslora.adapters.quantised import dequantised
+        from llava_moslora.adapters.bnb import dequantised
 
         weight = dequantised(base)
 
@@ -79,7 +79,7 @@ def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
         block = weight[begin:end].float()
         return (block if update is None else block + update[begin:end]).to(dtype).float()
 
-    return reopen.by_rows(x, weight.shape, base.bias, rows)
+    return probe.by_rows(x, weight.shape, base.bias, rows)
 
 
 def _is_4bit(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The processor files of an export, for transformers 4 and 5: pictures and prompts are made as in training."""
+"""The processor files of an export, for transformers 4 and 5: images and prompts are made as in training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_moslora.data.conversation import chat_template
+from llava_moslora.files.manifest import write_json
 from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
 from llava_moslora.models.towers import kind_of
-from llava_moslora.runs.manifest import write_json
+from llava_moslora.text.conversation import chat_template
 
 PROCESSORS = {CLIP_PROCESSOR: CLIPImageProcessorPil, SIGLIP_PROCESSOR: SiglipImageProcessorPil}
 
@@ -23,13 +23,13 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
 
     Args:
         preprocessor: the tower's settings, as its own ``preprocessor_config.json`` holds them.
-        pad: pictures are padded to a square first (stage 2); otherwise the centre is cropped (stage 1). The class that
+        pad: images are padded to a square first (stage 2); otherwise the centre is cropped (stage 1). The class that
             pads came with transformers 4.49; earlier ones stop at its name instead of cropping.
     """
     settings = {k: v for k, v in preprocessor.items() if k not in ("image_processor_type", "processor_class")}
     kind = preprocessor["image_processor_type"]
     if not settings["do_center_crop"] and "height" in settings["size"]:
-        settings["crop_size"] = settings["size"]  # who asks for a picture's tokens beforehand is told by this one
+        settings["crop_size"] = settings["size"]  # who asks for an image's tokens beforehand is told by this one
     image_processor = LlavaImageProcessorPil(**settings, do_pad=True) if pad else PROCESSORS[kind](**settings)
     tower = kind_of(vision_config)
     tokenizer.chat_template = chat_template(template, tokenizer)
@@ -38,14 +38,14 @@ def write_processor(folder: Path, tokenizer, template: str, preprocessor: dict, 
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
         vision_feature_select_strategy=tower.strategy,
-        # A class token: the tower returns it, "default" drops it again. Left at 0 there, a picture would get one
+        # A class token: the tower returns it, "default" drops it again. Left at 0 there, an image would get one
         # placeholder too few.
         num_additional_image_tokens=tower.class_tokens,
         chat_template=tokenizer.chat_template,
     )
     processor.save_pretrained(folder)
     known_to_transformers_4(folder)
-    # transformers 5 writes the picture's settings into processor_config.json, where 4.49 stumbles over them. All
+    # transformers 5 writes the image's settings into processor_config.json, where 4.49 stumbles over them. All
     # versions and XTuner read them from this file, under the name of the class without its backend.
     file = folder / "processor_config.json"
     write_json(file, {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "image_processor"})

@@ -10,25 +10,25 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.conversation import recognise_template
 from llava_moslora.data.images import ImageTransform
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
-from llava_moslora.models.assemble import ADAPTER_NAME, assemble, tokens_per_picture
+from llava_moslora.files import publish
+from llava_moslora.files.manifest import MANIFEST, read_facts
+from llava_moslora.files.tensors import read_json
+from llava_moslora.models.assemble import ADAPTER_NAME, assemble, tokens_per_image
 from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.projector import read_projector
-from llava_moslora.models.tensors import read_json
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.runs import publish
-from llava_moslora.runs.manifest import MANIFEST, stated
 from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, fingerprint, read_run
+from llava_moslora.text.conversation import recognise_template
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 EXPORT = "export.json"  # beside an export's weights: what it is an export of
 
 
 @dataclass
-class Answerer:
+class ChatModel:
     """What :func:`llava_moslora.inference.generate.answer` needs."""
 
     model: nn.Module
@@ -38,7 +38,7 @@ class Answerer:
 
     @property
     def tokens_per_image(self) -> int:
-        return tokens_per_picture(self.model.config.vision_config)
+        return tokens_per_image(self.model.config.vision_config)
 
 
 def newest_checkpoint(run: Path) -> Path:
@@ -56,7 +56,7 @@ def newest_checkpoint(run: Path) -> Path:
             found="; ".join(r.line() for r in passed_over) or "none at all",
             fix="let the training reach its first --save_steps, or its end",
         )
-    check_seed(read_run(run), checkpoint, stated(checkpoint))
+    check_seed(read_run(run), checkpoint, read_facts(checkpoint))
     return checkpoint
 
 
@@ -71,7 +71,7 @@ def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None
     Raises:
         Refusal: K-BASE; K-MANIFEST, the checkpoint does not say what it was trained on.
     """
-    manifest = stated(checkpoint)
+    manifest = read_facts(checkpoint)
     if part not in manifest:
         raise Refusal(
             "K-MANIFEST", "the checkpoint does not say which base it belongs to", file=checkpoint / MANIFEST,
@@ -99,7 +99,7 @@ def load_run(
     vision_tower: str | None = None,
     bits: int | None = None,
     llm_dtype: torch.dtype | None = None,
-) -> Answerer:
+) -> ChatModel:
     """A training run's model in ``dtype``, in eval mode.
 
     Args:
@@ -143,7 +143,7 @@ def load_run(
         model = _with_checkpoint(model, checkpoint, dtype)
     data = settings["data"]
     transform = ImageTransform.from_settings(preprocessor, data["image_aspect_ratio"], data.get("image_engine", "pil"))
-    return Answerer(model.eval(), tokenizer, parts["version"], transform)
+    return ChatModel(model.eval(), tokenizer, parts["version"], transform)
 
 
 def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
@@ -162,7 +162,7 @@ def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Answerer:
+def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> ChatModel:
     """A complete LLaVA in ``dtype``, in eval mode: an export of ours, or any of those a new run may start from.
 
     The prompt template is the one the export was trained with; of another folder, the one its tokenizer tells.
@@ -180,10 +180,10 @@ def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> An
     template = facts.get("template") or recognise_template(tokenizer)
     pads = read_json(folder / "preprocessor_config.json").get("do_pad", False)
     transform = ImageTransform.from_settings(preprocessor, "pad" if pads else "crop")
-    return Answerer(model.eval(), tokenizer, template, transform)
+    return ChatModel(model.eval(), tokenizer, template, transform)
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Answerer:
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ChatModel:
     """A run or an export, whichever ``folder`` is, on the GPU if there is one.
 
     Args:
@@ -196,9 +196,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Answerer:
     gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32)
     if (folder / RUN).is_file():
-        answerer = load_run(folder, dtype=dtype)
+        chat_model = load_run(folder, dtype=dtype)
     elif is_llava_folder(folder):
-        answerer = load_export(folder, dtype=dtype)
+        chat_model = load_export(folder, dtype=dtype)
     else:
         raise Refusal(
             "C-PATH",
@@ -207,5 +207,5 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> Answerer:
             expected=f"a folder with {RUN}, or one with the config.json of a LLaVA",
             fix="give the --output_dir of a training, or an export of --format hf",
         )
-    answerer.model.to("cuda" if gpu else "cpu")
-    return answerer
+    chat_model.model.to("cuda" if gpu else "cpu")
+    return chat_model

@@ -11,14 +11,19 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from llava_moslora.data.conversation import stop_token_ids
 from llava_moslora.errors import Refusal
 from llava_moslora.inference.generate import Question, batch
-from llava_moslora.inference.load import Answerer
+from llava_moslora.inference.load import ChatModel
+from llava_moslora.text.conversation import stop_token_ids
 
 
 def stream(
-    answerer: Answerer, question: Question, *, max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0
+    chat_model: ChatModel,
+    question: Question,
+    *,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> Iterator[str]:
     """The answer in pieces, which joined are what :func:`llava_moslora.inference.generate.answer` gives.
 
@@ -29,7 +34,7 @@ def stream(
         Refusal: as ``answer`` and :func:`check_sampling`. An iterator that is closed early stops the generation.
     """
     check_sampling(max_new_tokens, temperature, top_p)
-    inputs = batch(answerer, [question])
+    inputs = batch(chat_model, [question])
     pieces: queue.SimpleQueue = queue.SimpleQueue()
     stopped = threading.Event()
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
@@ -37,11 +42,11 @@ def stream(
     @torch.inference_mode()
     def generate() -> None:
         try:
-            answerer.model.generate(
+            chat_model.model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
-                eos_token_id=stop_token_ids(answerer.tokenizer, answerer.template),
-                pad_token_id=answerer.tokenizer.pad_token_id,
+                eos_token_id=stop_token_ids(chat_model.tokenizer, chat_model.template),
+                pad_token_id=chat_model.tokenizer.pad_token_id,
                 streamer=_Pieces(pieces),
                 stopping_criteria=[_When(stopped)],
                 **sampling,
@@ -59,14 +64,14 @@ def stream(
             if isinstance(piece, Exception):
                 raise piece
             ids += piece
-            text = answerer.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
+            text = chat_model.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
             # A character may be several tokens, and white space at the end may be the end: both wait for what follows.
             whole = text if not text.endswith("�") else said
             whole = whole.rstrip()
             if len(whole) > len(said):
                 yield whole[len(said) :]
                 said = whole
-        text = answerer.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = chat_model.tokenizer.decode(ids, skip_special_tokens=True).strip()
         if len(text) > len(said):
             yield text[len(said) :]
     finally:

@@ -21,18 +21,18 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.errors import Refusal
+from llava_moslora.files.tensors import read_json
 from llava_moslora.models.attention import set_attention
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.llava_folder import check_tower_is_taken
-from llava_moslora.models.llm import load_llm, read_llm_config, sketch_llm
+from llava_moslora.models.llm import llm_on_meta, load_llm, read_llm_config
 from llava_moslora.models.projector import read_projector
-from llava_moslora.models.tensors import read_json
 from llava_moslora.models.towers import drop_unused, kind_of
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
 
 LLM, VISION, PROJECTOR, HEAD = "model.language_model", "model.vision_tower", "model.multi_modal_projector", "lm_head"
 ADAPTER_NAME = "default"
-APPENDED_TOKENS = 2  # the picture placeholder and a padding token, where the tokenizer has none to spare
+APPENDED_TOKENS = 2  # the image placeholder and a padding token, where the tokenizer has none to spare
 
 # What PEFT and the Trainer look for on the outermost model to know that a part of it is quantised.
 _QUANTISATION_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
@@ -54,8 +54,8 @@ class TowerAdapter:
     target_modules: tuple[str, ...] = ()
 
 
-def tokens_per_picture(vision_config) -> int:
-    """Placeholders per picture: patches without the class token."""
+def tokens_per_image(vision_config) -> int:
+    """Placeholders per image: patches without the class token."""
     return (vision_config.image_size // vision_config.patch_size) ** 2
 
 
@@ -107,7 +107,7 @@ def assemble(
     return model.requires_grad_(False), preprocessor
 
 
-def blueprint(
+def model_on_meta(
     llm_config: PreTrainedConfig,
     vision_config: PreTrainedConfig,
     llm: TowerAdapter | None,
@@ -118,7 +118,7 @@ def blueprint(
 
     For sizes on paper: made in seconds, whatever the size, without memory. Without adapters it is stage 1's model.
     """
-    sketch = sketch_llm(llm_config, Path(llm_config.name_or_path))
+    sketch = llm_on_meta(llm_config, Path(llm_config.name_or_path))
     with torch.device("meta"):
         tower = kind_of(vision_config).model(vision_config)
         model = _compose(sketch, tower, 0, None, dtype).requires_grad_(False)
@@ -132,7 +132,7 @@ def _compose(llm: PreTrainedModel, vision: PreTrainedModel, image_token_id, pad_
         text_config=llm.config,
         vision_config=vision.config,
         image_token_index=image_token_id,
-        image_seq_length=tokens_per_picture(vision.config),
+        image_seq_length=tokens_per_image(vision.config),
         # hidden_states[-2] named from the front: the last layer is not needed and is cut off below, and an index
         # from the end would then mean another layer.
         vision_feature_layer=vision.config.num_hidden_layers - 1,
@@ -159,7 +159,7 @@ def _check_tokens(tokenizer, image_token_id: int, config: PreTrainedConfig, fold
     fix = "give the LLM's own folder, tokenizer files included"
     if not 0 <= image_token_id < len(tokenizer):
         raise Refusal(
-            "K-TOKENIZER", "the picture placeholder is no token of the tokenizer", file=folder, key="<image>",
+            "K-TOKENIZER", "the image placeholder is no token of the tokenizer", file=folder, key="<image>",
             found=image_token_id, expected=f"below {len(tokenizer)}", fix=fix,
         )  # fmt: skip
     if len(tokenizer) > config.vocab_size + APPENDED_TOKENS:
@@ -271,7 +271,7 @@ def add_adapters(model: Llava, llm: TowerAdapter | None, vision: TowerAdapter | 
         train_mixer_pattern={key: spec.train_mixer for key, spec in own.items()},
     )
     if vision is not None and is_deepspeed_zero3_enabled():
-        # ZeRO-3 frees an adapted layer's weights by a backward hook on its inputs. The pictures ask for no gradient,
+        # ZeRO-3 frees an adapted layer's weights by a backward hook on its inputs. The images ask for no gradient,
         # and on inputs without one torch fires that hook before the layer's backward instead of after it.
         model.model.vision_tower.enable_input_require_grads()
     return get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)

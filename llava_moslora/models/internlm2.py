@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llava_moslora.errors import Refusal
-from llava_moslora.models.tensors import Stored
+from llava_moslora.files.tensors import LazyTensor
 
 MODEL_TYPE = "internlm2"
 # Fields that mean the same in both configurations.
@@ -73,7 +73,7 @@ def llama_config(raw: Mapping[str, Any], file: Path) -> LlamaConfig:
     )
 
 
-def llama_tensors(found: Mapping[str, Stored], config: LlamaConfig) -> dict[str, Stored]:
+def llama_tensors(found: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
     """The tensors of an InternLM2 checkpoint under Llama's names, ``wqkv`` split when read.
 
     Works on a whole checkpoint and on one shard of it. A name that InternLM2 does not have is kept as it is.
@@ -97,7 +97,7 @@ def llama_tensors(found: Mapping[str, Stored], config: LlamaConfig) -> dict[str,
     return result
 
 
-def _split(name: str, stored: Stored, config: LlamaConfig) -> dict[str, Stored]:
+def _split(name: str, stored: LazyTensor, config: LlamaConfig) -> dict[str, LazyTensor]:
     """Query, key and value of a fused weight [K·(G+2)·d, D] or bias [K·(G+2)·d]."""
     groups, width = config.num_key_value_heads, config.head_dim
     queries = config.num_attention_heads // groups
@@ -107,12 +107,12 @@ def _split(name: str, stored: Stored, config: LlamaConfig) -> dict[str, Stored]:
         found, fix = list(stored.shape), "config.json and weights must come from the same download"
         raise Refusal("K-SHAPE", "wrong shape", file=stored.file, key=name, found=found, expected=expected, fix=fix)
 
-    def piece(begin: int, end: int) -> Stored:
+    def piece(begin: int, end: int) -> LazyTensor:
         def read() -> Tensor:
             heads = stored.read().unflatten(0, (groups, queries + 2, width))  # (K, G+2, d[, D])
             # A copy of its own: a view would keep the fused tensor, and share storage when saved.
             return heads[:, begin:end].clone().flatten(0, 2)
 
-        return Stored(stored.file, (groups * (end - begin) * width, *stored.shape[1:]), read)
+        return LazyTensor(stored.file, (groups * (end - begin) * width, *stored.shape[1:]), read)
 
     return {"q": piece(0, queries), "k": piece(queries, queries + 1), "v": piece(queries + 1, queries + 2)}

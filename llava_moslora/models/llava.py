@@ -1,6 +1,6 @@
 """LLaVA as it is trained here: transformers' model, with the loss computed only where it counts.
 
-Shapes: B batch, T tokens, N pictures, P patches, D LLM width, V vocabulary, S supervised positions of the whole batch.
+Shapes: B batch, T tokens, N images, P patches, D LLM width, V vocabulary, S supervised positions of the whole batch.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Llava(LlavaForConditionalGeneration):
     ):
         """
         Args:
-            input_ids: int64[B, T]; each picture is a run of ``config.image_token_id``, one per patch.
-            pixel_values: float[N, 3, H, W] in the order of the pictures in ``input_ids``, or None without pictures.
+            input_ids: int64[B, T]; each image is a run of ``config.image_token_id``, one per patch.
+            pixel_values: float[N, 3, H, W] in the order of the images in ``input_ids``, or None without images.
             attention_mask: int64[B, T], 1 for tokens, 0 for padding; not needed where padding is on the right.
             labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken; position t is predicted from t-1.
             label_positions: int64[S], where ``labels`` has one at t > 0, in the flattened B·T. Given, like
@@ -91,9 +91,9 @@ class Llava(LlavaForConditionalGeneration):
         return F.cross_entropy(logits.float(), targets, reduction="sum")
 
     def _embed(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:
-        """Word embeddings float[B, T, D] with the pictures' features in their places.
+        """Word embeddings float[B, T, D] with the images' features in their places.
 
-        A batch without pictures takes the same steps, forward and backward, with a blank picture whose features are
+        A batch without images takes the same steps, forward and backward, with a blank image whose features are
         appended and cut off again: no value changes and zeros go backward. ZeRO-3 gathers parameters by collectives
         and ahead of time, in the order in which modules ran before, so a rank that skips the tower, or only runs it at
         another moment, would leave all of them waiting for ever.

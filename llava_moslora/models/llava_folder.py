@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig
 
 from llava_moslora.errors import Refusal
-from llava_moslora.models.tensors import Stored, read_json, read_tensor_folder
+from llava_moslora.files.tensors import LazyTensor, read_json, read_tensor_folder
 from llava_moslora.models.towers import CLIP, KINDS, kind_name
 
 TRANSFORMERS, ORIGINAL = "LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"
@@ -57,9 +57,9 @@ PREFIXES = (
 class Parts(NamedTuple):
     """The tensors of a LLaVA by part, not read yet."""
 
-    llm: dict[str, Stored]
-    vision: dict[str, Stored]
-    projector: dict[str, Stored]
+    llm: dict[str, LazyTensor]
+    vision: dict[str, LazyTensor]
+    projector: dict[str, LazyTensor]
 
 
 def is_llava(raw: Mapping[str, Any]) -> bool:
@@ -140,7 +140,7 @@ def has_own_tower(folder: Path) -> bool:
 
 
 def tower_description(folder: Path) -> Path:
-    """The folder that says how the vision tower inside is built and how pictures are prepared for it: ``folder``
+    """The folder that says how the vision tower inside is built and how images are prepared for it: ``folder``
     itself, or for the original layout, which only names the tower, the one that ``mm_vision_tower`` names, there or
     beside ``folder``. Of it ``config.json`` and ``preprocessor_config.json`` are needed, no weights.
 

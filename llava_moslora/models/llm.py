@@ -23,8 +23,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.tensors import LazyTensor, check_tensors, read_json, read_tensor_folder
 from llava_moslora.models import internlm2, llava_folder
-from llava_moslora.models.tensors import Stored, check_tensors, read_json, read_tensor_folder
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -117,7 +117,7 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
         raise Refusal("K-CONFIG", "not a generation config", file=file, found=error, fix=fix) from error
 
 
-def sketch_llm(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
+def llm_on_meta(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
     """The LLM of ``config`` with every tensor on the meta device, in the configuration's dtype.
 
     Raises:
@@ -132,7 +132,7 @@ def sketch_llm(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
         raise Refusal("C-MODEL", what, file=source, found=error, fix="download it again") from error
 
 
-def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, Stored]:
+def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, LazyTensor]:
     """The LLM's tensors, not read yet, under the names of its transformers class; ``lm_head`` only where it is untied.
 
     Args:
@@ -147,7 +147,7 @@ def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, 
     found = {name: stored for name, stored in found.items() if not name.endswith(".inv_freq")}  # a buffer, once saved
     if raw.get("model_type") == internlm2.MODEL_TYPE:
         found = internlm2.llama_tensors(found, config)
-    expected = {name: tuple(p.shape) for name, p in sketch_llm(config, folder).state_dict().items()}
+    expected = {name: tuple(p.shape) for name, p in llm_on_meta(config, folder).state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop(HEAD, None)
         found.pop(HEAD, None)  # some folders hold it twice

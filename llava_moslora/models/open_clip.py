@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.tensors import read_json, read_tensor_file
 from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, check_settings, processor_settings
-from llava_moslora.models.tensors import read_json, read_tensor_file
 
 PREFIX = "open_clip:"
 SUPPORTED = f"{PREFIX}ARCH@FILE of a plain CLIP ViT, or {PREFIX}FOLDER"
@@ -151,7 +151,7 @@ def preprocessing(preprocess_cfg: Mapping[str, Any], image_size: int, source: Pa
     mean, std = (list(v) if isinstance(v, list | tuple) else [v] * 3 for v in (mean, std))
     square = {"height": image_size, "width": image_size}
     if mode not in ("shortest", "squash"):
-        what = "this way of resizing pictures cannot be written as CLIP's preprocessing"
+        what = "this way of resizing images cannot be written as CLIP's preprocessing"
         raise Refusal("K-PROCESSOR", what, file=source, key="resize_mode", found=mode, expected="shortest or squash")
     size, crop = (square, None) if mode == "squash" else ({"shortest_edge": image_size}, square)
     settings = processor_settings(size=size, crop=crop, mean=mean, std=std, resample=resample)

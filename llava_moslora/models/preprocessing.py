@@ -1,4 +1,4 @@
-"""How pictures become a vision tower's input, in full and in today's spelling, as ``preprocessor_config.json`` has it.
+"""How images become a vision tower's input, in full and in today's spelling, as ``preprocessor_config.json`` has it.
 
 Mean, standard deviation, size and interpolation come from where the tower came from; nothing is guessed, and what
 training would not do as the settings have it is refused by name.
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_moslora.errors import Refusal
-from llava_moslora.models.tensors import read_json
+from llava_moslora.files.tensors import read_json
 
 BICUBIC, BILINEAR = 3, 2  # Pillow's numbers, as preprocessor_config.json writes them
 # CLIP's processor scales the short side and crops, unless it is told otherwise; SigLIP's scales straight to a square.
@@ -23,7 +23,7 @@ KINDS = {
     **{f"Llava{name}": CLIP_PROCESSOR for name in PROCESSOR_NAMES},
     **{f"Siglip{name}": SIGLIP_PROCESSOR for name in PROCESSOR_NAMES},
 }
-LARGEST_SIDE = 4096  # pixels: far above any tower's; a picture scaled to it takes 50 MB, and to 10**6 the whole machine
+LARGEST_SIDE = 4096  # pixels: far above any tower's; an image scaled to it takes 50 MB, and to 10**6 the whole machine
 FIX = "copy the file from where the tower came from"
 
 
@@ -82,7 +82,7 @@ def processor_settings(
 
 
 def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
-    """The preprocessing that ``folder`` holds; it must yield pictures of ``image_size`` × ``image_size``.
+    """The preprocessing that ``folder`` holds; it must yield images of ``image_size`` × ``image_size``.
 
     Raises:
         Refusal: K-MISSING, K-JSON; K-PROCESSOR, neither CLIP's nor SigLIP's preprocessing, incomplete, of another
@@ -109,7 +109,7 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     result = processor["crop_size"] if processor["do_center_crop"] else processor["size"]
     if (result.get("height"), result.get("width")) != (image_size, image_size):
         where = {"file": file, "key": "crop_size" if processor["do_center_crop"] else "size", "fix": FIX}
-        what = "the pictures would not have the tower's size"
+        what = "the images would not have the tower's size"
         raise Refusal("K-PROCESSOR", what, **where, found=result, expected=f"{image_size}×{image_size}")
     return processor
 

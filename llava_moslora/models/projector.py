@@ -2,7 +2,7 @@
 
 The same two linears are published under several names; :data:`LAYOUTS` lists the prefixes under which ``0``/``2`` or
 ``linear_1``/``linear_2`` are found. A file in which nothing matches is refused: loading it "successfully" as nothing is
-how users end up with a model that ignores pictures.
+how users end up with a model that ignores images.
 
 Shapes: E vision width, D LLM width.
 """
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.tensors import LazyTensor, read_json, read_tensor_file
 from llava_moslora.models import llava_folder
-from llava_moslora.models.tensors import Stored, read_json, read_tensor_file
 
 # prefix in the file -> the names of the two linears behind it
 _SEQUENTIAL = ("0", "2")
@@ -73,7 +73,7 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
     return found
 
 
-def _find_names(file: Path, stored: dict[str, Stored]) -> dict[str, str]:
+def _find_names(file: Path, stored: dict[str, LazyTensor]) -> dict[str, str]:
     """The file's name of each of :data:`KEYS`."""
     for prefix, linears in LAYOUTS.items():
         names = {

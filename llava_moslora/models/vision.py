@@ -1,4 +1,4 @@
-"""Vision towers: whatever CLIP or SigLIP ViT the user holds becomes transformers' model of it, with its own picture
+"""Vision towers: whatever CLIP or SigLIP ViT the user holds becomes transformers' model of it, with its own image
 preprocessing.
 
 Three spellings are understood::
@@ -24,9 +24,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.tensors import LazyTensor, check_tensors, held, read_json, read_tensor_folder
 from llava_moslora.models import llava_folder, open_clip
 from llava_moslora.models.preprocessing import read_preprocessing
-from llava_moslora.models.tensors import Stored, check_tensors, held, read_json, read_tensor_folder
 from llava_moslora.models.towers import KINDS, kind_name, kind_of
 
 FOLDERS = ", ".join(kind.model.__name__ for kind in KINDS.values())
@@ -38,7 +38,7 @@ NOT_VISION = re.compile(
 )
 # Kinds of towers that are asked for and refused, each with its reason.
 REASONS = {
-    "siglip2": "NaFlex, whose pictures have any number of patches, where LLaVA gives every picture the same; SigLIP 2 "
+    "siglip2": "NaFlex, whose images have any number of patches, where LLaVA gives every image the same; SigLIP 2 "
     "of a fixed size, such as siglip2-so400m-patch14-384, has the model_type siglip and is taken",
     "dinov2": "its layers are scaled and named otherwise",
 }
@@ -52,7 +52,7 @@ def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> t
     Raises:
         Refusal: as :func:`read_vision_config`; a file is missing or damaged; not exactly the tower's tensors.
     """
-    settings = read_picture_settings(spec)  # refused before a weight is read
+    settings = read_image_settings(spec)  # refused before a weight is read
     spec = str(spec)
     if spec.startswith(open_clip.PREFIX):
         model_cfg, preprocess_cfg, weights = open_clip.find_source(spec)
@@ -65,8 +65,8 @@ def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> t
     return _build(config, kept, folder, dtype), settings
 
 
-def read_picture_settings(spec: str | Path) -> dict[str, Any]:
-    """How pictures are prepared for the tower that ``spec`` names; no weight is read.
+def read_image_settings(spec: str | Path) -> dict[str, Any]:
+    """How images are prepared for the tower that ``spec`` names; no weight is read.
 
     Raises:
         Refusal: as :func:`read_vision_config`; settings that are missing, or that training would not follow.
@@ -140,12 +140,14 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         raise Refusal("K-CONFIG", what, file=file, found=error, fix="download it again") from error
     for key in ("image_size", "patch_size"):  # both classes also declare pairs, and compute with one number
         if type(side := getattr(config, key)) is not int or side < 1:
-            where = {"file": file, "key": key, "fix": "use a tower for square pictures"}
+            where = {"file": file, "key": key, "fix": "use a tower for square images"}
             raise Refusal("K-CONFIG", "not one side length in pixels", **where, found=side, expected="a whole number")
     return config
 
 
-def _build(config: PreTrainedConfig, found: Mapping[str, Stored], source: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _build(
+    config: PreTrainedConfig, found: Mapping[str, LazyTensor], source: Path, dtype: torch.dtype
+) -> PreTrainedModel:
     """The tower of ``config`` with the tensors ``found``, which must be exactly its own."""
     tower_class = kind_of(config).model
     try:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal
+from llava_moslora.files.manifest import replace_json, sha256
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
-from llava_moslora.runs.manifest import replace_json, sha256
 
 RUN = "run.json"
 TOKENIZER = "tokenizer"

@@ -18,15 +18,15 @@ import torch
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
+from llava_moslora.data.image_transform import ENGINES
 from llava_moslora.data.loader import default_workers
-from llava_moslora.data.pixels import ENGINES
 from llava_moslora.data.sampler import GROUP, ORDERS, REFERENCE_GROUP
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
 from llava_moslora.models.attention import IMPLEMENTATIONS
 from llava_moslora.models.llava_folder import starting_parts
 from llava_moslora.recompute import MODES, parse_recompute
-from llava_moslora.training import rendezvous
+from llava_moslora.training import process_group
 from llava_moslora.training.config_file import read_config
 
 
@@ -61,7 +61,7 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     data_path: list[str] = field(
-        metadata={"help": "LLaVA-format JSON, JSONL, Parquet, or shards of pictures too (mix/*.tar); one or several"}
+        metadata={"help": "LLaVA-format JSON, JSONL, Parquet, or shards of images too (mix/*.tar); one or several"}
     )
     data_weights: list[float] = field(
         default_factory=list, metadata={"help": "how often each of several is seen in an epoch; default: once"}
@@ -69,7 +69,7 @@ class DataArguments:
     image_folder: str | None = field(default=None, metadata={"help": "folder that image names are relative to"})
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad to a square, or crop as the tower has it"})
     image_engine: str = field(default="pil", metadata={"help": "pil: as towers were trained; torch: faster, 1/256 off"})
-    model_max_length: int = field(default=2048, metadata={"help": "tokens per record, picture placeholders included"})
+    model_max_length: int = field(default=2048, metadata={"help": "tokens per record, image placeholders included"})
     data_order: str = field(default="modality_length", metadata={"help": "modality_length, shuffle or sequential"})
     data_group: int = field(
         default=GROUP, metadata={"help": f"global batches sorted by length together; XTuner's: {REFERENCE_GROUP}"}
@@ -79,7 +79,7 @@ class DataArguments:
     on_bad_record: str = field(default="fail", metadata={"help": "fail, or quarantine: leave bad records out, listed"})
     max_bad_share: float = field(default=0.01, metadata={"help": "quarantine at most this share"})
     follow_image_links: bool = field(default=False, metadata={"help": "allow links out of the image folder"})
-    decode_images: bool = field(default=False, metadata={"help": "decode every picture once before training"})
+    decode_images: bool = field(default=False, metadata={"help": "decode every image once before training"})
 
     def __post_init__(self):
         for flag, value, known in (
@@ -153,7 +153,7 @@ class TrainingArguments(HfTrainingArguments):
     report_to: None | str | list[str] = "tensorboard"  # noqa: RUF036 (the parser needs None first)
     remove_unused_columns: bool = False
     dataloader_num_workers: int = field(
-        default=-1, metadata={"help": "processes per rank that read pictures; -1: as the cores allow, at most 8"}
+        default=-1, metadata={"help": "processes per rank that read images; -1: as the cores allow, at most 8"}
     )
     dataloader_persistent_workers: bool = True
     # The order of the data is a function of the step, and our loader starts where the run stopped.
@@ -173,7 +173,7 @@ class TrainingArguments(HfTrainingArguments):
         if not torch.cuda.is_available():
             self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
         if self.deepspeed and "RANK" in os.environ:
-            rendezvous.join(
+            process_group.join(
                 timedelta(seconds=self.ddp_timeout)
             )  # the Trainer would do it too late for ZeRO-3's loading when use_cpu is set
         self._settle_recompute()

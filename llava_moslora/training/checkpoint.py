@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.manifest import write_json
 from llava_moslora.models.assemble import ADAPTER_NAME, PROJECTOR
-from llava_moslora.runs.manifest import write_json
-from llava_moslora.training.state import NUMBER, frozen_mixers, trained_parameters
+from llava_moslora.training.optimizer_state import NUMBER, frozen_mixers, trained_parameters
 
 ADAPTER_FILE, PROJECTOR_FILE = "adapter/adapter_model.safetensors", "projector/model.safetensors"
 OPTIMIZER_FILE, POSITION_FILE = "optimizer.safetensors", "position.json"
@@ -38,7 +38,7 @@ def write_optimizer(folder: Path, model, state: dict[str, Tensor], position: dic
     """The optimizer's state, and where the schedule and the loss scale are.
 
     Args:
-        state: :meth:`llava_moslora.training.state.Holder.optimizer_state`.
+        state: :meth:`llava_moslora.training.optimizer_state.TrainState.optimizer_state`.
     """
     untouched = [name for name in trained_parameters(model) if not any(k.startswith(name + ".") for k in state)]
     save_file(state, folder / OPTIMIZER_FILE, metadata={"format": "pt"})

@@ -11,13 +11,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files import publish
+from llava_moslora.files.manifest import MANIFEST
 from llava_moslora.inference.load import EXPORT
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
-from llava_moslora.runs import publish
-from llava_moslora.runs.manifest import MANIFEST
 from llava_moslora.runs.record import RUN, TOKENIZER, is_run
-from llava_moslora.training import metrics
 from llava_moslora.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava_moslora.training.callbacks import metrics
 
 DATA_REPORT = "data"
 # Everything that a run writes, by its path in the run folder; NAMES are the first parts of these paths, but for

@@ -16,8 +16,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from llava_moslora.errors import Refusal
-from llava_moslora.runs import publish
-from llava_moslora.runs.manifest import stated
+from llava_moslora.files import publish
+from llava_moslora.files.manifest import read_facts
 from llava_moslora.runs.record import RUN, check_seed, read_run
 from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
 
@@ -99,7 +99,7 @@ def _checkpoint_to_resume(run: Path, settings: dict, facts: dict, allow_change: 
         print(f"skipped: {refusal.line()}", flush=True)
     changed = changes(record["settings"], settings)
     if checkpoint is not None:
-        manifest = stated(checkpoint)
+        manifest = read_facts(checkpoint)
         check_seed(record, checkpoint, manifest)
         changed |= {name: (manifest.get(name), now) for name, now in facts.items() if manifest.get(name) != now}
     changed = {name: both for name, both in changed.items() if name not in allow_change}

@@ -16,20 +16,26 @@ from llava_moslora.adapters.kernel import triton_wanted
 from llava_moslora.data.loader import Batches
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
+from llava_moslora.files import publish
+from llava_moslora.files.manifest import read_facts, write_json
 from llava_moslora.models.assemble import PROJECTOR, VISION
-from llava_moslora.runs import publish
-from llava_moslora.runs.manifest import stated, write_json
 from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.callbacks.adapter_stats import AdapterStats
+from llava_moslora.training.callbacks.metrics import Metrics
+from llava_moslora.training.callbacks.preemption import contact, ignore_signals
+from llava_moslora.training.callbacks.progress import Progress
 from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
-from llava_moslora.training.guards import FiniteGuard, check_labels, out_of_memory
-from llava_moslora.training.health import Health
-from llava_moslora.training.host_time import clear_trained_gradients, switch_mode_once
-from llava_moslora.training.metrics import Metrics
-from llava_moslora.training.pause import contact, ignore_signals
-from llava_moslora.training.progress import Progress
-from llava_moslora.training.speed import Speed
-from llava_moslora.training.state import Holder, frozen_mixers, random_state, set_random_state, trained_parameters
-from llava_moslora.training.watch import Watch
+from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
+from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
+from llava_moslora.training.optimizer_state import (
+    TrainState,
+    frozen_mixers,
+    random_state,
+    set_random_state,
+    trained_parameters,
+)
+from llava_moslora.training.throughput import Throughput
+from llava_moslora.training.watchdog import Watchdog
 
 
 class MosLoraTrainer(Trainer):
@@ -58,15 +64,15 @@ class MosLoraTrainer(Trainer):
 
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             fuse_layers(inner.model.language_model)
-        self.guard = FiniteGuard(Path(self.args.output_dir))
-        self.speed = Speed(self.model, self.args.device)
+        self.guard = FiniteCheck(Path(self.args.output_dir))
+        self.speed = Throughput(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # of callbacks, for the next row of the log
         for theirs in (PrinterCallback, ProgressCallback, TensorBoardCallback):
             self.pop_callback(theirs)
         self.add_callback(Progress(self))
         self.add_callback(Metrics(Path(self.args.output_dir), tensorboard="tensorboard" in self.args.report_to))
         if self.args.health_steps:
-            self.add_callback(Health(self, self.args.health_steps))
+            self.add_callback(AdapterStats(self, self.args.health_steps))
 
     def get_train_dataloader(self) -> Batches:
         """Our batches, not handed to accelerate: it would reshard and pad an order that is already exact."""
@@ -85,7 +91,7 @@ class MosLoraTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None):
         try:
-            with Watch(self.args.ddp_timeout) as self.watch, contact(self.watch.gone):
+            with Watchdog(self.args.ddp_timeout) as self.watch, contact(self.watch.gone):
                 return super().train(resume_from_checkpoint)
         finally:
             if self.batches is not None:
@@ -208,9 +214,9 @@ class MosLoraTrainer(Trainer):
         if publish.rank() == 0 and self.args.save_total_limit:
             publish.prune(run, self.args.save_total_limit)
 
-    def _holder(self) -> Holder:
+    def _holder(self) -> TrainState:
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
-        return Holder(self.model, getattr(self.optimizer, "optimizer", self.optimizer), engine)
+        return TrainState(self.model, getattr(self.optimizer, "optimizer", self.optimizer), engine)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """As theirs, but the state comes from our portable checkpoint instead of DeepSpeed's or torch's pickles."""
@@ -246,7 +252,7 @@ class MosLoraTrainer(Trainer):
         """This rank's random streams as they were; a rank that is new (other world size) keeps its seeded ones."""
         if checkpoint is not None:
             file = Path(checkpoint) / f"random-{self.args.process_index}.json"
-            if stated(Path(checkpoint))["world_size"] == self.args.world_size:
+            if read_facts(Path(checkpoint))["world_size"] == self.args.world_size:
                 set_random_state(json.loads(file.read_text(encoding="utf-8")))
 
 

@@ -11,7 +11,7 @@ from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.errors import Refusal
 
 bnb = pytest.importorskip("bitsandbytes")
-quantised = pytest.importorskip("llava_moslora.adapters.quantised")
+quantised = pytest.importorskip("llava_moslora.adapters.bnb")
 
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])

@@ -11,7 +11,7 @@ from peft.tuners.lora import Linear
 
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.fold import LowRank, delta, fold, folded, merge, save
-from llava_moslora.adapters.reading import read_adapter
+from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal
 
 IDS = torch.arange(1, 21)[None]

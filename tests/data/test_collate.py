@@ -1,4 +1,4 @@
-"""Batches: shapes, padding, pictures in the order of their placeholders, errors that name the record."""
+"""Batches: shapes, padding, images in the order of their placeholders, errors that name the record."""
 
 import pickle
 
@@ -22,8 +22,8 @@ def row(length, images=(), record=0, id="r"):
             "number": record, "id": id}  # fmt: skip
 
 
-def test_batch(picture_folder):
-    collate = Collator(99, picture_folder, TRANSFORM)
+def test_batch(image_folder):
+    collate = Collator(99, image_folder, TRANSFORM)
     batch = collate([row(3, ["1.png", "0.png"], 7), row(5, [], 8), row(2, ["2.png"], 9)])
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()} == {
         "input_ids": (torch.int64, (3, 5)),
@@ -38,18 +38,18 @@ def test_batch(picture_folder):
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, -100], [-100, 2, 3, 4, 5], [-100, 2, -100, -100, -100]]
     assert batch["record"].tolist() == [7, 8, 9]
     for pixels, name in zip(batch["pixel_values"], ["1.png", "0.png", "2.png"], strict=True):
-        assert torch.equal(pixels, TRANSFORM(load_image(name, picture_folder)))
+        assert torch.equal(pixels, TRANSFORM(load_image(name, image_folder)))
 
 
-def test_positions_are_counted_in_the_flattened_batch(picture_folder):
-    """Of labels, but for a line's first token; of placeholders, in the order of the pictures; packed lines too."""
+def test_positions_are_counted_in_the_flattened_batch(image_folder):
+    """Of labels, but for a line's first token; of placeholders, in the order of the images; packed lines too."""
     one, two = row(4, ["1.png"], 7), row(3, ["0.png"], 8)
     one["input_ids"], two["input_ids"] = [1, 60, 60, 4], [60, 60, 5]
     two["labels"] = [9, -100, 5]
-    for pack_to, labels, pictures in [(None, [1, 2, 3, 6], [1, 2, 4, 5]), (8, [1, 2, 3, 4, 6], [1, 2, 4, 5])]:
-        batch = Collator(99, picture_folder, TRANSFORM, pack_to=pack_to, image_token_id=60)([one, two])
+    for pack_to, labels, images in [(None, [1, 2, 3, 6], [1, 2, 4, 5]), (8, [1, 2, 3, 4, 6], [1, 2, 4, 5])]:
+        batch = Collator(99, image_folder, TRANSFORM, pack_to=pack_to, image_token_id=60)([one, two])
         assert batch["label_positions"].tolist() == labels
-        assert batch["image_positions"].tolist() == pictures
+        assert batch["image_positions"].tolist() == images
     text = Collator(99, None, TRANSFORM, image_token_id=60)([row(3)])
     assert "image_positions" not in text
 
@@ -58,8 +58,8 @@ def test_text_only_batch_has_no_pixels():
     assert "pixel_values" not in Collator(0, None, TRANSFORM)([row(3), row(4)])
 
 
-def test_errors_name_the_record(picture_folder):  # D21
-    collate = Collator(0, picture_folder, TRANSFORM)
+def test_errors_name_the_record(image_folder):  # D21
+    collate = Collator(0, image_folder, TRANSFORM)
     with pytest.raises(Refusal, match=r"\[I-MISSING\] .*nope.png:record 41 id=abc"):
         collate([row(3), row(3, ["nope.png"], 41, "abc")])
     masked = row(3, record=42, id="abc") | {"labels": [-100] * 3}
@@ -68,31 +68,31 @@ def test_errors_name_the_record(picture_folder):  # D21
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_worker_names_the_record_too(picture_folder, workers):
+def test_a_worker_names_the_record_too(image_folder, workers):
     """R7: the refusal's text crosses the process boundary."""
     rows = [row(3, ["0.png"], k, f"id{k}") for k in range(6)]
     rows[4]["images"] = ["broken.png"]
-    (picture_folder / "broken.png").write_bytes((picture_folder / "0.png").read_bytes()[:60])
-    loader = DataLoader(rows, batch_size=2, collate_fn=Collator(0, picture_folder, TRANSFORM), num_workers=workers)
-    with pytest.raises(Exception, match=r"\[I-DECODE\] .*record 4 id=id4:image: the picture is damaged"):
+    (image_folder / "broken.png").write_bytes((image_folder / "0.png").read_bytes()[:60])
+    loader = DataLoader(rows, batch_size=2, collate_fn=Collator(0, image_folder, TRANSFORM), num_workers=workers)
+    with pytest.raises(Exception, match=r"\[I-DECODE\] .*record 4 id=id4:image: the image is damaged"):
         list(loader)
 
 
-def test_collator_is_small_to_send_to_workers(picture_folder):
-    collate = pickle.loads(pickle.dumps(Collator(0, picture_folder, TRANSFORM)))
+def test_collator_is_small_to_send_to_workers(image_folder):
+    collate = pickle.loads(pickle.dumps(Collator(0, image_folder, TRANSFORM)))
     assert collate([row(3, ["0.png"])])["pixel_values"].shape == (1, 3, 8, 8)
 
 
-def test_packed_lines(picture_folder):
+def test_packed_lines(image_folder):
     rows = [row(3, ["1.png"], 7), row(5, [], 8), row(2, ["2.png"], 9), row(4, ["0.png"], 10)]
-    batch = Collator(99, picture_folder, TRANSFORM, pack_to=8)(rows)
+    batch = Collator(99, image_folder, TRANSFORM, pack_to=8)(rows)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 1, 2], [1, 2, 3, 4, 1, 2, 3]]  # two lines, both of 7
     assert batch["labels"].tolist() == [[-100, 2, 3, 4, 5, -100, 2], [-100, 2, 3, 4, -100, 2, 3]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1], [0, 1, 2, 3, 0, 1, 2]]
     assert "attention_mask" not in batch
     assert batch["record"].tolist() == [8, 9, 10, 7] and batch["lengths"].tolist() == [5, 2, 4, 3]
     for pixels, name in zip(batch["pixel_values"], ["2.png", "0.png", "1.png"], strict=True):
-        assert torch.equal(pixels, TRANSFORM(load_image(name, picture_folder)))
+        assert torch.equal(pixels, TRANSFORM(load_image(name, image_folder)))
 
 
 def test_the_padding_of_packed_lines_is_a_record_of_its_own():
@@ -161,7 +161,7 @@ def test_packed_loss_equals_the_unpacked_one(attention):
     assert not torch.equal(before[0, :12], after[0, :12])
 
 
-def test_packed_llava_keeps_every_picture_with_its_record(picture_folder):
+def test_packed_llava_keeps_every_image_with_its_record(image_folder):
     torch.manual_seed(0)
     text = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     vision = CLIPVisionConfig(
@@ -177,7 +177,7 @@ def test_packed_llava_keeps_every_picture_with_its_record(picture_folder):
         rows.append(one)
     losses = []
     for pack_to in (None, 16, 24, 100):
-        batch = Collator(0, picture_folder, TRANSFORM, pack_to=pack_to)(rows)
+        batch = Collator(0, image_folder, TRANSFORM, pack_to=pack_to)(rows)
         for ours_only in ("record", "lengths", "label_positions"):
             del batch[ours_only]
         losses.append(model(**batch, use_cache=False).loss.item())
@@ -190,8 +190,8 @@ def test_left_padding():
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
-def test_sixteen_bit_and_transparent_pictures_pass_through(picture_folder):
-    Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16)).save(picture_folder / "deep.png")
-    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(picture_folder / "clear.png")
-    pixels = Collator(0, picture_folder, TRANSFORM)([row(2, ["deep.png", "clear.png"])])["pixel_values"]
+def test_sixteen_bit_and_transparent_images_pass_through(image_folder):
+    Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16)).save(image_folder / "deep.png")
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(image_folder / "clear.png")
+    pixels = Collator(0, image_folder, TRANSFORM)([row(2, ["deep.png", "clear.png"])])["pixel_values"]
     assert torch.equal(pixels[0], pixels[1])  # both white

@@ -1,4 +1,4 @@
-"""Thousands of damaged data files and pictures: a result or a typed refusal, in less than a second each."""
+"""Thousands of damaged data files and images: a result or a typed refusal, in less than a second each."""
 
 import io
 import json
@@ -94,7 +94,7 @@ def test_damaged_data_files(tmp_path, content):
     read_all(path)
 
 
-def pictures() -> dict[str, bytes]:
+def images() -> dict[str, bytes]:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8))
     frames = [noise, noise.rotate(180)]
     made = {}
@@ -117,13 +117,13 @@ def pictures() -> dict[str, bytes]:
     return made
 
 
-PICTURES = pictures()
+IMAGES = images()
 
 
-@pytest.mark.parametrize("kind", PICTURES)
+@pytest.mark.parametrize("kind", IMAGES)
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's about damaged TIFF tags
-def test_damaged_pictures(tmp_path, kind):
-    @given(content=damaged(PICTURES[kind]))
+def test_damaged_images(tmp_path, kind):
+    @given(content=damaged(IMAGES[kind]))
     @settings(FUZZ, max_examples=250)
     def load(content):
         (tmp_path / "x").write_bytes(content)

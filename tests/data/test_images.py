@@ -1,4 +1,4 @@
-"""The bad-input table of the pictures (I1 to I17), and the transforms against transformers' PIL processors."""
+"""The bad-input table of the images (I1 to I17), and the transforms against transformers' PIL processors."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_moslora.data import images, pixels
+from llava_moslora.data import image_transform, images
 from llava_moslora.data.images import ImageTransform, check_image, load_image
 from llava_moslora.errors import Refusal
 
@@ -23,13 +23,13 @@ NOISE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 @pytest.fixture
 def root(tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     (folder / "deep").mkdir(parents=True)
     Image.fromarray(NOISE).save(folder / "deep" / "ok.png")
     return folder
 
 
-def test_a_good_picture(root):
+def test_a_good_image(root):
     image = load_image("deep/ok.png", root)
     assert image.mode == "RGB"
     assert np.array_equal(np.asarray(image), NOISE)
@@ -58,7 +58,7 @@ NAMES = [
     (
         "I1",
         "nope.png",
-        r"\[I-MISSING\] .*nope.png:record 3 id=x:image: there is no such picture; .*check --image_folder",
+        r"\[I-MISSING\] .*nope.png:record 3 id=x:image: there is no such image; .*check --image_folder",
     ),
     ("I1", "deep/ok.png/x", r"\[I-MISSING\]"),
     ("I12", "/etc/passwd", r"\[I-PATH\] .*leads out of the image folder; found /etc/passwd"),
@@ -74,7 +74,7 @@ NAMES = [
     ("I15", "data:image/png;base64,AAAA", r"\[I-PATH\] .*never from a URL"),
     ("I15", "S3://bucket/x.png", r"\[I-PATH\] .*never from a URL"),
     ("I15", "data:,AA;,", r"\[I-MISSING\]"),
-    ("I15", "vg:nope.png", r"\[I-MISSING\] .*there is no such picture; found vg:nope.png"),
+    ("I15", "vg:nope.png", r"\[I-MISSING\] .*there is no such image; found vg:nope.png"),
     ("I15", "//host/share/x.png", r"\[I-PATH\] .*never from a URL"),
     ("I16", "no\nsuch\x1b[31m\u202egnp.png", r"\[I-MISSING\] .*no\\nsuch\\x1b\[31m\\u202egnp.png"),
 ]
@@ -123,10 +123,10 @@ def encoded(kind: str, image: Image.Image | None = None, **options: object) -> b
 
 FILES = [
     ("I2", b"", r"\[I-FORMAT\] .*the file is empty"),
-    ("I2", b"hello", r"\[I-FORMAT\] .*not a picture in a known format; .*expected JPEG \| PNG \| WEBP"),
-    ("I2", b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"\[I-FORMAT\] .*not a picture"),
-    ("I3", encoded("JPEG")[:-200], r"\[I-DECODE\] .*the picture is damaged; found OSError: .*truncated"),
-    ("I3", encoded("PNG")[:-200], r"\[I-DECODE\] .*the picture is damaged"),
+    ("I2", b"hello", r"\[I-FORMAT\] .*not an image in a known format; .*expected JPEG \| PNG \| WEBP"),
+    ("I2", b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"\[I-FORMAT\] .*not an image"),
+    ("I3", encoded("JPEG")[:-200], r"\[I-DECODE\] .*the image is damaged; found OSError: .*truncated"),
+    ("I3", encoded("PNG")[:-200], r"\[I-DECODE\] .*the image is damaged"),
     ("I3", encoded("JPEG")[:30], r"\[I-FORMAT\]|\[I-DECODE\]"),
     ("I3", encoded("WEBP")[:-200], r"\[I-FORMAT\]|\[I-DECODE\]"),
     ("I6", encoded("TIFF", Image.fromarray(NOISE[..., 0].astype(np.float32))), r"\[I-MODE\] .*floating-point pixels"),
@@ -136,10 +136,10 @@ FILES = [
     (
         "I11",
         png_header(20000, 1),
-        r"\[I-SHAPE\] .*the picture is a line; found 20000×1; expected sides no more than 1:200",
+        r"\[I-SHAPE\] .*the image is a line; found 20000×1; expected sides no more than 1:200",
     ),
     ("I11", png_header(1, 201), r"\[I-SHAPE\]"),
-    ("I17", encoded("EPS"), r"\[I-FORMAT\] .*not a picture in a known format"),
+    ("I17", encoded("EPS"), r"\[I-FORMAT\] .*not an image in a known format"),
     ("I17", encoded("PDF"), r"\[I-FORMAT\]"),
     ("I17", encoded("ICO"), r"\[I-FORMAT\]"),
     ("I17", b"SIMPLE  =                    T" + b" " * 2850, r"\[I-FORMAT\]"),  # FITS
@@ -242,9 +242,9 @@ SIZES = [(64, 48), (48, 64), (33, 33), (34, 33), (1, 1), (7, 200), (200, 7), (64
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("mode", "reference"), [("crop", CLIPImageProcessorPil), ("pad", LlavaImageProcessorPil)])
-@pytest.mark.parametrize("strip", [pixels.STRIP, 300])
+@pytest.mark.parametrize("strip", [image_transform.STRIP, 300])
 def test_pixels_equal_transformers(tower, monkeypatch, size, mode, reference, strip):
-    monkeypatch.setattr(pixels, "STRIP", strip)
+    monkeypatch.setattr(image_transform, "STRIP", strip)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     ours = ImageTransform.from_tower(tower, mode)(image)
     theirs = reference(size={"shortest_edge": 33}, crop_size={"height": 33, "width": 33}, do_pad=mode == "pad")
@@ -318,14 +318,12 @@ def test_old_and_new_config_files(tmp_path):
 
 
 def test_tower_refusals(tmp_path, tower):
-    with pytest.raises(
-        Refusal, match=r"\[K-VISION\] .*does not say how pictures are prepared.*preprocessor_config.json"
-    ):
+    with pytest.raises(Refusal, match=r"\[K-VISION\] .*does not say how images are prepared.*preprocessor_config.json"):
         ImageTransform.from_tower(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"size": 33, "image_std": [1, 1, 1]}')
-    with pytest.raises(Refusal, match=r"\[K-VISION\] .*image_mean: the picture settings lack a key"):
+    with pytest.raises(Refusal, match=r"\[K-VISION\] .*image_mean: the image settings lack a key"):
         ImageTransform.from_tower(tmp_path)
-    with pytest.raises(Refusal, match=r"\[C-MODE\] --image_aspect_ratio: unknown picture mode; found square"):
+    with pytest.raises(Refusal, match=r"\[C-MODE\] --image_aspect_ratio: unknown image mode; found square"):
         ImageTransform.from_tower(tower, "square")
 
 

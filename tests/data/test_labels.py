@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from llava_moslora.data.conversation import encode, show_labels
 from llava_moslora.data.records import read_records
+from llava_moslora.text.conversation import encode, show_labels
 
 # Three of EasyVQA, as the demo writes them, and three in the forms that LLaVA's mix665k has.
 RECORDS = """[
@@ -46,8 +46,8 @@ def test_masks(tiny, tmp_path, number):
     path = tmp_path / "data.json"
     path.write_text(RECORDS, "utf-8")
     record = list(read_records(path))[number]
-    pictures = [2] * len(record.images)
-    encoded = encode(record.turns, tokenizer=tiny("chatml"), template="chatml", image_tokens=pictures)
+    images = [2] * len(record.images)
+    encoded = encode(record.turns, tokenizer=tiny("chatml"), template="chatml", image_tokens=images)
     shown = show_labels(encoded, tiny("chatml"), colour=False)
     print(shown)
     assert shown == CHATML[number]

@@ -1,4 +1,4 @@
-"""Batches on two ranks: when one cannot read a picture, both end with the refusal that names the record."""
+"""Batches on two ranks: when one cannot read an image, both end with the refusal that names the record."""
 
 import multiprocessing
 import os
@@ -56,7 +56,7 @@ class Killed(Broken):
 def _rank(rank, store, folder, kind, workers, told):
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     data, collator = rows(16), None
-    if rank == 1 and kind == "picture":
+    if rank == 1 and kind == "image":
         data[7]["images"] = ["broken.png"]  # a disk of its own: rank 0 could read it
     if rank == 0 and kind in ("defect", "killed"):
         collator = (Broken if kind == "defect" else Killed)(0, folder, TRANSFORM)
@@ -91,33 +91,33 @@ def two_ranks(folder, tmp_path, kind, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_rank_names_the_record_of_one(picture_folder, tmp_path, workers):  # R7
-    (picture_folder / "broken.png").write_bytes((picture_folder / "0.png").read_bytes()[:60])
-    first, second = two_ranks(picture_folder, tmp_path, "picture", workers)
+def test_every_rank_names_the_record_of_one(image_folder, tmp_path, workers):  # R7
+    (image_folder / "broken.png").write_bytes((image_folder / "0.png").read_bytes()[:60])
+    first, second = two_ranks(image_folder, tmp_path, "image", workers)
     assert first[0] == [0, 2] and second[0] == [1, 3]  # both stopped before the same batch
     for _, refusal in (first, second):
         assert (refusal.code, refusal.record, refusal.record_id, refusal.exit_status) == ("I-DECODE", 7, "id7", 2)
-        assert "broken.png:record 7 id=id7:image: the picture is damaged" in refusal.line()
+        assert "broken.png:record 7 id=id7:image: the image is damaged" in refusal.line()
 
 
 @pytest.mark.parametrize(("kind", "code", "words"), [
     ("defect", "R-BATCH", "ZeroDivisionError: by nothing; records 4 (id4), 6 (id6)"),
-    ("killed", "E-WORKER", "a process that reads pictures died"),
+    ("killed", "E-WORKER", "a process that reads images died"),
 ])  # fmt: skip
-def test_other_ends_of_a_worker(picture_folder, tmp_path, kind, code, words):
-    (first, _), (second, _) = found = two_ranks(picture_folder, tmp_path, kind, workers=1)
+def test_other_ends_of_a_worker(image_folder, tmp_path, kind, code, words):
+    (first, _), (second, _) = found = two_ranks(image_folder, tmp_path, kind, workers=1)
     assert len(first) == len(second) <= 2  # what a killed worker held ready is lost with it
     for _, refusal in found:
         assert refusal.code == code and words in refusal.line()
 
 
-def test_whole_epochs_on_two_ranks(picture_folder, tmp_path):
-    first, second = two_ranks(picture_folder, tmp_path, "good", workers=2)
+def test_whole_epochs_on_two_ranks(image_folder, tmp_path):
+    first, second = two_ranks(image_folder, tmp_path, "good", workers=2)
     assert first == (list(range(0, 16, 2)), None) and second == (list(range(1, 16, 2)), None)
 
 
-def test_workers_live_on_and_the_cursor_is_heeded(picture_folder):
-    loader = batches(rows(16), picture_folder, workers=1, prefetch=3)
+def test_workers_live_on_and_the_cursor_is_heeded(image_folder):
+    loader = batches(rows(16), image_folder, workers=1, prefetch=3)
     assert loader.persistent_workers and loader.prefetch_factor == 3
     assert [batch["record"].tolist() for batch in loader] == [[k, k + 1] for k in range(0, 16, 2)]
     loader.batch_sampler.start_at(6)
@@ -160,7 +160,7 @@ def alone(folder, prepare=lambda: None, collator=None, workers=2):
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_a_worker_that_is_killed_during_a_step(picture_folder, other):
+def test_a_worker_that_is_killed_during_a_step(image_folder, other):
     """The signal of its death comes while something else runs; the next batch tells. Also where another loader of
     torch has put its handler there."""
 
@@ -171,30 +171,30 @@ def test_a_worker_that_is_killed_during_a_step(picture_folder, other):
             assert list(DataLoader([1, 2], num_workers=1))
             assert callable(signal.getsignal(signal.SIGCHLD))
 
-    _, error = alone(picture_folder, prepare, collator=Killed(0, picture_folder, TRANSFORM))
+    _, error = alone(image_folder, prepare, collator=Killed(0, image_folder, TRANSFORM))
     assert isinstance(error, Refusal) and error.code == "E-WORKER", error
 
 
 @pytest.mark.parametrize("more", [2, 14])
-def test_too_few_open_files(picture_folder, more):
+def test_too_few_open_files(image_folder, more):
     def limit():
         used = max(map(int, os.listdir("/proc/self/fd")))
         while os.open(os.devnull, os.O_RDONLY) < used:  # the gaps
             pass
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 2 + more, used + 2 + more))
 
-    _, error = alone(picture_folder, limit)
+    _, error = alone(image_folder, limit)
     assert isinstance(error, Refusal) and error.code in ("E-WORKER", "E-FILES") and "ulimit -n" in error.line(), error
 
 
-def test_a_small_shared_memory(picture_folder):
+def test_a_small_shared_memory(image_folder):
     def full():
         def share(_tensor):
             raise RuntimeError("unable to write to file </torch_1_2>: No space left on device (28)")
 
         torch.UntypedStorage._share_fd_cpu_ = torch.UntypedStorage.share_memory_ = torch.Tensor.share_memory_ = share
 
-    _, error = alone(picture_folder, full)
+    _, error = alone(image_folder, full)
     assert isinstance(error, Refusal) and error.code == "E-WORKER" and "/dev/shm" in error.line(), error
 
 
@@ -203,9 +203,9 @@ class Unsendable(Collator):
         return super().__call__(rows) | {"lock": threading.Lock()}
 
 
-def test_a_batch_that_cannot_be_handed_on(picture_folder):
+def test_a_batch_that_cannot_be_handed_on(image_folder):
     """Python prints such an error in the worker, and lets the main process wait."""
-    _, error = alone(picture_folder, collator=Unsendable(0, picture_folder, TRANSFORM))
+    _, error = alone(image_folder, collator=Unsendable(0, image_folder, TRANSFORM))
     assert isinstance(error, Refusal) and error.code == "E-WORKER", error
 
 
@@ -214,8 +214,8 @@ def _ignore(_worker):
 
 
 @pytest.mark.parametrize("persistent", [True, False])
-def test_closing_ends_workers_that_ignore_signals(picture_folder, persistent):
-    loader = batches(rows(16), picture_folder, workers=1, persistent=persistent, worker_init=_ignore)
+def test_closing_ends_workers_that_ignore_signals(image_folder, persistent):
+    loader = batches(rows(16), image_folder, workers=1, persistent=persistent, worker_init=_ignore)
     running = iter(loader)
     next(running)
     assert len(multiprocessing.active_children()) == 1
@@ -223,10 +223,10 @@ def test_closing_ends_workers_that_ignore_signals(picture_folder, persistent):
     assert not multiprocessing.active_children()
 
 
-def test_iterating_leaves_the_random_stream_alone(picture_folder):
+def test_iterating_leaves_the_random_stream_alone(image_folder):
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    assert len(list(batches(rows(8), picture_folder))) == 4
+    assert len(list(batches(rows(8), image_folder))) == 4
     assert torch.equal(state, torch.get_rng_state())
 
 

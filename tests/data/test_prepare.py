@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from llava_moslora.data import parts
 from llava_moslora.data import prepare as module
-from llava_moslora.data.conversation import IGNORE_INDEX, show_labels
-from llava_moslora.data.conversation import Encoded as Pair
+from llava_moslora.data import tokenise
 from llava_moslora.data.prepare import check_template, keys_of, prepare, report_of
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
+from llava_moslora.text.conversation import IGNORE_INDEX, show_labels
+from llava_moslora.text.conversation import Encoded as Pair
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 
 def record(text="<image>\nWhat?", answer="A cat.", image="0.png", id="r"):
@@ -26,14 +26,14 @@ def record(text="<image>\nWhat?", answer="A cat.", image="0.png", id="r"):
 
 
 @pytest.fixture
-def build(tiny, write_json, picture_folder, tmp_path):
-    """``build(records, ...)``: prepare them with the tiny ChatML tokenizer and 4 tokens per picture."""
+def build(tiny, write_json, image_folder, tmp_path):
+    """``build(records, ...)``: prepare them with the tiny ChatML tokenizer and 4 tokens per image."""
 
     def builder(records, name="data.json", **options):
         path = records if isinstance(records, os.PathLike) else write_json(records, name)
         settings = {"tokenizer": tiny("chatml"), "template": "chatml", "tokens_per_image": 4, "max_length": 200,
                     "cache_dir": tmp_path / "cache"}  # fmt: skip
-        images = options.pop("image_folder", picture_folder)
+        images = options.pop("image_folder", image_folder)
         return prepare(path, images, **(settings | options))
 
     return builder
@@ -53,14 +53,14 @@ def test_rows(build, tiny):
     assert rows["record"][:] == [0, 1, 2]
     assert rows["has_image"][:] == [True, False, True]
     assert rows["trained"][:] == [sum(label >= 0 for label in labels) for labels in rows["labels"]]
-    for row, pictures in zip(rows, [1, 0, 2], strict=True):
+    for row, images in zip(rows, [1, 0, 2], strict=True):
         assert row["length"] == len(row["input_ids"]) == len(row["labels"])
-        assert row["input_ids"].count(image_token_id(tiny("chatml"))) == 4 * pictures
+        assert row["input_ids"].count(image_token_id(tiny("chatml"))) == 4 * images
     shown = show_labels(Pair(rows[0]["input_ids"], rows[0]["labels"], ()), tiny("chatml"), colour=False)
     assert shown == ("<|im_start|>user\n<image>×4\nWhat?<|im_end|>\n<|im_start|>assistant\n⟦A cat.<|im_end|>⟧\n")
     report = report_of(rows)
-    assert {k: report[k] for k in ("records", "kept", "with_pictures", "tokens")} == {
-        "records": 3, "kept": 3, "with_pictures": 2, "tokens": sum(rows["length"])
+    assert {k: report[k] for k in ("records", "kept", "with_images", "tokens")} == {
+        "records": 3, "kept": 3, "with_images": 2, "tokens": sum(rows["length"])
     }  # fmt: skip
     assert report["problems"] == []
 
@@ -145,7 +145,7 @@ def test_a_question_that_does_not_fit_leaves_the_record_out(build, caplog):
 
 
 @pytest.mark.parametrize("limit", range(20, 60))
-def test_no_picture_is_cut_and_no_row_is_without_labels(build, tiny, limit):  # D20
+def test_no_image_is_cut_and_no_row_is_without_labels(build, tiny, limit):  # D20
     try:
         rows = build([rounds(9, 2, image_at=(0, 1)), rounds(30)], max_length=limit)
     except Refusal as refusal:
@@ -158,10 +158,10 @@ def test_no_picture_is_cut_and_no_row_is_without_labels(build, tiny, limit):  # 
 
 
 @pytest.mark.parametrize("limit", [-7, -1, 0, 3, 4])
-def test_a_limit_that_holds_no_picture_is_refused(build, limit):
+def test_a_limit_that_holds_no_image_is_refused(build, limit):
     with pytest.raises(Refusal, match=rf"C-FLAG\] --model_max_length: out of range; found {limit}; expected above 4"):
         build([record()], max_length=limit)
-    if limit > 0:  # text needs no room for a picture
+    if limit > 0:  # text needs no room for an image
         assert len(build([record("hi", "ho", None)], image_folder=None, max_length=40)) == 1
     else:
         with pytest.raises(Refusal, match=rf"--model_max_length: out of range; found {limit}; expected at least 1"):
@@ -194,14 +194,14 @@ def test_fail_policy_looks_at_everything_first(build, caplog, tmp_path, num_proc
     for what in ("record 1 id=1", "record 2 id=2", "record 4 id=4"):
         assert what in caplog.text
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.suffix != ".staging"]
-    with pytest.raises(Refusal, match=r"nope.png:record 1 id=1:image: there is no such picture; found nope.png"):
+    with pytest.raises(Refusal, match=r"nope.png:record 1 id=1:image: there is no such image; found nope.png"):
         build(BAD[:2])
 
 
-def test_a_mended_picture_is_looked_at_again(build, picture_folder):
+def test_a_mended_image_is_looked_at_again(build, image_folder):
     with pytest.raises(Refusal, match="I-MISSING"):
         build([record(image="late.png")])
-    (picture_folder / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    (image_folder / "late.png").write_bytes((image_folder / "0.png").read_bytes())
     assert len(build([record(image="late.png")])) == 1
 
 
@@ -217,12 +217,12 @@ def test_quarantine(build):
         build(BAD, on_bad_record="skip")
 
 
-def test_refusals(build, write_json, picture_folder, tmp_path):
+def test_refusals(build, write_json, image_folder, tmp_path):
     with pytest.raises(Refusal, match=r"\[D-NONE\] .*there are no records: 0 optimizer steps"):  # D24
         build([])
     with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*no such folder; fix: check --image_folder"):
         build([record()], image_folder=tmp_path / "nope")
-    with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*record 0 id=r: the record has a picture but no image folder"):
+    with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*record 0 id=r: the record has an image but no image folder"):
         build([record()], image_folder=None)
     with pytest.raises(Refusal, match=r"\[D-FILE\] .*no such file; fix: check --data_path"):
         build(tmp_path / "nope.json")
@@ -257,9 +257,9 @@ def test_template_that_does_not_fit(tiny, monkeypatch):  # D22
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(build, monkeypatch):
-    monkeypatch.setattr(parts, "PART", 2)
+    monkeypatch.setattr(tokenise, "PART", 2)
     records = [record(id=str(k)) for k in range(9)]
-    done, work = [], parts._work
+    done, work = [], tokenise._work
 
     def stop_at_two(task):
         if task.number == 2:
@@ -270,10 +270,10 @@ def test_an_interrupted_build_goes_on_where_it_stopped(build, monkeypatch):
         done.append((task.number, not task.records))
         return work(task)
 
-    monkeypatch.setattr(parts, "_work", stop_at_two)
+    monkeypatch.setattr(tokenise, "_work", stop_at_two)
     with pytest.raises(KeyboardInterrupt):
         build(records)
-    monkeypatch.setattr(parts, "_work", note)
+    monkeypatch.setattr(tokenise, "_work", note)
     rows = build(records)
     assert rows["id"][:] == [str(k) for k in range(9)]
     assert done == [(0, True), (1, True), (2, False), (3, False), (4, False)]
@@ -287,14 +287,14 @@ def _prepare_in_child(path, images, tokenizer, cache, results):
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_several_processes_at_once(build, tiny, write_json, picture_folder, tmp_path, damaged):
+def test_several_processes_at_once(build, tiny, write_json, image_folder, tmp_path, damaged):
     records = [record(id=str(k)) for k in range(300)]
     path = write_json(records)
     if damaged:
         flip(Path(build(records, max_length=99).cache_files[0]["filename"]))
     context = multiprocessing.get_context("fork")
     results = context.Queue()
-    arguments = (path, picture_folder, tiny("chatml"), tmp_path / "cache", results)
+    arguments = (path, image_folder, tiny("chatml"), tmp_path / "cache", results)
     children = [context.Process(target=_prepare_in_child, args=arguments) for _ in range(4)]
     for child in children:
         child.start()
@@ -308,15 +308,15 @@ def test_several_processes_at_once(build, tiny, write_json, picture_folder, tmp_
 
 
 def test_a_part_may_end_up_empty(build, monkeypatch):
-    monkeypatch.setattr(parts, "PART", 1)
+    monkeypatch.setattr(tokenise, "PART", 1)
     rows = build([record("q" * 300, "a", None), record(id="a"), record("q" * 300, "a", None)], max_length=100)
     assert rows["id"][:] == ["a"]
 
 
-def test_good_parts_of_another_image_folder_are_checked_again(build, monkeypatch, picture_folder, tmp_path):
-    monkeypatch.setattr(parts, "PART", 1)
+def test_good_parts_of_another_image_folder_are_checked_again(build, monkeypatch, image_folder, tmp_path):
+    monkeypatch.setattr(tokenise, "PART", 1)
     (tmp_path / "others").mkdir()
-    (tmp_path / "others/x.png").write_bytes((picture_folder / "0.png").read_bytes())
+    (tmp_path / "others/x.png").write_bytes((image_folder / "0.png").read_bytes())
     records = [record(image="0.png"), record(image="x.png")]
     with pytest.raises(Refusal, match=r"x.png:record 1"):
         build(records)
@@ -324,28 +324,28 @@ def test_good_parts_of_another_image_folder_are_checked_again(build, monkeypatch
         build(records, image_folder=tmp_path / "others")
 
 
-def test_a_finished_cache_is_checked_in_another_image_folder_once(build, monkeypatch, picture_folder, tmp_path):
+def test_a_finished_cache_is_checked_in_another_image_folder_once(build, monkeypatch, image_folder, tmp_path):
     records = [record(image="0.png"), record(image="1.png"), record(image="2.png")]
     rows = build(records)
     other = tmp_path / "others"
     other.mkdir()
-    (other / "1.png").write_bytes((picture_folder / "1.png").read_bytes())
-    with pytest.raises(Refusal, match=r"0.png:record 0.*no such picture \(and 1 more pictures cannot be used\)"):
+    (other / "1.png").write_bytes((image_folder / "1.png").read_bytes())
+    with pytest.raises(Refusal, match=r"0.png:record 0.*no such image \(and 1 more images cannot be used\)"):
         build(records, image_folder=other)
     for name in ("0.png", "2.png"):
-        (other / name).write_bytes((picture_folder / name).read_bytes())
+        (other / name).write_bytes((image_folder / name).read_bytes())
     assert build(records, image_folder=other)[:] == rows[:]
     monkeypatch.setattr("llava_moslora.data.prepare.check_image", None)
     assert build(records, image_folder=other)[:] == rows[:]
 
 
-def test_a_quarantined_picture_is_looked_at_again(build, picture_folder, tmp_path):
+def test_a_quarantined_image_is_looked_at_again(build, image_folder, tmp_path):
     records = [record(image="late.png", id="0"), *(record(id=str(k)) for k in range(1, 9))]
     quarantine = {"on_bad_record": "quarantine", "max_bad_share": 0.2}
     without = build(records, **quarantine)
     assert without["id"][0] == "1"
     assert keys_of(build(records, **quarantine)) == keys_of(without)
-    (picture_folder / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    (image_folder / "late.png").write_bytes((image_folder / "0.png").read_bytes())
     rows = build(records)  # under the policy "fail"
     assert rows["id"][:] == [str(k) for k in range(9)]
     assert build(records, **quarantine)[:] == rows[:]
@@ -353,45 +353,47 @@ def test_a_quarantined_picture_is_looked_at_again(build, picture_folder, tmp_pat
     assert report_of(rows)["problems"] == []
 
 
-def test_only_parts_with_problems_are_built_again(build, monkeypatch, picture_folder):
-    monkeypatch.setattr(parts, "PART", 2)
+def test_only_parts_with_problems_are_built_again(build, monkeypatch, image_folder):
+    monkeypatch.setattr(tokenise, "PART", 2)
     records = [record(id=str(k), image="late.png" if k == 3 else "0.png") for k in range(9)]
     build(records, on_bad_record="quarantine", max_bad_share=0.2)
-    (picture_folder / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
-    seen, check = [], parts.check_record
-    monkeypatch.setattr(parts, "check_record", lambda raw, index, *rest: seen.append(index) or check(raw, index, *rest))
+    (image_folder / "late.png").write_bytes((image_folder / "0.png").read_bytes())
+    seen, check = [], tokenise.check_record
+    monkeypatch.setattr(
+        tokenise, "check_record", lambda raw, index, *rest: seen.append(index) or check(raw, index, *rest)
+    )
     assert build(records)["id"][:] == [str(k) for k in range(9)]
     assert seen == [2, 3]
 
 
-def test_a_picture_that_is_missing_in_another_folder_is_told_of_that_folder(build, picture_folder, tmp_path):
+def test_an_image_that_is_missing_in_another_folder_is_told_of_that_folder(build, image_folder, tmp_path):
     records = [record(image="late.png", id="0"), *(record(id=str(k)) for k in range(1, 9))]
     build(records, on_bad_record="quarantine", max_bad_share=0.2)
-    other = shutil.copytree(picture_folder, tmp_path / "others")
+    other = shutil.copytree(image_folder, tmp_path / "others")
     for _ in range(2):
-        with pytest.raises(Refusal, match=rf"{other}/late.png:record 0 id=0:image: there is no such picture"):
+        with pytest.raises(Refusal, match=rf"{other}/late.png:record 0 id=0:image: there is no such image"):
             build(records, image_folder=other)
-    with pytest.raises(Refusal, match=rf"{picture_folder}/late.png:record 0 id=0:image: there is no such picture"):
+    with pytest.raises(Refusal, match=rf"{image_folder}/late.png:record 0 id=0:image: there is no such image"):
         build(records)
-    (other / "late.png").write_bytes((picture_folder / "0.png").read_bytes())
+    (other / "late.png").write_bytes((image_folder / "0.png").read_bytes())
     assert len(build(records, image_folder=other)) == 9
-    with pytest.raises(Refusal, match=rf"{picture_folder}/late.png:record 0"):  # here it is still missing
+    with pytest.raises(Refusal, match=rf"{image_folder}/late.png:record 0"):  # here it is still missing
         build(records)
     assert len(build(records, image_folder=other)) == 9
 
 
-def test_pictures_missing_in_another_folder_only_are_quarantined_there(build, picture_folder, tmp_path):
+def test_images_missing_in_another_folder_only_are_quarantined_there(build, image_folder, tmp_path):
     records = [record(image=f"{k % 4}.png", id=str(k)) for k in range(8)]
     quarantine = {"on_bad_record": "quarantine", "max_bad_share": 0.3}
     whole = build(records, **quarantine)
-    other = shutil.copytree(picture_folder, tmp_path / "others")
+    other = shutil.copytree(image_folder, tmp_path / "others")
     (other / "2.png").unlink()
     rows = build(records, image_folder=other, **quarantine)
     assert rows["id"][:] == ["0", "1", "3", "4", "5", "7"]
     assert build(records, **quarantine)[:] == whole[:]
 
 
-def test_a_cache_with_pictures_needs_the_image_folder(build):
+def test_a_cache_with_images_needs_the_image_folder(build):
     build([record()])
     with pytest.raises(Refusal, match=r"I-FOLDER\] .*no image folder was given; fix: give --image_folder"):
         build([record()], image_folder=None)
@@ -420,7 +422,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_built_again(build, monkeypatch, caplog, damage):
-    monkeypatch.setattr(parts, "PART", 2)
+    monkeypatch.setattr(tokenise, "PART", 2)
     records = [record(id=str(k)) for k in range(5)]
     rows = build(records)
     before, folder = rows[:], Path(rows.cache_files[0]["filename"]).parent
@@ -447,18 +449,18 @@ UNFINISHED = {
 @pytest.mark.parametrize("num_proc", [1, 2])
 @pytest.mark.parametrize("damage", UNFINISHED)
 def test_a_damaged_part_of_an_unfinished_build_is_built_again(build, monkeypatch, tmp_path, damage, num_proc):
-    monkeypatch.setattr(parts, "PART", 2)
-    records, work = [record(id=str(k)) for k in range(9)], parts._work
+    monkeypatch.setattr(tokenise, "PART", 2)
+    records, work = [record(id=str(k)) for k in range(9)], tokenise._work
 
     def stop_at_three(task):
         if task.number == 3:
             raise KeyboardInterrupt
         return work(task)
 
-    monkeypatch.setattr(parts, "_work", stop_at_three)
+    monkeypatch.setattr(tokenise, "_work", stop_at_three)
     with pytest.raises(KeyboardInterrupt):
         build(records)
-    monkeypatch.setattr(parts, "_work", work)
+    monkeypatch.setattr(tokenise, "_work", work)
     (staging,) = (tmp_path / "cache").glob("*.staging")
     UNFINISHED[damage](staging / "000001")
     rows = build(records, num_proc=num_proc)
@@ -557,7 +559,7 @@ def report_of_first(rows):
 
 
 def test_a_killed_worker_is_told(build, monkeypatch):
-    monkeypatch.setattr(parts, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(tokenise, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(Refusal, match=r"E-WORKER\] .*a process that tokenises was killed; .*fewer processes"):
         build([record()], num_proc=2)
     monkeypatch.undo()
@@ -565,7 +567,7 @@ def test_a_killed_worker_is_told(build, monkeypatch):
 
 
 def test_many_workers_keep_the_order(build, monkeypatch):
-    monkeypatch.setattr(parts, "PART", 3)
+    monkeypatch.setattr(tokenise, "PART", 3)
     rows = build([record(id=str(k)) for k in range(50)], num_proc=3)
     assert rows["id"][:] == [str(k) for k in range(50)]
     assert json.loads(json.dumps(report_of(rows)))["kept"] == 50

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_moslora.data import json_stream
-from llava_moslora.data.conversation import Turn
 from llava_moslora.data.records import read_records
+from llava_moslora.data.sources import json as json_source
 from llava_moslora.errors import Refusal
+from llava_moslora.text.conversation import Turn
 
 
 def record(text="<image>\nWhat?", answer="A cat.", image="0.png", id="r"):
@@ -27,7 +27,7 @@ def read(tmp_path, monkeypatch):
     """``read(content, window)``: the records of a file with that text or those bytes."""
 
     def reader(content, window=1 << 20):
-        monkeypatch.setattr(json_stream, "WINDOW", window)
+        monkeypatch.setattr(json_source, "WINDOW", window)
         path = tmp_path / "data.json"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return list(read_records(path))
@@ -121,15 +121,15 @@ BAD_RECORDS = [
     ("D12", turns(("system", "x")), r"\[D-ROLE\] .*not in order"),
     ("D13", turns(("human", "<image>"), ("gpt", " \n ")), r"\[D-EMPTY\] .*\[1\].value: the gpt turn is empty"),
     ("D13", turns(("human", ""), ("gpt", "x")), r"\[D-EMPTY\] .*the human turn is empty"),
-    ("D14", bad(image=["0.png", "1.png"]), r"\[D-IMAGES\] .*found 1 <image>; expected 2 for 2 pictures"),
-    ("D14", json.dumps([record("<image><image>")]), r"\[D-IMAGES\] .*found 2 <image>; expected 1 for 1 pictures"),
-    ("D14", json.dumps([record(image=None)]), r"\[D-IMAGES\] .*but no picture; found 1 <image>, 0 pic"),
-    ("D14", json.dumps([record("What?\n<image>", image=None)]), r"\[D-IMAGES\] .*no picture"),
+    ("D14", bad(image=["0.png", "1.png"]), r"\[D-IMAGES\] .*found 1 <image>; expected 2 for 2 images"),
+    ("D14", json.dumps([record("<image><image>")]), r"\[D-IMAGES\] .*found 2 <image>; expected 1 for 1 images"),
+    ("D14", json.dumps([record(image=None)]), r"\[D-IMAGES\] .*but no image; found 1 <image>, 0 im"),
+    ("D14", json.dumps([record("What?\n<image>", image=None)]), r"\[D-IMAGES\] .*no image"),
     ("D14", bad(video="a.mp4"), r"\[D-VIDEO\] .*record 0 id=r:video: videos are not trained on; fix: .*'image', one"),
     ("D14", bad(videos=["a.mp4"]), r"\[D-VIDEO\] .*:videos: videos are not"),
     ("D14", json.dumps([record("<video>\nwhat?", image=None)]), r"\[D-VIDEO\] .*place for a video.*; found <video>"),
     ("D14", json.dumps([record("<image>\nwhat?\n<video>")]), r"\[D-VIDEO\]"),
-    ("D15", json.dumps([record("What?")]), r"\[D-IMAGES\] .*found 0 <image>; expected 1 for 1 pictures"),
+    ("D15", json.dumps([record("What?")]), r"\[D-IMAGES\] .*found 0 <image>; expected 1 for 1 images"),
     ("D15", json.dumps([record("What?", "<image>")]), r"\[D-IMAGES\] .*found 0 <image>"),
     ("D19", json.dumps([record(answer="\ud83d")]), r"\[D-UNICODE\] .*half of a surrogate pair .*found \\ud83d"),
     ("D19", json.dumps([record(image="\udc00")]), r"\[D-UNICODE\] .*half of a surrogate pair"),
@@ -150,7 +150,7 @@ def test_refused(read, case, content, message, window):
 
 def test_a_bad_record_is_named_by_index_and_id(read):
     records = [record(id=k) for k in range(5)]
-    records[3]["conversations"][0]["value"] = "no picture"
+    records[3]["conversations"][0]["value"] = "no image"
     with pytest.raises(Refusal, match=r"data.json:record 3 id=3: the human turns"):
         read(json.dumps(records))
 
@@ -185,7 +185,7 @@ def test_parquet(tmp_path):
     assert found[0].images == ("0.png",)
     assert found[1].images == ()
     assert found[2].turns == (Turn("human", "<image>\nWhat?"), Turn("gpt", "A cat."))
-    rows[2]["conversations"][0]["value"] = "no picture"
+    rows[2]["conversations"][0]["value"] = "no image"
     pq.write_table(pa.Table.from_pylist(rows), path)
     with pytest.raises(Refusal, match=r"data.parquet:record 2 id=2: the human turns"):
         list(read_records(path))
@@ -202,7 +202,7 @@ def test_missing_file(tmp_path):
 
 
 def test_a_record_without_end_is_refused_before_it_fills_memory(read, monkeypatch):
-    monkeypatch.setattr(json_stream, "LONGEST_VALUE", 10_000)
+    monkeypatch.setattr(json_source, "LONGEST_VALUE", 10_000)
     with pytest.raises(Refusal, match="a record has no end; a quote or a bracket is missing"):
         read('[{"id": "' + "x" * 100_000, window=1000)
 
@@ -216,4 +216,4 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert sum(1 for _ in read_records(path)) == 4000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 6 * json_stream.WINDOW
+    assert peak < 6 * json_source.WINDOW

@@ -24,28 +24,28 @@ def talk(question, answer, image=None, id="r"):
 
 
 @pytest.fixture
-def dataset(tiny, write_json, picture_folder, tmp_path):
-    (picture_folder / "coco").mkdir()
-    (picture_folder / "coco/a.png").write_bytes((picture_folder / "1.png").read_bytes())
+def dataset(tiny, write_json, image_folder, tmp_path):
+    (image_folder / "coco").mkdir()
+    (image_folder / "coco/a.png").write_bytes((image_folder / "1.png").read_bytes())
     records = [talk("<image>\nWhat?", "x" * k, "coco/a.png", k) for k in range(1, 7)]
     records += [talk("<image>\nWhat?", "<script>alert(1)</script>", "2.png", "<b>"), talk("hi", "y" * 60, id="t")]
     records += [talk("<image>\nWhat?", "no", "gone.png"), talk("q" * 300, "a")]
     return prepare(
-        write_json(records), picture_folder, tokenizer=tiny("chatml"), template="chatml", tokens_per_image=4,
+        write_json(records), image_folder, tokenizer=tiny("chatml"), template="chatml", tokens_per_image=4,
         max_length=100, cache_dir=tmp_path / "cache", on_bad_record="quarantine", max_bad_share=0.5,
     )  # fmt: skip
 
 
 def test_report(dataset):
     report = data_report(dataset, batch_size=2)
-    assert {k: report[k] for k in ("records", "kept", "with_pictures", "pictures", "left_out", "batch_size")} == {
-        "records": 10, "kept": 8, "with_pictures": 7, "pictures": 7, "left_out": 1, "batch_size": 2
+    assert {k: report[k] for k in ("records", "kept", "with_images", "images", "left_out", "batch_size")} == {
+        "records": 10, "kept": 8, "with_images": 7, "images": 7, "left_out": 1, "batch_size": 2
     }  # fmt: skip
     assert {name: row["records"] for name, row in report["sources"].items()} == {"coco": 6, ".": 1, "text": 1}
     assert sum(row["tokens"] for row in report["sources"].values()) == report["tokens"] == sum(dataset["length"])
     assert sum(row["trained"] for row in report["sources"].values()) == report["trained_tokens"]
     assert report["truncated_share"] == 0.1
-    assert sum(report["lengths"]["with pictures"]["counts"]) == 7
+    assert sum(report["lengths"]["with images"]["counts"]) == 7
     assert sum(report["trained_per_record"]["all"]["counts"]) == 8
     assert set(report["padding_waste"]) == {"shuffle", "modality_length"}
     assert report["problems"][0]["refusal"]["code"] == "I-MISSING"
@@ -81,9 +81,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_page(dataset, tiny, picture_folder, tmp_path):
+def test_page(dataset, tiny, image_folder, tmp_path):
     path = write_report(
-        tmp_path / "report", dataset, tokenizer=tiny("chatml"), image_folder=picture_folder, batch_size=2, title="T & T"
+        tmp_path / "report", dataset, tokenizer=tiny("chatml"), image_folder=image_folder, batch_size=2, title="T & T"
     )
     assert json.loads((tmp_path / "report/report.json").read_text()) == data_report(dataset, batch_size=2)
     content = path.read_text()

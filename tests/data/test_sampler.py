@@ -13,13 +13,13 @@ from llava_moslora.errors import Refusal
 
 RNG = np.random.default_rng(0)
 LENGTHS = RNG.integers(10, 900, 3331)
-PICTURED = RNG.random(3331) < 0.7
+IMAGED = RNG.random(3331) < 0.7
 
 
-def make(world=1, rank=0, accumulation=1, batch=16, lengths=LENGTHS, pictured=PICTURED, **options):
+def make(world=1, rank=0, accumulation=1, batch=16, lengths=LENGTHS, imaged=IMAGED, **options):
     return GlobalBatchSampler(
         lengths,
-        pictured,
+        imaged,
         per_device_batch_size=batch,
         accumulation=accumulation,
         world_size=world,
@@ -88,34 +88,34 @@ def test_pure_function_of_seed_and_epoch():
 def test_parity_with_xtuner_by_hand(monkeypatch):
     """Groups of 4 records (2 global batches of 2), random numbers replaced by "reversed".
 
-    Pictured records 0 to 8, text 9 to 14. Reversed and cut in fours, each group by falling length:
-    pictures [8 7 6 5] [4 3 2 1] [0], text [14 13 12 11] [10 9]. The last groups are merged: [0] + [10 9]. The pure
-    ones, reversed: text, pictures, pictures. The longest text is the first already.
+    Imaged records 0 to 8, text 9 to 14. Reversed and cut in fours, each group by falling length:
+    images [8 7 6 5] [4 3 2 1] [0], text [14 13 12 11] [10 9]. The last groups are merged: [0] + [10 9]. The pure
+    ones, reversed: text, images, images. The longest text is the first already.
     """
     lengths = [5, 1, 4, 2, 3, 80, 60, 70, 50, 9, 8, 30, 10, 40, 20]
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n - 1, -1, -1))
-    one = make(batch=2, lengths=lengths, pictured=[True] * 9 + [False] * 6, group=2)
+    one = make(batch=2, lengths=lengths, imaged=[True] * 9 + [False] * 6, group=2)
     assert one.epoch_order().tolist() == [13, 11, 14, 12, 2, 4, 3, 1, 5, 7, 6, 8, 9, 10, 0, 13]
 
 
 def test_the_longest_comes_first_without_mixing(monkeypatch):
     monkeypatch.setattr(torch, "randperm", lambda n, generator: torch.arange(n))
-    one = make(batch=2, lengths=[1, 2, 3, 4, 9, 5, 50, 60, 70], pictured=[True] * 6 + [False] * 3, group=1)
-    # Groups: [1 0] [3 2] [4 5] and [7 6] [8]; [4 5] and [8] are merged. The longest picture, 4, changes with 1.
+    one = make(batch=2, lengths=[1, 2, 3, 4, 9, 5, 50, 60, 70], imaged=[True] * 6 + [False] * 3, group=1)
+    # Groups: [1 0] [3 2] [4 5] and [7 6] [8]; [4 5] and [8] are merged. The longest image, 4, changes with 1.
     assert one.epoch_order().tolist()[:9] == [4, 0, 3, 2, 7, 6, 8, 1, 5]
 
 
 def test_batches_hold_one_modality_except_the_last_ones():
     one = make(group=50)
-    mixed = [k for k, batch in enumerate(one) if len(set(PICTURED[batch])) == 2]
+    mixed = [k for k, batch in enumerate(one) if len(set(IMAGED[batch])) == 2]
     assert mixed  # the tails of both are merged
     tail = one.global_batches - 2 * 50 - 1
     assert min(mixed) >= tail
 
 
-@pytest.mark.parametrize("pictured", [True, False])
-def test_one_modality(pictured):
-    one = make(pictured=[pictured] * 3331)
+@pytest.mark.parametrize("imaged", [True, False])
+def test_one_modality(imaged):
+    one = make(imaged=[imaged] * 3331)
     ids = one.epoch_order()[:3331]
     assert sorted(ids.tolist()) == list(range(3331))
     assert LENGTHS[ids[0]] == LENGTHS.max()
@@ -151,13 +151,13 @@ def padding_waste(one, lengths):
 
 
 def test_grouping_saves_padding():
-    """Lengths as in mix665k: 94 % pictures of 576 tokens with short talk, the rest long texts, all below 2,048."""
+    """Lengths as in mix665k: 94 % images of 576 tokens with short talk, the rest long texts, all below 2,048."""
     rng = np.random.default_rng(2)
-    pictured = rng.random(60_000) < 0.94
-    text = 30 + np.where(pictured, rng.lognormal(5.0, 0.8, 60_000), rng.lognormal(6.8, 0.8, 60_000)).astype(int)
-    lengths = np.minimum(2048, np.where(pictured, 576 + text, text))
+    imaged = rng.random(60_000) < 0.94
+    text = 30 + np.where(imaged, rng.lognormal(5.0, 0.8, 60_000), rng.lognormal(6.8, 0.8, 60_000)).astype(int)
+    lengths = np.minimum(2048, np.where(imaged, 576 + text, text))
     waste = {
-        name: padding_waste(make(lengths=lengths, pictured=pictured, **options), lengths)
+        name: padding_waste(make(lengths=lengths, imaged=imaged, **options), lengths)
         for name, options in {"50": {"group": 50}, "default": {}, "shuffle": {"order": "shuffle"}}.items()
     }
     assert 0.40 < waste["shuffle"] < 0.45
@@ -167,7 +167,7 @@ def test_grouping_saves_padding():
 
 def test_any_position_of_a_million_records_in_a_second():
     lengths = np.random.default_rng(0).integers(20, 2000, 1_000_000)
-    one = make(world=4, lengths=lengths, pictured=lengths % 7 > 0)
+    one = make(world=4, lengths=lengths, imaged=lengths % 7 > 0)
     one.start_at(15_000)
     begin = time.perf_counter()
     next(iter(one))
@@ -180,6 +180,6 @@ def test_refusals():  # D24
     ):
         make(world=8, accumulation=8, batch=64)  # D24
     with pytest.raises(Refusal, match=r"\[D-FEW\] .*found 0"):
-        make(lengths=[], pictured=[])
+        make(lengths=[], imaged=[])
     with pytest.raises(Refusal, match=r"\[C-ORDER\] .*found random; expected modality_length \| shuffle \| sequential"):
         make(order="random")

@@ -37,10 +37,10 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def build(tiny, tmp_path, picture_folder):
+def build(tiny, tmp_path, image_folder):
     def builder(sources, **options):
         settings = {"tokenizer": tiny("chatml"), "template": "chatml", "tokens_per_image": 4, "max_length": 60}
-        return prepare(sources, picture_folder, cache_dir=tmp_path / "cache", **(settings | options))
+        return prepare(sources, image_folder, cache_dir=tmp_path / "cache", **(settings | options))
 
     return builder
 
@@ -99,12 +99,12 @@ def test_the_same_data_twice_is_refused(build, files):
         build([*files, copy])
 
 
-def test_a_broken_picture_is_named_with_its_file(build, files, picture_folder):
+def test_a_broken_image_is_named_with_its_file(build, files, image_folder):
     rows = build(files)
-    collate = Collator(0, picture_folder, TRANSFORM, data_files=tuple(map(str, files)))
+    collate = Collator(0, image_folder, TRANSFORM, data_files=tuple(map(str, files)))
     assert collate([rows[7]])["record"].tolist() == [7]
-    (picture_folder / "0.png").write_bytes((picture_folder / "0.png").read_bytes()[:60])
-    with pytest.raises(Refusal, match=r"\[I-DECODE\] .*0\.png:record 1 id=b1 of .*b\.jsonl:image: the picture is"):
+    (image_folder / "0.png").write_bytes((image_folder / "0.png").read_bytes()[:60])
+    with pytest.raises(Refusal, match=r"\[I-DECODE\] .*0\.png:record 1 id=b1 of .*b\.jsonl:image: the image is"):
         collate([rows[7]])
 
 
@@ -117,42 +117,42 @@ def test_a_bad_record_in_the_second_file(build, files):
     assert len(build(files, on_bad_record="quarantine", max_bad_share=0.3)) == 14
 
 
-def test_report_of_several_files(build, files, tiny, picture_folder, tmp_path):
+def test_report_of_several_files(build, files, tiny, image_folder, tmp_path):
     rows = build(files)
     report = data_report(rows, batch_size=2, weights=[1, 0.4, 2], group=2)
     assert [(os.path.basename(one["file"]), one["records"], one["seen_per_epoch"]) for one in report["files"]] == [
         ("a.json", 6, 6), ("b.jsonl", 5, 2), ("c.parquet", 4, 8)
     ]  # fmt: skip
     page = write_report(
-        tmp_path / "r", rows, tokenizer=tiny("chatml"), image_folder=picture_folder, batch_size=2, title="t"
+        tmp_path / "r", rows, tokenizer=tiny("chatml"), image_folder=image_folder, batch_size=2, title="t"
     ).read_text()
     assert "seen per epoch" in page and "record 1 · b1 · b.jsonl" in page
 
 
 @pytest.fixture
-def cut(picture_folder):
-    """A picture whose header is good and whose end is missing."""
+def cut(image_folder):
+    """An image whose header is good and whose end is missing."""
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    noise.save(picture_folder / "cut.png")
-    whole = (picture_folder / "cut.png").read_bytes()
-    (picture_folder / "cut.png").write_bytes(whole[:-300])
+    noise.save(image_folder / "cut.png")
+    whole = (image_folder / "cut.png").read_bytes()
+    (image_folder / "cut.png").write_bytes(whole[:-300])
     return whole
 
 
-def test_decoding_finds_what_a_header_hides(build, write_json, picture_folder, cut):
+def test_decoding_finds_what_a_header_hides(build, write_json, image_folder, cut):
     path = write_json([record(), record(image="cut.png", id="c")])
-    assert len(build(path)) == 2  # by its header it is a picture
-    with pytest.raises(Refusal, match=r"\[I-DECODE\] .*cut\.png:record 1 id=c:image: the picture is damaged"):
+    assert len(build(path)) == 2  # by its header it is an image
+    with pytest.raises(Refusal, match=r"\[I-DECODE\] .*cut\.png:record 1 id=c:image: the image is damaged"):
         build(path, decode_images=True)
     assert len(build(path)) == 2  # the cache that was there is untouched
     assert build(path, decode_images=True, on_bad_record="quarantine", max_bad_share=0.5)["id"][:] == ["r"]
 
 
-def test_a_decoded_cache_serves_both(build, write_json, picture_folder, cut):
+def test_a_decoded_cache_serves_both(build, write_json, image_folder, cut):
     path = write_json([record(), record(image="cut.png", id="c")])
-    (picture_folder / "cut.png").write_bytes(cut)
+    (image_folder / "cut.png").write_bytes(cut)
     headers = keys_of(build(path))
     rows = build(path, decode_images=True)
     assert len(rows) == 2 and keys_of(rows) == headers and reports_of(rows)[0]["decoded"]
-    (picture_folder / "cut.png").unlink()  # not looked at again
+    (image_folder / "cut.png").unlink()  # not looked at again
     assert len(build(path, decode_images=True)) == len(build(path)) == 2

@@ -6,11 +6,11 @@ from types import ModuleType
 import pytest
 from export_runs import trained_run
 
-from llava_moslora.data.conversation import Turn
 from llava_moslora.data.images import load_image
 from llava_moslora.evaluation.vlmevalkit import LETTER, SHORT, model_class, prompt, question
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load
+from llava_moslora.text.conversation import Turn
 
 
 @pytest.fixture
@@ -46,6 +46,6 @@ def test_prompts_and_messages(parts):
         {"type": "image", "value": file},
         {"type": "text", "value": "x"},
     ]
-    pictures, turns = question(message)
-    assert len(pictures) == 1 and turns == [Turn("human", "<image>\nfirst\nx")]
+    images, turns = question(message)
+    assert len(images) == 1 and turns == [Turn("human", "<image>\nfirst\nx")]
     assert question([{"type": "text", "value": "x"}]) == ([], [Turn("human", "x")])

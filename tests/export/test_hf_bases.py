@@ -18,10 +18,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
-from llava_moslora.export.job import export
+from llava_moslora.export.export import export
 from llava_moslora.models.assemble import mean_row
 from llava_moslora.models.llava_folder import starting_parts
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 
 def binary(folder: Path) -> Path:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from export_runs import LLMS, METHODS, reopen_here, trained_run
 
-from llava_moslora.export.job import TARGETS, export
-from llava_moslora.export.source import DEQUANTIZED
+from llava_moslora.export.export import TARGETS, export
+from llava_moslora.export.trained_run import DEQUANTIZED
 
 BOUND = 1e-5
 KINDS = [*TARGETS, "peft with base"]

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny import write_clip, write_llm
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export import job, mapped_weights, proof, streaming
-from llava_moslora.export.job import export
-from llava_moslora.runs.manifest import write_manifest
+from llava_moslora.export import export as export_module
+from llava_moslora.export import mapped_weights, verify, writer
+from llava_moslora.export.export import export
+from llava_moslora.files.manifest import write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,7 @@ def test_existing_folder(run, tmp_path):
 
 def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
     usage, memory = namedtuple("usage", "free"), namedtuple("memory", "available")
-    monkeypatch.setattr(job.shutil, "disk_usage", lambda _: usage(10**6))
+    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage(10**6))
     refused(run, tmp_path / "out", r"E-DISK\] .*too little space; found 0\.00 GB; expected 0\.07 GB")
     monkeypatch.undo()
     monkeypatch.setattr(mapped_weights.psutil, "virtual_memory", lambda: memory(10**5))
@@ -109,8 +110,8 @@ def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up_and_the_export_that_goes_on(run, tmp_path, monkeypatch, capsys):
     """Shards of 100 kB; the disk is full in the fourth. What is finished is not written again."""
-    monkeypatch.setattr(streaming, "SHARD_BYTES", 100_000)
-    written, merged = [], streaming.merged
+    monkeypatch.setattr(writer, "SHARD_BYTES", 100_000)
+    written, merged = [], writer.merged
 
     def full_after(limit):
         def stops(planned, dtype):
@@ -121,7 +122,7 @@ def test_a_disk_that_fills_up_and_the_export_that_goes_on(run, tmp_path, monkeyp
 
         return stops
 
-    monkeypatch.setattr(streaming, "merged", full_after(25))
+    monkeypatch.setattr(writer, "merged", full_after(25))
     with pytest.raises(
         Refusal, match=r"E-DISK\] .*model-0000\d-of-.*the disk is full; .*goes on where this one stopped"
     ):
@@ -130,12 +131,12 @@ def test_a_disk_that_fills_up_and_the_export_that_goes_on(run, tmp_path, monkeyp
     finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.staging").glob("*.safetensors")}
     assert finished
     again = len(written)
-    monkeypatch.setattr(streaming, "merged", full_after(10**9))
+    monkeypatch.setattr(writer, "merged", full_after(10**9))
     folder = export(run, tmp_path / "out", prove=False)["hf"]
     assert f"going on: {len(finished)} of" in capsys.readouterr().out
     assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
     assert len(written) < again + 25 + 60
-    monkeypatch.setattr(streaming, "SHARD_BYTES", 2 * 1024**3)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 2 * 1024**3)
     whole = load_file(export(run, tmp_path / "whole", prove=False)["hf"] / "model.safetensors")
     pieces = {name: t for file in folder.glob("model-*.safetensors") for name, t in load_file(file).items()}
     assert whole.keys() == pieces.keys() and all(torch.equal(whole[name], pieces[name]) for name in whole)
@@ -215,7 +216,7 @@ def test_a_proof_without_finite_numbers_is_none(run, tmp_path, monkeypatch, valu
 
     copy = resealed(run, tmp_path / "run", change)
     reopen_here(monkeypatch)
-    monkeypatch.setattr(streaming, "check_finite", lambda *_: None, raising=False)
+    monkeypatch.setattr(writer, "check_finite", lambda *_: None, raising=False)
     match = r"K-PROOF\] .*logits: the values to compare are not finite, or all zero; found .* from the run as trained"
     with pytest.raises(Refusal, match=match):
         export(copy, tmp_path / "out")
@@ -229,9 +230,9 @@ def test_a_proof_without_finite_numbers_is_none(run, tmp_path, monkeypatch, valu
 ])  # fmt: skip
 def test_ends_of_the_proofs_process(tmp_path, program, match):
     (tmp_path / "probe").mkdir()
-    (tmp_path / "probe" / "reopen.py").write_text(program)
+    (tmp_path / "probe" / "probe.py").write_text(program)
     with pytest.raises(Refusal, match=match):
-        proof._reopened(tmp_path)
+        verify._reopened(tmp_path)
 
 
 FLAGS = {
@@ -251,7 +252,7 @@ def test_flags(run, tmp_path, case):
 def test_an_export_that_answers_otherwise_is_not_published(run, tmp_path, monkeypatch):
     """The proof can fail: one row of the written head is changed behind its back."""
     reopen_here(monkeypatch)
-    write = streaming.write_weights
+    write = writer.write_weights
 
     def spoiled(root, weights):
         write(root, weights)
@@ -259,7 +260,7 @@ def test_an_export_that_answers_otherwise_is_not_published(run, tmp_path, monkey
         tensors["language_model.lm_head.weight"][7] += 0.5
         save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr(job, "write_weights", spoiled)
+    monkeypatch.setattr(export_module, "write_weights", spoiled)
     with pytest.raises(Refusal, match=r"K-PROOF\] .*logits.*: the export does not compute what the run computes"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoProcessor, SiglipVisionModel
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export.job import export
+from llava_moslora.export.export import export
 from llava_moslora.inference.load import load
 
 CLIP_ONLY = ["xtuner", "xtuner_adapters", "llava"]
@@ -62,7 +62,7 @@ def test_what_readers_ask_of_the_folder(run, tmp_path):
 
 
 @pytest.mark.parametrize(("ratio", "kind"), [("pad", "LlavaImageProcessorPil"), ("crop", "SiglipImageProcessorPil")])
-def test_a_stock_processor_makes_the_pictures_and_tokens_of_training(run, tmp_path, ratio, kind):
+def test_a_stock_processor_makes_the_images_and_tokens_of_training(run, tmp_path, ratio, kind):
     record = json.loads((run / "run.json").read_text())
     record["settings"]["data"]["image_aspect_ratio"] = ratio
     changed = tmp_path / "run"
@@ -73,14 +73,16 @@ def test_a_stock_processor_makes_the_pictures_and_tokens_of_training(run, tmp_pa
     folder = export(changed, tmp_path / "out", prove=False)["hf"]
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     assert type(processor.image_processor).__name__ == kind
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype=np.uint8))
-    inputs = processor(images=picture, text="<image>what colour?", return_tensors="pt")
-    answerer = load(folder)
-    assert int((inputs["input_ids"] == answerer.model.config.image_token_id).sum()) == 16 == answerer.tokens_per_image
-    assert torch.equal(inputs["pixel_values"][0], answerer.transform(picture))
-    assert answerer.transform.mode == ratio
-    pictures = {"pad": "padded to a square", "crop": "scaled to a square"}[ratio]
-    assert f"| pictures | {pictures} |" in (folder / "README.md").read_text()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 90, 3), dtype=np.uint8))
+    inputs = processor(images=image, text="<image>what colour?", return_tensors="pt")
+    chat_model = load(folder)
+    assert (
+        int((inputs["input_ids"] == chat_model.model.config.image_token_id).sum()) == 16 == chat_model.tokens_per_image
+    )
+    assert torch.equal(inputs["pixel_values"][0], chat_model.transform(image))
+    assert chat_model.transform.mode == ratio
+    images = {"pad": "padded to a square", "crop": "scaled to a square"}[ratio]
+    assert f"| images | {images} |" in (folder / "README.md").read_text()
     assert processor._get_num_multimodal_tokens([(50, 90)])["num_image_tokens"] == [16]  # what vLLM reserves
 
 

@@ -9,8 +9,8 @@ from internlm2_reference import logits as internlm2_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from llava_moslora.export.job import export
-from llava_moslora.models.tensors import read_tensor_folder
+from llava_moslora.export.export import export
+from llava_moslora.files.tensors import read_tensor_folder
 
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj", "up_proj", "lm_head")], ids=["all", "some"])

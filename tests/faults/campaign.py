@@ -14,8 +14,8 @@ from pathlib import Path
 from launching import ROOT, flags
 from lives import Life, Lives
 
-from llava_moslora.runs import publish
-from llava_moslora.runs.manifest import sha256
+from llava_moslora.files import publish
+from llava_moslora.files.manifest import sha256
 
 STEPS, BATCH, ACCUMULATION, RECORDS = 24, 4, 2, 24  # 6 steps an epoch: 4 epochs
 LIMIT = 240  # seconds after which a life counts as stuck; one takes a few

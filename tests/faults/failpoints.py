@@ -15,7 +15,7 @@ def arm(*, nth: int, when: str, save: int = 2, record: str | None = None) -> Non
         when: ``before`` or ``after`` the operation, or ``within``: after the first half of what it writes.
         record: a file that gets one line per operation instead, to count them; nothing dies.
     """
-    from llava_moslora.runs import publish
+    from llava_moslora.files import publish
     from llava_moslora.training import checkpoint
 
     state = {"saves": 0, "inside": False, "operations": 0}

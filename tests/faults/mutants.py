@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from llava_moslora.data import sampler
-from llava_moslora.runs import manifest, publish
+from llava_moslora.files import manifest, publish
 from llava_moslora.training import run_folder
 
 
@@ -21,7 +21,7 @@ def save_in_place() -> None:
 
     publish.publish = publish_in_place
     publish.newest_valid = lambda run: (next(iter(publish.checkpoints(run)), None), [])
-    run_folder.stated = lambda folder: manifest.json.loads((folder / manifest.MANIFEST).read_text())
+    run_folder.read_facts = lambda folder: manifest.json.loads((folder / manifest.MANIFEST).read_text())
 
 
 def draw_the_order_from_the_global_stream() -> None:

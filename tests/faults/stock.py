@@ -13,9 +13,9 @@ def main() -> None:
     from transformers import Trainer, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
-    from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
-    from llava_moslora.models.assemble import tokens_per_picture
+    from llava_moslora.models.assemble import tokens_per_image
     from llava_moslora.models.vision import read_vision_config
+    from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
     model_args, data_args, adapter_args, ours = parse(sys.argv[1:])
     tokenizer = load_tokenizer(model_args.model_name_or_path)
@@ -24,7 +24,7 @@ def main() -> None:
         data_args.image_folder,
         tokenizer=tokenizer,
         template="chatml",
-        tokens_per_image=tokens_per_picture(read_vision_config(model_args.vision_tower)),
+        tokens_per_image=tokens_per_image(read_vision_config(model_args.vision_tower)),
         max_length=data_args.model_max_length,
         cache_dir=data_args.data_cache,
     )

@@ -3,7 +3,7 @@
 import pytest
 from faults.campaign import Campaign
 
-from llava_moslora.runs import publish
+from llava_moslora.files import publish
 
 pytestmark = pytest.mark.faults
 

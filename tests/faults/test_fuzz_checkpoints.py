@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_moslora.runs import manifest, publish
+from llava_moslora.files import manifest, publish
 
 CASES = 1000
 
@@ -76,7 +76,7 @@ def third_results(folder: Path, cases: int) -> list[str]:
     checkpoint(run, 10)
     newest = checkpoint(run, 20)
     whole, found = contents(newest), []
-    facts = manifest.stated(newest)
+    facts = manifest.read_facts(newest)
     for case in range(cases):
         kind = damage(newest, random.Random(case))
         taken, passed_over = publish.newest_valid(run)
@@ -84,8 +84,8 @@ def third_results(folder: Path, cases: int) -> list[str]:
             # bytes that decide nothing may differ (white space in the manifest); what is read may not
             after = contents(newest)
             same = all(after.get(name) == content for name, content in whole.items() if name != manifest.MANIFEST)
-            stated = {k: v for k, v in manifest.stated(newest).items() if k != "schema"}
-            if not same or stated != {k: v for k, v in facts.items() if k != "schema"}:
+            read_facts = {k: v for k, v in manifest.read_facts(newest).items() if k != "schema"}
+            if not same or read_facts != {k: v for k, v in facts.items() if k != "schema"}:
                 found.append(f"{case}: {kind}")
         else:
             assert taken.name == "checkpoint-10" and len(passed_over) == 1, f"{case}: {kind}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_moslora.runs import publish
+from llava_moslora.files import publish
 
 
 def write(content: bytes):

@@ -9,12 +9,12 @@ from export_runs import trained_run
 from launching import ROOT
 from PIL import Image
 
-from llava_moslora.data.conversation import Turn
 from llava_moslora.errors import Refusal
-from llava_moslora.export.job import export
+from llava_moslora.export.export import export
 from llava_moslora.inference.generate import answer, first_logits
 from llava_moslora.inference.load import load
 from llava_moslora.inference.stream import stream
+from llava_moslora.text.conversation import Turn
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +25,12 @@ def folders(parts, tmp_path_factory):
 
 
 def questions(parts) -> list:
-    picture = Image.open(parts.images / "0.png").convert("RGB")
+    image = Image.open(parts.images / "0.png").convert("RGB")
     follow_up = [Turn("human", "<image>\nwhat colour?"), Turn("gpt", "blue"), Turn("human", "is it?")]
     return [
-        ([picture], [Turn("human", "<image>\nwhat colour?")]),
+        ([image], [Turn("human", "<image>\nwhat colour?")]),
         ([], [Turn("human", "yes?")]),
-        ([picture], follow_up),
+        ([image], follow_up),
     ]
 
 
@@ -43,31 +43,31 @@ def test_a_run_and_its_export_are_asked_alike(folders, parts):
 
 
 def test_pieces_are_the_whole_answer(folders, parts):
-    answerer = load(folders["export"])
+    chat_model = load(folders["export"])
     for question in questions(parts):
-        pieces = list(stream(answerer, question, max_new_tokens=24))
-        assert "".join(pieces) == next(answer(answerer, [question], max_new_tokens=24))
-    assert any(len(list(stream(answerer, question, max_new_tokens=24))) > 1 for question in questions(parts))
+        pieces = list(stream(chat_model, question, max_new_tokens=24))
+        assert "".join(pieces) == next(answer(chat_model, [question], max_new_tokens=24))
+    assert any(len(list(stream(chat_model, question, max_new_tokens=24))) > 1 for question in questions(parts))
 
 
 def test_a_stream_can_be_left_and_its_errors_arrive(folders, parts, monkeypatch):
-    answerer = load(folders["run"])
-    pieces = stream(answerer, questions(parts)[0], max_new_tokens=10_000)
+    chat_model = load(folders["run"])
+    pieces = stream(chat_model, questions(parts)[0], max_new_tokens=10_000)
     next(pieces)
     pieces.close()  # returns only when the generation has ended: 10,000 tokens would take minutes
 
     def broken(**_):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(answerer.model, "generate", broken)
+    monkeypatch.setattr(chat_model.model, "generate", broken)
     with pytest.raises(RuntimeError, match="out of luck"):
-        list(stream(answerer, questions(parts)[0]))
+        list(stream(chat_model, questions(parts)[0]))
 
 
 def test_sampling_is_asked_for(folders, parts):
-    answerer, question = load(folders["export"]), questions(parts)[0]
+    chat_model, question = load(folders["export"]), questions(parts)[0]
     torch.manual_seed(0)
-    warm = {"".join(stream(answerer, question, max_new_tokens=12, temperature=5.0)) for _ in range(3)}
+    warm = {"".join(stream(chat_model, question, max_new_tokens=12, temperature=5.0)) for _ in range(3)}
     assert len(warm) > 1
 
 
@@ -79,7 +79,7 @@ def test_neither_a_run_nor_an_export(tmp_path, parts):
 
 
 def test_the_chat_in_the_terminal(folders, parts):
-    """Two turns about one picture, a wrong file and a typed placeholder between them; the answers are those asked for
+    """Two turns about one image, a wrong file and a typed placeholder between them; the answers are those asked for
     in one go."""
     lines = [
         "what colour?",
@@ -97,13 +97,13 @@ def test_the_chat_in_the_terminal(folders, parts):
         [str(word) for word in command], input="\n".join(lines), capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
-    answerer = load(folders["export"])
-    picture = Image.open(parts.images / "0.png").convert("RGB")
+    chat_model = load(folders["export"])
+    image = Image.open(parts.images / "0.png").convert("RGB")
     turns = [Turn("human", "<image>\nwhat colour?")]
-    first = next(answer(answerer, [([picture], turns)], max_new_tokens=8))
+    first = next(answer(chat_model, [([image], turns)], max_new_tokens=8))
     turns += [Turn("gpt", first), Turn("human", "is it?")]
-    second = next(answer(answerer, [([picture], turns)], max_new_tokens=8))
-    third = next(answer(answerer, [([], [Turn("human", "yes?")])], max_new_tokens=8))
+    second = next(answer(chat_model, [([image], turns)], max_new_tokens=8))
+    third = next(answer(chat_model, [([], [Turn("human", "yes?")])], max_new_tokens=8))
     said = [f"you> what colour?\n{first}\n", f"you> is it?\n{second}\n", f"you> yes?\n{third}\n"]
     assert all(text in done.stdout for text in said), done.stdout
     assert "more" not in done.stdout

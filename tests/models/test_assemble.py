@@ -5,10 +5,10 @@ import torch
 from tiny import write_clip, write_llm, write_projector
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditionalGeneration
 
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble, describe, train_projector_only
 from llava_moslora.models.llava import IGNORE_INDEX
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 PATCHES = 16  # 32×32 pixels in 8×8 patches
 
@@ -28,8 +28,8 @@ def build(parts, **changes):
     return model, tokenizer
 
 
-def make_batch(tokenizer, pictures: bool = True) -> dict[str, torch.Tensor]:
-    """Two rows of unlike length, right-padded, the first ``PATCHES`` ids of each a picture."""
+def make_batch(tokenizer, images: bool = True) -> dict[str, torch.Tensor]:
+    """Two rows of unlike length, right-padded, the first ``PATCHES`` ids of each an image."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 250, (2, 30), generator=generator)
     mask = torch.ones_like(ids)
@@ -38,7 +38,7 @@ def make_batch(tokenizer, pictures: bool = True) -> dict[str, torch.Tensor]:
     labels[:, :20] = IGNORE_INDEX
     labels[1, 24:] = IGNORE_INDEX
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    if pictures:
+    if images:
         ids[:, 1 : 1 + PATCHES] = image_token_id(tokenizer)
         batch["pixel_values"] = torch.randn(2, 3, 32, 32, generator=generator)
     return batch
@@ -73,7 +73,7 @@ def test_features_are_the_second_to_last_hidden_state_of_the_whole_tower(parts):
 
 def test_text_only_batch_is_the_llm_alone_and_still_reaches_the_tower(parts):
     model, tokenizer = build(parts)
-    batch = make_batch(tokenizer, pictures=False)
+    batch = make_batch(tokenizer, images=False)
     llm = AutoModelForCausalLM.from_pretrained(parts.llm)
     llm.lm_head.weight = model.lm_head.weight  # with the row of <image>, which takes part in every softmax
     llm.config.vocab_size += 1

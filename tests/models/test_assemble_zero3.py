@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys, torch, deepspeed
 from transformers.integrations import HfDeepSpeedConfig
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.models.assemble import assemble
 llm, clip, projector, tokenizer = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)

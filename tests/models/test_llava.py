@@ -26,7 +26,7 @@ from llava_moslora.models import attention
 from llava_moslora.models.attention import MASKLESS, set_attention
 from llava_moslora.models.llava import IGNORE_INDEX, Llava
 
-PICTURE, PATCHES, LENGTHS = 60, 4, (23, 17, 9)
+IMAGE, PATCHES, LENGTHS = 60, 4, (23, 17, 9)
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}  # the second layer's
@@ -48,7 +48,7 @@ def llava_of(text, implementation: str = "sdpa") -> Llava:
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
     )
     config = LlavaConfig(
-        vision_config=vision, text_config=copy.deepcopy(text), image_token_index=PICTURE, vision_feature_layer=1
+        vision_config=vision, text_config=copy.deepcopy(text), image_token_index=IMAGE, vision_feature_layer=1
     )
     model = Llava(config)
     set_attention(model, implementation)
@@ -56,7 +56,7 @@ def llava_of(text, implementation: str = "sdpa") -> Llava:
 
 
 def batch_of(lengths=LENGTHS) -> dict[str, torch.Tensor]:
-    """Right-padded rows, the first with a picture; labels on the second half of each."""
+    """Right-padded rows, the first with an image; labels on the second half of each."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 50, (len(lengths), max(lengths)), generator=generator)
     labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
@@ -64,7 +64,7 @@ def batch_of(lengths=LENGTHS) -> dict[str, torch.Tensor]:
         ids[line, length:] = 0
         mask[line, :length] = 1
         labels[line, length // 2 : length] = ids[line, length // 2 : length]
-    ids[0, 2 : 2 + PATCHES] = PICTURE
+    ids[0, 2 : 2 + PATCHES] = IMAGE
     pixels = torch.randn(1, 3, 8, 8, generator=generator)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": pixels}
 
@@ -129,22 +129,22 @@ class Waits(TorchDispatchMode):
 def with_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     trained = batch["labels"] != IGNORE_INDEX
     trained[:, 0] = False
-    places = {"label_positions": trained, "image_positions": batch["input_ids"] == PICTURE}
+    places = {"label_positions": trained, "image_positions": batch["input_ids"] == IMAGE}
     return batch | {name: mask.flatten().nonzero().squeeze(1) for name, mask in places.items()}
 
 
-@pytest.mark.parametrize("pictures", [True, False])
-def test_positions_from_the_collator_spare_every_wait(pictures):
+@pytest.mark.parametrize("images", [True, False])
+def test_positions_from_the_collator_spare_every_wait(images):
     model, batch = llava_of(FAMILIES["llama"]), batch_of()
     del batch["attention_mask"]
-    if not pictures:
+    if not images:
         del batch["pixel_values"]
-        batch["input_ids"][batch["input_ids"] == PICTURE] = 1
+        batch["input_ids"][batch["input_ids"] == IMAGE] = 1
     expected = model(**batch).loss
     grads = gradients(model, expected)
     model.zero_grad()
     batch = with_positions(batch)
-    if not pictures:
+    if not images:
         del batch["image_positions"]
     with Waits() as waits:
         loss = model(**batch, num_items_in_batch=20).loss

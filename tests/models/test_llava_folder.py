@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import assemble
 from llava_moslora.models.llava_folder import starting_parts
 from llava_moslora.models.llm import load_llm, read_llm_config
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import load_vision_tower
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -150,7 +150,7 @@ for n in range(16):
 ASSEMBLE = """
 import sys, threading, time, torch
 from llava_moslora.models.assemble import assemble
-from llava_moslora.data.tokenizer import load_tokenizer, image_token_id
+from llava_moslora.text.tokenizer import load_tokenizer, image_token_id
 llm, clip, projector, tokenizer = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)
 

@@ -18,12 +18,12 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
-from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble, blueprint, tokens_per_picture
+from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble, model_on_meta, tokens_per_image
 from llava_moslora.models.llava_folder import starting_parts
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 SO400M |= {"image_size": 384, "patch_size": 14}
@@ -79,7 +79,7 @@ def test_a_published_configuration_leaves_out_what_is_the_default(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = read_vision_config(tmp_path)
     assert (found.hidden_size, found.num_hidden_layers, found.hidden_act) == (768, 12, "gelu_pytorch_tanh")
-    assert tokens_per_picture(found) == 14 * 14
+    assert tokens_per_image(found) == 14 * 14
 
 
 def test_a_tower_without_a_pooling_head(tmp_path):
@@ -108,7 +108,7 @@ def build(parts, **changes):
 
 
 def asked(image: int) -> dict[str, torch.Tensor]:
-    """Two rows, a picture of 16 patches in each."""
+    """Two rows, an image of 16 patches in each."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 250, (2, 30), generator=generator)
     ids[:, 1:17] = image
@@ -172,7 +172,7 @@ def test_one_step_trains_the_adapters_of_both_towers(parts):
     assert not [name for name, p in trained.items() if torch.equal(p, before[name])]
 
 
-def test_a_batch_without_pictures_still_passes_the_tower(parts):
+def test_a_batch_without_images_still_passes_the_tower(parts):
     """Every parameter takes part, or a rank of ZeRO-3 would wait for it; the last norm is in the tower, and unread."""
     model, _ = build(parts)
     model.requires_grad_(True)
@@ -186,8 +186,8 @@ def test_a_batch_without_pictures_still_passes_the_tower(parts):
 def test_sizes_on_paper_of_so400m():
     """google/siglip-so400m-patch14-384: 729 patches, 27 layers of which 26 are computed; no head in memory."""
     vision = SiglipVisionConfig(**SO400M)
-    assert tokens_per_picture(vision) == 27 * 27 == 729
-    model = blueprint(LlamaConfig(num_hidden_layers=1), vision, TowerAdapter(8, 8), TowerAdapter(64, 16))
+    assert tokens_per_image(vision) == 27 * 27 == 729
+    model = model_on_meta(LlamaConfig(num_hidden_layers=1), vision, TowerAdapter(8, 8), TowerAdapter(64, 16))
     tower = {name: p.numel() for name, p in model.named_parameters() if "vision_tower" in name}
     e, f = vision.hidden_size, vision.intermediate_size
     layer = 4 * (e * e + e) + 2 * e * f + e + f + 4 * e

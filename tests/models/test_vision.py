@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models import open_clip as conversion
-from llava_moslora.models.vision import from_open_clip, load_vision_tower, read_picture_settings
+from llava_moslora.models.vision import from_open_clip, load_vision_tower, read_image_settings
 
 TINY = {
     "embed_dim": 24,
@@ -45,7 +45,7 @@ def open_clip_folder(folder, cfg, model, preprocess=None):
 
 @torch.no_grad()
 def largest_difference(visual, tower, batch=2) -> float:
-    """Largest difference over every block's output and the projected class token, on random pictures."""
+    """Largest difference over every block's output and the projected class token, on random images."""
     size = tower.config.image_size
     pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1))
     theirs = visual.forward_intermediates(pixels, output_fmt="NLC", output_extra_tokens=True)
@@ -219,9 +219,9 @@ def test_preprocessing_gives_open_clips_pixels(mode, interpolation):
     theirs = open_clip.image_transform(32, is_train=False, **preprocess)
     # After resizing, an odd surplus is cropped one pixel apart by the two libraries; these sizes leave an even one.
     for height, width in [(32, 32), (7, 7), (300, 300), (64, 96), (96, 64), (33, 66), (20, 40)]:
-        picture = Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8))
-        ours = CLIPImageProcessorPil(**processor)(picture, return_tensors="pt")["pixel_values"][0]
-        assert (ours - theirs(picture)).abs().max() < 1e-6, (height, width)  # one grey level would be 0.01
+        image = Image.fromarray(random.integers(0, 255, (height, width, 3), dtype=np.uint8))
+        ours = CLIPImageProcessorPil(**processor)(image, return_tensors="pt")["pixel_values"][0]
+        assert (ours - theirs(image)).abs().max() < 1e-6, (height, width)  # one grey level would be 0.01
 
 
 def test_old_and_new_spellings_of_a_folders_preprocessing(tower_folder):
@@ -360,7 +360,7 @@ def test_preprocessing_is_refused_before_a_weight_is_read(tower_folder):
     with pytest.raises(
         Refusal, match=r"K-PROCESSOR\] .*preprocessor_config.json:do_normalize: .*found False; expected"
     ):
-        read_picture_settings(tower_folder)
+        read_image_settings(tower_folder)
     assert refused(tower_folder).key == "do_normalize"
 
 

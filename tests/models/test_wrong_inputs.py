@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_tokenizer, write_projector
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import assemble
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 
 class Payload:
@@ -157,11 +157,11 @@ WRONG = {
     "tower: a CLIP called SigLIP": (lambda g: edit(g.clip, model_type="siglip_vision_model"), "K-KEYS", "clip"),
     "tower: heads that do not divide its width": (
         lambda g: edit(g.clip, num_attention_heads=5), "K-CONFIG", "clip/config.json"),
-    "tower: oblong pictures": (lambda g: edit(g.clip, image_size=[32, 64]), "K-CONFIG", "clip/config.json"),
+    "tower: oblong images": (lambda g: edit(g.clip, image_size=[32, 64]), "K-CONFIG", "clip/config.json"),
     "tower: quantised": (lambda g: edit(g.clip, quantization_config={"bits": 8}), "K-QUANT", "clip/config.json"),
     "tower: no preprocessing": (
         lambda g: (g.clip / "preprocessor_config.json").unlink(), "K-MISSING", "preprocessor_config.json"),
-    "tower: pictures of another size": (
+    "tower: images of another size": (
         lambda g: edit(g.clip, image_size=40), "K-PROCESSOR", "preprocessor_config.json"),
     "tower: fewer layers than config.json": (lambda g: edit(g.clip, num_hidden_layers=4), "K-KEYS", "clip"),
     "tower: truncated": (lambda g: cut(g.clip / CLIP_FILE), "K-DAMAGED", CLIP_FILE),

@@ -12,7 +12,7 @@ from scripts import chat
 @pytest.fixture
 def talk(monkeypatch):
     """Chat with a model that answers with the length of the conversation; gives what was asked for, line by line."""
-    monkeypatch.setattr(chat, "load", lambda _: "answerer")
+    monkeypatch.setattr(chat, "load", lambda _: "chat_model")
     monkeypatch.setattr(chat, "stream", lambda _, question, **__: iter([f"turn {len(question[1])}"]))
 
     def with_input(typed: bytes, *flags: str) -> None:

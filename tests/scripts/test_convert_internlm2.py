@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_moslora.data.tokenizer import load_tokenizer
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llm import load_llm
+from llava_moslora.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))

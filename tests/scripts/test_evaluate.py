@@ -72,8 +72,8 @@ def test_answers_are_kept_and_gone_on_with(run, parts, questions, monkeypatch, t
     assert len(whole["answers"]) == 7 and load_file(tmp_path / "probe.safetensors")["logits"].shape[0] == 7
     ask, asked = evaluate.ask, []
 
-    def stopped(answerer, questions, *, batch_size):
-        for number, text in enumerate(ask(answerer, questions, batch_size=batch_size)):
+    def stopped(chat_model, questions, *, batch_size):
+        for number, text in enumerate(ask(chat_model, questions, batch_size=batch_size)):
             if number == 5:
                 raise KeyboardInterrupt
             yield text
@@ -85,9 +85,9 @@ def test_answers_are_kept_and_gone_on_with(run, parts, questions, monkeypatch, t
     with pytest.raises(Refusal, match=r"answers\.json\.unfinished:--output: unfinished answers of another evaluation"):
         evaluated(monkeypatch, *command, "--blank", "--output", tmp_path / "answers.json")
 
-    def counted(answerer, questions, *, batch_size):
+    def counted(chat_model, questions, *, batch_size):
         asked.append(len(questions))
-        return ask(answerer, questions, batch_size=batch_size)
+        return ask(chat_model, questions, batch_size=batch_size)
 
     monkeypatch.setattr(evaluate, "ask", counted)
     evaluated(monkeypatch, *command, "--output", tmp_path / "answers.json")

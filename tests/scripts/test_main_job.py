@@ -87,23 +87,23 @@ json.dump({"ids": inputs["input_ids"][0].tolist(), "logits": logits, "answer": a
 
 
 def test_stock_transformers_answers_as_the_run_does(trained, merged, parts, tmp_path):
-    from llava_moslora.data.conversation import Turn
     from llava_moslora.inference.generate import batch, first_logits
     from llava_moslora.inference.load import load_run
+    from llava_moslora.text.conversation import Turn
 
     image = parts.images / "0.png"
     done = run([sys.executable, "-c", STOCK, merged, image, tmp_path / "out.json"])
     assert done.returncode == 0, done.stderr
     stock = json.loads((tmp_path / "out.json").read_text())
-    answerer = load_run(trained)
+    chat_model = load_run(trained)
     question = ([Image.open(image).convert("RGB")], [Turn("human", "<image>\nwhat colour is the shape?")])
-    inputs = batch(answerer, [question])
+    inputs = batch(chat_model, [question])
     assert inputs["input_ids"][0].tolist() == stock["ids"]
-    logits = first_logits(answerer, question)
+    logits = first_logits(chat_model, question)
     torch.testing.assert_close(logits, torch.tensor(stock["logits"]), rtol=1e-4, atol=1e-4)
     untrained = first_logits(load_run(trained, trained=False), question)
     assert (logits - untrained).abs().max() > 1e-2  # training did something that the export could have lost
-    ids = answerer.model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    ids = chat_model.model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert ids[0, inputs["input_ids"].shape[1] :].tolist() == stock["answer"]
 
 

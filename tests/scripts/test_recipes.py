@@ -11,7 +11,7 @@ from internlm2_reference import CONFIG as INTERNLM2
 from launching import ROOT
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, blueprint
+from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, model_on_meta
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.training.arguments import parse, tower_adapters
@@ -97,7 +97,7 @@ def sketch(model_args, adapter_args):
     """The recipe's model: every tensor in its place and size, none in memory."""
     config = read_llm_config(model_args.model_name_or_path)
     towers = (None, None) if adapter_args.tune_mm_mlp_adapter else tower_adapters(adapter_args)
-    return blueprint(config, read_vision_config(model_args.vision_tower), *towers)
+    return model_on_meta(config, read_vision_config(model_args.vision_tower), *towers)
 
 
 @pytest.mark.parametrize("recipe", TABLE_8)

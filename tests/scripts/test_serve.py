@@ -1,4 +1,4 @@
-"""The web page in a headless browser, with a picture: two models side by side, two turns. Needs the extra ``serve``."""
+"""The web page in a headless browser, with an image: two models side by side, two turns. Needs the extra ``serve``."""
 
 import http.client
 import os
@@ -15,10 +15,10 @@ from export_runs import trained_run
 from launching import ROOT, free_port
 from PIL import Image
 
-from llava_moslora.data.conversation import Turn
 from llava_moslora.errors import Refusal
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load, load_run
+from llava_moslora.text.conversation import Turn
 from scripts import serve
 
 SCREENSHOT = os.environ.get("SERVE_SCREENSHOT")  # a file to look at
@@ -115,19 +115,19 @@ def wait_for(server, port: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_picture_two_models_two_turns(page, parts):
+def test_an_image_two_models_two_turns(page, parts):
     opened, run = page
     file = parts.images / "0.png"
     opened.set_input_files("input[type=file]", str(file))
     opened.wait_for_selector("img[src*='0.png']")
-    picture = Image.open(file).convert("RGB")
+    image = Image.open(file).convert("RGB")
     histories = [[], []]
     for round_, text in enumerate(("what colour?", "is it red?"), start=1):
         opened.fill("#question textarea", text)
         opened.click("#ask")
-        for number, answerer in enumerate((load(run), load_run(run, trained=False))):
+        for number, chat_model in enumerate((load(run), load_run(run, trained=False))):
             turns = [*histories[number], Turn("human", ("" if round_ > 1 else "<image>\n") + text)]
-            said = next(answer(answerer, [([picture], turns)], max_new_tokens=256))
+            said = next(answer(chat_model, [([image], turns)], max_new_tokens=256))
             histories[number] = [*turns, Turn("gpt", said)]
             chat = opened.locator("[aria-label='chatbot conversation']").nth(number)
             wait_for_answer(chat, said)

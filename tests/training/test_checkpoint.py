@@ -69,7 +69,7 @@ def test_a_checkpoint_of_the_first_versions_is_read(folder, model):
 
 
 def test_what_was_not_stepped_has_no_state(folder, model):
-    """As of fp16 before its loss scale is found, or of a vision tower that has met no picture yet."""
+    """As of fp16 before its loss scale is found, or of a vision tower that has met no image yet."""
     name = "model.multi_modal_projector.bias"
     state = {key: t for key, t in made(model, 3).items() if not key.startswith(name)}
     write_optimizer(folder, model, state, {"scheduler_steps": 3, "loss_scale": None})

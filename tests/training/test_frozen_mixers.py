@@ -11,11 +11,11 @@ from test_zero import lives as lives  # a fixture
 from training_runs import adapter, losses, train
 
 import scripts.train_vit_llm as script
-from llava_moslora.export.job import export
+from llava_moslora.export.export import export
+from llava_moslora.files.manifest import read_manifest, write_manifest
 from llava_moslora.inference.load import load_run
 from llava_moslora.models.assemble import add_adapters
-from llava_moslora.runs.manifest import read_manifest, write_manifest
-from llava_moslora.training.state import frozen_mixers
+from llava_moslora.training.optimizer_state import frozen_mixers
 
 STARTS = ["butterfly", "orthogonal", "kaiming_uniform", "normal"]
 FILES = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json"]

@@ -9,7 +9,7 @@ from training_runs import adapter, losses, rows, train
 from transformers import LlavaForConditionalGeneration
 
 from llava_moslora.models.assemble import assemble
-from llava_moslora.training.state import trained_parameters
+from llava_moslora.training.optimizer_state import trained_parameters
 
 EXACT = {"lora_dropout": 0, "vision_lora_dropout": 0}
 
@@ -109,7 +109,7 @@ def test_loss_is_averaged_as_asked(parts, tmp_path, average, monkeypatch):
 
 def stock_model(parts) -> LlavaForConditionalGeneration:
     """The assembled parts with stock transformers' forward."""
-    from llava_moslora.data.tokenizer import image_token_id, load_tokenizer
+    from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
     tokenizer = load_tokenizer(parts.llm)
     model, _ = assemble(

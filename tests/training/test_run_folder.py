@@ -9,8 +9,8 @@ from collections import namedtuple
 import pytest
 
 from llava_moslora.errors import Refusal, defect
+from llava_moslora.files import publish
 from llava_moslora.inference.load import newest_checkpoint
-from llava_moslora.runs import publish
 from llava_moslora.runs.record import RUN, fingerprint, read_run, write_run
 from llava_moslora.training.output_dir import check_output, has_begun
 from llava_moslora.training.run_folder import (
@@ -429,14 +429,14 @@ def test_a_folder_without_the_right_to_write(tmp_path):
 
 
 def test_what_is_no_run_is_never_deleted(tmp_path):
-    """Such as the folder of the pictures, given by mistake."""
-    (tmp_path / "picture.jpg").touch()
+    """Such as the folder of the images, given by mistake."""
+    (tmp_path / "image.jpg").touch()
     (tmp_path / "more").mkdir()
-    with pytest.raises(Refusal, match=r"--output_dir: not a run: .*found more, picture.jpg; expected run.json in it"):
+    with pytest.raises(Refusal, match=r"--output_dir: not a run: .*found more, image.jpg; expected run.json in it"):
         check_output(tmp_path, resume=False, overwrite=True)
     with pytest.raises(Refusal, match="not a run"):
         open_run(tmp_path, overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"picture.jpg", "more"}
+    assert {path.name for path in tmp_path.iterdir()} == {"image.jpg", "more"}
 
 
 def test_a_run_is_deleted_where_it_is_asked_for(run):

@@ -15,7 +15,7 @@ WATCHED = {"max_steps": STEPS, "save_steps": 2, "health_steps": 2, "sample_steps
 
 @pytest.fixture(scope="module")
 def questions(parts, tmp_path_factory):
-    """Two records of the data, one with a picture and one without."""
+    """Two records of the data, one with an image and one without."""
     file = tmp_path_factory.mktemp("questions") / "questions.json"
     records = json.loads(parts.data.read_text())
     file.write_text(json.dumps([records[0], records[2]]))
@@ -63,7 +63,7 @@ def test_health_is_what_the_checkpoint_says(watched):
         assert 1 < row[f"mixer/{tower}/rank"] < (4 if tower == "llm" else 2)
     gradient = math.hypot(*(value for name, value in row.items() if name.startswith("gradient/")))
     assert gradient == pytest.approx(row["grad_norm"], rel=1e-5)
-    # Warm-up begins at 0, so at step 2 every B is still zero and only it has a gradient; step 4 saw no picture.
+    # Warm-up begins at 0, so at step 2 every B is still zero and only it has a gradient; step 4 saw no image.
     early = rows(watched)[1]
     assert early["gradient/vision/lora_B"] > 0 and early["gradient/projector"] > 0 and early["gradient/llm/lora_A"] == 0
     assert row["gradient/llm/lora_A"] > 0 and row["gradient/llm/lora_mixer"] > 0 and row["gradient/projector"] == 0
@@ -83,9 +83,9 @@ def test_answers_are_those_of_the_checkpoint(parts, watched, questions):
     """The model that answers while it is trained answers as the same checkpoint, loaded."""
     from llava_moslora.inference.generate import answer
     from llava_moslora.inference.load import load_run
-    from llava_moslora.training.samples import read_samples
+    from llava_moslora.training.callbacks.sample_answers import read_samples
 
-    asked = [(sample.pictures, sample.turns) for sample in read_samples(questions, parts.images)]
+    asked = [(sample.images, sample.turns) for sample in read_samples(questions, parts.images)]
     answered = [json.loads(line) for line in (watched / "samples.jsonl").read_text().splitlines()]
     assert list(answer(load_run(watched), asked, max_new_tokens=4)) == answered[-1]["answers"]
 

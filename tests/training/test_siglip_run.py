@@ -6,7 +6,7 @@ import torch
 from training_runs import train
 from transformers import AutoModelForImageTextToText
 
-from llava_moslora.export.job import export
+from llava_moslora.export.export import export
 from llava_moslora.inference.load import load
 
 

@@ -20,12 +20,12 @@ def whole(parts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def damaged(parts, tmp_path_factory):
-    """Data whose pictures have a good header and nothing behind it."""
+    """Data whose images have a good header and nothing behind it."""
     folder = tmp_path_factory.mktemp("damaged")
     shutil.copytree(parts.images, folder / "images")
-    for picture in (folder / "images").iterdir():
-        Image.new("RGB", (256, 256), "red").save(picture)
-        picture.write_bytes(picture.read_bytes()[:100])
+    for image in (folder / "images").iterdir():
+        Image.new("RGB", (256, 256), "red").save(image)
+        image.write_bytes(image.read_bytes()[:100])
     return folder / "images"
 
 
@@ -34,11 +34,11 @@ def wrong(case: str, tmp_path, damaged) -> dict:
         "sample questions": {"sample_questions": tmp_path / "nope.json"},
         "an optimizer's setting": {"adam_beta1": 2},
         "a Trainer's setting": {"eval_strategy": "steps"},
-        "a damaged picture": {"image_folder": damaged},
+        "a damaged image": {"image_folder": damaged},
     }[case]
 
 
-CASES = ["sample questions", "an optimizer's setting", "a Trainer's setting", "a damaged picture"]
+CASES = ["sample questions", "an optimizer's setting", "a Trainer's setting", "a damaged image"]
 
 
 def content(run):

@@ -40,7 +40,7 @@ def lives():
 
 
 def settings(parts, run: Path, **changes) -> list[str]:
-    """Every third record is text only, in random order: ranks meet batches with and without pictures."""
+    """Every third record is text only, in random order: ranks meet batches with and without images."""
     same = {"max_steps": STEPS, "save_steps": STEPS, "data_order": "shuffle", "vision_lora_r": 3, "report_to": "none"}
     same |= {"dataloader_num_workers": 0}
     return flags(parts, run, **(same | changes))
@@ -99,7 +99,7 @@ def test_losses_are_those_of_plain_pytorch(lives, parts, plain, tmp_path, name, 
 
 
 def test_a_siglip_tower_learns_the_same_under_zero3(lives, parts, tmp_path):
-    """Its pooling head is gone before ZeRO-3 meets it; batches with and without pictures on either rank."""
+    """Its pooling head is gone before ZeRO-3 meets it; batches with and without images on either rank."""
     same = EXACT | {"vision_tower": parts.siglip, "max_steps": 8, "save_steps": 8}
     plain, zero3 = tmp_path / "plain" / "run", tmp_path / "zero3" / "run"
     lived_well(lives, settings(parts, plain, **same, per_device_train_batch_size=4), tmp_path / "life")
@@ -195,12 +195,12 @@ def go_on_by_turns(lives, parts, plain, tmp_path, stages: list[tuple[str | None,
     assert losses(run) == pytest.approx(losses(plain[0]), rel=BOUND)
 
 
-def test_text_and_pictures_on_different_ranks_do_not_wait_for_each_other(lives, parts, tmp_path):
-    """ZeRO-3, every step one rank with pictures and one without, in turn: 50 steps."""
+def test_text_and_images_on_different_ranks_do_not_wait_for_each_other(lives, parts, tmp_path):
+    """ZeRO-3, every step one rank with images and one without, in turn: 50 steps."""
     rows = json.loads(parts.data.read_text())
-    pictured, text = [r for r in rows if "image" in r][:5], [r for r in rows if "image" not in r][:5]
+    imaged, text = [r for r in rows if "image" in r][:5], [r for r in rows if "image" not in r][:5]
     mixed = []
-    for number, (with_one, without) in enumerate(zip(pictured, text, strict=True)):
+    for number, (with_one, without) in enumerate(zip(imaged, text, strict=True)):
         mixed += [with_one, without] if number % 2 else [without, with_one]
     (tmp_path / "mixed.json").write_text(json.dumps(mixed))
     changes = {"data_path": tmp_path / "mixed.json", "data_order": "sequential", "max_steps": 50, "save_steps": 50}

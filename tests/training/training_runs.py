@@ -8,13 +8,13 @@ from pathlib import Path
 from launching import flags
 from safetensors.torch import load_file
 
-from llava_moslora.runs import publish
-from llava_moslora.training.pause import SIGNALS
+from llava_moslora.files import publish
+from llava_moslora.training.callbacks.preemption import SIGNALS
 from scripts.train_vit_llm import main
 
 
 def train(parts, output: Path, **changes) -> None:
-    """One process without DeepSpeed, which also reads the pictures."""
+    """One process without DeepSpeed, which also reads the images."""
     arguments, handlers = sys.argv, {number: signal.getsignal(number) for number in SIGNALS}
     changes = {"dataloader_num_workers": 0} | changes
     sys.argv = ["scripts/train_vit_llm.py", *flags(parts, output, **changes)]

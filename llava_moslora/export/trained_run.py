@@ -1,0 +1,285 @@
+"""A trained run, opened for export: what was trained, and the tensors it goes into, none of them read yet.
+
+Every target takes its tensors from here, under the names that LLM and vision tower have when they stand alone, and
+only renames them. The adapters go into the base that they were trained on or nowhere: names and shapes would also fit
+another model of the same kind, and the result would run and be wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+from llava_moslora.adapters.fold import PEFT_PREFIX, LowRank, folded
+from llava_moslora.adapters.load import read_adapter
+from llava_moslora.errors import Refusal
+from llava_moslora.export.writer import PlannedTensor
+from llava_moslora.files.manifest import read_facts
+from llava_moslora.files.tensors import LazyTensor, read_tensor_file
+from llava_moslora.inference.load import check_base, newest_checkpoint
+from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, mean_row
+from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
+from llava_moslora.models.projector import read_projector
+from llava_moslora.models.vision import load_vision_tower
+from llava_moslora.runs.record import TOKENIZER, read_run
+from llava_moslora.text.conversation import stop_token_ids
+from llava_moslora.text.tokenizer import load_tokenizer
+
+ORIGINAL, DEQUANTIZED = "original", "dequantized"
+EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# module of the composed model -> the same module where the LLM or the tower stands alone
+ALONE = {LLM + ".": "model.", HEAD: "lm_head", VISION + ".": ""}
+
+
+@dataclass(frozen=True)
+class LazyLowRank:
+    """A layer's adapter in the checkpoint: ΔW of ``shape`` (out, in), read and folded to a plain LoRA when wanted."""
+
+    shape: tuple[int, int]
+    scaling: float
+    parts: dict[str, LazyTensor]  # A, B and, where there is one, mixer
+
+    def read(self) -> LowRank:
+        a, mixer, b = (self.parts[part].read() if part in self.parts else None for part in ("A", "mixer", "B"))
+        return LowRank(folded(a, mixer), None, b, self.scaling)
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's newest valid checkpoint and the base it belongs to.
+
+    Attributes:
+        record: ``run.json``. manifest: the checkpoint's.
+        vision: the tower's state (float32), complete. preprocessor: its settings.
+        adapter: by the names of the composed model, not read yet; None after stage 1.
+        projector: ``linear_1.weight`` [D, E], ``linear_1.bias``, ``linear_2.weight`` [D, D], ``linear_2.bias``.
+        merge_base: which weights the LLM's adapters are added to: the original ones, or NF4 quantised and dequantised.
+    """
+
+    run: Path
+    checkpoint: Path
+    record: dict[str, Any]
+    manifest: dict[str, Any]
+    llm_folder: Path
+    vision_spec: str
+    llm_config: PreTrainedConfig
+    vision_config: PreTrainedConfig
+    vision: dict[str, Tensor]
+    preprocessor: dict[str, Any]
+    tokenizer: PreTrainedTokenizerFast
+    adapter: dict[str, LazyLowRank] | None
+    projector: dict[str, Tensor]
+    merge_base: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.record["settings"]
+
+    @property
+    def template(self) -> str:
+        return self.settings["model"]["version"]
+
+    @property
+    def pads(self) -> bool:
+        """Images are padded to a square, not cropped."""
+        return self.settings["data"]["image_aspect_ratio"] == "pad"
+
+    @property
+    def bits(self) -> int:
+        return self.settings["model"]["bits"]
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of embedding and head in the trained model."""
+        return max(self.llm_config.vocab_size, len(self.tokenizer))
+
+    def updates(self, tower: str) -> dict[str, LazyLowRank]:
+        """The adapters of ``LLM`` (with the head) or of ``VISION`` by weight name where that part stands alone."""
+        layers = (self.adapter or {}).items()
+        return {alone(name) + ".weight": layer for name, layer in layers if _tower_of(name) == tower}
+
+    def updates_of_original(self, tower: str) -> dict[str, LowRank]:
+        """The same by module name, read, for a base as it was downloaded: its head has no rows for appended tokens."""
+        layers = {name.removesuffix(".weight"): layer.read() for name, layer in self.updates(tower).items()}
+        if head := layers.get(HEAD):
+            layers[HEAD] = dataclasses.replace(head, b=head.b[: self.llm_config.vocab_size])
+        return layers
+
+    def llm_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
+        """The LLM's tensors, with rows for appended tokens, and a head of its own where it was tied.
+
+        Args:
+            merged: with the adapters and over :attr:`merge_base`; False: the original weights.
+        """
+        stored = read_llm_tensors(self.llm_folder, self.llm_config)
+        stored.setdefault(LM_HEAD, stored[EMBEDDING])  # absent only where it is tied
+        updates = self.updates(LLM) if merged else {}
+        quantised = set()
+        if merged and self.bits == 4 and self.merge_base == DEQUANTIZED:
+            sketch = llm_on_meta(self.llm_config, self.llm_folder)
+            linears = {n for n, module in sketch.named_modules() if isinstance(module, nn.Linear) and n != HEAD}
+            quantised = {f"{name}.weight" for name in linears}
+        plan = []
+        for name, s in stored.items():
+            extra = self.vocabulary - self.llm_config.vocab_size if name in (EMBEDDING, LM_HEAD) else 0
+            read = s.read
+            if name in quantised:
+                read = _Dequantised(s)
+            elif extra:
+                read = _Extended(s, extra)
+            update = updates[name].read if name in updates else None
+            plan.append(PlannedTensor(name, (s.shape[0] + extra, *s.shape[1:]), read, update))
+        _check_fit(updates, plan, self.checkpoint)
+        return plan
+
+    def vision_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
+        """The complete tower's tensors under transformers 5's names (``encoder.layers.…``)."""
+        updates = self.updates(VISION) if merged else {}
+        plan = plan_tensors(self.vision, updates)
+        _check_fit(updates, plan, self.checkpoint)
+        return plan
+
+    def generation_config(self) -> GenerationConfig:
+        """One that stops where training stopped."""
+        return GenerationConfig(
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=stop_token_ids(self.tokenizer, self.template),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+
+@dataclass(frozen=True)
+class _Extended:
+    """Rows more for appended tokens, float32: a mean rounded to a 16-bit base would not be a float32 model's row."""
+
+    stored: LazyTensor
+    extra: int
+
+    def __call__(self) -> Tensor:
+        tensor = self.stored.read().float()
+        return torch.cat([tensor, mean_row(tensor).expand(self.extra, -1)])
+
+
+@dataclass(frozen=True)
+class _Dequantised:
+    """What training saw of a weight: quantised to NF4 as loading does it, and dequantised, in float32."""
+
+    stored: LazyTensor
+
+    def __call__(self) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        weight = self.stored.read().float()
+        return dequantize_4bit(*quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4"))
+
+
+def open_trained(
+    run: str | Path,
+    *,
+    checkpoint: Path | None = None,
+    llm: str | Path | None = None,
+    vision_tower: str | None = None,
+    merge_base: str = ORIGINAL,
+) -> TrainedRun:
+    """Open a checkpoint of ``run``, a training's ``--output_dir``.
+
+    Args:
+        checkpoint: whose files were verified; None: the newest valid one.
+        llm, vision_tower: where the base is now, if not where it was when the run was trained.
+        merge_base: for a run over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
+
+    Raises:
+        Refusal: no run or no valid checkpoint; the base is gone, damaged, quantised, changed since, or another one;
+            the checkpoint lacks the projector.
+    """
+    run = Path(run)
+    record = read_run(run)
+    parts = record["settings"]["model"]
+    if merge_base == DEQUANTIZED and parts["bits"] != 4:
+        raise Refusal(
+            "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
+            expected=ORIGINAL, fix="leave the flag out",
+        )  # fmt: skip
+    checkpoint = checkpoint or newest_checkpoint(run)
+    manifest = read_facts(checkpoint)
+    llm_folder, spec = Path(llm or parts["model_name_or_path"]), str(vision_tower or parts["vision_tower"])
+    llm_config = read_llm_config(llm_folder)
+    check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
+    tower, preprocessor = load_vision_tower(spec, torch.float32)
+    check_base(spec, checkpoint, "vision_tower", "--vision_tower")
+    adapter, projector = _read_checkpoint(checkpoint, tower.config.hidden_size, llm_config.hidden_size)
+    return TrainedRun(
+        run=run,
+        checkpoint=checkpoint,
+        record=record,
+        manifest=manifest,
+        llm_folder=llm_folder,
+        vision_spec=spec,
+        llm_config=llm_config,
+        vision_config=tower.config,
+        vision=tower.state_dict(),
+        preprocessor=preprocessor,
+        tokenizer=load_tokenizer(run / TOKENIZER),
+        adapter=adapter,
+        projector=projector,
+        merge_base=merge_base,
+    )
+
+
+def plan_tensors(tensors: dict[str, Tensor], updates: dict[str, LazyLowRank] | None = None) -> list[PlannedTensor]:
+    """Tensors in memory as a plan."""
+    reads = {name: layer.read for name, layer in (updates or {}).items()}
+    return [PlannedTensor(name, tuple(t.shape), lambda t=t: t, reads.get(name)) for name, t in tensors.items()]
+
+
+def alone(module: str) -> str:
+    """A module of the composed model by its name where its part stands alone."""
+    prefix = next(prefix for prefix in ALONE if module.startswith(prefix))
+    return ALONE[prefix] + module[len(prefix) :]
+
+
+def _tower_of(module: str) -> str:
+    return VISION if module.startswith(VISION + ".") else LLM
+
+
+def _check_fit(updates: dict[str, LazyLowRank], plan: list[PlannedTensor], checkpoint: Path) -> None:
+    """Refuse adapters of layers that the base does not have, or has in another shape."""
+    shapes = {planned.name: planned.shape for planned in plan}
+    for name, layer in updates.items():
+        if shapes.get(name) != layer.shape:
+            raise Refusal(
+                "K-ADAPTER", "the adapter does not fit the base", file=checkpoint, key=name,
+                found=shapes.get(name, "no such layer"), expected=layer.shape, fix="give the base it was trained on",
+            )  # fmt: skip
+
+
+def _read_checkpoint(
+    checkpoint: Path, vision_width: int, llm_width: int
+) -> tuple[dict[str, LazyLowRank] | None, dict[str, Tensor]]:
+    """The adapter, not read, and the projector's four tensors, of a stage-1 or stage-2 checkpoint."""
+    folder = checkpoint / "adapter"
+    if not folder.is_dir():
+        return None, read_projector(checkpoint / "projector", vision_width, llm_width)
+    trained = read_adapter(folder)  # checks every name and shape; its tensors are mapped, and let go
+    prefix = PROJECTOR + "."
+    projector = {name.removeprefix(prefix): t.clone() for name, t in trained.others.items() if name.startswith(prefix)}
+    if len(projector) != 4 or len(trained.others) != 4:
+        raise Refusal(
+            "K-ADAPTER", "not the projector beside the adapters", file=folder,
+            found=", ".join(sorted(trained.others)) or "none", expected=f"the four tensors of {PROJECTOR}",
+            fix="use another checkpoint",
+        )  # fmt: skip
+    stored = read_tensor_file(folder / "adapter_model.safetensors")
+    layers = {}
+    for name, layer in trained.layers.items():
+        names = {part: f"{PEFT_PREFIX}{name}.lora_{part}.weight" for part in ("A", "mixer", "B")}
+        parts = {part: stored[key] for part, key in names.items() if key in stored}
+        assert (layer.w is None) == ("mixer" not in parts), f"{name} was read with another mixer than is stored"
+        layers[name] = LazyLowRank((len(layer.b), layer.a.shape[1]), layer.scaling, parts)
+    return layers, projector

@@ -1,0 +1,216 @@
+"""The prompt formats: which control tokens and words stand around a turn.
+
+A format is written down as *pieces*: control tokens by name, plain text, and the slots ``TEXT`` and ``SYSTEM``.
+:mod:`llava_moslora.text.conversation` turns pieces into ids and labels; :func:`chat_template` turns the same pieces
+into the Jinja template of an exported model, so the prompt a model is trained on and the prompt it is asked with
+cannot drift apart.
+
+Sources: LLaVA ``llava/conversation.py`` (vicuna_v1, llama_2, plain) and ``train.py`` (what is trained); XTuner
+``xtuner/utils/templates.py`` (llama3_chat, internlm2_chat, vicuna).
+"""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerFast
+
+from llava_moslora.errors import Refusal
+from llava_moslora.text.template import BOS, EOS, SYSTEM, TEXT, Control, Pieces, Template
+from llava_moslora.text.tokenizer import IMAGE_TOKEN, text_encoder
+from llava_moslora.text.tokenizer_template import own_template
+
+OWN = "tokenizer"  # the name of the format that the tokenizer's own chat template writes
+
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+IM_START, IM_END = Control("<|im_start|>"), Control("<|im_end|>")
+HEADER, END_HEADER, EOT = Control("<|start_header_id|>"), Control("<|end_header_id|>"), Control("<|eot_id|>")
+
+CHATML = Template(
+    begin=(BOS,),
+    system=(IM_START, "system\n", TEXT, IM_END, "\n"),
+    human=(IM_START, "user\n", TEXT, IM_END, "\n"),
+    reply=(IM_START, "assistant\n"),
+    answer=(TEXT, IM_END),
+    separator=("\n",),
+)
+
+TEMPLATES: dict[str, Template] = {
+    "chatml": CHATML,
+    "llama3": Template(
+        begin=(Control("<|begin_of_text|>"),),
+        system=(HEADER, "system", END_HEADER, "\n\n", TEXT, EOT),
+        human=(HEADER, "user", END_HEADER, "\n\n", TEXT, EOT),
+        reply=(HEADER, "assistant", END_HEADER, "\n\n"),
+        answer=(TEXT, EOT),
+    ),
+    "internlm2": Template(
+        begin=(Control("<s>"),),
+        system=CHATML.system,
+        human=CHATML.human,
+        reply=CHATML.reply,
+        answer=CHATML.answer,
+        separator=CHATML.separator,
+    ),
+    # LLaVA's: the question and the answer are parts of one running text.
+    "vicuna_v1": Template(
+        begin=(BOS,),
+        system=(TEXT, " "),
+        human=("USER: ", TEXT, " "),
+        reply=("ASSISTANT:",),
+        answer=(" ", TEXT, EOS),
+        default_system=VICUNA_SYSTEM,
+    ),
+    # XTuner's: BOS before every round. XTuner writes no space before the answer but tokenises the answer apart, where
+    # Llama's dummy prefix puts one; the space written here gives the same ids, also to readers of the whole text.
+    "vicuna": Template(
+        system=(VICUNA_SYSTEM + " ", TEXT, "\n "),
+        human=(BOS, SYSTEM, "USER: ", TEXT, " "),
+        reply=("ASSISTANT:",),
+        answer=(" ", TEXT, EOS),
+        separator=("\n",),
+    ),
+    "llama2": Template(
+        system=("<<SYS>>\n", TEXT, "\n<</SYS>>\n\n"),
+        human=(BOS, "[INST] ", SYSTEM, TEXT, " [/INST]"),
+        answer=(" ", TEXT, " ", EOS),
+    ),
+    # LLaVA's first stage: an image, its caption, a newline.
+    "plain": Template(begin=(BOS,), human=(TEXT,), answer=(TEXT, "\n"), images_only=True),
+}
+
+
+def get_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
+    """The template called ``name``; ``"tokenizer"`` is the tokenizer's own.
+
+    Raises:
+        Refusal: C-TEMPLATE, there is none of that name, or the tokenizer's own cannot be followed exactly.
+    """
+    if name == OWN:
+        return own_template(tokenizer)
+    if name not in TEMPLATES:
+        expected = " | ".join([*sorted(TEMPLATES), OWN])
+        raise Refusal("C-TEMPLATE", "unknown prompt template", key="--version", found=name, expected=expected)
+    return TEMPLATES[name]
+
+
+def recognise_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The name of the template that a tokenizer's control tokens belong to, else ``"tokenizer"`` if it brings its own.
+
+    Llama-2 and Vicuna share their tokens; a chat template with ``<<SYS>>`` tells Llama-2-chat, no chat template at
+    all is what Vicuna's folders have.
+
+    Raises:
+        Refusal: C-TEMPLATE, the tokens belong to no known template and the tokenizer's own cannot be used.
+    """
+    names = tokenizer.added_tokens_encoder.keys()
+    if {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"} <= names:
+        return "llama3"
+    if {"<|im_start|>", "<|im_end|>"} <= names:
+        return "internlm2" if "<|action_start|>" in names else "chatml"
+    own = tokenizer.chat_template or ""
+    if tokenizer.bos_token == "<s>" and tokenizer.eos_token == "</s>" and (not own or "<<SYS>>" in own):
+        return "llama2" if own else "vicuna_v1"
+    if own:
+        own_template(tokenizer)  # refuses it here, where it is chosen
+        return OWN
+    raise Refusal(
+        "C-TEMPLATE",
+        "the tokenizer's control tokens belong to no known prompt template",
+        found=", ".join(list(names)[:12]),
+        expected=" | ".join(sorted(TEMPLATES)),
+        fix="name the format that the model was tuned with: --version NAME",
+    )
+
+
+def control_id(control: Control, tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id of a control token; ``None`` for ``BOS`` where the tokenizer does not begin its texts with one.
+
+    Raises:
+        Refusal: C-TEMPLATE, the tokenizer lacks the token.
+    """
+    known = text_encoder(tokenizer)
+    if control == BOS:
+        return known.bos
+    found = known.ids.get(tokenizer.eos_token if control == EOS else control.name)
+    if found is None:
+        raise Refusal(
+            "C-TEMPLATE",
+            f"the prompt template needs the control token {control.name}, which the tokenizer does not have",
+            key="--version",
+            fix=f"choose the template of this model: {' | '.join(sorted(TEMPLATES))}",
+        )
+    return found
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> list[int]:
+    """Ids at which generation ends: what an answer was trained to end with, then the tokenizer's own end of text."""
+    last = get_template(template, tokenizer).answer[-1]
+    ids = [control_id(last, tokenizer)] if isinstance(last, Control) else tokenizer.encode(last)[-1:]
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    return ids
+
+
+def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The Jinja chat template of an exported model.
+
+    Messages are ``{"role": "system" | "user" | "assistant", "content": CONTENT}``, where CONTENT is a string, which
+    may hold ``<image>``, or a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``, which are put on
+    lines of their own. For text without control tokens in it the stock tokenizer's ids of the rendered prompt equal
+    :func:`llava_moslora.text.conversation.encode_prompt`. (A template cannot stop a user from typing ``<|eot_id|>``
+    into a stock chat; our own inference can.)
+    """
+    form = get_template(template, tokenizer)
+
+    def jinja(pieces: Pieces, text: str = "text") -> str:
+        """Pieces as one Jinja expression; ``text`` is the expression that stands for the turn's own text."""
+        terms = []
+        for piece in pieces:
+            if isinstance(piece, Control):
+                found = control_id(piece, tokenizer)
+                terms += [] if found is None else [_quote(tokenizer.convert_ids_to_tokens(found))]
+            else:
+                terms.append({TEXT: text, SYSTEM: "state.system"}.get(piece) or _quote(piece))
+        return " + ".join(terms) or "''"
+
+    shown = "state.images" if form.images_only else "text"
+    inside = SYSTEM in form.human  # the system text waits for the first human turn
+    lines = ["{%- set state = namespace(system='', text='', images='') -%}", f"{{{{- {jinja(form.begin)} -}}}}"]
+    if form.default_system is not None:
+        default = jinja(form.system, _quote(form.default_system))
+        lines.append(f"{{%- if messages[0]['role'] != 'system' -%}}{{{{- {default} -}}}}{{%- endif -%}}")
+    lines += [
+        "{%- for message in messages -%}",
+        "{%- set state.text = '' -%}{%- set state.images = '' -%}",
+        "{%- if message['content'] is string -%}{%- set state.text = message['content'] -%}",
+        "{%- else -%}{%- for item in message['content'] -%}",
+        f"{{%- set part = {_quote(IMAGE_TOKEN)} if item['type'] == 'image' else item['text'] | trim -%}}",
+        r"{%- set state.text = state.text + ('' if loop.first else '\n') + part -%}",
+        "{%- endfor -%}{%- endif -%}",
+        "{%- set text = state.text | trim -%}",
+    ]
+    if form.images_only:
+        lines.append(
+            f"{{%- set state.images = {_quote(IMAGE_TOKEN)} * (text.split({_quote(IMAGE_TOKEN)}) | length - 1) -%}}"
+        )
+    system = jinja(form.system)
+    lines += [
+        "{%- if message['role'] == 'system' -%}",
+        f"{{%- set state.system = {system} -%}}" if inside else f"{{{{- {system} -}}}}",
+        "{%- elif message['role'] == 'user' -%}",
+        f"{{{{- {jinja(form.human, shown)} -}}}}",
+        "{%- set state.system = '' -%}",
+        "{%- elif message['role'] == 'assistant' -%}",
+        f"{{{{- {jinja(form.reply + form.answer + form.separator)} -}}}}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+        f"{{%- if add_generation_prompt -%}}{{{{- {jinja(form.reply)} -}}}}{{%- endif -%}}",
+    ]
+    return "\n".join(lines)
+
+
+def _quote(text: str) -> str:
+    """``text`` as a Jinja string literal."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

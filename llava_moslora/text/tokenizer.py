@@ -1,0 +1,299 @@
+"""The tokenizer of a language model folder, made ready for images.
+
+Two tokens are added to what the folder holds, both found or made by *name*, never by a hard-coded id:
+
+* ``<image>``, the placeholder that the data layer repeats once per image feature. LLaMA-3 keeps unused reserved
+  tokens, so one of those is renamed and no embedding row is added; other tokenizers get it appended.
+* a padding token: the folder's own, else a reserved one renamed to ``<pad>``, else the unknown token (LLaVA's choice
+  for Vicuna), else an appended one.
+
+Code from a model folder is never run: ``tokenizer.json`` or, where there is none, SentencePiece's ``tokenizer.model``
+is read as data, without ``AutoTokenizer``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from weakref import WeakKeyDictionary
+
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from llava_moslora.errors import Refusal
+from llava_moslora.text.sentencepiece import read_sentencepiece
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+# Names that a published tokenizer reserves for later use, in the order in which they are taken.
+RESERVED_TOKENS = (  # LLaMA-3, InternLM2
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "[UNUSED_TOKEN_0]",
+    "[UNUSED_TOKEN_1]",
+)
+# LLaMA-3.1 added a token whose only purpose is padding but does not name it as the pad token.
+PAD_NAMES = (PAD_TOKEN, "<|finetune_right_pad_id|>")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in ``folder`` with an ``<image>`` token and a pad token; right padding.
+
+    ``save_pretrained`` followed by ``load_tokenizer`` (or by stock ``AutoTokenizer``) gives the same ids.
+
+    Raises:
+        Refusal: K-TOKENIZER, the folder or its tokenizer files are missing or unreadable.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise Refusal("K-TOKENIZER", "there is no such folder", file=folder, fix="give the downloaded model's folder")
+    state, settings = _read_folder(folder)
+
+    added = {token["content"]: token for token in _added_tokens(state, folder)}
+    reserved = [name for name in RESERVED_TOKENS if name in added]
+    if IMAGE_TOKEN not in added and reserved:
+        _rename(state, added, reserved.pop(0), IMAGE_TOKEN)
+    if settings["pad_token"] is None:
+        settings["pad_token"] = next((name for name in PAD_NAMES if name in added), None)
+    if settings["pad_token"] is None and reserved:
+        _rename(state, added, reserved.pop(0), PAD_TOKEN)
+        settings["pad_token"] = PAD_TOKEN
+    if settings["pad_token"] is None:
+        settings["pad_token"] = settings["unk_token"]  # may be None still
+    if IMAGE_TOKEN in added:
+        added[IMAGE_TOKEN].update(special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
+    _forbid_merging_into(state, {name for name, token in added.items() if token["special"]})
+
+    # Not by from_pretrained, which may rebuild the normaliser by class name or ask the hub whether this is a Mistral;
+    # from a file, because an object would be copied.
+    with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
+        file.write(json.dumps(state, ensure_ascii=False))
+        file.flush()
+        try:
+            tokenizer = PreTrainedTokenizerFast(
+                tokenizer_file=file.name, padding_side="right", clean_up_tokenization_spaces=False, **settings
+            )
+        except Exception as error:  # the Rust library raises bare Exceptions: an unknown model type, a bad pattern
+            fix = "download it again; a tokenizer that is newer than the package needs pip install -U tokenizers"
+            what = "the tokenizers library cannot read it"
+            raise Refusal("K-TOKENIZER", what, file=folder, found=error, fix=fix) from error
+    if IMAGE_TOKEN not in added:
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, normalized=False, special=True)})
+    return tokenizer
+
+
+def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The id of ``<image>``.
+
+    Raises:
+        Refusal: K-TOKENIZER, the tokenizer was not prepared by :func:`load_tokenizer`.
+    """
+    found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if found is None or found == tokenizer.unk_token_id:
+        raise Refusal(
+            "K-TOKENIZER",
+            "the tokenizer has no <image> token",
+            file=tokenizer.name_or_path or None,
+            fix="load it with load_tokenizer",
+        )
+    return found
+
+
+def _read_folder(folder: Path) -> tuple[dict, dict]:
+    """The backend's state (what ``tokenizer.json`` holds) and, from the files beside it, the constructor's settings."""
+    config: dict = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one wins
+        if (folder / name).is_file():
+            config.update(_read_json(folder / name))
+    settings: dict = {name: _content(name, config.get(name), folder) for name in NAMED_TOKENS}
+    if (limit := config.get("model_max_length")) is not None:
+        settings["model_max_length"] = _of_type(int | float, "a number", "model_max_length", limit, folder)
+    template = folder / "chat_template.jinja"
+    settings["chat_template"] = _read(template).decode() if template.is_file() else config.get("chat_template")
+
+    if (folder / "tokenizer.json").is_file():
+        state = _read_json(folder / "tokenizer.json")
+        if not isinstance(state.get("model"), dict) or not isinstance(state.get("added_tokens"), list):
+            raise Refusal("K-TOKENIZER", "not a tokenizer of the tokenizers library", file=folder / "tokenizer.json")
+        state["truncation"] = state["padding"] = None  # some folders were saved in the middle of a batched call
+    elif (folder / "tokenizer.model").is_file():
+        begins = config.get("add_bos_token", True)
+        state, named = read_sentencepiece(folder / "tokenizer.model", begins=begins)
+        settings.update({name: token for name, token in named.items() if settings[name] is None})
+    else:
+        raise Refusal(
+            "K-TOKENIZER",
+            "the folder holds neither tokenizer.json nor tokenizer.model",
+            file=folder,
+            found=", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder",
+            fix="download the tokenizer's files too",
+        )
+    return state, settings
+
+
+def _added_tokens(state: dict, folder: Path) -> list[dict]:
+    for token in state["added_tokens"]:
+        whole = isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+        if not whole or not isinstance(token.get("special"), bool):
+            raise Refusal(
+                "K-TOKENIZER", "not a whole token", file=folder / "tokenizer.json", key="added_tokens", found=token,
+                expected="an object with id, content and special", fix="download it again",
+            )  # fmt: skip
+    return state["added_tokens"]
+
+
+def _content(name: str, token: object, folder: Path) -> str | None:
+    token = token.get("content", token) if isinstance(token, dict) else token
+    return None if token is None else _of_type(str, "a token, or an object with its content", name, token, folder)
+
+
+def _of_type(kind: type, expected: str, key: str, value: object, folder: Path) -> object:
+    """``value`` if it is of ``kind``."""
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise Refusal(
+            "K-TOKENIZER", "not usable", file=folder / "tokenizer_config.json", key=key, found=value,
+            expected=expected, fix="download it again",
+        )  # fmt: skip
+    return value
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file in UTF-8."""
+    try:
+        content = path.read_bytes()
+        content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        found = error.strerror if isinstance(error, OSError) else error
+        raise Refusal("K-TOKENIZER", "cannot be read", file=path, found=found, fix="download it again") from None
+    return content
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(_read(path))
+    except (RecursionError, json.JSONDecodeError) as error:
+        raise Refusal("K-TOKENIZER", "not valid JSON", file=path, found=error, fix="download it again") from None
+    if not isinstance(content, dict):
+        what = "not a tokenizer of the tokenizers library" if path.name == "tokenizer.json" else "not a JSON object"
+        raise Refusal("K-TOKENIZER", what, file=path, found=type(content).__name__, fix="download it again")
+    return content
+
+
+def _rename(state: dict, added: dict[str, dict], old: str, new: str) -> None:
+    """Give the reserved token ``old`` the name ``new``; its id stays."""
+    token = added.pop(old)
+    token["content"] = new
+    added[new] = token
+    vocabulary = state["model"].get("vocab")
+    if isinstance(vocabulary, dict) and old in vocabulary:
+        vocabulary[new] = vocabulary.pop(old)
+
+
+def _forbid_merging_into(state: dict, names: set[str]) -> None:
+    """Drop the BPE merges that would build a control token out of ordinary text.
+
+    Tokenizers converted from SentencePiece can hold such merges (``<`` + ``s>``); with ``split_special_tokens`` they
+    would turn a user's text into a control token all the same.
+    """
+    model = state["model"]
+    if model.get("type") == "BPE" and isinstance(model.get("merges"), list):
+        # A merge is "a b" or ["a", "b"]; anything else is kept, for the library to refuse.
+        model["merges"] = [
+            merge
+            for merge in model["merges"]
+            if ("".join(map(str, merge)) if isinstance(merge, list) else str(merge).replace(" ", "", 1)) not in names
+        ]
+
+
+class TextEncoder:
+    """Plain text to ids, in which no control token can appear.
+
+    A chunk of text is tokenised as the stock tokenizer would tokenise it at that place of a whole prompt. The places
+    differ only for tokenizers that put a space before the text (SentencePiece's dummy prefix):
+
+    * ``start``: nothing before it,
+    * ``fresh``: after a control token or an image,
+    * ``joined``: directly after other text, which was encoded apart because training begins here.
+
+    Attributes:
+        ids: the id of every added token by its name.
+        bos: the id with which the tokenizer begins its texts, or ``None``.
+        controls: name by id of every control token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        backend = tokenizer.backend_tokenizer
+        self.ids = dict(tokenizer.added_tokens_encoder)
+        first = tokenizer("a").input_ids[0]
+        self.bos = first if first == tokenizer.bos_token_id else None
+        self.controls = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        parts = [json.loads(part.__getstate__()) for part in (backend.normalizer, backend.pre_tokenizer) if part]
+        kinds = {kind for part in parts for kind in _prefixes(part)}
+        joined = _without_prefix(backend) if kinds else backend
+        self._at = {"start": backend, "fresh": joined if kinds == {"first"} else backend, "joined": joined}
+
+    def __call__(self, text: str, place: str) -> list[int]:
+        """Ids of ``text``; ``[]`` for the empty text.
+
+        Raises:
+            Refusal: D-CONTROL, the tokenizer turns this text into a control token in spite of everything.
+        """
+        backend = self._at[place]
+        # The backend is the stock tokenizer's own (a copy of LLaMA-3's costs a second), so nothing that a stock call
+        # left in it may count here, and nothing may be left in it for the next stock call.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        backend.encode_special_tokens = True  # what transformers calls split_special_tokens
+        ids = backend.encode(text, add_special_tokens=False).ids if text else []
+        backend.encode_special_tokens = False
+        if not self.controls.keys().isdisjoint(ids):
+            name = next(self.controls[i] for i in ids if i in self.controls)
+            raise Refusal("D-CONTROL", f"the tokenizer reads this text as its control token {name}", found=text)
+        return ids
+
+
+_ENCODERS: WeakKeyDictionary[PreTrainedTokenizerFast, TextEncoder] = WeakKeyDictionary()
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+    """The :class:`TextEncoder` of a tokenizer, made once."""
+    if tokenizer not in _ENCODERS:
+        _ENCODERS[tokenizer] = TextEncoder(tokenizer)
+    return _ENCODERS[tokenizer]
+
+
+def _prefixes(part: dict) -> set[str]:
+    """``{"always"}``, ``{"first"}`` or nothing: where a normaliser or pre-tokenizer puts a space before the text."""
+    found = set()
+    for child in part.get("normalizers", []) + part.get("pretokenizers", []):
+        found |= _prefixes(child)
+    if part["type"] == "Metaspace" and part["prepend_scheme"] != "never":
+        found.add(part["prepend_scheme"])
+    if part["type"] == "Prepend" or (part["type"] == "ByteLevel" and part["add_prefix_space"]):
+        found.add("always")
+    return found
+
+
+def _without_prefix(backend: Tokenizer) -> Tokenizer:
+    state = json.loads(backend.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        state[name] = _strip_prefix(state[name]) if state[name] else None
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _strip_prefix(part: dict) -> dict | None:
+    part = dict(part)
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            part[name] = [kept for child in part[name] if (kept := _strip_prefix(child)) is not None]
+    if part["type"] == "Metaspace":
+        part["prepend_scheme"] = "never"
+    if part["type"] == "ByteLevel":
+        part["add_prefix_space"] = False
+    return None if part["type"] == "Prepend" else part

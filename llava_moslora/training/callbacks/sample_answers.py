@@ -1,0 +1,159 @@
+"""What the model says while it is trained: fixed questions, answered every so many steps into one growing page."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from llava_moslora.data.images import load_image
+from llava_moslora.data.records import read_records
+from llava_moslora.errors import Refusal
+from llava_moslora.inference.generate import answer
+from llava_moslora.inference.load import ChatModel
+from llava_moslora.text.conversation import Turn
+from llava_moslora.training.callbacks import metrics
+from llava_moslora.training.optimizer_state import kept_random_state
+
+FILE, PAGE = "samples.jsonl", "samples.html"
+MOST = 64
+THUMBNAIL = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A question with its images; ``reference`` is the answer that the record gives."""
+
+    images: tuple[Image.Image, ...]
+    turns: tuple[Turn, ...]
+    reference: str
+
+
+def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Sample]:
+    """The records of a LLaVA-format file as questions: the last answer of each is what is asked for.
+
+    Raises:
+        Refusal: as :func:`~llava_moslora.data.records.read_records` and
+            :func:`~llava_moslora.data.images.load_image`; D-MANY, more than :data:`MOST` records.
+    """
+    if not Path(file).is_file():
+        raise Refusal("D-FILE", "there is no such file", file=file, key="--sample_questions")
+    records = list(islice(read_records(file), MOST + 1))
+    if len(records) > MOST:
+        raise Refusal(
+            "D-MANY", "too many questions to answer them again and again", file=file, key="--sample_questions",
+            found=f"more than {MOST}", expected=f"at most {MOST}", fix="take a few of them into a file of their own",
+        )  # fmt: skip
+    if image_folder is None and any(record.images for record in records):
+        raise Refusal("I-FOLDER", "images without a folder", file=file, key="--sample_image_folder")
+    return [
+        Sample(
+            tuple(load_image(name, image_folder, record=r.index, record_id=r.id) for name in r.images),
+            r.turns[:-1],
+            r.turns[-1].text,
+        )
+        for r in records
+    ]
+
+
+class SampleAnswers(TrainerCallback):
+    """Answers ``samples`` at the start, every ``steps`` steps and at the end, greedily, on the main process.
+
+    Into the log, ``samples.jsonl`` and ``samples.html`` (images included, readable without a network). The training
+    is not touched: random streams, modes and gradients stay as they were.
+
+    Args:
+        chat_model: the live model with its tokenizer, template and image transform.
+        run: the run folder.
+    """
+
+    def __init__(self, samples: Sequence[Sample], chat_model: ChatModel, run: Path, *, steps: int, max_new_tokens: int):
+        self.samples, self.chat_model, self.run = samples, chat_model, run
+        self.steps, self.max_new_tokens = steps, max_new_tokens
+
+    def on_train_begin(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            metrics.keep_until(self.run / FILE, state.global_step)
+            rows = metrics.read(self.run / FILE)
+            if not rows or rows[-1]["step"] != state.global_step:  # a resumed run may have them already
+                self.ask(state.global_step)
+
+    def on_step_end(self, args, state, control, **_):
+        step = state.global_step
+        if state.is_world_process_zero and (step % self.steps == 0 or step == state.max_steps):
+            self.ask(step)
+
+    def ask(self, step: int) -> None:
+        questions = [(sample.images, sample.turns) for sample in self.samples]
+        with kept_random_state(), answering(self.chat_model.model):
+            answers = list(answer(self.chat_model, questions, max_new_tokens=self.max_new_tokens))
+        for sample, text in zip(self.samples, answers, strict=True):
+            tqdm.write(f"step {step} · {sample.turns[-1].text.strip()!r} → {text!r}")
+        metrics.append(self.run / FILE, {"step": step, "answers": answers})
+        rows = metrics.read(self.run / FILE)
+        (self.run / PAGE).write_text(page(self.samples, rows, str(self.run)), encoding="utf-8")
+
+
+@contextmanager
+def answering(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and afterwards every module in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in place
+            module.support_avx512bf16_for_cpu = False
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def page(samples: Sequence[Sample], rows: list[dict], title: str) -> str:
+    """HTML: one section per question with its images, and the answers by step, the newest last."""
+    sections = []
+    for number, sample in enumerate(samples):
+        images = "".join(_thumbnail(image) for image in sample.images)
+        turns = "".join(f"<p class={turn.role}>{html.escape(turn.text)}</p>" for turn in sample.turns)
+        answers = "".join(
+            f"<tr><td>{row['step']}</td><td>{html.escape(row['answers'][number])}</td></tr>" for row in rows
+        )
+        reference = f"<tr class=reference><td>reference</td><td>{html.escape(sample.reference)}</td></tr>"
+        table = f"<table>{answers}{reference}</table>"
+        sections.append(f"<article><div class=images>{images}</div><div>{turns}{table}</div></article>")
+    return f"""<!doctype html>
+<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>
+<h1>{html.escape(title)}</h1><p>{len(samples)} questions, answered at {len(rows)} steps.</p>{"".join(sections)}</html>
+"""
+
+
+def _thumbnail(image: Image.Image) -> str:
+    image = image.copy()
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{data}" width={image.width} height={image.height} alt="">'
+
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.3em; } p { white-space: pre-wrap; margin: 0 0 .4em; }
+article { display: flex; gap: 1.5em; border-top: 1px solid #8884; padding: 1em 0; }
+.images { flex: 0 0 256px; } .images img { display: block; margin-bottom: .5em; }
+.human { font-weight: 600; } .gpt, .system { color: #777; }
+td { padding: .1em .8em .1em 0; vertical-align: top; white-space: pre-wrap; }
+td:first-child { text-align: right; color: #777; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.reference td { color: #2f7d5b; border-top: 1px solid #8884; }
+"""

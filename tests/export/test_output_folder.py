@@ -1,0 +1,216 @@
+"""What an export may replace, and that nothing but an export is ever deleted."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from export_runs import reopen_here, trained_run
+from safetensors.torch import load_file, save_file
+
+from llava_moslora.errors import Refusal
+from llava_moslora.export import export as export_module
+from llava_moslora.export import verify
+from llava_moslora.export.export import export
+from llava_moslora.files.manifest import read_manifest, write_manifest
+
+
+@pytest.fixture(scope="module")
+def run(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("output") / "run"
+    trained_run(folder, parts.llm, parts.clip, parts.projector)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    return export(run, tmp_path_factory.mktemp("exported") / "out", prove=False)["hf"]
+
+
+@pytest.fixture
+def out(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "out")
+
+
+def everything(folder) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def refused(run, output_folder, match: str, watched=None, **settings) -> None:
+    """Refused, and every file of ``watched`` (the folder above) is as it was."""
+    watched = watched or output_folder.parent
+    before = everything(watched)
+    with pytest.raises(Refusal, match=match):
+        export(run, output_folder, overwrite=True, prove=False, **settings)
+    assert everything(watched) == before
+
+
+def test_an_old_export_stays_until_the_new_one_is_whole(run, out, monkeypatch):
+    before = everything(out)
+
+    def interrupted(*_, **__):
+        raise Refusal("K-PROOF", "not today")
+
+    monkeypatch.setattr(verify, "prove", interrupted)
+    with pytest.raises(Refusal, match="not today"):
+        export(run, out, overwrite=True)
+    assert everything(out) == before
+    export(run, out, dtype=torch.bfloat16, overwrite=True, prove=False)
+    assert [p.name for p in out.parent.iterdir()] == ["out"] and read_manifest(out)
+    assert load_file(out / "model.safetensors")["language_model.lm_head.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["notes.md", "results/answers.json", ".hidden"])
+def test_files_beside_an_export_are_not_deleted(run, out, name):
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_text("mine")
+    refused(run, out, rf"C-OUTPUT\] .*out:--output_dir: files that no export wrote are not deleted; found {name}")
+
+
+def test_an_edited_card_is_not_deleted(run, out):
+    (out / "README.md").write_text("my own words")
+    refused(run, out, r"C-OUTPUT\] .*files that changed since the export are not deleted; found README\.md")
+
+
+def test_a_foreign_export_json_makes_no_export(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "export.json").write_text(json.dumps({"project": "my other tool"}))
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    refused(run, tmp_path / "out", r"C-OUTPUT\] .*not an export: nothing is deleted here; expected export\.json in it")
+
+
+def test_files_that_come_while_the_export_runs_are_kept(run, out, monkeypatch):
+    def comes(*_, **__):
+        (out / "notes.md").write_text("mine")
+        return {"proof": "passed"}
+
+    monkeypatch.setattr(verify, "prove", comes)
+    monkeypatch.setattr(export_module, "summary", str)
+    monkeypatch.setattr(export_module, "write_card", lambda *_: None)
+    with pytest.raises(Refusal, match=r"files that no export wrote are not deleted; found notes\.md"):
+        export(run, out, overwrite=True)
+    assert (out / "notes.md").read_text() == "mine" and read_manifest(out)
+
+
+@pytest.mark.parametrize("part", [".", "base"])
+def test_its_own_base_is_not_replaced(run, parts, tmp_path, part):
+    """A run that began from an export, or from a part of one, and is exported onto it."""
+    if part == ".":
+        base = export(run, tmp_path / "base", prove=False)["hf"]
+        trained_run(tmp_path / "run", base, base, base)
+    else:
+        base = export(run, tmp_path / "base", ["peft"], with_base=True, prove=False)["peft"]
+        trained_run(tmp_path / "run", base / part, base / part, base / part)
+    refused(tmp_path / "run", base, r"C-OUTPUT\] .*base:--output_dir: an input of this export lies there; found .*base")
+    elsewhere = shutil.copytree(base / part, tmp_path / "elsewhere")
+    moved = {"llm": elsewhere, "vision_tower": str(elsewhere)}
+    refused(tmp_path / "run", base, r"an input of this export lies there", **moved)  # the run's base all the same
+
+
+def test_the_run_is_not_replaced(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    refused(copy, copy, r"C-OUTPUT\] .*run:--output_dir: ")
+    (copy / "export.json").write_text('{"format": "hf"}')
+    refused(copy, copy, r"C-OUTPUT\] .*run:--output_dir: ")
+    refused(copy, tmp_path, r"C-OUTPUT\] .*--output_dir: ")  # the folder above it
+
+
+def test_through_a_link_the_target_is_replaced(run, out, tmp_path):
+    (tmp_path / "link").symlink_to(out)
+    export(run, tmp_path / "link", dtype=torch.bfloat16, overwrite=True, prove=False)
+    assert (tmp_path / "link").readlink() == out and sorted(p.name for p in tmp_path.iterdir()) == ["link", "out"]
+    assert load_file(out / "model.safetensors")["language_model.lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_a_foreign_staging_folder_is_not_deleted(run, tmp_path):
+    staging = tmp_path / ".out.staging"
+    staging.mkdir()
+    (staging / "mine.txt").write_text("mine")
+    refused(run, tmp_path / "out", r"C-OUTPUT\] .*\.out\.staging.*not the staging of an export.*found mine\.txt")
+
+
+def test_the_current_folder_is_not_replaced(run, out, monkeypatch):
+    monkeypatch.chdir(out)
+    refused(run, ".", r"C-OUTPUT\] .*out:--output_dir: the current folder is not replaced", watched=out)
+
+
+def test_two_exports_into_one_folder(run, tmp_path, monkeypatch):
+    """The second begins while the first is verified."""
+
+    def meanwhile(*_, **__):
+        with pytest.raises(Refusal, match=r"C-LOCKED\] .*out:--output_dir: another process is exporting"):
+            export(run, tmp_path / "out", prove=False)
+        assert (tmp_path / ".out.staging" / "model.safetensors").is_file()
+        raise Refusal("K-PROOF", "the first went on")
+
+    monkeypatch.setattr(verify, "prove", meanwhile)
+    with pytest.raises(Refusal, match="the first went on"):
+        export(run, tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == [".out.staging"]
+    export(run, tmp_path / "out", prove=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("killed", ["before the new one had its name", "while the old one was deleted"])
+def test_a_killed_replacement_is_finished(run, out, killed):
+    old = out.with_name(".out.old")
+    if killed.startswith("before"):
+        os.rename(out, old)
+    else:
+        shutil.copytree(out, old)
+        (old / "model.safetensors").unlink()
+    with pytest.raises(Refusal, match="already exists"):
+        export(run, out, prove=False)
+    assert read_manifest(out)
+    export(run, out, overwrite=True, prove=False)
+    assert read_manifest(out) and [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def newer(run, step: int) -> None:
+    """Another checkpoint with another adapter, as training that goes on writes it, and the older ones pruned."""
+    old = run / f"checkpoint-{step - 1}"
+    new = shutil.copytree(old, run / f"checkpoint-{step}")
+    file = new / "adapter" / "adapter_model.safetensors"
+    save_file({name: t * 1.5 for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    facts = json.loads((old / "MANIFEST.json").read_text())
+    write_manifest(new, {name: facts[name] for name in ("llm", "vision_tower", "data")} | {"step": step})
+    shutil.rmtree(old)
+
+
+@pytest.mark.parametrize("target", ["hf", "peft"])
+def test_a_checkpoint_that_is_pruned_meanwhile(run, tmp_path, monkeypatch, target):
+    """The export and its proof are of one checkpoint, the newest when it began."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    write = export_module.write_weights
+
+    def later(*arguments):
+        newer(copy, 2)
+        write(*arguments)
+
+    monkeypatch.setattr(export_module, "write_weights", later)
+    reopen_here(monkeypatch)
+    folder = export(copy, tmp_path / "out", [target])[target]
+    assert json.loads((folder / "export.json").read_text())["checkpoint"] == "checkpoint-1"
+    monkeypatch.setattr(export_module, "write_weights", write)
+    expected = export(run, tmp_path / "expected", [target], prove=False)[target]
+    for file in expected.rglob("*.safetensors"):
+        assert file.read_bytes() == (folder / file.relative_to(expected)).read_bytes()
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_read(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run")
+    from llava_moslora.export import output_folder
+
+    link, seen = output_folder._link, []
+
+    def pruned_before_the_second_file(file, other):
+        seen.append(file.name)
+        if len(seen) == 2:
+            newer(copy, 2)
+        link(file, other)
+
+    monkeypatch.setattr(output_folder, "_link", pruned_before_the_second_file)
+    folder = export(copy, tmp_path / "out", prove=False)["hf"]
+    assert json.loads((folder / "export.json").read_text())["checkpoint"] == "checkpoint-2"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]

@@ -1,0 +1,281 @@
+"""Flags that do not go together are refused in one line, before any weight is read."""
+
+import importlib.util
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from training_runs import train
+
+from llava_moslora.errors import Refusal
+from llava_moslora.training import validate
+from llava_moslora.training.arguments import parse
+from llava_moslora.training.validate import check, check_launch
+from scripts import prepare_data
+
+PARTS = "--model_name_or_path llm --vision_tower clip --data_path d.json --image_folder i".split()
+
+ZERO_2 = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.fixture
+def asked(tmp_path):
+    """The checks on a command line; ``deepspeed`` is the content of its file."""
+
+    def ask(*more: str, deepspeed: dict | None = None, whole: object = None) -> None:
+        words = [*PARTS]
+        words += ["--output_dir", str(tmp_path / "run")]
+        if deepspeed is not None:
+            whole = {"train_micro_batch_size_per_gpu": "auto"} | deepspeed
+        if whole is not None:
+            (tmp_path / "ds.json").write_text(json.dumps(whole))
+            words += ["--deepspeed", str(tmp_path / "ds.json")]
+        model_args, _, adapter_args, args = parse([*words, *more])
+        check(model_args, adapter_args, args)
+
+    return ask
+
+
+def test_the_defaults_pass(asked):
+    asked()
+    asked("--bf16", "True", deepspeed={"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}})
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--learning_rate 0", r"--learning_rate: out of range; found 0.0; expected above 0"),
+        ("--learning_rate nan", r"--learning_rate: out of range; found nan"),
+        ("--vision_lr -1", r"--vision_lr: out of range; found -1.0; expected above 0"),
+        ("--weight_decay -0.1", r"--weight_decay: out of range; found -0.1; expected at least 0"),
+        ("--per_device_train_batch_size 0", r"--per_device_train_batch_size: out of range; found 0"),
+        ("--gradient_accumulation_steps 0", r"--gradient_accumulation_steps: out of range; found 0"),
+        ("--num_train_epochs 0", r"--num_train_epochs: nothing to train; found 0.0; expected above 0"),
+        ("--warmup_steps -1", r"warmup_steps = -1.0"),
+        ("--loss_average batch", r"--loss_average: unknown average; found batch; expected tokens or micro_batch"),
+        ("--lora_r -4", r"--lora_r: out of range; found -4; expected at least 0"),
+        ("--vision_lora_alpha 0", r"--vision_lora_alpha: out of range; found 0.0; expected above 0"),
+        ("--lora_alpha nan", r"--lora_alpha: out of range; found nan"),
+        ("--lora_dropout 1", r"--lora_dropout: out of range; found 1.0; expected a probability below 1"),
+        ("--bf16 True", r"--bf16: without DeepSpeed there are no float32 masters.*zero2.json"),
+        ("--attn_implementation flash", r"--attn_implementation: unknown value; found flash; expected sdpa | eager"),
+        ("--sample_steps 0", r"--sample_steps: out of range"),
+        ("--adam_beta1 2", r"--adam_beta1: out of range; found 2.0; expected below 1"),
+        ("--adam_epsilon -1", r"--adam_epsilon: out of range; found -1.0; expected above 0"),
+        ("--seed -1", r"--seed: out of range; found -1; expected at least 0"),
+        ("--seed 4294967296", r"--seed: out of range; found 4294967296; expected below 4294967296"),
+        ("--neftune_noise_alpha nan", r"--neftune_noise_alpha: out of range; found nan"),
+        (
+            "--eval_strategy steps --eval_steps 5",
+            r"--eval_strategy: nothing is evaluated while training; .*found steps",
+        ),
+        ("--label_smoothing_factor 0.1", r"--label_smoothing_factor: the loss has no label smoothing; found 0.1"),
+        ("--report_to banana", r"--report_to: unknown reporter; found banana; expected .*tensorboard.*, or none"),
+        ("--save_steps inf", r"the training arguments do not go together"),
+        (
+            "--max_steps 0",
+            r"--max_steps: nothing to train; found 0; expected at least 1, or -1 for as many as --num_tr",
+        ),
+        ("--max_steps -5", r"--max_steps: nothing to train; found -5"),
+        ("--resume_from_checkpoint runs/a/checkpoint-2", r"--resume_from_checkpoint: .*; fix: use --resume True"),
+        (
+            "--dataloader_num_workers 1 --dataloader_prefetch_factor 0",
+            r"C-FLAG\] --dataloader_prefetch_factor: out of range; found 0; expected at least 1",
+        ),
+    ],
+)
+def test_values_out_of_range(asked, flags, message):
+    with pytest.raises(Refusal, match=message):
+        asked(*flags.split())
+
+
+def test_float16_needs_a_stage_that_saves_its_loss_scale(asked, monkeypatch):
+    monkeypatch.setattr(validate, "_check_precision", lambda args: None)  # a CPU has no float16
+    with pytest.raises(Refusal, match=r"C-FLAG\] --fp16: DeepSpeed's stage 0 .*; fix: --bf16 True, or .*zero1.json"):
+        asked("--fp16", "True", deepspeed={"zero_optimization": {"stage": 0}})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_what_a_cpu_cannot_do(asked):
+    with pytest.raises(Refusal, match=r"--fp16: float16 cannot be trained on a CPU; fix: --bf16 True"):
+        asked("--fp16", "True")
+
+
+OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "zero", "message"),
+    [
+        ("galore_adamw", None, r"this optimizer's state cannot be saved; found galore_adamw; expected adamw_torch, .*"),
+        ("adagrad", {"stage": 0}, "this optimizer's state cannot be saved; found adagrad"),
+        ("adamw_bnb_8bit", {"stage": 2}, r"cannot be cut; found adamw_bnb_8bit; .*; fix: zero_configs/zero0.json"),
+        ("adafactor", {"stage": 3}, r"cannot be cut; found adafactor; expected adamw_torch, .*, sgd"),
+        ("sgd", OFFLOAD, r"becomes DeepSpeed's Adam.*found sgd; expected adamw_torch, adamw_torch_fused; fix: --optim"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_saved_is_refused(asked, name, zero, message):
+    with pytest.raises(Refusal, match=r"C-FLAG\] --optim: .*" + message):
+        asked("--optim", name, deepspeed=None if zero is None else {"zero_optimization": zero})
+
+
+def test_optimizers_that_can_be_saved(asked):
+    asked("--optim", "adafactor")
+    asked("--optim", "sgd", deepspeed=ZERO_2)
+    asked("--optim", "adafactor", deepspeed={"zero_optimization": {"stage": 0}})
+    asked("--optim", "adamw_torch", deepspeed={"zero_optimization": OFFLOAD})
+
+
+def test_both_precisions_at_once(asked):
+    with pytest.raises(Refusal, match=r"C-FLAG\] .*fp16.*bf16|C-FLAG\] .*bf16.*fp16"):
+        asked("--fp16", "True", "--bf16", "True")
+
+
+@pytest.mark.parametrize(
+    ("flags", "package", "message"),
+    [
+        ("--optim lion_8bit", "bitsandbytes", r"E-MISSING\] --optim lion_8bit: needs bitsandbytes, which is not"),
+        ("--bits 4", "bitsandbytes", r"E-MISSING\] --bits 4: needs bitsandbytes.*pip install 'llava_moslora\[quant\]'"),
+        (
+            "--attn_implementation flash_attention_2",
+            "flash_attn",
+            r"E-MISSING\] --attn_implementation flash_attention_2: needs flash_attn, which.*pip install flash-attn, or",
+        ),
+        (
+            "--attn_implementation flash_attention_3",
+            "flash_attn_interface",
+            r"--attn_implementation flash_attention_3: needs flash_attn_interface, which is not installed.*hopper",
+        ),
+        ("--use_liger_kernel True", "liger_kernel", r"--use_liger_kernel: needs liger_kernel, which is not installed"),
+        ("--report_to wandb", "wandb", r"--report_to wandb: needs wandb, which is not .*; fix: pip install wandb"),
+    ],
+)
+def test_packages_that_are_missing(asked, monkeypatch, flags, package, message):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else real(name, *a))
+    with pytest.raises(Refusal, match=message):
+        asked(*flags.split())
+
+
+def test_flash_attention_needs_a_gpu_and_16_bits(asked, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: True)
+    words = ["--attn_implementation", "flash_attention_2"]
+    found, half = ("float32", "; fix: .* sdpa, or --bf16 True") if torch.cuda.is_available() else ("a CPU", "; fix: .*")
+    with pytest.raises(Refusal, match=f"kernels are for 16-bit numbers on a GPU; found {found}{half}"):
+        asked(*words)
+    asked("--attn_implementation", "eager")
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ({"zero_optimization": {"stage": 2}}, r"train_micro_batch_size_per_gpu: DeepSpeed must be told the batch size"),
+        ({"train_batch_size": "auto", "zero_optimization": True}, r"zero_optimization: not a mapping; found True"),
+        ({"train_batch_size": "auto", "bf16": True}, r"bf16: not a mapping; found True"),
+        ([], r"--deepspeed: not a mapping; found \[\]"),
+    ],
+    ids=str,
+)
+def test_deepspeed_files_that_cannot_be(asked, file, message):
+    with pytest.raises(Refusal, match=message):
+        asked(whole=file)
+
+
+def test_what_torch_compile_decides_itself(asked):
+    with pytest.raises(Refusal, match=r"--torch_compile, --recompute selective: torch.compile decides itself"):
+        asked("--torch_compile", "True", "--recompute", "selective")
+    asked("--torch_compile", "True", "--recompute", "full")
+
+
+def test_what_liger_cannot_do(asked, monkeypatch):
+    """Its kernels need a GPU."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: True)
+    if not torch.cuda.is_available():
+        with pytest.raises(Refusal, match="Liger's kernels need a GPU"):
+            asked("--use_liger_kernel", "True", "--lora_target_modules", "q_proj")
+    else:
+        asked("--use_liger_kernel", "True", "--lora_target_modules", "q_proj")
+
+
+def test_deepspeeds_file_against_the_flags_every_difference_at_once(asked):
+    file = {
+        "train_micro_batch_size_per_gpu": 4,
+        "train_batch_size": 64,
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+    }
+    with pytest.raises(Refusal, match=r"ds.json:--deepspeed: the file and the flags disagree") as refused:
+        asked("--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "2", deepspeed=file)
+    line = str(refused.value)
+    assert "train_micro_batch_size_per_gpu 4 against 8 (--per_device_train_batch_size)" in line
+    assert "train_batch_size 64 against 16 = 8 per device × 2 accumulated × 1 ranks" in line
+    assert "gradient_clipping 0.5 against 1.0 (--max_grad_norm)" in line
+    assert "bf16.enabled True against False (--bf16)" in line
+
+
+@pytest.mark.parametrize(
+    ("file", "more", "message"),
+    [
+        ({"zero_optimization": {"stage": 4}}, [], r"zero_optimization.stage: unknown stage; found 4; expected 0 to 3"),
+        (
+            {"optimizer": {"type": "AdamW"}, **ZERO_2},
+            [],
+            r"ds.json:optimizer: would replace the optimizer .* rate per part",
+        ),
+        ({"scheduler": {"type": "WarmupLR"}, **ZERO_2}, [], r"ds.json:scheduler: would replace"),
+        ({"zero_optimization": {"stage": 3}}, ["--sample_questions", "q.json"], "under ZeRO-3 no rank holds"),
+    ],
+)
+def test_deepspeed_files_that_cannot_work(asked, file, more, message):
+    with pytest.raises(Refusal, match=message):
+        asked(*more, deepspeed=file)
+
+
+def test_deepspeed_needs_a_launcher(tmp_path, monkeypatch):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
+    words = [*PARTS]
+    words += ["--output_dir", str(tmp_path / "run"), "--deepspeed", str(tmp_path / "ds.json")]
+    monkeypatch.delenv("RANK", raising=False)
+    *_, args = parse(words)
+    with pytest.raises(Refusal, match=r"E-LAUNCH\] --deepspeed: DeepSpeed needs a launcher; fix: deepspeed scripts/"):
+        check_launch(args)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(Refusal, match="more processes than GPUs on this host; found process 3; expected 2"):
+        check_launch(args)
+
+
+def test_yaml_with_aliases_is_not_read(tmp_path):
+    """Ten lines of aliases can stand for a billion values."""
+    (tmp_path / "c.yaml").write_text("lora_target_modules: &a [q_proj, q_proj]\nvision_lora_target_modules: *a\n")
+    with pytest.raises(Refusal, match=r"neither YAML nor JSON; found an alias, \*a"):
+        parse(["--config", str(tmp_path / "c.yaml")])
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(-1, "above 16, .*one image"), (16, "above 16"), (2049, "at most 2048")]
+)
+def test_lengths_that_cannot_be(parts, tmp_path, monkeypatch, limit, expected):
+    """Refused before the data are read: neither a cache nor a run folder is made."""
+    message = rf"C-FLAG\] --model_max_length: .*; found {limit}; expected {expected}"
+    with pytest.raises(Refusal, match=message):
+        train(parts, tmp_path / "run", model_max_length=limit)
+    words = ["--model_name_or_path", parts.llm, "--vision_tower", parts.clip, "--data_path", parts.data]
+    words += ["--image_folder", parts.images, "--data_cache", tmp_path / "cache", "--model_max_length", limit]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, words)])
+    with pytest.raises(Refusal, match=message):
+        prepare_data.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_image_settings_are_refused_before_the_data_are_read(parts, tmp_path):
+    tower = shutil.copytree(parts.clip, tmp_path / "clip")
+    file = tower / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"do_rescale": False}))
+    with pytest.raises(Refusal, match=r"preprocessor_config.json:do_rescale: not usable; found False; expected true"):
+        train(parts, tmp_path / "run", vision_tower=tower)
+    assert [path.name for path in tmp_path.iterdir()] == ["clip"]
