@@ -249,7 +249,8 @@ def train_stock(job: Job, row: Row) -> None:
     from llava_moslora.data.collate import Collator
     from llava_moslora.data.image_transform import ImageTransform
     from llava_moslora.data.prepare import prepare
-    from llava_moslora.models.assemble import LLM, PROJECTOR, VISION, assemble, linear_suffixes, tokens_per_image
+    from llava_moslora.models.assemble import assemble, linear_suffixes, tokens_per_image
+    from llava_moslora.models.names import LLM, PROJECTOR, VISION_TOWER
     from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
     folder, rank = Path(job.folder), 4 if job.tiny else 64
@@ -265,14 +266,14 @@ def train_stock(job: Job, row: Row) -> None:
     )
     model.__class__ = LlavaForConditionalGeneration  # the same weights under the stock forward
     model.set_attn_implementation("sdpa")
-    names = "|".join(name for tower in (LLM, VISION) for name in linear_suffixes(model, tower))
+    names = "|".join(name for tower in (LLM, VISION_TOWER) for name in linear_suffixes(model, tower))
     set_seed(42)
     config = LoraConfig(
         r=rank,
         lora_alpha=128,
-        alpha_pattern={f"{re.escape(VISION)}\\..*": 16},  # the script's defaults
+        alpha_pattern={f"{re.escape(VISION_TOWER)}\\..*": 16},  # the script's defaults
         lora_dropout=0.05,
-        target_modules=rf"(?:{LLM}|{VISION})\.(?:encoder\.)?layers\.\d+\.(?:{names})",
+        target_modules=rf"(?:{LLM}|{VISION_TOWER})\.(?:encoder\.)?layers\.\d+\.(?:{names})",
         modules_to_save=[PROJECTOR],
     )
     model = get_peft_model(model, config, autocast_adapter_dtype=STOCK[row.base])

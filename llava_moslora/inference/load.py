@@ -15,9 +15,10 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files import publish
 from llava_moslora.files.manifest import MANIFEST, read_facts
 from llava_moslora.files.tensors import read_json
-from llava_moslora.models.assemble import ADAPTER_NAME, assemble, tokens_per_image
+from llava_moslora.models.assemble import assemble, tokens_per_image
 from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.llm import read_llm_config
+from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, fingerprint, read_run

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditio
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble, describe, train_projector_only
-from llava_moslora.models.llava import IGNORE_INDEX
+from llava_moslora.text.conversation import IGNORE_INDEX
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 PATCHES = 16  # 32×32 pixels in 8×8 patches
