@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from internlm2_reference import CONFIG
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, TowerAdapter, linear_suffixes, model_on_meta
 from llava_moslora.models.internlm2 import llama_config
+from support.internlm2_reference import CONFIG
 
 CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 CLIP_L_336 |= {"image_size": 336, "patch_size": 14}

@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from internlm2_reference import CONFIG as INTERNLM2
-from launching import ROOT
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, model_on_meta
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.training.arguments import parse, tower_adapters
+from support.internlm2_reference import CONFIG as INTERNLM2
+from support.launching import ROOT
 
 # Started instead of the launcher: says how it was called.
 LAUNCHER = f"""#!{sys.executable}
