@@ -184,7 +184,7 @@ def _page(report: dict, samples: list[str], title: str) -> str:
     ]  # fmt: skip
     charts = [
         _chart("Tokens per record", report["lengths"]),
-        _chart("TrainedRun tokens per record (last bar: longest 1 %)", report["trained_per_record"]),
+        _chart("Trained tokens per record (last bar: longest 1 %)", report["trained_per_record"]),
     ]
     kinds = Counter(problem["refusal"]["code"] for problem in report["problems"])
     problems = "".join(f"<li>{html.escape(problem['line'])}</li>" for problem in report["problems"])

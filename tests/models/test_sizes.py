@@ -18,7 +18,7 @@ SIZES |= {"num_key_value_heads": 8}
 
 
 def count(model, part: str, *kinds: str) -> int:
-    """TrainedRun parameters of a part whose name has one of ``kinds``; without kinds all trained ones."""
+    """Trained parameters of a part whose name has one of ``kinds``; without kinds all trained ones."""
     return sum(
         p.numel()
         for name, p in model.named_parameters()
