@@ -7,12 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.tokenizers import real, real_folder, tiny, tiny_folder
 
 from llava_moslora.config import DataSettings
 from llava_moslora.data.prepare import prepare
-
-__all__ = ["real", "real_folder", "tiny", "tiny_folder"]
 
 
 @pytest.fixture
