@@ -30,10 +30,10 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_moslora.config import DATA_GROUP, XTUNER_DATA_GROUP, DataSettings
 from llava_moslora.data.collate import Collator
+from llava_moslora.data.formats import read_records
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.images import load_image
 from llava_moslora.data.prepare import prepare
-from llava_moslora.data.records import read_records
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.text.conversation import encode
 from llava_moslora.text.tokenizer import load_tokenizer
@@ -176,8 +176,8 @@ def torchvision_rate(root: Path, names: list[str], size: dict) -> dict:
 def peak_of_reading(path: Path) -> dict:
     """Peak memory of a new process that reads the whole file, beside one that only imports, and beside json.load."""
     codes = {
-        "imports": "import llava_moslora.data.records",
-        "ours": "from llava_moslora.data.records import read_records\nprint(sum(1 for _ in read_records(sys.argv[1])))",
+        "imports": "import llava_moslora.data.formats",
+        "ours": "from llava_moslora.data.formats import read_records\nprint(sum(1 for _ in read_records(sys.argv[1])))",
         "json_load": "import json\nprint(len(json.load(open(sys.argv[1]))))",
     }
     peaks = {}

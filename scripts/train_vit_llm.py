@@ -36,7 +36,7 @@ from llava_moslora.models.llm import longest_text
 from llava_moslora.models.vision import read_image_settings, read_vision_config
 from llava_moslora.recompute import set_recompute
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
-from llava_moslora.text.conversation import recognise_template
+from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.training.arguments import config_file, parse, tower_adapters
 from llava_moslora.training.callbacks.preemption import Preemption, contact

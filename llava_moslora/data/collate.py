@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from llava_moslora.config import DataSettings
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.images import load_bytes, load_image
-from llava_moslora.data.sources.shards import ImageRef, read_image
+from llava_moslora.data.sources.container import ImageRef
+from llava_moslora.data.sources.source import read_image
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import IGNORE_INDEX
 from llava_moslora.text.tokenizer import image_token_id

@@ -17,8 +17,8 @@ from llava_moslora.config import DataSettings
 from llava_moslora.data.collate import read_row_image
 from llava_moslora.data.prepare import report_of, reports_of
 from llava_moslora.data.sampler import GlobalBatchSampler
-from llava_moslora.data.sources.shards import ImageRef
-from llava_moslora.text.conversation import label_runs
+from llava_moslora.data.sources.container import ImageRef
+from llava_moslora.text.labels import label_runs
 
 BARS = 40
 THUMBNAIL = 192

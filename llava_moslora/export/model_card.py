@@ -11,7 +11,7 @@ import torch
 from llava_moslora._version import __version__
 from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun
 from llava_moslora.models.towers import kind_of
-from llava_moslora.text.templates import OWN
+from llava_moslora.text.templates import TOKENIZER_TEMPLATE
 
 LOADS = {
     "hf": """from PIL import Image
@@ -55,7 +55,7 @@ XTUNER_TEMPLATES = {  # as XTuner's PROMPT_TEMPLATE calls ours; None: a question
     "plain": None,
     "vicuna": "vicuna",
     "vicuna_v1": "vicuna",
-    OWN: None,
+    TOKENIZER_TEMPLATE: None,
 }
 
 

@@ -13,7 +13,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from llava_moslora.files.manifest import write_json
 from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
 from llava_moslora.models.towers import kind_of
-from llava_moslora.text.conversation import chat_template
+from llava_moslora.text.templates import chat_template
 
 PROCESSORS = {CLIP_PROCESSOR: CLIPImageProcessorPil, SIGLIP_PROCESSOR: SiglipImageProcessorPil}
 

@@ -29,7 +29,7 @@ from llava_moslora.models.names import LM_HEAD, PROJECTOR, part_of, standalone_n
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import load_vision_tower
 from llava_moslora.runs.record import TOKENIZER, read_run
-from llava_moslora.text.conversation import stop_token_ids
+from llava_moslora.text.templates import stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"

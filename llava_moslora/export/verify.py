@@ -31,7 +31,8 @@ from llava_moslora.inference.generate import Question, batch
 from llava_moslora.inference.load import ChatModel, load_run
 from llava_moslora.models.names import part_of
 from llava_moslora.models.towers import kind_of
-from llava_moslora.text.conversation import Turn, stop_token_ids
+from llava_moslora.text.conversation import Turn
+from llava_moslora.text.templates import stop_token_ids
 from llava_moslora.text.tokenizer import image_token_id
 
 PROBE, QUESTIONS, FEATURES = "probe", "questions.json", "features.safetensors"

@@ -22,7 +22,7 @@ from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, fingerprint, read_run
-from llava_moslora.text.conversation import recognise_template
+from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 EXPORT = "export.json"  # beside an export's weights: what it is an export of

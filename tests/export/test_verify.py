@@ -10,7 +10,7 @@ import pytest
 from llava_moslora.export.export import export
 from llava_moslora.export.model_card import LOADS, XTUNER_TEMPLATES
 from llava_moslora.files.manifest import read_manifest
-from llava_moslora.text.templates import OWN, TEMPLATES
+from llava_moslora.text.templates import TEMPLATES, TOKENIZER_TEMPLATE
 from support.export_runs import trained_run
 
 
@@ -46,7 +46,7 @@ def test_what_a_card_shows_is_python_with_every_name_imported(kind):
     known = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {"FOLDER", "TEMPLATE", "print"}
     known |= {name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names}
     assert {node.id for node in names} <= known
-    assert set(XTUNER_TEMPLATES) == {*TEMPLATES, OWN}
+    assert set(XTUNER_TEMPLATES) == {*TEMPLATES, TOKENIZER_TEMPLATE}
 
 
 def test_what_vllm_asks_of_the_configuration(folder):

@@ -14,7 +14,7 @@ from llava_moslora.export.trained_run import TrainedRun, plan_tensors
 from llava_moslora.export.writer import WeightFiles
 from llava_moslora.files.manifest import write_json
 from llava_moslora.models.towers import kind_of
-from llava_moslora.text.conversation import chat_template
+from llava_moslora.text.templates import chat_template
 
 PROJECTOR_FILE = "modeling_projector"  # the name under which XTuner's releases carry the class
 PROJECTOR_NAMES = (("linear_1.", "model.0."), ("linear_2.", "model.2."))

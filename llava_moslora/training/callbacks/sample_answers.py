@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from llava_moslora import pages
+from llava_moslora.data.formats import read_records
 from llava_moslora.data.images import load_image
-from llava_moslora.data.records import read_records
 from llava_moslora.errors import Refusal
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import ChatModel
@@ -42,7 +42,7 @@ def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Samp
     """The records of a LLaVA-format file as questions: the last answer of each is what is asked for.
 
     Raises:
-        Refusal: as :func:`~llava_moslora.data.records.read_records` and
+        Refusal: as :func:`~llava_moslora.data.formats.read_records` and
             :func:`~llava_moslora.data.images.load_image`; D-MANY, more than :data:`MOST` records.
     """
     if not Path(file).is_file():
