@@ -209,7 +209,7 @@ def _packed_positions(rows: list[list[dict]], longest: int) -> dict[str, torch.T
 
 
 def pad_left_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Prompts of different lengths for generation: ``input_ids``, ``attention_mask`` int64[B, T], padded on the left."""
+    """Prompts of different lengths for generation: ``input_ids``, ``attention_mask`` int64[B, T], padded left."""
     return {
         "input_ids": _pad(prompts, pad_token_id, left=True),
         "attention_mask": _pad([[1] * len(prompt) for prompt in prompts], 0, left=True),

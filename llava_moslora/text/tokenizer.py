@@ -2,8 +2,8 @@
 
 Two tokens are added to what the folder holds, both found or made by *name*, never by a hard-coded id:
 
-* ``<image>``, the placeholder that the data layer repeats once per image feature. LLaMA-3 keeps unused reserved
-  tokens, so one of those is renamed and no embedding row is added; other tokenizers get it appended.
+* ``<image>``, the placeholder that the data preparation repeats once per image feature. LLaMA-3 keeps unused reserved
+  tokens, so one of those is renamed and no embedding row is added; to other tokenizers it is appended.
 * a padding token: the folder's own, else a reserved one renamed to ``<pad>``, else the unknown token (LLaVA's choice
   for Vicuna), else an appended one.
 
@@ -65,7 +65,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         added[IMAGE_TOKEN].update(special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
     _forbid_merging_into(state, {name for name, token in added.items() if token["special"]})
 
-    # Not by from_pretrained, which may rebuild the normaliser by class name or ask the hub whether this is a Mistral;
+    # Not with from_pretrained, which may rebuild the normaliser by class name or ask the hub whether this is a Mistral;
     # from a file, because an object would be copied.
     with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(json.dumps(state, ensure_ascii=False))
@@ -103,7 +103,7 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def _read_folder(folder: Path) -> tuple[dict, dict]:
-    """The backend's state (what ``tokenizer.json`` holds) and, from the files beside it, the constructor's settings."""
+    """The backend's state (what ``tokenizer.json`` holds), and the constructor's settings from the files next to it."""
     config: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one wins
         if (folder / name).is_file():
@@ -118,7 +118,7 @@ def _read_folder(folder: Path) -> tuple[dict, dict]:
         state = _read_json(folder / "tokenizer.json")
         if not isinstance(state.get("model"), dict) or not isinstance(state.get("added_tokens"), list):
             raise Refusal("K-TOKENIZER", "not a tokenizer of the tokenizers library", file=folder / "tokenizer.json")
-        state["truncation"] = state["padding"] = None  # some folders were saved in the middle of a batched call
+        state["truncation"] = state["padding"] = None  # some folders were saved during a batched call
     elif (folder / "tokenizer.model").is_file():
         begins = config.get("add_bos_token", True)
         state, named = read_sentencepiece(folder / "tokenizer.model", begins=begins)
@@ -195,8 +195,8 @@ def _rename(state: dict, added: dict[str, dict], old: str, new: str) -> None:
 def _forbid_merging_into(state: dict, names: set[str]) -> None:
     """Drop the BPE merges that would build a control token out of ordinary text.
 
-    Tokenizers converted from SentencePiece can hold such merges (``<`` + ``s>``); with ``split_special_tokens`` they
-    would turn a user's text into a control token all the same.
+    Tokenizers converted from SentencePiece can hold such merges (``<`` + ``s>``), which would turn a user's text into a
+    control token even with ``split_special_tokens``.
     """
     model = state["model"]
     if model.get("type") == "BPE" and isinstance(model.get("merges"), list):
