@@ -34,7 +34,8 @@ from llava_moslora.export.writer import write_weights
 from llava_moslora.files.manifest import MANIFEST, sha256, write_json, write_manifest
 from llava_moslora.inference.load import EXPORT
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
-from llava_moslora.runs.record import fingerprint, read_run
+from llava_moslora.runs.fingerprint import fingerprint
+from llava_moslora.runs.record import read_run
 
 TARGETS: dict[str, Callable[[TrainedRun, torch.dtype], Layout]] = {
     "hf": hf.layout,

@@ -21,7 +21,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files.manifest import MANIFEST, fsync, read_facts, replace_json, sha256
 from llava_moslora.files.publish import CHECKPOINT, checkpoints
 from llava_moslora.inference.load import EXPORT, newest_checkpoint
-from llava_moslora.runs.record import WEIGHTS
+from llava_moslora.runs.fingerprint import WEIGHTS
 
 PLAN = ".plan.json"
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)

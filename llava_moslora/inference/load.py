@@ -61,35 +61,6 @@ def newest_checkpoint(run: Path) -> Path:
     return checkpoint
 
 
-def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None = None) -> None:
-    """Refuse a base whose configuration or weight files are not those that ``checkpoint`` was trained on: another model
-    of the same shape runs as well, and answers otherwise.
-
-    Args:
-        part: of the base, as the manifest calls it: ``llm``, ``vision_tower`` or ``projector``.
-        flag: by which the user chose ``source``; None: run.json names it.
-
-    Raises:
-        Refusal: K-BASE; K-MANIFEST, the checkpoint does not say what it was trained on.
-    """
-    manifest = read_facts(checkpoint)
-    if part not in manifest:
-        raise Refusal(
-            "K-MANIFEST", "the checkpoint does not say which base it belongs to", file=checkpoint / MANIFEST,
-            key=part, fix="use a checkpoint that scripts/train_vit_llm.py wrote",
-        )  # fmt: skip
-    recorded, now = manifest[part], fingerprint(source)
-    matter = [name for name in recorded.keys() | now.keys() if name == "config.json" or not name.endswith(".json")]
-    if differing := sorted(name for name in matter if recorded.get(name) != now.get(name)):
-        name = differing[0]
-        file = source if str(source).endswith(f"/{name}") else f"{source}/{name}"
-        raise Refusal(
-            "K-BASE", "not the base that this run was trained on, or changed since", file=file, key=flag,
-            found=now.get(name, "no such file"), expected=recorded.get(name, "no such file"),
-            fix=f"give the run's own base as {flag}" if flag else "put the run's own base there",
-        )  # fmt: skip
-
-
 def load_run(
     run: str | Path,
     *,
