@@ -49,7 +49,7 @@ def make_parts(folder: Path, *, tiny: bool, layers: int | None) -> None:
     if not (folder / "done").exists():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         sys.path.insert(0, str(ROOT / "tests"))
-        from tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
+        from support.tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
 
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = tiny_tokenizer()

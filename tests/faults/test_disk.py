@@ -1,9 +1,9 @@
 """A disk that fills up inside a save: exit 4, nothing published is lost, and the run goes on once there is space."""
 
 import pytest
-from faults.campaign import Campaign
 
 from llava_moslora.files import publish
+from support.campaign import Campaign
 
 pytestmark = pytest.mark.faults
 

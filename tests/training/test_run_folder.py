@@ -432,7 +432,7 @@ def test_what_is_no_run_is_never_deleted(tmp_path):
     """Such as the folder of the images, given by mistake."""
     (tmp_path / "image.jpg").touch()
     (tmp_path / "more").mkdir()
-    with pytest.raises(Refusal, match=r"--output_dir: not a run: .*found more, image.jpg; expected run.json in it"):
+    with pytest.raises(Refusal, match=r"--output_dir: not a run: .*found image.jpg, more; expected run.json in it"):
         check_output(tmp_path, resume=False, overwrite=True)
     with pytest.raises(Refusal, match="not a run"):
         open_run(tmp_path, overwrite=True)

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_runs import internlm2, trained_run
 from safetensors.torch import load_file
-from tiny import tiny_tokenizer, write_llm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -22,6 +20,8 @@ from llava_moslora.export.export import export
 from llava_moslora.models.assemble import mean_row
 from llava_moslora.models.llava_folder import starting_parts
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.export_runs import internlm2, trained_run
+from support.tiny import tiny_tokenizer, write_llm
 
 
 def binary(folder: Path) -> Path:

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from export_runs import internlm2, reopen_here, trained_run
 from safetensors.torch import load_file, save_file
-from tiny import write_llm
 from transformers import AutoModelForCausalLM
 
 from llava_moslora.errors import Refusal
 from llava_moslora.export import mapped_weights, probe, verify
 from llava_moslora.export.export import TARGETS, export
 from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL
+from support.export_runs import internlm2, reopen_here, trained_run
+from support.tiny import write_llm
 
 KINDS = [*TARGETS, "peft with base"]
 

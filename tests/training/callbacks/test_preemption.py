@@ -11,12 +11,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import LAUNCHER, ROOT, flags, free_port
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files import publish
 from llava_moslora.training.callbacks.preemption import SIGNALS, Preemption, contact, ignore_signals
+from support.launching import LAUNCHER, ROOT, flags, free_port
 
 
 @pytest.fixture

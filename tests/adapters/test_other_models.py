@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from adapter_models import LINEARS, llama
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from llava_moslora.adapters.config import MosLoraConfig
+from support.adapter_models import LINEARS, llama
 
 
 def test_text_only_llama_under_the_trainer(tmp_path):

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import LINEARS, llama, relative
 from peft import get_peft_model
 
 from llava_moslora.adapters.config import MosLoraConfig
+from support.adapter_models import LINEARS, llama, relative
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 STEPS, ROWS = 4, 4
 
 SCRIPT = """
 import sys, torch, deepspeed
-from adapter_models import llama
-from test_adapters_deepspeed import STEPS, adapter, batch
+from support.adapter_models import llama
+from adapters.test_deepspeed import STEPS, adapter, batch
 
 stage, folder = int(sys.argv[-2]), sys.argv[-1]
 deepspeed.init_distributed()
@@ -76,7 +76,7 @@ def test_zero(stage, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     # The launcher starts `python` by name, and DeepSpeed compiles with the ninja beside it.
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(

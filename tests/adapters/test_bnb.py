@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from adapter_models import LINEARS, Pair, adapted, llama, relative
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.errors import Refusal
+from support.adapter_models import LINEARS, Pair, adapted, llama, relative
 
 bnb = pytest.importorskip("bitsandbytes")
 quantised = pytest.importorskip("llava_moslora.adapters.bnb")

@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
-from launching import flags, launch
-from training_runs import adapter, losses, rows, train
+
+from support.launching import flags, launch
+from support.training_runs import adapter, losses, rows, train
 
 STEPS = 4
 WATCHED = {"max_steps": STEPS, "save_steps": 2, "health_steps": 2, "sample_steps": 2, "sample_max_new_tokens": 4}

@@ -5,12 +5,16 @@ import signal
 import sys
 from pathlib import Path
 
-from launching import flags
+import torch
 from safetensors.torch import load_file
+from transformers import LlavaForConditionalGeneration
 
 from llava_moslora.files import publish
+from llava_moslora.models.assemble import assemble
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.training.callbacks.preemption import SIGNALS
 from scripts.train_vit_llm import main
+from support.launching import flags
 
 
 def train(parts, output: Path, **changes) -> None:
@@ -52,3 +56,18 @@ def rows(output: Path) -> list[dict]:
 
 def adapter(output: Path, step: int) -> dict:
     return load_file(output / f"checkpoint-{step}" / "adapter" / "adapter_model.safetensors")
+
+
+def stock_model(parts) -> LlavaForConditionalGeneration:
+    """The assembled parts with stock transformers' forward."""
+    tokenizer = load_tokenizer(parts.llm)
+    model, _ = assemble(
+        parts.llm,
+        str(parts.clip),
+        parts.projector,
+        tokenizer=tokenizer,
+        image_token_id=image_token_id(tokenizer),
+        dtype=torch.float32,
+    )
+    model.__class__ = LlavaForConditionalGeneration
+    return model.eval()

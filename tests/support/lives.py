@@ -3,7 +3,7 @@
 A life is the real ``main()`` of scripts/train_vit_llm.py with real arguments, on one rank or several, in processes of
 its own that are killed or left to end. What it computed is in ``OUTPUT-RANK.watch``: one JSON line per micro-batch.
 
-``python tests/lives.py`` is the server: it reads one JSON request per line and answers with one JSON line.
+``python -m support.lives`` is the server: it reads one JSON request per line and answers with one JSON line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -30,7 +30,11 @@ class Lives:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, "-m", "support.lives"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         return self
 

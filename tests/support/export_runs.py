@@ -4,14 +4,14 @@ import json
 from pathlib import Path
 
 import torch
-from internlm2_reference import write_internlm2
-from tiny import tiny_tokenizer, write_llm
 
 from llava_moslora.export import probe, verify
 from llava_moslora.files import publish
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.internlm2_reference import write_internlm2
+from support.tiny import tiny_tokenizer, write_llm
 
 
 def internlm2(folder: Path, **changes) -> Path:

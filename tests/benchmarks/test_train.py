@@ -10,9 +10,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launching import ROOT, run
 
 from llava_moslora.errors import Refusal
+from support.launching import ROOT, run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -4,12 +4,10 @@ import sys
 
 import pytest
 import torch
-from launching import flags, run
-from training_runs import adapter, losses, rows, train
-from transformers import LlavaForConditionalGeneration
 
-from llava_moslora.models.assemble import assemble
 from llava_moslora.training.optimizer_state import trained_parameters
+from support.launching import flags, run
+from support.training_runs import adapter, losses, rows, stock_model, train
 
 EXACT = {"lora_dropout": 0, "vision_lora_dropout": 0}
 
@@ -105,23 +103,6 @@ def test_loss_is_averaged_as_asked(parts, tmp_path, average, monkeypatch):
     weights = counts if average == "tokens" else [1, 1]
     expected = sum(mean * weight for mean, weight in zip(means, weights, strict=True)) / sum(weights)
     assert losses(tmp_path / "run") == [pytest.approx(expected, rel=1e-5)]
-
-
-def stock_model(parts) -> LlavaForConditionalGeneration:
-    """The assembled parts with stock transformers' forward."""
-    from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
-
-    tokenizer = load_tokenizer(parts.llm)
-    model, _ = assemble(
-        parts.llm,
-        str(parts.clip),
-        parts.projector,
-        tokenizer=tokenizer,
-        image_token_id=image_token_id(tokenizer),
-        dtype=torch.float32,
-    )
-    model.__class__ = LlavaForConditionalGeneration
-    return model.eval()
 
 
 def test_stage_1_trains_the_projector_alone(parts, tmp_path, monkeypatch):

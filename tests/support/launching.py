@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCHER = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--master_addr", "127.0.0.1"]
 
 

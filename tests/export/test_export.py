@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from export_runs import LLMS, METHODS, reopen_here, trained_run
 
 from llava_moslora.export.export import TARGETS, export
 from llava_moslora.export.trained_run import DEQUANTIZED
+from support.export_runs import LLMS, METHODS, reopen_here, trained_run
 
 BOUND = 1e-5
 KINDS = [*TARGETS, "peft with base"]

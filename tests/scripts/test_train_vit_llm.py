@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import flags, launch, refused, run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+
+from support.launching import flags, launch, refused, run
 
 # Two learning rates make two groups of parameters, which DeepSpeed flattens and partitions each for itself.
 TWO_RANKS = {"deepspeed": "zero_configs/zero2.json", "bf16": True, "save_steps": 1, "mm_projector_lr": 1e-3}
@@ -156,7 +157,7 @@ def test_wrong_flags_are_answered_in_one_line(parts, tmp_path, case):
 
 
 def test_wrong_content_is_answered_in_one_line(parts, tmp_path):
-    from tiny import write_projector
+    from support.tiny import write_projector
 
     other = write_projector(tmp_path / "other.safetensors", vision=48)
     line = refused(flags(parts, tmp_path / "run", pretrain_mm_mlp_adapter=other))

@@ -6,7 +6,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from export_runs import reopen_here, trained_run
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoProcessor, SiglipVisionModel
@@ -14,6 +13,7 @@ from transformers import AutoImageProcessor, AutoProcessor, SiglipVisionModel
 from llava_moslora.errors import Refusal
 from llava_moslora.export.export import export
 from llava_moslora.inference.load import load
+from support.export_runs import reopen_here, trained_run
 
 CLIP_ONLY = ["xtuner", "xtuner_adapters", "llava"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lives import note
+from support.lives import note
 
 
 def main() -> None:

@@ -5,12 +5,12 @@ import json
 
 import pytest
 import torch
-from adapter_models import IDENTITY, Pair, adapted
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 
 from llava_moslora.adapters.config import MIXER_INITS, MosLoraConfig
 from llava_moslora.errors import Refusal
+from support.adapter_models import IDENTITY, Pair, adapted
 
 REFUSED = [
     ({"mixer_init": "zeros"}, "C-MIXER", "Appendix C"),

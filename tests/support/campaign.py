@@ -11,11 +11,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launching import ROOT, flags
-from lives import Life, Lives
-
 from llava_moslora.files import publish
 from llava_moslora.files.manifest import sha256
+from support.launching import ROOT, flags
+from support.lives import Life, Lives
 
 STEPS, BATCH, ACCUMULATION, RECORDS = 24, 4, 2, 24  # 6 steps an epoch: 4 epochs
 LIMIT = 240  # seconds after which a life counts as stuck; one takes a few
@@ -97,7 +96,7 @@ class Campaign:
     ):
         self.lives, self.parts, self.folder, self.world, self.main = lives, parts, folder, world, main
         self.optim = optim
-        self.hooks = [[f"faults.mutants:{mutant}", {}]] if mutant else []
+        self.hooks = [[f"support.mutants:{mutant}", {}]] if mutant else []
         self.tally = Tally(name)
         self.ranks = max(world, 1)
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +163,7 @@ class Campaign:
         while True:
             kill = {}
             if kills > 0 and points:
-                kill = {"hooks": [["faults.failpoints:arm", points.pop(0)]]}
+                kill = {"hooks": [["support.failpoints:arm", points.pop(0)]]}
             elif kills > 0:
                 kill = {"kill": chance.uniform(0.05, self.whole.seconds)}
                 if self.ranks > 1 and chance.random() < 0.5:

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 from PIL import Image
-from training_runs import losses, rows, train
 
 from llava_moslora.errors import Refusal
 from llava_moslora.runs.record import read_run
+from support.training_runs import losses, rows, train
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ import warnings
 
 import pytest
 import torch
-from adapter_models import IDENTITY, LINEARS, Pair, adapted, llama, randomise, relative
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.layers import MosLoraLinear, keep_base
 from llava_moslora.errors import Refusal
+from support.adapter_models import IDENTITY, LINEARS, Pair, adapted, llama, randomise, relative
 
 BF16 = torch.bfloat16
 # One rounding to bf16 (8 bits) apart: PEFT rounds the branch before it adds it, the kernel sums first.

@@ -3,11 +3,11 @@
 from types import SimpleNamespace
 
 import torch
-from training_runs import train
 from transformers import AutoModelForImageTextToText
 
 from llava_moslora.export.export import export
 from llava_moslora.inference.load import load
+from support.training_runs import train
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Hooks for :mod:`lives` that break what the fault tests guard. A test that passes on one of them proves nothing."""
+"""Hooks for :mod:`support.lives` that break what the fault tests guard: a test that still passes proves nothing."""
 
 from __future__ import annotations
 

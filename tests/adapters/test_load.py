@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from adapter_models import LINEARS, Pair, adapted, llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -13,6 +12,7 @@ from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.fold import delta, save
 from llava_moslora.adapters.load import attach, for_model, read_adapter
 from llava_moslora.errors import Refusal
+from support.adapter_models import LINEARS, Pair, adapted, llama
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

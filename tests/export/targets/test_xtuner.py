@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from export_runs import internlm2, trained_run
-from internlm2_reference import logits as internlm2_logits
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from llava_moslora.export.export import export
 from llava_moslora.files.tensors import read_tensor_folder
+from support.export_runs import internlm2, trained_run
+from support.internlm2_reference import logits as internlm2_logits
 
 
 @pytest.mark.parametrize("targets", [(), ("q_proj", "v_proj", "up_proj", "lm_head")], ids=["all", "some"])
