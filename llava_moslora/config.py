@@ -47,7 +47,7 @@ class Settings:
         """
         for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
-            if choices is not None and value not in choices:
+            if choices is not None and value != f.default and value not in choices:
                 expected = " | ".join(map(str, choices))
                 raise Refusal("C-FLAG", "unknown value", key=f"--{f.name}", found=value, expected=expected)
 
@@ -156,7 +156,7 @@ class AdapterSettings(Settings):
 
 
 @dataclass
-class TrainingSettings:
+class TrainingSettings(Settings):
     """This package's own training flags, beside those of transformers' ``TrainingArguments``
     (:mod:`llava_moslora.training.arguments` joins the two)."""
 

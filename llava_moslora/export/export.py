@@ -10,10 +10,12 @@ import functools
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.export import mapped_weights, verify
 from llava_moslora.export.model_card import summary, write_card
@@ -86,7 +88,7 @@ def export(
     _check_flags(formats, with_base, merge_base)
     folders = {name: Path(output) if len(formats) == 1 else Path(output) / name for name in formats}
     places = {name: folder.resolve() for name, folder in folders.items()}  # through a link: what it points to
-    inputs = _inputs(Path(run), read_run(run)["settings"]["model"], llm, vision_tower)
+    inputs = _inputs(Path(run), read_run(run).model, llm, vision_tower)
     for folder in places.values():
         check_folder(folder, overwrite)
         check_inputs(folder, inputs)
@@ -109,11 +111,11 @@ def export(
     return folders
 
 
-def _inputs(run: Path, parts: dict, llm: str | Path | None, vision_tower: str | None) -> list[str | Path]:
+def _inputs(run: Path, base: ModelSettings, llm: str | Path | None, vision_tower: str | None) -> list[str | Path]:
     """What the export reads: the run, its base as it was trained, and where that is now."""
-    towers = [str(tower) for tower in (parts["vision_tower"], vision_tower) if tower]
+    towers = [str(tower) for tower in (base.vision_tower, vision_tower) if tower]
     towers = [tower.partition("@")[2] if tower.startswith(OPEN_CLIP) else tower for tower in towers]
-    others = [parts["model_name_or_path"], parts["pretrain_mm_mlp_adapter"], llm]
+    others = [base.model_name_or_path, base.pretrain_mm_mlp_adapter, llm]
     return [run, *(path for path in [*others, *towers] if path)]
 
 
@@ -137,8 +139,8 @@ def _write(
         "run": str(trained.run),
         "checkpoint": trained.checkpoint.name,
         "template": trained.template,
-        "image_aspect_ratio": trained.settings["data"]["image_aspect_ratio"],
-        "base": trained.settings["model"],
+        "image_aspect_ratio": trained.record.data.image_aspect_ratio,
+        "base": asdict(trained.record.model),
         "merge_base": trained.merge_base if layout.merged else None,
         "merged_layers": len(trained.adapter) if layout.merged and trained.adapter else 0,
     }

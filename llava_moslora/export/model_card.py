@@ -60,11 +60,11 @@ XTUNER_TEMPLATES = {  # as XTuner's PROMPT_TEMPLATE calls ours; None: a question
 
 
 def write_card(trained: TrainedRun, kind: str, dtype: torch.dtype, report: dict, folder: Path) -> None:
-    model, adapter = trained.settings["model"], trained.settings["adapter"]
+    model, adapter = trained.record.model, trained.record.adapter
     rows = [
-        ("LLM", f"`{model['model_name_or_path']}`{', trained over NF4' if trained.bits == 4 else ''}"),
-        ("vision tower", f"`{model['vision_tower']}`"),
-        ("projector began as", f"`{model['pretrain_mm_mlp_adapter']}`"),
+        ("LLM", f"`{model.model_name_or_path}`{', trained over NF4' if trained.bits == 4 else ''}"),
+        ("vision tower", f"`{model.vision_tower}`"),
+        ("projector began as", f"`{model.pretrain_mm_mlp_adapter}`"),
         ("prompt template", f"`{trained.template}`"),
         ("images", _images(trained)),
         ("checkpoint", f"`{trained.checkpoint.name}` of `{trained.run.name}`"),
@@ -76,7 +76,7 @@ def write_card(trained: TrainedRun, kind: str, dtype: torch.dtype, report: dict,
     if trained.adapter is None:
         rows.append(("trained", "the projector alone (stage 1)"))
     else:
-        rows.append(("trained", f"projector; adapters LLM r {adapter['lora_r']}, tower r {adapter['vision_lora_r']}"))
+        rows.append(("trained", f"projector; adapters LLM r {adapter.lora_r}, tower r {adapter.vision_lora_r}"))
     rows += _losses(trained)
     text = [
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [llava, moslora]\n---",
@@ -86,7 +86,7 @@ def write_card(trained: TrainedRun, kind: str, dtype: torch.dtype, report: dict,
         "```python\n" + _usage(trained, kind) + "\n```",
         "## Where it comes from",
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]),
-        f"The command: `{shlex.join(trained.record['command'])}`",
+        f"The command: `{shlex.join(trained.record.command)}`",
         "Fingerprints (SHA-256 of a file, size in bytes of weights):",
         "```json\n" + json.dumps({k: trained.manifest[k] for k in ("llm", "vision_tower", "data")}, indent=1) + "\n```",
         "## Proof",
@@ -118,7 +118,7 @@ MERGED_INTO = {
 
 
 def _versions(trained: TrainedRun) -> str:
-    return ", ".join(f"{name} {version}" for name, version in trained.record["versions"].items() if version)
+    return ", ".join(f"{name} {version}" for name, version in trained.record.versions.items() if version)
 
 
 def _losses(trained: TrainedRun) -> list[tuple[str, str]]:

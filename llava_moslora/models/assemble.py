@@ -51,11 +51,11 @@ def assemble(
     """The composed model in ``dtype``, everything frozen.
 
     Args:
-        settings: LLM, vision tower and projector, each by itself (:func:`llava_moslora.models.llava_folder.name_parts`);
-            a complete LLaVA's folder may stand for each of them. The LLM is a causal LM's folder
-            (:mod:`llava_moslora.models.llm`); the vision tower a CLIP or SigLIP folder or ``open_clip:ARCH@FILE``
-            (:mod:`llava_moslora.models.vision`); the projector a file or folder (:mod:`llava_moslora.models.projector`),
-            or None for a new one. With ``bits`` 4 the LLM is in NF4 (double quantisation, compute in ``dtype``).
+        settings: LLM, vision tower and projector each by itself, as ``llava_folder.name_parts`` gives them; a complete
+            LLaVA's folder may stand for each of them. The LLM is a causal LM's folder
+            (:mod:`llava_moslora.models.llm`), the vision tower a CLIP or SigLIP folder or ``open_clip:ARCH@FILE``
+            (:mod:`llava_moslora.models.vision`), the projector a file or folder or None for a new one
+            (:mod:`llava_moslora.models.projector`). ``bits`` 4: an NF4 LLM (double quantisation, compute in ``dtype``).
         tokenizer: with the image placeholder; where it has more tokens than the LLM has rows, the LLM gets rows.
         llm_dtype: of the LLM, if not ``dtype``.
 

@@ -21,7 +21,6 @@ from transformers.masking_utils import sdpa_mask
 
 from llava_moslora.errors import Refusal
 
-IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 MASKLESS = "sdpa_maskless"
 # LLMs whose attention is causal, in some layers with a window, and nothing else (others keep transformers' masks), and
 # whose layers are made of RMSNorm, SwiGLU and rotary embedding.
@@ -31,8 +30,8 @@ GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).par
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """``implementation``, one of :data:`IMPLEMENTATIONS`, in the LLM and the vision tower of a loaded LLaVA. They were
-    loaded with ``sdpa``, which becomes ours in an LLM of a known family.
+    """``implementation``, one of ``config.ATTENTION_IMPLEMENTATIONS``, in the LLM and the vision tower of a loaded
+    LLaVA. They were loaded with ``sdpa``, which becomes ours in an LLM of a known family.
 
     Raises:
         Refusal: C-MODEL, a part has no such implementation.

@@ -234,6 +234,4 @@ def name_parts(settings: ModelSettings) -> ModelSettings:
         return settings
     llm, tower, projector = map(str, starting_parts(settings.model_name_or_path))
     own = settings.pretrain_mm_mlp_adapter or projector
-    return dataclasses.replace(
-        settings, model_name_or_path=llm, vision_tower=tower, pretrain_mm_mlp_adapter=own
-    )
+    return dataclasses.replace(settings, model_name_or_path=llm, vision_tower=tower, pretrain_mm_mlp_adapter=own)

@@ -49,8 +49,8 @@ class RunSettings:
 
     Attributes:
         model: with ``version``, the conversation template, and the three parts each by itself.
-        training: the values of :class:`llava_moslora.training.arguments.TrainingArguments`, and ``dropout_masks``: where
-            the masks come from.
+        training: the values of :class:`llava_moslora.training.arguments.TrainingArguments`, and ``dropout_masks``, the
+            source of the masks.
         preprocessor: the vision tower's image-processor settings.
         global_batch_size: records per optimizer step on all ranks together.
     """

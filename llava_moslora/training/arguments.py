@@ -19,6 +19,7 @@ from torch import distributed
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
+from llava_moslora.adapters.kernel import mask_source
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
 from llava_moslora.data.loader import default_workers
 from llava_moslora.errors import Refusal
@@ -105,16 +106,20 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if distributed.is_initialized():
             ranks = distributed.get_world_size()
-        steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, ranks)
+        per_device = self.per_device_train_batch_size
+        steps = accumulation_steps(self.global_batch_size, per_device, ranks)
         if asked not in (None, steps):
             raise Refusal(
                 "C-FLAG", "two flags that disagree", key="--global_batch_size, --gradient_accumulation_steps",
                 found=f"{self.global_batch_size} and {asked}",
-                expected=f"{steps} accumulated: {self.global_batch_size} = {self.per_device_train_batch_size} per device "
-                f"× {steps} × {ranks} ranks",
+                expected=f"{self.global_batch_size} = {per_device} per device × {steps} accumulated × {ranks} ranks",
                 fix="leave one of the two out",
             )  # fmt: skip
         self.gradient_accumulation_steps = steps
+
+    def as_record(self) -> dict[str, Any]:
+        """The values as ``run.json`` has them, and where dropout's masks come from on this device."""
+        return self.to_sanitized_dict() | {"dropout_masks": mask_source(self.device)}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -239,8 +244,12 @@ def nearest_flag(flag: str, known: set[str]) -> str:
     name = flag.lstrip("-").split("=")[0].replace("-", "_")
     close = difflib.get_close_matches(name, known, n=5)
     # people get the end of a name wrong more often than its beginning: --lora_rank means --lora_r, not --local_rank
-    best = max(close, key=lambda other: len(os.path.commonprefix([name, other])), default=None)
+    best = max(close, key=lambda other: _shared_start(name, other), default=None)
     return f"did you mean --{best}?" if best else "see --help"
+
+
+def _shared_start(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _as_flags(content: dict[str, str | list[str]], known: set[str], path: str) -> list[str]:

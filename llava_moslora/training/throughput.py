@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from llava_moslora.models.assemble import parameter_size, tokens_per_image
+from llava_moslora.models.adapt import parameter_size
+from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.names import part_of
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.conversation import IGNORE_INDEX

@@ -159,7 +159,7 @@ def _check_optimizer(args: TrainingArguments, deepspeed: dict[str, Any] | None) 
     if deepspeed and offloads_optimizer(deepspeed):
         known, what = OFFLOADABLE, "an optimizer that is offloaded becomes DeepSpeed's Adam, whatever was asked for"
     elif deepspeed and zero_stage(deepspeed) and name in PER_PARAMETER:
-        known, what = PER_WEIGHT, "ZeRO concatenates parameters, and this optimizer's state cannot be cut between them"
+        known, what = PER_WEIGHT, "ZeRO joins parameters, over whose borders this optimizer's state cannot be cut"
         fix = "zero_configs/zero0.json, or an optimizer of those"
     if name not in known:
         expected = ", ".join(known)

@@ -59,9 +59,7 @@ def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, b
     (tmp_path / "broken.py").write_text(BROKEN_RUN.replace("{where}", where))
     folder = tmp_path / "run"
     words = flags(parts, folder, deepspeed=f"zero_configs/{zero}.json", max_steps=3, save_steps=1, bf16=bf16)
-    done = run(
-        [*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests"
-    )
+    done = run([*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests")
     assert done.returncode == 5, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if "error[R-NONFINITE]" in line]
     taken = bf16 and zero == "zero2"

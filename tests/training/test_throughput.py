@@ -6,20 +6,23 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_moslora.models.assemble import TowerAdapter, add_adapters, train_projector_only
+from llava_moslora.config import TowerAdapter
+from llava_moslora.models.adapt import add_adapters, train_projector_only
 from llava_moslora.models.llava import Llava
 from llava_moslora.training.throughput import PEAKS, Flops, Throughput, peak_of
+from support.settings import adapters
 from support.training_runs import stock_model
 
 TOKENS, TRAINED, IMAGES = 40, 6, 2
 
 
-def model_of(parts, adapters: bool, tower: str = "clip"):
+def model_of(parts, adapted: bool, tower: str = "clip"):
     model = stock_model(SimpleNamespace(**(vars(parts) | {"clip": vars(parts)[tower]})))
     model.__class__ = Llava
     model.set_attn_implementation("eager")  # torch's counter knows products of matrices
-    if adapters:
-        return add_adapters(model, TowerAdapter(4, 8, 0.0), TowerAdapter(4, 8, 0.0)).train()
+    if adapted:
+        same = TowerAdapter(4, 8, 0.0)
+        return add_adapters(model, adapters(same, same)).train()
     return train_projector_only(model).train()
 
 

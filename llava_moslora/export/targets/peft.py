@@ -86,7 +86,7 @@ def with_base(trained: TrainedRun, dtype: torch.dtype) -> Layout:
         Refusal: C-FORMAT, a run without adapters.
     """
     _refuse_without(trained)
-    start = trained.settings["model"]["pretrain_mm_mlp_adapter"]
+    start = trained.record.model.pretrain_mm_mlp_adapter
     widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
     projector = None if start is None else read_projector(start, *widths)
     layers = {}
