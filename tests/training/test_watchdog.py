@@ -31,6 +31,7 @@ def test_slow_ranks_are_no_trouble():
     assert watching(rank(5, moved=60), rank(4, moved=91)).trouble(101) is None  # one of them gets on
 
 
+# R11: a rank that stands still
 def test_a_silent_rank_is_named():
     found = watching(rank(5), rank(4), rank(4, heard=90)).trouble(101)
     assert found == "no sign of life for 10 s from rank 2 (process 7 on node-a)"
@@ -143,6 +144,7 @@ def test_ranks_read_each_others_place():
     mp.spawn(_two_ranks, (free_port(),), nprocs=2)
 
 
+# R2: one rank killed
 def test_the_dead_are_named(tmp_path):
     ended = subprocess.Popen(["true"])  # not waited for: a zombie, as a rank is until its launcher reaps it
     host = socket.gethostname()
