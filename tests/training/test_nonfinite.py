@@ -27,6 +27,7 @@ run_script(script.main)
 """
 
 
+# R8: NaN or Inf
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_stops_the_run(parts, tmp_path, monkeypatch, where):
     monkeypatch.setattr(script, "add_adapters", lambda *args: broken(add_adapters(*args), where))
@@ -174,6 +175,7 @@ def test_a_batch_without_labels_is_refused():
         check_labels(torch.full((2, 4), -100), [3, 9])
 
 
+# C7: nothing to train
 def test_nothing_to_train_is_refused(parts, tmp_path, monkeypatch):
     with pytest.raises(Refusal, match="--lora_r: no adapter asked for"):
         train(parts, tmp_path / "run", lora_r=0, vision_lora_r=0)
@@ -182,6 +184,7 @@ def test_nothing_to_train_is_refused(parts, tmp_path, monkeypatch):
         train(parts, tmp_path / "other")
 
 
+# R5: out of memory
 def test_lack_of_memory_in_one_line_with_numbers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 24 * 2**30))
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 23 * 2**30)

@@ -45,6 +45,7 @@ def content(run):
     return {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in (".lock", ".locked_by")}
 
 
+# C12: an output folder that is not empty
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_not_deleted_for_one_that_cannot_start(parts, whole, damaged, tmp_path, case):
     shutil.copytree(whole, tmp_path / "run")
@@ -54,6 +55,7 @@ def test_a_run_is_not_deleted_for_one_that_cannot_start(parts, whole, damaged, t
     assert content(tmp_path / "run") == before
 
 
+# C12: an output folder that is not empty
 @pytest.mark.parametrize("case", CASES)
 def test_the_corrected_call_starts(parts, whole, damaged, tmp_path, case):
     with pytest.raises(ValueError):

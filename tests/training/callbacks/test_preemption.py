@@ -99,6 +99,7 @@ def test_loader_processes_let_it_pass(pause):
         os.kill(os.getpid(), number)
 
 
+# R2: one rank killed
 @pytest.mark.parametrize(
     "lost",
     [  # as they were met when a rank was killed
@@ -124,6 +125,7 @@ def test_other_errors_are_left_alone():
         raise RuntimeError("shapes do not match")
 
 
+# R1: SIGTERM and SIGINT
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["one rank", "the launcher"])
 def test_under_deepspeeds_launcher(parts, tmp_path, to):
