@@ -32,6 +32,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_moslora.config import RECOMPUTE_MODES
 from llava_moslora.errors import Refusal
+from llava_moslora.private_api import check_private_api
+
+check_private_api("recompute")
 
 _state = threading.local()  # backward recomputes in a thread of its own
 

@@ -39,7 +39,7 @@ from llava_moslora.text.conversation import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training import process_group
 from llava_moslora.training.arguments import TrainingArguments, config_file, parse
-from llava_moslora.training.callbacks.preemption import Preemption, contact
+from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
 from llava_moslora.training.optimizer_state import trained_count
 from llava_moslora.training.output_dir import check_output, has_begun, input_paths
@@ -48,10 +48,10 @@ from llava_moslora.training.trainer import MosLoraTrainer
 from llava_moslora.training.validate import check, check_launch
 
 
-@contact()
+@catch_lost_ranks()
 def main() -> None:
     preemption = Preemption()
-    preemption.listen()
+    preemption.install()
 
     # 1. The flags: each by itself, and all together once the ranks have met
     model_settings, data_settings, adapter_settings, training = parse(sys.argv[1:])
@@ -130,7 +130,7 @@ def main() -> None:
     if args.save_strategy == "no":
         say("--save_strategy no: nothing of this run will be saved")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    preemption.leave(run)
+    preemption.refuse_if_interrupted(run)
     say(closing_line(run, trainer.state.global_step))
     if lock is not None:
         lock.release()

@@ -80,7 +80,7 @@ def test_a_stock_processor_makes_the_images_and_tokens_of_training(run, tmp_path
         int((inputs["input_ids"] == chat_model.model.config.image_token_id).sum()) == 16 == chat_model.tokens_per_image
     )
     assert torch.equal(inputs["pixel_values"][0], chat_model.transform(image))
-    assert chat_model.transform.mode == ratio
+    assert chat_model.transform.aspect_ratio == ratio
     images = {"pad": "padded to a square", "crop": "scaled to a square"}[ratio]
     assert f"| images | {images} |" in (folder / "README.md").read_text()
     assert processor._get_num_multimodal_tokens([(50, 90)])["num_image_tokens"] == [16]  # what vLLM reserves

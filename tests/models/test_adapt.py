@@ -51,6 +51,7 @@ def test_one_tower_alone(parts, tower):
     assert names and all(("vision_tower" in n) == (tower == "vision") for n in names)
 
 
+# C4: a target that matches nothing
 def test_unmatched_target_is_named(parts):
     model, _ = build(parts)
     with pytest.raises(Refusal, match=r"--vision_lora_target_modules: .*found gate_proj; expected .*mlp\.fc1"):
@@ -60,6 +61,7 @@ def test_unmatched_target_is_named(parts):
         add_adapters(model, AdapterSettings(lora_r=0, vision_lora_r=0))
 
 
+# C2: an impossible rank
 def test_a_rank_above_a_linears_smaller_side_is_refused(parts):
     model, _ = build(parts)
     named = r"--lora_r: the rank is above the smaller side of model.language_model.layers.0.self_attn.k_proj"

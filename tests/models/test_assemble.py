@@ -96,6 +96,7 @@ def test_tied_head_stays_tied(parts, tmp_path):
     assert len(model.lm_head.weight) == len(tokenizer)
 
 
+# C15: a hub's name in place of a folder
 @pytest.mark.parametrize("what", ["llm", "clip", "projector"])
 def test_missing_folder_is_named(parts, tmp_path, what):
     with pytest.raises(Refusal, match=r"nowhere"):

@@ -212,6 +212,10 @@ def test_the_parts_are_good(good):
     assert Payload.sentinel.exists()  # the poison works
 
 
+# C17: code in a model's folder
+# K5: a pickle with code
+# K9: a tokenizer of another vocabulary
+# K14: a file in place of a folder
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input(good, tmp_path, case):
     breaking, code, file = WRONG[case]

@@ -46,6 +46,7 @@ def content(run):
     return {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in (".lock", ".locked_by")}
 
 
+# C12: an output folder that is not empty
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_not_deleted_for_one_that_cannot_start(parts, whole, damaged, tmp_path, case):
     shutil.copytree(whole, tmp_path / "run")
@@ -55,6 +56,7 @@ def test_a_run_is_not_deleted_for_one_that_cannot_start(parts, whole, damaged, t
     assert content(tmp_path / "run") == before
 
 
+# C12: an output folder that is not empty
 @pytest.mark.parametrize("case", CASES)
 def test_the_corrected_call_starts(parts, whole, damaged, tmp_path, case):
     with pytest.raises(ValueError):
@@ -185,9 +187,9 @@ def test_a_damaged_log_stops_no_resume(parts, whole, tmp_path, capsys):
     (run / "metrics.jsonl").write_text(f'{first}\n{{"step": 2, "lo\0ss"}}\n[]\n{second[:9]}}}\n')
     train(parts, run, resume=True)
     assert [row["step"] for row in rows(run)] == [1]
-    assert capsys.readouterr().out.count("metrics.jsonl: 3 damaged lines left out") == 1
+    assert capsys.readouterr().out.count("metrics.jsonl: 3 damaged lines skipped") == 1
     train(parts, run, resume=True)
-    assert "left out" not in capsys.readouterr().out
+    assert "damaged lines" not in capsys.readouterr().out
 
 
 def test_a_resume_saves_as_often_as_it_is_told(parts, tmp_path):
