@@ -54,7 +54,7 @@ def main() -> None:
     preemption.install()
 
     # 1. The flags: each by itself, and all together once the ranks have met
-    model_settings, data_settings, adapter_settings, training = parse(sys.argv[1:])
+    model_settings, data_settings, adapter_settings, training = parse(sys.argv[1:], __doc__)
     model_settings = name_parts(model_settings)
     check_launch(training["deepspeed"])
     if training["deepspeed"]:
