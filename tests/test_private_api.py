@@ -7,12 +7,12 @@ import sys
 
 import pytest
 import torch
-from launching import ROOT
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
 from transformers import Trainer
 
 from llava_moslora.errors import Refusal
 from llava_moslora.private_api import PARTS, SUPPORTED, TESTED, check_private_api
+from support.launching import ROOT
 
 TRAINER = "training.trainer"
 

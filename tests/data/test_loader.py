@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.loader import MAX_WORKERS, TrainDataLoader, default_workers
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
@@ -90,8 +90,9 @@ def two_ranks(folder, tmp_path, kind, workers):
             one.kill()
 
 
+# R7: an error in a loader process
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_rank_names_the_record_of_one(image_folder, tmp_path, workers):  # R7
+def test_every_rank_names_the_record_of_one(image_folder, tmp_path, workers):
     (image_folder / "broken.png").write_bytes((image_folder / "0.png").read_bytes()[:60])
     first, second = two_ranks(image_folder, tmp_path, "image", workers)
     assert first[0] == [0, 2] and second[0] == [1, 3]  # both stopped before the same batch

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_runs import internlm2, reopen_here, trained_run
 from safetensors.torch import load_file, save_file
-from tiny import write_clip, write_llm
 
 from llava_moslora.errors import Refusal
 from llava_moslora.export import export as export_module
 from llava_moslora.export import mapped_weights, verify, writer
 from llava_moslora.export.export import export
 from llava_moslora.files.manifest import write_manifest
+from support.export_runs import internlm2, reopen_here, trained_run
+from support.tiny import write_clip, write_llm
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def refused(run, output, match: str, formats=("hf",), **settings) -> None:
     assert sorted(output.parent.iterdir()) == before  # neither the folder nor staging
 
 
+# K7: an adapter of another base
 def test_another_base(run, parts, tmp_path):
     """Of the same shape: names and sizes fit, and only the content tells."""
     other = write_llm(tmp_path / "llm")
@@ -99,6 +100,7 @@ def test_existing_folder(run, tmp_path):
     assert (tmp_path / "out" / "mine.txt").is_file()
 
 
+# C14: a disk that is too small
 def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
     usage, memory = namedtuple("usage", "free"), namedtuple("memory", "available")
     monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage(10**6))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_modes import stock_model
 
 from llava_moslora.training.throughput import PEAK_FLOPS, Throughput, peak_flops
+from support.training_runs import stock_model
 
 TOKENS = 40
 

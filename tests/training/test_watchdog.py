@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch.multiprocessing as mp
-from launching import ROOT, free_port
 from torch import distributed
 
 from llava_moslora.training import watchdog as module
 from llava_moslora.training.process_group import tcp_store
 from llava_moslora.training.watchdog import RankStatus, Watchdog
+from support.launching import ROOT, free_port
 
 
 def watching(*ranks: RankStatus, answered: float = 100.0) -> Watchdog:
@@ -35,6 +35,7 @@ def test_slow_ranks_are_no_trouble():
     )  # one of them makes progress
 
 
+# R11: a rank that stands still
 def test_a_silent_rank_is_named():
     found = watching(rank(5), rank(4), rank(4, heartbeat_at=90)).hung_ranks(101)
     assert found == "no heartbeat for 10 s from rank 2 (process 7 on node-a)"
@@ -154,6 +155,7 @@ def test_ranks_read_each_others_progress():
     mp.spawn(_two_ranks, (free_port(),), nprocs=2)
 
 
+# R2: one rank killed
 def test_the_dead_are_named(tmp_path):
     ended = subprocess.Popen(["true"])  # not waited for: a zombie, as a rank is until its launcher reaps it
     host = socket.gethostname()

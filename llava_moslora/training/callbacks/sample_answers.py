@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from llava_moslora import pages
 from llava_moslora.data.images import load_image
 from llava_moslora.data.records import read_records
 from llava_moslora.errors import Refusal
@@ -101,7 +100,7 @@ class SampleAnswers(TrainerCallback):
             tqdm.write(f"step {step} · {sample.turns[-1].text.strip()!r} → {text!r}")
         metrics.append_row(self.run / ANSWERS_FILE, {"step": step, "answers": answers})
         rows = metrics.read_rows(self.run / ANSWERS_FILE)
-        (self.run / ANSWERS_PAGE).write_text(answers_page(self.samples, rows, str(self.run)), encoding="utf-8")
+        write_page(self.run / ANSWERS_PAGE, self.samples, rows, str(self.run))
 
 
 @contextmanager
@@ -119,41 +118,24 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def answers_page(samples: Sequence[Sample], rows: list[dict], title: str) -> str:
-    """HTML: one section per question with its images, and the answers by step, the newest last."""
+def write_page(file: Path, samples: Sequence[Sample], rows: list[dict], title: str) -> None:
+    """One section per question with its images, its answers by step, the newest last, and the reference."""
     sections = []
     for number, sample in enumerate(samples):
-        images = "".join(_thumbnail(image) for image in sample.images)
+        images = "".join(pages.thumbnail(image, THUMBNAIL_SIZE) for image in sample.images)
         turns = "".join(f"<p class={turn.role}>{html.escape(turn.text)}</p>" for turn in sample.turns)
-        answers = "".join(
-            f"<tr><td>{row['step']}</td><td>{html.escape(row['answers'][number])}</td></tr>" for row in rows
-        )
-        reference = f"<tr class=reference><td>reference</td><td>{html.escape(sample.reference)}</td></tr>"
-        table = f"<table>{answers}{reference}</table>"
+        answers = [(row["step"], row["answers"][number]) for row in rows]
+        table = pages.table([*answers, ("reference", sample.reference)])
         sections.append(f"<article><div class=images>{images}</div><div>{turns}{table}</div></article>")
-    return f"""<!doctype html>
-<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>
-<h1>{html.escape(title)}</h1><p>{len(samples)} questions, answered at {len(rows)} steps.</p>{"".join(sections)}</html>
-"""
-
-
-def _thumbnail(image: Image.Image) -> str:
-    image = image.copy()
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" width={image.width} height={image.height} alt="">'
+    body = f"<p>{len(samples)} questions, answered at {len(rows)} steps.</p>{''.join(sections)}"
+    file.write_text(pages.page(title, body, STYLE), encoding="utf-8")
 
 
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.3em; } p { white-space: pre-wrap; margin: 0 0 .4em; }
-article { display: flex; gap: 1.5em; border-top: 1px solid #8884; padding: 1em 0; }
+p { white-space: pre-wrap; margin: 0 0 .4em; } article { display: flex; gap: 1.5em; padding: 1em 0; }
 .images { flex: 0 0 256px; } .images img { display: block; margin-bottom: .5em; }
 .human { font-weight: 600; } .gpt, .system { color: #777; }
 td { padding: .1em .8em .1em 0; vertical-align: top; white-space: pre-wrap; }
-td:first-child { text-align: right; color: #777; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.reference td { color: #2f7d5b; border-top: 1px solid #8884; }
+td:first-child { text-align: right; color: #777; white-space: nowrap; }
+tr:last-child td { color: var(--a); border-top: 1px solid var(--line); }
 """
