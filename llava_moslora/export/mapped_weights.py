@@ -16,7 +16,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.export import probe
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.files.tensors import read_json
-from llava_moslora.models.assemble import ADAPTER_NAME, HEAD, LLM
+from llava_moslora.models.names import ADAPTER_NAME, part_of
 
 OVERHEAD = 10**9  # bytes: libraries, activations, the other process
 
@@ -58,11 +58,13 @@ def merge_where_used(model: nn.Module, dtype: torch.dtype) -> None:
     block of the weight at a time, when they are used. Linears in NF4 are dequantised there."""
     wrapped = {module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)}
     for name, module in model.named_modules():
-        in_llm = f"{name}.".startswith((LLM + ".", HEAD + "."))
-        if isinstance(module, LoraLayer) and not in_llm:
-            module.merge()
-        elif isinstance(module, LoraLayer) or (in_llm and _is_4bit(module) and module not in wrapped):
+        adapted = isinstance(module, LoraLayer)
+        if not adapted and (module in wrapped or not _is_4bit(module)):
+            continue
+        if part_of(name) in ("llm", "lm_head"):
             module.forward = functools.partial(_merged_linear, module, dtype)
+        elif adapted:
+            module.merge()
 
 
 def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:

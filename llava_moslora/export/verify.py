@@ -29,7 +29,7 @@ from llava_moslora.export.trained_run import DEQUANTIZED, TrainedRun
 from llava_moslora.files.manifest import write_json
 from llava_moslora.inference.generate import Question, batch
 from llava_moslora.inference.load import ChatModel, load_run
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION
+from llava_moslora.models.names import part_of
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.conversation import Turn, stop_token_ids
 from llava_moslora.text.tokenizer import image_token_id
@@ -38,8 +38,9 @@ PROBE, QUESTIONS, FEATURES = "probe", "questions.json", "features.safetensors"
 MAX_NEW_TOKENS = 16
 # Of the largest logit. The same merge in two orders of summing rounds a few 16-bit weights to the neighbouring value.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 1e-3}
-PREFIXES = {"llm": (LLM + ".", HEAD + "."), "vision": (VISION + ".",), "projector": (PROJECTOR + ".",)}
-PREFIXES["base"] = tuple(prefix for prefixes in PREFIXES.values() for prefix in prefixes)
+# as :attr:`Layout.rounded` names them → parts of the composed model
+ROUNDED = {"llm": {"llm", "lm_head"}, "vision": {"vision_tower"}, "projector": {"projector"}}
+ROUNDED["base"] = set().union(*ROUNDED.values())
 STAND_IN = ".llm-base"  # an InternLM2 as a Llama, for the time of the proof
 
 
@@ -190,12 +191,12 @@ def _merge(chat_model: ChatModel, *, dequantised: bool) -> None:
 @torch.no_grad()
 def _round(chat_model: ChatModel, layout: Layout, dtype: torch.dtype) -> None:
     """Round the parameters that the export holds in ``dtype``: not its adapters and what is saved beside them."""
-    prefixes = tuple(prefix for part in layout.rounded for prefix in PREFIXES[part])
+    parts = {part for name in layout.rounded for part in ROUNDED[name]}
     apart = ("lora_",) if layout.merged else ("lora_", "modules_to_save")
     for name, parameter in chat_model.model.named_parameters():
         if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4; mapped in what it is written in
             continue
-        if name.removeprefix("base_model.model.").startswith(prefixes) and not any(word in name for word in apart):
+        if part_of(name) in parts and not any(word in name for word in apart):
             parameter.data = parameter.data.to(dtype).float()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.manifest import write_json
-from llava_moslora.models.assemble import ADAPTER_NAME, PROJECTOR
+from llava_moslora.models.names import ADAPTER_NAME, standalone_name
 from llava_moslora.training.optimizer_state import NUMBER, frozen_mixers, trained_parameters
 
 ADAPTER_FILE, PROJECTOR_FILE = "adapter/adapter_model.safetensors", "projector/model.safetensors"
@@ -27,7 +27,7 @@ def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
     if isinstance(model, PeftModel):
         model.save_pretrained((folder / ADAPTER_FILE).parent, state_dict=masters, selected_adapters=[ADAPTER_NAME])
         return
-    names = {name: "multi_modal_projector." + name.removeprefix(PROJECTOR + ".") for name in masters}
+    names = {name: f"multi_modal_projector.{standalone_name(name)}" for name in masters}
     (folder / PROJECTOR_FILE).parent.mkdir()
     save_file(
         {names[name]: tensor for name, tensor in masters.items()}, folder / PROJECTOR_FILE, metadata={"format": "pt"}

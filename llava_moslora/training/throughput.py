@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, parameter_size, tokens_per_image
+from llava_moslora.models.assemble import parameter_size, tokens_per_image
+from llava_moslora.models.names import part_of
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.conversation import IGNORE_INDEX
 
@@ -73,30 +74,30 @@ class Flops:
         its own if it is trained. Nothing goes backward through a vision tower without adapters."""
         config = model.config
         text, vision = config.text_config, config.vision_config
-        work = dict.fromkeys((LLM, VISION, PROJECTOR, HEAD), 0.0)
-        adapted = any(p.requires_grad for name, p in model.named_parameters() if VISION + "." in name)
+        work = dict.fromkeys(("llm", "vision_tower", "projector", "lm_head"), 0.0)
+        adapted = any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vision_tower")
         for name, parameter in model.named_parameters():
-            part = next(part for part in work if part + "." in "." + name)
+            part = part_of(name)
             if len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or "original_module" in name:
                 continue  # norms and biases: no product of matrices
             if "embed" in name and "patch" not in name:
                 continue  # looked up
             passes = 2 + 2 * parameter.requires_grad
-            if (part != VISION or adapted) and not (part == PROJECTOR and not adapted and "linear_1" in name):
+            if (part != "vision_tower" or adapted) and not (part == "projector" and not adapted and "linear_1" in name):
                 passes += 2 if "patch_embedding" not in name else 0
             work[part] += passes * parameter_size(parameter)
-        if not work[HEAD]:  # the word embeddings again, counted above as looked up
-            work[HEAD] = 4.0 * parameter_size(model.get_output_embeddings().weight)
+        if not work["lm_head"]:  # the word embeddings again, counted above as looked up
+            work["lm_head"] = 4.0 * parameter_size(model.get_output_embeddings().weight)
         patches = tokens_per_image(vision)
         seen = patches + kind_of(vision).class_tokens  # which the projector does not see
         layers = config.vision_feature_layer
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         tower_attention = (12 if adapted else 4) * layers * vision.hidden_size * seen**2
         return cls(
-            token=work[LLM],
+            token=work["llm"],
             pair=12 * text.num_hidden_layers * text.num_attention_heads * head,
-            trained_token=work[HEAD],
-            image=work[VISION] * seen + tower_attention + work[PROJECTOR] * patches,
+            trained_token=work["lm_head"],
+            image=work["vision_tower"] * seen + tower_attention + work["projector"] * patches,
         )
 
 

@@ -18,7 +18,7 @@ from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
 from llava_moslora.files import publish
 from llava_moslora.files.manifest import read_facts, write_json
-from llava_moslora.models.assemble import PROJECTOR, VISION
+from llava_moslora.models.names import part_of
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks.adapter_stats import AdapterStats
 from llava_moslora.training.callbacks.metrics import Metrics
@@ -114,11 +114,11 @@ class MosLoraTrainer(Trainer):
     def learning_rate_of(self, name: str) -> float:
         args = self.args
         rate = args.learning_rate
-        if VISION + "." in name and args.vision_lr is not None:
+        if part_of(name) == "vision_tower" and args.vision_lr is not None:
             rate = args.vision_lr
         if "lora_mixer" in name and args.mixer_lr is not None:
             rate = args.mixer_lr
-        if PROJECTOR + "." in name and args.mm_projector_lr is not None:
+        if part_of(name) == "projector" and args.mm_projector_lr is not None:
             rate = args.mm_projector_lr
         return rate
 

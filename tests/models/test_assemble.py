@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditio
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble, describe, train_projector_only
-from llava_moslora.models.llava import IGNORE_INDEX
+from llava_moslora.text.conversation import IGNORE_INDEX
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 from support.tiny import write_clip, write_llm, write_projector
 

@@ -13,21 +13,16 @@ def main() -> None:
     from transformers import Trainer, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
+    from llava_moslora.config import DataSettings
     from llava_moslora.models.assemble import tokens_per_image
     from llava_moslora.models.vision import read_vision_config
     from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
     model_args, data_args, adapter_args, ours = parse(sys.argv[1:])
+    data_args = DataSettings(**vars(data_args))
     tokenizer = load_tokenizer(model_args.model_name_or_path)
-    dataset = prepare(
-        data_args.data_path,
-        data_args.image_folder,
-        tokenizer=tokenizer,
-        template="chatml",
-        tokens_per_image=tokens_per_image(read_vision_config(model_args.vision_tower)),
-        max_length=data_args.model_max_length,
-        cache_dir=data_args.data_cache,
-    )
+    patches = tokens_per_image(read_vision_config(model_args.vision_tower))
+    dataset = prepare(data_args, tokenizer=tokenizer, template="chatml", tokens_per_image=patches)
     set_seed(ours.seed)
     model, preprocessor = assemble(
         model_args.model_name_or_path,
@@ -41,7 +36,7 @@ def main() -> None:
     collate = Collator(
         tokenizer.pad_token_id,
         data_args.image_folder,
-        ImageTransform.from_settings(preprocessor, data_args.image_aspect_ratio),
+        ImageTransform.from_settings(preprocessor, data_args),
     )
     args = TrainingArguments(
         output_dir=ours.output_dir,

@@ -30,13 +30,16 @@ from llava_moslora.export.targets import components, hf
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles
 from llava_moslora.files.tensors import read_json
-from llava_moslora.models.assemble import LLM, VISION
 from llava_moslora.models.internlm2 import MODEL_TYPE
+from llava_moslora.models.names import LLM, PROJECTOR, VISION_TOWER
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.models.projector import read_projector
 
-# A part standing alone -> the same part in LlavaForConditionalGeneration, transformers 4.52 and later
-INSIDE = {LLM: ("model.", "model.language_model."), VISION: ("", "model.vision_tower.vision_model.")}
+# parts; prefix where they stand alone, in LlavaForConditionalGeneration as saved by transformers 4.52 and later
+INSIDE = (
+    (("llm", "lm_head"), "model.", f"{LLM}."),  # the head has the same name in both
+    (("vision_tower",), "", f"{VISION_TOWER}.vision_model."),
+)
 
 
 def per_tower(trained: TrainedRun, _: torch.dtype) -> Layout:
@@ -55,12 +58,13 @@ def per_tower(trained: TrainedRun, _: torch.dtype) -> Layout:
     reopen["projector"] = "projector"
     configs: dict[str, LoraConfig] = {}
     llm_depth, depth = trained.llm_config.num_hidden_layers, trained.vision_config.num_hidden_layers
-    for folder, tower, base, level, layers_there, task in (
-        ("llm_adapter", LLM, "llm", "", llm_depth, "CAUSAL_LM"),
-        ("vision_adapter", VISION, "vision", "", depth, None),
-        ("vision_adapter_transformers4", VISION, "vision", "vision_model.", depth, None),
+    llm, tower = ("llm", "lm_head"), ("vision_tower",)
+    for folder, parts, base, level, layers_there, task in (
+        ("llm_adapter", llm, "llm", "", llm_depth, "CAUSAL_LM"),
+        ("vision_adapter", tower, "vision", "", depth, None),
+        ("vision_adapter_transformers4", tower, "vision", "vision_model.", depth, None),
     ):
-        if layers := {level + name: layer for name, layer in trained.updates_of_original(tower).items()}:
+        if layers := {level + name: layer for name, layer in trained.updates_of_original(*parts).items()}:
             weights.append(peft_format.adapter_weights(layers, folder))
             configs[folder] = peft_format.adapter_config(layers, reopen[base], depth=layers_there, task=task)
             reopen.setdefault(f"{base}_adapter", folder)
@@ -86,11 +90,11 @@ def with_base(trained: TrainedRun, dtype: torch.dtype) -> Layout:
     widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
     projector = None if start is None else read_projector(start, *widths)
     layers = {}
-    for tower, (old, new) in INSIDE.items():
-        for name, layer in trained.updates(tower).items():
+    for parts, alone, inside in INSIDE:
+        for name, layer in trained.updates(*parts).items():
             name = name.removesuffix(".weight")
-            layers[name if name == "lm_head" else new + name.removeprefix(old)] = layer.read()
-    saved = {f"model.multi_modal_projector.{name}": tensor for name, tensor in trained.projector.items()}
+            layers[inside + name.removeprefix(alone) if name.startswith(alone) else name] = layer.read()
+    saved = {f"{PROJECTOR}.{name}": tensor for name, tensor in trained.projector.items()}
 
     def finish(folder: Path) -> None:
         hf.write_files(trained, folder / "base", dtype)

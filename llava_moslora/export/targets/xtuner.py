@@ -27,7 +27,6 @@ from llava_moslora.export.target import Layout, check_clip
 from llava_moslora.export.targets import components
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.files.tensors import read_json
-from llava_moslora.models.assemble import LLM, VISION
 from llava_moslora.models.internlm2 import LAYER_NAMES, MODEL_TYPE, NAMES
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
@@ -71,8 +70,8 @@ def adapters(trained: TrainedRun, _: torch.dtype) -> Layout:
             "C-FORMAT", "adapters lie over a tower's folder", key="--format xtuner_adapters", found=trained.vision_spec,
             fix="--format xtuner, which holds the tower",
         )  # fmt: skip
-    layers = trained.updates_of_original(LLM)
-    tower = {f"vision_model.{name}": layer for name, layer in trained.updates_of_original(VISION).items()}
+    layers = trained.updates_of_original("llm", "lm_head")
+    tower = {f"vision_model.{name}": layer for name, layer in trained.updates_of_original("vision_tower").items()}
     native = read_json(trained.llm_folder / "config.json").get("model_type") == MODEL_TYPE
     if native:
         layers = to_internlm2(layers, trained.llm_config)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from llava_moslora.adapters.layers import MosLoraLayer
-from llava_moslora.models.assemble import ADAPTER_NAME, HEAD, LLM, PROJECTOR, VISION
+from llava_moslora.models.names import ADAPTER_NAME, part_of
 from llava_moslora.training.optimizer_state import trained_parameters
 
-TOWERS = {"llm": LLM, "vision": VISION, "head": HEAD}
+TOWERS = {"llm": "llm", "vision_tower": "vision", "lm_head": "head"}  # part → its name in the log
 FACTORS = ("lora_A", "lora_mixer", "lora_B")
 
 
@@ -81,9 +81,9 @@ def adapter_stats(model: nn.Module, whole: Callable[[nn.Parameter], Tensor]) -> 
         whole: a parameter's value, float32, whole.
     """
     found: dict[str, float] = {}
-    for tower, prefix in TOWERS.items():
+    for part, tower in TOWERS.items():
         largest, smallest, ranks, squares = [], [], [], []
-        for layer in adapted(model, prefix):
+        for layer in adapted(model, part):
             a, b = whole(layer.lora_A[ADAPTER_NAME].weight), whole(layer.lora_B[ADAPTER_NAME].weight)  # (r, k), (n, r)
             if ADAPTER_NAME in layer.lora_mixer:  # a frozen identity is not stored
                 mixer = whole(layer.lora_mixer[ADAPTER_NAME].weight)  # (r, r)
@@ -113,18 +113,16 @@ def gradient_norms(model: nn.Module, whole: Callable[[nn.Parameter], Tensor | No
     squares: dict[str, float] = defaultdict(float)
     for name, parameter in trained_parameters(model).items():
         gradient = whole(parameter)
-        if PROJECTOR + "." in name:
-            part = "projector"
-        else:
-            tower = next(tower for tower, prefix in TOWERS.items() if prefix + "." in "." + name)
-            part = f"{tower}/{next(factor for factor in FACTORS if factor in name)}"
+        part = part_of(name)
+        if part != "projector":
+            part = f"{TOWERS[part]}/{next(factor for factor in FACTORS if factor in name)}"
         squares[part] += 0.0 if gradient is None else float(gradient.float().square().sum())
     return {f"gradient/{part}": square**0.5 for part, square in squares.items()}
 
 
-def adapted(model: nn.Module, prefix: str) -> Iterator[MosLoraLayer]:
+def adapted(model: nn.Module, part: str) -> Iterator[MosLoraLayer]:
     for name, module in model.named_modules():
-        if isinstance(module, MosLoraLayer) and prefix + "." in f".{name}.":
+        if isinstance(module, MosLoraLayer) and part_of(name) == part:
             yield module
 
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_moslora.config import DataSettings
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
-from llava_moslora.data.prepare import keys_of, prepare, report_of
+from llava_moslora.data.image_transform import ImageTransform
+from llava_moslora.data.prepare import keys_of, report_of
 from llava_moslora.data.report import data_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.sources import shards
@@ -68,10 +69,9 @@ def images(image_folder):
 
 
 @pytest.fixture
-def build(tiny, tmp_path):
+def build(prepare_files):
     def builder(source, folder=None, **options):
-        settings = {"tokenizer": tiny("chatml"), "template": "chatml", "tokens_per_image": 4, "max_length": 60}
-        return prepare(source, folder, cache_dir=tmp_path / "cache", **(settings | options))
+        return prepare_files(source, folder, **{"model_max_length": 60} | options)
 
     return builder
 
@@ -140,7 +140,7 @@ def test_resumed_anywhere_on_any_number_of_ranks(build, plain, sharded):
 def test_several_processes_and_a_second_call(build, plain, sharded):
     if sharded.startswith("memory"):
         pytest.skip("memory of this process")
-    rows = build(sharded, num_proc=2)
+    rows = build(sharded, preprocessing_num_workers=2)
     assert rows["input_ids"][:] == plain[0]["input_ids"][:]
     assert keys_of(build(sharded)) == keys_of(rows)
 
@@ -299,5 +299,6 @@ def test_report_names_the_images_folders(build, tmp_path, images):
     write_tar(
         tmp_path / "s.tar", [record(image="coco/0.png"), record("a", image=None)], {"coco/0.png": images["0.png"]}
     )
-    report = data_report(build(tmp_path / "s.tar"), batch_size=2)
+    rows = build(tmp_path / "s.tar")
+    report = data_report(rows, settings=DataSettings([str(tmp_path / "s.tar")]), batch_size=2)
     assert set(report["sources"]) == {"coco", "text"}
