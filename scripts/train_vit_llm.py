@@ -39,7 +39,7 @@ from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.text.conversation import recognise_template
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 from llava_moslora.training.arguments import config_file, parse, tower_adapters
-from llava_moslora.training.callbacks.preemption import Preemption, contact
+from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
 from llava_moslora.training.optimizer_state import trained_count
 from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, input_paths
@@ -48,10 +48,10 @@ from llava_moslora.training.trainer import MosLoraTrainer
 from llava_moslora.training.validate import check, check_launch
 
 
-@contact()
+@catch_lost_ranks()
 def main() -> None:
     pause = Preemption()
-    pause.listen()
+    pause.install()
     model_args, data_args, adapter_args, args = parse(sys.argv[1:])
     data_args = DataSettings(**vars(data_args))
     check(model_args, adapter_args, args)
@@ -171,7 +171,7 @@ def main() -> None:
     if args.save_strategy == "no":
         say("--save_strategy no: nothing of this run will be saved")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    pause.leave(run)
+    pause.refuse_if_interrupted(run)
     say(closing_line(run, trainer.state.global_step))
     if lock is not None:
         lock.release()

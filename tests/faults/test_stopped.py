@@ -24,9 +24,9 @@ def test_a_stopped_rank_is_named(lives, parts, tmp_path, stage, stopped):
     assert life.status[alive] == 75, life.said(alive)[-2000:]
     assert life.status[stopped] == -9  # by the test: a stopped process cannot end itself
     said = life.said(alive)
-    assert "error[P-RANK] the run stands still" in said and "--ddp_timeout" in said
+    assert "error[P-RANK] the run hangs" in said and "--ddp_timeout" in said
     if stopped:
-        assert f"no sign of life for {SECONDS} s from rank 1 (process " in said
+        assert f"no heartbeat for {SECONDS} s from rank 1 (process " in said
     else:
         assert "the store, which rank 0 or the launcher serves, has not answered" in said
     assert life.outlived < 4 * SECONDS

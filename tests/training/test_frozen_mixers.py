@@ -73,7 +73,7 @@ def test_a_run_of_the_first_versions_gets_its_mixers_back(parts, tmp_path, capsy
     (checkpoint / FILES[2]).write_text('{"adam_steps": 2, "scheduler_steps": 2, "loss_scale": null}')
     write_manifest(checkpoint, facts)
     train(parts, old, **same)
-    assert "of a version that kept no frozen mixers" in capsys.readouterr().out
+    assert "of a version that saved no frozen mixers" in capsys.readouterr().out
     for file in FILES:
         assert (old / "checkpoint-4" / file).read_bytes() == (run / "checkpoint-4" / file).read_bytes(), file
 

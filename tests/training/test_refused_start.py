@@ -154,9 +154,9 @@ def test_a_damaged_log_stops_no_resume(parts, whole, tmp_path, capsys):
     (run / "metrics.jsonl").write_text(f'{first}\n{{"step": 2, "lo\0ss"}}\n[]\n{second[:9]}}}\n')
     train(parts, run, resume=True)
     assert [row["step"] for row in rows(run)] == [1]
-    assert capsys.readouterr().out.count("metrics.jsonl: 3 damaged lines left out") == 1
+    assert capsys.readouterr().out.count("metrics.jsonl: 3 damaged lines skipped") == 1
     train(parts, run, resume=True)
-    assert "left out" not in capsys.readouterr().out
+    assert "damaged lines" not in capsys.readouterr().out
 
 
 def test_a_resume_saves_as_often_as_it_is_told(parts, tmp_path):
