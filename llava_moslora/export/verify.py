@@ -78,7 +78,7 @@ def write_probe(trained: TrainedRun, layout: Layout, folder: Path, mapped: bool)
             for names, asked in turns
         ],
     }
-    write_json(probe / QUESTIONS, questions)
+    write_json(place / QUESTIONS, questions)
     return [([images[name] for name in names], asked) for names, asked in turns]
 
 
