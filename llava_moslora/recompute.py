@@ -31,6 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_moslora.errors import Refusal
+from llava_moslora.private_api import check_private_api
+
+check_private_api("recompute")
 
 MODES = "none | full | selective | every:N"
 _state = threading.local()  # backward recomputes in a thread of its own

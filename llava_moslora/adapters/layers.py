@@ -22,6 +22,9 @@ from llava_moslora.adapters.fold import delta
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.adapters.linear import adapted_linear, frozen_dtype
 from llava_moslora.errors import Refusal
+from llava_moslora.private_api import check_private_api
+
+check_private_api("adapters.layers")
 
 
 class MosLoraVariant(LoraVariant):

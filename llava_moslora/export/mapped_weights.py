@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llava_moslora.errors import Refusal
 from llava_moslora.export import probe
 from llava_moslora.export.trained_run import TrainedRun
-from llava_moslora.models.assemble import ADAPTER_NAME, HEAD, LLM
+from llava_moslora.models.names import ADAPTER_NAME, part_of
 
 OVERHEAD = 10**9  # bytes: libraries, activations, the other process
 
@@ -59,11 +59,11 @@ def merge_where_used(model: nn.Module, dtype: torch.dtype) -> None:
     block of its weight at a time, when it is called. Linears in NF4 are dequantised there."""
     adapted = {module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)}
     for name, module in model.named_modules():
-        in_llm = f"{name}.".startswith((LLM + ".", HEAD + "."))
-        if isinstance(module, LoraLayer) and not in_llm:
-            module.merge()
-        elif isinstance(module, LoraLayer) or (in_llm and _is_4bit(module) and module not in adapted):
-            module.forward = functools.partial(_merged_linear, module, dtype)
+        if isinstance(module, LoraLayer) or (_is_4bit(module) and module not in adapted):
+            if part_of(name) in ("llm", "lm_head"):
+                module.forward = functools.partial(_merged_linear, module, dtype)
+            elif isinstance(module, LoraLayer):
+                module.merge()
 
 
 def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:

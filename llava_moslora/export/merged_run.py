@@ -13,15 +13,12 @@ from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import DEQUANTIZED, TrainedRun
 from llava_moslora.inference.generate import Question, batch
 from llava_moslora.inference.load import ChatModel, load_run
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION
 from llava_moslora.models.llava import Llava
+from llava_moslora.models.names import part_of
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.conversation import stop_token_ids
 
 MAX_NEW_TOKENS = 16
-# A part as ExportPlan.rounded names it -> the beginnings of its parameters' names
-PREFIXES = {"llm": (LLM + ".", HEAD + "."), "vision": (VISION + ".",), "projector": (PROJECTOR + ".",)}
-PREFIXES["base"] = tuple(prefix for prefixes in PREFIXES.values() for prefix in prefixes)
 
 # Of one question: ids [T], logits of the last token [V], answer [new tokens], and with images features [N, P, E] and
 # projected [N, P, D]; float32
@@ -91,12 +88,11 @@ def _base_model(chat_model: ChatModel) -> Llava:
 @torch.no_grad()
 def _round(chat_model: ChatModel, target: Target, plan: ExportPlan, dtype: torch.dtype) -> None:
     """Round the parameters that the export holds in ``dtype``; adapters saved apart and their projector are float32."""
-    prefixes = tuple(prefix for part in plan.rounded for prefix in PREFIXES[part])
     apart = ("lora_",) if target.merges else ("lora_", "modules_to_save")
     for name, parameter in chat_model.model.named_parameters():
         if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4; mapped, as it is stored
             continue
-        if name.removeprefix("base_model.model.").startswith(prefixes) and not any(word in name for word in apart):
+        if part_of(name) in plan.rounded and not any(word in name for word in apart):
             parameter.data = parameter.data.to(dtype).float()
 
 

@@ -24,19 +24,18 @@ from llava_moslora.export.writer import PlannedTensor
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor, read_json, read_tensor_file
 from llava_moslora.inference.load import check_base, newest_checkpoint
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, mean_row
+from llava_moslora.models.assemble import mean_row
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
-from llava_moslora.models.projector import read_projector
+from llava_moslora.models.names import LM_HEAD, PROJECTOR, part_of, standalone_name
+from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import load_vision_tower
 from llava_moslora.runs.record import TOKENIZER, read_run
 from llava_moslora.text.conversation import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# module of the composed model -> the same module where the LLM or the tower stands alone
-ALONE = {LLM + ".": "model.", HEAD: "lm_head", VISION + ".": ""}
+EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -106,16 +105,16 @@ class TrainedRun:
         """Rows of embedding and head in the trained model."""
         return max(self.llm_config.vocab_size, len(self.tokenizer))
 
-    def updates(self, tower: str) -> dict[str, LazyLowRank]:
-        """The adapters of ``LLM`` (with the head) or of ``VISION`` by weight name where that part stands alone."""
+    def updates(self, *parts: str) -> dict[str, LazyLowRank]:
+        """The adapters of ``parts`` of the composed model, by weight name in the model of that part alone."""
         layers = (self.adapter or {}).items()
-        return {alone(name) + ".weight": layer for name, layer in layers if _tower_of(name) == tower}
+        return {standalone_name(name) + ".weight": layer for name, layer in layers if part_of(name) in parts}
 
-    def updates_of_original(self, tower: str) -> dict[str, LowRank]:
+    def updates_of_original(self, *parts: str) -> dict[str, LowRank]:
         """The same by module name, read, for a base as it was downloaded: its head has no rows for appended tokens."""
-        layers = {name.removesuffix(".weight"): layer.read() for name, layer in self.updates(tower).items()}
-        if head := layers.get(HEAD):
-            layers[HEAD] = dataclasses.replace(head, b=head.b[: self.llm_config.vocab_size])
+        layers = {name.removesuffix(".weight"): layer.read() for name, layer in self.updates(*parts).items()}
+        if head := layers.get(LM_HEAD):
+            layers[LM_HEAD] = dataclasses.replace(head, b=head.b[: self.llm_config.vocab_size])
         return layers
 
     def llm_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
@@ -125,16 +124,16 @@ class TrainedRun:
             merged: with the adapters and over :attr:`merge_base`; False: the original weights.
         """
         stored = read_llm_tensors(self.llm_folder, self.llm_config)
-        stored.setdefault(LM_HEAD, stored[EMBEDDING])  # absent only where it is tied
-        updates = self.updates(LLM) if merged else {}
+        stored.setdefault(HEAD_WEIGHT, stored[EMBEDDING])  # absent only where it is tied
+        updates = self.updates("llm", "lm_head") if merged else {}
         quantised = set()
         if merged and self.bits == 4 and self.merge_base == DEQUANTIZED:
             sketch = llm_on_meta(self.llm_config, self.llm_folder)
-            linears = {n for n, module in sketch.named_modules() if isinstance(module, nn.Linear) and n != HEAD}
+            linears = {n for n, module in sketch.named_modules() if isinstance(module, nn.Linear) and n != LM_HEAD}
             quantised = {f"{name}.weight" for name in linears}
         plan = []
         for name, s in stored.items():
-            extra = self.vocabulary - self.llm_config.vocab_size if name in (EMBEDDING, LM_HEAD) else 0
+            extra = self.vocabulary - self.llm_config.vocab_size if name in (EMBEDDING, HEAD_WEIGHT) else 0
             read = s.read
             if name in quantised:
                 read = _Dequantised(s)
@@ -147,7 +146,7 @@ class TrainedRun:
 
     def vision_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
         """The complete tower's tensors under transformers 5's names (``encoder.layers.…``)."""
-        updates = self.updates(VISION) if merged else {}
+        updates = self.updates("vision_tower") if merged else {}
         plan = plan_tensors(self.vision, updates)
         _check_fit(updates, plan, self.checkpoint)
         return plan
@@ -264,16 +263,6 @@ def plan_tensors(tensors: dict[str, Tensor], updates: dict[str, LazyLowRank] | N
     return [PlannedTensor(name, tuple(t.shape), lambda t=t: t, reads.get(name)) for name, t in tensors.items()]
 
 
-def alone(module: str) -> str:
-    """A module of the composed model by its name where its part stands alone."""
-    prefix = next(prefix for prefix in ALONE if module.startswith(prefix))
-    return ALONE[prefix] + module[len(prefix) :]
-
-
-def _tower_of(module: str) -> str:
-    return VISION if module.startswith(VISION + ".") else LLM
-
-
 def _check_fit(updates: dict[str, LazyLowRank], plan: list[PlannedTensor], checkpoint: Path) -> None:
     """Refuse adapters of layers that the base does not have, or has in another shape."""
     shapes = {planned.name: planned.shape for planned in plan}
@@ -293,14 +282,13 @@ def _read_checkpoint(
     if not folder.is_dir():
         return None, read_projector(checkpoint / "projector", vision_width, llm_width)
     trained = read_adapter(folder)  # checks every name and shape; its tensors are mapped, and let go
-    prefix = PROJECTOR + "."
-    projector = {name.removeprefix(prefix): t.clone() for name, t in trained.others.items() if name.startswith(prefix)}
-    if len(projector) != 4 or len(trained.others) != 4:
+    if trained.others.keys() != {f"{PROJECTOR}.{key}" for key in KEYS}:
         raise Refusal(
             "K-ADAPTER", "not the projector beside the adapters", file=folder,
             found=", ".join(sorted(trained.others)) or "none", expected=f"the four tensors of {PROJECTOR}",
             fix="use another checkpoint",
         )  # fmt: skip
+    projector = {standalone_name(name): tensor.clone() for name, tensor in trained.others.items()}
     stored = read_tensor_file(folder / "adapter_model.safetensors")
     layers = {}
     for name, layer in trained.layers.items():

@@ -10,14 +10,15 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 from llava_moslora.files import publish
 from llava_moslora.files.manifest import MANIFEST, read_facts
 from llava_moslora.files.tensors import read_json
-from llava_moslora.models.assemble import ADAPTER_NAME, assemble, tokens_per_image
+from llava_moslora.models.assemble import assemble, tokens_per_image
 from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.llm import read_llm_config
+from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, fingerprint, read_run
@@ -142,7 +143,7 @@ def load_run(
     if trained:
         model = _with_checkpoint(model, checkpoint, dtype)
     data = settings["data"]
-    transform = ImageTransform.from_settings(preprocessor, data["image_aspect_ratio"], data.get("image_engine", "pil"))
+    transform = ImageTransform.from_processor(preprocessor, data["image_aspect_ratio"], data.get("image_engine", "pil"))
     return ChatModel(model.eval(), tokenizer, parts["version"], transform)
 
 
@@ -179,7 +180,7 @@ def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Ch
     facts = read_json(file) if file.is_file() else {}
     template = facts.get("template") or recognise_template(tokenizer)
     pads = read_json(folder / "preprocessor_config.json").get("do_pad", False)
-    transform = ImageTransform.from_settings(preprocessor, "pad" if pads else "crop")
+    transform = ImageTransform.from_processor(preprocessor, "pad" if pads else "crop")
     return ChatModel(model.eval(), tokenizer, template, transform)
 
 

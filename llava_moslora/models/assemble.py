@@ -26,12 +26,11 @@ from llava_moslora.models.attention import set_attention
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.llava_folder import check_tower_is_taken
 from llava_moslora.models.llm import llm_on_meta, load_llm, read_llm_config
+from llava_moslora.models.names import ADAPTER_NAME, LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.towers import drop_unused, kind_of
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
 
-LLM, VISION, PROJECTOR, HEAD = "model.language_model", "model.vision_tower", "model.multi_modal_projector", "lm_head"
-ADAPTER_NAME = "default"
 APPENDED_TOKENS = 2  # the image placeholder and a padding token, where the tokenizer has none to spare
 
 # What PEFT and the Trainer look for on the outermost model to know that a part of it is quantised.
@@ -247,7 +246,7 @@ def add_adapters(model: Llava, llm: TowerAdapter | None, vision: TowerAdapter | 
     Raises:
         Refusal: a target that matches no linear; whatever :class:`MosLoraConfig` refuses.
     """
-    towers = {LLM: llm, VISION: vision}
+    towers = {LLM: llm, VISION_TOWER: vision}
     for tower, spec in towers.items():
         if spec is not None:
             _check_rank(model, tower, spec)
@@ -255,7 +254,7 @@ def add_adapters(model: Llava, llm: TowerAdapter | None, vision: TowerAdapter | 
     if not regexes:
         raise Refusal("C-FLAG", "no adapter asked for", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
     main = next(spec for spec in towers.values() if spec is not None)
-    own = {f"{re.escape(VISION)}\\..*": vision} if main is llm and vision is not None else {}
+    own = {f"{re.escape(VISION_TOWER)}\\..*": vision} if main is llm and vision is not None else {}
     config = MosLoraConfig(
         r=main.r,
         lora_alpha=main.lora_alpha,
@@ -288,7 +287,7 @@ def _check_rank(model: nn.Module, tower: str, spec: TowerAdapter) -> None:
             raise Refusal(
                 "C-RANK",
                 f"the rank is above the smaller side of {name}",
-                key="--vision_lora_r" if tower == VISION else "--lora_r",
+                key="--vision_lora_r" if tower == VISION_TOWER else "--lora_r",
                 found=f"{spec.r} for {module.in_features} → {module.out_features}",
                 expected=f"at most {smaller}",
                 fix="lower it, or name other linears: --lora_target_modules, --vision_lora_target_modules",
@@ -299,23 +298,23 @@ def _target_regex(model: nn.Module, tower: str, spec: TowerAdapter) -> str:
     available = linear_suffixes(model, tower)
     wanted = list(spec.target_modules) or available
     chosen = []
-    head = tower == LLM and HEAD in wanted
+    head = tower == LLM and LM_HEAD in wanted
     if head:
-        wanted.remove(HEAD)
+        wanted.remove(LM_HEAD)
     for name in wanted:
         matches = [suffix for suffix in available if suffix == name or suffix.endswith("." + name)]
         if not matches:
             raise Refusal(
                 "C-TARGET",
                 "no linear of this tower has that name",
-                key="--vision_lora_target_modules" if tower == VISION else "--lora_target_modules",
+                key="--vision_lora_target_modules" if tower == VISION_TOWER else "--lora_target_modules",
                 found=name,
                 expected="some of " + ", ".join(available),
             )
         chosen += matches
     names = "|".join(re.escape(name) for name in dict.fromkeys(chosen))
     regexes = [rf"{re.escape(tower)}\.(?:encoder\.)?layers\.\d+\.(?:{names})"] if chosen else []
-    return "|".join(regexes + [HEAD] * head)
+    return "|".join(regexes + [LM_HEAD] * head)
 
 
 def train_projector_only(model: Llava) -> Llava:
@@ -327,18 +326,18 @@ def train_projector_only(model: Llava) -> Llava:
 
 def describe(model: nn.Module) -> str:
     """One line per part: parameters in all, trained, of them adapter and mixer; counts hold under ZeRO-3 too."""
-    parts = {"LLM": LLM, "vision tower": VISION, "projector": PROJECTOR, "LM head": HEAD}
-    count = {part: [0, 0, 0] for part in parts}
+    titles = {"llm": "LLM", "vision_tower": "vision tower", "projector": "projector", "lm_head": "LM head"}
+    count = {part: [0, 0, 0] for part in titles}
     for name, parameter in model.named_parameters():
         if "original_module" in name:  # PEFT keeps the projector as it was loaded, beside the trained copy
             continue
-        part = next(part for part, prefix in parts.items() if prefix + "." in "." + name)
+        part = part_of(name)
         size = parameter_size(parameter)
         count[part][0] += size
         count[part][1] += size if parameter.requires_grad else 0
         count[part][2] += size if parameter.requires_grad and "lora_mixer" in name else 0
     rows = [f"{'part':<14}{'parameters':>16}{'trained':>14}{'of it mixers':>14}"]
-    rows += [f"{part:<14}{total:>16,}{trained:>14,}{mixers:>14,}" for part, (total, trained, mixers) in count.items()]
+    rows += [f"{titles[part]:<14}{n:>16,}{trained:>14,}{mixers:>14,}" for part, (n, trained, mixers) in count.items()]
     total, trained, mixers = (sum(column) for column in zip(*count.values(), strict=True))
     return "\n".join([*rows, f"{'all':<14}{total:>16,}{trained:>14,}{mixers:>14,}"])
 

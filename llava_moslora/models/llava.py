@@ -13,9 +13,9 @@ from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from llava_moslora.models.attention import needs_no_mask, no_mask
+from llava_moslora.text.conversation import IGNORE_INDEX
 
 LOSS_ROWS = 4096  # supervised positions whose logits are made at once: 5 GiB at most, with LLaMA-3's vocabulary
-IGNORE_INDEX = -100  # transformers' value; the data layer writes it, the loss reads it
 
 
 class Llava(LlavaForConditionalGeneration):

@@ -139,7 +139,7 @@ def of_a_run(run: Path) -> list[Path]:
 
 def has_begun(run: Path) -> bool:
     """Whether ``run`` holds a run that saved or logged a step; one that was refused before can be begun again."""
-    return (run / RUN).is_file() and bool(publish.checkpoints(run) or metrics.read(run / metrics.FILE))
+    return (run / RUN).is_file() and bool(publish.checkpoints(run) or metrics.read_rows(run / metrics.METRICS_FILE))
 
 
 def _content(run: Path) -> list[Path]:

@@ -1,9 +1,9 @@
 """A disk that fills up inside a save: exit 4, nothing published is lost, and the run goes on once there is space."""
 
 import pytest
-from faults.campaign import Campaign
 
 from llava_moslora.files import publish
+from support.campaign import Campaign
 
 pytestmark = pytest.mark.faults
 
@@ -26,6 +26,7 @@ def limit_file_size(*, size: int, save: int) -> None:
     publish.publish = publishing
 
 
+# R4: a disk full inside a save
 @pytest.mark.parametrize("world", [0, 2])
 def test_disk_full(lives, parts, tmp_path, world):
     campaign = Campaign("disk", lives, parts, tmp_path, world=world, zero=2 if world else None)

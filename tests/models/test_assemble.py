@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import write_clip, write_llm, write_projector
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditionalGeneration
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble, describe, train_projector_only
-from llava_moslora.models.llava import IGNORE_INDEX
+from llava_moslora.text.conversation import IGNORE_INDEX
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.tiny import write_clip, write_llm, write_projector
 
 PATCHES = 16  # 32×32 pixels in 8×8 patches
 
@@ -157,6 +157,7 @@ def test_one_tower_alone(parts, tower):
     assert names and all(("vision_tower" in n) == (tower == "vision") for n in names)
 
 
+# C4: a target that matches nothing
 def test_unmatched_target_is_named(parts):
     model, _ = build(parts)
     with pytest.raises(Refusal, match=r"--vision_lora_target_modules: .*found gate_proj; expected .*mlp\.fc1"):
@@ -165,6 +166,7 @@ def test_unmatched_target_is_named(parts):
         add_adapters(model, None, None)
 
 
+# C2: an impossible rank
 def test_a_rank_above_a_linears_smaller_side_is_refused(parts):
     model, _ = build(parts)
     named = r"--lora_r: the rank is above the smaller side of model.language_model.layers.0.self_attn.k_proj"
@@ -205,6 +207,7 @@ def test_describe_counts_every_parameter_once(parts):
     assert [int(n) for n in last[1:3]] == [total + adapters, trained]
 
 
+# C15: a hub's name in place of a folder
 @pytest.mark.parametrize("what", ["llm", "clip", "projector"])
 def test_missing_folder_is_named(parts, tmp_path, what):
     with pytest.raises(Refusal, match=r"nowhere"):

@@ -20,11 +20,12 @@ from transformers import (
 )
 
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 from llava_moslora.models import attention
 from llava_moslora.models.attention import MASKLESS, set_attention
-from llava_moslora.models.llava import IGNORE_INDEX, Llava
+from llava_moslora.models.llava import Llava
+from llava_moslora.text.conversation import IGNORE_INDEX
 
 IMAGE, PATCHES, LENGTHS = 60, 4, (23, 17, 9)
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from internlm2_reference import CONFIG as INTERNLM2
-from launching import ROOT
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, model_on_meta
+from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.llm import read_llm_config
+from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.training.arguments import parse, tower_adapters
+from support.internlm2_reference import CONFIG as INTERNLM2
+from support.launching import ROOT
 
 # Started instead of the launcher: says how it was called.
 LAUNCHER = f"""#!{sys.executable}
@@ -119,8 +120,8 @@ def test_recipe_is_the_papers_table_8(folders, recipe):
     assert trained(model, LLM, "lora_A") == LAYERS * llm[0] * (4096 * 6 + 14336)
     mixers = LAYERS * 7 * llm[0] ** 2 if mixer[1] else 0
     assert trained(model, LLM, "lora_mixer") == mixers
-    assert trained(model, VISION, "lora_mixer") == (23 * 6 * 64**2 if mixer[1] else 0)
-    assert trained(model, HEAD) == 0
+    assert trained(model, VISION_TOWER, "lora_mixer") == (23 * 6 * 64**2 if mixer[1] else 0)
+    assert trained(model, LM_HEAD) == 0
 
 
 @pytest.mark.parametrize("recipe", ["internlm2_7b_qlora", "internlm2_7b_qmoslora", "internlm2_7b_qmoslora_orthogonal"])
@@ -131,8 +132,8 @@ def test_the_authors_own_values(folders, recipe):
     assert args.learning_rate == 2e-4
     assert (llm.mixer_init, llm.train_mixer) == TABLE_8[recipe][3] and not vision.train_mixer
     model = sketch(model_args, adapter_args)
-    assert trained(model, HEAD, "lora_A") + trained(model, HEAD, "lora_B") == 512 * (4096 + 92544)
-    assert trained(model, VISION, "lora_mixer") == 0 and trained(model, VISION, "lora_A") > 0
+    assert trained(model, LM_HEAD, "lora_A") + trained(model, LM_HEAD, "lora_B") == 512 * (4096 + 92544)
+    assert trained(model, VISION_TOWER, "lora_mixer") == 0 and trained(model, VISION_TOWER, "lora_A") > 0
 
 
 @pytest.mark.parametrize("recipe", STAGE_1)
@@ -153,7 +154,7 @@ def test_vicuna_is_llava_1_5s_lora_run(folders):
     assert (args.learning_rate, args.mm_projector_lr) == (2e-4, 2e-5)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 128
     model = sketch(model_args, adapter_args)
-    assert trained(model, VISION) == 0 and trained(model, LLM, "lora_A") == LAYERS * 128 * (4096 * 6 + 11008)
+    assert trained(model, VISION_TOWER) == 0 and trained(model, LLM, "lora_A") == LAYERS * 128 * (4096 * 6 + 11008)
 
 
 def test_more_flags_and_other_folders_win(folders):

@@ -41,6 +41,7 @@ def test_command_line_wins_over_the_file(tmp_path):
     assert (args.bf16, args.learning_rate) == (True, 1e-4)
 
 
+# C1: an unknown key
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -76,6 +77,7 @@ def test_missing_output_dir_is_named(tmp_path):
         parse(required(tmp_path)[:-2])
 
 
+# C1: an unknown key
 def test_unknown_key_in_a_file(tmp_path):
     file = tmp_path / "c.json"
     file.write_text(json.dumps({"vision_lora_rank": 4}))
@@ -154,6 +156,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path):
     assert parse([*required(tmp_path), "--config", str(tmp_path / "c.yaml")])[2].lora_r == 4
 
 
+# C16: YAML that builds objects
 def test_yaml_that_builds_objects_is_refused(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("lora_r: !!python/object/apply:os.getpid []\n")
@@ -161,6 +164,7 @@ def test_yaml_that_builds_objects_is_refused(tmp_path):
         parse(["--config", str(file), *required(tmp_path)])
 
 
+# C8: a DeepSpeed file that is missing or broken
 def test_deepspeed_file_is_looked_at_first(tmp_path):
     with pytest.raises(Refusal, match=r"nowhere\.json:--deepspeed: no such file"):
         parse([*required(tmp_path), "--deepspeed", "nowhere.json"])

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import LAUNCHER, ROOT, flags, free_port, launch, run
-from training_runs import losses
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training.process_group import is_loopback, tcp_store
+from support.launching import LAUNCHER, ROOT, flags, free_port, launch, run
+from support.training_runs import losses
 
 LISTENING = """
 import json, os, re, sys
@@ -46,6 +46,7 @@ def test_loopback_is_known():
     assert not is_loopback("10.0.0.1") and not is_loopback("node-a")
 
 
+# R6: a port in use
 def test_a_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

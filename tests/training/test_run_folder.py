@@ -87,6 +87,7 @@ DAMAGES = {
 }
 
 
+# K3: a flipped bit
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_without_a_valid_checkpoint_nothing_is_resumed_and_nothing_touched(run, damage):
     """To begin at step 1 would write over the metrics and, one by one, over the checkpoints."""
@@ -101,6 +102,7 @@ def test_without_a_valid_checkpoint_nothing_is_resumed_and_nothing_touched(run, 
     publish.lock_run(run, patience=0).release()
 
 
+# K6: decoys, and what a kill left
 def test_a_checkpoint_under_another_step_is_refused(run):
     (run / "checkpoint-2").rename(run / "checkpoint-6")
     for opens in (reopen, newest_checkpoint):  # a resume; an export, a chat
@@ -108,6 +110,7 @@ def test_a_checkpoint_under_another_step_is_refused(run):
             opens(run)
 
 
+# K6: decoys, and what a kill left
 def test_a_checkpoint_of_another_seed_is_refused(run):
     save(run, 3, seed=7)
     for opens in (reopen, newest_checkpoint):
@@ -124,6 +127,7 @@ def test_a_seed_that_was_allowed_to_change_is_the_runs_own(run):
     assert reopen(run, changed).name == "checkpoint-3"
 
 
+# K6: decoys, and what a kill left
 def test_leftovers_and_decoys_do_not_hinder(run):
     (run / "checkpoint-999999").mkdir()
     (run / ".checkpoint-3.0badcafe.staging").mkdir()
@@ -131,6 +135,7 @@ def test_leftovers_and_decoys_do_not_hinder(run):
     assert not (run / ".checkpoint-3.0badcafe.staging").exists()
 
 
+# R9: clocks that jump
 def test_nothing_in_it_uses_file_times(run):
     for name, time in (("checkpoint-1", 2e9), ("checkpoint-2", 0)):  # the clock jumped back in between
         os.utime(run / name, (time, time))
@@ -161,6 +166,7 @@ CHANGED = {
 }
 
 
+# K10: resumed with another configuration
 @pytest.mark.parametrize("case", CHANGED)
 def test_what_changed_is_refused_unless_allowed(run, case):
     changes, name, message = CHANGED[case]
@@ -333,6 +339,7 @@ def test_an_input_reached_by_a_link_is_not_deleted(run):
         check_output(run, resume=False, overwrite=True, inputs=[("--image_folder", run.parent / "link" / "images")])
 
 
+# C12: an output folder that is not empty
 @pytest.mark.parametrize(
     "file", ["checkpoint-2/notes.md", "tokenizer/mine.txt", "data/train.json", "tensorboard/a.png"]
 )
@@ -399,6 +406,7 @@ def test_the_record_is_replaced_at_once(run, monkeypatch):
     assert read_run(run)["settings"] == settings()
 
 
+# C14: a disk that is too small
 @pytest.mark.parametrize(("checkpoints", "free"), [(2, 2), (1, 1)])
 def test_too_little_disk_is_refused_before_the_start(tmp_path, monkeypatch, checkpoints, free):
     usage = namedtuple("usage", "total used free")
@@ -412,6 +420,7 @@ def test_too_little_disk_is_refused_before_the_start(tmp_path, monkeypatch, chec
     assert not (tmp_path / "new").exists()
 
 
+# C13: an output folder that cannot be written
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Refusal, match=r"C-OUTPUT.*not a folder"):
@@ -428,17 +437,19 @@ def test_a_folder_without_the_right_to_write(tmp_path):
     tmp_path.chmod(0o700)
 
 
+# C12: an output folder that is not empty
 def test_what_is_no_run_is_never_deleted(tmp_path):
     """Such as the folder of the images, given by mistake."""
     (tmp_path / "image.jpg").touch()
     (tmp_path / "more").mkdir()
-    with pytest.raises(Refusal, match=r"--output_dir: not a run: .*found more, image.jpg; expected run.json in it"):
+    with pytest.raises(Refusal, match=r"--output_dir: not a run: .*found image.jpg, more; expected run.json in it"):
         check_output(tmp_path, resume=False, overwrite=True)
     with pytest.raises(Refusal, match="not a run"):
         open_run(tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"image.jpg", "more"}
 
 
+# C12: an output folder that is not empty
 def test_a_run_is_deleted_where_it_is_asked_for(run):
     with pytest.raises(Refusal, match=r"the folder is not empty.*--resume True to go on.*--overwrite True to delete"):
         check_output(run, resume=False, overwrite=False)
@@ -461,6 +472,7 @@ def test_a_rank_that_sees_another_disk_is_named(tmp_path, monkeypatch):
         check_shared(tmp_path, patience=0)
 
 
+# K7: an adapter of another base
 def test_models_of_one_shape_have_different_fingerprints(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()

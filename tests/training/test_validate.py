@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from training_runs import train
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training import validate
 from llava_moslora.training.arguments import parse
 from llava_moslora.training.validate import check, check_launch
 from scripts import prepare_data
+from support.training_runs import train
 
 PARTS = "--model_name_or_path llm --vision_tower clip --data_path d.json --image_folder i".split()
 
@@ -43,6 +43,9 @@ def test_the_defaults_pass(asked):
     asked("--bf16", "True", deepspeed={"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}})
 
 
+# C2: an impossible rank
+# C3: alpha 0 or NaN
+# C11: rates out of range
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -97,6 +100,7 @@ def test_float16_needs_a_stage_that_saves_its_loss_scale(asked, monkeypatch):
         asked("--fp16", "True", deepspeed={"zero_optimization": {"stage": 0}})
 
 
+# C6: two precisions, or float16 on a CPU
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_what_a_cpu_cannot_do(asked):
     with pytest.raises(Refusal, match=r"--fp16: float16 cannot be trained on a CPU; fix: --bf16 True"):
@@ -128,6 +132,7 @@ def test_optimizers_that_can_be_saved(asked):
     asked("--optim", "adamw_torch", deepspeed={"zero_optimization": OFFLOAD})
 
 
+# C6: two precisions, or float16 on a CPU
 def test_both_precisions_at_once(asked):
     with pytest.raises(Refusal, match=r"C-FLAG\] .*fp16.*bf16|C-FLAG\] .*bf16.*fp16"):
         asked("--fp16", "True", "--bf16", "True")
@@ -199,6 +204,8 @@ def test_what_liger_cannot_do(asked, monkeypatch):
         asked("--use_liger_kernel", "True", "--lora_target_modules", "q_proj")
 
 
+# C9: a DeepSpeed file that contradicts the flags
+# C10: batch sizes that do not multiply
 def test_deepspeeds_file_against_the_flags_every_difference_at_once(asked):
     file = {
         "train_micro_batch_size_per_gpu": 4,
@@ -216,6 +223,7 @@ def test_deepspeeds_file_against_the_flags_every_difference_at_once(asked):
     assert "bf16.enabled True against False (--bf16)" in line
 
 
+# C8: a DeepSpeed file that is missing or broken
 @pytest.mark.parametrize(
     ("file", "more", "message"),
     [
@@ -249,6 +257,7 @@ def test_deepspeed_needs_a_launcher(tmp_path, monkeypatch):
         check_launch(args)
 
 
+# C16: YAML that builds objects
 def test_yaml_with_aliases_is_not_read(tmp_path):
     """Ten lines of aliases can stand for a billion values."""
     (tmp_path / "c.yaml").write_text("lora_target_modules: &a [q_proj, q_proj]\nvision_lora_target_modules: *a\n")

@@ -17,6 +17,7 @@ from llava_moslora.export.trained_run import TrainedRun, plan_tensors
 from llava_moslora.export.writer import WeightFiles, renamed
 from llava_moslora.files.manifest import write_json
 from llava_moslora.files.tensors import read_json
+from llava_moslora.models.names import PARTS
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
 
@@ -48,7 +49,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         weights=[WeightFiles("", tensors, dtype)],
         write_files=lambda folder: write_files(trained, folder, dtype, tower),
         load_from={"original_llava": ".", "vision": tower},
-        rounded=("llm", "vision", "projector"),
+        rounded=tuple(PARTS),
     )
 
 

@@ -17,7 +17,6 @@ from llava_moslora.export.peft_format import AdapterFolder
 from llava_moslora.export.target import ExportPlan, Target, check_adapters
 from llava_moslora.export.targets import projector
 from llava_moslora.export.trained_run import TrainedRun
-from llava_moslora.models.assemble import LLM, VISION
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
 
@@ -33,7 +32,7 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
         )  # fmt: skip
     check_adapters(trained, "peft")
     llm, vision = str(trained.llm_folder.resolve()), str(Path(trained.vision_spec).resolve())
-    layers, tower_layers = trained.updates_of_original(LLM), trained.updates_of_original(VISION)
+    layers, tower_layers = trained.updates_of_original("llm", "lm_head"), trained.updates_of_original("vision_tower")
     old_names = {f"vision_model.{name}": layer for name, layer in tower_layers.items()}
     depth, tower_depth = trained.llm_config.num_hidden_layers, trained.vision_config.num_hidden_layers
     adapters = [

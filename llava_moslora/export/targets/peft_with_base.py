@@ -19,11 +19,8 @@ from llava_moslora.export.target import ExportPlan, Target, check_adapters
 from llava_moslora.export.targets import hf
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles
-from llava_moslora.models.assemble import LLM, VISION
+from llava_moslora.models.names import LLM, PARTS, PROJECTOR, VISION_TOWER
 from llava_moslora.models.projector import read_projector
-
-# The names of a part alone -> of the same part in LlavaForConditionalGeneration, transformers 4.52 and later
-NAMES_INSIDE = {LLM: ("model.", "model.language_model."), VISION: ("", "model.vision_tower.vision_model.")}
 
 
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
@@ -36,11 +33,12 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
     projector = None if start is None else read_projector(start, *widths)
     layers = {}
-    for part, (alone, inside) in NAMES_INSIDE.items():
-        for name, layer in trained.updates(part).items():
-            name = name.removesuffix(".weight")
-            layers[name if name == "lm_head" else inside + name.removeprefix(alone)] = layer.read()
-    whole = {f"model.multi_modal_projector.{name}": tensor for name, tensor in trained.projector.items()}
+    for name, layer in trained.updates("llm", "lm_head").items():
+        name = name.removesuffix(".weight")
+        layers[name if name == "lm_head" else f"{LLM}.{name.removeprefix('model.')}"] = layer.read()
+    for name, layer in trained.updates("vision_tower").items():
+        layers[f"{VISION_TOWER}.vision_model.{name.removesuffix('.weight')}"] = layer.read()
+    whole = {f"{PROJECTOR}.{name}": tensor for name, tensor in trained.projector.items()}
 
     def write_files(folder: Path) -> None:
         hf.write_files(trained, folder / "base", dtype)
@@ -53,7 +51,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         ],
         write_files=write_files,
         load_from={"llava": "base", "adapter": "adapter"},
-        rounded=("base",),
+        rounded=tuple(PARTS),
     )
 
 

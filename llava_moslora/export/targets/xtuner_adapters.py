@@ -20,7 +20,6 @@ from llava_moslora.export.peft_format import AdapterFolder
 from llava_moslora.export.target import ExportPlan, Target, check_clip
 from llava_moslora.export.targets import projector
 from llava_moslora.export.trained_run import TrainedRun
-from llava_moslora.models.assemble import LLM, VISION
 from llava_moslora.models.internlm2 import LAYER_NAMES, NAMES
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
@@ -39,10 +38,12 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
             "C-FORMAT", "adapters lie over a tower's folder", key="--format xtuner_adapters", found=trained.vision_spec,
             fix="--format xtuner, which holds the tower",
         )  # fmt: skip
-    layers = trained.updates_of_original(LLM)
+    layers = trained.updates_of_original("llm", "lm_head")
     if trained.is_internlm2:
         layers = to_internlm2(layers, trained.llm_config)
-    tower_layers = {f"vision_model.{name}": layer for name, layer in trained.updates_of_original(VISION).items()}
+    tower_layers = {
+        f"vision_model.{name}": layer for name, layer in trained.updates_of_original("vision_tower").items()
+    }
     llm, vision = str(trained.llm_folder.resolve()), str(Path(trained.vision_spec).resolve())
     adapters = {
         "llm_adapter": AdapterFolder(
