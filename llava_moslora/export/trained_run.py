@@ -7,6 +7,7 @@ another model of the same kind, and the result would run and be wrong.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +22,17 @@ from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal
 from llava_moslora.export.writer import PlannedTensor
 from llava_moslora.files.manifest import read_facts
-from llava_moslora.files.tensors import LazyTensor, read_tensor_file
+from llava_moslora.files.tensors import LazyTensor, read_json, read_tensor_file
 from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.models.assemble import mean_row
+from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
 from llava_moslora.models.names import LM_HEAD, PROJECTOR, part_of, standalone_name
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import load_vision_tower
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import TOKENIZER, RunRecord, read_run
-from llava_moslora.text.conversation import stop_token_ids
+from llava_moslora.text.conversation import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
@@ -91,6 +93,11 @@ class TrainedRun:
         return self.record.model.bits
 
     @property
+    def is_internlm2(self) -> bool:
+        """Whether the LLM's folder is an InternLM2, which is read as a Llama."""
+        return read_json(self.llm_folder / "config.json").get("model_type") == INTERNLM2
+
+    @property
     def vocabulary(self) -> int:
         """Rows of embedding and head in the trained model."""
         return max(self.llm_config.vocab_size, len(self.tokenizer))
@@ -140,6 +147,25 @@ class TrainedRun:
         plan = plan_tensors(self.vision, updates)
         _check_fit(updates, plan, self.checkpoint)
         return plan
+
+    def exported_llm_config(self, dtype: torch.dtype) -> PreTrainedConfig:
+        """With rows for appended tokens, and a head of its own."""
+        config = copy.deepcopy(self.llm_config)
+        config.vocab_size = self.vocabulary
+        config.tie_word_embeddings = False
+        # A part's own dtype outranks the whole's on loading, and would round what was just merged in a wider one.
+        config.dtype = dtype
+        return config
+
+    def exported_vision_config(self, dtype: torch.dtype) -> PreTrainedConfig:
+        config = copy.deepcopy(self.vision_config)
+        config.dtype = dtype
+        return config
+
+    def tokenizer_with_template(self) -> PreTrainedTokenizerFast:
+        """The run's tokenizer with the prompt template of the training as its ``chat_template``."""
+        self.tokenizer.chat_template = chat_template(self.template, self.tokenizer)
+        return self.tokenizer
 
     def generation_config(self) -> GenerationConfig:
         """One that stops where training stopped."""

@@ -32,9 +32,9 @@ LLMS = {"llama": write_llm, "internlm2": internlm2}
 METHODS = {"moslora": {}, "lora": {"mixer_init": "identity", "train_mixer": False}}
 
 
-def reopen_here(monkeypatch) -> None:
-    """The stock side of the proof in this process: a fresh one costs seconds of imports each time (test_proof.py)."""
-    monkeypatch.setattr(verify, "_reopened", probe.find)
+def probe_here(monkeypatch) -> None:
+    """Run ``probe.py`` in this process: a fresh one costs seconds of imports each time (test_verify has one)."""
+    monkeypatch.setattr(verify, "_run_probe", probe.answer_questions)
 
 
 def trained_run(

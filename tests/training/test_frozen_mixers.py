@@ -12,7 +12,7 @@ from llava_moslora.files.manifest import read_manifest, write_manifest
 from llava_moslora.inference.load import load_run
 from llava_moslora.models.adapt import add_adapters
 from llava_moslora.training.optimizer_state import frozen_mixers
-from support.export_runs import reopen_here
+from support.export_runs import probe_here
 from support.training_runs import adapter, losses, train
 from support.zero_runs import configuration, lived_well, settings
 
@@ -22,7 +22,7 @@ FILES = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "position
 
 def is_exported(run, folder, monkeypatch) -> None:
     """With its proof: the export computes what the run does."""
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     assert (export(run, folder)["hf"] / "config.json").is_file()
 
 
