@@ -31,9 +31,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, PreTrai
 
 from llava_moslora.export.export import export
 from llava_moslora.export.writer import PlannedTensor, WeightFiles, write_weights
-from llava_moslora.files import publish
 from llava_moslora.models.assemble import ADAPTER_NAME, TowerAdapter, model_on_meta
 from llava_moslora.models.llm import llm_on_meta
+from llava_moslora.runs.checkpoints import publish_checkpoint
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.text.tokenizer import load_tokenizer
 
@@ -132,7 +132,7 @@ def write_run_folder(run: Path, llm: Path, tower: Path, rank: int) -> None:
         model.peft_config[ADAPTER_NAME].save_pretrained(str(folder / "adapter"))
 
     facts = {"step": 1, "llm": fingerprint(llm), "vision_tower": fingerprint(tower), "data": {}}
-    publish.publish(run / "checkpoint-1", save, lambda: facts)
+    publish_checkpoint(run / "checkpoint-1", save, lambda: facts)
 
 
 def measure(side: str, run: Path, llm: Path, adapter: Path, output: Path) -> dict:

@@ -21,8 +21,8 @@ from llava_moslora.data.images import ImageTransform
 from llava_moslora.data.prepare import keys_of, prepare, report_of
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.distributed import from_rank_0
 from llava_moslora.errors import run_script
-from llava_moslora.files import publish
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.assemble import (
     add_adapters,
@@ -183,7 +183,7 @@ def main() -> None:
                 write_data_report(report, dataset, tokenizer, data_args, args)  # looks at images: may refuse
                 begin_run(run, record, report)
     check_shared(run)
-    checkpoint = publish.from_rank_0(checkpoint)
+    checkpoint = from_rank_0(checkpoint)
 
     # 6. Train
     if checkpoint is not None:

@@ -8,8 +8,8 @@ from internlm2_reference import write_internlm2
 from tiny import tiny_tokenizer, write_llm
 
 from llava_moslora.export import probe, verify
-from llava_moslora.files import publish
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble
+from llava_moslora.runs.checkpoints import publish_checkpoint
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
@@ -74,5 +74,5 @@ def trained_run(
 
     inputs = {"llm": llm, "vision_tower": vision, "projector": projector or "none"}
     facts = {"step": 1, "data": {"data.json": "0"}} | {name: fingerprint(path) for name, path in inputs.items()}
-    publish.publish(run / "checkpoint-1", save, lambda: facts)
+    publish_checkpoint(run / "checkpoint-1", save, lambda: facts)
     return model.eval()

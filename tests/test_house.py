@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_moslora"
 # From below upwards; rooms of one floor are siblings and never import each other.
 FLOORS = [
-    {"errors", "_version", "config"},
+    {"errors", "_version", "config", "distributed"},
     {"files", "recompute"},
     {"adapters", "text"},
     {"models", "data"},

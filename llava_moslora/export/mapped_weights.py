@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llava_moslora.errors import Refusal
 from llava_moslora.export import probe
 from llava_moslora.export.trained_run import TrainedRun
-from llava_moslora.files.tensors import read_json
+from llava_moslora.files.json import read_json
 from llava_moslora.models.names import ADAPTER_NAME, part_of
 
 OVERHEAD = 10**9  # bytes: libraries, activations, the other process

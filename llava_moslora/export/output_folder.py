@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import MANIFEST, fsync, read_facts, replace_json, sha256
-from llava_moslora.files.publish import CHECKPOINT, checkpoints
+from llava_moslora.files.disk import fsync
+from llava_moslora.files.json import replace_json
+from llava_moslora.files.manifest import MANIFEST, read_facts, sha256
 from llava_moslora.inference.load import EXPORT, newest_checkpoint
+from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints
 from llava_moslora.runs.record import WEIGHTS
 
 PLAN = ".plan.json"

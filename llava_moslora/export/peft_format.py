@@ -15,7 +15,7 @@ from torch import Tensor
 from llava_moslora.adapters.fold import PEFT_PREFIX, LowRank
 from llava_moslora.export.trained_run import plan_tensors
 from llava_moslora.export.writer import WeightFiles
-from llava_moslora.files.manifest import write_json
+from llava_moslora.files.json import write_json
 
 STEM = "adapter_model"
 FIELDS = (

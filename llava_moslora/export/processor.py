@@ -10,7 +10,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_moslora.files.manifest import write_json
+from llava_moslora.files.json import write_json
 from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.conversation import chat_template

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from llava_moslora.errors import Refusal
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import PlannedTensor, WeightFiles
-from llava_moslora.files.manifest import write_json
+from llava_moslora.files.json import write_json
 from llava_moslora.models.llm import with_old_rope
 from llava_moslora.models.towers import CLIP, kind_of
 

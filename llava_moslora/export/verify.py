@@ -26,7 +26,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.export import mapped_weights, probe
 from llava_moslora.export.target import Layout
 from llava_moslora.export.trained_run import DEQUANTIZED, TrainedRun
-from llava_moslora.files.manifest import write_json
+from llava_moslora.files.json import write_json
 from llava_moslora.inference.generate import Question, batch
 from llava_moslora.inference.load import ChatModel, load_run
 from llava_moslora.models.names import part_of

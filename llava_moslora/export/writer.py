@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from llava_moslora.adapters.fold import LowRank, merge
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import fsync, write_json
+from llava_moslora.files.disk import fsync
+from llava_moslora.files.json import write_json
 
 SHARD_BYTES = 2 * 1024**3
 BLOCK = 4 * 1024**2  # numbers that are merged at a time

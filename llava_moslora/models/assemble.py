@@ -21,7 +21,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import read_json
+from llava_moslora.files.json import read_json
 from llava_moslora.models.attention import set_attention
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.llava_folder import check_tower_is_taken

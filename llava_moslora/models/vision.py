@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import LazyTensor, check_tensors, held, read_json, read_tensor_folder
+from llava_moslora.files.json import read_json
+from llava_moslora.files.tensors import LazyTensor, check_tensors, in_memory, read_tensor_folder
 from llava_moslora.models import llava_folder, open_clip
 from llava_moslora.models.preprocessing import read_preprocessing
 from llava_moslora.models.towers import KINDS, kind_name, kind_of
@@ -110,7 +111,7 @@ def from_open_clip(
     """
     config = open_clip.tower_config(model_cfg, source)
     settings = open_clip.preprocessing(preprocess_cfg, config.image_size, source)
-    return _build(config, held(open_clip.clip_tensors(tensors, source), source), source, dtype), settings
+    return _build(config, in_memory(open_clip.clip_tensors(tensors, source), source), source, dtype), settings
 
 
 def _folder_config(folder: Path) -> PreTrainedConfig:

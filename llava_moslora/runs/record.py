@@ -12,7 +12,8 @@ from pathlib import Path
 
 from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import replace_json, sha256
+from llava_moslora.files.json import replace_json
+from llava_moslora.files.manifest import sha256
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
 RUN = "run.json"

@@ -15,9 +15,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
+from llava_moslora.files import disk
 from llava_moslora.files.manifest import read_facts
+from llava_moslora.files.publish import sweep
+from llava_moslora.runs.checkpoints import lock_run, newest_valid
 from llava_moslora.runs.record import RUN, check_seed, read_run
 from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
 
@@ -55,7 +58,7 @@ def open_run(run: Path, *, overwrite: bool, inputs: Iterable[tuple[str, Path]] =
     except Refusal:
         lock.release()
         raise
-    publish.sweep(run)
+    sweep(run)
     return lock
 
 
@@ -82,13 +85,13 @@ def reopen_run(
     except Refusal:
         lock.release()
         raise
-    publish.sweep(run)
+    sweep(run)
     return lock, checkpoint
 
 
 def _checkpoint_to_resume(run: Path, settings: dict, facts: dict, allow_change: list[str]) -> Path | None:
     record = read_run(run)
-    checkpoint, skipped = publish.newest_valid(run)
+    checkpoint, skipped = newest_valid(run)
     if checkpoint is None and skipped:
         raise Refusal(
             "K-NONE", "no checkpoint of this run is valid, and beginning at step 1 would replace them", file=run,
@@ -166,12 +169,12 @@ def begin_run(run: Path, record: Callable[[Path], None], report: Path) -> None:
         os.rename(report, run / DATA_REPORT)
     except BaseException:
         for path in of_a_run(run):
-            publish.delete(path)
+            disk.delete(path)
         _put_back(run, aside)
         raise
     trash = aside.with_suffix(".trash")
     os.rename(aside, trash)
-    publish.delete(trash)
+    disk.delete(trash)
 
 
 def check_space(run: Path, trained: int, checkpoints: int = 2) -> None:
@@ -205,15 +208,15 @@ def check_shared(run: Path, patience: float = 15) -> None:
     Raises:
         Refusal: C-SHARED on all ranks, where one does not see it (several hosts without a common file system).
     """
-    name = publish.from_rank_0(f".seen-{secrets.token_hex(4)}")
-    if publish.rank() == 0:
+    name = from_rank_0(f".seen-{secrets.token_hex(4)}")
+    if rank() == 0:
         (run / name).touch()
     asked = time.monotonic()
-    publish.from_all_ranks(None)  # nobody looks before it is there
+    from_all_ranks(None)  # nobody looks before it is there
     while not (seen := (run / name).exists()) and time.monotonic() < asked + patience:
         time.sleep(0.5)  # a network file system may answer from its cache
-    blind = [rank for rank, sees in enumerate(publish.from_all_ranks(seen)) if not sees]
-    if publish.rank() == 0:
+    blind = [number for number, sees in enumerate(from_all_ranks(seen)) if not sees]
+    if rank() == 0:
         (run / name).unlink()
     if blind:
         raise Refusal(
@@ -227,7 +230,7 @@ def check_shared(run: Path, patience: float = 15) -> None:
 
 
 def _lock(run: Path) -> FileLock:
-    lock = publish.lock_run(run)
+    lock = lock_run(run)
     for aside in run.glob(f".*{ASIDE}"):  # a process was killed while it replaced a run
         _put_back(run, aside)
     return lock
@@ -236,6 +239,6 @@ def _lock(run: Path) -> FileLock:
 def _put_back(run: Path, aside: Path) -> None:
     for path in sorted(aside.iterdir(), key=lambda path: path.name != RUN):
         if (run / path.name).exists():  # the new run's
-            publish.delete(run / path.name)
+            disk.delete(run / path.name)
         os.rename(path, run / path.name)
     aside.rmdir()

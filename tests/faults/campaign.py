@@ -14,8 +14,8 @@ from pathlib import Path
 from launching import ROOT, flags
 from lives import Life, Lives
 
-from llava_moslora.files import publish
 from llava_moslora.files.manifest import sha256
+from llava_moslora.runs.checkpoints import newest_valid
 
 STEPS, BATCH, ACCUMULATION, RECORDS = 24, 4, 2, 24  # 6 steps an epoch: 4 epochs
 LIMIT = 240  # seconds after which a life counts as stuck; one takes a few
@@ -199,7 +199,7 @@ class Campaign:
         if self.main:
             return
         published = any(row["step"] > 2 for life in lived for row in life.watched())
-        if published and publish.newest_valid(run)[0] is None:
+        if published and newest_valid(run)[0] is None:
             self.tally.instants_without_valid_checkpoint += 1
 
     def _compare(self, run: str, lived: list[Life]) -> None:

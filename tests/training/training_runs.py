@@ -8,7 +8,7 @@ from pathlib import Path
 from launching import flags
 from safetensors.torch import load_file
 
-from llava_moslora.files import publish
+from llava_moslora.distributed import rank
 from llava_moslora.training.callbacks.preemption import SIGNALS
 from scripts.train_vit_llm import main
 
@@ -32,7 +32,7 @@ def broken(model, where: str, only_rank: int = 0):
 
     def second(value):
         calls.append(None)
-        return value * float("nan") if len(calls) == 2 and publish.rank() == only_rank else value
+        return value * float("nan") if len(calls) == 2 and rank() == only_rank else value
 
     if where == "loss":
         model.base_model.model.lm_head.register_forward_hook(lambda module, inputs, output: second(output))

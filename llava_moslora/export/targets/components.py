@@ -12,7 +12,7 @@ from llava_moslora.export.processor import known_to_transformers_4
 from llava_moslora.export.target import Layout, llm_config, renamed, save_config, vision_config
 from llava_moslora.export.trained_run import TrainedRun, plan_tensors
 from llava_moslora.export.writer import WeightFiles
-from llava_moslora.files.manifest import write_json
+from llava_moslora.files.json import write_json
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.conversation import chat_template
 

@@ -15,8 +15,7 @@ from llava_moslora.export.target import Layout, check_clip, renamed
 from llava_moslora.export.targets.components import write_llm
 from llava_moslora.export.trained_run import TrainedRun, plan_tensors
 from llava_moslora.export.writer import WeightFiles
-from llava_moslora.files.manifest import write_json
-from llava_moslora.files.tensors import read_json
+from llava_moslora.files.json import read_json, write_json
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
 TOWER = "model.vision_tower.vision_tower.vision_model."

@@ -29,7 +29,7 @@ from llava_moslora.export.target import Layout
 from llava_moslora.export.targets import components, hf
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles
-from llava_moslora.files.tensors import read_json
+from llava_moslora.files.json import read_json
 from llava_moslora.models.internlm2 import MODEL_TYPE
 from llava_moslora.models.names import LLM, PROJECTOR, VISION_TOWER
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP

@@ -26,7 +26,7 @@ from llava_moslora.export import peft_format
 from llava_moslora.export.target import Layout, check_clip
 from llava_moslora.export.targets import components
 from llava_moslora.export.trained_run import TrainedRun
-from llava_moslora.files.tensors import read_json
+from llava_moslora.files.json import read_json
 from llava_moslora.models.internlm2 import LAYER_NAMES, MODEL_TYPE, NAMES
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
