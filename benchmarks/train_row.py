@@ -245,8 +245,9 @@ def train_stock(job: Job, row: Row) -> None:
     from train_parts import TEMPLATE
     from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
+    from llava_moslora.config import DataSettings
     from llava_moslora.data.collate import Collator
-    from llava_moslora.data.images import ImageTransform
+    from llava_moslora.data.image_transform import ImageTransform
     from llava_moslora.data.prepare import prepare
     from llava_moslora.models.assemble import assemble, linear_suffixes, tokens_per_image
     from llava_moslora.models.names import LLM, PROJECTOR, VISION_TOWER
@@ -277,16 +278,16 @@ def train_stock(job: Job, row: Row) -> None:
     )
     model = get_peft_model(model, config, autocast_adapter_dtype=STOCK[row.base])
     model.enable_input_require_grads()
-    dataset = prepare(
-        job.data,
-        folder / "images",
-        tokenizer=tokenizer,
-        template=TEMPLATE,
-        tokens_per_image=tokens_per_image(model.config.vision_config),
-        max_length=longest(job),
-        cache_dir=folder / "cache",
+    settings = DataSettings(
+        data_path=[str(job.data)],
+        image_folder=str(folder / "images"),
+        model_max_length=longest(job),
+        data_cache=str(folder / "cache"),
     )
-    collate = Collator(tokenizer.pad_token_id, folder / "images", ImageTransform.from_settings(preprocessor, "pad"))
+    patches = tokens_per_image(model.config.vision_config)
+    dataset = prepare(settings, tokenizer=tokenizer, template=TEMPLATE, tokens_per_image=patches)
+    transform = ImageTransform.from_settings(preprocessor, settings)
+    collate = Collator(tokenizer.pad_token_id, folder / "images", transform)
 
     class Stock(Trainer):
         def get_batch_samples(self, *args):
@@ -302,6 +303,6 @@ def train_stock(job: Job, row: Row) -> None:
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
     }
-    settings = TrainingArguments(**common_settings(job) | own)
-    Stock(model=model, args=settings, train_dataset=dataset, data_collator=collate).train()
+    args = TrainingArguments(**common_settings(job) | own)
+    Stock(model=model, args=args, train_dataset=dataset, data_collator=collate).train()
     assert model.is_gradient_checkpointing

@@ -8,12 +8,13 @@ Training with the same settings finds the result in ``--data_cache`` by its cont
 
 import argparse
 import logging
+from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from llava_moslora.config import DATA_GROUP, DataSettings
 from llava_moslora.data.prepare import prepare, report_of
 from llava_moslora.data.report import write_report
-from llava_moslora.data.sampler import GROUP
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.llm import longest_text, read_llm_config
@@ -49,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_bad_share", type=float, default=0.01, help="quarantine at most this share")
     parser.add_argument("--follow_image_links", default=False, type=truth, help="allow links out of the image folder")
     parser.add_argument("--decode_images", default=False, type=truth, help="decode every image, not its header only")
-    parser.add_argument("--data_group", type=int, default=GROUP, help="for the padding figures, as in training")
+    parser.add_argument("--data_group", type=int, default=DATA_GROUP, help="for the padding figures, as in training")
     parser.add_argument("--per_device_train_batch_size", type=int, default=16, help="for the padding figures")
     parser.add_argument("--report_dir", help="where report.html and report.json go; default: no report")
     return parser.parse_args()
@@ -72,6 +73,8 @@ def make_report_folder(folder: Path) -> None:
 
 def main() -> None:
     args = parse()
+    names = [f.name for f in fields(DataSettings) if getattr(args, f.name, None) is not None]
+    settings = DataSettings(**{name: getattr(args, name) for name in names})
     if args.report_dir:
         make_report_folder(Path(args.report_dir))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -80,18 +83,10 @@ def main() -> None:
     template = args.version or recognise_template(tokenizer)
     print(f"conversation template: {template}")
     dataset = prepare(
-        args.data_path,
-        args.image_folder,
+        settings,
         tokenizer=tokenizer,
         template=template,
         tokens_per_image=tokens_per_image(read_vision_config(args.vision_tower)),
-        max_length=args.model_max_length,
-        cache_dir=args.data_cache,
-        num_proc=args.preprocessing_num_workers,
-        on_bad_record=args.on_bad_record,
-        max_bad_share=args.max_bad_share,
-        follow_image_links=args.follow_image_links,
-        decode_images=args.decode_images,
         longest_text=longest_text(read_llm_config(llm)) if (llm / "config.json").is_file() else None,
     )
     counts = {name: value for name, value in report_of(dataset).items() if isinstance(value, int)}
@@ -100,13 +95,10 @@ def main() -> None:
         page = write_report(
             args.report_dir,
             dataset,
+            settings=settings,
             tokenizer=tokenizer,
-            image_folder=args.image_folder,
             batch_size=args.per_device_train_batch_size,
             title=f"{', '.join(args.data_path)} · {template}",
-            follow_links=args.follow_image_links,
-            group=args.data_group,
-            weights=args.data_weights,
         )
         print(f"report: {page}")
 

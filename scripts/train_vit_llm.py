@@ -12,12 +12,12 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import set_seed
 
 from llava_moslora.adapters.kernel import mask_source
+from llava_moslora.config import DataSettings
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.prepare import keys_of, prepare, report_of
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
@@ -38,7 +38,7 @@ from llava_moslora.recompute import set_recompute
 from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
 from llava_moslora.text.conversation import recognise_template
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
-from llava_moslora.training.arguments import DataArguments, TrainingArguments, config_file, parse, tower_adapters
+from llava_moslora.training.arguments import config_file, parse, tower_adapters
 from llava_moslora.training.callbacks.preemption import Preemption, contact
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
 from llava_moslora.training.optimizer_state import trained_count
@@ -53,6 +53,7 @@ def main() -> None:
     pause = Preemption()
     pause.listen()
     model_args, data_args, adapter_args, args = parse(sys.argv[1:])
+    data_args = DataSettings(**vars(data_args))
     check(model_args, adapter_args, args)
     check_launch(args)
     main_process = args.process_index == 0
@@ -65,42 +66,28 @@ def main() -> None:
     # 1. The parts, looked at before any weight is read
     llm_config = read_llm_config(model_args.model_name_or_path)
     vision_config = read_vision_config(model_args.vision_tower)
-    transform = ImageTransform.from_settings(
-        read_image_settings(model_args.vision_tower), data_args.image_aspect_ratio, data_args.image_engine
-    )
+    transform = ImageTransform.from_settings(read_image_settings(model_args.vision_tower), data_args)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     template = model_args.version or recognise_template(tokenizer)
     say(f"conversation template: {template}")
 
     # 2. The data, checked and tokenised once; found again by its content
     dataset = prepare(
-        data_args.data_path,
-        data_args.image_folder,
+        data_args,
         tokenizer=tokenizer,
         template=template,
         tokens_per_image=tokens_per_image(vision_config),
-        max_length=data_args.model_max_length,
-        cache_dir=data_args.data_cache,
-        num_proc=data_args.preprocessing_num_workers,
-        on_bad_record=data_args.on_bad_record,
-        max_bad_share=data_args.max_bad_share,
-        follow_image_links=data_args.follow_image_links,
-        decode_images=data_args.decode_images,
         longest_text=longest_text(llm_config),
     )
     say("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
-    sampler = GlobalBatchSampler(
-        dataset["length"][:],
-        dataset["has_image"][:],
+    sampler = GlobalBatchSampler.of(
+        dataset,
+        data_args,
         per_device_batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         world_size=args.world_size,
         rank=args.process_index,
         seed=args.seed if args.data_seed is None else args.data_seed,
-        order=data_args.data_order,
-        group=data_args.data_group,
-        source=dataset["source"][:],
-        weights=data_args.data_weights or None,
     )
 
     # 3. The model: three parts grafted together, frozen, then what is trained
@@ -142,15 +129,7 @@ def main() -> None:
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=Collator(
-            tokenizer.pad_token_id,
-            data_args.image_folder,
-            transform,
-            follow_links=data_args.follow_image_links,
-            pack_to=data_args.model_max_length if args.packing else None,
-            image_token_id=image_token_id(tokenizer),
-            data_files=tuple(data_args.data_path),
-        ),
+        data_collator=Collator.of(data_args, tokenizer, transform, packing=args.packing),
         sampler=sampler,
         facts=facts,
         callbacks=[pause],
@@ -179,8 +158,9 @@ def main() -> None:
             record(run)
         else:
             with TemporaryDirectory(dir=run, prefix=".", suffix=".staging") as staging:
-                report = Path(staging) / DATA_REPORT
-                write_data_report(report, dataset, tokenizer, data_args, args)  # looks at images: may refuse
+                report, batch_size = Path(staging) / DATA_REPORT, args.per_device_train_batch_size
+                # reads images, and refuses those that cannot be read
+                write_report(report, dataset, settings=data_args, tokenizer=tokenizer, batch_size=batch_size)
                 begin_run(run, record, report)
     check_shared(run)
     checkpoint = from_rank_0(checkpoint)
@@ -195,26 +175,6 @@ def main() -> None:
     say(closing_line(run, trainer.state.global_step))
     if lock is not None:
         lock.release()
-
-
-def write_data_report(
-    folder: Path,
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerFast,
-    data_args: DataArguments,
-    args: TrainingArguments,
-) -> None:
-    write_report(
-        folder,
-        dataset,
-        tokenizer=tokenizer,
-        image_folder=data_args.image_folder,
-        batch_size=args.per_device_train_batch_size,
-        title=" ".join(data_args.data_path),
-        follow_links=data_args.follow_image_links,
-        group=data_args.data_group,
-        weights=data_args.data_weights or None,
-    )
 
 
 def closing_line(run: Path, step: int) -> str:

@@ -7,7 +7,7 @@ import html
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ from datasets import Dataset
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.config import DataSettings
 from llava_moslora.data.collate import read_row_image
 from llava_moslora.data.prepare import report_of, reports_of
-from llava_moslora.data.sampler import GROUP, GlobalBatchSampler
+from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.sources.shards import ImageRef
 from llava_moslora.text.conversation import label_runs
 
@@ -25,16 +26,14 @@ BARS = 40
 THUMBNAIL = 192
 
 
-def data_report(
-    dataset: Dataset, *, batch_size: int, group: int = GROUP, weights: Sequence[float] | None = None
-) -> dict:
+def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int) -> dict:
     """Counts by source and modality, histograms, padding waste; with what :func:`report_of` counted.
 
     A record's source is the first folder of its image's name (``coco``, ``gqa``, ...), or ``text``.
 
     Args:
+        settings: whose groups and weights decide the padding waste, for either order.
         batch_size: records per micro-batch, for the padding waste.
-        group, weights: of training's :class:`~llava_moslora.data.sampler.GlobalBatchSampler`.
     """
     counted = report_of(dataset)
     lengths, trained = np.asarray(dataset["length"][:]), np.asarray(dataset["trained"][:])
@@ -53,12 +52,11 @@ def data_report(
     waste = {}
     if len(lengths) >= batch_size:
         for order in ("shuffle", "modality_length"):
-            sampler = GlobalBatchSampler(
-                lengths, has_image, per_device_batch_size=batch_size, order=order, group=group,
-                source=dataset["source"][:], weights=weights,
-            )  # fmt: skip
+            sampler = GlobalBatchSampler.of(
+                dataset, replace(settings, data_order=order), per_device_batch_size=batch_size
+            )
             waste[order] = padding_waste(sampler, lengths)
-    shares = weights or [1] * (max(dataset["source"][:]) + 1)
+    shares = settings.data_weights or [1] * (max(dataset["source"][:]) + 1)
     files = [
         {
             "file": part["file"],
@@ -104,35 +102,37 @@ def write_report(
     folder: str | Path,
     dataset: Dataset,
     *,
+    settings: DataSettings,
     tokenizer: PreTrainedTokenizerFast,
-    image_folder: str | Path | None,
     batch_size: int,
-    title: str,
+    title: str | None = None,
     samples: int = 10,
-    follow_links: bool = False,
-    group: int = GROUP,
-    weights: Sequence[float] | None = None,
 ) -> Path:
-    """Write ``report.json`` and ``report.html`` into ``folder``; returns the page. It needs no network to be read."""
+    """Write ``report.json`` and ``report.html`` into ``folder``; returns the page. It needs no network to be read.
+
+    Args:
+        settings: that ``dataset`` was prepared with.
+        batch_size: records per micro-batch, for the padding waste.
+        title: of the page; default: the data files.
+        samples: records that are shown, drawn at random.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    report = data_report(dataset, batch_size=batch_size, group=group, weights=weights)
+    report = data_report(dataset, settings=settings, batch_size=batch_size)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     chosen = sorted(np.random.default_rng(0).permutation(len(dataset))[:samples].tolist())
     files = [Path(one["file"]).name for one in report["files"]]
-    shown = [_sample(dataset[k], files, tokenizer, image_folder, follow_links) for k in chosen]
+    shown = [_sample(dataset[k], files, tokenizer, settings) for k in chosen]
     page = folder / "report.html"
-    page.write_text(_page(report, shown, title), encoding="utf-8")
+    page.write_text(_page(report, shown, title or " ".join(settings.data_path)), encoding="utf-8")
     return page
 
 
-def _sample(
-    row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, image_folder: str | Path | None, follow_links: bool
-) -> str:
+def _sample(row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, settings: DataSettings) -> str:
     """One record: its images and its text, trained parts marked."""
-    images = ""
+    images, folder, links = "", settings.image_folder, settings.follow_image_links
     for name in row["images"]:
-        image = read_row_image(row, name, image_folder, follow_links, record=row["record"], record_id=row["id"])
+        image = read_row_image(row, name, folder, links, record=row["record"], record_id=row["id"])
         shown = html.escape(ImageRef.parse(name).name if row["shard"] else name)
         images += f"<figure>{_thumbnail(image)}<figcaption>{shown}</figcaption></figure>"
     text = "".join(
@@ -184,7 +184,7 @@ def _page(report: dict, samples: list[str], title: str) -> str:
     ]  # fmt: skip
     charts = [
         _chart("Tokens per record", report["lengths"]),
-        _chart("TrainedRun tokens per record (last bar: longest 1 %)", report["trained_per_record"]),
+        _chart("Trained tokens per record (last bar: longest 1 %)", report["trained_per_record"]),
     ]
     kinds = Counter(problem["refusal"]["code"] for problem in report["problems"])
     problems = "".join(f"<li>{html.escape(problem['line'])}</li>" for problem in report["problems"])

@@ -118,7 +118,7 @@ def _inside(name: str) -> bool:
 
 
 def _changed(file: Path, recorded: dict) -> bool:
-    """WeightFiles by their size: hashing them takes longer than writing the new ones."""
+    """Weights by their size: hashing them takes longer than writing the new ones."""
     if file.is_symlink() or file.stat().st_size != recorded["size"]:
         return True
     return file.suffix not in WEIGHTS and sha256(file) != recorded["sha256"]

@@ -1,4 +1,4 @@
-"""WeightFiles of any size, merged and written in bounded memory: row block by row block, never a whole file at once.
+"""Weights of any size, merged and written in bounded memory: row block by row block, never a whole file at once.
 
 A safetensors file is a header with every tensor's place, then the tensors one after the other. Shapes are known before
 anything is read, so the header is written first, and memory holds one base tensor and a block of its rows. A shard gets

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import MANIFEST, read_facts
@@ -143,7 +143,7 @@ def load_run(
     if trained:
         model = _with_checkpoint(model, checkpoint, dtype)
     data = settings["data"]
-    transform = ImageTransform.from_settings(preprocessor, data["image_aspect_ratio"], data.get("image_engine", "pil"))
+    transform = ImageTransform.from_processor(preprocessor, data["image_aspect_ratio"], data.get("image_engine", "pil"))
     return ChatModel(model.eval(), tokenizer, parts["version"], transform)
 
 
@@ -180,7 +180,7 @@ def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Ch
     facts = read_json(file) if file.is_file() else {}
     template = facts.get("template") or recognise_template(tokenizer)
     pads = read_json(folder / "preprocessor_config.json").get("do_pad", False)
-    transform = ImageTransform.from_settings(preprocessor, "pad" if pads else "crop")
+    transform = ImageTransform.from_processor(preprocessor, "pad" if pads else "crop")
     return ChatModel(model.eval(), tokenizer, template, transform)
 
 

@@ -18,9 +18,8 @@ import torch
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
-from llava_moslora.data.image_transform import ENGINES
+from llava_moslora.config import DATA_GROUP, DATA_ORDERS, IMAGE_ENGINES, XTUNER_DATA_GROUP
 from llava_moslora.data.loader import default_workers
-from llava_moslora.data.sampler import GROUP, ORDERS, REFERENCE_GROUP
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
 from llava_moslora.models.attention import IMPLEMENTATIONS
@@ -72,7 +71,8 @@ class DataArguments:
     model_max_length: int = field(default=2048, metadata={"help": "tokens per record, image placeholders included"})
     data_order: str = field(default="modality_length", metadata={"help": "modality_length, shuffle or sequential"})
     data_group: int = field(
-        default=GROUP, metadata={"help": f"global batches sorted by length together; XTuner's: {REFERENCE_GROUP}"}
+        default=DATA_GROUP,
+        metadata={"help": f"global batches sorted by length; XTuner's: {XTUNER_DATA_GROUP}"},
     )
     data_cache: str = field(default=".cache/llava_moslora", metadata={"help": "folder of the tokenised data"})
     preprocessing_num_workers: int = field(default=1, metadata={"help": "processes that tokenise"})
@@ -83,8 +83,8 @@ class DataArguments:
 
     def __post_init__(self):
         for flag, value, known in (
-            ("--image_engine", self.image_engine, ENGINES),
-            ("--data_order", self.data_order, ORDERS),
+            ("--image_engine", self.image_engine, IMAGE_ENGINES),
+            ("--data_order", self.data_order, DATA_ORDERS),
         ):
             if value not in known:
                 raise Refusal("C-FLAG", "unknown value", key=flag, found=value, expected=" | ".join(known))

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from adapter_models import LINEARS, llama, relative
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 
@@ -13,6 +12,7 @@ from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.fold import LowRank, delta, fold, folded, merge, save
 from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal
+from support.adapter_models import LINEARS, llama, relative
 
 IDS = torch.arange(1, 21)[None]
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from adapter_models import LINEARS, hashed, llama, relative
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +11,7 @@ from llava_moslora.adapters import kernel
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.errors import Refusal
+from support.adapter_models import LINEARS, hashed, llama, relative
 
 # rows, in, out: W folded into A' (out > in) and into B', and left at width r where the rows are few
 SHAPES = [(200, 32, 64), (200, 64, 32), (20, 32, 64), (20, 64, 32)]

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_moslora.data.collate import Collator, pack, pad_left_prompts
-from llava_moslora.data.images import ImageTransform, load_image
+from llava_moslora.data.image_transform import ImageTransform
+from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal
 
 TRANSFORM = ImageTransform(8, (8, 8), (0.5,) * 3, (0.5,) * 3)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.loader import MOST_WORKERS, Batches, default_workers
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal

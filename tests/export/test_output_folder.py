@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from export_runs import reopen_here, trained_run
 from safetensors.torch import load_file, save_file
 
 from llava_moslora.errors import Refusal
@@ -14,6 +13,7 @@ from llava_moslora.export import export as export_module
 from llava_moslora.export import verify
 from llava_moslora.export.export import export
 from llava_moslora.files.manifest import verify_manifest, write_manifest
+from support.export_runs import reopen_here, trained_run
 
 
 @pytest.fixture(scope="module")

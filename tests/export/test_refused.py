@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_runs import internlm2, reopen_here, trained_run
 from safetensors.torch import load_file, save_file
-from tiny import write_clip, write_llm
 
 from llava_moslora.errors import Refusal
 from llava_moslora.export import export as export_module
 from llava_moslora.export import mapped_weights, verify, writer
 from llava_moslora.export.export import export
 from llava_moslora.files.manifest import write_manifest
+from support.export_runs import internlm2, reopen_here, trained_run
+from support.tiny import write_clip, write_llm
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """A disk that fills up inside a save: exit 4, nothing published is lost, and the run goes on once there is space."""
 
 import pytest
-from faults.campaign import Campaign
 
 from llava_moslora.runs.checkpoints import newest_valid
 from llava_moslora.training import trainer
+from support.campaign import Campaign
 
 pytestmark = pytest.mark.faults
 

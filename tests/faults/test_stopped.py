@@ -3,7 +3,8 @@
 import signal
 
 import pytest
-from faults.campaign import Campaign
+
+from support.campaign import Campaign
 
 pytestmark = pytest.mark.faults
 SECONDS = 8

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny import write_clip, write_llm, write_projector
 from transformers import AutoModelForCausalLM, CLIPVisionModel, LlavaForConditionalGeneration
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble, describe, train_projector_only
 from llava_moslora.text.conversation import IGNORE_INDEX
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.tiny import write_clip, write_llm, write_projector
 
 PATCHES = 16  # 32×32 pixels in 8×8 patches
 

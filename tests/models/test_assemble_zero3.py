@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from internlm2_reference import write_internlm2
+
+from support.internlm2_reference import write_internlm2
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 from llava_moslora.models import attention
 from llava_moslora.models.attention import MASKLESS, set_attention

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_moslora.errors import Refusal
@@ -17,6 +16,7 @@ from llava_moslora.models.llm import load_llm, read_llm_config
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import load_vision_tower
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

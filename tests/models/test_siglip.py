@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer, write_projector, write_siglip
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -24,6 +23,7 @@ from llava_moslora.models.llava_folder import starting_parts
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.tiny import tiny_tokenizer, write_projector, write_siglip
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 SO400M |= {"image_size": 384, "patch_size": 14}

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from internlm2_reference import CONFIG
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_moslora.models.assemble import TowerAdapter, linear_suffixes, model_on_meta
 from llava_moslora.models.internlm2 import llama_config
 from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER
+from support.internlm2_reference import CONFIG
 
 CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 CLIP_L_336 |= {"image_size": 336, "patch_size": 14}
@@ -18,7 +18,7 @@ SIZES |= {"num_key_value_heads": 8}
 
 
 def count(model, part: str, *kinds: str) -> int:
-    """TrainedRun parameters of a part whose name has one of ``kinds``; without kinds all trained ones."""
+    """Trained parameters of a part whose name has one of ``kinds``; without kinds all trained ones."""
     return sum(
         p.numel()
         for name, p in model.named_parameters()

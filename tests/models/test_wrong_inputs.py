@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from internlm2_reference import write_internlm2
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer, write_projector
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import assemble
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.internlm2_reference import write_internlm2
+from support.tiny import tiny_tokenizer, write_projector
 
 
 class Payload:

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from internlm2_reference import CONFIG as INTERNLM2
-from launching import ROOT
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_moslora.models.assemble import model_on_meta
@@ -16,6 +14,8 @@ from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.training.arguments import parse, tower_adapters
+from support.internlm2_reference import CONFIG as INTERNLM2
+from support.launching import ROOT
 
 # Started instead of the launcher: says how it was called.
 LAUNCHER = f"""#!{sys.executable}

@@ -4,11 +4,7 @@ import shutil
 
 import pytest
 import torch
-from export_runs import reopen_here
 from safetensors.torch import load_file, save_file
-from test_zero import configuration, lived_well, settings
-from test_zero import lives as lives  # a fixture
-from training_runs import adapter, losses, train
 
 import scripts.train_vit_llm as script
 from llava_moslora.export.export import export
@@ -16,6 +12,9 @@ from llava_moslora.files.manifest import verify_manifest, write_manifest
 from llava_moslora.inference.load import load_run
 from llava_moslora.models.assemble import add_adapters
 from llava_moslora.training.optimizer_state import frozen_mixers
+from support.export_runs import reopen_here
+from support.training_runs import adapter, losses, train
+from support.zero_runs import configuration, lived_well, settings
 
 STARTS = ["butterfly", "orthogonal", "kaiming_uniform", "normal"]
 FILES = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json"]

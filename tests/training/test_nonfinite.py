@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launching import LAUNCHER, flags, free_port, run
-from training_runs import broken, train
 
 import scripts.train_vit_llm as script
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import add_adapters
 from llava_moslora.training.nonfinite import DUMP, FiniteCheck, check_labels, out_of_memory
+from support.launching import LAUNCHER, flags, free_port, run
+from support.training_runs import broken, train
 
 # Run by a launcher: the script, with one rank's loss or gradient turned into NaN at the second step.
 BROKEN_RUN = """
@@ -19,7 +19,7 @@ import sys
 import scripts.train_vit_llm as script
 from llava_moslora.errors import run_script
 from llava_moslora.models.assemble import add_adapters
-from training_runs import broken
+from support.training_runs import broken
 
 sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]
 script.add_adapters = lambda *args: broken(add_adapters(*args), "{where}", only_rank=1)
@@ -60,7 +60,7 @@ def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, b
     folder = tmp_path / "run"
     words = flags(parts, folder, deepspeed=f"zero_configs/{zero}.json", max_steps=3, save_steps=1, bf16=bf16)
     done = run(
-        [*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests:tests/training"
+        [*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests"
     )
     assert done.returncode == 5, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if "error[R-NONFINITE]" in line]

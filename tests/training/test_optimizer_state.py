@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, free_port, run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
@@ -16,6 +15,7 @@ from transformers import TrainingArguments as HfTrainingArguments
 from llava_moslora.training.checkpoint import read_optimizer, write_optimizer
 from llava_moslora.training.optimizer_state import TrainState
 from llava_moslora.training.validate import PER_PARAMETER, PER_WEIGHT
+from support.launching import ROOT, free_port, run
 
 STEPS = 6
 # Every stage with an optimizer of each kind that it can save; (stage, --optim, steps before the save)

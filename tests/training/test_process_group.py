@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import LAUNCHER, ROOT, flags, free_port, launch, run
-from training_runs import losses
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training.process_group import is_loopback, tcp_store
+from support.launching import LAUNCHER, ROOT, flags, free_port, launch, run
+from support.training_runs import losses
 
 LISTENING = """
 import json, os, re, sys

@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_modes import stock_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_moslora.models.assemble import TowerAdapter, add_adapters, train_projector_only
 from llava_moslora.models.llava import Llava
 from llava_moslora.training.throughput import PEAKS, Flops, Throughput, peak_of
+from support.training_runs import stock_model
 
 TOKENS, TRAINED, IMAGES = 40, 6, 2
 

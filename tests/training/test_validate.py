@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from training_runs import train
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training import validate
 from llava_moslora.training.arguments import parse
 from llava_moslora.training.validate import check, check_launch
 from scripts import prepare_data
+from support.training_runs import train
 
 PARTS = "--model_name_or_path llm --vision_tower clip --data_path d.json --image_folder i".split()
 

@@ -8,12 +8,12 @@ import time
 
 import pytest
 import torch.multiprocessing as mp
-from launching import ROOT, free_port
 from torch import distributed
 
 from llava_moslora.training import watchdog as module
 from llava_moslora.training.process_group import tcp_store
 from llava_moslora.training.watchdog import RankStatus, Watchdog
+from support.launching import ROOT, free_port
 
 
 def watching(*ranks: RankStatus, answered: float = 100.0) -> Watchdog:
