@@ -31,6 +31,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, PreTrai
 
 from llava_moslora.export.export import export
 from llava_moslora.export.writer import PlannedTensor, WeightFiles, write_weights
+from llava_moslora.files.tensors import LazyTensor
 from llava_moslora.models.assemble import ADAPTER_NAME, TowerAdapter, model_on_meta
 from llava_moslora.models.llm import llm_on_meta
 from llava_moslora.runs.checkpoints import publish_checkpoint
@@ -83,7 +84,8 @@ def write_base(folder: Path, gigabytes: float) -> Path:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
     state = llm_on_meta(config, folder).state_dict()
-    plan = [PlannedTensor(name, tuple(t.shape), lambda t=t: draw(tuple(t.shape))) for name, t in state.items()]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    plan = [PlannedTensor(name, LazyTensor(folder, s, lambda s=s: draw(s))) for name, s in shapes.items()]
     write_weights(folder, [WeightFiles("", plan, torch.bfloat16)])
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)

@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from export_runs import trained_run
 
 from llava_moslora.export.export import export
 from llava_moslora.export.model_card import LOADS, XTUNER_TEMPLATES
 from llava_moslora.files.manifest import verify_manifest
 from llava_moslora.text.templates import OWN, TEMPLATES
-from support.export_runs import trained_run
 
 
 @pytest.fixture(scope="module")
