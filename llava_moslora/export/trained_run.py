@@ -29,7 +29,7 @@ from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
 from llava_moslora.models.names import LM_HEAD, PROJECTOR, part_of, standalone_name
 from llava_moslora.models.projector import KEYS, read_projector
-from llava_moslora.models.vision import load_vision_tower
+from llava_moslora.models.vision import read_vision_config, read_vision_tensors
 from llava_moslora.runs.record import TOKENIZER, read_run
 from llava_moslora.text.conversation import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ class TrainedRun:
 
     Attributes:
         record: ``run.json``. manifest: the checkpoint's.
-        vision: the tower's state (float32), complete. preprocessor: its settings.
+        vision: the tensors of the complete vision tower, not read yet. preprocessor: its image-processor settings.
         adapter: by the names of the composed model, not read yet; None after stage 1.
         projector: ``linear_1.weight`` [D, E], ``linear_1.bias``, ``linear_2.weight`` [D, D], ``linear_2.bias``.
         merge_base: which weights the LLM's adapters are added to: the original ones, or NF4 quantised and dequantised.
@@ -71,7 +71,7 @@ class TrainedRun:
     vision_spec: str
     llm_config: PreTrainedConfig
     vision_config: PreTrainedConfig
-    vision: dict[str, Tensor]
+    vision: dict[str, LazyTensor]
     preprocessor: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
     adapter: dict[str, LazyLowRank] | None
@@ -147,7 +147,10 @@ class TrainedRun:
     def vision_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
         """The complete tower's tensors under transformers 5's names (``encoder.layers.…``)."""
         updates = self.updates("vision_tower") if merged else {}
-        plan = plan_tensors(self.vision, updates)
+        plan = [
+            PlannedTensor(name, tensor.shape, tensor.read, updates[name].read if name in updates else None)
+            for name, tensor in self.vision.items()
+        ]
         _check_fit(updates, plan, self.checkpoint)
         return plan
 
@@ -236,9 +239,10 @@ def open_trained(
     llm_folder, spec = Path(llm or parts["model_name_or_path"]), str(vision_tower or parts["vision_tower"])
     llm_config = read_llm_config(llm_folder)
     check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
-    tower, preprocessor = load_vision_tower(spec, torch.float32)
+    vision_config = read_vision_config(spec)
+    vision = read_vision_tensors(spec, vision_config)
     check_base(spec, checkpoint, "vision_tower", "--vision_tower")
-    adapter, projector = _read_checkpoint(checkpoint, tower.config.hidden_size, llm_config.hidden_size)
+    adapter, projector = _read_checkpoint(checkpoint, vision_config.hidden_size, llm_config.hidden_size)
     return TrainedRun(
         run=run,
         checkpoint=checkpoint,
@@ -247,9 +251,9 @@ def open_trained(
         llm_folder=llm_folder,
         vision_spec=spec,
         llm_config=llm_config,
-        vision_config=tower.config,
-        vision=tower.state_dict(),
-        preprocessor=preprocessor,
+        vision_config=vision_config,
+        vision=vision,
+        preprocessor=record["settings"]["preprocessor"],
         tokenizer=load_tokenizer(run / TOKENIZER),
         adapter=adapter,
         projector=projector,
@@ -257,10 +261,9 @@ def open_trained(
     )
 
 
-def plan_tensors(tensors: dict[str, Tensor], updates: dict[str, LazyLowRank] | None = None) -> list[PlannedTensor]:
+def plan_tensors(tensors: dict[str, Tensor]) -> list[PlannedTensor]:
     """Tensors in memory as a plan."""
-    reads = {name: layer.read for name, layer in (updates or {}).items()}
-    return [PlannedTensor(name, tuple(t.shape), lambda t=t: t, reads.get(name)) for name, t in tensors.items()]
+    return [PlannedTensor(name, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
 
 
 def _check_fit(updates: dict[str, LazyLowRank], plan: list[PlannedTensor], checkpoint: Path) -> None:
