@@ -28,7 +28,8 @@ class Part(NamedTuple):
         owner: ``module:Class``, or a module.
         name: of the method or attribute.
         parameters: the names of the method's parameters without ``self``, in order. The method may have others with a
-            default; after ``*`` any others. None for an attribute, which code of the owner or its bases must use.
+            default; after ``*`` any others; a wrapper that takes anything passes. None for an attribute, which code of
+            the owner or its bases must use.
         caller: ``module:Class`` whose methods must call it; None where this package does, and would fail without it.
     """
 
@@ -143,21 +144,27 @@ def _difference(part: Part) -> tuple[str, str] | None:
     if method is None:
         return library, "no such method"
     signature = inspect.signature(method)
-    parameters = list(signature.parameters.values())
-    if not isinstance(inspect.getattr_static(owner, part.name), staticmethod):
-        parameters = parameters[1:]  # self
-    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if listed[-1:] == ["*"]:
-        listed = listed[:-1]
-        names = names[: len(listed)]
-    optional = {p.name for p in parameters if p.default is not p.empty}
-    if [name for name in names if name in listed or name not in optional] != listed:
+    static = isinstance(inspect.getattr_static(owner, part.name), staticmethod)
+    if not _takes(signature, listed, static):
         return library, f"{part.name}{signature}"
     if part.caller is not None:
         library, caller = _library(part.caller), _find(part.caller)
         if caller is None or part.name not in _names_used_by(caller, library, besides=part.name):
             return library, f"{_dotted(part.caller)} does not call it"
     return None
+
+
+def _takes(signature: inspect.Signature, listed: list[str], static: bool) -> bool:
+    """Whether a method has the listed parameters, and only optional ones besides."""
+    parameters = list(signature.parameters.values())[0 if static else 1 :]  # without self
+    if [p.kind for p in parameters] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
+        return True
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if listed[-1:] == ["*"]:
+        listed = listed[:-1]
+        names = names[: len(listed)]
+    optional = {p.name for p in parameters if p.default is not p.empty}
+    return [name for name in names if name in listed or name not in optional] == listed
 
 
 def _library(path: str) -> str:

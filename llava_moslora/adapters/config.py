@@ -22,10 +22,10 @@ from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.other import get_pattern_key
 
+from llava_moslora.config import MIXER_INITS
 from llava_moslora.errors import Refusal
 
 PEFT_NAME = "MOSLORA"
-MIXER_INITS = ("kaiming_uniform", "orthogonal", "identity", "normal", "butterfly")
 
 # Everything that replaces B·A, changes the base weight by B·A, or adds a second factor beside it, has no meaning (or
 # another one) with a mixer in between; PEFT's own variants are found by their field's mark in `_refuse_combinations`.

@@ -23,14 +23,15 @@ from llava_moslora.errors import Refusal
 from llava_moslora.export.writer import PlannedTensor
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor, read_json, read_tensor_file
-from llava_moslora.inference.load import check_base, newest_checkpoint
+from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.models.assemble import mean_row
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
 from llava_moslora.models.names import LM_HEAD, PROJECTOR, part_of, standalone_name
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
-from llava_moslora.runs.record import TOKENIZER, read_run
+from llava_moslora.runs.fingerprint import check_base
+from llava_moslora.runs.record import TOKENIZER, RunRecord, read_run
 from llava_moslora.text.conversation import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
@@ -65,7 +66,7 @@ class TrainedRun:
 
     run: Path
     checkpoint: Path
-    record: dict[str, Any]
+    record: RunRecord
     manifest: dict[str, Any]
     llm_folder: Path
     vision_spec: str
@@ -79,21 +80,17 @@ class TrainedRun:
     merge_base: str
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return self.record["settings"]
-
-    @property
     def template(self) -> str:
-        return self.settings["model"]["version"]
+        return self.record.model.version
 
     @property
     def pads(self) -> bool:
         """Images are padded to a square, not cropped."""
-        return self.settings["data"]["image_aspect_ratio"] == "pad"
+        return self.record.data.image_aspect_ratio == "pad"
 
     @property
     def bits(self) -> int:
-        return self.settings["model"]["bits"]
+        return self.record.model.bits
 
     @property
     def is_internlm2(self) -> bool:
@@ -228,15 +225,14 @@ def open_trained(
     """
     run = Path(run)
     record = read_run(run)
-    parts = record["settings"]["model"]
-    if merge_base == DEQUANTIZED and parts["bits"] != 4:
+    if merge_base == DEQUANTIZED and record.model.bits != 4:
         raise Refusal(
             "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
             expected=ORIGINAL, fix="leave the flag out",
         )  # fmt: skip
     checkpoint = checkpoint or newest_checkpoint(run)
     manifest = read_facts(checkpoint)
-    llm_folder, spec = Path(llm or parts["model_name_or_path"]), str(vision_tower or parts["vision_tower"])
+    llm_folder, spec = Path(llm or record.model.model_name_or_path), str(vision_tower or record.model.vision_tower)
     llm_config = read_llm_config(llm_folder)
     check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
     vision_config = read_vision_config(spec)
@@ -253,7 +249,7 @@ def open_trained(
         llm_config=llm_config,
         vision_config=vision_config,
         vision=vision,
-        preprocessor=record["settings"]["preprocessor"],
+        preprocessor=record.preprocessor,
         tokenizer=load_tokenizer(run / TOKENIZER),
         adapter=adapter,
         projector=projector,

@@ -10,7 +10,7 @@ import scripts.train_vit_llm as script
 from llava_moslora.export.export import export
 from llava_moslora.files.manifest import read_manifest, write_manifest
 from llava_moslora.inference.load import load_run
-from llava_moslora.models.assemble import add_adapters
+from llava_moslora.models.adapt import add_adapters
 from llava_moslora.training.optimizer_state import frozen_mixers
 from support.export_runs import probe_here
 from support.training_runs import adapter, losses, train

@@ -8,7 +8,7 @@ import torch
 
 import scripts.train_vit_llm as script
 from llava_moslora.errors import Refusal
-from llava_moslora.models.assemble import add_adapters
+from llava_moslora.models.adapt import add_adapters
 from llava_moslora.training.nonfinite import NONFINITE_FILE, FiniteCheck, check_labels, out_of_memory
 from support.launching import LAUNCHER, flags, free_port, run
 from support.training_runs import broken, train
@@ -18,7 +18,7 @@ BROKEN_RUN = """
 import sys
 import scripts.train_vit_llm as script
 from llava_moslora.errors import run_script
-from llava_moslora.models.assemble import add_adapters
+from llava_moslora.models.adapt import add_adapters
 from support.training_runs import broken
 
 sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]
@@ -60,9 +60,7 @@ def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, b
     (tmp_path / "broken.py").write_text(BROKEN_RUN.replace("{where}", where))
     folder = tmp_path / "run"
     words = flags(parts, folder, deepspeed=f"zero_configs/{zero}.json", max_steps=3, save_steps=1, bf16=bf16)
-    done = run(
-        [*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests"
-    )
+    done = run([*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests")
     assert done.returncode == 5, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if "error[R-NONFINITE]" in line]
     taken = bf16 and zero == "zero2"
