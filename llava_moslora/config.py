@@ -31,7 +31,7 @@ DATA_GROUP = 100
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple | None = None, **metadata: Any) -> Any:
     """A dataclass field with the help text and the choices of its flag; a list is its own default, copied."""
-    metadata |= {"help": help} | ({"one_of": choices} if choices else {})
+    metadata |= {"help": help} | ({"choices": choices} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -46,8 +46,8 @@ class Settings:
             Refusal: C-FLAG, naming the flag, the value and the choices.
         """
         for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            choices, value = f.metadata.get("one_of"), getattr(self, f.name)
-            if choices is not None and value not in choices:
+            choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            if choices is not None and value != f.default and value not in choices:
                 expected = " | ".join(map(str, choices))
                 raise Refusal("C-FLAG", "unknown value", key=f"--{f.name}", found=value, expected=expected)
 
@@ -62,8 +62,8 @@ class ModelSettings(Settings):
     )
     pretrain_mm_mlp_adapter: str | None = setting(None, "pretrained projector: file or folder")
     version: str | None = setting(None, "conversation template; default: recognised from the tokenizer")
-    bits: int = setting(16, "16, or 4 for an NF4 LLM (QMoSLoRA)", BITS)
-    attn_implementation: str = setting("sdpa", " | ".join(ATTENTION_IMPLEMENTATIONS), ATTENTION_IMPLEMENTATIONS)
+    bits: int = setting(16, "4: the LLM in NF4 (QMoSLoRA)", BITS)
+    attn_implementation: str = setting("sdpa", "attention of both towers", ATTENTION_IMPLEMENTATIONS)
 
 
 @dataclass
@@ -80,7 +80,7 @@ class DataSettings(Settings):
         "pil", "pil: as towers were trained; torch: faster, differs by up to 1/256", IMAGE_ENGINES
     )
     model_max_length: int = setting(2048, "tokens per record, image placeholders included")
-    data_order: str = setting("modality_length", " | ".join(DATA_ORDERS), DATA_ORDERS)
+    data_order: str = setting("modality_length", "modality_length: records of like length together", DATA_ORDERS)
     data_group: int = setting(
         DATA_GROUP, f"global batches that are sorted by length together; XTuner's: {XTUNER_DATA_GROUP}"
     )
@@ -156,11 +156,14 @@ class AdapterSettings(Settings):
 
 
 @dataclass
-class TrainingSettings:
+class TrainingSettings(Settings):
     """This package's own training flags, beside those of transformers' ``TrainingArguments``
     (:mod:`llava_moslora.training.arguments` joins the two)."""
 
     output_dir: str | None = setting(None, "the run folder")
+    global_batch_size: int | None = setting(
+        None, "records per optimizer step on all ranks together; sets --gradient_accumulation_steps"
+    )
     vision_lr: float | None = setting(None, "learning rate of the tower's adapters; default: as --learning_rate")
     mm_projector_lr: float | None = setting(None, "learning rate of the projector; default: as --learning_rate")
     mixer_lr: float | None = setting(None, "learning rate of the mixers; default: as the adapter around them")
@@ -186,3 +189,16 @@ class TrainingSettings:
     resume: bool = setting(False, "continue the run in --output_dir, if one has begun")
     allow_change: list[str] = setting([], "settings that may differ when resuming")
     overwrite: bool = setting(False, "delete the run that is in --output_dir")
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            Refusal: C-FLAG, a flag is missing, has an unknown value, or contradicts another one.
+        """
+        super().__post_init__()
+        if not self.output_dir:
+            raise Refusal(
+                "C-FLAG", "missing flag", key="--output_dir", fix="name the folder that the run is written to"
+            )
+        if self.resume and self.overwrite:
+            raise Refusal("C-FLAG", "a run is either continued or deleted", key="--resume, --overwrite")

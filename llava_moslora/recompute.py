@@ -30,9 +30,12 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llava_moslora.config import RECOMPUTE_MODES
 from llava_moslora.errors import Refusal
+from llava_moslora.private_api import check_private_api
 
-MODES = "none | full | selective | every:N"
+check_private_api("recompute")
+
 _state = threading.local()  # backward recomputes in a thread of its own
 
 
@@ -152,7 +155,7 @@ def parse_recompute(text: str) -> tuple[str, int]:
     name, _, count = text.partition(":")
     if name == "every" and count.isdecimal() and int(count) > 0:
         return "full", int(count)
-    raise Refusal("C-FLAG", "unknown way to recompute", key="--recompute", found=text, expected=MODES)
+    raise Refusal("C-FLAG", "unknown way to recompute", key="--recompute", found=text, expected=RECOMPUTE_MODES)
 
 
 def set_recompute(model: nn.Module, text: str) -> None:

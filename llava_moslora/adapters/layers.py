@@ -22,6 +22,9 @@ from llava_moslora.adapters.linear import adapted_linear, frozen_dtype
 from llava_moslora.adapters.mixer_config import MixerConfig
 from llava_moslora.adapters.settings import check_even_rank
 from llava_moslora.errors import Refusal
+from llava_moslora.private_api import check_private_api
+
+check_private_api("adapters.layers")
 
 
 class MosLoraVariant(LoraVariant):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections import Counter
 from dataclasses import replace
@@ -12,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora import pages
 from llava_moslora.config import DataSettings
 from llava_moslora.data.collate import read_row_image
 from llava_moslora.data.prepare import report_of, reports_of
@@ -134,7 +132,7 @@ def _sample(row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, set
     for name in row["images"]:
         image = read_row_image(row, name, folder, links, record=row["record"], record_id=row["id"])
         shown = html.escape(ImageRef.parse(name).name if row["shard"] else name)
-        images += f"<figure>{_thumbnail(image)}<figcaption>{shown}</figcaption></figure>"
+        images += f"<figure>{pages.thumbnail(image, THUMBNAIL)}<figcaption>{shown}</figcaption></figure>"
     text = "".join(
         f'<span class="{kind}">{html.escape(part)}</span>'
         for kind, part in label_runs(row["input_ids"], row["labels"], tokenizer)
@@ -144,15 +142,6 @@ def _sample(row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, set
     size = f"{row['length']} tokens, {row['trained']} trained"
     body = f"<div class=sample>{images}<pre>{text}</pre></div>"
     return f"<article><h3>{heading} <small>{size}</small></h3>{body}</article>"
-
-
-def _thumbnail(image: Image.Image) -> str:
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" width={image.width} height={image.height} alt="">'
 
 
 def _page(report: dict, samples: list[str], title: str) -> str:
@@ -190,21 +179,17 @@ def _page(report: dict, samples: list[str], title: str) -> str:
     problems = "".join(f"<li>{html.escape(problem['line'])}</li>" for problem in report["problems"])
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common()) or "none"
     cards = "".join(f"<div class=fact><b>{value}</b>{name}</div>" for name, value in facts.items())
-    return f"""<!doctype html>
-<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>
-<h1>{html.escape(title)}</h1><div class=facts>{cards}</div>
+    body = f"""<div class=facts>{cards}</div>
 <div class=row>{"".join(charts)}</div><div class=row>{"".join(tables)}</div>
 <h2>{len(samples)} records, drawn at random</h2>
 <p><span class=trained>trained</span> <span class=masked>not trained</span>
 <span class=image>image placeholders</span></p>{"".join(samples)}
-<h2>Problems: {html.escape(summary)}</h2><ol class=problems>{problems}</ol></html>
-"""
+<h2>Problems: {html.escape(summary)}</h2><ol class=problems>{problems}</ol>"""
+    return pages.page(title, body, STYLE)
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
-    header = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<section><h2>{html.escape(title)}</h2><table><tr>{header}</tr>{body}</table></section>"
+    return f"<section><h2>{html.escape(title)}</h2>{pages.table(rows, head)}</section>"
 
 
 def _chart(title: str, series: dict[str, dict]) -> str:
@@ -239,20 +224,17 @@ def _chart(title: str, series: dict[str, dict]) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark; --a: #2f7d5b; --b: #c9803a; --line: #8884; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.05em; margin: 1.5em 0 .4em; } h3 { font-size: .95em; margin: 1em 0 .3em; }
-small, figcaption, .fact { color: #777; } .row { display: flex; flex-wrap: wrap; gap: 0 3em; }
-.row section { flex: 1 1 300px; }
+h2 { font-size: 1.05em; margin: 1.5em 0 .4em; } h3 { font-size: .95em; margin: 1em 0 .3em; }
+.row { display: flex; flex-wrap: wrap; gap: 0 3em; } .row section { flex: 1 1 300px; }
 .facts { display: flex; flex-wrap: wrap; gap: .6em 2em; }
-.fact b { display: block; font-size: 1.25em; color: CanvasText; }
+.fact { color: #777; } .fact b { display: block; font-size: 1.25em; color: CanvasText; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: right; padding: .15em .6em; }
-th { font-weight: 500; color: #777; border-bottom: 1px solid var(--line); } td { font-variant-numeric: tabular-nums; }
+th { font-weight: 500; color: #777; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 svg { width: 100%; } svg text { font-size: 11px; fill: #777; }
 .s0 { fill: var(--a); color: var(--a); } .s1 { fill: var(--b); color: var(--b); }
 .hover { fill: transparent; } .hover:hover { fill: #8883; }
-article { border-top: 1px solid var(--line); } .sample { display: flex; gap: 1em; align-items: flex-start; }
+.sample { display: flex; gap: 1em; align-items: flex-start; }
 figure { margin: 0; } figcaption { font-size: .75em; max-width: 192px; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: 13px; flex: 1; }
 .trained { background: #2f7d5b33; } .masked { color: #777; } .image { color: var(--b); }

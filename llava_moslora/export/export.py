@@ -9,10 +9,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.export.model_card import proof_in_one_line, write_card
 from llava_moslora.export.output_folder import (
@@ -43,7 +45,8 @@ from llava_moslora.files.json import write_json
 from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
 from llava_moslora.inference.load import EXPORT
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
-from llava_moslora.runs.record import fingerprint, read_run
+from llava_moslora.runs.fingerprint import fingerprint
+from llava_moslora.runs.record import read_run
 
 # Values of --format
 TARGETS: dict[str, Target] = {
@@ -98,7 +101,7 @@ def export(
     _check_flags(formats, with_base, merge_base)
     folders = {name: Path(output) if len(formats) == 1 else Path(output) / name for name in formats}
     places = {name: folder.resolve() for name, folder in folders.items()}  # of a link: what it points to
-    inputs = _inputs(Path(run), read_run(run)["settings"]["model"], llm, vision_tower)
+    inputs = _inputs(Path(run), read_run(run).model, llm, vision_tower)
     for place in places.values():
         check_output_folder(place, overwrite)
         check_inputs(place, inputs)
@@ -134,11 +137,11 @@ def _check_flags(formats: Sequence[str], with_base: bool, merge_base: str) -> No
         )  # fmt: skip
 
 
-def _inputs(run: Path, model: dict, llm: str | Path | None, vision_tower: str | None) -> list[str | Path]:
-    """What the export reads: the run, its base (``model``, from run.json) as it was trained, and where that is now."""
-    towers = [str(tower) for tower in (model["vision_tower"], vision_tower) if tower]
+def _inputs(run: Path, base: ModelSettings, llm: str | Path | None, vision_tower: str | None) -> list[str | Path]:
+    """What the export reads: the run, its base as it was trained, and where that is now."""
+    towers = [str(tower) for tower in (base.vision_tower, vision_tower) if tower]
     towers = [tower.partition("@")[2] if tower.startswith(OPEN_CLIP) else tower for tower in towers]
-    others = [model["model_name_or_path"], model["pretrain_mm_mlp_adapter"], llm]
+    others = [base.model_name_or_path, base.pretrain_mm_mlp_adapter, llm]
     return [run, *(path for path in [*others, *towers] if path)]
 
 
@@ -188,8 +191,8 @@ def _write(
         "run": str(trained.run),
         "checkpoint": trained.checkpoint.name,
         "template": trained.template,
-        "image_aspect_ratio": trained.settings["data"]["image_aspect_ratio"],
-        "base": trained.settings["model"],
+        "image_aspect_ratio": trained.record.data.image_aspect_ratio,
+        "base": asdict(trained.record.model),
         "merge_base": trained.merge_base if target.merges else None,
         "merged_layers": len(trained.adapter) if target.merges and trained.adapter else 0,
     }

@@ -9,6 +9,7 @@ probe.py, which must not import this package.
 from __future__ import annotations
 
 import functools
+import math
 
 import psutil
 import torch
@@ -29,8 +30,8 @@ def needed(trained: TrainedRun, dtype: torch.dtype) -> bool:
     Raises:
         Refusal: E-MEMORY, neither fits.
     """
-    llm = {planned.name: torch.Size(planned.shape).numel() for planned in trained.llm_tensors()}
-    rest = sum(tensor.numel() for tensor in (*trained.vision.values(), *trained.projector.values()))
+    llm = {planned.name: math.prod(planned.shape) for planned in trained.llm_tensors()}
+    rest = sum(math.prod(tensor.shape) for tensor in (*trained.vision.values(), *trained.projector.values()))
     whole = (sum(llm.values()) + rest) * 4
     stored = trained.llm_config.dtype
     # the tower, one update, and copies of embedding and head where tokens were appended
@@ -59,13 +60,11 @@ def merge_where_used(model: nn.Module, dtype: torch.dtype) -> None:
     block of its weight at a time, when it is called. Linears in NF4 are dequantised there."""
     adapted = {module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)}
     for name, module in model.named_modules():
-        has_adapter = isinstance(module, LoraLayer)
-        if not has_adapter and (module in adapted or not _is_4bit(module)):
-            continue
-        if part_of(name) in ("llm", "lm_head"):
-            module.forward = functools.partial(_merged_linear, module, dtype)
-        elif has_adapter:
-            module.merge()
+        if isinstance(module, LoraLayer) or (_is_4bit(module) and module not in adapted):
+            if part_of(name) in ("llm", "lm_head"):
+                module.forward = functools.partial(_merged_linear, module, dtype)
+            elif isinstance(module, LoraLayer):
+                module.merge()
 
 
 def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:

@@ -19,9 +19,6 @@ from llava_moslora.models.towers import kind_of
 from llava_moslora.text.conversation import stop_token_ids
 
 MAX_NEW_TOKENS = 16
-# As ExportPlan.rounded names them → parts of the composed model
-ROUNDED = {"llm": {"llm", "lm_head"}, "vision": {"vision_tower"}, "projector": {"projector"}}
-ROUNDED["base"] = set().union(*ROUNDED.values())
 
 # Of one question: ids [T], logits of the last token [V], answer [new tokens], and with images features [N, P, E] and
 # projected [N, P, D]; float32
@@ -91,12 +88,11 @@ def _base_model(chat_model: ChatModel) -> Llava:
 @torch.no_grad()
 def _round(chat_model: ChatModel, target: Target, plan: ExportPlan, dtype: torch.dtype) -> None:
     """Round the parameters that the export holds in ``dtype``; adapters saved apart and their projector are float32."""
-    parts = {part for name in plan.rounded for part in ROUNDED[name]}
     apart = ("lora_",) if target.merges else ("lora_", "modules_to_save")
     for name, parameter in chat_model.model.named_parameters():
         if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4; mapped, as it is stored
             continue
-        if part_of(name) in parts and not any(word in name for word in apart):
+        if part_of(name) in plan.rounded and not any(word in name for word in apart):
             parameter.data = parameter.data.to(dtype).float()
 
 

@@ -40,7 +40,7 @@ def write_card(trained: TrainedRun, target: Target, dtype: torch.dtype, report: 
         f"```python\n{_usage(trained, target)}\n```",
         "## Where it comes from",
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in _rows(trained, target, dtype))]),
-        f"The command: `{shlex.join(trained.record['command'])}`",
+        f"The command: `{shlex.join(trained.record.command)}`",
         "Fingerprints (SHA-256 of a file, size in bytes of weights):",
         f"```json\n{json.dumps(fingerprints, indent=1)}\n```",
         "## Proof",
@@ -63,12 +63,12 @@ def _usage(trained: TrainedRun, target: Target) -> str:
 
 
 def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple[str, str]]:
-    model, adapter = trained.settings["model"], trained.settings["adapter"]
-    versions = ", ".join(f"{name} {version}" for name, version in trained.record["versions"].items() if version)
+    model, adapter = trained.record.model, trained.record.adapter
+    versions = ", ".join(f"{name} {version}" for name, version in trained.record.versions.items() if version)
     rows = [
-        ("LLM", f"`{model['model_name_or_path']}`{', trained over NF4' if trained.bits == 4 else ''}"),
-        ("vision tower", f"`{model['vision_tower']}`"),
-        ("projector began as", f"`{model['pretrain_mm_mlp_adapter']}`"),
+        ("LLM", f"`{model.model_name_or_path}`{', trained over NF4' if trained.bits == 4 else ''}"),
+        ("vision tower", f"`{model.vision_tower}`"),
+        ("projector began as", f"`{model.pretrain_mm_mlp_adapter}`"),
         ("prompt template", f"`{trained.template}`"),
         ("images", _images(trained)),
         ("checkpoint", f"`{trained.checkpoint.name}` of `{trained.run.name}`"),
@@ -80,7 +80,7 @@ def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple
     if trained.adapter is None:
         rows.append(("trained", "the projector alone (stage 1)"))
     else:
-        rows.append(("trained", f"projector; adapters LLM r {adapter['lora_r']}, tower r {adapter['vision_lora_r']}"))
+        rows.append(("trained", f"projector; adapters LLM r {adapter.lora_r}, tower r {adapter.vision_lora_r}"))
     return [*rows, ("loss", _loss(trained))]
 
 

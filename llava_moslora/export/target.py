@@ -27,8 +27,7 @@ class ExportPlan:
         write_files: writes all other files (configurations, tokenizer, processor) into the folder.
         load_from: where ``probe.py`` loads each part from: ``llava`` and ``adapter``, or ``llm``, ``llm_adapter``,
             ``vision``, ``vision_adapter``, ``projector``. Relative to the folder, or the absolute path of a base.
-        rounded: the parts (``llm``, ``vision``, ``projector``; ``base``: all three) whose weights are rounded to
-            ``--dtype``.
+        rounded: the parts (:mod:`llava_moslora.models.names`) whose weights are rounded to ``--dtype``.
         not_provable: why no stock library can load the result, if none can.
     """
 

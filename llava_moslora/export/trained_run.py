@@ -23,15 +23,16 @@ from llava_moslora.errors import Refusal, few
 from llava_moslora.export.writer import PlannedTensor
 from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import read_facts
-from llava_moslora.files.tensors import LazyTensor, in_memory
-from llava_moslora.inference.load import check_base, newest_checkpoint
+from llava_moslora.files.tensors import LazyTensor
+from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.models.assemble import mean_row
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
 from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of, standalone_name
 from llava_moslora.models.projector import KEYS, read_projector
-from llava_moslora.models.vision import load_vision_tower
-from llava_moslora.runs.record import TOKENIZER, read_run
+from llava_moslora.models.vision import read_vision_config, read_vision_tensors
+from llava_moslora.runs.fingerprint import check_base
+from llava_moslora.runs.record import TOKENIZER, RunRecord, read_run
 from llava_moslora.text.conversation import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
@@ -45,7 +46,7 @@ class TrainedRun:
 
     Attributes:
         record: ``run.json``. manifest: the checkpoint's.
-        vision: the tower's state (float32), complete. preprocessor: its settings.
+        vision: the tensors of the complete vision tower, not read yet. preprocessor: its image-processor settings.
         adapter: by the names of the composed model, not read yet; None after stage 1.
         projector: ``linear_1.weight`` [D, E], ``linear_1.bias``, ``linear_2.weight`` [D, D], ``linear_2.bias``.
         merge_base: which weights the LLM's adapters are added to: the original ones, or NF4 quantised and dequantised.
@@ -53,13 +54,13 @@ class TrainedRun:
 
     run: Path
     checkpoint: Path
-    record: dict[str, Any]
+    record: RunRecord
     manifest: dict[str, Any]
     llm_folder: Path
     vision_spec: str
     llm_config: PreTrainedConfig
     vision_config: PreTrainedConfig
-    vision: dict[str, Tensor]
+    vision: dict[str, LazyTensor]
     preprocessor: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
     adapter: dict[str, Update] | None
@@ -67,21 +68,17 @@ class TrainedRun:
     merge_base: str
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return self.record["settings"]
-
-    @property
     def template(self) -> str:
-        return self.settings["model"]["version"]
+        return self.record.model.version
 
     @property
     def pads(self) -> bool:
         """Images are padded to a square, not cropped."""
-        return self.settings["data"]["image_aspect_ratio"] == "pad"
+        return self.record.data.image_aspect_ratio == "pad"
 
     @property
     def bits(self) -> int:
-        return self.settings["model"]["bits"]
+        return self.record.model.bits
 
     @property
     def is_internlm2(self) -> bool:
@@ -94,8 +91,8 @@ class TrainedRun:
         return max(self.llm_config.vocab_size, len(self.tokenizer))
 
     def updates(self, *parts: str) -> dict[str, Update]:
-        """The adapters of ``parts`` (:data:`llava_moslora.models.names.PARTS`), by module name where a part is a model
-        of its own: ``model.layers.0.mlp.up_proj``."""
+        """The adapters of ``parts`` (:data:`llava_moslora.models.names.PARTS`), by module name in the model of that
+        part alone: ``model.layers.0.mlp.up_proj``."""
         layers = (self.adapter or {}).items()
         return {standalone_name(name): layer for name, layer in layers if part_of(name) in parts}
 
@@ -133,7 +130,7 @@ class TrainedRun:
     def vision_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
         """The complete tower's tensors under transformers 5's names (``encoder.layers.…``)."""
         updates = self.updates("vision_tower") if merged else {}
-        return _plan(in_memory(self.vision, Path(self.vision_spec)), updates, self.checkpoint)
+        return _plan(self.vision, updates, self.checkpoint)
 
     def exported_llm_config(self, dtype: torch.dtype) -> PreTrainedConfig:
         """With rows for appended tokens, and a head of its own."""
@@ -197,20 +194,20 @@ def open_trained(
     """
     run = Path(run)
     record = read_run(run)
-    parts = record["settings"]["model"]
-    if merge_base == DEQUANTIZED and parts["bits"] != 4:
+    if merge_base == DEQUANTIZED and record.model.bits != 4:
         raise Refusal(
             "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
             expected=ORIGINAL, fix="leave the flag out",
         )  # fmt: skip
     checkpoint = checkpoint or newest_checkpoint(run)
     manifest = read_facts(checkpoint)
-    llm_folder, spec = Path(llm or parts["model_name_or_path"]), str(vision_tower or parts["vision_tower"])
+    llm_folder, spec = Path(llm or record.model.model_name_or_path), str(vision_tower or record.model.vision_tower)
     llm_config = read_llm_config(llm_folder)
     check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
-    tower, preprocessor = load_vision_tower(spec, torch.float32)
+    vision_config = read_vision_config(spec)
+    vision = read_vision_tensors(spec, vision_config)
     check_base(spec, checkpoint, "vision_tower", "--vision_tower")
-    adapter, projector = _read_checkpoint(checkpoint, tower.config.hidden_size, llm_config.hidden_size)
+    adapter, projector = _read_checkpoint(checkpoint, vision_config.hidden_size, llm_config.hidden_size)
     return TrainedRun(
         run=run,
         checkpoint=checkpoint,
@@ -219,9 +216,9 @@ def open_trained(
         llm_folder=llm_folder,
         vision_spec=spec,
         llm_config=llm_config,
-        vision_config=tower.config,
-        vision=tower.state_dict(),
-        preprocessor=preprocessor,
+        vision_config=vision_config,
+        vision=vision,
+        preprocessor=record.preprocessor,
         tokenizer=load_tokenizer(run / TOKENIZER),
         adapter=adapter,
         projector=projector,

@@ -68,6 +68,7 @@ def test_refused_by_the_model(settings, code, message):
     assert refusal.value.code == code
 
 
+# C4: a target that matches nothing
 def test_a_name_that_matches_nothing_is_refused_in_a_long_list_too():
     """PEFT shortens lists of 20 names and more to suffixes, which would cover the wrong name."""
     model = nn.ModuleDict({f"layer{i}": nn.ModuleDict({"q": nn.Linear(8, 8)}) for i in range(30)})

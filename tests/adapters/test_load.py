@@ -250,6 +250,7 @@ DAMAGES = {
 }
 
 
+# K12: missing, extra or damaged tensors
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_refused(tmp_path, damage):
     ours(tmp_path)
@@ -283,6 +284,7 @@ def test_an_unreadable_folder_is_refused(tmp_path, break_it, message):
         read_adapter(tmp_path)
 
 
+# K5: a pickle with code
 def test_a_pickle_runs_nothing(tmp_path):
     class Trap:
         def __reduce__(self):

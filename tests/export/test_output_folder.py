@@ -13,7 +13,7 @@ from llava_moslora.export import export as export_module
 from llava_moslora.export import verify
 from llava_moslora.export.export import export
 from llava_moslora.files.manifest import verify_manifest, write_manifest
-from support.export_runs import reopen_here, trained_run
+from support.export_runs import probe_here, trained_run
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_files_that_come_while_the_export_runs_are_kept(run, out, monkeypatch):
         return {"proof": "passed"}
 
     monkeypatch.setattr(verify, "prove", comes)
-    monkeypatch.setattr(export_module, "summary", str)
+    monkeypatch.setattr(export_module, "proof_in_one_line", str)
     monkeypatch.setattr(export_module, "write_card", lambda *_: None)
     with pytest.raises(Refusal, match=r"files that no export wrote are not deleted; found notes\.md"):
         export(run, out, overwrite=True)
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile(run, tmp_path, monkeypatch, targe
         write(*arguments)
 
     monkeypatch.setattr(export_module, "write_weights", later)
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     folder = export(copy, tmp_path / "out", [target])[target]
     assert json.loads((folder / "export.json").read_text())["checkpoint"] == "checkpoint-1"
     monkeypatch.setattr(export_module, "write_weights", write)

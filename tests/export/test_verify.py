@@ -1,17 +1,14 @@
 """The proof as a user gets it: a fresh process, a report, a model card, and a script that anyone can run again."""
 
-import ast
 import json
 import subprocess
 import sys
 
 import pytest
-from export_runs import trained_run
 
 from llava_moslora.export.export import export
-from llava_moslora.export.model_card import LOADS, XTUNER_TEMPLATES
 from llava_moslora.files.manifest import verify_manifest
-from llava_moslora.text.templates import OWN, TEMPLATES
+from support.export_runs import trained_run
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +34,6 @@ def test_card(folder, parts):
                  "2.5 at step 1, 1.25 at step 2, lowest 1.25 at step 2", "transformers 5.", '"data.json": "0"',
                  "fresh process with stock libraries only, 3 questions"):  # fmt: skip
         assert fact in card, fact
-
-
-@pytest.mark.parametrize("kind", LOADS)
-def test_what_a_card_shows_is_python_with_every_name_imported(kind):
-    tree = ast.parse(LOADS[kind])
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    known = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {"FOLDER", "TEMPLATE", "print"}
-    known |= {name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names}
-    assert {node.id for node in names} <= known
-    assert set(XTUNER_TEMPLATES) == {*TEMPLATES, OWN}
 
 
 def test_what_vllm_asks_of_the_configuration(folder):

@@ -27,6 +27,7 @@ def limit_file_size(*, size: int, save: int) -> None:
     trainer.publish_checkpoint = publishing
 
 
+# R4: a disk full inside a save
 @pytest.mark.parametrize("world", [0, 2])
 def test_disk_full(lives, parts, tmp_path, world):
     campaign = Campaign("disk", lives, parts, tmp_path, world=world, zero=2 if world else None)

@@ -97,6 +97,7 @@ def third_results(folder: Path, cases: int) -> list[str]:
     return found
 
 
+# K3: a flipped bit
 @pytest.mark.faults
 def test_damage_is_never_taken_for_a_checkpoint(tmp_path):
     assert third_results(tmp_path, CASES) == []

@@ -49,6 +49,7 @@ def test_folder_and_file_are_the_same(tmp_path):
     assert all(torch.equal(folder[k], file[k]) for k in KEYS)
 
 
+# K8: a projector of another shape
 def test_other_towers_are_named(tmp_path):
     file = tmp_path / "p.safetensors"
     save_file(tensors("model.", ("0", "2")), file)
@@ -58,6 +59,7 @@ def test_other_towers_are_named(tmp_path):
         read_projector(file, E, 12)
 
 
+# K8: a projector of another shape
 def test_no_matching_key_is_an_error(tmp_path):
     file = tmp_path / "p.safetensors"
     save_file({"unrelated.weight": torch.zeros(2)}, file)
@@ -98,6 +100,7 @@ class Payload:
         return eval, ("open('SENTINEL', 'w').close()",)
 
 
+# K5: a pickle with code
 def test_pickled_code_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model.0.weight": Payload()}, tmp_path / "p.pth")

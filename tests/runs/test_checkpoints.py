@@ -79,6 +79,9 @@ def damage_way_out(folder: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(content | {"sha256": digest}))
 
 
+# K2: a truncated safetensors file
+# K3: a flipped bit
+# K13: paths and links out of the folder
 @pytest.mark.parametrize(
     ("damage", "code"),
     [
@@ -124,6 +127,7 @@ def steps(run: Path) -> list[int]:
     return [step_of(p) for p in checkpoints(run)]
 
 
+# K3: a flipped bit
 def test_prune_never_counts_a_damaged_checkpoint(tmp_path):
     """Two damaged ones with the largest numbers: a run that went on below them keeps what it saves."""
     for step in (20, 30):
@@ -171,6 +175,7 @@ def test_a_renamed_checkpoint_is_refused(tmp_path):
     assert verify_manifest(tmp_path / "checkpoint-20")["step"] == 20
 
 
+# R10: two runs in one folder
 def test_second_process_on_one_folder_is_refused(tmp_path):
     lock = lock_run(tmp_path)
     with pytest.raises(Refusal, match=rf"another process is training .* found process {os.getpid()} on "):

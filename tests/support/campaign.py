@@ -7,6 +7,7 @@ import json
 import random
 import re
 import statistics
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,7 +188,7 @@ class Campaign:
                 self._look_for_valid(self.folder / run, lived)
                 continue
             failures += 1
-            tally.trouble = tally.trouble or life.said()[-1500:]
+            tally.trouble = tally.trouble or life.said()[-1500:].replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
             if failures == 2:  # failed, and failed again: only a human helps
                 tally.stuck += 1
                 return

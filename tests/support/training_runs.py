@@ -11,10 +11,11 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_moslora.distributed import rank
 from llava_moslora.models.assemble import assemble
-from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training.callbacks.preemption import SIGNALS
 from scripts.train_vit_llm import main
 from support.launching import flags
+from support.settings import parts_of
 
 
 def train(parts, output: Path, **changes) -> None:
@@ -61,13 +62,6 @@ def adapter(output: Path, step: int) -> dict:
 def stock_model(parts) -> LlavaForConditionalGeneration:
     """The assembled parts with stock transformers' forward."""
     tokenizer = load_tokenizer(parts.llm)
-    model, _ = assemble(
-        parts.llm,
-        str(parts.clip),
-        parts.projector,
-        tokenizer=tokenizer,
-        image_token_id=image_token_id(tokenizer),
-        dtype=torch.float32,
-    )
+    model, _ = assemble(parts_of(parts.llm, parts.clip, parts.projector), tokenizer=tokenizer, dtype=torch.float32)
     model.__class__ = LlavaForConditionalGeneration
     return model.eval()

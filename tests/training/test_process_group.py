@@ -46,6 +46,7 @@ def test_loopback_is_known():
     assert not is_loopback("10.0.0.1") and not is_loopback("node-a")
 
 
+# R6: a port in use
 def test_a_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -28,6 +28,7 @@ from llava_moslora.export.writer import (
 )
 from llava_moslora.files.json import read_json, write_json
 from llava_moslora.models.assemble import tokens_per_image
+from llava_moslora.models.names import PARTS
 from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.tokenizer import image_token_id
@@ -40,7 +41,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         weights=[WeightFiles("", tensors(trained), dtype)],
         write_files=lambda folder: write_files(trained, folder, dtype),
         load_from={"llava": "."},
-        rounded=("llm", "vision", "projector"),
+        rounded=tuple(PARTS),
     )
 
 

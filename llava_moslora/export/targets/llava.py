@@ -16,6 +16,7 @@ from llava_moslora.export.targets import llm
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, plan_tensors, renamed
 from llava_moslora.files.json import read_json, write_json
+from llava_moslora.models.names import PARTS
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
 
@@ -47,7 +48,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         weights=[WeightFiles("", tensors, dtype)],
         write_files=lambda folder: write_files(trained, folder, dtype, tower),
         load_from={"original_llava": ".", "vision": tower},
-        rounded=("llm", "vision", "projector"),
+        rounded=tuple(PARTS),
     )
 
 

@@ -16,7 +16,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         weights=[weights(trained, dtype)],
         write_files=lambda folder: write_files(trained, folder, dtype),
         load_from={"llm": "."},
-        rounded=("llm",),
+        rounded=("llm", "lm_head"),
     )
 
 

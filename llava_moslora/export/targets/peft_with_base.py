@@ -20,14 +20,8 @@ from llava_moslora.export.targets import hf
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles
 from llava_moslora.files.tensors import in_memory
-from llava_moslora.models.names import LLM, PROJECTOR, VISION_TOWER
+from llava_moslora.models.names import LLM, LM_HEAD, PARTS, PROJECTOR, VISION_TOWER
 from llava_moslora.models.projector import read_projector
-
-# Parts; the prefix of their names alone → in a LlavaForConditionalGeneration saved by transformers 4.52 and later
-NAMES_INSIDE = (
-    (("llm", "lm_head"), "model.", f"{LLM}."),  # the LM head has the same name in both
-    (("vision_tower",), "", f"{VISION_TOWER}.vision_model."),
-)
 
 
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
@@ -36,15 +30,16 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         Refusal: C-FORMAT, a run without adapters.
     """
     check_adapters(trained, "peft")
-    start = trained.settings["model"]["pretrain_mm_mlp_adapter"]
+    start = trained.record.model.pretrain_mm_mlp_adapter
     widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
     projector = None if start is None else read_projector(start, *widths)
     layers = {}
-    for parts, alone, inside in NAMES_INSIDE:
-        for name, layer in fold_layers(trained.updates(*parts)).items():
-            layers[inside + name.removeprefix(alone) if name.startswith(alone) else name] = layer
-    saved_whole = {f"{PROJECTOR}.{name}": tensor for name, tensor in trained.projector.items()}
-    adapter = Adapter(config_of_both(layers), dict(layers), in_memory(saved_whole, trained.checkpoint))
+    for name, layer in fold_layers(trained.updates("llm", "lm_head")).items():
+        layers[name if name == LM_HEAD else f"{LLM}.{name.removeprefix('model.')}"] = layer
+    for name, layer in fold_layers(trained.updates("vision_tower")).items():
+        layers[f"{VISION_TOWER}.vision_model.{name}"] = layer
+    whole = {f"{PROJECTOR}.{name}": tensor for name, tensor in trained.projector.items()}
+    adapter = Adapter(config_of_both(layers), dict(layers), in_memory(whole, trained.checkpoint))
 
     def write_files(folder: Path) -> None:
         hf.write_files(trained, folder / "base", dtype)
@@ -57,7 +52,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         ],
         write_files=write_files,
         load_from={"llava": "base", "adapter": "adapter"},
-        rounded=("base",),
+        rounded=tuple(PARTS),
     )
 
 

@@ -18,7 +18,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         weights=[weights(trained, dtype)],
         write_files=lambda folder: write_files(trained, folder, dtype),
         load_from={"vision": "."},
-        rounded=("vision",),
+        rounded=("vision_tower",),
     )
 
 

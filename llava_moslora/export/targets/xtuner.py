@@ -34,7 +34,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         ],
         write_files=write_files,
         load_from={"llm": "llm", "vision": "visual_encoder", "projector": "projector"},
-        rounded=("llm", "vision"),
+        rounded=("llm", "lm_head", "vision_tower"),
     )
 
 
