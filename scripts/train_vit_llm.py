@@ -23,8 +23,8 @@ from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.prepare import keys_of, prepare, report_of
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.distributed import from_rank_0
 from llava_moslora.errors import run_script
-from llava_moslora.files import publish
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
 from llava_moslora.models.assemble import assemble, tokens_per_image
@@ -95,7 +95,7 @@ def main() -> None:
     )
     fingerprints = base_fingerprints(model_settings) | {"data": keys_of(dataset)}
     lock, checkpoint = open_run(args, settings, fingerprints, inputs) if main_process else (None, None)
-    checkpoint = publish.from_rank_0(checkpoint)
+    checkpoint = from_rank_0(checkpoint)
 
     # 5. The model and what trains it
     model = build_model(model_settings, adapter_settings, args, tokenizer)

@@ -9,6 +9,7 @@ probe.py, which must not import this package.
 from __future__ import annotations
 
 import functools
+import math
 
 import psutil
 import torch
@@ -29,8 +30,8 @@ def needed(trained: TrainedRun, dtype: torch.dtype) -> bool:
     Raises:
         Refusal: E-MEMORY, neither fits.
     """
-    llm = {planned.name: torch.Size(planned.shape).numel() for planned in trained.llm_tensors()}
-    rest = sum(tensor.numel() for tensor in (*trained.vision.values(), *trained.projector.values()))
+    llm = {planned.name: math.prod(planned.shape) for planned in trained.llm_tensors()}
+    rest = sum(math.prod(tensor.shape) for tensor in (*trained.vision.values(), *trained.projector.values()))
     whole = (sum(llm.values()) + rest) * 4
     stored = trained.llm_config.dtype
     # the tower, one update, and copies of embedding and head where tokens were appended

@@ -14,7 +14,7 @@ from typing import Any
 from llava_moslora._version import __version__
 from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import replace_json
+from llava_moslora.files.json import replace_json
 
 RUN = "run.json"
 TOKENIZER = "tokenizer"
@@ -31,6 +31,7 @@ NEEDED = {
     "data": {"data_path": list | str, "image_aspect_ratio": str},
     "adapter": {"lora_r": int, "vision_lora_r": int},
     "training": {},
+    "preprocessor": {},
 }
 # What runs did that were begun before there was a setting for it.
 BEFORE = {
@@ -59,7 +60,7 @@ class RunSettings:
     data: DataSettings
     adapter: AdapterSettings
     training: dict[str, Any]
-    preprocessor: dict[str, Any] = field(default_factory=dict)
+    preprocessor: dict[str, Any]
     global_batch_size: int | None = None
 
     def training_value(self, name: str) -> Any:
@@ -130,7 +131,7 @@ def read_run(folder: str | Path) -> RunRecord:
     return RunRecord(
         **groups,
         training=settings["training"],
-        preprocessor=settings.get("preprocessor", {}),
+        preprocessor=settings["preprocessor"],
         global_batch_size=settings.get("global_batch_size"),
         seeds=record.get("seeds") or [settings["training"].get("seed")],
         command=record["command"],
