@@ -18,13 +18,13 @@ import torch
 from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
-from llava_moslora.config import DATA_GROUP, DATA_ORDERS, IMAGE_ENGINES, XTUNER_DATA_GROUP
+from llava_moslora.config import DATA_GROUP, DATA_ORDERS, IMAGE_ENGINES, RECOMPUTE_MODES, XTUNER_DATA_GROUP
 from llava_moslora.data.loader import default_workers
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import TowerAdapter
 from llava_moslora.models.attention import IMPLEMENTATIONS
 from llava_moslora.models.llava_folder import starting_parts
-from llava_moslora.recompute import MODES, parse_recompute
+from llava_moslora.recompute import parse_recompute
 from llava_moslora.training import process_group
 from llava_moslora.training.config_file import read_config
 
@@ -131,8 +131,8 @@ class TrainingArguments(HfTrainingArguments):
     recompute: str | None = field(
         default=None,
         metadata={
-            "help": f"what backward recomputes instead of keeping it: {MODES}; selective keeps the outputs of linears "
-            "and attention; default: full with --gradient_checkpointing, else none"
+            "help": f"what backward recomputes instead of keeping it: {RECOMPUTE_MODES}; selective keeps outputs of "
+            "linears and attention; default: full with --gradient_checkpointing, else none"
         },
     )
     sample_questions: str | None = field(
