@@ -246,13 +246,13 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 from llava_moslora.errors import run_script
-from llava_moslora.training.callbacks.preemption import contact
+from llava_moslora.training.callbacks.preemption import catch_lost_ranks
 
 def main():
     distributed.init_process_group("gloo")
     if os.environ["RANK"] == "WHICH":
         raise KeyError("exp_avg")
-    with contact():
+    with catch_lost_ranks():
         distributed.all_reduce(torch.ones(1))
 
 run_script(main)

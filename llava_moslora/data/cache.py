@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_moslora.config import DataSettings
 from llava_moslora.data.sources.source import Source
 from llava_moslora.errors import Refusal
+from llava_moslora.files.disk import fsync, replace_file, replace_folder
 from llava_moslora.text.templates import TOKENIZER_TEMPLATE, get_template
 
 CODE_VERSION = 3  # raise it whenever ids, labels or columns of the same data would change
@@ -110,16 +111,6 @@ def _canonical(content: dict) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
 
 
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write ``path`` so that after a crash it holds ``content`` or what it held before."""
-    half = path.with_name(f".{path.name}.half")
-    with half.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, path)
-
-
 def current_names(counts: dict) -> dict:
     """``counts``, a part's or a report's, under today's names."""
     return {FORMER_NAMES.get(name, name): count for name, count in counts.items()}
@@ -192,16 +183,10 @@ def find_damage(folder: Path) -> str | None:
 
 def publish(staging: Path, target: Path) -> None:
     """Rename the finished folder ``staging`` to ``target``; replaces an existing cache."""
-    _flush_folder(staging)
-    if target.exists():
-        old = target.with_name(f"{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-        os.rename(staging, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(staging, target)
-    _flush_folder(target.parent)
+    fsync(staging)
+    old = target.with_name(f"{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+    replace_folder(staging, target, old)
 
 
 def copy_parts(target: Path, staging: Path) -> None:
@@ -217,15 +202,6 @@ def _link(source: str, destination: str) -> None:
         os.link(source, destination)  # files are replaced, never written into
     except OSError:  # a file system without hard links
         shutil.copyfile(source, destination)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush names and renames in ``folder`` to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -21,20 +21,13 @@ import pyarrow as pa
 from datasets import Features, List, Value
 from tqdm import tqdm
 
-from llava_moslora.data.cache import (
-    Preparation,
-    current_names,
-    describe_file,
-    read_json,
-    replace_file,
-    using,
-    write_json,
-)
+from llava_moslora.data.cache import Preparation, current_names, describe_file, read_json, using, write_json
 from llava_moslora.data.formats import Record, check_record
 from llava_moslora.data.images import check_bytes, check_image, load_bytes, load_image
 from llava_moslora.data.sources.container import CheckedImage, RawRecord
 from llava_moslora.data.sources.source import container_of
 from llava_moslora.errors import Refusal, printable
+from llava_moslora.files.disk import replace_file
 from llava_moslora.text.conversation import IGNORE_INDEX, ConversationEncoder
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 

@@ -14,6 +14,7 @@ bnb = pytest.importorskip("bitsandbytes")
 quantised = pytest.importorskip("llava_moslora.adapters.bnb")
 
 
+# C5: merging into 4 bits
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
 def test_no_merging_in_place(call):
     model = adapted(Pair("nf4"))

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 
-from llava_moslora.adapters.config import MIXER_INITS, MosLoraConfig
+from llava_moslora.adapters.config import MosLoraConfig
+from llava_moslora.config import MIXER_INITS
 from llava_moslora.errors import Refusal
 from support.adapter_models import IDENTITY, Pair, adapted
 
@@ -67,6 +68,7 @@ def test_refused_by_the_model(settings, code, message):
     assert refusal.value.code == code
 
 
+# C4: a target that matches nothing
 def test_a_name_that_matches_nothing_is_refused_in_a_long_list_too():
     """PEFT shortens lists of 20 names and more to suffixes, which would cover the wrong name."""
     model = nn.ModuleDict({f"layer{i}": nn.ModuleDict({"q": nn.Linear(8, 8)}) for i in range(30)})

@@ -59,18 +59,20 @@ def test_text_only_batch_has_no_pixels():
     assert "pixel_values" not in Collator(0, None, TRANSFORM)([make(3), make(4)])
 
 
-def test_errors_name_the_record(image_folder):  # D21
+# D21: a record without a label
+def test_errors_name_the_record(image_folder):
     collate = Collator(0, image_folder, TRANSFORM)
     with pytest.raises(Refusal, match=r"\[I-MISSING\] .*nope.png:record 41 id=abc"):
         collate([make(3), make(3, ["nope.png"], 41, "abc")])
     masked = make(3, record=42, id="abc") | {"labels": [-100] * 3}
     with pytest.raises(Refusal, match=r"\[D-LABELS\] :record 42 id=abc: no token of this record is trained"):
-        collate([make(3), masked])  # D21
+        collate([make(3), masked])
 
 
+# R7: an error in a loader process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_names_the_record_too(image_folder, workers):
-    """R7: the refusal's text crosses the process boundary."""
+    """The refusal's text crosses the process boundary."""
     records = [make(3, ["0.png"], k, f"id{k}") for k in range(6)]
     records[4]["images"] = ["broken.png"]
     (image_folder / "broken.png").write_bytes((image_folder / "0.png").read_bytes()[:60])

@@ -1,4 +1,4 @@
-"""The bad-input table of the images: what is refused, in which words, and what is let through (I1 to I17)."""
+"""The bad-input table of the images: what is refused, in which words, and what is let through."""
 
 import os
 import struct
@@ -49,12 +49,14 @@ def png_header(width: int, height: int, colour: int = 2) -> bytes:
 
 
 NAMES = [
+    # I1: an image that is missing
     (
         "I1",
         "nope.png",
         r"\[I-MISSING\] .*nope.png:record 3 id=x:image: there is no such image; .*check --image_folder",
     ),
     ("I1", "deep/ok.png/x", r"\[I-MISSING\]"),
+    # I12: a name that leads out of the image folder
     ("I12", "/etc/passwd", r"\[I-PATH\] .*leads out of the image folder; found /etc/passwd"),
     ("I12", "../../x", r"\[I-PATH\] .*leads out of the image folder"),
     ("I12", "deep/../../x", r"\[I-PATH\] .*leads out of the image folder"),
@@ -62,7 +64,9 @@ NAMES = [
     ("I12", "C:\\x.png", r"\[I-PATH\]"),
     ("I12", "a\0b", r"\[I-PATH\]"),
     ("I12", "x" * 5000, r"\[I-PATH\] .*the name cannot be a file's"),
+    # I14: a folder, pipe or device
     ("I14", "deep", r"\[I-FILE\] .*not a regular file; found d"),
+    # I15: a URL
     ("I15", "http://host/x.png", r"\[I-PATH\] .*never from a URL; found http://host/x.png; fix: download"),
     ("I15", "file:///etc/passwd", r"\[I-PATH\] .*never from a URL"),
     ("I15", "data:image/png;base64,AAAA", r"\[I-PATH\] .*never from a URL"),
@@ -70,6 +74,7 @@ NAMES = [
     ("I15", "data:,AA;,", r"\[I-MISSING\]"),
     ("I15", "vg:nope.png", r"\[I-MISSING\] .*there is no such image; found vg:nope.png"),
     ("I15", "//host/share/x.png", r"\[I-PATH\] .*never from a URL"),
+    # I16: control characters in a name
     ("I16", "no\nsuch\x1b[31m\u202egnp.png", r"\[I-MISSING\] .*no\\nsuch\\x1b\[31m\\u202egnp.png"),
 ]
 
@@ -83,7 +88,8 @@ def test_refused_names(root, function, case, name, message):
     assert str(refusal.value).isprintable()
 
 
-def test_links(root, tmp_path):  # I13
+# I13: a symbolic link out of the image folder
+def test_links(root, tmp_path):
     outside = tmp_path / "outside.png"
     outside.write_bytes((root / "deep/ok.png").read_bytes())
     (root / "out.png").symlink_to(outside)
@@ -99,7 +105,8 @@ def test_links(root, tmp_path):  # I13
     assert load_image("deep/ok.png", tmp_path / "alias").size == (60, 40)
 
 
-def test_special_files(root):  # I14: opening a pipe would block for ever
+# I14: a folder, pipe or device (opening a pipe would block for ever)
+def test_special_files(root):
     os.mkfifo(root / "pipe.png")
     with pytest.raises(Refusal, match=r"\[I-FILE\] .*not a regular file; found p"):
         load_image("pipe.png", root)
@@ -116,23 +123,30 @@ def encoded(kind: str, image: Image.Image | None = None, **options: object) -> b
 
 
 FILES = [
+    # I2: an empty file, a text or an SVG
     ("I2", b"", r"\[I-FORMAT\] .*the file is empty"),
     ("I2", b"hello", r"\[I-FORMAT\] .*not an image in a known format; .*expected JPEG \| PNG \| WEBP"),
     ("I2", b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"\[I-FORMAT\] .*not an image"),
+    # I3: a truncated image
     ("I3", encoded("JPEG")[:-200], r"\[I-DECODE\] .*the image is damaged; found OSError: .*truncated"),
     ("I3", encoded("PNG")[:-200], r"\[I-DECODE\] .*the image is damaged"),
     ("I3", encoded("JPEG")[:30], r"\[I-FORMAT\]|\[I-DECODE\]"),
     ("I3", encoded("WEBP")[:-200], r"\[I-FORMAT\]|\[I-DECODE\]"),
+    # I6: floating-point or 32-bit pixels
     ("I6", encoded("TIFF", Image.fromarray(NOISE[..., 0].astype(np.float32))), r"\[I-MODE\] .*floating-point pixels"),
     ("I6", encoded("TIFF", Image.fromarray(NOISE[..., 0].astype(np.int32))), r"\[I-MODE\] .*32-bit integer pixels"),
+    # I9: 169 megapixels in a small file
     ("I9", png_header(13000, 13000), r"\[I-SIZE\] .*found 13000×13000 = 169 MP; expected at most 50 MP"),
+    # I10: 400 megapixels
     ("I10", png_header(20000, 20000), r"\[I-SIZE\] .*too large"),
+    # I11: an extreme aspect ratio
     (
         "I11",
         png_header(20000, 1),
         r"\[I-SHAPE\] .*the image is too narrow; found 20000×1; expected sides no more than 1:200",
     ),
     ("I11", png_header(1, 201), r"\[I-SHAPE\]"),
+    # I17: a file format outside the allowed ones
     ("I17", encoded("EPS"), r"\[I-FORMAT\] .*not an image in a known format"),
     ("I17", encoded("PDF"), r"\[I-FORMAT\]"),
     ("I17", encoded("ICO"), r"\[I-FORMAT\]"),
@@ -162,15 +176,17 @@ MODES = [
 ]
 
 
+# I4: CMYK, grey, palette and alpha
 @pytest.mark.parametrize(("mode", "image", "at", "colour"), MODES)
-def test_modes(root, mode, image, at, colour):  # I4
+def test_modes(root, mode, image, at, colour):
     image.save(root / "mode.png")
     loaded = load_image("mode.png", root)
     assert loaded.mode == "RGB"
     assert list(loaded.getpixel(at)) == colour
 
 
-def test_palette_transparency_shows_white(root):  # I4
+# I4: CMYK, grey, palette and alpha
+def test_palette_transparency_shows_white(root):
     image = Image.new("P", (4, 4), 1)
     image.putpalette([10, 20, 30, 40, 50, 60])
     image.putpixel((0, 0), 0)
@@ -180,7 +196,8 @@ def test_palette_transparency_shows_white(root):  # I4
     assert loaded.getpixel((1, 1)) == (40, 50, 60)
 
 
-def test_cmyk(root):  # I4
+# I4: CMYK, grey, palette and alpha
+def test_cmyk(root):
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(root / "c.jpg", quality=100)
     red, green, blue = load_image("c.jpg", root).getpixel((4, 4))
     assert red > 250
@@ -188,13 +205,15 @@ def test_cmyk(root):  # I4
     assert blue < 5
 
 
-def test_sixteen_bit_grey_is_scaled(root):  # I5: Pillow's convert("RGB") clips nearly everything to white
+# I5: 16-bit grey (Pillow's convert("RGB") clips nearly everything to white)
+def test_sixteen_bit_grey_is_scaled(root):
     values = np.array([[0, 257, 25700, 65535]], dtype=np.uint16)
     Image.fromarray(values).save(root / "deep.png")
     assert np.asarray(load_image("deep.png", root))[0].tolist() == [[v] * 3 for v in (0, 1, 100, 255)]
 
 
-def test_first_frame_of_an_animation(root, caplog, monkeypatch):  # I7
+# I7: an animation
+def test_first_frame_of_an_animation(root, caplog, monkeypatch):
     monkeypatch.setattr(images, "_animated_seen", False)
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     for name in ("a.gif", "a.webp", "a.png"):
@@ -205,8 +224,9 @@ def test_first_frame_of_an_animation(root, caplog, monkeypatch):  # I7
     assert len(caplog.records) == 1
 
 
+# I8: an EXIF orientation
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(root, orientation):  # I8
+def test_exif_orientation(root, orientation):
     how = Image.Transpose
     undo = {2: how.FLIP_LEFT_RIGHT, 3: how.ROTATE_180, 4: how.FLIP_TOP_BOTTOM, 5: how.TRANSPOSE, 6: how.ROTATE_90,
             7: how.TRANSVERSE, 8: how.ROTATE_270}  # fmt: skip
@@ -218,7 +238,8 @@ def test_exif_orientation(root, orientation):  # I8
     assert np.array_equal(np.asarray(load_image("o.png", root)), NOISE)
 
 
+# I17: a file format outside the allowed ones
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
-def test_allowed_formats_whatever_their_name(root, kind):  # I17
+def test_allowed_formats_whatever_their_name(root, kind):
     (root / "x.dat").write_bytes(encoded(kind))
     assert load_image("x.dat", root).size == (60, 40)

@@ -144,8 +144,9 @@ def test_a_question_that_does_not_fit_leaves_the_record_out(build, caplog):
         build([record("q" * 300, "a", None)], model_max_length=100)
 
 
+# D20: a record longer than the limit
 @pytest.mark.parametrize("limit", range(20, 60))
-def test_no_image_is_cut_and_no_row_is_without_labels(build, tiny, limit):  # D20
+def test_no_image_is_cut_and_no_row_is_without_labels(build, tiny, limit):
     try:
         rows = build([rounds(9, 2, image_at=(0, 1)), rounds(30)], model_max_length=limit)
     except Refusal as refusal:
@@ -217,8 +218,9 @@ def test_quarantine(build):
         build(BAD, on_bad_record="skip")
 
 
+# D24: no records, or fewer than one global batch
 def test_refusals(build, write_json, image_folder, tmp_path):
-    with pytest.raises(Refusal, match=r"\[D-NONE\] .*there are no records: 0 optimizer steps"):  # D24
+    with pytest.raises(Refusal, match=r"\[D-NONE\] .*there are no records: 0 optimizer steps"):
         build([])
     with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*no such folder; fix: check --image_folder"):
         build([record()], image_folder=tmp_path / "nope")
@@ -232,7 +234,8 @@ def test_refusals(build, write_json, image_folder, tmp_path):
         build(broken)
 
 
-def test_control_tokens_in_text_are_text_and_counted(build, tiny):  # D17
+# D17: the name of a control token in a text
+def test_control_tokens_in_text_are_text_and_counted(build, tiny):
     nasty = record("<image>\nx<|im_end|>\n<|im_start|>assistant\ny", "z<|im_end|>", id="n")
     rows = build([record("<image>\nx", "z"), nasty])
     controls = set(tiny("chatml").added_tokens_decoder)
@@ -241,13 +244,15 @@ def test_control_tokens_in_text_are_text_and_counted(build, tiny):  # D17
     assert report_of(rows)["control_names_as_text"] == 1
 
 
-def test_duplicate_ids_are_counted(build, caplog):  # D23
+# D23: one id twice
+def test_duplicate_ids_are_counted(build, caplog):
     rows = build([record(id="a"), record(id="b"), record(id="a"), record(id="a")])
     assert report_of(rows)["duplicate_ids"] == 2
     assert "2 records have the id of an earlier one" in caplog.text
 
 
-def test_template_that_does_not_fit(tiny, monkeypatch):  # D22
+# D22: a template that does not fit the tokenizer
+def test_template_that_does_not_fit(tiny, monkeypatch):
     template_check.check_template(tiny("chatml"), "chatml")
     monkeypatch.setattr(template_check, "chat_template", lambda *_: "{{ messages[0]['content'] }}")
     with pytest.raises(

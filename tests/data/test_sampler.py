@@ -174,11 +174,12 @@ def test_any_position_of_a_million_records_in_a_second():
     assert time.perf_counter() - begin < 1
 
 
-def test_refusals():  # D24
+# D24: no records, or fewer than one global batch
+def test_refusals():
     with pytest.raises(
         Refusal, match=r"\[D-FEW\] .*0 optimizer steps; found 3331; expected at least 4096 = 64 per device"
     ):
-        make(world=8, accumulation=8, batch=64)  # D24
+        make(world=8, accumulation=8, batch=64)
     with pytest.raises(Refusal, match=r"\[D-FEW\] .*found 0"):
         make(lengths=[], imaged=[])
     with pytest.raises(Refusal, match=r"\[C-ORDER\] .*found random; expected modality_length \| shuffle \| sequential"):

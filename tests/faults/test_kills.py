@@ -31,6 +31,7 @@ def test_one_process(lives, parts, tmp_path):
     clean(Campaign("one process", lives, parts, tmp_path).run(KILLS, SEED), KILLS)
 
 
+# R2: one rank killed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks(lives, parts, tmp_path, stage):
     kills = max(1, KILLS * 2 // 5)
@@ -47,6 +48,7 @@ def test_optimizers_of_eight_bits(lives, parts, tmp_path, optim, zero, world):
     clean(campaign.run(kills, SEED), kills)
 
 
+# R3: killed inside a save
 def test_inside_a_save(lives, parts, tmp_path):
     """Before, after and within every file operation of a save that also prunes."""
     campaign = Campaign("inside a save", lives, parts, tmp_path)

@@ -135,6 +135,7 @@ def test_resumed_run_ends_in_the_same_bytes(trained, parts, tmp_path):
         assert (again / "checkpoint-2" / name).read_bytes() == (trained / "checkpoint-2" / name).read_bytes(), name
 
 
+# K5: a pickle with code
 def test_no_file_of_a_checkpoint_is_a_pickle(trained):
     kinds = {path.suffix for path in (trained / "checkpoint-2").rglob("*") if path.is_file()}
     assert kinds == {".json", ".safetensors", ".md"}
@@ -174,6 +175,7 @@ def test_wrong_content_is_answered_in_one_line(parts, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# C12: an output folder that is not empty
 def test_a_run_is_not_overwritten_unasked(trained, parts):
     assert "the folder is not empty" in refused(flags(parts, trained))
     assert (trained / "checkpoint-2" / "MANIFEST.json").is_file()

@@ -8,6 +8,7 @@ from PIL import Image
 
 from llava_moslora.errors import Refusal
 from llava_moslora.runs.record import read_run
+from support.tiny import write_llm
 from support.training_runs import losses, rows, train
 
 
@@ -45,6 +46,7 @@ def content(run):
     return {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name not in (".lock", ".locked_by")}
 
 
+# C12: an output folder that is not empty
 @pytest.mark.parametrize("case", CASES)
 def test_a_run_is_not_deleted_for_one_that_cannot_start(parts, whole, damaged, tmp_path, case):
     shutil.copytree(whole, tmp_path / "run")
@@ -54,6 +56,7 @@ def test_a_run_is_not_deleted_for_one_that_cannot_start(parts, whole, damaged, t
     assert content(tmp_path / "run") == before
 
 
+# C12: an output folder that is not empty
 @pytest.mark.parametrize("case", CASES)
 def test_the_corrected_call_starts(parts, whole, damaged, tmp_path, case):
     with pytest.raises(ValueError):
@@ -78,7 +81,7 @@ def test_a_run_that_died_in_its_first_step_can_be_started_otherwise(parts, tmp_p
     changes = {"per_device_train_batch_size": 1, "max_steps": 1}
     train(parts, tmp_path / "run", resume=resume, **changes)
     assert len(rows(tmp_path / "run")) == 1
-    assert read_run(tmp_path / "run")["settings"]["training"]["per_device_train_batch_size"] == 1
+    assert read_run(tmp_path / "run").training["per_device_train_batch_size"] == 1
     report = json.loads((tmp_path / "run" / "data" / "report.json").read_text())
     assert report["batch_size"] == 1  # and not that of the first start
 
@@ -105,6 +108,37 @@ def test_a_resume_without_a_valid_checkpoint_touches_nothing(parts, whole, tmp_p
     assert content(run) == before
 
 
+CHANGED = {
+    "a setting": ({"learning_rate": 1e-3}, "found learning_rate 0.001; expected learning_rate 0.01"),
+    "the global batch": ({"per_device_train_batch_size": 1}, "found global_batch_size 1"),
+    "the data": ({"data_path": None}, r"found data_path .*; data \['other-"),
+    "the LLM": ({"model_name_or_path": None}, r"found llm .*model\.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_run_is_refused_before_the_llm_is_loaded(parts, whole, tmp_path, monkeypatch, case):
+    import scripts.train_vit_llm as script
+
+    def loaded(*args, **settings):
+        raise AssertionError("the LLM would be loaded")
+
+    run = shutil.copytree(whole, tmp_path / "run")
+    changes, message = CHANGED[case]
+    if case == "the data":
+        changes = {"data_path": tmp_path / "other.json"}
+        changes["data_path"].write_text(json.dumps(json.loads(parts.data.read_text())[:-1]))
+    if case == "the LLM":
+        changes = {"model_name_or_path": write_llm(tmp_path / "llm", initializer_range=0.03)}
+    before = content(run)
+    monkeypatch.setattr(script, "assemble", loaded)
+    with pytest.raises(Refusal, match=f"K-CHANGED.*{message}"):
+        train(parts, run, resume=True, **changes)
+    assert content(run) == before
+    with pytest.raises(AssertionError):  # what did not change goes further
+        train(parts, run, resume=True)
+
+
 def test_inputs_inside_the_run_are_named_before_anything_is_loaded(parts, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(parts.llm, tmp_path / "run" / "llm")
@@ -120,6 +154,7 @@ def test_a_checkpoint_can_be_read_by_others(whole):
 
 def test_all_that_a_run_writes_is_known_as_its_own(parts, tmp_path):
     """Else --overwrite True would refuse the run's own files, or leave them for the next run."""
+    from llava_moslora.config import TrainingSettings
     from llava_moslora.training.output_dir import check_output, of_a_run
 
     questions = tmp_path / "questions.json"
@@ -128,7 +163,7 @@ def test_all_that_a_run_writes_is_known_as_its_own(parts, tmp_path):
     train(parts, tmp_path / "stage1", tune_mm_mlp_adapter=True)
     for run in (tmp_path / "run", tmp_path / "stage1"):
         assert {path.name for path in of_a_run(run)} == {p.name for p in run.iterdir() if not p.name.startswith(".")}
-        check_output(run, resume=False, overwrite=True)
+        check_output(TrainingSettings(output_dir=str(run), overwrite=True))
 
 
 def test_nothing_saved_is_said(parts, tmp_path, capsys):
@@ -152,9 +187,9 @@ def test_a_damaged_log_stops_no_resume(parts, whole, tmp_path, capsys):
     (run / "metrics.jsonl").write_text(f'{first}\n{{"step": 2, "lo\0ss"}}\n[]\n{second[:9]}}}\n')
     train(parts, run, resume=True)
     assert [row["step"] for row in rows(run)] == [1]
-    assert capsys.readouterr().out.count("metrics.jsonl: 3 damaged lines left out") == 1
+    assert capsys.readouterr().out.count("metrics.jsonl: 3 damaged lines skipped") == 1
     train(parts, run, resume=True)
-    assert "left out" not in capsys.readouterr().out
+    assert "damaged lines" not in capsys.readouterr().out
 
 
 def test_a_resume_saves_as_often_as_it_is_told(parts, tmp_path):

@@ -134,6 +134,7 @@ def test_stage_0_in_16_bits_learns_as_zero2(lives, parts, tmp_path, world):
             torch.testing.assert_close(tensor, found["zero2"][1][name], rtol=1e-5, atol=1e-7)
 
 
+# K11: resumed on another number of ranks or ZeRO stage
 def test_other_stages_and_world_sizes_go_on_where_one_stopped(lives, parts, plain, tmp_path):
     """ZeRO-3 on two ranks, plain PyTorch on one, ZeRO-2 on two, ZeRO-1 on one: the plain run's records and losses."""
     go_on_by_turns(lives, parts, plain, tmp_path, [("zero3", 2), (None, 0), ("zero2", 2), ("zero1", 1)])
@@ -165,6 +166,7 @@ def go_on_by_turns(lives, parts, plain, tmp_path, stages: list[tuple[str | None,
     assert losses(run) == pytest.approx(losses(plain[0]), rel=BOUND)
 
 
+# R12: text on one rank, images on another
 def test_text_and_images_on_different_ranks_do_not_wait_for_each_other(lives, parts, tmp_path):
     """ZeRO-3, every step one rank with images and one without, in turn: 50 steps."""
     rows = json.loads(parts.data.read_text())

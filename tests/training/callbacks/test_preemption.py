@@ -14,8 +14,8 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
-from llava_moslora.training.callbacks.preemption import SIGNALS, Preemption, contact, ignore_signals
+from llava_moslora.runs.checkpoints import checkpoints, newest_valid, step_of
+from llava_moslora.training.callbacks.preemption import SIGNALS, Preemption, catch_lost_ranks, ignore_signals
 from support.launching import LAUNCHER, ROOT, flags, free_port
 
 
@@ -23,7 +23,7 @@ from support.launching import LAUNCHER, ROOT, flags, free_port
 def pause():
     before = {number: signal.getsignal(number) for number in SIGNALS}
     pause = Preemption()
-    pause.listen()
+    pause.install()
     yield pause
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -56,7 +56,7 @@ def test_while_training_the_step_is_finished_and_saved(pause, trainer, number, c
     assert control.should_save and control.should_training_stop
     pause.on_train_end(args, state, control)
     with pytest.raises(Refusal, match=r"P-PAUSED.*start the same command again with --resume True") as refusal:
-        pause.leave("run")
+        pause.refuse_if_interrupted("run")
     assert refusal.value.exit_status == 75
 
 
@@ -73,7 +73,7 @@ def test_alone_no_device_is_asked(pause, trainer):
 def test_a_second_one_later_ends_at_once(pause, trainer, monkeypatch):
     pause.on_train_begin(*trainer)
     os.kill(os.getpid(), signal.SIGTERM)
-    pause.heard_at -= 10
+    pause.received_at -= 10
     sent = []
     kill = os.kill
     monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
@@ -90,7 +90,7 @@ def test_at_the_last_step_there_is_nothing_to_go_on_with(pause, trainer):
     state.global_step = 10
     pause.on_step_end(args, state, control)
     pause.on_train_end(args, state, control)
-    pause.leave("run")
+    pause.refuse_if_interrupted("run")
 
 
 def test_loader_processes_let_it_pass(pause):
@@ -99,6 +99,7 @@ def test_loader_processes_let_it_pass(pause):
         os.kill(os.getpid(), number)
 
 
+# R2: one rank killed
 @pytest.mark.parametrize(
     "lost",
     [  # as they were met when a rank was killed
@@ -110,17 +111,21 @@ def test_loader_processes_let_it_pass(pause):
 )
 def test_a_lost_rank_is_told_in_one_line(lost):
     contact_lost = r"P-RANK.*lost contact with another process.*--resume True"
-    with pytest.raises(Refusal, match=contact_lost) as refusal, contact(lambda: "rank 1 (process 7 on node-a)"):
+    with (
+        pytest.raises(Refusal, match=contact_lost) as refusal,
+        catch_lost_ranks(lambda: "rank 1 (process 7 on node-a)"),
+    ):
         raise RuntimeError(lost)
     assert refusal.value.exit_status == 75 and "more" not in str(refusal.value)
     assert f"found rank 1 (process 7 on node-a); {lost.splitlines()[0]}" in str(refusal.value)
 
 
 def test_other_errors_are_left_alone():
-    with pytest.raises(RuntimeError, match="shapes"), contact():
+    with pytest.raises(RuntimeError, match="shapes"), catch_lost_ranks():
         raise RuntimeError("shapes do not match")
 
 
+# R1: SIGTERM and SIGINT
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["one rank", "the launcher"])
 def test_under_deepspeeds_launcher(parts, tmp_path, to):
@@ -134,7 +139,7 @@ def test_under_deepspeeds_launcher(parts, tmp_path, to):
     with (tmp_path / "said").open("w") as said:
         deepspeed = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
     until = time.monotonic() + 400
-    while not publish.checkpoints(run):
+    while not checkpoints(run):
         assert deepspeed.poll() is None and time.monotonic() < until, (tmp_path / "said").read_text()[-3000:]
         time.sleep(0.5)
     launcher = psutil.Process(deepspeed.pid).children()[0]
@@ -145,8 +150,8 @@ def test_under_deepspeeds_launcher(parts, tmp_path, to):
     text = (tmp_path / "said").read_text()
     assert status == (75 if to == "one rank" else 1), text[-3000:]
     assert "SIGTERM: finishing the step" in text and "error[P-PAUSED]" in text and "Traceback" not in text
-    newest, passed_over = publish.newest_valid(run)
-    assert passed_over == []
+    newest, skipped = newest_valid(run)
+    assert skipped == []
     last = max(int(step) for step in re.findall(r"\s(\d+)/500 \[", text))
-    assert publish.step_of(newest) >= last  # the step that was under way is in it
+    assert step_of(newest) >= last  # the step that was under way is in it
     shutil.rmtree(run)
