@@ -36,6 +36,7 @@ def settings(**training) -> RunSettings:
         DataSettings(["a.json"], data_cache="here"),
         AdapterSettings(lora_r=4, vision_lora_r=2),
         {"seed": 42, "learning_rate": 1e-3} | training,
+        preprocessor={},
         global_batch_size=4,
     )
 
