@@ -32,11 +32,12 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, PreTrai
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.export.export import export
 from llava_moslora.export.writer import PlannedTensor, WeightFiles, write_weights
-from llava_moslora.files import publish
+from llava_moslora.files.tensors import LazyTensor
 from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.llm import llm_on_meta
 from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.vision import read_image_settings
+from llava_moslora.runs.checkpoints import publish_checkpoint
 from llava_moslora.runs.fingerprint import base_fingerprints
 from llava_moslora.runs.record import TOKENIZER, RunSettings, write_run
 from llava_moslora.text.tokenizer import load_tokenizer
@@ -87,7 +88,8 @@ def write_base(folder: Path, gigabytes: float) -> Path:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
     state = llm_on_meta(config, folder).state_dict()
-    plan = [PlannedTensor(name, tuple(t.shape), lambda t=t: draw(tuple(t.shape))) for name, t in state.items()]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    plan = [PlannedTensor(name, LazyTensor(folder, s, lambda s=s: draw(s))) for name, s in shapes.items()]
     write_weights(folder, [WeightFiles("", plan, torch.bfloat16)])
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
@@ -135,7 +137,7 @@ def write_run_folder(run: Path, llm: Path, tower: Path, rank: int) -> None:
         model.peft_config[ADAPTER_NAME].save_pretrained(str(folder / "adapter"))
 
     facts = {"step": 1, "data": {}} | base_fingerprints(parts)
-    publish.publish(run / "checkpoint-1", save, lambda: facts)
+    publish_checkpoint(run / "checkpoint-1", save, lambda: facts)
 
 
 def measure(side: str, run: Path, llm: Path, adapter: Path, output: Path) -> dict:

@@ -53,7 +53,8 @@ def metered(wait: Callable[[], float], meters: list[Meter], job: Job, begin: flo
     def counted_batches(self, *args):
         batches, tokens = get_batch_samples(self, *args)
         for batch in batches:
-            meters[-1].throughput.add(batch)
+            lengths, images = batch["lengths"].tolist(), len(batch.get("pixel_values", ()))
+            meters[-1].throughput.add(lengths, len(batch["label_positions"]), images)
         return batches, tokens
 
     Trainer.__init__, Trainer.get_batch_samples = metered_init, counted_batches

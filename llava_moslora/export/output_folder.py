@@ -16,10 +16,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import MANIFEST, fsync, read_facts, replace_json, sha256
-from llava_moslora.files.publish import CHECKPOINT, checkpoints
+from llava_moslora.errors import Refusal, few
+from llava_moslora.files.disk import fsync
+from llava_moslora.files.json import replace_json
+from llava_moslora.files.manifest import MANIFEST, read_facts, sha256
 from llava_moslora.inference.load import EXPORT, newest_checkpoint
+from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints
 from llava_moslora.runs.fingerprint import WEIGHTS
 
 RESUME_FILE = ".plan.json"  # in staging: what must be the same for an unfinished export to be continued
@@ -53,7 +55,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     if staging.exists() and not _is_staging(staging):
         raise Refusal(
             "C-OUTPUT", "not the staging of an export, but has its name", file=staging, key="--output_dir",
-            found=_few(p.name for p in staging.iterdir()) if staging.is_dir() else "a file",
+            found=few(sorted(p.name for p in staging.iterdir()), 5) if staging.is_dir() else "a file",
             fix="move it away, or choose another --output_dir",
         )  # fmt: skip
 
@@ -89,7 +91,7 @@ def files_of_export(folder: Path) -> list[str]:
     for what, names in (("files that no export wrote", strange), ("files that changed since the export", changed)):
         if names:
             raise Refusal(
-                "C-OUTPUT", f"{what} are not deleted", file=folder, key="--output_dir", found=_few(names),
+                "C-OUTPUT", f"{what} are not deleted", file=folder, key="--output_dir", found=few(sorted(names), 5),
                 fix="move them away, or choose another --output_dir",
             )  # fmt: skip
     return sorted(present)
@@ -120,11 +122,6 @@ def _changed(file: Path, recorded: dict) -> bool:
     if file.is_symlink() or file.stat().st_size != recorded["size"]:
         return True
     return file.suffix not in WEIGHTS and sha256(file) != recorded["sha256"]
-
-
-def _few(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @contextmanager

@@ -11,19 +11,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
 
-from llava_moslora.adapters.fold import PEFT_PREFIX, LowRank
-from llava_moslora.export.trained_run import plan_tensors
-from llava_moslora.export.writer import WeightFiles
-from llava_moslora.files.manifest import write_json
-
-# The fields of adapter_config.json that every version of PEFT knows: one before 0.14 stops at a field it does not.
-CONFIG_FIELDS = (
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
-    *("layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "use_rslora", "use_dora"),
-)
+from llava_moslora.adapters.fold import Adapter, LowRank, named_tensors, save_config
+from llava_moslora.export.writer import PlannedTensor, WeightFiles
 
 
 @dataclass(frozen=True)
@@ -43,23 +33,21 @@ class AdapterFolder:
     task: str | None = None
 
     @property
+    def config(self) -> LoraConfig:
+        return adapter_config(self.layers, self.base, depth=self.depth, task=self.task)
+
+    @property
     def weights(self) -> WeightFiles:
-        return adapter_weights(self.layers, self.name)
+        return adapter_weights(Adapter(self.config, dict(self.layers), {}), self.name)
 
     def write_config(self, export: Path) -> None:
-        save_config(adapter_config(self.layers, self.base, depth=self.depth, task=self.task), export / self.name)
+        save_config(self.config, export / self.name)
 
 
-def adapter_weights(
-    layers: Mapping[str, LowRank], folder: str, whole: Mapping[str, Tensor] | None = None
-) -> WeightFiles:
-    """Factors in float32, as trained, under PEFT's names; ``whole``: parameters saved whole (``modules_to_save``)."""
-    tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in (whole or {}).items()}
-    for name, layer in layers.items():
-        assert layer.w is None, f"{name} still has a mixer"
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.a
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.b
-    return WeightFiles(folder, plan_tensors(tensors), torch.float32, stem="adapter_model")
+def adapter_weights(adapter: Adapter, folder: str) -> WeightFiles:
+    """Factors and parameters saved whole (``modules_to_save``) in float32, as trained, under PEFT's names."""
+    planned = [PlannedTensor(name, tensor) for name, tensor in named_tensors(adapter).items()]
+    return WeightFiles(folder, planned, torch.float32, stem="adapter_model")
 
 
 def adapter_config(layers: Mapping[str, LowRank], base: str, *, depth: int | None, task: str | None) -> LoraConfig:
@@ -93,11 +81,3 @@ def adapter_config(layers: Mapping[str, LowRank], base: str, *, depth: int | Non
 def _whole(number: float) -> float | int:
     """Alphas are usually written as whole numbers, and some readers insist."""
     return round(number) if math.isclose(number, round(number), rel_tol=1e-9) else number
-
-
-def save_config(config: LoraConfig, folder: Path) -> None:
-    """``adapter_config.json`` with :data:`CONFIG_FIELDS` only."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = config.to_dict()
-    stored = {key: sorted(v) if isinstance(v := stored[key], set) else v for key in CONFIG_FIELDS}
-    write_json(folder / "adapter_config.json", stored)

@@ -8,8 +8,8 @@ another model of the same kind, and the result would run and be wrong.
 from __future__ import annotations
 
 import copy
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,18 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from llava_moslora.adapters.fold import PEFT_PREFIX, LowRank, folded
+from llava_moslora.adapters.fold import LowRank, Update, fold_layers
 from llava_moslora.adapters.load import read_adapter
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, few
 from llava_moslora.export.writer import PlannedTensor
+from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import read_facts
-from llava_moslora.files.tensors import LazyTensor, read_json, read_tensor_file
+from llava_moslora.files.tensors import LazyTensor
 from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.models.assemble import mean_row
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
-from llava_moslora.models.names import LM_HEAD, PROJECTOR, part_of, standalone_name
+from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of, standalone_name
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
 from llava_moslora.runs.fingerprint import check_base
@@ -37,19 +38,6 @@ from llava_moslora.text.tokenizer import load_tokenizer
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
 EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class LazyLowRank:
-    """A layer's adapter in the checkpoint: ΔW of ``shape`` (out, in), read and folded to a plain LoRA when wanted."""
-
-    shape: tuple[int, int]
-    scaling: float
-    parts: dict[str, LazyTensor]  # A, B and, where there is one, mixer
-
-    def read(self) -> LowRank:
-        a, mixer, b = (self.parts[part].read() if part in self.parts else None for part in ("A", "mixer", "B"))
-        return LowRank(folded(a, mixer), None, b, self.scaling)
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,7 @@ class TrainedRun:
     vision: dict[str, LazyTensor]
     preprocessor: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
-    adapter: dict[str, LazyLowRank] | None
+    adapter: dict[str, Update] | None
     projector: dict[str, Tensor]
     merge_base: str
 
@@ -102,16 +90,18 @@ class TrainedRun:
         """Rows of embedding and head in the trained model."""
         return max(self.llm_config.vocab_size, len(self.tokenizer))
 
-    def updates(self, *parts: str) -> dict[str, LazyLowRank]:
-        """The adapters of ``parts`` of the composed model, by weight name in the model of that part alone."""
+    def updates(self, *parts: str) -> dict[str, Update]:
+        """The adapters of ``parts`` (:data:`llava_moslora.models.names.PARTS`), by module name in the model of that
+        part alone: ``model.layers.0.mlp.up_proj``."""
         layers = (self.adapter or {}).items()
-        return {standalone_name(name) + ".weight": layer for name, layer in layers if part_of(name) in parts}
+        return {standalone_name(name): layer for name, layer in layers if part_of(name) in parts}
 
-    def updates_of_original(self, *parts: str) -> dict[str, LowRank]:
-        """The same by module name, read, for a base as it was downloaded: its head has no rows for appended tokens."""
-        layers = {name.removesuffix(".weight"): layer.read() for name, layer in self.updates(*parts).items()}
+    def loras(self, *parts: str) -> dict[str, LowRank]:
+        """As :meth:`updates`, folded to plain LoRAs over the original base: its LM head lacks the appended tokens."""
+        layers = fold_layers(self.updates(*parts))
         if head := layers.get(LM_HEAD):
-            layers[LM_HEAD] = dataclasses.replace(head, b=head.b[: self.llm_config.vocab_size])
+            rows = self.llm_config.vocab_size
+            layers[LM_HEAD] = replace(head, b=head.b.then(lambda b: b[:rows], shape=(rows, head.rank)))
         return layers
 
     def llm_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
@@ -128,28 +118,19 @@ class TrainedRun:
             sketch = llm_on_meta(self.llm_config, self.llm_folder)
             linears = {n for n, module in sketch.named_modules() if isinstance(module, nn.Linear) and n != LM_HEAD}
             quantised = {f"{name}.weight" for name in linears}
-        plan = []
-        for name, s in stored.items():
+        for name, tensor in stored.items():
             extra = self.vocabulary - self.llm_config.vocab_size if name in (EMBEDDING, HEAD_WEIGHT) else 0
-            read = s.read
             if name in quantised:
-                read = _Dequantised(s)
+                stored[name] = tensor.then(_quantise_and_dequantise)
             elif extra:
-                read = _Extended(s, extra)
-            update = updates[name].read if name in updates else None
-            plan.append(PlannedTensor(name, (s.shape[0] + extra, *s.shape[1:]), read, update))
-        _check_fit(updates, plan, self.checkpoint)
-        return plan
+                shape = (tensor.shape[0] + extra, *tensor.shape[1:])
+                stored[name] = tensor.then(partial(_extend, extra=extra), shape)
+        return _plan(stored, updates, self.checkpoint)
 
     def vision_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
         """The complete tower's tensors under transformers 5's names (``encoder.layers.…``)."""
         updates = self.updates("vision_tower") if merged else {}
-        plan = [
-            PlannedTensor(name, tensor.shape, tensor.read, updates[name].read if name in updates else None)
-            for name, tensor in self.vision.items()
-        ]
-        _check_fit(updates, plan, self.checkpoint)
-        return plan
+        return _plan(self.vision, updates, self.checkpoint)
 
     def exported_llm_config(self, dtype: torch.dtype) -> PreTrainedConfig:
         """With rows for appended tokens, and a head of its own."""
@@ -179,29 +160,17 @@ class TrainedRun:
         )
 
 
-@dataclass(frozen=True)
-class _Extended:
-    """Rows more for appended tokens, float32: a mean rounded to a 16-bit base would not be a float32 model's row."""
-
-    stored: LazyTensor
-    extra: int
-
-    def __call__(self) -> Tensor:
-        tensor = self.stored.read().float()
-        return torch.cat([tensor, mean_row(tensor).expand(self.extra, -1)])
+def _extend(weight: Tensor, extra: int) -> Tensor:
+    """``extra`` rows for appended tokens, float32: a mean rounded to a 16-bit base would not be a float32 model's."""
+    weight = weight.float()
+    return torch.cat([weight, mean_row(weight).expand(extra, -1)])
 
 
-@dataclass(frozen=True)
-class _Dequantised:
+def _quantise_and_dequantise(weight: Tensor) -> Tensor:
     """What training saw of a weight: quantised to NF4 as loading does it, and dequantised, in float32."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    stored: LazyTensor
-
-    def __call__(self) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        weight = self.stored.read().float()
-        return dequantize_4bit(*quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4"))
+    return dequantize_4bit(*quantize_4bit(weight.float(), blocksize=64, compress_statistics=True, quant_type="nf4"))
 
 
 def open_trained(
@@ -257,42 +226,39 @@ def open_trained(
     )
 
 
-def plan_tensors(tensors: dict[str, Tensor]) -> list[PlannedTensor]:
-    """Tensors in memory as a plan."""
-    return [PlannedTensor(name, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()]
+def _plan(tensors: dict[str, LazyTensor], updates: dict[str, Update], checkpoint: Path) -> list[PlannedTensor]:
+    """``tensors`` with the adapters of the modules that they are the weights of.
 
-
-def _check_fit(updates: dict[str, LazyLowRank], plan: list[PlannedTensor], checkpoint: Path) -> None:
-    """Refuse adapters of layers that the base does not have, or has in another shape."""
-    shapes = {planned.name: planned.shape for planned in plan}
-    for name, layer in updates.items():
-        if shapes.get(name) != layer.shape:
+    Raises:
+        Refusal: K-ADAPTER, an adapter of a layer that the base does not have, or has in another shape.
+    """
+    updates = {f"{module}.weight": update for module, update in updates.items()}
+    for name, update in updates.items():
+        found = tensors[name].shape if name in tensors else None
+        if found != update.shape:
             raise Refusal(
                 "K-ADAPTER", "the adapter does not fit the base", file=checkpoint, key=name,
-                found=shapes.get(name, "no such layer"), expected=layer.shape, fix="give the base it was trained on",
+                found=found or "no such layer", expected=update.shape, fix="give the base it was trained on",
             )  # fmt: skip
+    return [PlannedTensor(name, tensor, updates.get(name)) for name, tensor in tensors.items()]
 
 
 def _read_checkpoint(
     checkpoint: Path, vision_width: int, llm_width: int
-) -> tuple[dict[str, LazyLowRank] | None, dict[str, Tensor]]:
-    """The adapter, not read, and the projector's four tensors, of a stage-1 or stage-2 checkpoint."""
+) -> tuple[dict[str, Update] | None, dict[str, Tensor]]:
+    """The adapter, not read yet, and the projector's four tensors, of a stage-1 or stage-2 checkpoint."""
     folder = checkpoint / "adapter"
     if not folder.is_dir():
         return None, read_projector(checkpoint / "projector", vision_width, llm_width)
-    trained = read_adapter(folder)  # checks every name and shape; its tensors are mapped, and let go
-    if trained.others.keys() != {f"{PROJECTOR}.{key}" for key in KEYS}:
+    adapter = read_adapter(folder)  # checks every name and shape
+    if adapter.others.keys() != {f"{PROJECTOR}.{key}" for key in KEYS}:
         raise Refusal(
-            "K-ADAPTER", "not the projector beside the adapters", file=folder,
-            found=", ".join(sorted(trained.others)) or "none", expected=f"the four tensors of {PROJECTOR}",
+            "K-ADAPTER", "not the projector next to the adapters", file=folder,
+            found=few(sorted(adapter.others), 8) or "none", expected=f"the four tensors of {PROJECTOR}",
             fix="use another checkpoint",
         )  # fmt: skip
-    projector = {standalone_name(name): tensor.clone() for name, tensor in trained.others.items()}
-    stored = read_tensor_file(folder / "adapter_model.safetensors")
-    layers = {}
-    for name, layer in trained.layers.items():
-        names = {part: f"{PEFT_PREFIX}{name}.lora_{part}.weight" for part in ("A", "mixer", "B")}
-        parts = {part: stored[key] for part, key in names.items() if key in stored}
-        assert (layer.w is None) == ("mixer" not in parts), f"{name} was read with another mixer than is stored"
-        layers[name] = LazyLowRank((len(layer.b), layer.a.shape[1]), layer.scaling, parts)
-    return layers, projector
+    adapted = tuple(f"{module}." for module in (LLM, VISION_TOWER, LM_HEAD))
+    if foreign := [name for name in adapter.layers if not f"{name}.".startswith(adapted)]:
+        what, fix = "adapters outside the LLM and the vision tower", "use another checkpoint"
+        raise Refusal("K-ADAPTER", what, file=folder, found=few(foreign), fix=fix)
+    return adapter.layers, {standalone_name(name): tensor.read().clone() for name, tensor in adapter.others.items()}

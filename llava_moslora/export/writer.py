@@ -12,7 +12,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from llava_moslora.adapters.fold import LowRank, merge
+from llava_moslora.adapters.fold import Update, add
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import fsync, write_json
+from llava_moslora.files.disk import fsync
+from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.tensors import LazyTensor, in_memory
 from llava_moslora.models.llm import with_old_rope
 
 SHARD_BYTES = 2 * 1024**3
@@ -33,13 +35,15 @@ DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the export: name, shape, how to read the base's tensor, and how to read the adapter that is merged
-    into it."""
+    """A tensor of the export: its name, the base's tensor, and the adapter that is merged into it."""
 
     name: str
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-    update: Callable[[], LowRank] | None = None
+    tensor: LazyTensor
+    update: Update | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class WeightFiles:
         if len(shards) == 1:
             return {f"{self.stem}.safetensors": shards[0]}
         return {f"{self.stem}-{k:05d}-of-{len(shards):05d}.safetensors": s for k, s in enumerate(shards, start=1)}
+
+
+def plan_tensors(tensors: Mapping[str, Tensor]) -> list[PlannedTensor]:
+    """Tensors in memory, exported as they are."""
+    return [PlannedTensor(name, tensor) for name, tensor in in_memory(tensors, Path()).items()]
 
 
 def renamed(tensors: Iterable[PlannedTensor], *prefixes: tuple[str, str]) -> list[PlannedTensor]:
@@ -151,21 +160,19 @@ def merged_blocks(planned: PlannedTensor, dtype: torch.dtype) -> Iterator[Tensor
     Raises:
         Refusal: K-NONFINITE, the tensor would hold NaN or Inf.
     """
-    base = planned.read()
+    base, update = planned.tensor.read(), planned.update
     assert tuple(base.shape) == planned.shape, f"{planned.name} was planned as {planned.shape}, is {base.shape}"
-    update = None if planned.update is None else planned.update()
     step = max(1, BLOCK // max(1, math.prod(planned.shape[1:])))
     for begin in range(0, len(base), step):
         stored = rows = base[begin : begin + step]
         if update is not None:
-            part = LowRank(update.a, None, update.b[begin : begin + step], update.scaling)
-            rows = merge(rows.float(), part)
+            rows = add(rows.float(), update.delta_rows(begin, begin + len(rows)))
         rounded = rows.to(dtype).contiguous()
         check_finite(planned.name, stored, update, rows, rounded)
         yield rounded
 
 
-def check_finite(name: str, stored: Tensor, update: LowRank | None, rows: Tensor, rounded: Tensor) -> None:
+def check_finite(name: str, stored: Tensor, update: Update | None, rows: Tensor, rounded: Tensor) -> None:
     """Refuse rows of the tensor ``name`` that hold NaN or Inf, and say where these come from.
 
     Args:
@@ -180,9 +187,9 @@ def check_finite(name: str, stored: Tensor, update: LowRank | None, rows: Tensor
     if not stored.isfinite().all():
         where = "in the adapter" if ".lora_" in name else "in the base or the projector"
         found, fix = f"{_not_finite(stored)} {where}", "download the base again, or export an earlier checkpoint"
-    elif update is not None and not (update.a.isfinite().all() and update.b.isfinite().all()):
-        value = _not_finite(update.a if not update.a.isfinite().all() else update.b)
-        found, fix = f"{value} in the adapter", "export an earlier checkpoint, and see metrics.jsonl for where it began"
+    elif factors := [value for t in (update.tensors if update else {}).values() if (value := _not_finite(t.read()))]:
+        found = f"{factors[0]} in the adapter"
+        fix = "export an earlier checkpoint, and see metrics.jsonl for where it began"
     elif not rows.isfinite().all():
         found, fix = "an adapter too large to be added in float32", "export an earlier checkpoint"
     else:
@@ -193,9 +200,11 @@ def check_finite(name: str, stored: Tensor, update: LowRank | None, rows: Tensor
 
 
 def _not_finite(tensor: Tensor) -> str:
-    """The first value of ``tensor`` that is not finite: NaN, Inf or -Inf."""
-    value = tensor[~tensor.isfinite()][0].item()
-    return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+    """The first value of ``tensor`` that is not finite: NaN, Inf or -Inf; "" if all are."""
+    values = tensor[~tensor.isfinite()]
+    if not len(values):
+        return ""
+    return "NaN" if values[0].isnan() else "Inf" if values[0] > 0 else "-Inf"
 
 
 def save_config(config: PreTrainedConfig, folder: Path) -> None:
@@ -203,7 +212,7 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
     file = folder / "config.json"
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_json(file)
     if "text_config" in stored:
         stored["text_config"] = with_old_rope(stored["text_config"])
     write_json(file, with_old_rope(stored))
@@ -216,4 +225,4 @@ def known_to_transformers_4(folder: Path) -> None:
     """
     file = folder / "tokenizer_config.json"
     known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | known)
+    write_json(file, read_json(file) | known)

@@ -13,15 +13,15 @@ from transformers import PreTrainedTokenizerFast
 from llava_moslora.config import ModelSettings
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
+from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import MANIFEST, read_facts
-from llava_moslora.files.tensors import read_json
 from llava_moslora.models.assemble import assemble, tokens_per_image
 from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import read_vision_config
+from llava_moslora.runs.checkpoints import checkpoints, newest_valid
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, read_run
 from llava_moslora.text.conversation import recognise_template
@@ -50,13 +50,13 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         Refusal: the run has none, or the newest is not this run's own: renamed, or of another seed.
     """
-    checkpoint, passed_over = publish.newest_valid(run)
+    checkpoint, skipped = newest_valid(run)
     if checkpoint is None:
         raise Refusal(
             "K-NONE",
             "the run has no valid checkpoint",
             file=run,
-            found="; ".join(r.line() for r in passed_over) or "none at all",
+            found="; ".join(r.line() for r in skipped) or "none at all",
             fix="let the training reach its first --save_steps, or its end",
         )
     check_seed(read_run(run), checkpoint, read_facts(checkpoint))
@@ -99,7 +99,7 @@ def load_run(
     if trained:
         checkpoint = checkpoint or newest_checkpoint(run)
     elif checkpoint is None:  # whichever: all say which base the run began from; before the first there is none to ask
-        checkpoint = next((c for c in publish.checkpoints(run) if (c / MANIFEST).is_file()), None)
+        checkpoint = next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
     if checkpoint is not None:
         _check_bases(model_settings, checkpoint, with_projector=not trained)
     if trained:  # every checkpoint holds the whole projector

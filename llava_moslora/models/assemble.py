@@ -19,7 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_moslora.config import AdapterSettings, ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import read_json
+from llava_moslora.files.json import read_json
 from llava_moslora.models.adapt import add_adapters, train_projector_only
 from llava_moslora.models.attention import set_attention
 from llava_moslora.models.llava import Llava

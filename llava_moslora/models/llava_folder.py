@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig
 
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import LazyTensor, read_json, read_tensor_folder
+from llava_moslora.files.json import read_json
+from llava_moslora.files.tensors import LazyTensor, read_tensor_folder
 from llava_moslora.models.towers import CLIP, KINDS, kind_name
 
 TRANSFORMERS, ORIGINAL = "LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"

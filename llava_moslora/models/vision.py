@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import LazyTensor, check_tensors, held, read_json, read_tensor_folder
+from llava_moslora.files.json import read_json
+from llava_moslora.files.tensors import LazyTensor, check_tensors, in_memory, read_tensor_folder
 from llava_moslora.models import llava_folder, open_clip
 from llava_moslora.models.preprocessing import read_preprocessing
 from llava_moslora.models.towers import KINDS, kind_name, kind_of
@@ -69,7 +70,7 @@ def read_vision_tensors(spec: str | Path, config: PreTrainedConfig) -> dict[str,
     spec = str(spec)
     if spec.startswith(open_clip.PREFIX):
         _, _, source = open_clip.find_source(spec)
-        found = held(open_clip.clip_tensors(open_clip.read_visual_tensors(source), source), source)
+        found = in_memory(open_clip.clip_tensors(open_clip.read_visual_tensors(source), source), source)
         return _checked(config, found, source)
     folder = Path(spec)
     whole = llava_folder.is_llava_folder(folder)
@@ -123,7 +124,7 @@ def from_open_clip(
     """
     config = open_clip.tower_config(model_cfg, source)
     settings = open_clip.preprocessing(preprocess_cfg, config.image_size, source)
-    found = _checked(config, held(open_clip.clip_tensors(tensors, source), source), source)
+    found = _checked(config, in_memory(open_clip.clip_tensors(tensors, source), source), source)
     return _load(config, found, dtype), settings
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from llava_moslora.config import DataSettings, ModelSettings, TrainingSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
 from llava_moslora.files.manifest import MANIFEST
 from llava_moslora.inference.load import EXPORT
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
+from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints
 from llava_moslora.runs.record import RUN, TOKENIZER, is_run
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks import metrics
@@ -137,12 +137,12 @@ def _check_replaceable(run: Path, inputs: Iterable[tuple[str, Path]], places: li
 
 def of_a_run(run: Path) -> list[Path]:
     """What has, directly in the folder, a name that a run gives."""
-    return [p for p in run.iterdir() if NAMES.fullmatch(p.name) or publish.CHECKPOINT.fullmatch(p.name)]
+    return [p for p in run.iterdir() if NAMES.fullmatch(p.name) or CHECKPOINT.fullmatch(p.name)]
 
 
 def has_begun(run: Path) -> bool:
     """Whether ``run`` holds a run that saved or logged a step; one that was refused before can be begun again."""
-    return (run / RUN).is_file() and bool(publish.checkpoints(run) or metrics.read_rows(run / metrics.METRICS_FILE))
+    return (run / RUN).is_file() and bool(checkpoints(run) or metrics.read_rows(run / metrics.METRICS_FILE))
 
 
 def _content(run: Path) -> list[Path]:

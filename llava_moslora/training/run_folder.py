@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,9 +21,12 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.config import TrainingSettings
+from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
+from llava_moslora.files import disk
 from llava_moslora.files.manifest import read_facts
+from llava_moslora.files.publish import sweep
+from llava_moslora.runs.checkpoints import lock_run, newest_valid
 from llava_moslora.runs.record import GROUPS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
 from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
 
@@ -75,7 +79,7 @@ def open_run(
     except Refusal:
         lock.release()
         raise
-    publish.sweep(run)
+    sweep(run)
     return lock, checkpoint
 
 
@@ -83,7 +87,7 @@ def _checkpoint_to_resume(
     run: Path, settings: RunSettings, fingerprints: dict[str, Any], allow_change: list[str]
 ) -> Path | None:
     record = read_run(run)
-    checkpoint, skipped = publish.newest_valid(run)
+    checkpoint, skipped = newest_valid(run)
     if checkpoint is None and skipped:
         raise Refusal(
             "K-NONE", "no checkpoint of this run is valid, and beginning at step 1 would replace them", file=run,
@@ -137,6 +141,29 @@ def record_run(run: Path, settings: RunSettings, tokenizer: PreTrainedTokenizerF
     tokenizer.save_pretrained(run / TOKENIZER)
 
 
+def write_first_files(
+    training: TrainingSettings,
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    report: Callable[[Path], None],
+    inputs: Iterable[tuple[str, Path]] = (),
+) -> None:
+    """What a run folder that :func:`open_run` locked holds before the first step; of a resumed run, renewed.
+
+    Args:
+        report: as for :func:`begin_run`. inputs: as for :func:`open_run`.
+
+    Raises:
+        Refusal: as :func:`check_output`: the folder may have changed since it was opened.
+    """
+    run, record = Path(training.output_dir), partial(record_run, settings=settings, tokenizer=tokenizer)
+    if training.resume and has_begun(run):
+        record(run)
+        return
+    check_output(training, inputs)
+    begin_run(run, record, report)
+
+
 def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path], None]) -> None:
     """Put the first files of a new run into a locked folder, in place of the run that may be there.
 
@@ -155,12 +182,12 @@ def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path]
             os.rename(Path(staging) / DATA_REPORT, run / DATA_REPORT)
         except BaseException:
             for path in of_a_run(run):
-                publish.delete(path)
+                disk.delete(path)
             _put_back(run, old)
             raise
     trash = old.with_suffix(".trash")
     os.rename(old, trash)
-    publish.delete(trash)
+    disk.delete(trash)
 
 
 def _set_aside(run: Path) -> Path:
@@ -207,15 +234,15 @@ def check_shared(run: Path, patience: float = 15) -> None:
     Raises:
         Refusal: C-SHARED on all ranks, where one does not see it (several hosts without a common file system).
     """
-    name = publish.from_rank_0(f".seen-{secrets.token_hex(4)}")
-    if publish.rank() == 0:
+    name = from_rank_0(f".seen-{secrets.token_hex(4)}")
+    if rank() == 0:
         (run / name).touch()
     asked = time.monotonic()
-    publish.from_all_ranks(None)  # nobody looks before it is there
+    from_all_ranks(None)  # nobody looks before it is there
     while not (seen := (run / name).exists()) and time.monotonic() < asked + patience:
         time.sleep(0.5)  # a network file system may answer from its cache
-    blind = [rank for rank, sees in enumerate(publish.from_all_ranks(seen)) if not sees]
-    if publish.rank() == 0:
+    blind = [number for number, sees in enumerate(from_all_ranks(seen)) if not sees]
+    if rank() == 0:
         (run / name).unlink()
     if blind:
         raise Refusal(
@@ -229,7 +256,7 @@ def check_shared(run: Path, patience: float = 15) -> None:
 
 
 def _lock(run: Path) -> FileLock:
-    lock = publish.lock_run(run)
+    lock = lock_run(run)
     for aside in run.glob(f".*{SET_ASIDE}"):  # a process was killed while it replaced a run
         _put_back(run, aside)
     return lock
@@ -238,6 +265,6 @@ def _lock(run: Path) -> FileLock:
 def _put_back(run: Path, aside: Path) -> None:
     for path in sorted(aside.iterdir(), key=lambda path: path.name != RUN):
         if (run / path.name).exists():  # the new run's
-            publish.delete(run / path.name)
+            disk.delete(run / path.name)
         os.rename(path, run / path.name)
     aside.rmdir()

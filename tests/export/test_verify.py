@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llava_moslora.export.export import export
-from llava_moslora.files.manifest import read_manifest
+from llava_moslora.files.manifest import verify_manifest
 from support.export_runs import trained_run
 
 
@@ -24,7 +24,7 @@ def test_report(folder):
     assert report["same_prompt_ids"] and report["same_greedy_answers"] and len(report["answers"]) == 3
     assert 0 <= report["largest_difference"]["logits"] <= 1e-5 < report["largest_value"]["logits"]
     assert report["logits_difference_from_the_run_as_trained"] <= 1e-5
-    assert read_manifest(folder)["proof"] == "passed"  # every file of the export is hashed in it
+    assert verify_manifest(folder)["proof"] == "passed"  # every file of the export is hashed in it
 
 
 def test_card(folder, parts):

@@ -302,7 +302,7 @@ def test_gpu_variable_length_kernel(window, dtype, tolerance):
     (expected * weights.double()).sum().backward()
     there = [x.cuda().requires_grad_() for x in inputs]
     settings = {"scaling": 0.125, "sliding_window": window, "cu_seq_lens_q": starts.cuda(), "max_length_q": 120}
-    found, _ = attention.attend(torch.nn.Module(), *there, attention.no_mask(there[0]), **settings)
+    found, _ = attention.attention_forward(torch.nn.Module(), *there, attention.empty_mask(there[0]), **settings)
     (found * weights.cuda()).sum().backward()
     pairs = [(found, expected), *((ours.grad, right.grad) for ours, right in zip(there, exact, strict=True))]
     for ours, right in pairs:
@@ -333,15 +333,15 @@ def test_gpu_flash_attention_and_no_wait(family, packed):
 
 
 @pytest.mark.parametrize("trained_head", [False, True])
-def test_many_labels_are_a_loss_in_pieces(monkeypatch, trained_head):
-    """The same sum and gradients as all logits at once, and the logits of no more than a piece at a time."""
-    monkeypatch.setattr("llava_moslora.models.llava.LOSS_ROWS", 4)
+def test_many_labels_are_a_loss_in_chunks(monkeypatch, trained_head):
+    """The same sum and gradients as all logits at once, and the logits of one chunk at a time."""
+    monkeypatch.setattr("llava_moslora.models.llava.LOSS_CHUNK", 4)
     torch.manual_seed(0)
     hidden, targets = torch.randn(10, 32, requires_grad=True), torch.randint(0, 50, (10,))  # (S, D), (S)
     head, seen = torch.nn.Linear(32, 50, bias=False).requires_grad_(trained_head), []
     head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     model = SimpleNamespace(lm_head=head)
-    model._piece_of_loss = lambda *piece: Llava._piece_of_loss(model, *piece)
+    model._chunk_loss = lambda *chunk: Llava._chunk_loss(model, *chunk)
     wanted = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     loss = Llava._summed_loss(model, hidden, targets)
     gradients = torch.autograd.grad(loss, wanted)

@@ -12,8 +12,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_moslora.files import publish
 from llava_moslora.files.manifest import sha256
+from llava_moslora.runs.checkpoints import newest_valid
 from support.launching import ROOT, flags
 from support.lives import Life, Lives
 
@@ -199,7 +199,7 @@ class Campaign:
         if self.main:
             return
         published = any(row["step"] > 2 for life in lived for row in life.watched())
-        if published and publish.newest_valid(run)[0] is None:
+        if published and newest_valid(run)[0] is None:
             self.tally.instants_without_valid_checkpoint += 1
 
     def _compare(self, run: str, lived: list[Life]) -> None:

@@ -7,9 +7,9 @@ import torch
 
 from llava_moslora.config import DataSettings, TowerAdapter
 from llava_moslora.export import probe, verify
-from llava_moslora.files import publish
 from llava_moslora.models.adapt import add_adapters
 from llava_moslora.models.assemble import assemble
+from llava_moslora.runs.checkpoints import publish_checkpoint
 from llava_moslora.runs.fingerprint import base_fingerprints
 from llava_moslora.runs.record import TOKENIZER, RunSettings, write_run
 from llava_moslora.text.tokenizer import load_tokenizer
@@ -66,5 +66,5 @@ def trained_run(
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
 
     facts = {"step": 1, "data": {"data.json": "0"}} | base_fingerprints(parts)
-    publish.publish(run / "checkpoint-1", save, lambda: facts)
+    publish_checkpoint(run / "checkpoint-1", save, lambda: facts)
     return model.eval()

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from llava_moslora.files import publish
+from llava_moslora.distributed import rank
 from llava_moslora.models.assemble import assemble
 from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training.callbacks.preemption import SIGNALS
@@ -37,7 +37,7 @@ def broken(model, where: str, only_rank: int = 0):
 
     def second(value):
         calls.append(None)
-        return value * float("nan") if len(calls) == 2 and publish.rank() == only_rank else value
+        return value * float("nan") if len(calls) == 2 and rank() == only_rank else value
 
     if where == "loss":
         model.base_model.model.lm_head.register_forward_hook(lambda module, inputs, output: second(output))

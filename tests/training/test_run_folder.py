@@ -12,8 +12,9 @@ import pytest
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
 from llava_moslora.errors import Refusal, defect
-from llava_moslora.files import publish
+from llava_moslora.files import disk
 from llava_moslora.inference.load import newest_checkpoint
+from llava_moslora.runs.checkpoints import checkpoints, lock_run, prune, publish_checkpoint
 from llava_moslora.runs.fingerprint import fingerprint
 from llava_moslora.runs.record import RUN, RunSettings, read_run, write_run
 from llava_moslora.training.output_dir import check_output, has_begun
@@ -68,7 +69,7 @@ def save(folder, step, **facts):
     def write(staging):
         (staging / FILE).write_bytes(b"weights")
 
-    publish.publish(folder / f"checkpoint-{step}", write, lambda: {"step": step, "seed": 42, **FACTS, **facts})
+    publish_checkpoint(folder / f"checkpoint-{step}", write, lambda: {"step": step, "seed": 42, **FACTS, **facts})
 
 
 def reopen(run, now=None, facts=FACTS, allow=()):
@@ -115,7 +116,7 @@ def test_without_a_valid_checkpoint_nothing_is_resumed_and_nothing_touched(run, 
         reopen(run)
     assert refusal.value.code == "K-NONE" and refusal.value.exit_status == 3
     assert content(run) == before
-    publish.lock_run(run, patience=0).release()
+    lock_run(run, patience=0).release()
 
 
 # K6: decoys, and what a kill left
@@ -159,8 +160,8 @@ def test_nothing_in_it_uses_file_times(run):
     for step in (3, 4):
         save(run, step)
         os.utime(run / f"checkpoint-{step}", (0, 0))
-    publish.prune(run, keep=2)
-    assert [p.name for p in publish.checkpoints(run)] == ["checkpoint-4", "checkpoint-3"]
+    prune(run, keep=2)
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-4", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty", "killed before run.json"])
@@ -390,7 +391,7 @@ def test_a_kill_while_a_run_is_replaced_loses_nothing(run, monkeypatch, when):
             os, "rename", lambda *paths: rename(*paths) if not calls.append(1) and len(calls) < 3 else kill()
         )
     else:
-        monkeypatch.setattr(publish, "delete", kill)
+        monkeypatch.setattr(disk, "delete", kill)
     with pytest.raises((Killed, OSError)):
         begin(run, fail=True, learning_rate=1.0)
     monkeypatch.undo()
@@ -544,7 +545,7 @@ def test_one_process_sees_its_own_folder(tmp_path):
 
 
 def test_a_rank_that_sees_another_disk_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "from_all_ranks", lambda value: [value, False])
+    monkeypatch.setattr("llava_moslora.training.run_folder.from_all_ranks", lambda value: [value, False])
     with pytest.raises(Refusal, match=r"C-SHARED.*not every process sees this folder; found nothing on ranks 1"):
         check_shared(tmp_path, patience=0)
 

@@ -7,7 +7,6 @@ are written for transformers 4 and 5: images and prompts are made as in training
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -18,9 +17,16 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_moslora.export.target import ExportPlan, Target
-from llava_moslora.export.trained_run import TrainedRun, plan_tensors
-from llava_moslora.export.writer import PlannedTensor, WeightFiles, known_to_transformers_4, renamed, save_config
-from llava_moslora.files.manifest import write_json
+from llava_moslora.export.trained_run import TrainedRun
+from llava_moslora.export.writer import (
+    PlannedTensor,
+    WeightFiles,
+    known_to_transformers_4,
+    plan_tensors,
+    renamed,
+    save_config,
+)
+from llava_moslora.files.json import read_json, write_json
 from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.names import PARTS
 from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
@@ -126,7 +132,7 @@ def write_processor(trained: TrainedRun, folder: Path) -> None:
     # transformers 5 writes the image's settings into processor_config.json, where 4.49 stumbles over them. All
     # versions and XTuner read them from preprocessor_config.json, under the name of the class without its backend.
     file = folder / "processor_config.json"
-    write_json(file, {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "image_processor"})
+    write_json(file, {key: value for key, value in read_json(file).items() if key != "image_processor"})
     settings |= {"do_pad": True} if trained.pads else {}
     settings |= {
         "image_processor_type": "LlavaImageProcessor" if trained.pads else own_type,

@@ -13,10 +13,9 @@ import torch
 from llava_moslora.errors import Refusal
 from llava_moslora.export.target import ExportPlan, Target, check_clip
 from llava_moslora.export.targets import llm
-from llava_moslora.export.trained_run import TrainedRun, plan_tensors
-from llava_moslora.export.writer import WeightFiles, renamed
-from llava_moslora.files.manifest import write_json
-from llava_moslora.files.tensors import read_json
+from llava_moslora.export.trained_run import TrainedRun
+from llava_moslora.export.writer import WeightFiles, plan_tensors, renamed
+from llava_moslora.files.json import read_json, write_json
 from llava_moslora.models.names import PARTS
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 

@@ -32,7 +32,7 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
         )  # fmt: skip
     check_adapters(trained, "peft")
     llm, vision = str(trained.llm_folder.resolve()), str(Path(trained.vision_spec).resolve())
-    layers, tower_layers = trained.updates_of_original("llm", "lm_head"), trained.updates_of_original("vision_tower")
+    layers, tower_layers = trained.loras("llm", "lm_head"), trained.loras("vision_tower")
     old_names = {f"vision_model.{name}": layer for name, layer in tower_layers.items()}
     depth, tower_depth = trained.llm_config.num_hidden_layers, trained.vision_config.num_hidden_layers
     adapters = [

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 
-from llava_moslora.adapters.fold import LowRank
+from llava_moslora.adapters.fold import Adapter, LowRank, fold_layers, save_config
 from llava_moslora.export import peft_format
 from llava_moslora.export.target import ExportPlan, Target, check_adapters
 from llava_moslora.export.targets import hf
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles
-from llava_moslora.models.names import LLM, PARTS, PROJECTOR, VISION_TOWER
+from llava_moslora.files.tensors import in_memory
+from llava_moslora.models.names import LLM, LM_HEAD, PARTS, PROJECTOR, VISION_TOWER
 from llava_moslora.models.projector import read_projector
 
 
@@ -33,21 +34,21 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
     projector = None if start is None else read_projector(start, *widths)
     layers = {}
-    for name, layer in trained.updates("llm", "lm_head").items():
-        name = name.removesuffix(".weight")
-        layers[name if name == "lm_head" else f"{LLM}.{name.removeprefix('model.')}"] = layer.read()
-    for name, layer in trained.updates("vision_tower").items():
-        layers[f"{VISION_TOWER}.vision_model.{name.removesuffix('.weight')}"] = layer.read()
+    for name, layer in fold_layers(trained.updates("llm", "lm_head")).items():
+        layers[name if name == LM_HEAD else f"{LLM}.{name.removeprefix('model.')}"] = layer
+    for name, layer in fold_layers(trained.updates("vision_tower")).items():
+        layers[f"{VISION_TOWER}.vision_model.{name}"] = layer
     whole = {f"{PROJECTOR}.{name}": tensor for name, tensor in trained.projector.items()}
+    adapter = Adapter(config_of_both(layers), dict(layers), in_memory(whole, trained.checkpoint))
 
     def write_files(folder: Path) -> None:
         hf.write_files(trained, folder / "base", dtype)
-        peft_format.save_config(config_of_both(layers), folder / "adapter")
+        save_config(adapter.config, folder / "adapter")
 
     return ExportPlan(
         weights=[
             WeightFiles("base", hf.tensors(trained, projector, merged=False), dtype),
-            peft_format.adapter_weights(layers, "adapter", whole),
+            peft_format.adapter_weights(adapter, "adapter"),
         ],
         write_files=write_files,
         load_from={"llava": "base", "adapter": "adapter"},

@@ -38,12 +38,10 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
             "C-FORMAT", "adapters lie over a tower's folder", key="--format xtuner_adapters", found=trained.vision_spec,
             fix="--format xtuner, which holds the tower",
         )  # fmt: skip
-    layers = trained.updates_of_original("llm", "lm_head")
+    layers = trained.loras("llm", "lm_head")
     if trained.is_internlm2:
         layers = to_internlm2(layers, trained.llm_config)
-    tower_layers = {
-        f"vision_model.{name}": layer for name, layer in trained.updates_of_original("vision_tower").items()
-    }
+    tower_layers = {f"vision_model.{name}": layer for name, layer in trained.loras("vision_tower").items()}
     llm, vision = str(trained.llm_folder.resolve()), str(Path(trained.vision_spec).resolve())
     adapters = {
         "llm_adapter": AdapterFolder(
@@ -110,9 +108,9 @@ def _fuse(found: dict[str, LowRank], config: PreTrainedConfig) -> LowRank:
     for name in QUERY_KEY_VALUE:
         heads = queries if name == QUERY_KEY_VALUE[0] else 1
         if layer := found.get(name):
-            part = layer.b.float() * (layer.scaling / scaling)
+            part = layer.b.read().float() * (layer.scaling / scaling)
             b[:, first : first + heads, :, column : column + layer.rank] = part.unflatten(0, (groups, heads, width))
             column += layer.rank
         first += heads
-    a = torch.cat([found[name].a for name in QUERY_KEY_VALUE if name in found])
-    return LowRank(a, None, b.flatten(0, 2), scaling)
+    a = torch.cat([found[name].a.read() for name in QUERY_KEY_VALUE if name in found])
+    return LowRank.of(a, None, b.flatten(0, 2), scaling)
