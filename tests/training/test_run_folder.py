@@ -13,8 +13,7 @@ import pytest
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
 from llava_moslora.errors import Refusal, defect
 from llava_moslora.files import disk
-from llava_moslora.inference.load import newest_checkpoint
-from llava_moslora.runs.checkpoints import checkpoints, lock_run, prune, publish_checkpoint
+from llava_moslora.runs.checkpoints import checkpoints, lock_run, newest_checkpoint, prune, publish_checkpoint
 from llava_moslora.runs.fingerprint import fingerprint
 from llava_moslora.runs.record import RUN, RunSettings, read_run, write_run
 from llava_moslora.training.output_dir import check_output, has_begun
