@@ -27,10 +27,11 @@ from llava_moslora.distributed import from_rank_0
 from llava_moslora.errors import run_script
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
-from llava_moslora.models.assemble import assemble, tokens_per_image
+from llava_moslora.models.assemble import assemble
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
+from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_image_settings, read_vision_config
 from llava_moslora.recompute import set_recompute
 from llava_moslora.runs.fingerprint import base_fingerprints
