@@ -245,25 +245,20 @@ def train_stock(job: Job, row: Row) -> None:
     from train_parts import TEMPLATE
     from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
-    from llava_moslora.config import DataSettings
+    from llava_moslora.config import DataSettings, ModelSettings
     from llava_moslora.data.collate import Collator
     from llava_moslora.data.image_transform import ImageTransform
     from llava_moslora.data.prepare import prepare
-    from llava_moslora.models.assemble import assemble, linear_suffixes, tokens_per_image
+    from llava_moslora.models.adapt import linear_suffixes
+    from llava_moslora.models.assemble import assemble, tokens_per_image
     from llava_moslora.models.names import LLM, PROJECTOR, VISION_TOWER
-    from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+    from llava_moslora.text.tokenizer import load_tokenizer
 
     folder, rank = Path(job.folder), 4 if job.tiny else 64
     tokenizer = load_tokenizer(job.llm)
     set_seed(42)
-    model, preprocessor = assemble(
-        job.llm,
-        str(folder / "clip"),
-        folder / "projector.safetensors",
-        tokenizer=tokenizer,
-        image_token_id=image_token_id(tokenizer),
-        dtype=torch.bfloat16,
-    )
+    parts = ModelSettings(str(job.llm), str(folder / "clip"), str(folder / "projector.safetensors"))
+    model, preprocessor = assemble(parts, tokenizer=tokenizer, dtype=torch.bfloat16)
     model.__class__ = LlavaForConditionalGeneration  # the same weights under the stock forward
     model.set_attn_implementation("sdpa")
     names = "|".join(name for tower in (LLM, VISION_TOWER) for name in linear_suffixes(model, tower))

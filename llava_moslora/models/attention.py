@@ -22,7 +22,6 @@ from transformers.masking_utils import sdpa_mask
 
 from llava_moslora.errors import Refusal
 
-IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 MASKLESS = "sdpa_maskless"
 # LLMs whose attention is causal, in some layers with a window, and nothing else (others keep transformers' masks), and
 # whose layers consist of RMSNorm, SwiGLU and rotary embedding.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from llava_moslora.models.assemble import parameter_size, tokens_per_image
+from llava_moslora.models.adapt import parameter_size
+from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.names import part_of
 from llava_moslora.models.towers import kind_of
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import write_json
+from llava_moslora.files.json import read_json, write_json
 from llava_moslora.models.names import ADAPTER_NAME, standalone_name
 from llava_moslora.training.optimizer_state import SCALAR_DTYPE, frozen_mixers, trained_parameters
 
@@ -98,7 +97,7 @@ def saved_name(name: str) -> str:
 
 
 def _position(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8"))
+    return read_json(checkpoint / POSITION_FILE)
 
 
 def _read(file: Path, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:

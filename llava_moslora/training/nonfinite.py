@@ -17,9 +17,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor, distributed
 
+from llava_moslora.distributed import rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
-from llava_moslora.files.manifest import write_json
+from llava_moslora.files.json import write_json
 
 NONFINITE_FILE = "nonfinite.json"
 FIX = "lower --learning_rate, look at these records, or train in bf16 instead of fp16"
@@ -106,7 +106,7 @@ class FiniteCheck:
         computed = len(self.losses)
         # the losses as text: JSON has no NaN
         of_this_rank = [
-            {"rank": publish.rank(), "records": records, "loss": str(float(loss))}
+            {"rank": rank(), "records": records, "loss": str(float(loss))}
             for records, loss in zip(self.records[:computed], self.losses, strict=True)
         ]
         of_each_rank = [of_this_rank]
@@ -118,7 +118,7 @@ class FiniteCheck:
         if suspects:  # a gradient that is not finite is then only its consequence
             what, expected = NONFINITE_LOSS, FINITE_LOSS
         suspects = suspects or batches
-        if publish.rank() == 0:
+        if rank() == 0:
             write_json(self.run / NONFINITE_FILE, {"step": step, "batches": batches})
         records = [record for batch in suspects for record in batch["records"]]
         raise Refusal(

@@ -6,7 +6,6 @@ checks at import that this version of transformers still has and calls them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -19,11 +18,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from llava_moslora.adapters.kernel import triton_enabled
 from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.distributed import rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
-from llava_moslora.files.manifest import read_facts, write_json
+from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.manifest import read_facts
 from llava_moslora.models.names import part_of
 from llava_moslora.private_api import check_private_api
+from llava_moslora.runs.checkpoints import prune, publish_checkpoint
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks.adapter_stats import AdapterStats
 from llava_moslora.training.callbacks.metrics import MetricsWriter
@@ -199,7 +200,7 @@ class MosLoraTrainer(Trainer):
 
         def write(folder: Path) -> None:
             write_json(folder / f"random-{self.args.process_index}.json", random_state())
-            if publish.rank() == 0:
+            if rank() == 0:
                 write_trained(folder, self.model, masters)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 position = {
@@ -213,9 +214,9 @@ class MosLoraTrainer(Trainer):
             return {**progress, "seed": self.args.seed, "world_size": self.args.world_size, **self.facts}
 
         run = Path(self.args.output_dir)
-        publish.publish(run / f"checkpoint-{self.state.global_step}", write, facts)
-        if publish.rank() == 0 and self.args.save_total_limit:
-            publish.prune(run, self.args.save_total_limit)
+        publish_checkpoint(run / f"checkpoint-{self.state.global_step}", write, facts)
+        if rank() == 0 and self.args.save_total_limit:
+            prune(run, self.args.save_total_limit)
 
     @property
     def engine(self):
@@ -240,7 +241,7 @@ class MosLoraTrainer(Trainer):
             checkpoint = Path(resume_from_checkpoint)
             train_state.create_optimizer_state()
             masters = read_trained(checkpoint, self.model)
-            if (redrawn := len(frozen_mixers(self.model).keys() - masters.keys())) and publish.rank() == 0:
+            if (redrawn := len(frozen_mixers(self.model).keys() - masters.keys())) and rank() == 0:
                 print(f"{checkpoint} is of a version that saved no frozen mixers: {redrawn} drawn from the seed again")
             state, position = read_optimizer(checkpoint, train_state.optimizer_state())
             train_state.restore(masters, state, position["loss_scale"])
@@ -267,7 +268,7 @@ class MosLoraTrainer(Trainer):
         if checkpoint is not None:
             file = Path(checkpoint) / f"random-{self.args.process_index}.json"
             if read_facts(Path(checkpoint))["world_size"] == self.args.world_size:
-                set_random_state(json.loads(file.read_text(encoding="utf-8")))
+                set_random_state(read_json(file))
 
 
 class AfterEachStep(TrainerCallback):

@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 
-from llava_moslora.adapters.config import MIXER_INITS, MosLoraConfig
+from llava_moslora.adapters.config import MosLoraConfig
+from llava_moslora.config import MIXER_INITS
 from llava_moslora.errors import Refusal
 from support.adapter_models import IDENTITY, Pair, adapted
 

@@ -1,6 +1,7 @@
 """Every spelling of an adapter that exists in the wild, and every way in which a file can be wrong."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from llava_moslora.adapters.attach import attach, for_model
 from llava_moslora.adapters.config import MosLoraConfig
-from llava_moslora.adapters.fold import delta, save
-from llava_moslora.adapters.load import attach, for_model, read_adapter
+from llava_moslora.adapters.fold import save
+from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal
+from llava_moslora.files import tensors
 from support.adapter_models import LINEARS, Pair, adapted, llama
+from support.mmengine_log import save_with_log
 
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -47,7 +51,8 @@ def check(adapter, model):
     expected = updates(model)
     assert adapter.layers.keys() == expected.keys()
     for name, layer in adapter.layers.items():
-        assert torch.equal(delta(layer.a, layer.w, layer.b, layer.scaling), expected[name])
+        assert torch.equal(layer.delta_rows(0, layer.shape[0]), expected[name])
+        assert torch.allclose(layer.delta_rows(5, 9), expected[name][5:9], atol=1e-6)
 
 
 def test_the_reference_repository(tmp_path):
@@ -114,8 +119,27 @@ def test_xtuner_file_with_both_towers(tmp_path):
         layer = adapter.layers[name]
         assert layer.scaling == {"up": 12 / 8, "down": 4 / 8}[source]
         expected = updates(model)[source] / (12 / 8)
-        assert torch.allclose(delta(layer.a, layer.w, layer.b, 1.0), expected)
-    assert adapter.config.settled("model.vision_tower.vision_model.fc")["lora_alpha"] == 4
+        assert torch.allclose(layer.delta_rows(0, layer.shape[0]) / layer.scaling, expected)
+    assert adapter.config.settings_of("model.vision_tower.vision_model.fc")["lora_alpha"] == 4
+
+
+def test_xtuner_file_with_the_trainers_log(tmp_path):
+    model = ours(tmp_path)
+    save_with_log(load_file(tmp_path / FILE), tmp_path / "iter_1.pth")
+    check(read_adapter(tmp_path / "iter_1.pth", lora_alpha=12), model)
+    assert "mmengine" not in sys.modules
+
+
+def test_no_tensor_is_read_before_it_is_asked_for(tmp_path, monkeypatch):
+    ours(tmp_path)
+    read = []
+    real = tensors._read_one
+    monkeypatch.setattr(tensors, "_read_one", lambda file, name: read.append(name) or real(file, name))
+    layer = read_adapter(tmp_path).layers["up"]
+    assert (layer.shape, layer.rank, read) == ((96, 64), 8, [])
+    for begin in range(0, 96, 32):
+        layer.delta_rows(begin, begin + 32)
+    assert sorted(read) == [f"base_model.model.up.lora_{part}.weight" for part in ("A", "B", "mixer")]  # once each
 
 
 def clip():
@@ -182,12 +206,12 @@ def without(*endings):
 
 
 DAMAGES = {
-    "no mixer": (without("up.lora_mixer.weight"), {}, r"1 missing tensors; found up\.lora_mixer"),
+    "no mixer": (without("up.lora_mixer.weight"), {}, r"1 missing tensors; expected up\.lora_mixer"),
     "no A": (without("up.lora_A.weight"), {}, r"1 missing tensors; expected up\.lora_A"),
     "a target without a layer": (
         without("down.lora_A.weight", "down.lora_mixer.weight", "down.lora_B.weight"),
         {},
-        r"missing tensors; found down\.lora_A",
+        r"missing tensors; expected down\.lora_A",
     ),
     "a mixer too many": (
         None,
@@ -199,7 +223,7 @@ DAMAGES = {
         {},
         r"1 unexpected tensors; found up\.weight",
     ),
-    "no saved module": (None, {"modules_to_save": ["head"]}, "1 missing tensors; found head"),
+    "no saved module": (None, {"modules_to_save": ["head"]}, "1 missing tensors; expected head"),
     "a magnitude vector": (
         lambda t: t | {"base_model.model.up.lora_magnitude_vector": torch.ones(1)},
         {},
@@ -217,7 +241,7 @@ DAMAGES = {
     "plain LoRA with mixers": (
         None,
         {"peft_type": "LORA"},
-        r"2 mixers, but the configuration says plain LoRA: B·A would be wrong",
+        r"2 mixers, but the configuration is a plain LoRA's: B·A would be wrong",
     ),
     "DoRA": (None, {"use_dora": True}, "use_dora: has no meaning together with a mixer"),
     "a setting from the future": (None, {"use_telepathy": True}, "use_telepathy: settings of unknown meaning"),
@@ -248,8 +272,8 @@ def test_an_empty_setting_from_the_future_changes_nothing(tmp_path):
     [
         (lambda f: (f / CONFIG).unlink(), "no adapter here"),
         (lambda f: (f / FILE).unlink(), "no adapter weights here"),
-        (lambda f: (f / CONFIG).write_text("{"), "cannot be read as JSON"),
-        (lambda f: (f / CONFIG).write_text("[]"), "not an adapter's configuration; found list"),
+        (lambda f: (f / CONFIG).write_text("{"), "adapter_config.json: not valid JSON"),
+        (lambda f: (f / CONFIG).write_text("[]"), "adapter_config.json: not a JSON object; found list"),
         (lambda f: (f / FILE).write_bytes((f / FILE).read_bytes()[:-9]), "the weights cannot be read"),
     ],
 )

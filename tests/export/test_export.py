@@ -7,10 +7,9 @@ import torch
 
 from llava_moslora.export.export import TARGETS, export
 from llava_moslora.export.trained_run import DEQUANTIZED
-from support.export_runs import LLMS, METHODS, reopen_here, trained_run
+from support.export_runs import LLMS, METHODS, probe_here, trained_run
 
 BOUND = 1e-5
-KINDS = [*TARGETS, "peft with base"]
 # (LLM, bits, method): the default tier has one of each of them; the slow tier every combination.
 FEW = {("llama", 16, "moslora"), ("internlm2", 4, "lora")}
 MATRIX = [(llm, bits, method) for llm in LLMS for bits in (16, 4) for method in METHODS]
@@ -36,19 +35,18 @@ def runs(parts, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("llm, bits, method", CASES)
 def test_reopened_by_stock_libraries(runs, tmp_path, monkeypatch, llm, bits, method, kind):
-    """The proof itself is what is tested here; that it can fail is tested in test_proof.py."""
-    reopen_here(monkeypatch)
+    """The proof itself is what is tested here; that it can fail is tested in test_refused.py."""
+    probe_here(monkeypatch)
     run = runs(llm, bits, method)
-    name, over_base = kind.partition(" ")[0], " " in kind
-    folder = export(run, tmp_path / "out", [name], with_base=over_base)[name]
+    folder = export(run, tmp_path / "out", [kind])[kind]
     report = json.loads((folder / "export_report.json").read_text())
-    if llm == "internlm2" and name == "xtuner_adapters":
-        assert "InternLM2" in report["proof"]  # no stock library runs that code; see test_xtuner.py
+    if llm == "internlm2" and kind == "xtuner_adapters":
+        assert "InternLM2" in report["proof"]  # no stock library runs that code; see targets/test_xtuner.py
         return
-    expected = {"vision": {"features"}, "projector": {"projected"}}.get(name, {"logits", "answer"})
+    expected = {"vision": {"features"}, "projector": {"projected"}}.get(kind, {"logits", "answer"})
     assert expected <= set(report["compared"])
     for what, difference in report["largest_difference"].items():
         assert difference <= BOUND * max(1.0, report["largest_value"][what]), report
@@ -59,7 +57,7 @@ def test_reopened_by_stock_libraries(runs, tmp_path, monkeypatch, llm, bits, met
 
 @pytest.mark.parametrize("llm, bits, method", [case for case in CASES if "4" in case.id.split("-")])
 def test_dequantised_merge_is_what_was_trained(runs, tmp_path, monkeypatch, llm, bits, method):
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     folder = export(runs(llm, bits, method), tmp_path / "out", merge_base=DEQUANTIZED)["hf"]
     report = json.loads((folder / "export_report.json").read_text())
     largest = report["largest_value"]["logits"]
@@ -67,24 +65,22 @@ def test_dequantised_merge_is_what_was_trained(runs, tmp_path, monkeypatch, llm,
     assert "dequantised NF4 weights" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["peft", "peft with base", "xtuner_adapters", "xtuner"])
+@pytest.mark.parametrize("kind", ["peft", "peft_with_base", "xtuner_adapters", "xtuner"])
 def test_an_adapted_head(parts, tmp_path, monkeypatch, kind):
     """An original LLM has a head without the rows that were appended for training."""
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     trained_run(tmp_path / "run", parts.llm, parts.clip, parts.projector, ("q_proj", "lm_head"))
-    name, over_base = kind.partition(" ")[0], " " in kind
-    folder = export(tmp_path / "run", tmp_path / "out", [name], with_base=over_base)[name]
+    folder = export(tmp_path / "run", tmp_path / "out", [kind])[kind]
     report = json.loads((folder / "export_report.json").read_text())
     assert report["largest_difference"]["logits"] <= BOUND and report["same_greedy_answers"]
 
 
-@pytest.mark.parametrize("kind", ["hf", "peft with base"])
+@pytest.mark.parametrize("kind", ["hf", "peft_with_base"])
 def test_in_16_bits(parts, tmp_path, monkeypatch, kind):
     """Merged in float32 and rounded once: beyond that rounding, which is reported, nothing is lost."""
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     trained_run(tmp_path / "run", parts.llm, parts.clip, parts.projector)
-    name, over_base = kind.partition(" ")[0], " " in kind
-    folder = export(tmp_path / "run", tmp_path / "out", [name], with_base=over_base, dtype=torch.bfloat16)[name]
+    folder = export(tmp_path / "run", tmp_path / "out", [kind], dtype=torch.bfloat16)[kind]
     report = json.loads((folder / "export_report.json").read_text())
     assert report["proof"] == "passed"
     lost = report["logits_difference_from_the_run_as_trained"]

@@ -13,10 +13,8 @@ from llava_moslora.errors import Refusal
 from llava_moslora.export import mapped_weights, probe, verify
 from llava_moslora.export.export import TARGETS, export
 from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL
-from support.export_runs import internlm2, reopen_here, trained_run
+from support.export_runs import internlm2, probe_here, trained_run
 from support.tiny import write_llm
-
-KINDS = [*TARGETS, "peft with base"]
 
 
 def in_bfloat16(llm):
@@ -46,15 +44,14 @@ def short_of_memory(monkeypatch, megabytes: float) -> None:
 
 
 def reports(run, folder, kind: str, **how) -> dict:
-    name, over_base = kind.partition(" ")[0], " " in kind
-    out = export(run.folder, folder, [name], with_base=over_base, **how)[name]
+    out = export(run.folder, folder, [kind], **how)[kind]
     return json.loads((out / "export_report.json").read_text())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_it_proves_what_the_whole_model_in_memory_does(run, tmp_path, monkeypatch, kind):
     """Over NF4 also into the dequantised weights; the figures of both ways are the same up to the order of sums."""
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     bases = [ORIGINAL] if run.bits == 16 or "adapters" in kind or "peft" in kind else [ORIGINAL, DEQUANTIZED]
     for base in bases:
         held = reports(run, tmp_path / f"held-{base}", kind, merge_base=base)
@@ -72,17 +69,17 @@ def test_it_proves_what_the_whole_model_in_memory_does(run, tmp_path, monkeypatc
 
 def test_a_wrong_export_is_still_found(run, tmp_path, monkeypatch):
     """One weight of the written LLM changed by a tenth."""
-    reopen_here(monkeypatch)
-    find = probe.find
+    probe_here(monkeypatch)
+    answer_questions = probe.answer_questions
 
     def spoilt(folder):
         file = folder / "model.safetensors"
         tensors = load_file(file)
         tensors["language_model.model.layers.0.mlp.up_proj.weight"] *= 1.1
         save_file(tensors, file, metadata={"format": "pt"})
-        return find(folder)
+        return answer_questions(folder)
 
-    monkeypatch.setattr(verify, "_reopened", spoilt)
+    monkeypatch.setattr(verify, "_run_probe", spoilt)
     monkeypatch.setattr(mapped_weights, "needed", lambda *_: True)
     with pytest.raises(Refusal, match=r"K-PROOF.*logits"):
         export(run.folder, tmp_path / "out")
@@ -90,7 +87,7 @@ def test_a_wrong_export_is_still_found(run, tmp_path, monkeypatch):
 
 def test_it_is_chosen_where_float32_does_not_fit(run, tmp_path, monkeypatch):
     """The tiny model takes 0.7 MB in float32."""
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     short_of_memory(monkeypatch, 100)
     assert reports(run, tmp_path / "roomy", "llm")["llm_weights"] == "held in float32"
     if run.bits == 16:
@@ -105,9 +102,9 @@ def test_it_is_chosen_where_float32_does_not_fit(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TARGETS)
 def test_over_an_internlm2(parts, tmp_path, monkeypatch, kind):
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     monkeypatch.setattr(mapped_weights, "needed", lambda *_: True)
     llm = in_bfloat16(internlm2(tmp_path / "llm", intermediate_size=128, max_position_embeddings=512))
     trained_run(tmp_path / "run", llm, parts.clip, parts.projector)

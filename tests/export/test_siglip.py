@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, AutoProcessor, SiglipVisionModel
 from llava_moslora.errors import Refusal
 from llava_moslora.export.export import export
 from llava_moslora.inference.load import load
-from support.export_runs import reopen_here, trained_run
+from support.export_runs import probe_here, trained_run
 
 CLIP_ONLY = ["xtuner", "xtuner_adapters", "llava"]
 
@@ -25,13 +25,12 @@ def run(parts, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["hf", "peft", "peft with base", "vision", "llm", "projector"])
+@pytest.mark.parametrize("kind", ["hf", "peft", "peft_with_base", "vision", "llm", "projector"])
 def test_reopened_by_stock_libraries(run, tmp_path, monkeypatch, kind):
-    reopen_here(monkeypatch)
-    name, over_base = kind.partition(" ")[0], " " in kind
-    folder = export(run, tmp_path / "out", [name], with_base=over_base)[name]
+    probe_here(monkeypatch)
+    folder = export(run, tmp_path / "out", [kind])[kind]
     report = json.loads((folder / "export_report.json").read_text())
-    expected = {"vision": {"features"}, "projector": {"projected"}}.get(name, {"logits", "answer"})
+    expected = {"vision": {"features"}, "projector": {"projected"}}.get(kind, {"logits", "answer"})
     assert expected <= set(report["compared"])
     assert all(difference <= 1e-5 for difference in report["largest_difference"].values()), report
     assert report["same_greedy_answers"] in (True, None) and report["same_prompt_ids"] in (True, None)
@@ -80,7 +79,7 @@ def test_a_stock_processor_makes_the_images_and_tokens_of_training(run, tmp_path
         int((inputs["input_ids"] == chat_model.model.config.image_token_id).sum()) == 16 == chat_model.tokens_per_image
     )
     assert torch.equal(inputs["pixel_values"][0], chat_model.transform(image))
-    assert chat_model.transform.mode == ratio
+    assert chat_model.transform.aspect_ratio == ratio
     images = {"pad": "padded to a square", "crop": "scaled to a square"}[ratio]
     assert f"| images | {images} |" in (folder / "README.md").read_text()
     assert processor._get_num_multimodal_tokens([(50, 90)])["num_image_tokens"] == [16]  # what vLLM reserves

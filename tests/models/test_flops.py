@@ -4,34 +4,29 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble, train_projector_only
+from llava_moslora.config import TowerAdapter
+from llava_moslora.models.adapt import add_adapters, train_projector_only
 from llava_moslora.models.flops import Flops
-from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.assembled import build
+from support.settings import adapters
 
 TOKENS, TRAINED, IMAGES = 40, 6, 2
 
 
-def model_of(parts, adapters: bool, tower: str):
-    tokenizer = load_tokenizer(parts.llm)
-    model, _ = assemble(
-        parts.llm,
-        str(vars(parts)[tower]),
-        parts.projector,
-        tokenizer=tokenizer,
-        image_token_id=image_token_id(tokenizer),
-        dtype=torch.float32,
-    )
+def model_of(parts, adapted: bool, tower: str):
+    model, _ = build(parts, clip=vars(parts)[tower])
     model.set_attn_implementation("eager")  # torch's counter knows products of matrices
-    if adapters:
-        return add_adapters(model, TowerAdapter(4, 8, 0.0), TowerAdapter(4, 8, 0.0)).train()
+    if adapted:
+        same = TowerAdapter(4, 8, 0.0)
+        return add_adapters(model, adapters(same, same)).train()
     return train_projector_only(model).train()
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
-@pytest.mark.parametrize(("adapters", "tolerance"), [(False, 0.01), (True, 0.05)])
-def test_flops_are_torchs(parts, adapters, tolerance, tower):
+@pytest.mark.parametrize(("adapted", "tolerance"), [(False, 0.01), (True, 0.05)])
+def test_flops_are_torchs(parts, adapted, tolerance, tower):
     """With adapters backward recomputes some products, which the model's work does not count."""
-    model = model_of(parts, adapters, tower)
+    model = model_of(parts, adapted, tower)
     size = model.config.vision_config.image_size
     ids = torch.full((1, TOKENS), 5)
     ids[0, 2 : 2 + IMAGES * 16] = model.config.image_token_id

@@ -150,7 +150,8 @@ for n in range(16):
 ASSEMBLE = """
 import sys, threading, time, torch
 from llava_moslora.models.assemble import assemble
-from llava_moslora.text.tokenizer import load_tokenizer, image_token_id
+from llava_moslora.config import ModelSettings
+from llava_moslora.text.tokenizer import load_tokenizer
 llm, clip, projector, tokenizer = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)
 
@@ -166,8 +167,7 @@ def watch():
         time.sleep(0.01)
 thread = threading.Thread(target=watch)
 thread.start()
-image = image_token_id(tokenizer)
-model, _ = assemble(llm, clip, projector, tokenizer=tokenizer, image_token_id=image, dtype=torch.bfloat16)
+model, _ = assemble(ModelSettings(llm, clip, projector), tokenizer=tokenizer, dtype=torch.bfloat16)
 running = False
 thread.join()
 kept = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())

@@ -7,12 +7,13 @@ import json
 import random
 import re
 import statistics
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llava_moslora.files import publish
 from llava_moslora.files.manifest import sha256
+from llava_moslora.runs.checkpoints import newest_valid
 from support.launching import ROOT, flags
 from support.lives import Life, Lives
 
@@ -187,7 +188,7 @@ class Campaign:
                 self._look_for_valid(self.folder / run, lived)
                 continue
             failures += 1
-            tally.trouble = tally.trouble or life.said()[-1500:]
+            tally.trouble = tally.trouble or life.said()[-1500:].replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
             if failures == 2:  # failed, and failed again: only a human helps
                 tally.stuck += 1
                 return
@@ -198,7 +199,7 @@ class Campaign:
         if self.main:
             return
         published = any(row["step"] > 2 for life in lived for row in life.watched())
-        if published and publish.newest_valid(run)[0] is None:
+        if published and newest_valid(run)[0] is None:
             self.tally.instants_without_valid_checkpoint += 1
 
     def _compare(self, run: str, lived: list[Life]) -> None:

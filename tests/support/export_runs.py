@@ -5,12 +5,16 @@ from pathlib import Path
 
 import torch
 
+from llava_moslora.config import DataSettings, TowerAdapter
 from llava_moslora.export import probe, verify
-from llava_moslora.files import publish
-from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble
-from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
-from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from llava_moslora.models.adapt import add_adapters
+from llava_moslora.models.assemble import assemble
+from llava_moslora.runs.checkpoints import publish_checkpoint
+from llava_moslora.runs.fingerprint import base_fingerprints
+from llava_moslora.runs.record import TOKENIZER, RunSettings, write_run
+from llava_moslora.text.tokenizer import load_tokenizer
 from support.internlm2_reference import write_internlm2
+from support.settings import adapters, parts_of
 from support.tiny import tiny_tokenizer, write_llm
 
 
@@ -28,9 +32,9 @@ LLMS = {"llama": write_llm, "internlm2": internlm2}
 METHODS = {"moslora": {}, "lora": {"mixer_init": "identity", "train_mixer": False}}
 
 
-def reopen_here(monkeypatch) -> None:
-    """The stock side of the proof in this process: a fresh one costs seconds of imports each time (test_proof.py)."""
-    monkeypatch.setattr(verify, "_reopened", probe.find)
+def probe_here(monkeypatch) -> None:
+    """Run ``probe.py`` in this process: a fresh one costs seconds of imports each time (test_verify has one)."""
+    monkeypatch.setattr(verify, "_run_probe", probe.answer_questions)
 
 
 def trained_run(
@@ -38,32 +42,21 @@ def trained_run(
 ) -> torch.nn.Module:
     """A run folder whose checkpoint holds random adapters of both towers and a changed projector; and that model."""
     tokenizer = load_tokenizer(llm)
-    image_id = image_token_id(tokenizer)
-    model, preprocessor = assemble(
-        llm, vision, projector, tokenizer=tokenizer, image_token_id=image_id, dtype=torch.float32, bits=bits
+    parts = parts_of(llm, vision, projector, version="chatml", bits=bits)
+    model, preprocessor = assemble(parts, tokenizer=tokenizer, dtype=torch.float32)
+    towers = adapters(
+        TowerAdapter(4, 8, target_modules=targets, **METHODS[method]), TowerAdapter(2, 4, **METHODS[method])
     )
-    towers = [TowerAdapter(4, 8, target_modules=targets, **METHODS[method]), TowerAdapter(2, 4, **METHODS[method])]
-    model = add_adapters(model, *towers)
+    model = add_adapters(model, towers)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or (parameter.requires_grad and "multi_modal_projector" in name):
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     run.mkdir(parents=True)
-    parts = {
-        "model_name_or_path": str(llm),
-        "vision_tower": str(vision),
-        "pretrain_mm_mlp_adapter": None if projector is None else str(projector),
-        "version": "chatml",
-        "bits": bits,
-    }
-    settings = {
-        "model": parts,
-        "data": {"image_aspect_ratio": "pad"},
-        "adapter": {"lora_r": 4, "vision_lora_r": 2},
-        "training": {"bf16": False, "fp16": False},
-        "preprocessor": preprocessor,
-    }
+    settings = RunSettings(
+        parts, DataSettings(["data.json"]), towers, training={"bf16": False, "fp16": False}, preprocessor=preprocessor
+    )
     write_run(run, settings)
     tokenizer.save_pretrained(run / TOKENIZER)
 
@@ -72,7 +65,6 @@ def trained_run(
         log = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.25}]
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
 
-    inputs = {"llm": llm, "vision_tower": vision, "projector": projector or "none"}
-    facts = {"step": 1, "data": {"data.json": "0"}} | {name: fingerprint(path) for name, path in inputs.items()}
-    publish.publish(run / "checkpoint-1", save, lambda: facts)
+    facts = {"step": 1, "data": {"data.json": "0"}} | base_fingerprints(parts)
+    publish_checkpoint(run / "checkpoint-1", save, lambda: facts)
     return model.eval()

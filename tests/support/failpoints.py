@@ -15,8 +15,7 @@ def arm(*, nth: int, when: str, save: int = 2, record: str | None = None) -> Non
         when: ``before`` or ``after`` the operation, or ``within``: after the first half of what it writes.
         record: a file that gets one line per operation instead, to count them; nothing dies.
     """
-    from llava_moslora.files import publish
-    from llava_moslora.training import checkpoint
+    from llava_moslora.training import checkpoint, trainer
 
     state = {"saves": 0, "inside": False, "operations": 0}
 
@@ -45,8 +44,8 @@ def arm(*, nth: int, when: str, save: int = 2, record: str | None = None) -> Non
     for owner, name in [(os, "fsync"), (os, "rename"), (Path, "mkdir"), (Path, "write_text"), (shutil, "rmtree")]:
         watched(owner, name)
     watched(checkpoint, "save_file")
-    save_all = publish.publish
-    prune = publish.prune
+    save_all = trainer.publish_checkpoint
+    prune = trainer.prune
 
     def publishing(*arguments, **named):
         state["saves"] += 1
@@ -59,7 +58,7 @@ def arm(*, nth: int, when: str, save: int = 2, record: str | None = None) -> Non
         prune(*arguments, **named)
         state["inside"] = False
 
-    publish.publish, publish.prune = publishing, pruning
+    trainer.publish_checkpoint, trainer.prune = publishing, pruning
 
 
 def _die() -> None:

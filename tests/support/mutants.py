@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from llava_moslora.data import sampler
-from llava_moslora.files import manifest, publish
-from llava_moslora.training import run_folder
+from llava_moslora.files import manifest
+from llava_moslora.runs.checkpoints import checkpoints
+from llava_moslora.training import run_folder, trainer
 
 
 def save_in_place() -> None:
@@ -19,8 +20,8 @@ def save_in_place() -> None:
         manifest.write_json(target / manifest.MANIFEST, {"schema": manifest.SCHEMA, **facts(), "files": {}})
         write(target)
 
-    publish.publish = publish_in_place
-    publish.newest_valid = lambda run: (next(iter(publish.checkpoints(run)), None), [])
+    trainer.publish_checkpoint = publish_in_place
+    run_folder.newest_valid = lambda run: (next(iter(checkpoints(run)), None), [])
     run_folder.read_facts = lambda folder: manifest.json.loads((folder / manifest.MANIFEST).read_text())
 
 

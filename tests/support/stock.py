@@ -9,36 +9,29 @@ from support.lives import note
 
 
 def main() -> None:
-    from train_vit_llm import Collator, ImageTransform, add_adapters, assemble, parse, prepare, tower_adapters
-    from transformers import Trainer, TrainingArguments, set_seed
+    from train_vit_llm import Collator, ImageTransform, TrainingArguments, add_adapters, assemble, parse, prepare
+    from transformers import Trainer, set_seed
+    from transformers import TrainingArguments as StockArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    from llava_moslora.config import DataSettings
     from llava_moslora.models.assemble import tokens_per_image
     from llava_moslora.models.vision import read_vision_config
-    from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+    from llava_moslora.text.tokenizer import load_tokenizer
 
-    model_args, data_args, adapter_args, ours = parse(sys.argv[1:])
-    data_args = DataSettings(**vars(data_args))
+    model_args, data_args, adapter_args, training = parse(sys.argv[1:])
+    ours = TrainingArguments(**training)
     tokenizer = load_tokenizer(model_args.model_name_or_path)
     patches = tokens_per_image(read_vision_config(model_args.vision_tower))
     dataset = prepare(data_args, tokenizer=tokenizer, template="chatml", tokens_per_image=patches)
     set_seed(ours.seed)
-    model, preprocessor = assemble(
-        model_args.model_name_or_path,
-        model_args.vision_tower,
-        model_args.pretrain_mm_mlp_adapter,
-        tokenizer=tokenizer,
-        image_token_id=image_token_id(tokenizer),
-        dtype=ours.dtype,
-    )
-    model = add_adapters(model, *tower_adapters(adapter_args))
+    model, preprocessor = assemble(model_args, tokenizer=tokenizer, dtype=ours.dtype)
+    model = add_adapters(model, adapter_args)
     collate = Collator(
         tokenizer.pad_token_id,
         data_args.image_folder,
         ImageTransform.from_settings(preprocessor, data_args),
     )
-    args = TrainingArguments(
+    args = StockArguments(
         output_dir=ours.output_dir,
         per_device_train_batch_size=ours.per_device_train_batch_size,
         gradient_accumulation_steps=ours.gradient_accumulation_steps,

@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from llava_moslora.files import publish
+from llava_moslora.distributed import rank
 from llava_moslora.models.assemble import assemble
-from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training.callbacks.preemption import SIGNALS
 from scripts.train_vit_llm import main
 from support.launching import flags
+from support.settings import parts_of
 
 
 def train(parts, output: Path, **changes) -> None:
@@ -36,7 +37,7 @@ def broken(model, where: str, only_rank: int = 0):
 
     def second(value):
         calls.append(None)
-        return value * float("nan") if len(calls) == 2 and publish.rank() == only_rank else value
+        return value * float("nan") if len(calls) == 2 and rank() == only_rank else value
 
     if where == "loss":
         model.base_model.model.lm_head.register_forward_hook(lambda module, inputs, output: second(output))
@@ -61,13 +62,6 @@ def adapter(output: Path, step: int) -> dict:
 def stock_model(parts) -> LlavaForConditionalGeneration:
     """The assembled parts with stock transformers' forward."""
     tokenizer = load_tokenizer(parts.llm)
-    model, _ = assemble(
-        parts.llm,
-        str(parts.clip),
-        parts.projector,
-        tokenizer=tokenizer,
-        image_token_id=image_token_id(tokenizer),
-        dtype=torch.float32,
-    )
+    model, _ = assemble(parts_of(parts.llm, parts.clip, parts.projector), tokenizer=tokenizer, dtype=torch.float32)
     model.__class__ = LlavaForConditionalGeneration
     return model.eval()

@@ -8,11 +8,11 @@ from safetensors.torch import load_file, save_file
 
 import scripts.train_vit_llm as script
 from llava_moslora.export.export import export
-from llava_moslora.files.manifest import read_manifest, write_manifest
+from llava_moslora.files.manifest import verify_manifest, write_manifest
 from llava_moslora.inference.load import load_run
-from llava_moslora.models.assemble import add_adapters
+from llava_moslora.models.adapt import add_adapters
 from llava_moslora.training.optimizer_state import frozen_mixers
-from support.export_runs import reopen_here
+from support.export_runs import probe_here
 from support.training_runs import adapter, losses, train
 from support.zero_runs import configuration, lived_well, settings
 
@@ -22,7 +22,7 @@ FILES = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "position
 
 def is_exported(run, folder, monkeypatch) -> None:
     """With its proof: the export computes what the run does."""
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     assert (export(run, folder)["hf"] / "config.json").is_file()
 
 
@@ -66,7 +66,7 @@ def test_a_run_of_the_first_versions_gets_its_mixers_back(parts, tmp_path, capsy
     shutil.copytree(run, old)
     shutil.rmtree(old / "checkpoint-4")
     checkpoint = old / "checkpoint-2"
-    facts = {k: v for k, v in read_manifest(checkpoint).items() if k not in ("schema", "files", "sha256")}
+    facts = {k: v for k, v in verify_manifest(checkpoint).items() if k not in ("schema", "files", "sha256")}
     for file, dropped in (FILES[0], "lora_mixer"), (FILES[1], ".step"):
         tensors = {n: t for n, t in load_file(checkpoint / file).items() if dropped not in n}
         save_file(tensors, checkpoint / file, metadata={"format": "pt"})

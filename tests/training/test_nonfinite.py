@@ -8,7 +8,7 @@ import torch
 
 import scripts.train_vit_llm as script
 from llava_moslora.errors import Refusal
-from llava_moslora.models.assemble import add_adapters
+from llava_moslora.models.adapt import add_adapters
 from llava_moslora.training.nonfinite import NONFINITE_FILE, FiniteCheck, check_labels, out_of_memory
 from support.launching import LAUNCHER, flags, free_port, run
 from support.training_runs import broken, train
@@ -18,7 +18,7 @@ BROKEN_RUN = """
 import sys
 import scripts.train_vit_llm as script
 from llava_moslora.errors import run_script
-from llava_moslora.models.assemble import add_adapters
+from llava_moslora.models.adapt import add_adapters
 from support.training_runs import broken
 
 sys.argv = [word for word in sys.argv if not word.startswith("--local_rank")]

@@ -8,6 +8,7 @@ from PIL import Image
 
 from llava_moslora.errors import Refusal
 from llava_moslora.runs.record import read_run
+from support.tiny import write_llm
 from support.training_runs import losses, rows, train
 
 
@@ -80,7 +81,7 @@ def test_a_run_that_died_in_its_first_step_can_be_started_otherwise(parts, tmp_p
     changes = {"per_device_train_batch_size": 1, "max_steps": 1}
     train(parts, tmp_path / "run", resume=resume, **changes)
     assert len(rows(tmp_path / "run")) == 1
-    assert read_run(tmp_path / "run")["settings"]["training"]["per_device_train_batch_size"] == 1
+    assert read_run(tmp_path / "run").training["per_device_train_batch_size"] == 1
     report = json.loads((tmp_path / "run" / "data" / "report.json").read_text())
     assert report["batch_size"] == 1  # and not that of the first start
 
@@ -107,6 +108,37 @@ def test_a_resume_without_a_valid_checkpoint_touches_nothing(parts, whole, tmp_p
     assert content(run) == before
 
 
+CHANGED = {
+    "a setting": ({"learning_rate": 1e-3}, "found learning_rate 0.001; expected learning_rate 0.01"),
+    "the global batch": ({"per_device_train_batch_size": 1}, "found global_batch_size 1"),
+    "the data": ({"data_path": None}, r"found data_path .*; data \['other-"),
+    "the LLM": ({"model_name_or_path": None}, r"found llm .*model\.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_changed_run_is_refused_before_the_llm_is_loaded(parts, whole, tmp_path, monkeypatch, case):
+    import scripts.train_vit_llm as script
+
+    def loaded(*args, **settings):
+        raise AssertionError("the LLM would be loaded")
+
+    run = shutil.copytree(whole, tmp_path / "run")
+    changes, message = CHANGED[case]
+    if case == "the data":
+        changes = {"data_path": tmp_path / "other.json"}
+        changes["data_path"].write_text(json.dumps(json.loads(parts.data.read_text())[:-1]))
+    if case == "the LLM":
+        changes = {"model_name_or_path": write_llm(tmp_path / "llm", initializer_range=0.03)}
+    before = content(run)
+    monkeypatch.setattr(script, "assemble", loaded)
+    with pytest.raises(Refusal, match=f"K-CHANGED.*{message}"):
+        train(parts, run, resume=True, **changes)
+    assert content(run) == before
+    with pytest.raises(AssertionError):  # what did not change goes further
+        train(parts, run, resume=True)
+
+
 def test_inputs_inside_the_run_are_named_before_anything_is_loaded(parts, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(parts.llm, tmp_path / "run" / "llm")
@@ -122,6 +154,7 @@ def test_a_checkpoint_can_be_read_by_others(whole):
 
 def test_all_that_a_run_writes_is_known_as_its_own(parts, tmp_path):
     """Else --overwrite True would refuse the run's own files, or leave them for the next run."""
+    from llava_moslora.config import TrainingSettings
     from llava_moslora.training.output_dir import check_output, of_a_run
 
     questions = tmp_path / "questions.json"
@@ -130,7 +163,7 @@ def test_all_that_a_run_writes_is_known_as_its_own(parts, tmp_path):
     train(parts, tmp_path / "stage1", tune_mm_mlp_adapter=True)
     for run in (tmp_path / "run", tmp_path / "stage1"):
         assert {path.name for path in of_a_run(run)} == {p.name for p in run.iterdir() if not p.name.startswith(".")}
-        check_output(run, resume=False, overwrite=True)
+        check_output(TrainingSettings(output_dir=str(run), overwrite=True))
 
 
 def test_nothing_saved_is_said(parts, tmp_path, capsys):

@@ -14,7 +14,7 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
+from llava_moslora.runs.checkpoints import checkpoints, newest_valid, step_of
 from llava_moslora.training.callbacks.preemption import SIGNALS, Preemption, catch_lost_ranks, ignore_signals
 from support.launching import LAUNCHER, ROOT, flags, free_port
 
@@ -139,7 +139,7 @@ def test_under_deepspeeds_launcher(parts, tmp_path, to):
     with (tmp_path / "said").open("w") as said:
         deepspeed = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
     until = time.monotonic() + 400
-    while not publish.checkpoints(run):
+    while not checkpoints(run):
         assert deepspeed.poll() is None and time.monotonic() < until, (tmp_path / "said").read_text()[-3000:]
         time.sleep(0.5)
     launcher = psutil.Process(deepspeed.pid).children()[0]
@@ -150,8 +150,8 @@ def test_under_deepspeeds_launcher(parts, tmp_path, to):
     text = (tmp_path / "said").read_text()
     assert status == (75 if to == "one rank" else 1), text[-3000:]
     assert "SIGTERM: finishing the step" in text and "error[P-PAUSED]" in text and "Traceback" not in text
-    newest, passed_over = publish.newest_valid(run)
-    assert passed_over == []
+    newest, skipped = newest_valid(run)
+    assert skipped == []
     last = max(int(step) for step in re.findall(r"\s(\d+)/500 \[", text))
-    assert publish.step_of(newest) >= last  # the step that was under way is in it
+    assert step_of(newest) >= last  # the step that was under way is in it
     shutil.rmtree(run)
