@@ -50,7 +50,7 @@ def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Samp
     records = list(islice(read_records(file), MAX_QUESTIONS + 1))
     if len(records) > MAX_QUESTIONS:
         raise Refusal(
-            "D-MANY", "too many questions to answer them again and again", file=file, key="--sample_questions",
+            "D-MANY", "too many questions to answer them repeatedly", file=file, key="--sample_questions",
             found=f"more than {MAX_QUESTIONS}", expected=f"at most {MAX_QUESTIONS}", fix="a file with a few of them",
         )  # fmt: skip
     if image_folder is None and any(record.images for record in records):
