@@ -14,7 +14,8 @@ import pytest
 from llava_moslora.config import DataSettings
 from llava_moslora.data import cache, tokenise
 from llava_moslora.data import prepare as module
-from llava_moslora.data.prepare import keys_of, prepare, report_of
+from llava_moslora.data.cache import keys_of, report_of
+from llava_moslora.data.prepare import prepare
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import IGNORE_INDEX
 from llava_moslora.text.conversation import Encoded as Pair
