@@ -30,7 +30,7 @@ def for_model(adapter: Adapter, module_names: Iterable[str]) -> Adapter:
             f"{len(missing)} of {len(names)} adapted layers are not in the model",
             found=few(missing),
             expected=f"names such as {few(sorted(present))}",
-            fix="pass rename with the prefixes of the file and of the model",
+            fix="rename: replace the beginnings of the file's names by the model's",
         )
     if all(old == new for old, new in names.items()):
         return adapter
