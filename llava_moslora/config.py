@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from llava_moslora.errors import Refusal
 
@@ -40,6 +40,8 @@ def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple |
 class Settings:
     """Base of the settings below: values that are not among a field's choices are refused."""
 
+    _argument_group_name: ClassVar[str]  # the heading in --help, where transformers' parser looks for it
+
     def __post_init__(self) -> None:
         """
         Raises:
@@ -56,6 +58,8 @@ class Settings:
 class ModelSettings(Settings):
     """The three parts that a LLaVA is assembled from, and how they are loaded."""
 
+    _argument_group_name = "the model"
+
     model_name_or_path: str = setting(help="folder of the LLM, or of a complete LLaVA")
     vision_tower: str | None = setting(
         None, "CLIP or SigLIP folder, or open_clip:ARCH@FILE; default: the one in --model_name_or_path"
@@ -69,6 +73,8 @@ class ModelSettings(Settings):
 @dataclass
 class DataSettings(Settings):
     """The records, how they are checked, tokenised and ordered, and how images become the tower's input."""
+
+    _argument_group_name = "the data"
 
     data_path: list[str] = setting(
         help="LLaVA-format JSON, JSONL or Parquet, or shards that hold the images too (mix/*.tar); one or several"
@@ -111,6 +117,8 @@ class TowerAdapter:
 @dataclass
 class AdapterSettings(Settings):
     """What is trained. Defaults are the paper's for LLaMA-3-8B and CLIP-L (Table 8)."""
+
+    _argument_group_name = "the adapters"
 
     tune_mm_mlp_adapter: bool = setting(False, "stage 1: train only the projector")
     lora_r: int = setting(64, "rank in the LLM; 0: no adapter there")
@@ -159,6 +167,8 @@ class AdapterSettings(Settings):
 class TrainingSettings(Settings):
     """This package's own training flags, beside those of transformers' ``TrainingArguments``
     (:mod:`llava_moslora.training.arguments` joins the two)."""
+
+    _argument_group_name = "training: transformers' TrainingArguments, and after them this package's own"
 
     output_dir: str | None = setting(None, "the run folder")
     global_batch_size: int | None = setting(

@@ -126,7 +126,8 @@ def test_deepspeed_is_checked_when_a_run_has_an_engine(monkeypatch):
         raise Refusal("E-VERSION", user)
 
     trainer = object.__new__(module.MosLoraTrainer)
-    trainer.model, trainer.is_deepspeed_enabled = torch.nn.Linear(1, 1), True
+    trainer.model = trainer.model_wrapped = torch.nn.Linear(1, 1)
+    trainer.is_deepspeed_enabled = True
     monkeypatch.setattr(Trainer, "_prepare_for_training", lambda *_: (None, None))
     monkeypatch.setattr(module, "check_private_api", refuse)
     with pytest.raises(Refusal, match="deepspeed"):

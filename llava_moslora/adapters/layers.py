@@ -154,7 +154,7 @@ class MosLoraLayer:
         operation."""
         adapter = None if args or kwargs else self._only_adapter(x)
         if adapter is None:
-            with recompute.keep_operations():
+            with recompute.save_operations():
                 return super().forward(x, *args, **kwargs)
         weights = self.adapter_weights(adapter)
         scaling, p = self.scaling[adapter], self.dropout_probability(adapter)

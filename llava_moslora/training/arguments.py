@@ -6,13 +6,14 @@ The same fields can come from one YAML or JSON file (``--config FILE``), over wh
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 import torch
 from torch import distributed
@@ -20,9 +21,10 @@ from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_moslora.adapters.kernel import mask_source
-from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, Settings, TrainingSettings
 from llava_moslora.data.loader import default_workers
 from llava_moslora.errors import Refusal
+from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.recompute import parse_recompute
 from llava_moslora.training.config_file import read_config
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
@@ -166,10 +168,17 @@ ARGUMENTS = (ModelSettings, DataSettings, AdapterSettings, TrainingArguments)
 class FlagParser(HfArgumentParser):
     """Flags from the fields of dataclasses; a wrong one is a :class:`Refusal` (C-FLAG) that names it."""
 
-    def __init__(self, dataclasses: Sequence[type], **settings: Any):
-        super().__init__(dataclasses, allow_abbrev=False, exit_on_error=False, **settings)
+    def __init__(self, groups: Sequence[type], description: str | None = None):
+        super().__init__(
+            groups,
+            description=description,
+            usage="%(prog)s --FLAG VALUE ...",  # argparse's own would be several screens of Trainer flags
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
 
-    def error(self, message: str) -> NoReturn:  # argparse would print its usage: several screens of Trainer flags
+    def error(self, message: str) -> NoReturn:
         raise Refusal("C-FLAG", message, fix="see --help")
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -192,7 +201,24 @@ class FlagParser(HfArgumentParser):
         return vars(namespace)
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]:
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and behind every flag its default, where that is a value."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
+def some_fields(settings: type[Settings], names: Collection[str]) -> type:
+    """A dataclass of those fields of ``settings``, for a script that takes a part of them as flags."""
+    types = get_type_hints(settings)
+    chosen = [(f.name, types[f.name], copy.copy(f)) for f in fields(settings) if f.name in names]
+    heading = {"_argument_group_name": settings._argument_group_name}
+    return make_dataclass(settings.__name__, chosen, namespace=heading)
+
+
+def parse(
+    argv: Sequence[str], description: str | None = None
+) -> tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]:
     """The settings from a command line; those of training as the values to build :class:`TrainingArguments` from.
 
     transformers' part of the latter looks for devices and the process group when it is built, so the process group is
@@ -202,9 +228,9 @@ def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, AdapterSett
         Refusal: as :meth:`FlagParser.parse`; a value that is out of range, a configuration or DeepSpeed file that is
             missing or no JSON/YAML.
     """
-    parser = FlagParser(ARGUMENTS)
+    parser = FlagParser(ARGUMENTS, description)
     parser.add_argument("--config", help="YAML or JSON file with the same flags")
-    if file := config_file(argv):
+    if file := _early(argv).config:
         known = {f.name for group in ARGUMENTS for f in fields(group) if f.init}
         argv = [*_as_flags(read_config(Path(file)), known, file), *argv]
     if deepspeed := _early(argv).deepspeed:
@@ -218,9 +244,26 @@ def parse(argv: Sequence[str]) -> tuple[ModelSettings, DataSettings, AdapterSett
     return ModelSettings(**model), DataSettings(**data), AdapterSettings(**adapter), training
 
 
-def config_file(argv: Sequence[str]) -> str | None:
-    """The ``--config`` of a command line."""
-    return _early(argv).config
+def input_paths(
+    model: ModelSettings, data: DataSettings, args: TrainingArguments, argv: Sequence[str]
+) -> list[tuple[str, Path]]:
+    """What a training reads, by flag: what must not lie where a run is deleted."""
+    tower = model.vision_tower
+    if tower.startswith(OPEN_CLIP):
+        arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
+        tower = where if at else arch
+    asked = [
+        ("--model_name_or_path", model.model_name_or_path),
+        ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
+        ("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
+        *(("--data_path", path) for path in data.data_path if "://" not in path),
+        ("--image_folder", data.image_folder),
+        ("--sample_questions", args.sample_questions),
+        ("--sample_image_folder", args.sample_image_folder),
+        ("--deepspeed", args.deepspeed),
+        ("--config", _early(argv).config),
+    ]
+    return [(flag, Path(path)) for flag, path in asked if path]
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:

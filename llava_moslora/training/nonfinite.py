@@ -20,7 +20,6 @@ from torch import Tensor, distributed
 from llava_moslora.distributed import rank
 from llava_moslora.errors import Refusal
 from llava_moslora.files.json import write_json
-from llava_moslora.text.conversation import IGNORE_INDEX
 
 NONFINITE_FILE = "nonfinite.json"
 FIX = "lower --learning_rate, look at these records, or train in bf16 instead of fp16"
@@ -86,7 +85,7 @@ class FiniteCheck:
         return norm
 
     def require_checked(self) -> None:
-        """To be called after each step: whatever a Trainer or DeepSpeed does, no step goes by unchecked."""
+        """To be called after each step: no step may stay unchecked, whatever a Trainer or DeepSpeed calls."""
         assert self.checked and len(self.losses) == len(self.records), "this step's loss and gradient were not checked"
 
     def loss_scale_exhausted(self, step: int) -> NoReturn:
@@ -137,13 +136,13 @@ def searches_loss_scale(engine) -> bool:
     return engine.fp16_enabled() and bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale
 
 
-def check_labels(labels: Tensor, records: list[int]) -> None:
-    """int64[B, T]: a batch without a label has no loss.
+def check_labels(labels: int, records: list[int]) -> None:
+    """A batch with 0 labels has no loss.
 
     Raises:
         Refusal: D-LABELS
     """
-    if not bool((labels != IGNORE_INDEX).any()):
+    if not labels:
         raise Refusal(
             "D-LABELS",
             "no token of this batch is trained",

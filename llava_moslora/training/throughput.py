@@ -1,17 +1,14 @@
-"""Throughput of a run: tokens and records per second, the share of the device's peak (MFU), and its memory.
-
-Shapes: B rows, T tokens.
-"""
+"""Throughput of a run: tokens and records per second, the share of the device's peak (MFU), and its memory."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from llava_moslora.models.flops import Flops
-from llava_moslora.text.conversation import IGNORE_INDEX
 
 # Dense 16-bit tensor-core FLOP/s with float32 accumulation, from the makers' data sheets; the first name that is found
 # in the device's name counts.
@@ -58,16 +55,18 @@ class Throughput:
         self.counts = {"tokens": 0, "samples": 0, "flops": 0.0}
         self.since = time.monotonic()
 
-    def add(self, batch: dict[str, Tensor]) -> None:
-        """Count a micro-batch as :class:`~llava_moslora.data.collate.Collator` makes it, still on the CPU."""
-        lengths = batch["lengths"]
-        tokens, images = int(lengths.sum()), len(batch.get("pixel_values", ()))
-        trained = int((batch["labels"] != IGNORE_INDEX).sum())
-        per = self.flops
+    def add(self, lengths: Sequence[int], labels: int, images: int) -> None:
+        """Count a micro-batch.
+
+        Args:
+            lengths: tokens of each record, without padding.
+            labels: tokens with a label.
+        """
+        tokens, per = sum(lengths), self.flops
         self.counts["tokens"] += tokens
         self.counts["samples"] += len(lengths)
-        self.counts["flops"] += per.token * tokens + per.pair * int((lengths**2).sum())
-        self.counts["flops"] += per.trained_token * trained + per.image * images
+        self.counts["flops"] += per.token * tokens + per.pair * sum(length**2 for length in lengths)
+        self.counts["flops"] += per.trained_token * labels + per.image * images
 
     def rates(self) -> dict[str, float]:
         """``tokens_per_second`` (without padding) and ``samples_per_second`` of all ranks; ``mfu``, where the devices'

@@ -15,7 +15,7 @@ from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llava_moslora.adapters.kernel import triton_wanted
+from llava_moslora.adapters.kernel import triton_enabled
 from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.distributed import rank
@@ -62,7 +62,7 @@ class MosLoraTrainer(Trainer):
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
         if self.args.loss_average == "micro_batch":
             self.model_accepts_loss_kwargs = False  # no token count for the model: it averages over its micro-batch
-        if self.args.device.type == "cuda" and triton_wanted() and not self.args.use_liger_kernel:
+        if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
             from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
 
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -132,9 +132,9 @@ class MosLoraTrainer(Trainer):
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         records = [batch.pop("record").tolist() for batch in batches]
         for batch, numbers in zip(batches, records, strict=True):
-            check_labels(batch["labels"], numbers)
-            self.throughput.add(batch)
-            del batch["lengths"]  # only for the counting
+            labels = len(batch["label_positions"])
+            check_labels(labels, numbers)
+            self.throughput.add(batch.pop("lengths").tolist(), labels, images=len(batch.get("pixel_values", ())))
         self.finite_check.begin_step(records)
         return batches, tokens
 

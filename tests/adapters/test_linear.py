@@ -111,7 +111,7 @@ def test_flops_are_counted(shape, mixed):
     assert (forward, counter.get_total_flops()) == (cost["forward"], cost["forward"] + cost["backward"])
     with FlopCounterMode(display=False) as counter:
         low_rank_update(tensors[1](tensors[0]), tensors[0], *tensors[2:], 0.7, 0.25).sum().backward()
-    spared = 2 * rows * r * i * linear.keeps(r, i)
+    spared = 2 * rows * r * i * linear.keeps_u(r, i)
     assert counter.get_total_flops() - spared == cost["forward"] + cost["backward"]
     assert branch["forward"] + 2 * rows * i * o == cost["forward"]
 
@@ -253,7 +253,7 @@ def test_gpu_is_the_formula_in_float64(shape, dtype, tolerance, dropout):
     if dropout:
         torch.manual_seed(3)
         drop, seed = kernel.draw_seed(dropout)
-        dropped = x * hashed(x, seed, drop) / (1 - drop / kernel.STEPS)
+        dropped = x * hashed(x, seed, drop) / (1 - drop / kernel.DROPOUT_STEPS)
     z = F.linear(x, base.weight.double(), base.bias.double()) + 0.7 * dropped @ a.T @ w.T @ b.T
     torch.manual_seed(4)
     grad = torch.randn(y.shape).cuda()

@@ -22,7 +22,7 @@ import torch
 from torch import distributed
 from llava_moslora.training import process_group
 
-rendezvous.join()
+process_group.join()
 value = torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu")
 distributed.all_reduce(value)
 assert value.item() == 2

@@ -9,13 +9,9 @@ from support.training_runs import stock_model
 TOKENS = 40
 
 
-def test_padding_is_no_token(parts):
+def test_tokens_records_and_flops_are_counted(parts):
     throughput = Throughput(stock_model(parts), torch.device("cpu"))
-    batch = {
-        "lengths": torch.tensor([6, 4]),
-        "labels": torch.tensor([[-100, 7, 7, -100, 7, 7], [-100, 7, 7, 7] + [-100] * 2]),
-    }
-    throughput.add(batch)
+    throughput.add([6, 4], labels=7, images=0)
     per = throughput.flops
     assert throughput.counts["tokens"] == 10 and throughput.counts["samples"] == 2
     assert throughput.counts["flops"] == per.token * 10 + per.pair * (36 + 16) + per.trained_token * 7
@@ -24,7 +20,7 @@ def test_padding_is_no_token(parts):
 def test_the_share_of_the_peak(parts, monkeypatch):
     throughput = Throughput(stock_model(parts), torch.device("cpu"))
     throughput.peak = 1e6
-    throughput.add({"lengths": torch.tensor([TOKENS]), "labels": torch.full((1, TOKENS), 5)})
+    throughput.add([TOKENS], TOKENS, images=0)
     monkeypatch.setattr("time.monotonic", lambda: throughput.since + 2)
     work = throughput.flops.token * TOKENS + throughput.flops.pair * TOKENS**2 + throughput.flops.trained_token * TOKENS
     rates = throughput.rates()
@@ -35,7 +31,7 @@ def test_the_share_of_the_peak(parts, monkeypatch):
 def test_rates_are_of_all_ranks(parts, monkeypatch):
     """Sums of what was counted, the most of the memory, and one exchange for all of them."""
     throughput = Throughput(stock_model(parts), torch.device("cpu"))
-    throughput.add({"lengths": torch.tensor([3, 4]), "labels": torch.full((2, 4), 5)})
+    throughput.add([3, 4], labels=8, images=0)
     exchanged = []
 
     def all_gather(rows, mine):

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,8 +27,8 @@ from llava_moslora.files import disk
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.publish import sweep
 from llava_moslora.runs.checkpoints import lock_run, newest_valid
+from llava_moslora.runs.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
 from llava_moslora.runs.record import GROUPS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
-from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
 
 SET_ASIDE = ".aside"  # suffix of folders that a replaced run waits in
 
@@ -138,6 +139,29 @@ def record_run(run: Path, settings: RunSettings, tokenizer: PreTrainedTokenizerF
     """Write what is known of a run before its first step: ``run.json``, then the tokenizer."""
     write_run(run, settings)
     tokenizer.save_pretrained(run / TOKENIZER)
+
+
+def write_first_files(
+    training: TrainingSettings,
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    report: Callable[[Path], None],
+    inputs: Iterable[tuple[str, Path]] = (),
+) -> None:
+    """What a run folder that :func:`open_run` locked holds before the first step; of a resumed run, renewed.
+
+    Args:
+        report: as for :func:`begin_run`. inputs: as for :func:`open_run`.
+
+    Raises:
+        Refusal: as :func:`check_output`: the folder may have changed since it was opened.
+    """
+    run, record = Path(training.output_dir), partial(record_run, settings=settings, tokenizer=tokenizer)
+    if training.resume and has_begun(run):
+        record(run)
+        return
+    check_output(training, inputs)
+    begin_run(run, record, report)
 
 
 def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path], None]) -> None:
