@@ -16,7 +16,7 @@ VIT_LEVEL = "vision_model."  # the level in CLIPVisionModel's names that transfo
 
 
 def for_model(adapter: Adapter, module_names: Iterable[str]) -> Adapter:
-    """The adapter under the names of a model at hand: ViT names of transformers 4 and 5 stand for each other.
+    """The adapter under the names of a model's modules; a ViT's names in transformers 4 and 5 count as the same.
 
     Raises:
         Refusal: K-ADAPTER naming the first layers that the model does not have.
@@ -41,7 +41,7 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default", is
     """Put an adapter into a model: as ``PeftModel.from_pretrained``, with nothing missing and nothing left over.
 
     Args:
-        model: the base model, or a PeftModel that gets one adapter more.
+        model: the base model, or a PeftModel that gets another adapter.
 
     Raises:
         Refusal: K-ADAPTER naming the first tensors that the model or the adapter lacks.

@@ -113,7 +113,7 @@ def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict
 
 
 def _name_patterns() -> list[tuple[re.Pattern[str], str]]:
-    """A pattern for each stored name of every method, and the short name that it stands for."""
+    """A pattern for each stored name of every method, and the short name."""
     names = {name: part for method in METHODS.values() for name, part in method.names.items()}
     patterns = []
     for name, part in names.items():

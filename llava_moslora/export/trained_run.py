@@ -25,7 +25,7 @@ from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
-from llava_moslora.models.llm import llm_on_meta, mean_row, read_llm_config, read_llm_tensors
+from llava_moslora.models.llm import HEAD_WEIGHT, llm_on_meta, mean_row, read_llm_config, read_llm_tensors
 from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of, standalone_name
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
@@ -35,7 +35,7 @@ from llava_moslora.text.templates import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
-EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
