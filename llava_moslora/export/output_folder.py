@@ -69,7 +69,7 @@ def check_inputs(folder: Path, inputs: Iterable[str | Path]) -> None:
     for given in inputs:
         if Path(given).resolve().is_relative_to(folder):
             raise Refusal(
-                "C-OUTPUT", "an input of this export lies there", file=folder, key="--output_dir", found=given,
+                "C-OUTPUT", "an input of this export is in that folder", file=folder, key="--output_dir", found=given,
                 fix="choose another --output_dir",
             )  # fmt: skip
 

@@ -69,7 +69,7 @@ def answer_questions(folder: Path) -> dict:
 class WholeModel:
     """A ``LlavaForConditionalGeneration`` with its processor, and the adapter over it if there is one.
 
-    ``asked`` is ``questions.json``; its ``load_from`` says which folder holds what.
+    ``asked`` is ``questions.json``; its ``load_from`` names the folder of each part.
     """
 
     def __init__(self, root: Path, asked: dict):
@@ -93,7 +93,7 @@ class WholeModel:
         inputs = self.processor(images=images or None, text=prompt, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         logits = self.model(**inputs).logits[0, -1].float()
-        # It stops at what the export's own generation config says: that is a part of the proof.
+        # It stops as the export's own generation config has it: that is a part of the proof.
         output = self.model.generate(**inputs, max_new_tokens=self.asked["max_new_tokens"], do_sample=False)
         return {
             "ids": inputs["input_ids"][0],
@@ -135,7 +135,7 @@ class SeparateParts:
         self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     def _load_original(self, root: Path, tower: str) -> None:
-        """The original LLaVA's folder, taken apart by the names that its own classes have."""
+        """Take the parts out of an original LLaVA's folder, by the names that its own classes have."""
         state = {}
         for file in sorted(root.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
