@@ -31,7 +31,7 @@ from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import TOKENIZER, RunRecord, read_run
-from llava_moslora.text.conversation import chat_template, stop_token_ids
+from llava_moslora.text.templates import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"

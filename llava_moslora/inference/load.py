@@ -24,11 +24,9 @@ from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.checkpoints import checkpoints, newest_checkpoint
 from llava_moslora.runs.fingerprint import check_base
-from llava_moslora.runs.record import RUN, TOKENIZER, read_run
-from llava_moslora.text.conversation import recognise_template
+from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, read_run
+from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
-
-EXPORT = "export.json"  # beside an export's weights: what it is an export of
 
 
 @dataclass
