@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -165,8 +166,7 @@ def _prepare_proof(trained: TrainedRun, dtype: torch.dtype) -> Prove:
     """
     from llava_moslora.export import mapped_weights, verify  # not needed with --no_proof
 
-    mapped = mapped_weights.needed(trained, dtype)
-    return lambda *export: verify.prove(*export, mapped=mapped)
+    return partial(verify.prove, mapped=mapped_weights.needed(trained, dtype))
 
 
 def _write(

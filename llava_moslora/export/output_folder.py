@@ -199,8 +199,8 @@ def pinned_checkpoint(run: Path, folder: Path) -> Iterator[Path]:
         original, pinned = _pin(run, place)
         yield pinned
     except Refusal as refusal:
-        if refusal.file is not None and Path(refusal.file).is_relative_to(place):
-            refusal.file = original / Path(refusal.file).relative_to(pinned)  # the one that stays
+        if refusal.file is not None and (file := Path(str(refusal.file))).is_relative_to(place):
+            refusal.file = original / file.relative_to(pinned)  # the one that stays
             refusal.args = (refusal.line(),)
         raise
     finally:

@@ -67,6 +67,7 @@ class TrainedRun:
 
     @property
     def template(self) -> str:
+        assert self.record.model.version is not None, "read_run refuses a record without it"
         return self.record.model.version
 
     @property

@@ -53,8 +53,8 @@ def prove(
         Refusal: K-PROOF, they differ; the figures are in the message.
     """
     questions = write_questions(trained, plan, folder, mapped)
-    features = folder / PROBE / FEATURES
-    features = load_file(features)["features"] if features.is_file() else None
+    given = folder / PROBE / FEATURES
+    features = load_file(given)["features"] if given.is_file() else None
     expected, as_trained = answers_of_run(trained, target, plan, questions, features, dtype, mapped)
     _complete_questions(trained, plan, folder, expected)
     found = _run_probe(folder)
