@@ -1,8 +1,8 @@
 """A trained run, opened for export: what was trained, and the tensors it goes into, none of them read yet.
 
-Every target takes its tensors from here, under the names that LLM and vision tower have when they stand alone, and
-only renames them. The adapters go into the base that they were trained on or nowhere: names and shapes would also fit
-another model of the same kind, and the result would run and be wrong.
+Every target takes its tensors from here, under the names of LLM and vision tower as models of their own, and only
+renames them. Adapters go into the base that they were trained on and no other: names and shapes would also fit another
+model of the same kind, and the result would run and be wrong.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class TrainedRun:
 
     @property
     def template(self) -> str:
+        assert self.record.model.version is not None, "read_run refuses a record without it"
         return self.record.model.version
 
     @property
@@ -187,7 +188,7 @@ def open_trained(
         merge_base: for a run over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
 
     Raises:
-        Refusal: no run; the base is gone, damaged, quantised, changed since, or another one;
+        Refusal: no run; the base is missing, damaged, quantised, changed since, or another one;
             the checkpoint lacks the projector.
     """
     run = Path(run)
