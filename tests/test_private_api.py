@@ -108,7 +108,7 @@ from llava_moslora import private_api
 
 checked = []
 private_api.check_private_api = checked.append
-import llava_moslora.training.trainer
+import llava_moslora.adapters.layers, llava_moslora.recompute, llava_moslora.training.trainer
 print(*sorted(checked))
 """
 
