@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_moslora.config import DataSettings
 from llava_moslora.data.prepare import prepare
-from llava_moslora.models.assemble import tokens_per_image
+from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.text.conversation import IGNORE_INDEX, Turn, encode
 from llava_moslora.text.tokenizer import load_tokenizer

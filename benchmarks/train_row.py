@@ -250,8 +250,9 @@ def train_stock(job: Job, row: Row) -> None:
     from llava_moslora.data.image_transform import ImageTransform
     from llava_moslora.data.prepare import prepare
     from llava_moslora.models.adapt import linear_suffixes
-    from llava_moslora.models.assemble import assemble, tokens_per_image
+    from llava_moslora.models.assemble import assemble
     from llava_moslora.models.names import LLM, PROJECTOR, VISION_TOWER
+    from llava_moslora.models.towers import tokens_per_image
     from llava_moslora.text.tokenizer import load_tokenizer
 
     folder, rank = Path(job.folder), 4 if job.tiny else 64
