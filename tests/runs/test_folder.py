@@ -10,8 +10,7 @@ import pytest
 
 from llava_moslora.errors import Refusal, defect
 from llava_moslora.files import disk
-from llava_moslora.runs.checkpoints import newest_checkpoint
-from llava_moslora.runs.checkpoints import checkpoints, lock_run, prune
+from llava_moslora.runs.checkpoints import checkpoints, lock_run, newest_checkpoint, prune
 from llava_moslora.runs.folder import (
     check_shared,
     check_space,
