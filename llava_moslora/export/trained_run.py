@@ -24,13 +24,13 @@ from llava_moslora.export.writer import PlannedTensor
 from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor
-from llava_moslora.inference.load import newest_checkpoint
 from llava_moslora.models.assemble import mean_row
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
 from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of, standalone_name
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
+from llava_moslora.runs.checkpoints import newest_checkpoint
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import TOKENIZER, RunRecord, read_run
 from llava_moslora.text.conversation import chat_template, stop_token_ids

@@ -1,4 +1,4 @@
-"""A run or an export, loaded to answer: the same four things whatever it was loaded from."""
+"""A run or an export, loaded to answer questions: as a :class:`ChatModel`, whatever it was loaded from."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from llava_moslora.config import ModelSettings
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 from llava_moslora.files.json import read_json
-from llava_moslora.files.manifest import MANIFEST, read_facts
+from llava_moslora.files.manifest import MANIFEST
 from llava_moslora.models.assemble import assemble, tokens_per_image
 from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.runs.checkpoints import checkpoints, newest_valid
+from llava_moslora.runs.checkpoints import checkpoints, newest_checkpoint
 from llava_moslora.runs.fingerprint import check_base
-from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, check_seed, read_run
+from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, read_run
 from llava_moslora.text.conversation import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 
@@ -40,25 +40,6 @@ class ChatModel:
     @property
     def tokens_per_image(self) -> int:
         return tokens_per_image(self.model.config.vision_config)
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The newest valid checkpoint of a run.
-
-    Raises:
-        Refusal: the run has none, or the newest is not this run's own: renamed, or of another seed.
-    """
-    checkpoint, skipped = newest_valid(run)
-    if checkpoint is None:
-        raise Refusal(
-            "K-NONE",
-            "the run has no valid checkpoint",
-            file=run,
-            found="; ".join(r.line() for r in skipped) or "none at all",
-            fix="let the training reach its first --save_steps, or its end",
-        )
-    check_seed(read_run(run), checkpoint, read_facts(checkpoint))
-    return checkpoint
 
 
 def load_run(
@@ -79,7 +60,7 @@ def load_run(
         trained: with ``checkpoint``; False: as it was before the first step.
         checkpoint: whose files were verified; None: the newest valid one.
         llm, vision_tower: where the base is now, if not where it was.
-        bits: 16 or 4, if the LLM shall be loaded otherwise than it was trained.
+        bits: 16 or 4; None: as it was trained.
         llm_dtype: of the LLM's own weights, if not ``dtype``; weights that are stored in it stay mapped.
 
     Raises:
@@ -96,7 +77,7 @@ def load_run(
     )
     if trained:
         checkpoint = checkpoint or newest_checkpoint(run)
-    elif checkpoint is None:  # whichever: all say which base the run began from; before the first there is none to ask
+    elif checkpoint is None:  # any of them: each states which base the run began from
         checkpoint = next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
     if checkpoint is not None:
         _check_bases(model_settings, checkpoint, with_projector=not trained)
@@ -136,9 +117,9 @@ def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> ChatModel:
-    """A complete LLaVA in ``dtype``, in eval mode: an export of ours, or any of those a new run may start from.
+    """A complete LLaVA in ``dtype``, in eval mode: an export of this package, or any that a new run may start from.
 
-    The prompt template is the one the export was trained with; of another folder, the one its tokenizer tells.
+    The prompt template is the one the export was trained with; of another folder, what its tokenizer is recognised as.
 
     Raises:
         Refusal: not a complete LLaVA, or its template is not known.
