@@ -15,16 +15,17 @@ from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import MANIFEST
-from llava_moslora.models.assemble import assemble, tokens_per_image
+from llava_moslora.models.assemble import assemble
 from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
+from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.checkpoints import checkpoints, newest_checkpoint
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, read_run
-from llava_moslora.text.conversation import recognise_template
+from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 
 

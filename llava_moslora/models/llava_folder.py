@@ -91,7 +91,7 @@ def check_format(folder: Path) -> str:
             expected=" or ".join(SUPPORTED), fix="give LLM, vision tower and projector each by its own folder",
         )  # fmt: skip
     settings = SUPPORTED[architecture]
-    if architecture == TRANSFORMERS:  # without the class token, whichever way that is said for this kind of tower
+    if architecture == TRANSFORMERS:  # without the class token, if this kind of tower has one
         kind = kind_name((raw.get("vision_config") or {}).get("model_type", CLIP.name))
         settings = settings | {"vision_feature_select_strategy": ("default", (KINDS.get(kind, CLIP).strategy,))}
     for key, (default, allowed) in settings.items():
@@ -143,7 +143,7 @@ def has_own_tower(folder: Path) -> bool:
 
 
 def tower_description(folder: Path) -> Path:
-    """The folder that says how the vision tower inside is built and how images are prepared for it: ``folder``
+    """The folder that describes how the vision tower inside is built and how images are prepared for it: ``folder``
     itself, or for the original format, which only names the tower, the one that ``mm_vision_tower`` names, there or
     next to ``folder``. Of it ``config.json`` and ``preprocessor_config.json`` are needed, no weights.
 

@@ -77,7 +77,7 @@ def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArgument
 
     Raises:
         Refusal: C-FLAG, a value out of its range or flags that exclude each other; C-DEEPSPEED, a DeepSpeed file that
-            says other than the flags, every difference at once; E-MISSING, an optional package is not installed.
+            differs from the flags, every difference at once; E-MISSING, an optional package is not installed.
     """
     if args.resume_from_checkpoint is not None:
         raise Refusal(

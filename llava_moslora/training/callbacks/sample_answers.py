@@ -15,8 +15,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from llava_moslora import pages
+from llava_moslora.data.formats import read_records
 from llava_moslora.data.images import load_image
-from llava_moslora.data.records import read_records
 from llava_moslora.errors import Refusal
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import ChatModel
@@ -42,7 +42,7 @@ def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Samp
     """The records of a LLaVA-format file as questions: the model answers in place of the last answer of each.
 
     Raises:
-        Refusal: as :func:`~llava_moslora.data.records.read_records` and
+        Refusal: as :func:`~llava_moslora.data.formats.read_records` and
             :func:`~llava_moslora.data.images.load_image`; D-MANY, more than :data:`MAX_QUESTIONS` records.
     """
     if not Path(file).is_file():
@@ -50,7 +50,7 @@ def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Samp
     records = list(islice(read_records(file), MAX_QUESTIONS + 1))
     if len(records) > MAX_QUESTIONS:
         raise Refusal(
-            "D-MANY", "too many questions to answer them again and again", file=file, key="--sample_questions",
+            "D-MANY", "too many questions to answer them repeatedly", file=file, key="--sample_questions",
             found=f"more than {MAX_QUESTIONS}", expected=f"at most {MAX_QUESTIONS}", fix="a file with a few of them",
         )  # fmt: skip
     if image_folder is None and any(record.images for record in records):
