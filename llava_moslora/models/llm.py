@@ -146,7 +146,7 @@ def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, 
     """
     folder = Path(folder)
     raw = read_json(folder / "config.json")
-    found = llava_folder.read_parts(folder).llm if llava_folder.is_llava(raw) else read_tensor_folder(folder)
+    found = llava_folder.read_tensors(folder).llm if llava_folder.is_llava(raw) else read_tensor_folder(folder)
     found = {name: stored for name, stored in found.items() if not name.endswith(".inv_freq")}  # a buffer, once saved
     if raw.get("model_type") == internlm2.MODEL_TYPE:
         found = internlm2.llama_tensors(found, config)

@@ -62,8 +62,8 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
     # LLaVA's training also writes its configuration next to a projector, without the rest of the model.
     alone = any((path / name).is_file() for name in ("mm_projector.bin", "non_lora_trainables.bin"))
     if llava_folder.is_llava_folder(path) and not alone:
-        llava_folder.check_layout(path)
-        file, stored = path, llava_folder.read_parts(path).projector
+        llava_folder.check_format(path)
+        file, stored = path, llava_folder.read_tensors(path).projector
     else:
         file = _projector_file(path)
         _check_config(file.parent / "config.json", vision_width, llm_width)

@@ -74,7 +74,7 @@ def read_vision_tensors(spec: str | Path, config: PreTrainedConfig) -> dict[str,
         return _checked(config, found, source)
     folder = Path(spec)
     whole = llava_folder.is_llava_folder(folder)
-    found = llava_folder.read_parts(folder).vision if whole else read_tensor_folder(folder)
+    found = llava_folder.read_tensors(folder).vision if whole else read_tensor_folder(folder)
     kept = {name.removeprefix("vision_model."): t for name, t in found.items() if not NOT_VISION.match(name)}
     return _checked(config, kept, folder)
 
