@@ -165,7 +165,7 @@ class AdapterSettings(Settings):
 
 @dataclass
 class TrainingSettings(Settings):
-    """This package's own training flags, beside those of transformers' ``TrainingArguments``
+    """This package's own training flags, besides those of transformers' ``TrainingArguments``
     (:mod:`llava_moslora.training.arguments` joins the two)."""
 
     _argument_group_name = "training: transformers' TrainingArguments, and after them this package's own"

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
-from llava_moslora.evaluation.vqa import Question, accuracy, normalise, read_questions
+from llava_moslora.evaluation.vqa import VqaExample, accuracy, normalise, read_questions
 
 COLUMNS, SIDE, CAPTION = 4, 200, 78
 
@@ -55,7 +55,7 @@ def read(path: Path) -> list[str]:
     return json.loads(path.read_text(encoding="utf-8"))["answers"]
 
 
-def draw(path: Path, questions: list[Question], answers: list[str], image_folder: Path) -> None:
+def draw(path: Path, questions: list[VqaExample], answers: list[str], image_folder: Path) -> None:
     """Twelve held-out images, each another one, with question, answer and truth; wrong answers in red."""
     first = {}
     for index, question in enumerate(questions):

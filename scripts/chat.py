@@ -3,11 +3,11 @@
     python scripts/chat.py merged/llama3-8b-moslora --image photo.jpg
     you> what is on the table?
 
-    /image FILE   show an image with the next question (more than one, if the model was trained so)
-    /clear        begin a new conversation
+    /image FILE   show an image with the next question (several, if the model was trained with several)
+    /clear        start a new conversation
     /exit         or end of input
 
-Prompts are made by the function that made the training ids. Ctrl-C stops an answer; at the prompt, twice, it leaves.
+Prompts are made by the function that made the training ids. Ctrl-C stops an answer; twice at the prompt, it exits.
 """
 
 import argparse
@@ -34,33 +34,39 @@ def main() -> None:
     args = parser.parse_args()
     check_sampling(args.max_new_tokens, args.temperature, args.top_p)
     for stream_, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
-        if isinstance(stream_, io.TextIOWrapper):  # bytes that are no text are refused below, or shown; not raised
+        if isinstance(stream_, io.TextIOWrapper):  # bytes that are not text are refused below, or shown; not raised
             stream_.reconfigure(errors=errors)
     waiting = [open_image(file) for file in args.image]
     chat_model = load(args.model)
-    turns, images = beginning(args.system), []
+    turns, images = first_turns(args.system), []
     while (line := ask_user()) is not None:
         command, _, rest = line.partition(" ")
         if command == "/exit":
             break
         try:
             if command == "/clear":
-                turns, images, waiting = beginning(args.system), [], []
+                turns, images, waiting = first_turns(args.system), [], []
             elif command == "/image":
                 waiting.append(open_image(rest.strip()))
             elif line.strip():
                 asked = [*turns, Turn("human", question(line, len(waiting)))]
                 shown = images + waiting
-                said = speak(stream(chat_model, (shown, asked), max_new_tokens=args.max_new_tokens,
-                                    temperature=args.temperature, top_p=args.top_p))  # fmt: skip
-                turns, images, waiting = [*asked, Turn("gpt", said)], shown, []
-        except Refusal as refusal:  # of this question: the conversation goes on without it
+                pieces = stream(
+                    chat_model,
+                    (shown, asked),
+                    max_new_tokens=args.max_new_tokens,
+                    temperature=args.temperature,
+                    top_p=args.top_p,
+                )
+                text = print_answer(pieces)
+                turns, images, waiting = [*asked, Turn("gpt", text)], shown, []
+        except Refusal as refusal:  # of this question: the conversation continues without it
             print(refusal.line(), file=sys.stderr, flush=True)
         except KeyboardInterrupt:  # while the question or an image was prepared
             print(flush=True)
 
 
-def beginning(system: str | None) -> list[Turn]:
+def first_turns(system: str | None) -> list[Turn]:
     return [] if system is None else [Turn("system", system)]
 
 
@@ -71,7 +77,7 @@ def ask_user() -> str | None:
         try:
             line = input("you> ")
         except KeyboardInterrupt:
-            print("\n(Ctrl-C again, or /exit, leaves)", flush=True)
+            print("\n(Ctrl-C again, or /exit, to leave)", flush=True)
             continue
         except (EOFError, RuntimeError):  # RuntimeError: there is no standard input
             print()
@@ -95,31 +101,31 @@ def open_image(file: str):
 
 
 def question(text: str, images: int) -> str:
-    """The text of a turn with its images above it, as LLaVA's data has them.
+    """The text of a turn below its images, as in LLaVA's data.
 
     Raises:
-        Refusal: the placeholder was typed, or bytes that are no text.
+        Refusal: the placeholder was typed, or bytes that are not text.
     """
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         raise Refusal("D-TEXT", "not UTF-8", found=text, fix="set the terminal, or the file, to UTF-8")
     if IMAGE_TOKEN in text:
-        what, fix = "the image's placeholder is not typed", "/image FILE shows an image with the next question"
+        what, fix = "the image placeholder must not be typed", "/image FILE shows an image with the next question"
         raise Refusal("D-IMAGES", what, found=text, fix=fix)
     return f"{IMAGE_TOKEN}\n" * images + text.strip()
 
 
-def speak(pieces) -> str:
-    """Print an answer as it comes; Ctrl-C stops it, and what was said until then stays in the conversation."""
-    said = ""
+def print_answer(pieces) -> str:
+    """Print an answer as it comes; Ctrl-C stops it, and what was printed until then stays in the conversation."""
+    text = ""
     try:
         for piece in pieces:
             print(piece, end="", flush=True)
-            said += piece
+            text += piece
     except KeyboardInterrupt:
         pieces.close()
         print(" …", end="")
     print(flush=True)
-    return said
+    return text
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python scripts/evaluate.py runs/demo --questions test.json --image_folder images --output answers.json
 
 The question file is a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``; each question is asked
-in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as it is made: the same command goes on
+in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as it is made: the same command continues
 where it was stopped.
 """
 
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("run", help="the --output_dir of a training")
     parser.add_argument("--questions", required=True, help="JSON array of questions")
     parser.add_argument("--image_folder", required=True)
-    parser.add_argument("--untrained", action="store_true", help="the model as it was before the first step")
-    parser.add_argument("--blank", action="store_true", help="blank the image: what is guessed from the question alone")
+    parser.add_argument("--untrained", action="store_true", help="the model as it was before the first training step")
+    parser.add_argument("--blank", action="store_true", help="blank the images: how much is guessed from the questions")
     parser.add_argument("--output", help="write accuracy and answers to this JSON file")
     parser.add_argument("--probe", metavar="FILE", help="write the first-token logits of the first 32 questions there")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -40,7 +40,7 @@ def main() -> None:
 
     if args.batch_size < 1:
         raise Refusal("C-FLAG", "out of range", key="--batch_size", found=args.batch_size, expected="at least 1")
-    questions = read_questions(args.questions)
+    examples = read_questions(args.questions)
     output, probe = (writable(file, flag) for file, flag in ((args.output, "--output"), (args.probe, "--probe")))
     checkpoint = None if args.untrained else newest_checkpoint(Path(args.run))
     facts = {
@@ -55,22 +55,22 @@ def main() -> None:
     answers = [] if unfinished is None else earlier_answers(unfinished, facts, args.batch_size)
     chat_model = load_run(args.run, trained=not args.untrained, checkpoint=checkpoint)
     chat_model.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    asked = with_images(chat_model, questions, args.image_folder, blank=args.blank)
+    questions = with_images(chat_model, examples, args.image_folder, blank=args.blank)
     if unfinished is not None:
         begun = unfinished.with_name(f".{unfinished.name}")
         begun.write_text("".join(json.dumps(line) + "\n" for line in (facts, *answers)), encoding="utf-8")
         os.replace(begun, unfinished)
     with open(unfinished or os.devnull, "a", encoding="utf-8") as kept:
-        for text in ask(chat_model, asked[len(answers) :], batch_size=args.batch_size):
+        for text in ask(chat_model, questions[len(answers) :], batch_size=args.batch_size):
             answers.append(text)
             print(json.dumps(text), file=kept, flush=True)
-    share = accuracy(questions, answers)
+    share = accuracy(examples, answers)
     if output is not None:
         replace_json(output, {"accuracy": share, "answers": answers})
         unfinished.unlink()
-    print(f"{share:.1%} of {len(questions)} questions answered right")
+    print(f"{share:.1%} of {len(examples)} questions answered right")
     if probe is not None:
-        logits = torch.stack([first_logits(chat_model, question) for question in asked[:32]])
+        logits = torch.stack([first_logits(chat_model, question) for question in questions[:32]])
         partial = probe.with_name(f".{probe.name}.unfinished")
         save_file({"logits": logits}, partial)
         fsync(partial)
@@ -81,7 +81,7 @@ def writable(file: str | None, flag: str) -> Path | None:
     """The file to write, absolute and without links; None where none was asked for.
 
     Raises:
-        Refusal: C-OUTPUT, it could not be written in the end.
+        Refusal: C-OUTPUT, it is not a file, or cannot be written.
     """
     if file is None:
         return None
@@ -113,7 +113,7 @@ def earlier_answers(file: Path, facts: dict, batch_size: int) -> list[str]:
         earlier, answers = None, []
     if earlier == facts:
         answers = answers[: len(answers) // batch_size * batch_size]
-        print(f"going on after {len(answers)} answers of {file}")
+        print(f"continuing after {len(answers)} answers of {file}")
         return answers
     if not any(line.strip() for line in lines[1:]):
         return []  # nothing was answered

@@ -4,7 +4,8 @@
     python scripts/serve.py runs/llama3-8b-moslora --compare_untrained
     python scripts/serve.py runs/llama3-8b-lora runs/llama3-8b-moslora --names LoRA MoSLoRA
 
-Runs, exports, or one of each. It listens on this machine only, unless --host says otherwise; there is no password.
+Runs, exports, or one of each. It listens on this machine only, unless --host names another address; there is no
+password.
 Needs gradio: pip install 'llava_moslora[serve]'.
 """
 
@@ -24,15 +25,15 @@ from llava_moslora.text.conversation import Turn
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing leaves this machine
-CHARACTERS = 20_000  # of a question; attention over a megabyte of text keeps the machine busy for minutes
-IMAGE_BYTES = 50 * 1024**2
+MAX_CHARACTERS = 20_000  # of a question; attention over a megabyte of text keeps the machine busy for minutes
+MAX_IMAGE_BYTES = 50 * 1024**2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="+", help="one or two runs or exports")
     parser.add_argument("--names", nargs="+", help="what the page calls them; default: their folders")
-    parser.add_argument("--compare_untrained", action="store_true", help="beside a run: itself before the first step")
+    parser.add_argument("--compare_untrained", action="store_true", help="next to a run: its model before training")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every network of this machine")
     parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args()
@@ -52,12 +53,12 @@ def main() -> None:
     chat_models = [load(model) for model in args.model]
     if args.compare_untrained:
         chat_models.append(load_run(args.model[0], trained=False))
-    page(dict(zip(names, chat_models, strict=True))).launch(**launching(args.host, args.port))
+    page(dict(zip(names, chat_models, strict=True))).launch(**launch_options(args.host, args.port))
 
 
-def launching(host: str, port: int) -> dict:
-    """How the page is served. On this machine alone, only to browsers that ask for this machine: the page of a foreign
-    site, whose name was made to mean 127.0.0.1, asks by that name."""
+def launch_options(host: str, port: int) -> dict:
+    """How the page is served. On this machine alone, only to requests for this machine by its own names: the page of
+    another site, whose name was made to mean 127.0.0.1, would use that name."""
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -67,13 +68,13 @@ def launching(host: str, port: int) -> dict:
         "server_name": host,
         "server_port": port,
         "share": False,
-        "max_file_size": IMAGE_BYTES,
+        "max_file_size": MAX_IMAGE_BYTES,
         "app_kwargs": {"middleware": middleware},
     }
 
 
 def check_address(host: str, port: int) -> None:
-    """Look, before a model is loaded, whether the page can be served there.
+    """Check, before a model is loaded, that the page can be served there.
 
     Raises:
         Refusal: C-FLAG, no address of this machine, or no port; E-PORT, another process listens there.
@@ -108,7 +109,7 @@ def page(chat_models: dict[str, ChatModel]):
             with gradio.Column(scale=1):
                 image = gradio.Image(type="filepath", label="image", sources=["upload", "clipboard"], height=300)
                 text = gradio.Textbox(
-                    label="question", placeholder="What is shown?", elem_id="question", max_length=CHARACTERS
+                    label="question", placeholder="What is shown?", elem_id="question", max_length=MAX_CHARACTERS
                 )
                 with gradio.Row():
                     ask = gradio.Button("Ask", variant="primary", elem_id="ask")
@@ -122,10 +123,10 @@ def page(chat_models: dict[str, ChatModel]):
                 ]
         state = gradio.State([])  # (file of the image or None, question) and the answers, round by round
 
-        def answer(rounds: list, file: str | None, question: str, tokens: int, warmth: float):
+        def answer(rounds: list, file: str | None, question: str, tokens: int, temperature: float):
             """Yields the conversations while the models answer, one model after the other."""
             if not question.strip():
-                yield [rounds, question, *shown(rounds, len(chat_models))]
+                yield [rounds, question, *chat_messages(rounds, len(chat_models))]
                 return
             earlier = [past for past in rounds if past["file"] is not None]
             new = file if not earlier or earlier[-1]["file"] != file else None  # the image is shown once
@@ -134,17 +135,17 @@ def page(chat_models: dict[str, ChatModel]):
             for number, chat_model in enumerate(chat_models.values()):
                 try:
                     asked = conversation(rounds, number)
-                    for piece in stream(chat_model, asked, max_new_tokens=int(tokens), temperature=warmth):
+                    for piece in stream(chat_model, asked, max_new_tokens=int(tokens), temperature=temperature):
                         this["answers"][number] += piece
-                        yield [rounds, "", *shown(rounds, len(chat_models))]
+                        yield [rounds, "", *chat_messages(rounds, len(chat_models))]
                 except Refusal as refusal:
                     raise gradio.Error(refusal.line(), print_exception=False) from refusal
-            yield [rounds, "", *shown(rounds, len(chat_models))]
+            yield [rounds, "", *chat_messages(rounds, len(chat_models))]
 
         inputs, outputs = [state, image, text, length, temperature], [state, text, *chats]
         ask.click(answer, inputs, outputs)
         text.submit(answer, inputs, outputs)
-        clear.click(lambda: [[], "", *shown([], len(chat_models))], None, outputs)
+        clear.click(lambda: [[], "", *chat_messages([], len(chat_models))], None, outputs)
     return blocks
 
 
@@ -156,15 +157,12 @@ def conversation(rounds: list[dict], number: int) -> Question:
     """
     turns, images = [], []
     for past in rounds:
-        if len(past["question"]) > CHARACTERS:
-            what, found, expected = (
-                "the question is too long",
-                len(past["question"]),
-                f"at most {CHARACTERS} characters",
-            )
-            raise Refusal("D-LENGTH", what, found=found, expected=expected, fix="shorten it")
+        if len(past["question"]) > MAX_CHARACTERS:
+            expected = f"at most {MAX_CHARACTERS} characters"
+            found = len(past["question"])
+            raise Refusal("D-LENGTH", "the question is too long", found=found, expected=expected, fix="shorten it")
         if IMAGE_TOKEN in past["question"]:
-            what = "the image's placeholder is not typed"
+            what = "the image placeholder must not be typed"
             raise Refusal("D-IMAGES", what, found=past["question"], fix="drop an image on the page")
         prefix = ""
         if past["file"] is not None:
@@ -175,8 +173,8 @@ def conversation(rounds: list[dict], number: int) -> Question:
     return images, turns[:-1]
 
 
-def shown(rounds: list[dict], models: int) -> Iterator[list[dict]]:
-    """The conversation of each model as gradio's messages. Answers are text: no markup of theirs is rendered."""
+def chat_messages(rounds: list[dict], models: int) -> Iterator[list[dict]]:
+    """The conversation of each model as gradio's messages. Answers are text: markup in them is not rendered."""
     for number in range(models):
         messages = []
         for past in rounds:

@@ -81,12 +81,9 @@ def main() -> None:
 
     # 3. The data, checked and tokenised once; found again by its content
     dataset = prepare(
-        data_settings,
-        tokenizer=tokenizer,
-        template=template,
-        tokens_per_image=tokens_per_image(vision_config),
+        data_settings, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
         longest_text=longest_text(llm_config),
-    )
+    )  # fmt: skip
     say("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
     sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
 
@@ -102,18 +99,12 @@ def main() -> None:
     # 5. The model and what trains it
     model = build_model(model_settings, adapter_settings, args, tokenizer)
     say(parameter_table(model))
+    collator = Collator.of(data_settings, tokenizer, transform, packing=args.packing)
     trainer = MosLoraTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing),
-        sampler=sampler,
-        facts=fingerprints,
+        model=model, args=args, train_dataset=dataset, data_collator=collator, sampler=sampler, facts=fingerprints,
         callbacks=[preemption],
-    )
-    if args.sample_questions:
-        chat_model = ChatModel(model, tokenizer, template, transform)
-        trainer.add_callback(sample_answers(chat_model, data_settings, args))
+    )  # fmt: skip
+    add_sample_answers(trainer, ChatModel(model, tokenizer, template, transform), data_settings)
     trainer.create_optimizer()
 
     # 6. The run's first files, once nothing else can be refused
@@ -153,11 +144,13 @@ def build_model(
     return model
 
 
-def sample_answers(chat_model: ChatModel, data: DataSettings, args: TrainingArguments) -> SampleAnswers:
-    samples = read_samples(args.sample_questions, args.sample_image_folder or data.image_folder)
-    return SampleAnswers(
-        samples, chat_model, Path(args.output_dir), steps=args.sample_steps, max_new_tokens=args.sample_max_new_tokens
-    )
+def add_sample_answers(trainer: MosLoraTrainer, chat_model: ChatModel, data: DataSettings) -> None:
+    """With ``--sample_questions``: answer them while training."""
+    args = trainer.args
+    if args.sample_questions:
+        samples = read_samples(args.sample_questions, args.sample_image_folder or data.image_folder)
+        limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
+        trainer.add_callback(SampleAnswers(samples, chat_model, Path(args.output_dir), **limits))
 
 
 def write_data_report(

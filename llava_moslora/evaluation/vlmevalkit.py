@@ -11,7 +11,7 @@ Start VLMEvalKit's ``run.py`` with this file's lines before it::
     runpy.run_path("run.py", run_name="__main__")     # python this.py --model my-llava --data MMBench_DEV_EN MME
 
 Prompts are made by the function that made the training ids, and images by the transform that training used. Answers
-are greedy, so that a score can be had twice. XTuner's class samples with beams, pads always and knows no system text.
+are greedy, so that a score can be repeated. XTuner's class samples with beams, always pads and has no system text.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from llava_moslora.inference.load import load
 from llava_moslora.text.conversation import Turn
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
-CHOICES = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LETTER = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's own instruction
-SHORT = "Answer the question using a single word or phrase."
+OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's own instruction
+SHORT_INSTRUCTION = "Answer the question using a single word or phrase."
 
 
 def model_class() -> type:
-    """The class to give VLMEvalKit; made when asked for, because only then VLMEvalKit must be installed."""
+    """The class for VLMEvalKit; made in a function, so that this module can be imported where it is not installed."""
     from vlmeval.dataset import DATASET_TYPE
     from vlmeval.vlm.base import BaseModel
 
@@ -58,19 +58,21 @@ def model_class() -> type:
 
 
 def prompt(line: Mapping, kind: str) -> str:
-    """A row of a benchmark as LLaVA-1.5 was evaluated: hint, question, options, instruction, a line each.
+    """A row of a benchmark as LLaVA-1.5 was evaluated: hint, question, options and instruction, each on a line.
 
     Args:
-        line: with ``question``, and perhaps ``hint`` and ``A``, ``B`` …; what is absent is NaN in VLMEvalKit's tables.
+        line: with ``question``, and perhaps ``hint`` and ``A``, ``B`` …; missing values are NaN in VLMEvalKit's tables.
         kind: ``MCQ`` or ``Y/N``.
     """
     hint = [line["hint"]] if isinstance(line.get("hint"), str) else []
-    options = [f"{letter}. {line[letter]}" for letter in CHOICES if letter in line and line[letter] == line[letter]]
-    return "\n".join([*hint, line["question"], *options, LETTER if kind == "MCQ" else SHORT])
+    options = [
+        f"{letter}. {line[letter]}" for letter in OPTION_LETTERS if letter in line and line[letter] == line[letter]
+    ]
+    return "\n".join([*hint, line["question"], *options, LETTER_INSTRUCTION if kind == "MCQ" else SHORT_INSTRUCTION])
 
 
 def question(message: Sequence[Mapping[str, str]]) -> Question:
-    """VLMEvalKit's message, images and texts in any order, as one turn: the images above, the texts below."""
+    """VLMEvalKit's message, images and texts in any order, as one turn: first the images, then the texts."""
     files = [Path(item["value"]).resolve() for item in message if item["type"] == "image"]
     texts = [item["value"].replace(IMAGE_TOKEN, "") for item in message if item["type"] == "text"]
     images = [load_image(file.name, file.parent) for file in files]

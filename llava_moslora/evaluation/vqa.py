@@ -1,4 +1,4 @@
-"""Short-answer accuracy: one question at a time, the answer compared with the truth after normalisation."""
+"""Short-answer accuracy: each question in a conversation of its own, answers compared after normalisation."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from tqdm import tqdm
 
 from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal
-from llava_moslora.inference.generate import ImageInput, answer
-from llava_moslora.inference.generate import Question as Asked
+from llava_moslora.inference.generate import ImageInput, Question, answer
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.text.conversation import Turn
 
 
 @dataclass(frozen=True)
-class Question:
+class VqaExample:
+    """A question about one image, and its true answer."""
+
     id: str
     image: str
     question: str
     answer: str
 
 
-def read_questions(path: str | Path) -> list[Question]:
+def read_questions(path: str | Path) -> list[VqaExample]:
     """A JSON array of objects with ``id``, ``image``, ``question`` and ``answer``.
 
     Raises:
@@ -42,7 +43,7 @@ def read_questions(path: str | Path) -> list[Question]:
     if not isinstance(rows, list) or not rows:
         found = "an empty array" if rows == [] else type(rows).__name__
         raise Refusal("D-PARSE", "no questions", file=path, found=found, expected="a JSON array of questions")
-    questions = []
+    examples = []
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise Refusal(
@@ -56,8 +57,8 @@ def read_questions(path: str | Path) -> list[Question]:
                 "D-TYPE", "not text", file=path, record=index, key=wrong[0], found=type(row[wrong[0]]).__name__,
                 expected="text; of several answers (VQAv2) choose one",
             )  # fmt: skip
-        questions.append(Question(str(row["id"]), row["image"], row["question"], row["answer"]))
-    return questions
+        examples.append(VqaExample(str(row["id"]), row["image"], row["question"], row["answer"]))
+    return examples
 
 
 def normalise(text: str) -> str:
@@ -66,27 +67,27 @@ def normalise(text: str) -> str:
 
 
 def with_images(
-    chat_model: ChatModel, questions: list[Question], image_folder: str | Path, *, blank: bool = False
-) -> list[Asked]:
+    chat_model: ChatModel, examples: list[VqaExample], image_folder: str | Path, *, blank: bool = False
+) -> list[Question]:
     """Each question with its image, as the first turn of a conversation of its own.
 
-    With ``blank`` every image is replaced by one of the tower's mean colour: what is then still answered right was
-    not seen but guessed from the question.
+    With ``blank`` every image is replaced by one of the tower's mean colour: answers that are then still right were
+    guessed from the question.
     """
 
-    def image(question: Question) -> ImageInput:
-        return chat_model.transform.blank() if blank else load_image(question.image, image_folder)
+    def image(example: VqaExample) -> ImageInput:
+        return chat_model.transform.blank() if blank else load_image(example.image, image_folder)
 
-    return [([image(q)], [Turn("human", f"<image>\n{q.question}")]) for q in questions]
+    return [([image(e)], [Turn("human", f"<image>\n{e.question}")]) for e in examples]
 
 
-def ask(chat_model: ChatModel, asked: list[Asked], *, batch_size: int = 16) -> Iterator[str]:
+def ask(chat_model: ChatModel, questions: list[Question], *, batch_size: int = 16) -> Iterator[str]:
     """The model's greedy answers as they are made, in order, of at most 8 tokens."""
-    answers = answer(chat_model, asked, max_new_tokens=8, batch_size=batch_size)
-    return iter(tqdm(answers, total=len(asked), unit="question", dynamic_ncols=True))
+    answers = answer(chat_model, questions, max_new_tokens=8, batch_size=batch_size)
+    return iter(tqdm(answers, total=len(questions), unit="question", dynamic_ncols=True))
 
 
-def accuracy(questions: list[Question], answers: list[str]) -> float:
-    """Share of answers equal to the truth after :func:`normalise`."""
-    right = sum(normalise(a) == normalise(q.answer) for q, a in zip(questions, answers, strict=True))
-    return right / len(questions)
+def accuracy(examples: list[VqaExample], answers: list[str]) -> float:
+    """Share of the answers that equal the true ones after :func:`normalise`."""
+    right = sum(normalise(a) == normalise(e.answer) for e, a in zip(examples, answers, strict=True))
+    return right / len(examples)

@@ -1,4 +1,4 @@
-"""From images and turns to text: the one path that samples, chat, evaluation and export proofs share."""
+"""From images and turns to answers: shared by sample answers, chat, evaluation and the verification of exports."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def answer(
 ) -> Iterator[str]:
     """Greedy answers, one per question, in order.
 
-    The prompt is made by the function that made the training ids, so evaluation can never ask in another format than
-    was trained. Prompts of one batch are padded on the left.
+    The prompt is made by the function that made the training ids, so it always has the format that was trained. Prompts
+    of one batch are padded on the left.
     """
     tokenizer = chat_model.tokenizer
     for start in range(0, len(questions), batch_size):
@@ -61,5 +61,5 @@ def batch(chat_model: ChatModel, questions: Sequence[Question]) -> dict[str, tor
 
 @torch.inference_mode()
 def first_logits(chat_model: ChatModel, question: Question) -> torch.Tensor:
-    """Logits of the first answer token, float32[V] on the CPU: what two copies of a model are compared by."""
+    """Logits of the first answer token, float32[V] on the CPU: by which two copies of a model are compared."""
     return chat_model.model(**batch(chat_model, [question])).logits[0, -1].float().cpu()

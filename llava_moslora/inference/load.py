@@ -1,4 +1,4 @@
-"""A run or an export, loaded to answer: the same four things whatever it was loaded from."""
+"""A run or an export, loaded to answer questions: as a :class:`ChatModel`, whatever it was loaded from."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def load_run(
         trained: with ``checkpoint``; False: as it was before the first step.
         checkpoint: whose files were verified; None: the newest valid one.
         llm, vision_tower: where the base is now, if not where it was.
-        bits: 16 or 4, if the LLM shall be loaded otherwise than it was trained.
+        bits: 16 or 4; None: as it was trained.
         llm_dtype: of the LLM's own weights, if not ``dtype``; weights that are stored in it stay mapped.
 
     Raises:
@@ -78,7 +78,7 @@ def load_run(
     )
     if trained:
         checkpoint = checkpoint or newest_checkpoint(run)
-    elif checkpoint is None:  # whichever: all say which base the run began from; before the first there is none to ask
+    elif checkpoint is None:  # any of them: each states which base the run began from
         checkpoint = next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
     if checkpoint is not None:
         _check_bases(model_settings, checkpoint, with_projector=not trained)
@@ -118,9 +118,9 @@ def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> ChatModel:
-    """A complete LLaVA in ``dtype``, in eval mode: an export of ours, or any of those a new run may start from.
+    """A complete LLaVA in ``dtype``, in eval mode: an export of this package, or any that a new run may start from.
 
-    The prompt template is the one the export was trained with; of another folder, the one its tokenizer tells.
+    The prompt template is the one the export was trained with; of another folder, what its tokenizer is recognised as.
 
     Raises:
         Refusal: not a complete LLaVA, or its template is not known.

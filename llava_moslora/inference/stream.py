@@ -1,4 +1,4 @@
-"""One answer, word by word while it is generated; chat and the web page show it so."""
+"""One answer, word by word while it is generated, for the chat and the web page."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
 ) -> Iterator[str]:
-    """The answer in pieces, which joined are what :func:`llava_moslora.inference.generate.answer` gives.
+    """The answer in pieces; joined they are what :func:`llava_moslora.inference.generate.answer` gives.
 
     Args:
-        temperature: 0: greedy; else sampled at it, from the smallest set of tokens of probability ``top_p``.
+        temperature: 0: greedy; else answers are sampled, from the smallest set of tokens with probability ``top_p``.
 
     Raises:
         Refusal: as ``answer`` and :func:`check_sampling`. An iterator that is closed early stops the generation.
@@ -47,33 +47,33 @@ def stream(
                 max_new_tokens=max_new_tokens,
                 eos_token_id=stop_token_ids(chat_model.tokenizer, chat_model.template),
                 pad_token_id=chat_model.tokenizer.pad_token_id,
-                streamer=_Pieces(pieces),
-                stopping_criteria=[_When(stopped)],
+                streamer=_NewIds(pieces),
+                stopping_criteria=[_StopWhen(stopped)],
                 **sampling,
             )
             pieces.put(None)
-        except Exception as error:  # of the other thread: handed over, whatever it is
+        except Exception as error:  # whatever it is, it is raised in the thread that waits for the answer
             pieces.put(error)
 
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     ids: list[int] = []
-    said = ""
+    shown = ""
     try:
         while (piece := pieces.get()) is not None:
             if isinstance(piece, Exception):
                 raise piece
             ids += piece
             text = chat_model.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-            # A character may be several tokens, and white space at the end may be the end: both wait for what follows.
-            whole = text if not text.endswith("�") else said
+            # A character may be several tokens, and white space at the end may be stripped: both wait for more tokens.
+            whole = text if not text.endswith("�") else shown
             whole = whole.rstrip()
-            if len(whole) > len(said):
-                yield whole[len(said) :]
-                said = whole
+            if len(whole) > len(shown):
+                yield whole[len(shown) :]
+                shown = whole
         text = chat_model.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if len(text) > len(said):
-            yield text[len(said) :]
+        if len(text) > len(shown):
+            yield text[len(shown) :]
     finally:
         stopped.set()
         thread.join()
@@ -93,8 +93,8 @@ def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> Non
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=expected)
 
 
-class _Pieces(BaseStreamer):
-    """Hands on the ids of every step but the first, which is the prompt."""
+class _NewIds(BaseStreamer):
+    """Puts the ids of every step into a queue, except the first step's, which are the prompt."""
 
     def __init__(self, pieces: queue.SimpleQueue):
         self.pieces, self.prompt_seen = pieces, False
@@ -105,10 +105,12 @@ class _Pieces(BaseStreamer):
         self.prompt_seen = True
 
     def end(self) -> None:
-        """Nothing: the end is known when ``generate`` returns."""
+        """Nothing to do: ``generate`` returns."""
 
 
-class _When(StoppingCriteria):
+class _StopWhen(StoppingCriteria):
+    """Stops the generation once ``event`` is set."""
+
     def __init__(self, event: threading.Event):
         self.event = event
 

@@ -1,9 +1,9 @@
 """A complete LLaVA as the start of a new run: its three parts, found in one folder.
 
-Two single-folder layouts are read: transformers' ``LlavaForConditionalGeneration`` (llava-hf, XTuner's
+Two formats are read that are a single folder: transformers' ``LlavaForConditionalGeneration`` (llava-hf, XTuner's
 ``-transformers`` releases, this package's own export, in the key names of any transformers version) and the original
-LLaVA's ``LlavaLlamaForCausalLM`` (also XTuner's ``-hf`` releases). XTuner's own layout is a folder of folders, and
-:func:`starting_parts` only tells which is which.
+LLaVA's ``LlavaLlamaForCausalLM`` (also XTuner's ``-hf`` releases). XTuner's own format is a folder of folders, of
+which :func:`name_parts` names the three.
 
 Wherever this package asks for an LLM, a vision tower or a projector, a LLaVA folder may stand in for each of them.
 """
@@ -24,7 +24,7 @@ from llava_moslora.files.tensors import LazyTensor, read_tensor_folder
 from llava_moslora.models.towers import CLIP, KINDS, kind_name
 
 TRANSFORMERS, ORIGINAL = "LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"
-# What of a LLaVA's configuration this package computes; the value that stands for "absent" is the layout's default.
+# What of a LLaVA's configuration this package computes: key → (value where the key is missing, supported values).
 SUPPORTED: dict[str, dict[str, tuple[Any, tuple]]] = {
     TRANSFORMERS: {
         "vision_feature_layer": (-2, (-2,)),
@@ -48,7 +48,7 @@ PREFIXES = (
     ("model.vision_tower.", "vision", ""),
     ("model.multi_modal_projector.", "projector", "model.multi_modal_projector."),
     ("model.mm_projector.", "projector", "model.mm_projector."),  # the original
-    ("language_model.model.", "llm", "model."),  # transformers, the published layout
+    ("language_model.model.", "llm", "model."),  # transformers, as published
     ("language_model.lm_head.", "llm", "lm_head."),
     ("vision_tower.vision_model.", "vision", ""),
     ("vision_tower.", "vision", ""),
@@ -57,7 +57,7 @@ PREFIXES = (
 )
 
 
-class Parts(NamedTuple):
+class LlavaTensors(NamedTuple):
     """The tensors of a LLaVA by part, not read yet."""
 
     llm: dict[str, LazyTensor]
@@ -76,8 +76,8 @@ def is_llava_folder(folder: str | Path) -> bool:
     return file.is_file() and file.stat().st_size > 0 and is_llava(read_json(file))
 
 
-def check_layout(folder: Path) -> str:
-    """Which of the two layouts; what would make it compute something else than this package does is refused.
+def check_format(folder: Path) -> str:
+    """Which of the two formats; settings by which it would compute something else than this package does are refused.
 
     Raises:
         Refusal: C-MODEL.
@@ -91,7 +91,7 @@ def check_layout(folder: Path) -> str:
             expected=" or ".join(SUPPORTED), fix="give LLM, vision tower and projector each by its own folder",
         )  # fmt: skip
     settings = SUPPORTED[architecture]
-    if architecture == TRANSFORMERS:  # without the class token, whichever way that is said for this kind of tower
+    if architecture == TRANSFORMERS:  # without the class token, if this kind of tower has one
         kind = kind_name((raw.get("vision_config") or {}).get("model_type", CLIP.name))
         settings = settings | {"vision_feature_select_strategy": ("default", (KINDS.get(kind, CLIP).strategy,))}
     for key, (default, allowed) in settings.items():
@@ -109,14 +109,14 @@ def llm_config(folder: Path) -> PreTrainedConfig:
     Raises:
         Refusal: C-MODEL, another kind of LLaVA, or one whose own trained tower would be left behind.
     """
-    if check_layout(folder) == ORIGINAL:
+    if check_format(folder) == ORIGINAL:
         if has_own_tower(folder):
             tower_description(folder)  # without it the tower could not be taken along
         raw = read_json(folder / "config.json")
         own = {key: value for key, value in raw.items() if not key.startswith(("mm_", "tune_", "image_", "auto_map"))}
         return LlamaConfig.from_dict(own | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     config = _transformers_config(folder).text_config
-    config.tie_word_embeddings = not any(name.startswith("lm_head.") for name in read_parts(folder).llm)
+    config.tie_word_embeddings = not any(name.startswith("lm_head.") for name in read_tensors(folder).llm)
     return config
 
 
@@ -126,7 +126,7 @@ def vision_config(folder: Path) -> dict[str, Any]:
     Raises:
         Refusal: C-MODEL, another kind of LLaVA, or one whose tower is only named and not inside.
     """
-    if check_layout(folder) == TRANSFORMERS:
+    if check_format(folder) == TRANSFORMERS:
         return _transformers_config(folder).vision_config.to_dict()
     if has_own_tower(folder):
         return read_json(tower_description(folder) / "config.json")
@@ -139,18 +139,18 @@ def vision_config(folder: Path) -> dict[str, Any]:
 
 def has_own_tower(folder: Path) -> bool:
     """Whether an original LLaVA holds a vision tower that was trained with it."""
-    return check_layout(folder) == ORIGINAL and bool(read_parts(folder).vision)
+    return check_format(folder) == ORIGINAL and bool(read_tensors(folder).vision)
 
 
 def tower_description(folder: Path) -> Path:
-    """The folder that says how the vision tower inside is built and how images are prepared for it: ``folder``
-    itself, or for the original layout, which only names the tower, the one that ``mm_vision_tower`` names, there or
-    beside ``folder``. Of it ``config.json`` and ``preprocessor_config.json`` are needed, no weights.
+    """The folder that describes how the vision tower inside is built and how images are prepared for it: ``folder``
+    itself, or for the original format, which only names the tower, the one that ``mm_vision_tower`` names, there or
+    next to ``folder``. Of it ``config.json`` and ``preprocessor_config.json`` are needed, no weights.
 
     Raises:
         Refusal: C-MODEL, it is not there.
     """
-    if check_layout(folder) == TRANSFORMERS:
+    if check_format(folder) == TRANSFORMERS:
         return folder
     named = str(read_json(folder / "config.json").get("mm_vision_tower") or "")
     places = [Path(named), folder.resolve().parent / Path(named).name] if named else []
@@ -160,7 +160,7 @@ def tower_description(folder: Path) -> Path:
     raise Refusal(
         "C-MODEL", "a vision tower was trained with this LLM, and nothing here describes it", file=folder,
         key="mm_vision_tower", found=named or "nothing", expected=" or ".join(map(str, places)) or "a folder",
-        fix="put config.json and preprocessor_config.json of that tower there, or give the same model in the layout of "
+        fix="put config.json and preprocessor_config.json of that tower there, or give the same model in the format of "
         "transformers (…-hf, …-transformers)",
     )  # fmt: skip
 
@@ -188,26 +188,34 @@ def _transformers_config(folder: Path) -> LlavaConfig:
         raise Refusal("C-MODEL", "not a usable LLaVA configuration", file=file, found=error) from error
 
 
-def read_parts(folder: Path) -> Parts:
-    """The folder's tensors, sorted by part and renamed to what each part is called alone.
+def read_tensors(folder: Path) -> LlavaTensors:
+    """The folder's tensors by part, under the names that each part has alone.
 
     Raises:
         Refusal: a file is missing or damaged.
     """
-    parts = Parts({}, {}, {})
+    parts = LlavaTensors({}, {}, {})
     for name, stored in read_tensor_folder(folder).items():
         prefix, part, new = next(row for row in PREFIXES if name.startswith(row[0]))
         getattr(parts, part)[new + name[len(prefix) :]] = stored
     return parts
 
 
-def starting_parts(folder: str | Path) -> tuple[Path, Path, Path]:
-    """What to give as LLM, vision tower and projector when only ``folder``, a complete LLaVA, was named.
+def name_parts(settings: ModelSettings) -> ModelSettings:
+    """``settings`` with LLM, vision tower and projector each by itself, where only a complete LLaVA was named.
 
     Raises:
         Refusal: C-FLAG, not a complete LLaVA; C-MODEL, parts of it are adapters that are not merged yet.
     """
-    folder = Path(folder)
+    if settings.vision_tower is not None:
+        return settings
+    llm, tower, projector = map(str, _find_parts(Path(settings.model_name_or_path)))
+    own = settings.pretrain_mm_mlp_adapter or projector
+    return dataclasses.replace(settings, model_name_or_path=llm, vision_tower=tower, pretrain_mm_mlp_adapter=own)
+
+
+def _find_parts(folder: Path) -> tuple[Path, Path, Path]:
+    """LLM, vision tower and projector of a complete LLaVA; see :func:`name_parts`."""
     adapters = [name for name in ("llm_adapter", "visual_encoder_adapter") if (folder / name).is_dir()]
     if (folder / "projector").is_dir() and adapters:
         raise Refusal(
@@ -223,16 +231,3 @@ def starting_parts(folder: str | Path) -> tuple[Path, Path, Path]:
         "C-FLAG", "missing flag", key="--vision_tower", found=f"{folder} is not a complete LLaVA",
         fix="give the vision tower's folder, or a complete LLaVA as --model_name_or_path",
     )  # fmt: skip
-
-
-def name_parts(settings: ModelSettings) -> ModelSettings:
-    """``settings`` with LLM, vision tower and projector each by itself, where only a complete LLaVA was named.
-
-    Raises:
-        Refusal: as :func:`starting_parts`.
-    """
-    if settings.vision_tower is not None:
-        return settings
-    llm, tower, projector = map(str, starting_parts(settings.model_name_or_path))
-    own = settings.pretrain_mm_mlp_adapter or projector
-    return dataclasses.replace(settings, model_name_or_path=llm, vision_tower=tower, pretrain_mm_mlp_adapter=own)

@@ -27,7 +27,7 @@ from llava_moslora.files import disk
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.publish import sweep
 from llava_moslora.runs.checkpoints import lock_run, newest_valid
-from llava_moslora.runs.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
+from llava_moslora.runs.output_dir import DATA_REPORT, check_output, files_of_run, has_begun
 from llava_moslora.runs.record import GROUPS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
 
 SET_ASIDE = ".aside"  # suffix of folders that a replaced run waits in
@@ -181,7 +181,7 @@ def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path]
             record(run)
             os.rename(Path(staging) / DATA_REPORT, run / DATA_REPORT)
         except BaseException:
-            for path in of_a_run(run):
+            for path in files_of_run(run):
                 disk.delete(path)
             _put_back(run, old)
             raise
@@ -195,7 +195,7 @@ def _set_aside(run: Path) -> Path:
     aside = run / f".{secrets.token_hex(4)}{SET_ASIDE}"
     aside.mkdir()
     try:
-        for path in sorted(of_a_run(run), key=lambda path: path.name == RUN):  # as long as it is there, it is a run
+        for path in sorted(files_of_run(run), key=lambda path: path.name == RUN):  # as long as it is there, it is a run
             os.rename(path, aside / path.name)
     except BaseException:
         _put_back(run, aside)
@@ -224,12 +224,12 @@ def check_space(run: Path, trained: int, checkpoints: int = 2) -> None:
 
 
 def checkpoint_bytes(trained: int) -> int:
-    """At most: master and two moments in float32 per trained parameter, names, logs and random streams beside them."""
+    """At most: master and two moments in float32 per trained parameter; names, logs and random states."""
     return round(12 * trained * 1.1) + 2**20
 
 
 def check_shared(run: Path, patience: float = 15) -> None:
-    """Every rank must see the folder that rank 0 made: the ranks write their parts of a checkpoint into it. Collective.
+    """Check that every rank sees the folder that rank 0 made: all write their parts of a checkpoint there. Collective.
 
     Raises:
         Refusal: C-SHARED on all ranks, where one does not see it (several hosts without a common file system).
@@ -238,19 +238,19 @@ def check_shared(run: Path, patience: float = 15) -> None:
     if rank() == 0:
         (run / name).touch()
     asked = time.monotonic()
-    from_all_ranks(None)  # nobody looks before it is there
+    from_all_ranks(None)  # no rank looks before it is there
     while not (seen := (run / name).exists()) and time.monotonic() < asked + patience:
         time.sleep(0.5)  # a network file system may answer from its cache
-    blind = [number for number, sees in enumerate(from_all_ranks(seen)) if not sees]
+    without = [number for number, sees in enumerate(from_all_ranks(seen)) if not sees]
     if rank() == 0:
         (run / name).unlink()
-    if blind:
+    if without:
         raise Refusal(
             "C-SHARED",
             "not every process sees this folder",
             file=run,
             key="--output_dir",
-            found=f"nothing on ranks {', '.join(map(str, blind))}",
+            found=f"nothing on ranks {', '.join(map(str, without))}",
             fix="choose a folder on a file system that all hosts share",
         )
 

@@ -69,18 +69,18 @@ def check_output(
     if not is_run(run):
         raise _refusal(f"{RUN} is not the record of a run of this package", run, fix="choose another folder")
     if overwrite or not has_begun(run):
-        _check_replaceable(run, inputs, [run] if overwrite else of_a_run(run))
+        _check_replaceable(run, inputs, [run] if overwrite else files_of_run(run))
     elif not resume:
         raise _refusal(
             "the folder is not empty", run, found=_names(_content(run)),
-            fix="--resume True to go on with this run, --overwrite True to delete it, or another folder",
+            fix="--resume True to continue this run, --overwrite True to delete it, or another folder",
         )  # fmt: skip
 
 
 def _check_no_run(run: Path, resume: bool, overwrite: bool) -> None:
-    """A folder without a run: a new one may begin beside a job's log; beside other files only where ``resume`` says
-    that the folder is meant; never where it would mix with a checkpoint, an export or what is left of a run."""
-    ours = [*of_a_run(run), *(run / name for name in (MANIFEST, EXPORT) if (run / name).exists())]
+    """A folder without a run: a new one may begin next to a job's log; next to other files only with ``resume``, which
+    means this folder and no other; never where it would mix with a checkpoint, an export or the rest of a run."""
+    ours = [*files_of_run(run), *(run / name for name in (MANIFEST, EXPORT) if (run / name).exists())]
     others = [path for path in _content(run) if not _is_job_log(path)]
     if not ours and (resume or not others):
         return
@@ -92,11 +92,11 @@ def _check_no_run(run: Path, resume: bool, overwrite: bool) -> None:
 
 
 def _check_replaceable(run: Path, inputs: Iterable[tuple[str, Path]], places: list[Path]) -> None:
-    strange = [path for own in of_a_run(run) for path in _files(own) if not WRITTEN.fullmatch(_inside(path, run))]
+    strange = [path for own in files_of_run(run) for path in _files(own) if not WRITTEN.fullmatch(_relative(path, run))]
     if strange:
         raise _refusal(
             "files that no run writes lie among those to be deleted", run,
-            found=", ".join(_inside(path, run) for path in strange[:5]), fix="move them elsewhere",
+            found=", ".join(_relative(path, run) for path in strange[:5]), fix="move them elsewhere",
         )  # fmt: skip
     for flag, path in inputs:
         if any(_lies_in(path, place) for place in places):
@@ -106,18 +106,18 @@ def _check_replaceable(run: Path, inputs: Iterable[tuple[str, Path]], places: li
             )  # fmt: skip
 
 
-def of_a_run(run: Path) -> list[Path]:
-    """What has, directly in the folder, a name that a run gives."""
+def files_of_run(run: Path) -> list[Path]:
+    """The files and folders, directly in ``run``, that have a name which a run gives."""
     return [p for p in run.iterdir() if NAMES.fullmatch(p.name) or CHECKPOINT.fullmatch(p.name)]
 
 
 def has_begun(run: Path) -> bool:
-    """Whether ``run`` holds a run that saved or logged a step; one that was refused before can be begun again."""
+    """Whether ``run`` holds a run that saved or logged a step; one that did neither can be begun again."""
     return (run / RUN).is_file() and bool(checkpoints(run) or read_rows(run / METRICS_FILE))
 
 
 def _content(run: Path) -> list[Path]:
-    """What is in the folder, but for the lock and for files that a killed life had not finished."""
+    """What is in the folder, except the lock and files that a killed process had not finished."""
     return [p for p in run.iterdir() if not p.name.startswith(".")]
 
 
@@ -143,7 +143,7 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return place.resolve().is_relative_to(folder.resolve()) or path.is_relative_to(folder)
 
 
-def _inside(path: Path, run: Path) -> str:
+def _relative(path: Path, run: Path) -> str:
     return path.relative_to(run).as_posix()
 
 

@@ -1,7 +1,7 @@
-"""The file of ``--config``: YAML or JSON whose values are the flags' as they are written.
+"""The file of ``--config``: YAML or JSON whose values are taken as they are written.
 
 YAML 1.1 reads ``2025_11_03`` as 20251103, ``0012`` as 10, ``no`` as False and ``1:30`` as 90. Here a value is the text
-in the file, which the command line's parser then judges by the type of its flag. ``null`` is a flag that is not given.
+in the file, which the command line's parser then reads as the type of its flag. ``null`` is a flag that is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STR, SEQ, MAP = (f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))
 
 
 def read_config(path: Path) -> dict[str, str | list[str]]:
-    """Texts, or lists of texts, by key; a mapping is given as JSON, as the flags that take one expect it.
+    """Key → text or list of texts; a mapping becomes JSON, which is what flags that take a mapping expect.
 
     Raises:
         Refusal: C-PATH, there is no such file, or it cannot be read; C-PARSE, not a mapping in UTF-8, a key twice, a
@@ -28,12 +28,12 @@ def read_config(path: Path) -> dict[str, str | list[str]]:
         raise Refusal("C-PATH", "no such file", file=path, key="--config")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        node = _Texts(text).get_single_node()  # JSON is YAML
+        node = _TextLoader(text).get_single_node()  # JSON is YAML
         if not isinstance(node, yaml.MappingNode):
             found = "nothing" if node is None else node.id
             raise Refusal("C-PARSE", "not a mapping of flags to values", file=path, found=found)
         given = {key: value for key, value in _pairs(node, path).items() if not _is_null(value)}
-        return {key: _as_written(value, key, path) for key, value in given.items()}
+        return {key: _as_text(value, key, path) for key, value in given.items()}
     except UnicodeDecodeError as error:
         found = f"byte 0x{error.object[error.start]:02x} at {error.start}"
         raise Refusal("C-PARSE", "not UTF-8", file=path, found=found, fix="save the file as UTF-8") from error
@@ -43,11 +43,11 @@ def read_config(path: Path) -> dict[str, str | list[str]]:
         raise Refusal("C-PARSE", "neither YAML nor JSON", file=path, found=error) from error
 
 
-class _Texts(yaml.SafeLoader):
+class _TextLoader(yaml.SafeLoader):
     """YAML without code, without types (every scalar is its text), and without aliases, by which ten lines can stand
     for a billion values."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's own place for them)
+    yaml_implicit_resolvers = {}  # noqa: RUF012 (as PyYAML declares it)
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
@@ -62,7 +62,7 @@ def _pairs(node: yaml.MappingNode, path: Path) -> dict[str, yaml.Node]:
     pairs: dict[str, yaml.Node] = {}
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise Refusal("C-PARSE", "a key that is no text", file=path, found=f"line {key.start_mark.line + 1}")
+            raise Refusal("C-PARSE", "a key that is not text", file=path, found=f"line {key.start_mark.line + 1}")
         if key.value in pairs:
             lines = f"lines {pairs[key.value].start_mark.line + 1} and {key.start_mark.line + 1}"
             raise Refusal("C-PARSE", "the key occurs twice", file=path, key=key.value, found=lines, fix="keep one")
@@ -74,7 +74,7 @@ def _is_null(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and not node.style and node.value in NULLS
 
 
-def _as_written(node: yaml.Node, key: str, path: Path) -> str | list[str]:
+def _as_text(node: yaml.Node, key: str, path: Path) -> str | list[str]:
     if isinstance(node, yaml.MappingNode):
         return json.dumps(_as_json(node, path))
     if isinstance(node, yaml.ScalarNode):
@@ -87,7 +87,7 @@ def _as_written(node: yaml.Node, key: str, path: Path) -> str | list[str]:
 
 
 def _as_json(node: yaml.Node, path: Path) -> object:
-    """What stands inside a mapping, with JSON's types."""
+    """The value inside a mapping, with JSON's types."""
     if isinstance(node, yaml.MappingNode):
         return {key: _as_json(value, path) for key, value in _pairs(node, path).items()}
     if isinstance(node, yaml.SequenceNode):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import TrainingArguments
 
 from llava_moslora.errors import Refusal
-
-if TYPE_CHECKING:  # which reads the file by this module
-    from llava_moslora.training.arguments import TrainingArguments
 
 STAGES = (0, 1, 2, 3)
 
@@ -53,10 +52,14 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
 
     Raises:
         Refusal: C-DEEPSPEED, a file that cannot be used, or that differs from the flags (every difference at once);
-            C-FLAG, a flag that its stage cannot do.
+            C-FLAG, float16 under stage 0.
     """
     _check_blocks(config, Path(args.deepspeed))
-    _check_stage(zero_stage(config), args)
+    if zero_stage(config) == 0 and args.fp16:
+        raise Refusal(
+            "C-FLAG", "DeepSpeed's stage 0 keeps the loss scale of float16 where it is not saved from", key="--fp16",
+            fix="--bf16 True, or zero_configs/zero1.json",
+        )  # fmt: skip
     if clashes := [
         f"{key} {value} against {flag}"
         for key, (wanted, flag) in _flags_in_file(args).items()
@@ -84,20 +87,6 @@ def _check_blocks(config: dict[str, Any], file: Path) -> None:
                 "C-DEEPSPEED", "would replace the optimizer that has a learning rate per part", file=file, key=block,
                 fix=f"take {block} out of the file and give flags: --learning_rate, --optim, --lr_scheduler_type, …",
             )  # fmt: skip
-
-
-def _check_stage(stage: int, args: TrainingArguments) -> None:
-    if stage == 0 and args.fp16:
-        raise Refusal(
-            "C-FLAG", "DeepSpeed's stage 0 keeps the loss scale of float16 where it is not saved from", key="--fp16",
-            fix="--bf16 True, or zero_configs/zero1.json",
-        )  # fmt: skip
-    if stage == 3 and args.sample_questions:
-        raise Refusal(
-            "C-FLAG", "under ZeRO-3 no rank holds the model that would answer, and gathering it for every token takes "
-            "too long", key="--sample_questions",
-            fix="zero_configs/zero2.json, or ask the checkpoints with scripts/evaluate.py",
-        )  # fmt: skip
 
 
 def _flags_in_file(args: TrainingArguments) -> dict[str, tuple[object, str]]:

@@ -1,4 +1,4 @@
-"""Where the processes of a run meet: on loopback, unless the launcher was given another host's address."""
+"""The process group of a run: its ranks meet on loopback, unless the launcher was given another host's address."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from llava_moslora.errors import Refusal
 from llava_moslora.training.watchdog import announce_rank
 
 TIMEOUT = timedelta(minutes=30)  # the first rank to arrive may wait for one that tokenises the data
-MARGIN = timedelta(seconds=30)  # by which a collective waits longer than the watch, which can name the rank
+MARGIN = timedelta(seconds=30)  # by which a collective waits longer than the watchdog, which can name the rank
 
 
 def join(timeout: timedelta = TIMEOUT) -> None:
     """Start the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, …).
 
-    Args:
-        timeout: for the other ranks to arrive; a collective waits ``MARGIN`` longer.
-
     torch's own rendezvous listens on every interface, also where MASTER_ADDR is 127.0.0.1. Here rank 0 hands it a
     socket that is bound to loopback alone, and gloo and NCCL are told to use loopback too. torchrun holds the
-    rendezvous in a process of its own before this one starts; there nothing can be bound.
+    rendezvous in a process of its own that starts before this one; its socket is not ours to bind.
+
+    Args:
+        timeout: for the other ranks to arrive; a collective waits ``MARGIN`` longer.
 
     Raises:
         Refusal: E-PORT, another process listens on MASTER_PORT.
@@ -36,7 +36,7 @@ def join(timeout: timedelta = TIMEOUT) -> None:
 
     address = os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if is_loopback(address):
-        address = "127.0.0.1" if address == "localhost" else address  # which of its two addresses is not left open
+        address = "127.0.0.1" if address == "localhost" else address  # and not ::1 on some of the ranks
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
         if not distributed.is_initialized() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -66,7 +66,7 @@ def is_loopback(address: str) -> bool:
 
 
 def tcp_store(address: str, port: int, rank: int, world: int, timeout: timedelta = TIMEOUT) -> distributed.TCPStore:
-    """The store that rank 0 serves on ``address`` alone and the others ask."""
+    """The key-value store of the rendezvous: rank 0 serves it, on ``address`` alone, and the others connect."""
     if rank > 0:
         return distributed.TCPStore(address, port, world, is_master=False, timeout=timeout)
     try:

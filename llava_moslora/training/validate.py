@@ -77,7 +77,7 @@ def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArgument
 
     Raises:
         Refusal: C-FLAG, a value out of its range or flags that exclude each other; C-DEEPSPEED, a DeepSpeed file that
-            says other than the flags, every difference at once; E-MISSING, an optional package is not installed.
+            differs from the flags, every difference at once; E-MISSING, an optional package is not installed.
     """
     if args.resume_from_checkpoint is not None:
         raise Refusal(
@@ -94,6 +94,7 @@ def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArgument
     deepspeed = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
     if deepspeed is not None:
         check_deepspeed(deepspeed, args)
+        _check_samples(args, zero_stage(deepspeed))
     _check_optimizer(args, deepspeed)
 
 
@@ -149,6 +150,16 @@ def _check_precision(args: TrainingArguments) -> None:
             "without DeepSpeed there are no float32 masters, and 16-bit weights round small updates away",
             key=flag,
             fix="--deepspeed zero_configs/zero2.json, also on one GPU; or leave it out for float32",
+        )
+
+
+def _check_samples(args: TrainingArguments, stage: int) -> None:
+    if stage == 3 and args.sample_questions:
+        raise Refusal(
+            "C-FLAG",
+            "under ZeRO-3 no rank holds the model that would answer, and gathering it for every token takes too long",
+            key="--sample_questions",
+            fix="zero_configs/zero2.json, or ask the checkpoints with scripts/evaluate.py",
         )
 
 

@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import assemble
-from llava_moslora.models.llava_folder import name_parts, starting_parts
+from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import load_llm, read_llm_config
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import load_vision_tower
@@ -178,15 +178,29 @@ def test_another_kind_of_llava_is_refused(complete, tmp_path, changes, key):
         assert (caught.value.code, caught.value.key) == ("C-MODEL", key)
 
 
-def test_starting_parts(complete, parts, tmp_path):
+def named(folder) -> tuple[str, ...]:
+    """What stands for LLM, vision tower and projector where only this folder was named."""
+    parts = name_parts(ModelSettings(str(folder)))
+    return parts.model_name_or_path, parts.vision_tower, parts.pretrain_mm_mlp_adapter
+
+
+def test_the_parts_of_a_complete_llava_are_named(complete, parts, tmp_path):
     with pytest.raises(Refusal, match="--vision_tower: missing flag"):
-        starting_parts(parts.llm)
+        named(parts.llm)
+    assert named(complete[0]) == (str(complete[0]),) * 3
     folder = tmp_path / "xtuner"
     for name in ("projector", "visual_encoder"):
         (folder / name).mkdir(parents=True)
-    assert starting_parts(folder) == (folder, folder / "visual_encoder", folder / "projector")
+    assert named(folder) == (str(folder), str(folder / "visual_encoder"), str(folder / "projector"))
     (folder / "llm").mkdir()
-    assert starting_parts(folder)[0] == folder / "llm"
+    assert named(folder)[0] == str(folder / "llm")
     (folder / "visual_encoder_adapter").mkdir()
     with pytest.raises(Refusal, match="adapters that are not merged"):
-        starting_parts(folder)
+        named(folder)
+
+
+def test_parts_that_are_named_stay_as_they_are(complete, parts):
+    own = ModelSettings(str(complete[0]), pretrain_mm_mlp_adapter="other.safetensors")
+    assert name_parts(own).pretrain_mm_mlp_adapter == "other.safetensors"
+    given = ModelSettings(str(parts.llm), str(parts.clip))
+    assert name_parts(given) == given

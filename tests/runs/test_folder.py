@@ -236,7 +236,9 @@ def test_too_little_disk_is_refused_before_the_start(tmp_path, monkeypatch, chec
 
 # C12: an output folder that is not empty
 def test_a_run_is_deleted_where_it_is_asked_for(run):
-    with pytest.raises(Refusal, match=r"the folder is not empty.*--resume True to go on.*--overwrite True to delete"):
+    with pytest.raises(
+        Refusal, match=r"the folder is not empty.*--resume True to continue.*--overwrite True to delete"
+    ):
         check(run)
     before = content(run)
     open_new(run, overwrite=True).release()

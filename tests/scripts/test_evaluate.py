@@ -91,6 +91,6 @@ def test_answers_are_kept_and_gone_on_with(run, parts, questions, monkeypatch, t
 
     monkeypatch.setattr(evaluate, "ask", counted)
     evaluated(monkeypatch, *command, "--output", tmp_path / "answers.json")
-    assert asked == [3] and "going on after 4 answers" in capsys.readouterr().out
+    assert asked == [3] and "continuing after 4 answers" in capsys.readouterr().out
     assert json.loads((tmp_path / "answers.json").read_text()) == whole
     assert not list(tmp_path.glob("*.unfinished"))

@@ -66,7 +66,7 @@ def test_only_this_machines_name_is_answered():
     pytest.importorskip("gradio", reason="pip install 'llava_moslora[serve]'")
     port = free_port()
     blocks = serve.page({"model": None})
-    blocks.launch(**serve.launching("127.0.0.1", port), prevent_thread_lock=True, quiet=True)
+    blocks.launch(**serve.launch_options("127.0.0.1", port), prevent_thread_lock=True, quiet=True)
     try:
         for host, status in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), ("evil.example", 400)):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)

@@ -162,7 +162,7 @@ def test_null_is_a_flag_that_is_not_given(tmp_path, null):
         (b"lora_r: !!int 4", r"neither YAML nor JSON; found the tag tag:yaml.org,2002:int, which is not read here"),
         (b"data_path: [a, null]", r"data_path: a list holds plain values only; found null"),
         (b"data_path: [[a]]", r"data_path: a list holds plain values only; found sequence"),
-        (b"[a]: b", r"a key that is no text; found line 1"),
+        (b"[a]: b", r"a key that is not text; found line 1"),
         (b"[" * 9000, r"neither YAML nor JSON"),
     ],
 )

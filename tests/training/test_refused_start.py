@@ -155,14 +155,16 @@ def test_a_checkpoint_can_be_read_by_others(whole):
 def test_all_that_a_run_writes_is_known_as_its_own(parts, tmp_path):
     """Else --overwrite True would refuse the run's own files, or leave them for the next run."""
     from llava_moslora.config import TrainingSettings
-    from llava_moslora.runs.output_dir import check_output, of_a_run
+    from llava_moslora.runs.output_dir import check_output, files_of_run
 
     questions = tmp_path / "questions.json"
     questions.write_text(json.dumps(json.loads(parts.data.read_text())[:1]))
     train(parts, tmp_path / "run", sample_questions=questions, sample_max_new_tokens=2)
     train(parts, tmp_path / "stage1", tune_mm_mlp_adapter=True)
     for run in (tmp_path / "run", tmp_path / "stage1"):
-        assert {path.name for path in of_a_run(run)} == {p.name for p in run.iterdir() if not p.name.startswith(".")}
+        assert {path.name for path in files_of_run(run)} == {
+            p.name for p in run.iterdir() if not p.name.startswith(".")
+        }
         check_output(TrainingSettings(output_dir=str(run), overwrite=True))
 
 

@@ -16,8 +16,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from llava_moslora.config import ModelSettings
 from llava_moslora.export.export import export
-from llava_moslora.models.llava_folder import starting_parts
+from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import mean_row
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 from support.export_runs import internlm2, trained_run
@@ -94,9 +95,10 @@ def test_other_complete_layouts_start_a_new_run(parts, tmp_path, name):
     """XTuner's folder of folders, and the original LLaVA's with its own tower inside."""
     trained_run(tmp_path / "run", parts.llm, parts.clip, parts.projector)
     first = export(tmp_path / "run", tmp_path / "first", [name], prove=False)[name]
-    llm, tower, projector = starting_parts(first)
-    assert (llm == tower == first) == (name == "llava")
-    model = trained_run(tmp_path / "again", llm, tower, projector)
+    found = name_parts(ModelSettings(str(first)))
+    llm, tower = found.model_name_or_path, found.vision_tower
+    assert (llm == tower == str(first)) == (name == "llava")
+    model = trained_run(tmp_path / "again", llm, tower, found.pretrain_mm_mlp_adapter)
     check_same(model, export(tmp_path / "again", tmp_path / "second", prove=False)["hf"])
 
 
