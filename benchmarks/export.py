@@ -1,4 +1,4 @@
-"""Merging adapters into a large LLM: the streaming export beside PEFT's merge_and_unload().save_pretrained().
+"""Merging adapters into a large LLM: the streaming export and PEFT's merge_and_unload().save_pretrained().
 
     python benchmarks/export.py                # a 4 GB LLM, bfloat16, every linear adapted at rank 64
     python benchmarks/export.py --gigabytes 1 --rank 16

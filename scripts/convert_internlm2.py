@@ -51,7 +51,8 @@ def _write(staging: Path, folder: Path, config: LlamaConfig) -> None:
     shards: dict[Path, dict] = {}
     for name, stored in read_tensor_folder(folder).items():
         shards.setdefault(stored.file, {})[name] = stored
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, shard in enumerate(tqdm(shards.values(), unit="shard", dynamic_ncols=True), start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         renamed = {n: s for n, s in llama_tensors(shard, config).items() if not n.endswith(".inv_freq")}

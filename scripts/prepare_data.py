@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from llava_moslora.config import DataSettings, ModelSettings, Settings, setting
-from llava_moslora.data.prepare import prepare, report_of
+from llava_moslora.data.cache import report_of
+from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.models.llava_folder import name_parts

@@ -18,9 +18,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
+from llava_moslora.data.cache import keys_of, report_of
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
-from llava_moslora.data.prepare import keys_of, prepare, report_of
+from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.distributed import from_rank_0

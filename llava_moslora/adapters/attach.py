@@ -16,7 +16,7 @@ VIT_LEVEL = "vision_model."  # the level in CLIPVisionModel's names that transfo
 
 
 def for_model(adapter: Adapter, module_names: Iterable[str]) -> Adapter:
-    """The adapter under the names of a model at hand: ViT names of transformers 4 and 5 stand for each other.
+    """The adapter under the names of a model's modules; a ViT's names in transformers 4 and 5 count as the same.
 
     Raises:
         Refusal: K-ADAPTER naming the first layers that the model does not have.
@@ -30,7 +30,7 @@ def for_model(adapter: Adapter, module_names: Iterable[str]) -> Adapter:
             f"{len(missing)} of {len(names)} adapted layers are not in the model",
             found=few(missing),
             expected=f"names such as {few(sorted(present))}",
-            fix="pass rename with the prefixes of the file and of the model",
+            fix="rename: replace the beginnings of the file's names by the model's",
         )
     if all(old == new for old, new in names.items()):
         return adapter
@@ -41,7 +41,7 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str = "default", is
     """Put an adapter into a model: as ``PeftModel.from_pretrained``, with nothing missing and nothing left over.
 
     Args:
-        model: the base model, or a PeftModel that gets one adapter more.
+        model: the base model, or a PeftModel that gets another adapter.
 
     Raises:
         Refusal: K-ADAPTER naming the first tensors that the model or the adapter lacks.

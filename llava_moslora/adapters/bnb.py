@@ -1,7 +1,7 @@
 """MoSLoRA over bitsandbytes' 4-bit and 8-bit linears, and merging over a 4-bit base.
 
-Nothing is merged into 4-bit weights in place: quantising the sum again would throw part of the adapter away. It goes
-into the original 16-bit weights or into the dequantised ones, and the result says which.
+Nothing is merged into 4-bit weights in place: quantising the sum again would lose part of the adapter. It is merged
+into the original 16-bit weights or into the dequantised ones, and the result names which.
 
 Shapes: in/out features of a linear. This module needs bitsandbytes.
 """
@@ -34,11 +34,11 @@ class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
     def __init__(self, base_layer, adapter_name, config, **kwargs):
         super().__init__(base_layer, adapter_name, config, **kwargs)
         # bitsandbytes otherwise repacks the weight in place at the first eval forward on a CPU with AVX512-BF16;
-        # its scales lose precision, and every dequantisation after that gives garbage.
+        # its scales lose precision, and every later dequantisation is wrong.
         self.get_base_layer().support_avx512bf16_for_cpu = False
 
     def merge(self, safe_merge=False, adapter_names=None):
-        """Never in place: quantising the sum again would throw part of the adapter away.
+        """Never in place: quantising the sum again would lose part of the adapter.
 
         Raises:
             Refusal: C-MERGE, always.
@@ -56,7 +56,7 @@ LAYER_CLASSES = {bnb.nn.Linear4bit: MosLoraLinear4bit, bnb.nn.Linear8bitLt: MosL
 
 
 def dequantised(layer: bnb.nn.Linear4bit) -> torch.Tensor:
-    """The weight (out, in) that a 4-bit linear stands for, in the dtype it was quantised from.
+    """The dequantised weight (out, in) of a 4-bit linear, in the dtype it was quantised from.
 
     Raises:
         Refusal: C-MERGE if bitsandbytes has repacked it for CPU inference, which rounds its scales.
@@ -77,15 +77,15 @@ def merge_over_4bit(
     """Merge the active adapters of a model whose base is 4-bit; every 4-bit linear becomes an ``nn.Linear``.
 
     Args:
-        model: is taken apart.
-        originals: module name → the 16-bit weight (out, in) that was quantised, for all 4-bit linears. Without
-            it the weights are dequantised: what training saw, while the originals are what the LLM was.
+        model: is changed in place.
+        originals: module name → the 16-bit weight (out, in) that was quantised, for all 4-bit linears. None: the
+            dequantised weights, which training used.
 
     Returns:
-        The base model, merged, and what it was merged into, for the metadata of whatever is written.
+        The merged base model, and what the adapters were merged into, for the metadata of what is written.
 
     Raises:
-        Refusal: C-MERGE for an original that is missing or another layer's, or for a repacked weight.
+        Refusal: C-MERGE, an original is missing or has another shape, or a weight was repacked.
     """
     base = model.get_base_model()
     linears = {n: m for n, m in base.named_modules() if isinstance(m, MosLoraLinear4bit | bnb.nn.Linear4bit)}

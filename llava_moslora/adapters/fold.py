@@ -4,8 +4,8 @@
     weight = merge(weight, adapter.layers["model.layers.0.self_attn.q_proj"])
     save(fold(adapter), "published")                        # a plain LoRA: stock PEFT and converters load it
 
-No model is needed, and tensors stay in their file until they are asked for. Shapes: A (r, in), W (r, r) or None,
-B (out, r), ΔW (out, in).
+``scripts/convert_adapter.py`` does this on the command line. No model is needed, and tensors stay in their file until
+they are asked for. Shapes: A (r, in), W (r, r) or None, B (out, r), ΔW (out, in).
 """
 
 from __future__ import annotations

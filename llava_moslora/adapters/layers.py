@@ -150,8 +150,7 @@ class MosLoraLayer:
         return super().resolve_lora_variant(config=config, **kwargs)
 
     def forward(self, x, *args, **kwargs):
-        """As PEFT's, float[..., in] → float[..., out]; where it is only the frozen linear and one MoSLoRA, both as one
-        operation."""
+        """As PEFT's, float[..., in] → float[..., out]; the frozen linear and a single MoSLoRA as one operation."""
         adapter = None if args or kwargs else self._only_adapter(x)
         if adapter is None:
             with recompute.save_operations():
@@ -160,17 +159,17 @@ class MosLoraLayer:
         scaling, p = self.scaling[adapter], self.dropout_probability(adapter)
         return adapted_linear(x, self.get_base_layer(), *weights, scaling, p, self.ends_layer)
 
-    ends_layer = False  # see adapted_linear; selective recomputation says it
+    ends_layer = False  # see adapted_linear; set by selective recomputation
     fused_base_layers: tuple[type[nn.Module], ...] = (nn.Linear,)  # what ``adapted_linear`` computes itself
 
     def _only_adapter(self, x: torch.Tensor) -> str | None:
-        """The adapter that is trained here, if nothing but it and the frozen linear is asked for and nobody watches or
-        moves the linear's weight (hooks: ZeRO-3, offloading), with everything in one dtype."""
+        """The adapter that is trained here, if only it and the frozen linear are to be computed, in one dtype, and no
+        hook sees or moves the linear's weight (ZeRO-3, offloading); else None."""
         base = self.get_base_layer()
         if type(base) not in self.fused_base_layers or self.disable_adapters or self.merged:
             return None
         if not (self.training or torch.is_grad_enabled()):
-            return None  # generation: the branch of one token is cheaper than the operation's bookkeeping
+            return None  # generation: for one token the plain formula costs less than the operation's overhead
         here = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
         if len(here) != 1 or not isinstance(self.lora_variant.get(here[0]), MosLoraVariant):
             return None
@@ -191,7 +190,7 @@ class MosLoraLayer:
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def _cast_input_dtype(self, x, dtype):
-        # PEFT casts x to the adapter's dtype for every layer anew. Ours casts inside the operation, so that backward
+        # PEFT casts x to the adapter's dtype again for every layer. Ours casts inside the operation, so that backward
         # keeps the x that layers share.
         here = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
         if all(isinstance(self.lora_variant.get(adapter), MosLoraVariant) for adapter in here):
@@ -205,12 +204,12 @@ class MosLoraLayer:
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """ΔW = s·B·W·A (out, in) in fp32 (fp64 for fp64 weights), for PEFT's merging."""
-        if adapter not in self.lora_variant:  # a plain LoRA beside ours
+        if adapter not in self.lora_variant:  # a plain LoRA next to ours
             return super().get_delta_weight(adapter)
         return delta(*self.adapter_weights(adapter), self.scaling[adapter])
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        """Refuse a part of an adapter: PEFT drops an unexpected mixer without a word, and only warns of a missing one.
+        """Refuse an incomplete adapter: PEFT silently drops an unexpected mixer, and only warns of a missing one.
 
         Raises:
             Refusal: K-ADAPTER naming the tensors that are missing from, and unexpected in, this layer.

@@ -113,7 +113,7 @@ def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict
 
 
 def _name_patterns() -> list[tuple[re.Pattern[str], str]]:
-    """A pattern for each stored name of every method, and the short name that it stands for."""
+    """A pattern for each stored name of every method, and the short name."""
     names = {name: part for method in METHODS.values() for name, part in method.names.items()}
     patterns = []
     for name, part in names.items():
@@ -188,7 +188,7 @@ def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float]
                 "the file does not say which lora_alpha it was trained with",
                 file=path,
                 key=name,
-                fix="pass lora_alpha, one number or prefix → number",
+                fix="give lora_alpha: one number, or one for each beginning of names",
             )
         if "A" not in tensors:
             raise Refusal("K-ADAPTER", "1 missing tensors", file=path, expected=f"{name}.lora_A")
@@ -212,7 +212,8 @@ def _check_layers(method: Method, config: PeftConfig, layers: Layers, path: Path
         needed = method.needed(config, module)
         missing += [f"{module}.{stored_names[part]}" for part in sorted(needed - tensors.keys())]
         unexpected += [f"{module}.{stored_names.get(part, part)}" for part in sorted(tensors.keys() - needed)]
-    targets = config.target_modules if isinstance(config.target_modules, set) else ()
+    all_adapted = isinstance(config.target_modules, set) and not config.exclude_modules
+    targets = config.target_modules if all_adapted else ()
     bare = [t for t in sorted(targets) if not any(name == t or name.endswith("." + t) for name in layers)]
     missing += [f"{target}.{next(iter(stored_names.values()))}" for target in bare]
     _refuse(missing, unexpected, path)

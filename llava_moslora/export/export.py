@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,7 +87,7 @@ def export(
         merge_base: over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
         with_base: ``peft`` as ``peft_with_base``.
         llm, vision_tower: where the base is now, if not where it was when the run was trained.
-        overwrite: replace an export that is there, if nothing in it changed since it was written.
+        overwrite: replace an existing export, if none of its files changed since it was written.
         prove: load each folder with stock libraries in a fresh process and compare it with the run.
 
     Returns:
@@ -128,9 +129,9 @@ def _check_flags(formats: Sequence[str], with_base: bool, merge_base: str) -> No
         )
     if with_base and "peft" not in formats:
         raise Refusal("C-FLAG", "belongs to --format peft", key="--with_base", found=", ".join(formats))
-    if merge_base == DEQUANTIZED and (apart := [name for name in formats if not TARGETS[name].merges]):
+    if merge_base == DEQUANTIZED and (unmerged := [name for name in formats if not TARGETS[name].merges]):
         raise Refusal(
-            "C-FLAG", "nothing is merged in adapters", key="--merge_base", found=f"--format {apart[0]}",
+            "C-FLAG", "adapters are not merged", key="--merge_base", found=f"--format {unmerged[0]}",
             fix="leave --merge_base out; load the base in 4 bits to have what training saw",
         )  # fmt: skip
 
@@ -165,8 +166,7 @@ def _prepare_proof(trained: TrainedRun, dtype: torch.dtype) -> Prove:
     """
     from llava_moslora.export import mapped_weights, verify  # not needed with --no_proof
 
-    mapped = mapped_weights.needed(trained, dtype)
-    return lambda *export: verify.prove(*export, mapped=mapped)
+    return partial(verify.prove, mapped=mapped_weights.needed(trained, dtype))
 
 
 def _write(

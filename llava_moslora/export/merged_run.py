@@ -87,12 +87,12 @@ def _base_model(chat_model: ChatModel) -> Llava:
 
 @torch.no_grad()
 def _round(chat_model: ChatModel, target: Target, plan: ExportPlan, dtype: torch.dtype) -> None:
-    """Round the parameters that the export holds in ``dtype``; adapters saved apart and their projector are float32."""
-    apart = ("lora_",) if target.merges else ("lora_", "modules_to_save")
+    """Round the parameters that the export holds in ``dtype``; adapters and a projector with them are float32."""
+    float32 = ("lora_",) if target.merges else ("lora_", "modules_to_save")
     for name, parameter in chat_model.model.named_parameters():
         if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4; mapped, as it is stored
             continue
-        if part_of(name) in plan.rounded and not any(word in name for word in apart):
+        if part_of(name) in plan.rounded and not any(word in name for word in float32):
             parameter.data = parameter.data.to(dtype).float()
 
 

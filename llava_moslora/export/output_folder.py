@@ -69,7 +69,7 @@ def check_inputs(folder: Path, inputs: Iterable[str | Path]) -> None:
     for given in inputs:
         if Path(given).resolve().is_relative_to(folder):
             raise Refusal(
-                "C-OUTPUT", "an input of this export lies there", file=folder, key="--output_dir", found=given,
+                "C-OUTPUT", "an input of this export is in that folder", file=folder, key="--output_dir", found=given,
                 fix="choose another --output_dir",
             )  # fmt: skip
 
@@ -199,8 +199,8 @@ def pinned_checkpoint(run: Path, folder: Path) -> Iterator[Path]:
         original, pinned = _pin(run, place)
         yield pinned
     except Refusal as refusal:
-        if refusal.file is not None and Path(refusal.file).is_relative_to(place):
-            refusal.file = original / Path(refusal.file).relative_to(pinned)  # the one that stays
+        if refusal.file is not None and (file := Path(str(refusal.file))).is_relative_to(place):
+            refusal.file = original / file.relative_to(pinned)  # the one that stays
             refusal.args = (refusal.line(),)
         raise
     finally:

@@ -15,6 +15,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -57,7 +58,7 @@ def answer_questions(folder: Path) -> dict:
     probe = folder / "probe"
     asked = json.loads((probe / "questions.json").read_text(encoding="utf-8"))
     model = (WholeModel if "llava" in asked["load_from"] else SeparateParts)(folder, asked)
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     with torch.inference_mode():
         for number, question in enumerate(asked["questions"]):
             images = [Image.open(probe / name).convert("RGB") for name in question["images"]]
@@ -69,7 +70,7 @@ def answer_questions(folder: Path) -> dict:
 class WholeModel:
     """A ``LlavaForConditionalGeneration`` with its processor, and the adapter over it if there is one.
 
-    ``asked`` is ``questions.json``; its ``load_from`` says which folder holds what.
+    ``asked`` is ``questions.json``; its ``load_from`` names the folder of each part.
     """
 
     def __init__(self, root: Path, asked: dict):
@@ -93,7 +94,7 @@ class WholeModel:
         inputs = self.processor(images=images or None, text=prompt, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         logits = self.model(**inputs).logits[0, -1].float()
-        # It stops at what the export's own generation config says: that is a part of the proof.
+        # It stops as the export's own generation config has it: that is a part of the proof.
         output = self.model.generate(**inputs, max_new_tokens=self.asked["max_new_tokens"], do_sample=False)
         return {
             "ids": inputs["input_ids"][0],
@@ -107,7 +108,11 @@ class SeparateParts:
 
     def __init__(self, root: Path, asked: dict):
         self.asked, folders = asked, asked["load_from"]
-        self.llm = self.tower = self.projector = self.tokenizer = self.given_features = None
+        self.llm: Any = None
+        self.tower: Any = None
+        self.tokenizer: Any = None
+        self.projector: dict[str, torch.Tensor] = {}
+        self.given_features: torch.Tensor | None = None
         self.dtype = "auto" if asked["mapped"] else torch.float32
         if "original_llava" in folders:
             self._load_original(root / folders["original_llava"], folders["vision"])
@@ -135,8 +140,8 @@ class SeparateParts:
         self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     def _load_original(self, root: Path, tower: str) -> None:
-        """The original LLaVA's folder, taken apart by the names that its own classes have."""
-        state = {}
+        """Take the parts out of an original LLaVA's folder, by the names that its own classes have."""
+        state: dict[str, torch.Tensor] = {}
         for file in sorted(root.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
                 state |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -157,7 +162,7 @@ class SeparateParts:
         found = {}
         if images and self.tower is not None:
             found["features"] = self.features(images)  # (N, P, E)
-        if self.projector is not None:
+        if self.projector:
             features = found.get("features", self.given_features)
             if features is not None:
                 found["projected"] = self.project(features)  # (N, P, D)

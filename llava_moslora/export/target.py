@@ -1,4 +1,4 @@
-"""What an export target is (``--format``): an object that says what its folder holds and how that is used.
+"""What an export target is (``--format``): an object that plans its folder and shows how it is used.
 
 A new target is one file in ``export/targets/`` with one :class:`Target`, and its row in
 :data:`llava_moslora.export.export.TARGETS`. ``--help``, README's table and the model card are made from the object.
@@ -48,7 +48,7 @@ class Target:
         usage: Python that loads the folder, for the model card, which fills in ``FOLDER``, ``TEMPLATE`` (XTuner's name
             of the prompt template), ``VISION_CLASS`` and ``CLASS_TOKENS`` (of the vision tower).
         plan: of a run and the dtype of merged weights; raises ``Refusal`` (C-FORMAT) for a run it cannot hold.
-        merges: whether the adapters are merged into the weights; False: they are saved apart from an original base.
+        merges: whether the adapters are merged into the weights; False: they are saved as adapters of an original base.
     """
 
     name: str

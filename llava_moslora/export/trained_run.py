@@ -1,8 +1,8 @@
 """A trained run, opened for export: what was trained, and the tensors it goes into, none of them read yet.
 
-Every target takes its tensors from here, under the names that LLM and vision tower have when they stand alone, and
-only renames them. The adapters go into the base that they were trained on or nowhere: names and shapes would also fit
-another model of the same kind, and the result would run and be wrong.
+Every target takes its tensors from here, under the names of LLM and vision tower as models of their own, and only
+renames them. Adapters go into the base that they were trained on and no other: names and shapes would also fit another
+model of the same kind, and the result would run and be wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
-from llava_moslora.models.llm import llm_on_meta, mean_row, read_llm_config, read_llm_tensors
+from llava_moslora.models.llm import HEAD_WEIGHT, llm_on_meta, mean_row, read_llm_config, read_llm_tensors
 from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of, standalone_name
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
@@ -35,7 +35,7 @@ from llava_moslora.text.templates import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
-EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class TrainedRun:
 
     @property
     def template(self) -> str:
+        assert self.record.model.version is not None, "read_run refuses a record without it"
         return self.record.model.version
 
     @property
@@ -187,7 +188,7 @@ def open_trained(
         merge_base: for a run over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
 
     Raises:
-        Refusal: no run; the base is gone, damaged, quantised, changed since, or another one;
+        Refusal: no run; the base is missing, damaged, quantised, changed since, or another one;
             the checkpoint lacks the projector.
     """
     run = Path(run)

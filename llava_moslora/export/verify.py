@@ -1,8 +1,8 @@
 """The proof of an export: stock libraries, in a fresh process, compute what the run computes.
 
 The run's side is merged in memory by PEFT's own code and rounded to the dtype of the export (merged_run.py); the two
-sides then differ by the order of float32 sums alone. What rounding and, over a 4-bit LLM, the choice of merge base
-change against the run as it was trained is no fault of the export, and is reported apart.
+sides then differ by the order of float32 sums alone. The export differs more from the run as it was trained, by
+rounding and, over a 4-bit LLM, by the choice of merge base: that is reported as well, and refused by nothing.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def prove(
         Refusal: K-PROOF, they differ; the figures are in the message.
     """
     questions = write_questions(trained, plan, folder, mapped)
-    features = folder / PROBE / FEATURES
-    features = load_file(features)["features"] if features.is_file() else None
+    given = folder / PROBE / FEATURES
+    features = load_file(given)["features"] if given.is_file() else None
     expected, as_trained = answers_of_run(trained, target, plan, questions, features, dtype, mapped)
     _complete_questions(trained, plan, folder, expected)
     found = _run_probe(folder)

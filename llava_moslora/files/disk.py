@@ -48,6 +48,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        follow_umask(staging)
         for path in [*staging.rglob("*"), staging]:
             fsync(path)
         os.rename(staging, target)
@@ -55,6 +56,17 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     fsync(target.parent)
+
+
+def follow_umask(folder: Path) -> None:
+    """Give every file below ``folder`` the mode that a new file gets there; safetensors makes its files 0600."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_mode != mode:  # a file system without modes has nothing to change
+            path.chmod(mode & 0o777)
 
 
 def delete(path: Path) -> None:

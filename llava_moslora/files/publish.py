@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import delete, replace_folder
+from llava_moslora.files.disk import delete, follow_umask, replace_folder
 from llava_moslora.files.manifest import verify_manifest, write_manifest
 
 
@@ -46,7 +46,7 @@ def publish(
         staging.mkdir()
 
     def finish() -> None:
-        _follow_umask(staging)
+        follow_umask(staging)
         write_manifest(staging, facts())
         replace_folder(staging, target, _trash(target))
 
@@ -80,17 +80,6 @@ def _all_or_none(action: Callable[[], None] | None, staging: Path) -> None:
         found=f"{failures[0]}; {shutil.disk_usage(staging.parent).free:,} bytes free",
         fix="free space or choose another disk, then start the same command again with --resume True",
     ) from failure
-
-
-def _follow_umask(folder: Path) -> None:
-    """Give every file below ``folder`` the mode that a new file gets there; safetensors makes its files 0600."""
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode
-    probe.unlink()
-    for path in folder.rglob("*"):
-        if path.is_file() and path.stat().st_mode != mode:  # a file system without modes has nothing to change
-            path.chmod(mode & 0o777)
 
 
 def is_verified(folder: Path) -> bool:

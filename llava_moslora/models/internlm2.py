@@ -1,12 +1,12 @@
-"""InternLM2 is Llama under other names: its configuration and its tensors, as Llama has them.
+"""InternLM2 is Llama under other names: its configuration and its tensors as Llama's.
 
 The two compute the same function. InternLM2 stores query, key and value as one matrix ``wqkv`` whose rows are grouped
 by key/value head: for each of the K heads, first the G query heads that share it, then the key, then the value::
 
     wqkv [K·(G+2)·d, D]  →  q_proj [K·G·d, D], k_proj [K·d, D], v_proj [K·d, D]
 
-Everything else is renamed. So no code from the model's folder ever runs (``auto_map`` in its configuration is not
-looked at), and whatever is trained on it can be exported as a Llama.
+Everything else is renamed. So no code from the model's folder ever runs (``auto_map`` in its configuration is ignored),
+and a model trained on it can be exported as a Llama.
 
 Shapes: D width, d width of a head, K key/value heads, G query heads per key/value head.
 """
@@ -47,7 +47,7 @@ def llama_config(raw: Mapping[str, Any], file: Path) -> LlamaConfig:
     """The Llama configuration of the InternLM2 configuration ``raw``, read from ``file``.
 
     Raises:
-        Refusal: K-CONFIG, a field is missing or has a value that Llama does not know.
+        Refusal: K-CONFIG, a field is missing or has a value that Llama does not have.
     """
     if missing := [field for field in NEEDED if not isinstance(raw.get(field), int)]:
         found = raw.get(missing[0])
@@ -76,7 +76,7 @@ def llama_config(raw: Mapping[str, Any], file: Path) -> LlamaConfig:
 def llama_tensors(found: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
     """The tensors of an InternLM2 checkpoint under Llama's names, ``wqkv`` split when read.
 
-    Works on a whole checkpoint and on one shard of it. A name that InternLM2 does not have is kept as it is.
+    Works on a whole checkpoint and on one shard of it. A name that InternLM2 does not have is kept.
 
     Raises:
         Refusal: K-SHAPE, a ``wqkv`` that does not have the configuration's heads.
@@ -85,10 +85,8 @@ def llama_tensors(found: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[
     for name, stored in found.items():
         layer = re.fullmatch(r"(model\.layers\.\d+\.)(.+)\.(\w+)", name)
         if layer and layer[2] == "attention.wqkv":
-            result |= {
-                f"{layer[1]}self_attn.{part}_proj.{layer[3]}": piece
-                for part, piece in _split(name, stored, config).items()
-            }
+            parts = _split(name, stored, config)
+            result |= {f"{layer[1]}self_attn.{part}_proj.{layer[3]}": tensor for part, tensor in parts.items()}
         elif layer:
             result[f"{layer[1]}{LAYER_NAMES.get(layer[2], layer[2])}.{layer[3]}"] = stored
         else:
@@ -107,12 +105,12 @@ def _split(name: str, stored: LazyTensor, config: LlamaConfig) -> dict[str, Lazy
         found, fix = list(stored.shape), "config.json and weights must come from the same download"
         raise Refusal("K-SHAPE", "wrong shape", file=stored.file, key=name, found=found, expected=expected, fix=fix)
 
-    def piece(begin: int, end: int) -> LazyTensor:
-        def read() -> Tensor:
-            heads = stored.read().unflatten(0, (groups, queries + 2, width))  # (K, G+2, d[, D])
+    def part(begin: int, end: int) -> LazyTensor:
+        def take(fused: Tensor) -> Tensor:
+            heads = fused.unflatten(0, (groups, queries + 2, width))  # (K, G+2, d[, D])
             # A copy of its own: a view would keep the fused tensor, and share storage when saved.
             return heads[:, begin:end].clone().flatten(0, 2)
 
-        return LazyTensor(stored.file, (groups * (end - begin) * width, *stored.shape[1:]), read)
+        return stored.then(take, shape=(groups * (end - begin) * width, *stored.shape[1:]))
 
-    return {"q": piece(0, queries), "k": piece(queries, queries + 1), "v": piece(queries + 1, queries + 2)}
+    return {"q": part(0, queries), "k": part(queries, queries + 1), "v": part(queries + 1, queries + 2)}

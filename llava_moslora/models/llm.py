@@ -5,11 +5,11 @@ the folder              what is done
 ======================  =========================================================================================
 transformers            names and shapes are compared with the architecture, then loaded
 InternLM2               renamed and split to Llama (:mod:`llava_moslora.models.internlm2`), then the same
-a complete LLaVA        its LLM is taken out (:mod:`llava_moslora.models.llava_folder`), then the same
+a complete LLaVA        its LLM is extracted (:mod:`llava_moslora.models.llava_folder`), then the same
 ======================  =========================================================================================
 
-Weights are handed to ``from_pretrained`` as mapped tensors, not as a path: one way in for every layout, and still the
-place where DeepSpeed's ZeRO-3 partitions and bitsandbytes quantises. Training and export read through the same list.
+Weights are passed to ``from_pretrained`` as mapped tensors, not as a path: the same for every layout, and DeepSpeed's
+ZeRO-3 partitions and bitsandbytes quantises there. Training and export read the same list of tensors.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
     An InternLM2 folder gives a ``LlamaConfig``, a complete LLaVA the configuration of its LLM.
 
     Raises:
-        Refusal: no such folder, code of its own asked for, quantised, or an architecture LLaVA does not compose with.
+        Refusal: C-PATH, no such folder; C-MODEL, it needs code of its own, is quantised, or has an architecture that
+            ``LlavaForConditionalGeneration`` cannot contain; K-JSON, K-CONFIG.
     """
     folder = Path(folder)
     file = folder / "config.json"
@@ -75,14 +76,14 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
     asked = (raw.get("architectures") or [model_class.__name__])[0]
     if "auto_map" in raw and asked != model_class.__name__:
         raise Refusal(
-            "C-MODEL", "the folder asks for code of its own, which is never run", file=file, key="auto_map",
+            "C-MODEL", "the folder needs code of its own, which is never run", file=file, key="auto_map",
             found=asked, expected=model_class.__name__, fix="give an LLM of an architecture that transformers has",
         )  # fmt: skip
     return config
 
 
 def longest_text(config: PreTrainedConfig) -> int | None:
-    """Tokens up to which the LLM knows positions, ``None`` where its configuration does not tell.
+    """The number of tokens that the LLM has positions for, ``None`` where its configuration does not say.
 
     ``max_position_embeddings``, or more where positions are scaled and the configuration states the length before
     scaling, as Vicuna-16k's and Qwen2.5's with YaRN do; LLaMA-3.1's states the length after it.
@@ -96,12 +97,12 @@ def longest_text(config: PreTrainedConfig) -> int | None:
 
 
 def _model_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel]:
-    """The causal LM of ``config``, which must have the two parts that LLaVA takes: ``model`` and ``lm_head``."""
+    """The causal LM class of ``config``; it must have the two parts that LLaVA contains, ``model`` and ``lm_head``."""
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if found is None or found.base_model_prefix != "model":
         raise Refusal(
             "C-MODEL", "not a language model that composes into LlavaForConditionalGeneration", file=file,
-            key="model_type", found=config.model_type, expected="llama, internlm2, mistral, qwen2, qwen3 or alike",
+            key="model_type", found=config.model_type, expected="llama, internlm2, mistral, qwen2, qwen3 or similar",
             fix="check --model_name_or_path",
         )  # fmt: skip
     return found
@@ -115,7 +116,7 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers checks the values with several kinds of errors of its own
-        fix = "download it again, or take the file away: then the library's defaults count"
+        fix = "download it again, or remove the file: then the library's defaults apply"
         raise Refusal("K-CONFIG", "not a generation config", file=file, found=error, fix=fix) from error
 
 
@@ -123,14 +124,14 @@ def llm_on_meta(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
     """The LLM of ``config`` with every tensor on the meta device, in the configuration's dtype.
 
     Raises:
-        Refusal: C-MODEL, it does not have the parts that LLaVA is composed of, or no network has such fields.
+        Refusal: C-MODEL, it lacks a part that LLaVA contains, or no network can be made of the configuration.
     """
     model_class = _model_class(config, source)
     try:
         with torch.device("meta"):
             return model_class(config)
     except Exception as error:  # fields that fit no network, such as an unknown activation
-        what = f"a configuration that makes no {model_class.__name__}"
+        what = f"the configuration makes no {model_class.__name__}"
         raise Refusal("C-MODEL", what, file=source, found=error, fix="download it again") from error
 
 

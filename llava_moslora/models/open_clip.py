@@ -1,4 +1,4 @@
-"""open_clip checkpoints → what a ``CLIPVisionModel`` holds: configuration, tensors under its names, preprocessing.
+"""open_clip checkpoints → a ``CLIPVisionModel``'s configuration, tensors under its names, image processor settings.
 
 A plain CLIP ViT is converted exactly: tensors are renamed and the fused attention projection is split, nothing is
 resampled or rounded. What a ``CLIPVisionModel`` cannot compute is refused with the reason.
@@ -23,10 +23,10 @@ from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, check_settings
 
 PREFIX = "open_clip:"
 SUPPORTED = f"{PREFIX}ARCH@FILE of a plain CLIP ViT, or {PREFIX}FOLDER"
-FIX = "choose one of these; a SigLIP is taken as its transformers folder"
+FIX = "choose one of these; give a SigLIP as its transformers folder"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-# open_clip's vision_cfg fields that a CLIPVisionModel can follow; any other field must have open_clip's default.
+# open_clip's vision_cfg fields that a CLIPVisionModel can have; any other field must have open_clip's default.
 # patch_dropout acts only while open_clip trains; final_ln_after_pool is the same thing for a tower that pools its
 # class token; the sine table of pos_embed_type is stored with the weights.
 FREE_FIELDS = {
@@ -106,7 +106,7 @@ def tower_config(model_cfg: Mapping[str, Any], source: Path) -> CLIPVisionConfig
 
 
 def clip_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """open_clip's ``visual.*`` tensors under transformers' names; ``visual.proj`` is CLIP's output and left out.
+    """open_clip's ``visual.*`` tensors under transformers' names, without ``visual.proj``, which is CLIP's output.
 
     Raises:
         Refusal: K-KEYS, no such tensors.
@@ -122,7 +122,7 @@ def clip_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tenso
 
 
 def _renamed(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """transformers' name or names for one open_clip tensor. An unknown name is kept, and then refused by its name."""
+    """One open_clip tensor under transformers' name or names. An unknown name is kept, and refused later."""
     if block := re.fullmatch(r"visual\.transformer\.resblocks\.(\d+)\.(.+)", name):
         layer, inner = f"encoder.layers.{block[1]}.", block[2]
         if fused := re.fullmatch(r"attn\.in_proj_(weight|bias)", inner):  # (3E, E) or (3E): query, key, value
@@ -178,10 +178,10 @@ def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
         what = f"{arch} is not a plain CLIP ViT: {objection}"
         raise Refusal("C-TOWER", what, key=spec, expected=_plain_list(), fix=FIX)
     if (weights := Path(where)).is_file():
-        # A file from the model hub lies beside the configuration that it was published with; it knows the mean and
-        # std of the training, which differ between checkpoints of one architecture.
-        beside = weights.with_name("open_clip_config.json")
-        return model_cfg, read_json(beside).get("preprocess_cfg", {}) if beside.is_file() else {}, weights
+        # A file from the model hub has the configuration that it was published with next to it, with the mean and std
+        # of its training, which differ between checkpoints of one architecture.
+        published = weights.with_name("open_clip_config.json")
+        return model_cfg, read_json(published).get("preprocess_cfg", {}) if published.is_file() else {}, weights
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if where not in tags:
         what = "neither a file nor one of the architecture's pretrained tags"

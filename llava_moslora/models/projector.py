@@ -1,8 +1,8 @@
 """The projector: ``linear_2(gelu(linear_1(features)))`` from vision width to LLM width, read from any published layout.
 
-The same two linears are published under several names; :data:`LAYOUTS` lists the prefixes under which ``0``/``2`` or
-``linear_1``/``linear_2`` are found. A file in which nothing matches is refused: loading it "successfully" as nothing is
-how users end up with a model that ignores images.
+The same two linears are published under several names; :data:`PREFIXES` lists the prefixes under which ``0``/``2`` or
+``linear_1``/``linear_2`` are found. A file in which nothing matches is refused: loaded without an error, it would leave
+a model that ignores images.
 
 Shapes: E vision width, D LLM width.
 """
@@ -19,10 +19,10 @@ from llava_moslora.files.json import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_file
 from llava_moslora.models import llava_folder
 
-# prefix in the file -> the names of the two linears behind it
+# prefix in the file → the names of the two linears behind it
 _SEQUENTIAL = ("0", "2")
 _NAMED = ("linear_1", "linear_2")
-LAYOUTS: dict[str, tuple[str, str]] = {
+PREFIXES: dict[str, tuple[str, str]] = {
     "projector.model.": _SEQUENTIAL,  # XTuner, pretraining checkpoint
     "model.mm_projector.": _SEQUENTIAL,  # LLaVA, mm_projector.bin
     "base_model.model.model.mm_projector.": _SEQUENTIAL,  # LLaVA, non_lora_trainables.bin
@@ -38,7 +38,7 @@ FILE_NAMES = (
     *("model.safetensors", "projector.safetensors", "mm_projector.bin", "pytorch_model.bin"),
     *("non_lora_trainables.bin", DEEPSPEED_FILE),
 )
-# What config.json beside a projector may say, where it says it: XTuner's projector folder, and LLaVA's.
+# What the config.json next to a projector may contain, where it has these fields: XTuner's and LLaVA's.
 XTUNER_FIELDS = {"depth": (2,), "hidden_act": ("gelu",), "bias": (True,)}
 LLAVA_FIELDS = {"mm_projector_type": ("mlp2x_gelu",)}
 
@@ -56,10 +56,10 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
         ``linear_1.weight`` [D, E], ``linear_1.bias`` [D], ``linear_2.weight`` [D, D], ``linear_2.bias`` [D].
 
     Raises:
-        Refusal: no such file, not readable without running code, no known layout, other shapes, another activation.
+        Refusal: C-PATH, no such file; K-DAMAGED; K-PROJECTOR, no known layout or another function; K-SHAPE; K-FINITE.
     """
     path = Path(path)
-    # LLaVA's training leaves its configuration beside a projector too, without the rest of the model.
+    # LLaVA's training also writes its configuration next to a projector, without the rest of the model.
     alone = any((path / name).is_file() for name in ("mm_projector.bin", "non_lora_trainables.bin"))
     if llava_folder.is_llava_folder(path) and not alone:
         llava_folder.check_format(path)
@@ -76,7 +76,7 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
 
 def _find_names(file: Path, stored: dict[str, LazyTensor]) -> dict[str, str]:
     """The file's name of each of :data:`KEYS`."""
-    for prefix, linears in LAYOUTS.items():
+    for prefix, linears in PREFIXES.items():
         names = {
             f"{here}.{part}": f"{prefix}{there}.{part}"
             for there, here in zip(linears, _NAMED, strict=True)
@@ -103,13 +103,13 @@ def _find_names(file: Path, stored: dict[str, LazyTensor]) -> dict[str, str]:
         "no projector in this file",
         file=file,
         found=", ".join(sorted(stored)[:4]) + (" …" if len(stored) > 4 else "") if stored else "an empty file",
-        expected="linears under one of the prefixes " + ", ".join(repr(p) for p in LAYOUTS),
+        expected="linears under one of the prefixes " + ", ".join(repr(p) for p in PREFIXES),
         fix="give the pretrained projector: LLaVA's mm_projector.bin, an XTuner projector folder or .pth, an export",
     )
 
 
 def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
-    """Refuse what a ``config.json`` beside the projector says to be another function or for other towers."""
+    """Refuse a projector whose ``config.json`` describes another function, or another vision tower or LLM."""
     if not file.is_file() or file.stat().st_size == 0:  # XTuner publishes some that are empty
         return
     raw = read_json(file)
@@ -119,8 +119,8 @@ def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
     for key, allowed in fields.items():
         if key in raw and raw[key] not in allowed:
             raise Refusal(
-                "K-PROJECTOR", "not the projector of these towers", file=file, key=key, found=raw[key],
-                expected=allowed[0], fix="give a two-layer GELU projector with biases that was pretrained with them",
+                "K-PROJECTOR", "not a projector for this vision tower and this LLM", file=file, key=key, found=raw[key],
+                expected=allowed[0], fix="give a two-layer GELU projector with biases that was pretrained for them",
             )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def _check_shapes(
         if tuple(found[key].shape) != shape:
             raise Refusal(
                 "K-SHAPE",
-                "the projector was made for other towers",
+                "the projector was made for another vision tower or LLM",
                 file=file,
                 key=names[key],
                 found=list(found[key].shape),
@@ -156,8 +156,8 @@ def _projector_file(path: Path) -> Path:
                 return path / name
         if next(path.glob("zero_pp_rank_*_model_states.pt"), None):
             raise Refusal(
-                "K-PROJECTOR", "DeepSpeed's ZeRO-3 folder holds every tensor in pieces", file=path,
-                fix="join them with the zero_to_fp32.py beside it, and give the result",
+                "K-PROJECTOR", "DeepSpeed's ZeRO-3 folder holds every tensor in shards", file=path,
+                fix="join them with the zero_to_fp32.py next to it, and give the result",
             )  # fmt: skip
         raise Refusal(
             "C-PATH",

@@ -1,4 +1,4 @@
-"""The kinds of vision towers, and all that differs between them; everywhere else they are treated alike.
+"""The kinds of vision towers, and everything that differs between them.
 
 ``LlavaForConditionalGeneration`` takes the features of a layer as they are (``vision_feature_select_strategy`` "full")
 or without their first token ("default"). CLIP puts a class token before the patches, SigLIP has none: it pools the last
@@ -24,9 +24,10 @@ class TowerKind:
     """A kind of vision tower.
 
     Attributes:
-        name: the ``model_type`` of a whole model of this kind, texts included; a tower's own adds ``_vision_model``.
+        name: the ``model_type`` of a whole model of this kind, text model included; a tower's own is
+            ``NAME_vision_model``.
         config, model: the tower's classes.
-        class_tokens: tokens in front of the patches, which the projector does not see.
+        class_tokens: tokens before the patches, which the projector does not get.
     """
 
     name: str
@@ -36,7 +37,7 @@ class TowerKind:
 
     @property
     def strategy(self) -> str:
-        """LLaVA's ``vision_feature_select_strategy`` that leaves exactly the patches."""
+        """The value of LLaVA's ``vision_feature_select_strategy`` that selects exactly the patches."""
         return "default" if self.class_tokens else "full"
 
 
@@ -46,12 +47,12 @@ KINDS = {kind.name: kind for kind in (CLIP, SIGLIP)}
 
 
 def kind_name(model_type: object) -> str:
-    """The kind that a configuration's ``model_type`` names, known here or not."""
+    """The kind in a configuration's ``model_type``, supported or not."""
     return str(model_type).removesuffix("_vision_model")
 
 
 def kind_of(config: PreTrainedConfig) -> TowerKind:
-    """The kind of a tower by its own configuration."""
+    """The kind of the tower with this configuration."""
     return KINDS[kind_name(config.model_type)]
 
 
@@ -61,10 +62,10 @@ def tokens_per_image(config: PreTrainedConfig) -> int:
 
 
 def drop_unused(tower: PreTrainedModel, layers: int) -> None:
-    """Keep the first ``layers`` layers; with them goes SigLIP's pooling head.
+    """Remove all but the first ``layers`` layers, and SigLIP's pooling head.
 
-    What is not there is neither computed nor adapted, and no rank of ZeRO-3 waits for it: the head's attention is
-    torch's own module, which reads the weights of its output linear without calling it, so that nothing gathers them.
+    What is removed is neither computed nor adapted. Under ZeRO-3 the head would also fail: its attention is torch's own
+    module, which reads the weights of its output linear without calling it, so that nothing gathers them.
     """
     tower.encoder.layers = tower.encoder.layers[:layers]
     if isinstance(tower, SiglipVisionModel) and tower.use_head:

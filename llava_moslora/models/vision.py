@@ -1,10 +1,10 @@
-"""Vision towers: whatever CLIP or SigLIP ViT the user holds becomes transformers' model of it, with its own image
-preprocessing.
+"""Vision towers: a CLIP or SigLIP ViT in any published layout becomes transformers' model of it, with its own image
+processor settings.
 
-Three spellings are understood::
+``--vision_tower`` has three forms::
 
-    FOLDER                  a transformers folder of CLIPVisionModel, CLIPModel, SiglipVisionModel or SiglipModel,
-                            transformers-4 or -5 key names, or a complete LLaVA with such a tower inside
+    FOLDER                  a transformers folder of CLIPVisionModel, CLIPModel, SiglipVisionModel or SiglipModel, with
+                            the tensor names of transformers 4 or 5, or a complete LLaVA with such a tower inside
     open_clip:ARCH@FILE     weights of the open_clip CLIP ViT ARCH; or @TAG, one of open_clip's pretrained tags
     open_clip:FOLDER        open_clip_config.json with open_clip_model.safetensors or open_clip_pytorch_model.bin
 
@@ -37,16 +37,16 @@ SUPPORTED = f"a folder of {FOLDERS} or the whole model around it, {open_clip.SUP
 NOT_VISION = re.compile(
     r"text_model\.|logit_(scale|bias)$|(text|visual)_projection\.weight$|.*embeddings\.position_ids$"
 )
-# Kinds of towers that are asked for and refused, each with its reason.
+# Kinds of towers that users ask for and that are refused, each with the reason.
 REASONS = {
     "siglip2": "NaFlex, whose images have any number of patches, where LLaVA gives every image the same; SigLIP 2 "
-    "of a fixed size, such as siglip2-so400m-patch14-384, has the model_type siglip and is taken",
-    "dinov2": "its layers are scaled and named otherwise",
+    "of a fixed size, such as siglip2-so400m-patch14-384, has the model_type siglip and works",
+    "dinov2": "its layers are scaled, and named differently",
 }
 
 
 def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The vision tower that ``spec`` names, in ``dtype``, and its preprocessing as ``preprocessor_config.json`` has it.
+    """The vision tower ``spec`` in ``dtype``, and its image processor settings (of ``preprocessor_config.json``).
 
     The tower is complete (last layer, post-layernorm and pooling head included) and in eval mode.
 
@@ -59,7 +59,7 @@ def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> t
 
 
 def read_vision_tensors(spec: str | Path, config: PreTrainedConfig) -> dict[str, LazyTensor]:
-    """The tensors of the tower that ``spec`` names, not read yet, under the names and in the order of its class.
+    """The tensors of the tower ``spec``, not read yet, under the names and in the order of its class.
 
     Args:
         config: :func:`read_vision_config` of the same tower.
@@ -80,10 +80,10 @@ def read_vision_tensors(spec: str | Path, config: PreTrainedConfig) -> dict[str,
 
 
 def read_image_settings(spec: str | Path) -> dict[str, Any]:
-    """How images are prepared for the tower that ``spec`` names; no weight is read.
+    """The image processor settings of the tower ``spec``; no weight is read.
 
     Raises:
-        Refusal: as :func:`read_vision_config`; settings that are missing, or that training would not follow.
+        Refusal: as :func:`read_vision_config`; settings are missing, or training would not follow them.
     """
     spec = str(spec)
     if spec.startswith(open_clip.PREFIX):
@@ -95,10 +95,11 @@ def read_image_settings(spec: str | Path) -> dict[str, Any]:
 
 
 def read_vision_config(spec: str | Path) -> PreTrainedConfig:
-    """The configuration of the tower that ``spec`` names; no weight is read.
+    """The configuration of the tower ``spec``; no weight is read.
 
     Raises:
-        Refusal: not a tower of one of the three spellings, or of a kind that is not supported.
+        Refusal: K-MISSING, K-TOWER, K-CONFIG, K-CODE, K-QUANT, C-TOWER: not a tower in one of the three forms, or of a
+            kind that is not supported.
     """
     spec = str(spec)
     if not spec.startswith(open_clip.PREFIX):
@@ -114,13 +115,13 @@ def from_open_clip(
     dtype: torch.dtype = torch.float32,
     source: Path = Path("open_clip"),
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """An open_clip vision tower as a ``CLIPVisionModel`` in eval mode and its preprocessing.
+    """An open_clip vision tower as a ``CLIPVisionModel`` in eval mode, and its image processor settings.
 
     Args:
         model_cfg: an open_clip model configuration (``embed_dim``, ``vision_cfg``, ``quick_gelu``, …).
-        tensors: open_clip's state; only ``visual.*`` is read.
+        tensors: open_clip's state dict; only ``visual.*`` is read.
         preprocess_cfg: open_clip's ``mean``, ``std``, ``interpolation``, ``resize_mode``; its defaults where absent.
-        source: named in refusals.
+        source: the file that error messages name.
     """
     config = open_clip.tower_config(model_cfg, source)
     settings = open_clip.preprocessing(preprocess_cfg, config.image_size, source)
@@ -138,7 +139,7 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         raw = llava_folder.vision_config(folder)
     if "auto_map" in raw:
         fix = "give a tower that transformers or open_clip has itself: code in a folder is never run"
-        raise Refusal("K-CODE", "the folder asks for code of its own", file=file, key="auto_map", fix=fix)
+        raise Refusal("K-CODE", "the folder needs code of its own", file=file, key="auto_map", fix=fix)
     if raw.get("quantization_config") is not None:
         fix = "give the tower in 16 or 32 bits"
         raise Refusal("K-QUANT", "a quantised tower", file=file, key="quantization_config", fix=fix)
@@ -161,13 +162,13 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
 
 
 def _checked(config: PreTrainedConfig, found: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
-    """``found`` in the order of the tower's class, whose tensors they must exactly be."""
+    """``found`` in the order of the tower's class; its names and shapes must be exactly the class's."""
     tower_class = kind_of(config).model
     try:
         with torch.device("meta"):
             expected = {name: tuple(t.shape) for name, t in tower_class(config).state_dict().items()}
     except Exception as error:  # fields that fit no network: heads that do not divide the width, an unknown activation
-        what = f"a configuration that makes no {tower_class.__name__}"
+        what = f"the configuration makes no {tower_class.__name__}"
         raise Refusal("K-CONFIG", what, file=source, found=error, fix="download it again") from error
     check_tensors(found, expected, source)
     return {name: found[name] for name in expected}

@@ -1,4 +1,4 @@
-"""Every target of every kind of run, reopened with stock libraries: same answers, logits within 1e-5 × the largest."""
+"""Every target of every kind of run, loaded with stock libraries: same answers, logits within 1e-5 × the largest."""
 
 import json
 
@@ -37,7 +37,7 @@ def runs(parts, tmp_path_factory):
 
 @pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("llm, bits, method", CASES)
-def test_reopened_by_stock_libraries(runs, tmp_path, monkeypatch, llm, bits, method, kind):
+def test_stock_libraries_compute_what_the_run_computes(runs, tmp_path, monkeypatch, llm, bits, method, kind):
     """The proof itself is what is tested here; that it can fail is tested in test_refused.py."""
     probe_here(monkeypatch)
     run = runs(llm, bits, method)

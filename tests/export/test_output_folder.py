@@ -62,7 +62,7 @@ def test_an_old_export_stays_until_the_new_one_is_whole(run, out, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["notes.md", "results/answers.json", ".hidden"])
-def test_files_beside_an_export_are_not_deleted(run, out, name):
+def test_files_added_to_an_export_are_not_deleted(run, out, name):
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_text("mine")
     refused(run, out, rf"C-OUTPUT\] .*out:--output_dir: files that no export wrote are not deleted; found {name}")
@@ -102,10 +102,11 @@ def test_its_own_base_is_not_replaced(run, parts, tmp_path, part):
     else:
         base = export(run, tmp_path / "base", ["peft"], with_base=True, prove=False)["peft"]
         trained_run(tmp_path / "run", base / part, base / part, base / part)
-    refused(tmp_path / "run", base, r"C-OUTPUT\] .*base:--output_dir: an input of this export lies there; found .*base")
+    match = r"C-OUTPUT\] .*base:--output_dir: an input of this export is in that folder; found .*base"
+    refused(tmp_path / "run", base, match)
     elsewhere = shutil.copytree(base / part, tmp_path / "elsewhere")
     moved = {"llm": elsewhere, "vision_tower": str(elsewhere)}
-    refused(tmp_path / "run", base, r"an input of this export lies there", **moved)  # the run's base all the same
+    refused(tmp_path / "run", base, match, **moved)  # the run's base, although another is given
 
 
 def test_the_run_is_not_replaced(run, tmp_path):
@@ -168,7 +169,7 @@ def test_a_killed_replacement_is_finished(run, out, killed):
 
 
 def newer(run, step: int) -> None:
-    """Another checkpoint with another adapter, as training that goes on writes it, and the older ones pruned."""
+    """Another checkpoint with another adapter, as a running training writes it, and the older ones pruned."""
     old = run / f"checkpoint-{step - 1}"
     new = shutil.copytree(old, run / f"checkpoint-{step}")
     file = new / "adapter" / "adapter_model.safetensors"

@@ -241,7 +241,7 @@ FLAGS = {
     "unknown format": (["gguf"], {}, r"--format: unknown format; found gguf; expected hf, peft"),
     "with_base": (["hf"], {"with_base": True}, r"--with_base: belongs to --format peft"),
     "dequantized of 16 bits": (["hf"], {"merge_base": "dequantized"}, r"--merge_base: the LLM of this run was not"),
-    "dequantized adapters": (["peft"], {"merge_base": "dequantized"}, r"--merge_base: nothing is merged in adapters"),
+    "dequantized adapters": (["peft"], {"merge_base": "dequantized"}, r"--merge_base: adapters are not merged"),
 }
 
 

@@ -26,7 +26,7 @@ def run(parts, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["hf", "peft", "peft_with_base", "vision", "llm", "projector"])
-def test_reopened_by_stock_libraries(run, tmp_path, monkeypatch, kind):
+def test_stock_libraries_compute_what_the_run_computes(run, tmp_path, monkeypatch, kind):
     probe_here(monkeypatch)
     folder = export(run, tmp_path / "out", [kind])[kind]
     report = json.loads((folder / "export_report.json").read_text())

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from llava_moslora.errors import Refusal
-from llava_moslora.models.projector import KEYS, LAYOUTS, read_projector
+from llava_moslora.models.projector import KEYS, PREFIXES, read_projector
 from support.mmengine_log import save_with_log
 
 E, D = 6, 10
@@ -23,10 +23,10 @@ def tensors(prefix: str, linears: tuple[str, str]) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("prefix", LAYOUTS)
+@pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".wrapped.pth"])
 def test_every_layout_reads_the_same(tmp_path, prefix, suffix):
-    linears = LAYOUTS[prefix]
+    linears = PREFIXES[prefix]
     content = tensors(prefix, linears)
     others = {"lm_head.weight": torch.zeros(2)}
     file = tmp_path / f"projector{suffix}"

@@ -405,7 +405,7 @@ def test_towers_that_are_not_plain_clip_are_refused_with_the_reason_and_the_list
     refusal = refused(f"open_clip:{arch}@weights.safetensors")
     assert reason in refusal.what
     assert "ViT-L-14-336-quickgelu" in refusal.expected and arch not in refusal.expected.split(", ")
-    assert "a SigLIP is taken as its transformers folder" in refusal.fix
+    assert "give a SigLIP as its transformers folder" in refusal.fix
 
 
 def test_open_clip_names_that_do_not_exist(tmp_path):

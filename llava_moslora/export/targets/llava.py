@@ -1,7 +1,7 @@
 """``llava``: the original LLaVA's layout, ``LlavaLlamaForCausalLM`` with the tuned tower and the projector inside.
 
-LLaVA makes the vision tower from ``mm_vision_tower`` and, told that it was unfrozen, then loads the weights of this
-folder into it. It stops at the tokenizer's end token and has its templates in its own code.
+LLaVA makes the vision tower from ``mm_vision_tower`` and, as ``unfreeze_mm_vision_tower`` is set, loads the weights of
+this folder into it. It stops at the tokenizer's end token and has its templates in its own code.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """``peft``: plain LoRA adapters for stock PEFT, each over the part it was trained on, and the projector.
 
-``llm_adapter/`` lies over the original LLM's folder (an InternLM2 converted by ``scripts/convert_internlm2.py``),
-``vision_adapter/`` over the original vision tower's, ``projector/`` is whole. transformers 5.6 took a level away from
-the tower's names, and PEFT would leave adapters out with no more than a warning: ``vision_adapter_transformers4/`` has
-that level.
+``llm_adapter/`` is for the original LLM's folder (an InternLM2 converted by ``scripts/convert_internlm2.py``),
+``vision_adapter/`` for the original vision tower's; ``projector/`` is complete. transformers 5.6 took a level away from
+the tower's names, and PEFT leaves out adapters of unknown names with no more than a warning: earlier versions need
+``vision_adapter_transformers4/``, whose names have that level.
 """
 
 from __future__ import annotations

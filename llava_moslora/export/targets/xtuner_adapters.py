@@ -35,8 +35,8 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
     check_clip(trained, "xtuner_adapters")
     if trained.vision_spec.startswith(OPEN_CLIP):
         raise Refusal(
-            "C-FORMAT", "adapters lie over a tower's folder", key="--format xtuner_adapters", found=trained.vision_spec,
-            fix="--format xtuner, which holds the tower",
+            "C-FORMAT", "adapters need a tower's folder as their base", key="--format xtuner_adapters",
+            found=trained.vision_spec, fix="--format xtuner, which holds the tower",
         )  # fmt: skip
     layers = trained.loras("llm", "lm_head")
     if trained.is_internlm2:
@@ -52,7 +52,7 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
         ),
     }
     adapters = {part: adapter for part, adapter in adapters.items() if adapter.layers}
-    not_provable = "not possible: the adapters lie over InternLM2's own code, which is never run here"
+    not_provable = "not possible: the adapters are for InternLM2's own code, which is never run here"
 
     def write_files(folder: Path) -> None:
         for adapter in adapters.values():

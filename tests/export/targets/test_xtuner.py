@@ -45,7 +45,7 @@ def name_matches(pattern: str, name: str) -> bool:
 
 
 def test_the_projector_as_a_model(parts, tmp_path, monkeypatch):
-    """As XTuner loads it, by the file beside the weights; that file knows nothing of this package."""
+    """As XTuner loads it, by the file next to the weights; that file knows nothing of this package."""
     from transformers import AutoModel
 
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
