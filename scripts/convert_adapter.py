@@ -13,9 +13,8 @@ needed, and both forms compute what the source computes.
 import argparse
 from pathlib import Path
 
-from llava_moslora.adapters.fold import Adapter, fold, save
+from llava_moslora.adapters.fold import Adapter, fold, rename_adapter, replace_prefix, save
 from llava_moslora.adapters.load import read_adapter
-from llava_moslora.adapters.rename import rename_adapter, replace_prefix
 from llava_moslora.errors import Refusal, few, run_script
 from llava_moslora.files.disk import new_folder
 

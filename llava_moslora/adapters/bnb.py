@@ -44,11 +44,9 @@ class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
             Refusal: C-MERGE, always.
         """
         raise Refusal(
-            "C-MERGE",
-            "an adapter is not merged into 4-bit weights",
-            found=type(self.get_base_layer()).__name__,
+            "C-MERGE", "an adapter is not merged into 4-bit weights", found=type(self.get_base_layer()).__name__,
             fix="merge into the original or into the dequantised weights: llava_moslora.adapters.bnb.merge_over_4bit",
-        )
+        )  # fmt: skip
 
 
 # Base layer → our layer

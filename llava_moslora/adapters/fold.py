@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +23,8 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 
-from llava_moslora.errors import Refusal
+from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig, config_of_layers
+from llava_moslora.errors import Refusal, few
 from llava_moslora.files.json import write_json
 from llava_moslora.files.tensors import LazyTensor
 
@@ -32,6 +35,9 @@ COMMON_FIELDS = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
     *("layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "use_rslora", "use_dora"),
 )
+# Of a configuration, what names modules; and what patterns set per module.
+_NAMING = {"peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_PER_MODULE = {*PATTERN_FIELDS, *PATTERN_FIELDS.values()}
 
 
 class Update(Protocol):
@@ -126,12 +132,10 @@ def merge(weight: torch.Tensor, update: Update) -> torch.Tensor:
     """
     if not weight.is_floating_point() or tuple(weight.shape) != update.shape:
         raise Refusal(
-            "K-MERGE",
-            "the adapter does not fit the weight",
-            found=f"{weight.dtype} {tuple(weight.shape)}",
+            "K-MERGE", "the adapter does not fit the weight", found=f"{weight.dtype} {tuple(weight.shape)}",
             expected=f"a floating-point matrix {update.shape}",
             fix="merge into the original 16-bit weights or into dequantised ones",
-        )
+        )  # fmt: skip
     return add(weight, update.delta_rows(0, len(weight)).to(weight.device))
 
 
@@ -157,6 +161,34 @@ def fold_layers(layers: dict[str, Update]) -> dict[str, LowRank]:
             what, fix = "this adapter method cannot be written as a plain LoRA", "merge it into the weights"
             raise Refusal("K-ADAPTER", what, key=name, found=type(layer).__name__, expected="LoRA or MoSLoRA", fix=fix)
     return {name: layer.folded() for name, layer in layers.items()}
+
+
+def rename_adapter(adapter: Adapter, new_name: Callable[[str], str]) -> Adapter:
+    """The adapter with every name passed through ``new_name``, and a configuration that names the layers one by one.
+
+    Raises:
+        Refusal: K-ADAPTER, two layers would get the same name, or the method is neither LoRA nor MoSLoRA.
+    """
+    config = adapter.config
+    if not isinstance(config, MosLoraConfig):
+        raise Refusal("K-ADAPTER", "names of this adapter method cannot be changed", found=type(config).__name__)
+    layers = {new_name(name): layer for name, layer in adapter.layers.items()}
+    if len(layers) < len(adapter.layers):
+        same = [name for name, count in Counter(map(new_name, adapter.layers)).items() if count > 1]
+        raise Refusal("K-ADAPTER", "two layers get the same name", found=few(same))
+    names = [f.name for f in dataclasses.fields(config) if f.name not in _NAMING | _PER_MODULE]
+    settings = {new_name(name): config.settings_of(name) for name in adapter.layers}
+    others = {new_name(name): tensor for name, tensor in adapter.others.items()}
+    return Adapter(config_of_layers(settings, {name: getattr(config, name) for name in names}), layers, others)
+
+
+def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """``name`` with the longest of the ``prefixes`` (old → new) that it begins with replaced."""
+    fitting = [prefix for prefix in prefixes if name.startswith(prefix)]
+    if not fitting:
+        return name
+    prefix = max(fitting, key=len)
+    return prefixes[prefix] + name[len(prefix) :]
 
 
 def named_tensors(adapter: Adapter) -> dict[str, LazyTensor]:

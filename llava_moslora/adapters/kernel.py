@@ -41,13 +41,7 @@ INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the byt
 
 
 def low_rank_update(
-    result: Tensor,
-    x: Tensor,
-    a: Tensor,
-    w: Tensor | None,
-    b: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
+    result: Tensor, x: Tensor, a: Tensor, w: Tensor | None, b: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
     """``result`` plus the adapter's branch, in the dtype of ``result``.
 

@@ -16,11 +16,10 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 from llava_moslora import recompute
+from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
 from llava_moslora.adapters.fold import add, delta
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.adapters.linear import adapted_linear, frozen_dtype
-from llava_moslora.adapters.mixer_config import MixerConfig
-from llava_moslora.adapters.settings import check_even_rank
 from llava_moslora.errors import Refusal
 from llava_moslora.private_api import check_private_api
 
@@ -31,7 +30,7 @@ class MosLoraVariant(LoraVariant):
     """What PEFT calls for an adapter made from a ``MosLoraConfig``; ``module`` is one of the layers below."""
 
     @staticmethod
-    def init(module: MosLoraLayer, adapter_name: str, config: MixerConfig, **kwargs) -> None:
+    def init(module: MosLoraLayer, adapter_name: str, config: MosLoraConfig, **kwargs) -> None:
         """Create W with the settings of ``config``, which is this module's own; a frozen identity is not stored."""
         if not config.has_mixer:
             return
@@ -104,7 +103,7 @@ class MosLoraLayer:
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
 
     keep_base = False  # see the function of that name
-    _unchecked: MixerConfig | None = None  # the configuration of an adapter that PEFT is still putting into the model
+    _unchecked: MosLoraConfig | None = None  # the configuration of an adapter that PEFT is still putting into the model
 
     def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, target_name="", **kwargs):
         # Here because PEFT's bitsandbytes layers do not pass target_name on to update_layer.
@@ -119,21 +118,18 @@ class MosLoraLayer:
         """
         if "lora_mixer" not in self._modules:
             self.lora_mixer = nn.ModuleDict()
-        if isinstance(config, MixerConfig):
+        if isinstance(config, MosLoraConfig):
             config = config.for_module(target_name)
             if r > min(self.in_features, self.out_features):
                 raise Refusal(
-                    "C-RANK",
-                    "the rank exceeds what the layer can hold",
-                    key=config.module_name,
-                    found=r,
+                    "C-RANK", "the rank exceeds what the layer can hold", key=config.module_name, found=r,
                     expected=f"at most min(in, out) = {min(self.in_features, self.out_features)}",
                     fix="lower r, or give this module its own rank in rank_pattern",
-                )
+                )  # fmt: skip
             if config.mixer_init == "butterfly":
                 check_even_rank(config.module_name, r)
         super().update_layer(adapter_name, r, lora_alpha, config, target_name=target_name, **kwargs)
-        if isinstance(config, MixerConfig):
+        if isinstance(config, MosLoraConfig):
             self._unchecked = config.full_config
 
     def set_adapter(self, adapter_names, inference_mode=False):
@@ -145,7 +141,7 @@ class MosLoraLayer:
             config.check_targets()
 
     def resolve_lora_variant(self, *, config, **kwargs):
-        if isinstance(config, MixerConfig):
+        if isinstance(config, MosLoraConfig):
             return MosLoraVariant()
         return super().resolve_lora_variant(config=config, **kwargs)
 
@@ -239,9 +235,6 @@ class UnsupportedModule:
 
     def __init__(self, base_layer, adapter_name, *, target_name="", **kwargs):
         raise Refusal(
-            "C-TARGET",
-            "MoSLoRA adapts nn.Linear and bitsandbytes 4-bit and 8-bit linears",
-            key=target_name,
-            found=type(base_layer).__name__,
-            fix="take it out of target_modules",
-        )
+            "C-TARGET", "MoSLoRA adapts nn.Linear and bitsandbytes 4-bit and 8-bit linears", key=target_name,
+            found=type(base_layer).__name__, fix="take it out of target_modules",
+        )  # fmt: skip

@@ -9,18 +9,18 @@ Missing or unexpected tensors and unknown settings are refused: without its mixe
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import PeftConfig
 from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 
-from llava_moslora.adapters.config import MosLoraConfig
-from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter
-from llava_moslora.adapters.methods import METHODS, Method
-from llava_moslora.adapters.rename import config_of, exact_patterns, rename_adapter, replace_prefix
-from llava_moslora.adapters.settings import PEFT_TYPE
+from llava_moslora.adapters.config import PEFT_TYPE, MosLoraConfig, config_of_layers, exact_patterns, stores_mixer
+from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter, LowRank, Update, rename_adapter, replace_prefix
 from llava_moslora.errors import Refusal, few
 from llava_moslora.files.json import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_file
@@ -32,11 +32,62 @@ FORK_INITS = {True: "kaiming_uniform", "kai": "kaiming_uniform", "orth": "orthog
 Layers = dict[str, dict[str, LazyTensor]]
 
 
+@dataclass(frozen=True)
+class Method:
+    """What a method stores for an adapted linear, and what that adds to the linear's weight.
+
+    Attributes:
+        config: the class of its configuration.
+        names: stored name of a tensor behind the linear's name, as PEFT or another implementation writes it → what it
+            is, by a short name ("A").
+        needed: of a configuration and a linear's name: the short names of all tensors that the linear must have.
+        update: of those tensors by short name, the configuration and the linear's name: the :class:`Update`.
+            Raises ``Refusal`` (K-ADAPTER) for shapes that do not fit the configuration.
+    """
+
+    config: type[PeftConfig]
+    names: Mapping[str, str]
+    needed: Callable[[PeftConfig, str], set[str]]
+    update: Callable[[dict[str, LazyTensor], PeftConfig, str], Update]
+
+
+def _moslora_needed(config: MosLoraConfig, module: str) -> set[str]:
+    settings = config.settings_of(module)
+    return {"A", "W", "B"} if stores_mixer(settings["mixer_init"], settings["train_mixer"]) else {"A", "B"}
+
+
+def _moslora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: str) -> LowRank:
+    settings = config.settings_of(module)
+    rank = settings["r"]
+    a, b = tensors["A"].shape, tensors["B"].shape
+    expected = {"A": (rank, *a[1:2]), "W": (rank, rank), "B": (*b[:1], rank)}
+    for part, tensor in tensors.items():
+        if tensor.shape != expected[part]:
+            what, found = f"shape of {part}", tensor.shape
+            raise Refusal("K-ADAPTER", what, file=tensor.file, key=module, found=found, expected=expected[part])
+    scaling = settings["lora_alpha"] / (math.sqrt(rank) if config.use_rslora else rank)
+    return LowRank(tensors["A"], tensors.get("W"), tensors["B"], scaling)
+
+
+def _plain_lora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: str) -> LowRank:
+    """With an identity mixer, so that training can continue from it; ΔW is the same."""
+    rank = config.settings_of(module)["r"]
+    identity = tensors["A"].then(lambda a: torch.eye(rank, dtype=a.dtype), shape=(rank, rank))
+    return _moslora(tensors | {"W": identity}, config, module)
+
+
+LORA_NAMES = {"lora_A.weight": "A", "lora_B.weight": "B"}
+METHODS: dict[str, Method] = {
+    "LORA": Method(MosLoraConfig, LORA_NAMES, lambda config, module: {"A", "B"}, _plain_lora),
+    # lora_AB: the reference repository's mixer; its PEFT fork and this package call it lora_mixer
+    PEFT_TYPE: Method(
+        MosLoraConfig, LORA_NAMES | {"lora_mixer.weight": "W", "lora_AB.weight": "W"}, _moslora_needed, _moslora
+    ),
+}
+
+
 def read_adapter(
-    path: str | Path,
-    *,
-    rename: Mapping[str, str] | None = None,
-    lora_alpha: float | Mapping[str, float] | None = None,
+    path: str | Path, *, rename: Mapping[str, str] | None = None, lora_alpha: float | Mapping[str, float] | None = None
 ) -> Adapter:
     """Read an adapter in any spelling: ours, the reference repository's, its PEFT fork's, XTuner's, plain LoRA.
 
@@ -99,12 +150,9 @@ def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict
             others[bare] = tensor
     if unknown:
         raise Refusal(
-            "K-ADAPTER",
-            f"{len(unknown)} unexpected tensors",
-            file=path,
-            found=few(unknown),
+            "K-ADAPTER", f"{len(unknown)} unexpected tensors", file=path, found=few(unknown),
             expected="lora_A, lora_B and a mixer (lora_mixer or lora_AB)",
-        )
+        )  # fmt: skip
     if len(adapters) > 1:
         raise Refusal("K-ADAPTER", "several adapters in one file", file=path, found=few(sorted(map(str, adapters))))
     if not layers:
@@ -167,12 +215,10 @@ def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Method,
         }
     if mixers := [name for name, tensors in layers.items() if "W" in tensors]:
         raise Refusal(
-            "K-ADAPTER",
-            f"{len(mixers)} mixers, but the configuration is a plain LoRA's: B·A would be wrong",
-            file=folder,
-            found=few(mixers),
+            "K-ADAPTER", f"{len(mixers)} mixers, but the configuration is a plain LoRA's: B·A would be wrong",
+            file=folder, found=few(mixers),
             fix=f'restore the configuration, or set "lora_use_mixer": true in {folder / CONFIG}',
-        )
+        )  # fmt: skip
     return METHODS["LORA"], stored | {"mixer_init": "identity"}
 
 
@@ -184,12 +230,9 @@ def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float]
         prefixes = [prefix for prefix in alphas if name.startswith(prefix)]
         if not prefixes:
             raise Refusal(
-                "K-ADAPTER",
-                "the file does not say which lora_alpha it was trained with",
-                file=path,
-                key=name,
+                "K-ADAPTER", "the file does not say which lora_alpha it was trained with", file=path, key=name,
                 fix="give lora_alpha: one number, or one for each beginning of names",
-            )
+            )  # fmt: skip
         if "A" not in tensors:
             raise Refusal("K-ADAPTER", "1 missing tensors", file=path, expected=f"{name}.lora_A")
         settings[name] = {
@@ -199,7 +242,7 @@ def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float]
             "mixer_init": "kaiming_uniform" if "W" in tensors else "identity",
             "train_mixer": "W" in tensors,
         }
-    return config_of(settings, {})
+    return config_of_layers(settings, {})
 
 
 def _check_layers(method: Method, config: PeftConfig, layers: Layers, path: Path) -> None:

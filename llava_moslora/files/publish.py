@@ -74,12 +74,10 @@ def _all_or_none(action: Callable[[], None] | None, staging: Path) -> None:
     if failure is not None and not isinstance(failure, OSError | SafetensorError):
         raise failure
     raise Refusal(
-        "E-DISK",
-        "the folder could not be written; what was published before is untouched",
-        file=staging.parent,
+        "E-DISK", "the folder could not be written; what was published before is untouched", file=staging.parent,
         found=f"{failures[0]}; {shutil.disk_usage(staging.parent).free:,} bytes free",
         fix="free space or choose another disk, then start the same command again with --resume True",
-    ) from failure
+    ) from failure  # fmt: skip
 
 
 def is_verified(folder: Path) -> bool:

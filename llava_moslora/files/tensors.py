@@ -83,12 +83,10 @@ def _read_torch(file: Path) -> dict[str, Any]:
         content = _load(file)
     except Exception as error:  # torch raises five different types for a damaged or a code-carrying file
         raise Refusal(
-            "K-DAMAGED",
-            "cannot be read as plain tensors (a pickle that carries code is never run)",
-            file=file,
+            "K-DAMAGED", "cannot be read as plain tensors (a pickle that carries code is never run)", file=file,
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             fix="copy it again, or re-save its tensors as safetensors",
-        ) from error
+        ) from error  # fmt: skip
     for wrapper in ("state_dict", "module"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             return content[wrapper]

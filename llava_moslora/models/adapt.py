@@ -84,13 +84,10 @@ def _check_rank(model: nn.Module, tower: str, adapter: TowerAdapter) -> None:
         smaller = min(module.in_features, module.out_features)
         if adapter.r > smaller and (not wanted or any(pattern.fullmatch(name) for pattern in wanted)):
             raise Refusal(
-                "C-RANK",
-                f"the rank is above the smaller side of {name}",
-                key=f"{FLAG_PREFIX[tower]}lora_r",
-                found=f"{adapter.r} for {module.in_features} → {module.out_features}",
-                expected=f"at most {smaller}",
+                "C-RANK", f"the rank is above the smaller side of {name}", key=f"{FLAG_PREFIX[tower]}lora_r",
+                found=f"{adapter.r} for {module.in_features} → {module.out_features}", expected=f"at most {smaller}",
                 fix="lower it, or name other linears: --lora_target_modules, --vision_lora_target_modules",
-            )
+            )  # fmt: skip
 
 
 def _target_regex(model: nn.Module, tower: str, adapter: TowerAdapter) -> str:

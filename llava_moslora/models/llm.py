@@ -44,23 +44,17 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise Refusal(
-            "C-PATH",
-            "no LLM here" if folder.is_dir() else "no such folder",
-            file=folder,
-            key="--model_name_or_path",
+            "C-PATH", "no LLM here" if folder.is_dir() else "no such folder", file=folder, key="--model_name_or_path",
             expected="a downloaded folder with config.json, tokenizer and weights",
             fix="check the path, or download the model first: nothing is fetched at run time",
-        )
+        )  # fmt: skip
     raw = read_json(file)
     _generation_config(folder)
     if raw.get("quantization_config") is not None:
         raise Refusal(
-            "C-MODEL",
-            "the base is already quantised, and merging into it would not be exact",
-            file=file,
-            key="quantization_config",
-            fix="give the 16-bit folder; --bits 4 quantises it while loading",
-        )
+            "C-MODEL", "the base is already quantised, and merging into it would not be exact", file=file,
+            key="quantization_config", fix="give the 16-bit folder; --bits 4 quantises it while loading",
+        )  # fmt: skip
     if raw.get("model_type") == internlm2.MODEL_TYPE:
         return internlm2.llama_config(raw, file)
     if llava_folder.is_llava(raw):

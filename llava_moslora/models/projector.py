@@ -89,23 +89,17 @@ def _find_names(file: Path, stored: dict[str, LazyTensor]) -> dict[str, str]:
         extra = sorted(key for key in stored if own and key.startswith(own) and key not in names.values())
         if missing or extra:
             raise Refusal(
-                "K-PROJECTOR",
-                "not a two-layer projector with biases",
-                file=file,
-                key=(missing or extra)[0],
+                "K-PROJECTOR", "not a two-layer projector with biases", file=file, key=(missing or extra)[0],
                 found="missing " + ", ".join(missing) if missing else "unexpected " + ", ".join(extra),
-                expected=", ".join(names.values()),
-                fix="give a two-layer MLP projector (mlp2x_gelu)",
-            )
+                expected=", ".join(names.values()), fix="give a two-layer MLP projector (mlp2x_gelu)",
+            )  # fmt: skip
         return names
     raise Refusal(
-        "K-PROJECTOR",
-        "no projector in this file",
-        file=file,
+        "K-PROJECTOR", "no projector in this file", file=file,
         found=", ".join(sorted(stored)[:4]) + (" …" if len(stored) > 4 else "") if stored else "an empty file",
         expected="linears under one of the prefixes " + ", ".join(repr(p) for p in PREFIXES),
         fix="give the pretrained projector: LLaVA's mm_projector.bin, an XTuner projector folder or .pth, an export",
-    )
+    )  # fmt: skip
 
 
 def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
@@ -133,14 +127,11 @@ def _check_shapes(
     for key, shape in expected.items():
         if tuple(found[key].shape) != shape:
             raise Refusal(
-                "K-SHAPE",
-                "the projector was made for another vision tower or LLM",
-                file=file,
-                key=names[key],
+                "K-SHAPE", "the projector was made for another vision tower or LLM", file=file, key=names[key],
                 found=list(found[key].shape),
                 expected=f"{list(shape)} (vision width {vision_width}, LLM width {llm_width})",
                 fix="give the projector that was pretrained with this vision tower and this LLM",
-            )
+            )  # fmt: skip
         if not torch.isfinite(found[key]).all():
             raise Refusal(
                 "K-FINITE", "NaN or Inf in the projector", file=file, key=names[key], fix="use another checkpoint"
@@ -160,12 +151,8 @@ def _projector_file(path: Path) -> Path:
                 fix="join them with the zero_to_fp32.py next to it, and give the result",
             )  # fmt: skip
         raise Refusal(
-            "C-PATH",
-            "no projector file in this folder",
-            file=path,
-            key="--pretrain_mm_mlp_adapter",
+            "C-PATH", "no projector file in this folder", file=path, key="--pretrain_mm_mlp_adapter",
             found=", ".join(sorted(p.name for p in path.iterdir())[:6]) or "an empty folder",
-            expected="one of " + ", ".join(FILE_NAMES),
-            fix="give the file itself",
-        )
+            expected="one of " + ", ".join(FILE_NAMES), fix="give the file itself",
+        )  # fmt: skip
     raise Refusal("C-PATH", "no such file or folder", file=path, key="--pretrain_mm_mlp_adapter", fix="check the path")
