@@ -13,7 +13,7 @@ needed, and both forms compute what the source computes.
 import argparse
 from pathlib import Path
 
-from llava_moslora.adapters.fold import Adapter, fold, rename_adapter, replace_prefix, save
+from llava_moslora.adapters.fold import Adapter, LowRank, fold, rename_adapter, replace_prefix, save
 from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal, few, run_script
 from llava_moslora.files.disk import new_folder
@@ -73,7 +73,7 @@ def convert(source: Path, output: Path, form: str, rename: list[str], lora_alpha
         adapter = rename_adapter(adapter, lambda name: replace_prefix(name, prefixes))
     with new_folder(output) as staging:
         save(fold(adapter) if form == "lora" else adapter, staging)
-    ranks = sorted({layer.rank for layer in adapter.layers.values()})
+    ranks = sorted({layer.rank for layer in adapter.layers.values() if isinstance(layer, LowRank)})
     print(f"converted: {output}, {len(adapter.layers)} layers of rank {', '.join(map(str, ranks))}")
 
 

@@ -4,8 +4,10 @@ from torch import nn
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.layers import MosLoraLinear, UnsupportedModule
 
-if is_bnb_available():  # first, because bitsandbytes' classes inherit from nn.Linear
-    from llava_moslora.adapters.bnb import LAYER_CLASSES
+if is_bnb_available():  # first: bitsandbytes' classes inherit from nn.Linear
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    MosLoraConfig.layer_classes |= LAYER_CLASSES
+    from llava_moslora.adapters.bnb import MosLoraLinear4bit, MosLoraLinear8bitLt
+
+    MosLoraConfig.layer_classes |= {Linear4bit: MosLoraLinear4bit, Linear8bitLt: MosLoraLinear8bitLt}
 MosLoraConfig.layer_classes |= {nn.Linear: MosLoraLinear, nn.Module: UnsupportedModule}

@@ -22,8 +22,8 @@ def for_model(adapter: Adapter, module_names: Iterable[str]) -> Adapter:
     """
     present = set(module_names)
     bare = {name.replace(VIT_LEVEL, "", 1): name for name in present}
-    names = {name: name if name in present else bare.get(name.replace(VIT_LEVEL, "", 1)) for name in adapter.layers}
-    if missing := [name for name, found in names.items() if found is None]:
+    names = {name: name if name in present else bare.get(name.replace(VIT_LEVEL, "", 1), "") for name in adapter.layers}
+    if missing := [name for name, found in names.items() if not found]:
         raise Refusal(
             "K-ADAPTER", f"{len(missing)} of {len(names)} adapted layers are not in the model", found=few(missing),
             expected=f"names such as {few(sorted(present))}",

@@ -49,10 +49,6 @@ class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
         )  # fmt: skip
 
 
-# Base layer → our layer
-LAYER_CLASSES = {bnb.nn.Linear4bit: MosLoraLinear4bit, bnb.nn.Linear8bitLt: MosLoraLinear8bitLt}
-
-
 def dequantised(layer: bnb.nn.Linear4bit) -> torch.Tensor:
     """The dequantised weight (out, in) of a 4-bit linear, in the dtype it was quantised from.
 

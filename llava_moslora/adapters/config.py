@@ -17,8 +17,9 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -94,13 +95,13 @@ class MosLoraConfig(LoraConfig):
         if isinstance(self.target_modules, str):
             _check_pattern("target_modules", self.target_modules)
         for setting, pattern_field in PATTERN_FIELDS.items():
-            _CHECKS[setting](setting, getattr(self, setting))
+            _check_setting(setting, setting, getattr(self, setting))
             patterns = getattr(self, pattern_field)
             if not isinstance(patterns, dict):
                 raise Refusal("C-TARGET", "not a table", key=pattern_field, found=patterns, expected="pattern → value")
             for pattern, value in patterns.items():
                 _check_pattern(pattern_field, pattern)
-                _CHECKS[setting](f"{pattern_field}[{pattern!r}]", value)
+                _check_setting(setting, f"{pattern_field}[{pattern!r}]", value)
         if self.mixer_init == "butterfly" and not (self.rank_pattern or self.mixer_init_pattern):
             check_even_rank("r", self.r)
         self.module_name, self.full_config = "", None
@@ -241,45 +242,33 @@ def _check_pattern(key: str, pattern: str) -> None:
         raise Refusal("C-TARGET", f"not a regular expression: {error}", key=key, found=pattern) from error
 
 
-def _check_rank(key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise Refusal("C-RANK", "the rank is a positive whole number", key=key, found=value, expected="1 or more")
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_alpha(key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise Refusal("C-ALPHA", "lora_alpha is a positive number", key=key, found=value, expected="above 0")
+# setting → the code of the refusal, what a value must be, the same in short, and the check
+_RULES: dict[str, tuple[str, str, str, Callable[[Any], bool]]] = {
+    "r": ("C-RANK", "the rank is a positive whole number", "1 or more",
+          lambda v: _is_number(v) and isinstance(v, int) and v >= 1),
+    "lora_alpha": ("C-ALPHA", "lora_alpha is a positive number", "above 0",
+                   lambda v: _is_number(v) and 0 < v < math.inf),
+    "lora_dropout": ("C-DROPOUT", "the dropout is a probability below 1", "0 ≤ p < 1",
+                     lambda v: _is_number(v) and 0 <= v < 1),
+    "mixer_init": ("C-MIXER", "unknown mixer init", ", ".join(sorted(MIXER_INITS)), lambda v: v in MIXER_INITS),
+    "train_mixer": ("C-MIXER", "train_mixer is true or false", "true or false", lambda v: isinstance(v, bool)),
+}  # fmt: skip
 
 
-def _check_dropout(key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise Refusal("C-DROPOUT", "the dropout is a probability below 1", key=key, found=value, expected="0 ≤ p < 1")
+def _check_setting(setting: str, key: str, value: object) -> None:
+    """Refuse a value that ``setting`` cannot have; ``key`` is where it was given."""
+    code, what, expected, is_good = _RULES[setting]
+    fix = None
+    if setting == "mixer_init" and value == "zeros":
+        what = "a zero mixer over a zero B gives A, W and B zero gradients, so nothing ever trains (paper, Appendix C)"
+        fix = "use kaiming_uniform or orthogonal (paper, Table 3)"
+    if not is_good(value):
+        raise Refusal(code, what, key=key, found=value, expected=expected, fix=fix)
 
-
-def _check_mixer_init(key: str, value: object) -> None:
-    if value == "zeros":
-        raise Refusal(
-            "C-MIXER",
-            "a zero mixer over a zero B gives A, W and B zero gradients, so nothing ever trains (paper, Appendix C)",
-            key=key, found=value, expected=", ".join(sorted(MIXER_INITS)),
-            fix="use kaiming_uniform or orthogonal (paper, Table 3)",
-        )  # fmt: skip
-    if value not in MIXER_INITS:
-        raise Refusal("C-MIXER", "unknown mixer init", key=key, found=value, expected=", ".join(sorted(MIXER_INITS)))
-
-
-def _check_train_mixer(key: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise Refusal("C-MIXER", "train_mixer is true or false", key=key, found=value, expected="true or false")
-
-
-_CHECKS = {
-    "r": _check_rank,
-    "lora_alpha": _check_alpha,
-    "lora_dropout": _check_dropout,
-    "mixer_init": _check_mixer_init,
-    "train_mixer": _check_train_mixer,
-}
 
 # A plain dict entry: PEFT's register_peft_method needs a member of its PeftType enumeration and a tuner class, and this
 # adapter must stay an ordinary LORA in memory.

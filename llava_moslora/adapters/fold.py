@@ -35,9 +35,9 @@ COMMON_FIELDS = (
     *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
     *("layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "use_rslora", "use_dora"),
 )
-# Of a configuration, what names modules; and what patterns set per module.
-_NAMING = {"peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
-_PER_MODULE = {*PATTERN_FIELDS, *PATTERN_FIELDS.values()}
+# The fields of a configuration that name modules, or that patterns set per module
+_NAMING = {"peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+           *PATTERN_FIELDS, *PATTERN_FIELDS.values()}  # fmt: skip
 
 
 class Update(Protocol):
@@ -67,8 +67,8 @@ class LowRank:
     @classmethod
     def of(cls, a: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor, scaling: float) -> LowRank:
         """Of tensors in memory."""
-        a, w, b = (None if t is None else LazyTensor(Path(), tuple(t.shape), lambda t=t: t) for t in (a, w, b))
-        return cls(a, w, b, scaling)
+        lazy_w = None if w is None else LazyTensor.of(w, Path())
+        return cls(LazyTensor.of(a, Path()), lazy_w, LazyTensor.of(b, Path()), scaling)
 
     @property
     def rank(self) -> int:
@@ -103,7 +103,7 @@ class Adapter:
     """One adapter as read from a file. Names are those of the base model's modules, without PEFT's prefix."""
 
     config: PeftConfig  # a MosLoraConfig, or a plain LoraConfig once folded
-    layers: dict[str, Update]
+    layers: Mapping[str, Update]
     others: dict[str, LazyTensor]  # modules_to_save and biases: the base model's parameter name → tensor
 
 
@@ -150,17 +150,19 @@ def fold(adapter: Adapter) -> Adapter:
     return Adapter(LoraConfig(**fields), layers, adapter.others)
 
 
-def fold_layers(layers: dict[str, Update]) -> dict[str, LowRank]:
+def fold_layers(layers: Mapping[str, Update]) -> dict[str, LowRank]:
     """Every layer as a plain LoRA.
 
     Raises:
         Refusal: as :func:`fold`.
     """
+    result = {}
     for name, layer in layers.items():
         if not isinstance(layer, LowRank):
             what, fix = "this adapter method cannot be written as a plain LoRA", "merge it into the weights"
             raise Refusal("K-ADAPTER", what, key=name, found=type(layer).__name__, expected="LoRA or MoSLoRA", fix=fix)
-    return {name: layer.folded() for name, layer in layers.items()}
+        result[name] = layer.folded()
+    return result
 
 
 def rename_adapter(adapter: Adapter, new_name: Callable[[str], str]) -> Adapter:
@@ -176,7 +178,7 @@ def rename_adapter(adapter: Adapter, new_name: Callable[[str], str]) -> Adapter:
     if len(layers) < len(adapter.layers):
         same = [name for name, count in Counter(map(new_name, adapter.layers)).items() if count > 1]
         raise Refusal("K-ADAPTER", "two layers get the same name", found=few(same))
-    names = [f.name for f in dataclasses.fields(config) if f.name not in _NAMING | _PER_MODULE]
+    names = [f.name for f in dataclasses.fields(config) if f.name not in _NAMING]
     settings = {new_name(name): config.settings_of(name) for name in adapter.layers}
     others = {new_name(name): tensor for name, tensor in adapter.others.items()}
     return Adapter(config_of_layers(settings, {name: getattr(config, name) for name in names}), layers, others)

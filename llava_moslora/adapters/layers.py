@@ -9,6 +9,7 @@ Shapes: r rank, in/out features of the layer. All weights are floating point, of
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners import lora
@@ -22,6 +23,11 @@ from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.adapters.linear import adapted_linear, frozen_dtype
 from llava_moslora.errors import Refusal
 from llava_moslora.private_api import check_private_api
+
+if TYPE_CHECKING:  # each subclass of MosLoraLayer also has one of PEFT's layer classes as a base
+    from peft.tuners.lora import Linear as PeftLayer
+else:
+    PeftLayer = object
 
 check_private_api("adapters.layers")
 
@@ -97,7 +103,7 @@ def init_mixer(weight: torch.Tensor, how: str) -> None:
         raise AssertionError(f"MosLoraConfig accepted the mixer init {how!r}")
 
 
-class MosLoraLayer:
+class MosLoraLayer(PeftLayer):
     """What the layers share; comes before a PEFT LoRA layer class among the bases."""
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")

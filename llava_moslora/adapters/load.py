@@ -136,7 +136,8 @@ def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict
     Saved names end in ``lora_A.weight``; names of a live model (XTuner's .pth) have the adapter's name in them:
     ``lora_A.default.weight``.
     """
-    layers, others, adapters, unknown = {}, {}, set(), []
+    layers: Layers = {}
+    others, adapters, unknown = {}, set(), []
     patterns = _name_patterns()
     for name, tensor in tensors.items():
         bare = name.replace(PEFT_PREFIX, "", 1)
@@ -203,8 +204,8 @@ def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Method,
     fork = stored.pop("use_moslora", False)
     if reference or pattern or fork:
         if fork not in (False, *FORK_INITS):
-            where = {"file": folder, "key": "use_moslora"}
-            raise Refusal("K-ADAPTER", "unknown mixer", **where, found=fork, expected=list(FORK_INITS))
+            key, expected = "use_moslora", list(FORK_INITS)
+            raise Refusal("K-ADAPTER", "unknown mixer", file=folder, key=key, found=fork, expected=expected)
         mixed = {name: pattern.get(get_pattern_key(pattern.keys(), name), reference or fork) for name in layers}
         plain = [name for name in layers if not mixed[name]]
         return METHODS[PEFT_TYPE], stored | {

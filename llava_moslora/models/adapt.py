@@ -4,12 +4,13 @@ stage 1 the projector alone."""
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from llava_moslora.adapters.config import MosLoraConfig
+from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig
 from llava_moslora.config import AdapterSettings, TowerAdapter
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava import Llava
@@ -28,29 +29,23 @@ def add_adapters(model: Llava, settings: AdapterSettings) -> PeftModel:
         Refusal: C-FLAG, no adapter asked for; C-TARGET, a target that matches no linear; C-RANK, a rank above a
             linear's smaller side; whatever :class:`MosLoraConfig` refuses.
     """
-    llm, vision = settings.llm, settings.vision
-    towers = {tower: adapter for tower, adapter in ((LLM, llm), (VISION_TOWER, vision)) if adapter is not None}
+    asked = ((LLM, settings.llm), (VISION_TOWER, settings.vision))
+    towers = {tower: adapter for tower, adapter in asked if adapter is not None}
     for tower, adapter in towers.items():
         _check_rank(model, tower, adapter)
     if not towers:
         raise Refusal("C-FLAG", "no adapter asked for", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
-    main = llm or vision
-    own = {f"{re.escape(VISION_TOWER)}\\..*": vision} if main is llm and vision is not None else {}
+    main = next(iter(towers.values()))
+    values: dict[str, Any] = {setting: getattr(main, setting) for setting in PATTERN_FIELDS}
+    if len(towers) == 2:
+        pattern, vision = rf"{re.escape(VISION_TOWER)}\..*", towers[VISION_TOWER]
+        values |= {key: {pattern: getattr(vision, setting)} for setting, key in PATTERN_FIELDS.items()}
     config = MosLoraConfig(
-        r=main.r,
-        lora_alpha=main.lora_alpha,
-        lora_dropout=main.lora_dropout,
-        mixer_init=main.mixer_init,
-        train_mixer=main.train_mixer,
+        **values,
         target_modules="|".join(_target_regex(model, tower, adapter) for tower, adapter in towers.items()),
         modules_to_save=[PROJECTOR],
-        rank_pattern={key: adapter.r for key, adapter in own.items()},
-        alpha_pattern={key: adapter.lora_alpha for key, adapter in own.items()},
-        dropout_pattern={key: adapter.lora_dropout for key, adapter in own.items()},
-        mixer_init_pattern={key: adapter.mixer_init for key, adapter in own.items()},
-        train_mixer_pattern={key: adapter.train_mixer for key, adapter in own.items()},
     )
-    if vision is not None and is_deepspeed_zero3_enabled():
+    if VISION_TOWER in towers and is_deepspeed_zero3_enabled():
         # ZeRO-3 frees an adapted layer's weights by a backward hook on its inputs. The images ask for no gradient,
         # and on inputs without one torch fires that hook before the layer's backward instead of after it.
         model.model.vision_tower.enable_input_require_grads()

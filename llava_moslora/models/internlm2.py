@@ -61,8 +61,10 @@ def llama_config(raw: Mapping[str, Any], file: Path) -> LlamaConfig:
     old, new = scaling.pop("type", None), scaling.pop("rope_type", None)
     kind = new or old
     if kind not in ("default", "dynamic", "linear"):
-        where = {"file": file, "key": "rope_scaling", "fix": "restore the published configuration"}
-        raise Refusal("K-CONFIG", "unknown scaling", **where, found=kind, expected="dynamic, linear or none")
+        raise Refusal(
+            "K-CONFIG", "unknown scaling", file=file, key="rope_scaling", found=kind,
+            expected="dynamic, linear or none", fix="restore the published configuration",
+        )  # fmt: skip
     return LlamaConfig(
         **{field: raw[field] for field in SAME if field in raw},
         num_key_value_heads=groups,
@@ -81,7 +83,7 @@ def llama_tensors(found: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[
     Raises:
         Refusal: K-SHAPE, a ``wqkv`` that does not have the configuration's heads.
     """
-    result = {}
+    result: dict[str, LazyTensor] = {}
     for name, stored in found.items():
         layer = re.fullmatch(r"(model\.layers\.\d+\.)(.+)\.(\w+)", name)
         if layer and layer[2] == "attention.wqkv":

@@ -82,9 +82,8 @@ def check_format(folder: Path) -> str:
     Raises:
         Refusal: C-MODEL.
     """
-    raw = read_json(folder / "config.json")
+    raw = read_json(file := folder / "config.json")
     architecture = (raw.get("architectures") or [TRANSFORMERS if "text_config" in raw else ORIGINAL])[0]
-    file = folder / "config.json"
     if architecture not in SUPPORTED:
         raise Refusal(
             "C-MODEL", "not a LLaVA this package knows", file=file, key="architectures", found=architecture,
@@ -169,11 +168,10 @@ def check_tower_is_taken(llm_folder: Path, vision_tower: str) -> None:
     """Refuse to leave behind a vision tower that was trained together with the LLM.
 
     Raises:
-        Refusal: C-MODEL
+        Refusal: C-MODEL.
     """
-    if not is_llava_folder(llm_folder) or not has_own_tower(llm_folder):
-        return
-    if Path(vision_tower).resolve() != llm_folder.resolve():
+    own_tower = is_llava_folder(llm_folder) and has_own_tower(llm_folder)
+    if own_tower and Path(vision_tower).resolve() != llm_folder.resolve():
         raise Refusal(
             "C-MODEL", "another vision tower than the one that was trained with this LLM", file=llm_folder,
             key="--vision_tower", found=vision_tower, expected=str(llm_folder), fix="leave --vision_tower out",
@@ -209,13 +207,7 @@ def name_parts(settings: ModelSettings) -> ModelSettings:
     """
     if settings.vision_tower is not None:
         return settings
-    llm, tower, projector = map(str, _find_parts(Path(settings.model_name_or_path)))
-    own = settings.pretrain_mm_mlp_adapter or projector
-    return dataclasses.replace(settings, model_name_or_path=llm, vision_tower=tower, pretrain_mm_mlp_adapter=own)
-
-
-def _find_parts(folder: Path) -> tuple[Path, Path, Path]:
-    """LLM, vision tower and projector of a complete LLaVA; see :func:`name_parts`."""
+    folder = Path(settings.model_name_or_path)
     adapters = [name for name in ("llm_adapter", "visual_encoder_adapter") if (folder / name).is_dir()]
     if (folder / "projector").is_dir() and adapters:
         raise Refusal(
@@ -224,10 +216,15 @@ def _find_parts(folder: Path) -> tuple[Path, Path, Path]:
         )  # fmt: skip
     if (folder / "projector").is_dir() and (folder / "visual_encoder").is_dir():
         llm = folder / "llm" if (folder / "llm").is_dir() else folder
-        return llm, folder / "visual_encoder", folder / "projector"
-    if is_llava_folder(folder):
-        return folder, folder, folder
-    raise Refusal(
-        "C-FLAG", "missing flag", key="--vision_tower", found=f"{folder} is not a complete LLaVA",
-        fix="give the vision tower's folder, or a complete LLaVA as --model_name_or_path",
-    )  # fmt: skip
+        tower, projector = folder / "visual_encoder", folder / "projector"
+    elif is_llava_folder(folder):
+        llm = tower = projector = folder
+    else:
+        raise Refusal(
+            "C-FLAG", "missing flag", key="--vision_tower", found=f"{folder} is not a complete LLaVA",
+            fix="give the vision tower's folder, or a complete LLaVA as --model_name_or_path",
+        )  # fmt: skip
+    own = settings.pretrain_mm_mlp_adapter or str(projector)
+    return dataclasses.replace(
+        settings, model_name_or_path=str(llm), vision_tower=str(tower), pretrain_mm_mlp_adapter=own
+    )

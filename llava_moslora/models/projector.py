@@ -107,7 +107,7 @@ def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
     if not file.is_file() or file.stat().st_size == 0:  # XTuner publishes some that are empty
         return
     raw = read_json(file)
-    fields = dict(LLAVA_FIELDS)
+    fields: dict[str, tuple] = dict(LLAVA_FIELDS)
     if raw.get("model_type") == "projector":
         fields |= XTUNER_FIELDS | {"visual_hidden_size": (vision_width,), "llm_hidden_size": (llm_width,)}
     for key, allowed in fields.items():

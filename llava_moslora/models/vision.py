@@ -156,8 +156,10 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         raise Refusal("K-CONFIG", what, file=file, found=error, fix="download it again") from error
     for key in ("image_size", "patch_size"):  # both classes also declare pairs, and compute with one number
         if type(side := getattr(config, key)) is not int or side < 1:
-            where = {"file": file, "key": key, "fix": "use a tower for square images"}
-            raise Refusal("K-CONFIG", "not one side length in pixels", **where, found=side, expected="a whole number")
+            raise Refusal(
+                "K-CONFIG", "not one side length in pixels", file=file, key=key, found=side, expected="a whole number",
+                fix="use a tower for square images",
+            )  # fmt: skip
     return config
 
 
