@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig, config_of_layers
 from llava_moslora.errors import Refusal, few
-from llava_moslora.files.json import write_json
+from llava_moslora.files.disk import write_json
 from llava_moslora.files.tensors import LazyTensor
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before every name of the base model

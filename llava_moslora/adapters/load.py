@@ -22,7 +22,7 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 from llava_moslora.adapters.config import PEFT_TYPE, MosLoraConfig, config_of_layers, exact_patterns, stores_mixer
 from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter, LowRank, Update, rename_adapter, replace_prefix
 from llava_moslora.errors import Refusal, few
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_file
 
 CONFIG, WEIGHT_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")

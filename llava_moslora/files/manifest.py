@@ -11,8 +11,7 @@ import json
 from pathlib import Path
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import fsync
-from llava_moslora.files.json import write_json
+from llava_moslora.files.disk import fsync, write_json
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 2  # 1 had no hash of its own

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import DOWNLOAD_AGAIN, read_json
+from llava_moslora.files.disk import DOWNLOAD_AGAIN, read_json
 
 # In the order in which transformers looks for them; instead of each there may be shards with an index.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig
 
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_folder
 from llava_moslora.models.towers import CLIP, KINDS, kind_name
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import read_tensor_file
 from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, check_settings, processor_settings
 

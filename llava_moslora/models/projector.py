@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_file
 from llava_moslora.models import llava_folder
 

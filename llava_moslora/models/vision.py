@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, check_tensors, in_memory, read_tensor_folder
 from llava_moslora.models import llava_folder, open_clip
 from llava_moslora.models.preprocessing import read_preprocessing

@@ -17,7 +17,7 @@ def base_fingerprints(model: ModelSettings) -> dict[str, dict[str, str]]:
     """What identifies the three parts that a run begins from, as every checkpoint's manifest states it."""
     return {
         "llm": fingerprint(model.model_name_or_path),
-        "vision_tower": fingerprint(model.vision_tower),
+        "vision_tower": fingerprint(model.tower),
         "projector": fingerprint(model.pretrain_mm_mlp_adapter or "none"),
     }
 

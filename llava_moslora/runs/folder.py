@@ -68,7 +68,7 @@ def open_run(
             differ from the run's, and ``allow_change`` does not name them; K-NONE, there are checkpoints, none valid;
             the newest is not this run's own.
     """
-    run = Path(training.output_dir)
+    run = training.run_folder
     check_output(training, inputs)
     lock = _lock(run)
     try:
@@ -121,12 +121,13 @@ def only_differing(then: object, now: object) -> tuple[object, object]:
     if not (isinstance(then, dict) and isinstance(now, dict)):
         return then, now
     names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return tuple({name: side.get(name, "missing") for name in names} for side in (then, now))
+    old, new = ({name: side.get(name, "missing") for name in names} for side in (then, now))
+    return old, new
 
 
 def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
     """Settings that decide what is computed and differ: name → (then, now)."""
-    both = {name: (value, None) for name, value in then.unknown.items()}
+    both: dict[str, tuple[Any, Any]] = {name: (value, None) for name, value in then.unknown.items()}
     for group, kind in GROUPS.items():
         for name in (f.name for f in fields(kind) if f.name not in FREE[group]):
             both[name] = getattr(getattr(then, group), name), getattr(getattr(now, group), name)
@@ -156,7 +157,7 @@ def write_first_files(
     Raises:
         Refusal: as :func:`check_output`: the folder may have changed since it was opened.
     """
-    run, record = Path(training.output_dir), partial(record_run, settings=settings, tokenizer=tokenizer)
+    run, record = training.run_folder, partial(record_run, settings=settings, tokenizer=tokenizer)
     if training.resume and has_begun(run):
         record(run)
         return

@@ -14,13 +14,13 @@ from typing import Any
 from llava_moslora._version import __version__
 from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import replace_json
+from llava_moslora.files.disk import replace_json
 
 RUN, TOKENIZER = "run.json", "tokenizer"
 EXPORT = "export.json"  # next to an export's weights: what it is an export of
 GROUPS = {"model": ModelSettings, "data": DataSettings, "adapter": AdapterSettings}
 # Of ``settings``, what resuming, exporting and answering need: group → key → type.
-NEEDED = {
+NEEDED: dict[str, dict[str, Any]] = {
     "model": {
         "model_name_or_path": str,
         "vision_tower": str,
@@ -34,7 +34,7 @@ NEEDED = {
     "preprocessor": {},
 }
 # What runs did that were begun before there was a setting for it.
-BEFORE = {
+BEFORE: dict[str, dict[str, Any]] = {
     "model": {"attn_implementation": "sdpa"},
     "data": {"data_weights": [], "data_group": XTUNER_DATA_GROUP, "image_engine": "pil", "decode_images": False},
     "adapter": {},
