@@ -1,4 +1,4 @@
-"""Putting an adapter that was read from a file into a model."""
+"""Puts an adapter that was read from a file into a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def for_model(adapter: Adapter, module_names: Iterable[str]) -> Adapter:
         raise Refusal(
             "K-ADAPTER", f"{len(missing)} of {len(names)} adapted layers are not in the model", found=few(missing),
             expected=f"names such as {few(sorted(present))}",
-            fix="rename: replace the beginnings of the file's names by the model's",
+            fix="rename: replace the prefixes of the file's names by the model's",
         )  # fmt: skip
     if all(old == new for old, new in names.items()):
         return adapter

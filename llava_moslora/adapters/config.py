@@ -137,7 +137,7 @@ class MosLoraConfig(LoraConfig):
         return values
 
     def for_module(self, module: str) -> MosLoraConfig:
-        """The configuration that a layer gets: a copy with the settings of its module. Such a copy returns itself."""
+        """The configuration for one layer: a copy with the settings of its module. Such a copy returns itself."""
         if self.full_config is not None:
             return self
         self._adapted.append(module)
@@ -150,7 +150,7 @@ class MosLoraConfig(LoraConfig):
     def check_targets(self) -> None:
         """Called by the layers once the adapter is in place: every target and pattern must have matched a module.
 
-        PEFT raises an error only where no target at all matched, and otherwise warns, or says nothing.
+        PEFT raises an error only if no target at all matched.
 
         Raises:
             Refusal: C-TARGET, naming what matched nothing.
@@ -227,10 +227,7 @@ def stores_mixer(mixer_init: str, train_mixer: bool) -> bool:
 
 
 def check_even_rank(key: str, rank: int) -> None:
-    """
-    Raises:
-        Refusal: C-RANK, a butterfly mixer of an odd rank.
-    """
+    """Refuse (C-RANK) a butterfly mixer of an odd rank."""
     if rank % 2:
         raise Refusal("C-RANK", "the butterfly mixer pairs halves of the rank", key=key, found=rank, expected="even")
 

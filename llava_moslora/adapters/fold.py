@@ -1,4 +1,4 @@
-"""What an adapter adds to weights, ΔW = s·B·W·A; merging it; and folding W away (A' = W·A), which leaves a plain LoRA::
+"""An adapter in memory: merged into weights (ΔW = s·B·W·A), folded into a plain LoRA (A' = W·A), renamed, saved::
 
     adapter = read_adapter("adapter")                       # .config, .layers[name], .others; see load.py
     weight = merge(weight, adapter.layers["model.layers.0.self_attn.q_proj"])
@@ -29,7 +29,7 @@ from llava_moslora.files.disk import write_json
 from llava_moslora.files.tensors import LazyTensor
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before every name of the base model
-# The fields of a LoRA's adapter_config.json that every version of PEFT knows: one before 0.14 stops at an unknown one.
+# The fields of a LoRA's adapter_config.json that every version of PEFT knows: before 0.14 it fails at an unknown field.
 COMMON_FIELDS = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
@@ -49,7 +49,7 @@ class Update(Protocol):
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
-        """As PEFT stores them: the name behind the linear's, such as ``lora_A.weight`` → the tensor."""
+        """As PEFT stores them: the name after the linear's, such as ``lora_A.weight`` → tensor."""
 
     def delta_rows(self, begin: int, end: int) -> torch.Tensor:
         """Rows ``begin`` to ``end`` of ΔW: float32[end - begin, in], or float64 of a float64 adapter."""
@@ -57,7 +57,7 @@ class Update(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The :class:`Update` of LoRA and MoSLoRA: ΔW = s·B·W·A, without W where nothing is mixed."""
+    """The :class:`Update` of LoRA and MoSLoRA: ΔW = s·B·W·A, without W in a plain LoRA."""
 
     a: LazyTensor  # (r, in)
     w: LazyTensor | None  # (r, r)
@@ -88,7 +88,7 @@ class LowRank:
         return delta(a, None, b[begin:end], self.scaling)
 
     def folded(self) -> LowRank:
-        """The same ΔW without a W: W·A, in float32, in the place of A."""
+        """The same ΔW without W: A is W·A, in float32."""
         a = self.a.then(lambda a: folded(a, None if self.w is None else self.w.read()))
         return LowRank(a, None, self.b, self.scaling)
 
@@ -140,7 +140,7 @@ def merge(weight: torch.Tensor, update: Update) -> torch.Tensor:
 
 
 def fold(adapter: Adapter) -> Adapter:
-    """The published form: W·A (fp32) in the place of A, and the configuration of a plain LoRA. ΔW is the same.
+    """The same ΔW as a plain LoRA: A is W·A (fp32), and the configuration is a ``LoraConfig``.
 
     Raises:
         Refusal: K-ADAPTER, the adapter's method is not low-rank.
@@ -210,8 +210,8 @@ def save(adapter: Adapter, folder: str | Path) -> None:
 
 
 def save_config(config: PeftConfig, folder: Path) -> None:
-    """``adapter_config.json``; of a plain LoRA without the fields that an older PEFT does not know, where they have
-    their default values."""
+    """Write ``adapter_config.json``; a plain LoRA's without the fields that older versions of PEFT do not know, unless
+    they are set."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(config)
     config.inference_mode = True

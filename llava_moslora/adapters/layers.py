@@ -1,4 +1,4 @@
-"""MoSLoRA over ``nn.Linear``, and what its layers over quantised linears share: thin subclasses of PEFT's LoRA layers.
+"""MoSLoRA layers, as thin subclasses of PEFT's LoRA layers; those over quantised linears are in bnb.py.
 
 A layer adds one parameter, ``lora_mixer`` (r×r, next to ``lora_A`` and ``lora_B``), and one PEFT variant that uses it;
 PEFT keeps its forward loops, its merging and its handling of several adapters.
@@ -104,12 +104,12 @@ def init_mixer(weight: torch.Tensor, how: str) -> None:
 
 
 class MosLoraLayer(PeftLayer):
-    """What the layers share; comes before a PEFT LoRA layer class among the bases."""
+    """Base of our layers, before a LoRA layer class of PEFT among the bases."""
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
 
     keep_base = False  # see the function of that name
-    _unchecked: MosLoraConfig | None = None  # the configuration of an adapter that PEFT is still putting into the model
+    _unchecked: MosLoraConfig | None = None  # of an adapter that PEFT is still adding to the model
 
     def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, target_name="", **kwargs):
         # Here because PEFT's bitsandbytes layers do not pass target_name on to update_layer.
@@ -165,8 +165,8 @@ class MosLoraLayer(PeftLayer):
     fused_base_layers: tuple[type[nn.Module], ...] = (nn.Linear,)  # what ``adapted_linear`` computes itself
 
     def _only_adapter(self, x: torch.Tensor) -> str | None:
-        """The adapter that is trained here, if only it and the frozen linear are to be computed, in one dtype, and no
-        hook sees or moves the linear's weight (ZeRO-3, offloading); else None."""
+        """The adapter to compute together with the frozen linear as one operation: the only active one, in the dtype of
+        the linear, while no hook sees or moves the linear's weight (ZeRO-3, offloading); else None."""
         base = self.get_base_layer()
         if type(base) not in self.fused_base_layers or self.disable_adapters or self.merged:
             return None
@@ -200,7 +200,7 @@ class MosLoraLayer(PeftLayer):
         return super()._cast_input_dtype(x, dtype)
 
     def adapter_weights(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """A (r, in), W (r, r) or None where nothing is mixed, B (out, r)."""
+        """A (r, in), W (r, r) or None without a mixer, B (out, r)."""
         w = self.lora_mixer[adapter].weight if adapter in self.lora_mixer else None
         return self.lora_A[adapter].weight, w, self.lora_B[adapter].weight
 
@@ -237,7 +237,7 @@ class MosLoraLinear(MosLoraLayer, lora.Linear):
 
 
 class UnsupportedModule:
-    """The entry of every other kind of module: without it PEFT would put a plain LoRA there."""
+    """Refuses every other kind of module: otherwise PEFT would put a plain LoRA there."""
 
     def __init__(self, base_layer, adapter_name, *, target_name="", **kwargs):
         raise Refusal(

@@ -1,6 +1,6 @@
-"""Reading an adapter in every spelling there is, without a model and without executing anything from the file::
+"""Reads adapters of this package and of others, without a model and without executing anything from the file::
 
-    read_adapter("adapter")                                               # ours, the reference's, plain LoRA
+    read_adapter("adapter")                                               # ours, the authors', plain LoRA
     read_adapter("iter_1.pth", lora_alpha={"llm.": 128, "visual_encoder.": 16}, rename={"llm.": ""})  # XTuner's
 
 Missing or unexpected tensors and unknown settings are refused: without its mixer an adapter runs, and is wrong.
@@ -28,21 +28,19 @@ from llava_moslora.files.tensors import LazyTensor, read_tensor_file
 CONFIG, WEIGHT_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 FORK_INITS = {True: "kaiming_uniform", "kai": "kaiming_uniform", "orth": "orthogonal"}
 
-# The tensors of each adapted linear by short name (Method.names)
-Layers = dict[str, dict[str, LazyTensor]]
+Layers = dict[str, dict[str, LazyTensor]]  # adapted linear → its tensors by short name (Method.names)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What a method stores for an adapted linear, and what that adds to the linear's weight.
+    """How the tensors that a method stores for an adapted linear become an :class:`Update` of its weight.
 
     Attributes:
         config: the class of its configuration.
-        names: stored name of a tensor behind the linear's name, as PEFT or another implementation writes it → what it
-            is, by a short name ("A").
-        needed: of a configuration and a linear's name: the short names of all tensors that the linear must have.
-        update: of those tensors by short name, the configuration and the linear's name: the :class:`Update`.
-            Raises ``Refusal`` (K-ADAPTER) for shapes that do not fit the configuration.
+        names: name of a tensor after the linear's name, as PEFT or another implementation stores it → short name.
+        needed: (configuration, linear's name) → short names of all tensors that the linear must have.
+        update: (tensors by short name, configuration, linear's name) → the update; refuses (K-ADAPTER) shapes that do
+            not fit the configuration.
     """
 
     config: type[PeftConfig]
@@ -77,9 +75,9 @@ def _plain_lora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: s
 
 
 LORA_NAMES = {"lora_A.weight": "A", "lora_B.weight": "B"}
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method] = {  # by peft_type of adapter_config.json
     "LORA": Method(MosLoraConfig, LORA_NAMES, lambda config, module: {"A", "B"}, _plain_lora),
-    # lora_AB: the reference repository's mixer; its PEFT fork and this package call it lora_mixer
+    # lora_AB: the mixer in the MoSLoRA authors' repository; their PEFT fork and this package call it lora_mixer
     PEFT_TYPE: Method(
         MosLoraConfig, LORA_NAMES | {"lora_mixer.weight": "W", "lora_AB.weight": "W"}, _moslora_needed, _moslora
     ),
@@ -89,7 +87,7 @@ METHODS: dict[str, Method] = {
 def read_adapter(
     path: str | Path, *, rename: Mapping[str, str] | None = None, lora_alpha: float | Mapping[str, float] | None = None
 ) -> Adapter:
-    """Read an adapter in any spelling: ours, the reference repository's, its PEFT fork's, XTuner's, plain LoRA.
+    """Read an adapter of this package, the MoSLoRA authors' repository, their PEFT fork, XTuner, or a plain LoRA.
 
     Names, shapes and settings are checked; the tensors are read when they are asked for. A plain LoRA folder gets a
     trainable identity mixer, so that training can continue from it; it computes the same.
@@ -108,7 +106,7 @@ def read_adapter(
     if path.is_dir():
         method, config = _stored_config(path, layers)
         _check_others(config, others, path)
-    else:  # a whole training's file: what is next to the adapter is the caller's to judge
+    else:  # XTuner saves the whole training in one file: the caller decides about its other tensors
         method, config = METHODS[PEFT_TYPE], _config_from_tensors(layers, lora_alpha, path)
     _check_layers(method, config, layers, path)
     updates = {name: method.update(tensors, config, name) for name, tensors in layers.items()}
@@ -131,7 +129,7 @@ def _read_tensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict[str, LazyTensor]]:
-    """The adapted linears, and the tensors that belong to none by their name without PEFT's prefix.
+    """The adapted linears, and the other tensors by their name without PEFT's prefix.
 
     Saved names end in ``lora_A.weight``; names of a live model (XTuner's .pth) have the adapter's name in them:
     ``lora_A.default.weight``.
@@ -173,7 +171,7 @@ def _name_patterns() -> list[tuple[re.Pattern[str], str]]:
 
 
 def _stored_config(folder: Path, layers: Layers) -> tuple[Method, PeftConfig]:
-    """The method, and the configuration of ``folder``, whoever wrote it."""
+    """The method and the configuration of an adapter folder."""
     if not (folder / CONFIG).is_file():
         raise Refusal("K-ADAPTER", "no adapter here", file=folder, expected=CONFIG)
     stored = read_json(folder / CONFIG, "K-ADAPTER")
@@ -197,9 +195,8 @@ def _stored_config(folder: Path, layers: Layers) -> tuple[Method, PeftConfig]:
 
 
 def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Method, dict]:
-    """The method and our spelling of a configuration of type LORA. The reference repository and its PEFT fork leave
-    the type at LORA, and say by settings of their own where a mixer is."""
-    stored = dict(stored)
+    """The method of a configuration of type LORA, and its fields in this package's terms. The authors' repository and
+    their PEFT fork keep the type LORA and have fields of their own for the mixer."""
     reference, pattern = stored.pop("lora_use_mixer", False), stored.pop("lora_use_mixer_pattern", None) or {}
     fork = stored.pop("use_moslora", False)
     if reference or pattern or fork:
@@ -224,7 +221,7 @@ def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Method,
 
 
 def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float] | None, path: Path) -> MosLoraConfig:
-    """The configuration of a file that has none: ranks and mixers from the tensors, and the alpha that was given."""
+    """The configuration of a file without one: ranks and mixers from the tensors, and the given alpha."""
     alphas = {"": lora_alpha} if isinstance(lora_alpha, int | float) else dict(lora_alpha or {})
     settings = {}
     for name, tensors in layers.items():
@@ -247,7 +244,7 @@ def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float]
 
 
 def _check_layers(method: Method, config: PeftConfig, layers: Layers, path: Path) -> None:
-    """Refuse layers that are not complete, layers with more than their own tensors, and targets without a layer."""
+    """Refuse layers with missing or unexpected tensors, and targets without a layer."""
     stored_names: dict[str, str] = {}
     for name, part in method.names.items():
         stored_names.setdefault(part, name.partition(".")[0])

@@ -29,7 +29,7 @@ def write_manifest(folder: Path, facts: dict) -> None:
     """Hash and fsync every file below ``folder``, then write and fsync ``MANIFEST.json`` there.
 
     Args:
-        facts: JSON values that say what the folder is, such as a checkpoint's step; keys of the manifest's top level.
+        facts: JSON values about the folder, such as a checkpoint's step; top-level keys of the manifest.
     """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
@@ -43,7 +43,7 @@ def write_manifest(folder: Path, facts: dict) -> None:
 
 
 def read_facts(folder: Path) -> dict:
-    """The manifest of ``folder``, checked against its own hash; the files that it lists are not looked at.
+    """The manifest of ``folder``, checked against its own hash; the listed files are not read.
 
     Raises:
         Refusal: K-MANIFEST (none, unreadable, of an unknown schema) or K-HASH.
@@ -73,7 +73,7 @@ def read_facts(folder: Path) -> dict:
 
 
 def verify_manifest(folder: Path) -> dict:
-    """The manifest of ``folder``, after the size and the hash of every file that it lists were checked.
+    """The manifest of ``folder``; the size and the hash of every listed file are checked.
 
     Raises:
         Refusal: K-MANIFEST (none, or unreadable), K-PATH (a link, or a name that leads out of the folder), K-MISSING,

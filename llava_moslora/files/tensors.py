@@ -24,7 +24,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import DOWNLOAD_AGAIN, read_json
 
-# In the order in which transformers looks for them; instead of each there may be shards with an index.
+# In the order in which transformers looks for them; each may be sharded, with an index.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
 
