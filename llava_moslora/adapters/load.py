@@ -229,7 +229,7 @@ def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float]
         if not prefixes:
             raise Refusal(
                 "K-ADAPTER", "the file does not say which lora_alpha it was trained with", file=path, key=name,
-                fix="give lora_alpha: one number, or one for each beginning of names",
+                fix="give lora_alpha: one number, or one for each prefix of names",
             )  # fmt: skip
         if "A" not in tensors:
             raise Refusal("K-ADAPTER", "1 missing tensors", file=path, expected=f"{name}.lora_A")

@@ -1,5 +1,4 @@
-"""What of an assembled LLaVA is trained: MoSLoRA adapters in the LLM and the vision tower and the projector, or in
-stage 1 the projector alone."""
+"""Makes an assembled LLaVA trainable: adapters in LLM and vision tower and the projector; in stage 1 the projector."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ FLAG_PREFIX = {LLM: "--", VISION_TOWER: "--vision_"}
 
 
 def add_adapters(model: Llava, settings: AdapterSettings) -> PeftModel:
-    """One MoSLoRA adapter over the whole model, the vision tower's settings as patterns, the projector trained whole.
+    """One MoSLoRA adapter over the whole model, the vision tower's settings as patterns; all of the projector.
 
-    Layers whose output is never used (the vision tower's last) are not in the model, so no adapter is ever without
-    gradient. All trainable tensors get the model's dtype: ZeRO-3 asserts a single one.
+    The tower's unused last layer is not in the model, so every adapter gets a gradient. All trainable tensors get the
+    model's dtype: ZeRO-3 asserts a single one.
 
     Raises:
         Refusal: C-FLAG, no adapter asked for; C-TARGET, a target that matches no linear; C-RANK, a rank above a
@@ -108,7 +107,7 @@ def _target_regex(model: nn.Module, tower: str, adapter: TowerAdapter) -> str:
 
 
 def parameter_table(model: nn.Module) -> str:
-    """A line per part: its parameters, how many are trained, and of those in mixers; also right under ZeRO-3."""
+    """A row per part: its parameters, those trained, and those of them in mixers; also right under ZeRO-3."""
     titles = {"llm": "LLM", "vision_tower": "vision tower", "projector": "projector", "lm_head": "LM head"}
     count = {part: [0, 0, 0] for part in titles}
     for name, parameter in model.named_parameters():
@@ -127,6 +126,6 @@ def parameter_table(model: nn.Module) -> str:
 
 def parameter_size(parameter: nn.Parameter) -> int:
     """Number of weights a parameter stands for: whole under ZeRO-3, unpacked where two 4-bit weights share a byte."""
-    if hasattr(parameter, "quant_state") and parameter.quant_state is not None:
-        return parameter.quant_state.shape.numel()
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())

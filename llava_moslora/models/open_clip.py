@@ -1,7 +1,7 @@
 """open_clip checkpoints → a ``CLIPVisionModel``'s configuration, tensors under its names, image processor settings.
 
-A plain CLIP ViT is converted exactly: tensors are renamed and the fused attention projection is split, nothing is
-resampled or rounded. What a ``CLIPVisionModel`` cannot compute is refused with the reason.
+A plain CLIP ViT is converted exactly: tensors are renamed and the fused attention projection is split. What a
+``CLIPVisionModel`` cannot compute is refused with the reason.
 
 Shapes: E vision width.
 """
@@ -26,9 +26,9 @@ SUPPORTED = f"{PREFIX}ARCH@FILE of a plain CLIP ViT, or {PREFIX}FOLDER"
 FIX = "choose one of these; give a SigLIP as its transformers folder"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-# open_clip's vision_cfg fields that a CLIPVisionModel can have; any other field must have open_clip's default.
-# patch_dropout acts only while open_clip trains; final_ln_after_pool is the same thing for a tower that pools its
-# class token; the sine table of pos_embed_type is stored with the weights.
+# Fields of open_clip's vision_cfg that may have any value; the others must have open_clip's default. patch_dropout acts
+# only while open_clip trains; final_ln_after_pool changes nothing in a tower that pools its class token; the sine table
+# of pos_embed_type is stored with the weights.
 FREE_FIELDS = {
     *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs", "act_kwargs"),
     *("output_tokens", "patch_dropout", "final_ln_after_pool", "pos_embed_type"),

@@ -1,8 +1,7 @@
-"""The projector: ``linear_2(gelu(linear_1(features)))`` from vision width to LLM width, read from any published layout.
+"""Reads the projector, ``linear_2(gelu(linear_1(features)))`` from vision width to LLM width.
 
-The same two linears are published under several names; :data:`PREFIXES` lists the prefixes under which ``0``/``2`` or
-``linear_1``/``linear_2`` are found. A file in which nothing matches is refused: loaded without an error, it would leave
-a model that ignores images.
+Its two linears are published under several names: ``0``/``2`` or ``linear_1``/``linear_2`` after one of
+:data:`PREFIXES`. A file without them is refused: a model with a random projector ignores images.
 
 Shapes: E vision width, D LLM width.
 """
@@ -19,10 +18,9 @@ from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_file
 from llava_moslora.models import llava_folder
 
-# prefix in the file → the names of the two linears behind it
 _SEQUENTIAL = ("0", "2")
 _NAMED = ("linear_1", "linear_2")
-PREFIXES: dict[str, tuple[str, str]] = {
+PREFIXES: dict[str, tuple[str, str]] = {  # prefix in the file → the names of the two linears after it
     "projector.model.": _SEQUENTIAL,  # XTuner, pretraining checkpoint
     "model.mm_projector.": _SEQUENTIAL,  # LLaVA, mm_projector.bin
     "base_model.model.model.mm_projector.": _SEQUENTIAL,  # LLaVA, non_lora_trainables.bin
