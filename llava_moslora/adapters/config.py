@@ -243,7 +243,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# setting → the code of the refusal, what a value must be, the same in short, and the check
+# setting → (code and text of the refusal, expected values, check)
 _RULES: dict[str, tuple[str, str, str, Callable[[Any], bool]]] = {
     "r": ("C-RANK", "the rank is a positive whole number", "1 or more",
           lambda v: _is_number(v) and isinstance(v, int) and v >= 1),

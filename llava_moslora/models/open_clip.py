@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,6 @@ def plain_architectures() -> list[str]:
 
 def _objection(vision_cfg: Mapping[str, Any]) -> str | None:
     """Why this is not a plain CLIP ViT, or ``None``."""
-    from dataclasses import asdict
-
     cfg_class = _import_open_clip().CLIPVisionCfg
     if vision_cfg.get("timm_model_name"):
         return f"its tower is the timm model {vision_cfg['timm_model_name']}"

@@ -119,10 +119,8 @@ def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
 def _check_shapes(
     file: Path, found: dict[str, Tensor], names: dict[str, str], vision_width: int, llm_width: int
 ) -> None:
-    expected = dict(
-        zip(KEYS, [(llm_width, vision_width), (llm_width,), (llm_width, llm_width), (llm_width,)], strict=True)
-    )
-    for key, shape in expected.items():
+    shapes = [(llm_width, vision_width), (llm_width,), (llm_width, llm_width), (llm_width,)]
+    for key, shape in zip(KEYS, shapes, strict=True):
         if tuple(found[key].shape) != shape:
             raise Refusal(
                 "K-SHAPE", "the projector was made for another vision tower or LLM", file=file, key=names[key],
