@@ -86,9 +86,8 @@ def merge_over_4bit(
     # An adapted layer is replaced as a whole, with the bare layer in it.
     linears = {n: m for n, m in linears.items() if n.rpartition(".")[0] not in linears}
     if missing := [name for name in linears if originals is not None and name not in originals]:
-        raise Refusal(
-            "C-MERGE", f"{len(missing)} of {len(linears)} original weights missing", expected=", ".join(missing[:3])
-        )
+        what = f"{len(missing)} of {len(linears)} original weights missing"
+        raise Refusal("C-MERGE", what, expected=", ".join(missing[:3]))
     kinds = set()
     for name, module in linears.items():
         layer = module.get_base_layer() if isinstance(module, MosLoraLinear4bit) else module

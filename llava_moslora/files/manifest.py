@@ -15,6 +15,7 @@ from llava_moslora.files.disk import fsync, write_json
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 2  # 1 had no hash of its own
+FIX = "use another checkpoint"
 
 
 def sha256(path: Path) -> str:
@@ -50,25 +51,19 @@ def read_facts(folder: Path) -> dict:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise Refusal(
-            "K-MANIFEST", "no manifest: the folder was never completed", file=folder, fix="use another checkpoint"
-        )
+        raise Refusal("K-MANIFEST", "no manifest: the folder was never completed", file=folder, fix=FIX)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         schema, files = manifest["schema"], manifest["files"]
         assert all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in files.values()), "entries"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        raise Refusal(
-            "K-MANIFEST", "unreadable manifest", file=path, found=error, fix="use another checkpoint"
-        ) from error
+        raise Refusal("K-MANIFEST", "unreadable manifest", file=path, found=error, fix=FIX) from error
     if schema != SCHEMA:
-        raise Refusal(
-            "K-MANIFEST", "a manifest of another version", file=path, found=schema, expected=SCHEMA,
-            fix="use the version of this package that wrote it",
-        )  # fmt: skip
+        what, fix = "a manifest of another version", "use the version of this package that wrote it"
+        raise Refusal("K-MANIFEST", what, file=path, found=schema, expected=SCHEMA, fix=fix)
     own = manifest.pop("sha256", None)
     if own != _own_hash(manifest):
-        raise Refusal("K-HASH", "the manifest changed since it was written", file=path, fix="use another checkpoint")
+        raise Refusal("K-HASH", "the manifest changed since it was written", file=path, fix=FIX)
     return manifest
 
 
@@ -83,15 +78,14 @@ def verify_manifest(folder: Path) -> dict:
     for name, recorded in manifest["files"].items():
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()) or file.is_symlink():
-            raise Refusal("K-PATH", "a link or a path out of the folder", file=file, fix="use another checkpoint")
+            raise Refusal("K-PATH", "a link or a path out of the folder", file=file, fix=FIX)
         if not file.is_file():
-            raise Refusal("K-MISSING", "a listed file is missing", file=file, fix="use another checkpoint")
+            raise Refusal("K-MISSING", "a listed file is missing", file=file, fix=FIX)
         if (size := file.stat().st_size) != recorded["size"]:
-            raise Refusal(
-                "K-SIZE", "truncated or grown", file=file, found=f"{size} bytes", expected=f"{recorded['size']} bytes"
-            )
+            found, expected = f"{size} bytes", f"{recorded['size']} bytes"
+            raise Refusal("K-SIZE", "truncated or grown", file=file, found=found, expected=expected)
         if sha256(file) != recorded["sha256"]:
-            raise Refusal("K-HASH", "the content changed since it was written", file=file, fix="use another checkpoint")
+            raise Refusal("K-HASH", "the content changed since it was written", file=file, fix=FIX)
     return manifest
 
 

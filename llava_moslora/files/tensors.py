@@ -183,7 +183,5 @@ def check_tensors(found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[
         raise Refusal("K-KEYS", what, file=first.file, key=surplus[0], found=list(first.shape), fix=fix)
     for name, shape in expected.items():
         if (given := found[name].shape) != tuple(shape):
-            file, expected_shape = found[name].file, list(shape)
-            raise Refusal(
-                "K-SHAPE", "wrong shape", file=file, key=name, found=list(given), expected=expected_shape, fix=fix
-            )
+            file, right = found[name].file, list(shape)
+            raise Refusal("K-SHAPE", "wrong shape", file=file, key=name, found=list(given), expected=right, fix=fix)

@@ -129,9 +129,8 @@ def _check_shapes(
                 fix="give the projector that was pretrained with this vision tower and this LLM",
             )  # fmt: skip
         if not torch.isfinite(found[key]).all():
-            raise Refusal(
-                "K-FINITE", "NaN or Inf in the projector", file=file, key=names[key], fix="use another checkpoint"
-            )
+            fix = "use another checkpoint"
+            raise Refusal("K-FINITE", "NaN or Inf in the projector", file=file, key=names[key], fix=fix)
 
 
 def _projector_file(path: Path) -> Path:
