@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_moslora.errors import Refusal
@@ -68,6 +69,18 @@ class ModelSettings(Settings):
     version: str | None = setting(None, "conversation template; default: recognised from the tokenizer")
     bits: int = setting(16, "4: the LLM in NF4 (QMoSLoRA)", BITS)
     attn_implementation: str = setting("sdpa", "attention of both towers", ATTENTION_IMPLEMENTATIONS)
+
+    @property
+    def tower(self) -> str:
+        """``vision_tower``, once it is known (:func:`llava_moslora.models.llava_folder.name_parts`)."""
+        assert self.vision_tower is not None, "a complete LLaVA whose parts are not named yet"
+        return self.vision_tower
+
+    @property
+    def template(self) -> str:
+        """``version``, once it is known."""
+        assert self.version is not None, "the conversation template is not recognised yet"
+        return self.version
 
 
 @dataclass
@@ -212,3 +225,9 @@ class TrainingSettings(Settings):
             )
         if self.resume and self.overwrite:
             raise Refusal("C-FLAG", "a run is either continued or deleted", key="--resume, --overwrite")
+
+    @property
+    def run_folder(self) -> Path:
+        """``output_dir``."""
+        assert self.output_dir is not None
+        return Path(self.output_dir)

@@ -65,7 +65,7 @@ def main() -> None:
             answers.append(text)
             print(json.dumps(text), file=kept, flush=True)
     share = accuracy(examples, answers)
-    if output is not None:
+    if output is not None and unfinished is not None:
         replace_json(output, {"accuracy": share, "answers": answers})
         unfinished.unlink()
     print(f"{share:.1%} of {len(examples)} questions answered right")

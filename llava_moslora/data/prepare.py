@@ -27,12 +27,9 @@ from llava_moslora.data.cache import (
     cache_key,
     copy_parts,
     find_damage,
-    keys_of,
     publish,
     read_report,
     report_in,
-    report_of,
-    reports_of,
     using,
     write_json,
 )
@@ -41,8 +38,6 @@ from llava_moslora.data.sources.source import Source
 from llava_moslora.data.tokenise import RECORDS_PER_PART, as_problem, build_parts, check_image_files
 from llava_moslora.errors import Refusal
 from llava_moslora.text.template_check import check_template
-
-__all__ = ["keys_of", "prepare", "report_of", "reports_of"]
 
 LOGGED_PROBLEMS = 20  # all of them are in the report
 
@@ -66,7 +61,7 @@ def prepare(
 
     A record longer than ``settings.model_max_length`` loses whole trailing rounds; if already the first round is
     longer, its answer is cut at the end; if not even its question fits, the record is skipped. All three are counted in
-    the log and in :func:`reports_of`. Records are never reordered.
+    the log and in :func:`~llava_moslora.data.cache.reports_of`. Records are never reordered.
 
     Args:
         settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after looking at all of them;

@@ -34,7 +34,7 @@ def add_adapters(model: Llava, settings: AdapterSettings) -> PeftModel:
         _check_rank(model, tower, adapter)
     if not towers:
         raise Refusal("C-FLAG", "no adapter asked for", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
-    main = llm or vision
+    main = next(iter(towers.values()))
     own = {f"{re.escape(VISION_TOWER)}\\..*": vision} if main is llm and vision is not None else {}
     config = MosLoraConfig(
         r=main.r,

@@ -60,8 +60,7 @@ def assemble(
     Raises:
         Refusal: a part is missing, damaged, or does not fit the others; known before a weight of a tower is read.
     """
-    llm_folder, vision_tower = Path(settings.model_name_or_path), settings.vision_tower
-    assert vision_tower is not None, "the parts of a complete LLaVA are named first: name_parts"
+    llm_folder, vision_tower = Path(settings.model_name_or_path), settings.tower
     llm_config, vision_config = read_llm_config(llm_folder), read_vision_config(vision_tower)
     check_tower_is_taken(llm_folder, vision_tower)
     image_token = image_token_id(tokenizer)

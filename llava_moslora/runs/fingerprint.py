@@ -15,10 +15,9 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 def base_fingerprints(model: ModelSettings) -> dict[str, dict[str, str]]:
     """Of the three parts that a run begins from, as every checkpoint's manifest records them."""
-    assert model.vision_tower is not None
     return {
         "llm": fingerprint(model.model_name_or_path),
-        "vision_tower": fingerprint(model.vision_tower),
+        "vision_tower": fingerprint(model.tower),
         "projector": fingerprint(model.pretrain_mm_mlp_adapter or "none"),
     }
 

@@ -68,7 +68,7 @@ def open_run(
             differ from the run's, and ``allow_change`` does not name them; K-NONE, there are checkpoints, none valid;
             the newest is not this run's own.
     """
-    run = Path(training.output_dir)
+    run = training.run_folder
     check_output(training, inputs)
     lock = lock_run(run)
     try:
@@ -155,7 +155,7 @@ def write_first_files(
     Raises:
         Refusal: as :func:`check_output`: the folder may have changed since it was opened.
     """
-    run, record = Path(training.output_dir), partial(record_run, settings=settings, tokenizer=tokenizer)
+    run, record = training.run_folder, partial(record_run, settings=settings, tokenizer=tokenizer)
     if training.resume and has_begun(run):
         record(run)
         return

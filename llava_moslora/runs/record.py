@@ -20,21 +20,21 @@ RUN, TOKENIZER = "run.json", "tokenizer"
 EXPORT = "export.json"  # next to an export's weights: what it is an export of
 GROUPS = {"model": ModelSettings, "data": DataSettings, "adapter": AdapterSettings}
 # Of ``settings``, what resuming, exporting and answering need: group → key → type.
-NEEDED = {
+NEEDED: dict[str, dict[str, Any]] = {
     "model": {
         "model_name_or_path": str,
         "vision_tower": str,
         "pretrain_mm_mlp_adapter": str | None,
         "version": str,
         "bits": int,
-    },  # fmt: skip
+    },
     "data": {"data_path": list | str, "image_aspect_ratio": str},
     "adapter": {"lora_r": int, "vision_lora_r": int},
     "training": {},
     "preprocessor": {},
 }
 # What runs did that were begun before there was a setting for it.
-BEFORE = {
+BEFORE: dict[str, dict[str, Any]] = {
     "model": {"attn_implementation": "sdpa"},
     "data": {"data_weights": [], "data_group": XTUNER_DATA_GROUP, "image_engine": "pil", "decode_images": False},
     "adapter": {},

@@ -1,8 +1,8 @@
 """A conversation to token ids and labels, made together, segment by segment.
 
-Nothing is found again by re-tokenising: each segment of the template (:mod:`llava_moslora.text.template`) knows whether
-it is trained, so the labels cannot disagree with the ids. Texts that stand next to each other are joined and encoded as
-one string; a boundary exists only at a control token, at an image, and where training begins or ends.
+Labels are not found by re-tokenising: of each segment of the template (:mod:`llava_moslora.text.template`) it is known
+whether it is trained, so the labels cannot disagree with the ids. Adjacent texts are joined and encoded as one string;
+there is a boundary only at a control token, at an image, and where training begins or ends.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ConversationEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str):
         self.tokenizer, self.template = tokenizer, get_template(template, tokenizer)
         self._encode_text = text_encoder(tokenizer)
-        self._control_ids: dict[Control, int | None] = {}  # looked up when first needed: not every one has to exist
+        self._control_ids: dict[Control, int | None] = {}  # looked up when needed: not every one has to exist
 
     @cached_property
     def _image_id(self) -> int:
@@ -171,7 +171,7 @@ class ConversationEncoder:
 
 
 def _fill(segments: Segments, text: list[object], system: list[object]) -> Iterator[object]:
-    """``segments`` with the variables replaced by what they stand for."""
+    """``segments`` with the variables replaced by their values."""
     for segment in segments:
         if segment is TEXT:
             yield from text

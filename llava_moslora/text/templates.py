@@ -1,4 +1,4 @@
-"""The prompt formats: which control tokens and words stand around a turn.
+"""The prompt formats: which control tokens and words there are around a turn.
 
 A format is written as segments (:mod:`llava_moslora.text.template`). :mod:`llava_moslora.text.conversation` turns them
 into ids and labels; :func:`chat_template` turns the same segments into the Jinja template of an exported model, so the
@@ -174,7 +174,7 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     prompt = get_template(template, tokenizer)
 
     def jinja(segments: Segments, text: str = "text") -> str:
-        """Segments as one Jinja expression; ``text`` is the expression that stands for the turn's own text."""
+        """Segments as one Jinja expression; ``text`` is the expression of the turn's own text."""
         terms = []
         for segment in segments:
             if isinstance(segment, Control):

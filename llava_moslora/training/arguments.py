@@ -79,7 +79,8 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
         if self.use_liger_kernel:
             # The loss is ours; Liger's rotary embedding writes over its inputs, which selective recomputation keeps.
             own = {"cross_entropy": False, "fused_linear_cross_entropy": False, "rope": False}
-            self.liger_kernel_config = (self.liger_kernel_config or {}) | own
+            given: dict[str, Any] = getattr(self, "liger_kernel_config", None) or {}
+            self.liger_kernel_config = given | own
 
     def _settle_recompute(self) -> None:
         """``recompute`` from the Trainer's switch, under either of its names, where it is not given. The Trainer's
@@ -129,7 +130,12 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property
-    def batches(self) -> dict[str, int]:
+    def reporters(self) -> list[str]:
+        """``report_to``, which transformers has made a list."""
+        return [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+
+    @property
+    def batches(self) -> dict[str, Any]:
         """How a global batch is divided, and this process's part of it, as
         :meth:`llava_moslora.data.sampler.GlobalBatchSampler.of` takes it."""
         return {
@@ -211,7 +217,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def some_fields(settings: type[Settings], names: Collection[str]) -> type:
     """A dataclass of those fields of ``settings``, for a script that takes a part of them as flags."""
     types = get_type_hints(settings)
-    chosen = [(f.name, types[f.name], copy.copy(f)) for f in fields(settings) if f.name in names]
+    own = (f for f in fields(settings) if f.name in names)  # type: ignore[arg-type]  # every subclass is a dataclass
+    chosen = [(f.name, types[f.name], copy.copy(f)) for f in own]
     heading = {"_argument_group_name": settings._argument_group_name}
     return make_dataclass(settings.__name__, chosen, namespace=heading)
 
@@ -248,7 +255,7 @@ def input_paths(
     model: ModelSettings, data: DataSettings, args: TrainingArguments, argv: Sequence[str]
 ) -> list[tuple[str, Path]]:
     """What a training reads, by flag: what must not lie where a run is deleted."""
-    tower = model.vision_tower
+    tower = model.tower
     if tower.startswith(OPEN_CLIP):
         arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
         tower = where if at else arch

@@ -47,7 +47,7 @@ class _TextLoader(yaml.SafeLoader):
     """YAML without code, without types (every scalar is its text), and without aliases, by which ten lines can stand
     for a billion values."""
 
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (as PyYAML declares it)
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (as PyYAML declares it)
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):

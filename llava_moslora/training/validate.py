@@ -110,7 +110,7 @@ def _check_numbers(args: TrainingArguments) -> None:
         if value not in taken:
             expected = " or ".join(map(str, taken))
             raise Refusal("C-FLAG", why, key=f"--{name}", found=value, expected=expected, fix="leave it out")
-    if unknown := [name for name in args.report_to if name not in INTEGRATION_TO_CALLBACK]:
+    if unknown := [name for name in args.reporters if name not in INTEGRATION_TO_CALLBACK]:
         expected = ", ".join(sorted(INTEGRATION_TO_CALLBACK)) + ", or none"
         raise Refusal("C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected)
     if args.max_steps == 0 or args.max_steps < -1:
@@ -165,7 +165,8 @@ def _check_samples(args: TrainingArguments, stage: int) -> None:
 
 def _check_optimizer(args: TrainingArguments, deepspeed: dict[str, Any] | None) -> None:
     """A run whose optimizer cannot be saved would fail at its first checkpoint."""
-    name, known = str(getattr(args.optim, "value", args.optim)), PER_WEIGHT + PER_PARAMETER
+    name = str(getattr(args.optim, "value", args.optim))
+    known: tuple[str, ...] = PER_WEIGHT + PER_PARAMETER
     what, fix = "this optimizer's state cannot be saved", "--optim adamw_torch_fused, or another of those"
     if deepspeed and offloads_optimizer(deepspeed):
         known, what = OFFLOADABLE, "an optimizer that is offloaded becomes DeepSpeed's Adam, whatever was asked for"
@@ -184,7 +185,7 @@ def _check_packages(model: ModelSettings, args: TrainingArguments) -> None:
     wanted = {
         "bitsandbytes": (model.bits == 4 or by_optimizer, flag, "pip install 'llava_moslora[quant]'"),
         "liger_kernel": (args.use_liger_kernel, "--use_liger_kernel", "pip install 'llava_moslora[liger]'"),
-        "wandb": ("wandb" in args.report_to, "--report_to wandb", "pip install wandb"),
+        "wandb": ("wandb" in args.reporters, "--report_to wandb", "pip install wandb"),
     }
     for name, (package, fix) in FLASH_ATTENTION.items():
         flag = f"--attn_implementation {name}"

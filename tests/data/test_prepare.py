@@ -14,9 +14,9 @@ import pytest
 from llava_moslora.config import DataSettings
 from llava_moslora.data import cache, tokenise
 from llava_moslora.data import prepare as module
-from llava_moslora.data.prepare import keys_of, prepare, report_of
+from llava_moslora.data.cache import keys_of, report_of
+from llava_moslora.data.prepare import prepare
 from llava_moslora.errors import Refusal
-from llava_moslora.text import template_check
 from llava_moslora.text.conversation import IGNORE_INDEX
 from llava_moslora.text.conversation import Encoded as Pair
 from llava_moslora.text.labels import show_labels
@@ -249,16 +249,6 @@ def test_duplicate_ids_are_counted(build, caplog):
     rows = build([record(id="a"), record(id="b"), record(id="a"), record(id="a")])
     assert report_of(rows)["duplicate_ids"] == 2
     assert "2 records have the id of an earlier one" in caplog.text
-
-
-# D22: a template that does not fit the tokenizer
-def test_template_that_does_not_fit(tiny, monkeypatch):
-    template_check.check_template(tiny("chatml"), "chatml")
-    monkeypatch.setattr(template_check, "chat_template", lambda *_: "{{ messages[0]['content'] }}")
-    with pytest.raises(
-        Refusal, match=r"\[C-TEMPLATE\] .*the tokenizer reads the chatml prompt in another way at token 0"
-    ):
-        template_check.check_template(tiny("chatml"), "chatml")
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(build, monkeypatch):
