@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
 LLM = "model.language_model"
 VISION_TOWER = "model.vision_tower"
 PROJECTOR = "model.multi_modal_projector"
@@ -31,6 +35,11 @@ def standalone_name(name: str) -> str:
     """
     part, rest = _split(name)
     return (STANDALONE[part] + rest).removesuffix(".")
+
+
+def select_parts(named: Mapping[str, T], parts: Iterable[str]) -> dict[str, T]:
+    """What belongs to one of ``parts``, by :func:`standalone_name`."""
+    return {standalone_name(name): value for name, value in named.items() if part_of(name) in parts}
 
 
 def _split(name: str) -> tuple[str, str]:

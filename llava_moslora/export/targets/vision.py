@@ -39,4 +39,4 @@ def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
     config = trained.exported_vision_config(dtype)
     config.architectures = [kind_of(config).model.__name__]
     save_config(config, folder)
-    write_json(folder / "preprocessor_config.json", trained.preprocessor)
+    write_json(folder / "preprocessor_config.json", trained.record.preprocessor)
