@@ -37,7 +37,7 @@ from llava_moslora.data.images import check_image
 from llava_moslora.data.sources.source import Source
 from llava_moslora.data.tokenise import RECORDS_PER_PART, as_problem, build_parts, check_image_files
 from llava_moslora.errors import Refusal
-from llava_moslora.text.template_check import check_template
+from llava_moslora.text.conversation import check_template
 
 LOGGED_PROBLEMS = 20  # all of them are in the report
 

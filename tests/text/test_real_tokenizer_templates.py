@@ -6,8 +6,7 @@ ids are also those that transformers gives the template's own text, wherever a u
 
 import pytest
 
-from llava_moslora.text.conversation import Turn, encode, encode_prompt
-from llava_moslora.text.template_check import check_template
+from llava_moslora.text.conversation import Turn, check_template, encode, encode_prompt
 from llava_moslora.text.templates import stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
