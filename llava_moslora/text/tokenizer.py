@@ -23,7 +23,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.text.sentencepiece import read_sentencepiece
 
 IMAGE_TOKEN = "<image>"

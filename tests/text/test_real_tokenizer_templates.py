@@ -1,4 +1,4 @@
-"""Published chat templates on published tokenizers, read off by ``own_template``: hand-written tables of tokens.
+"""Published chat templates on published tokenizers, derived by ``derive_template``: hand-written tables of tokens.
 
 ``*`` marks a trained token; every table holds an image of two placeholders and a user who types ``<|eot_id|>``. The
 ids are also those that transformers gives the template's own text, wherever a user cannot have typed a control token.
