@@ -32,12 +32,7 @@ _animated_seen = False
 
 
 def load_image(
-    name: str,
-    root: str | Path,
-    *,
-    record: int | None = None,
-    record_id: str | None = None,
-    follow_links: bool = False,
+    name: str, root: str | Path, *, record: int | None = None, record_id: str | None = None, follow_links: bool = False
 ) -> Image.Image:
     """The image ``name`` in the folder ``root``, upright, in RGB.
 
@@ -65,12 +60,7 @@ def load_bytes(data: bytes, name: str, *, record: int | None = None, record_id: 
 
 
 def check_image(
-    name: str,
-    root: str | Path,
-    *,
-    record: int | None = None,
-    record_id: str | None = None,
-    follow_links: bool = False,
+    name: str, root: str | Path, *, record: int | None = None, record_id: str | None = None, follow_links: bool = False
 ) -> tuple[int, int]:
     """Whatever :func:`load_image` can refuse without decoding; returns (width, height) as stored."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
