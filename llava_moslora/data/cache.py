@@ -68,7 +68,7 @@ def cache_key(preparation: Preparation) -> str:
 
 
 def _template_text(preparation: Preparation) -> str:
-    """The template as a text, with the names that version 0.1 had, so that its caches are found."""
+    """The template's repr with the names of version 0.1, so that caches of that version are found."""
     text = repr(get_template(preparation.template, preparation.tokenizer))
     return text.replace("images_only=", "pictures_only=").replace("<Variable.", "<Slot.")
 
@@ -81,8 +81,8 @@ def arrow_files(folder: Path) -> list[Path]:
 def describe_file(path: Path) -> dict[str, int]:
     """Size in bytes and CRC-32 of a file.
 
-    All of a cache is read like this each time it is opened. That costs 0.2 s per GB on one core (measured: read from
-    the page cache in blocks of 1 MB; SHA-256 0.5 s), once per process, and training is about to read the same bytes.
+    A whole cache is read like this each time it is opened: 0.2 s per GB on one core (measured on the page cache in
+    blocks of 1 MB; SHA-256: 0.5 s), once per process, and training is about to read the same bytes.
     """
     size = checksum = 0
     with path.open("rb") as file:
@@ -98,7 +98,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """What :func:`write_json` wrote, or ``None`` if that is not what is there."""
+    """What :func:`write_json` wrote, or ``None`` if the file is missing or was changed."""
     try:
         content = json.loads(path.read_bytes())
         checksum = content.pop(CHECKSUM)
@@ -129,13 +129,13 @@ def report_in(folder: Path) -> dict:
         Refusal: D-CACHE, it is damaged or missing.
     """
     if (report := read_report(folder)) is None:
-        what = "the data cache was changed by something else while it is in use"
+        what = "something else changed the data cache while it was in use"
         raise Refusal("D-CACHE", what, file=folder, fix="start again: damaged files are built again")
     return report
 
 
 def reports_of(dataset: Dataset) -> list[dict]:
-    """What was counted while each source of ``dataset`` was prepared: file, records, kept, left_out (skipped: not even
+    """For each source of ``dataset``, what was counted when it was prepared: file, records, kept, left_out (not even
     the question fits), turns_dropped, answers_cut, problems, ..."""
     return [report_in(folder) for folder in _folders(dataset)]
 
@@ -145,7 +145,7 @@ def _folders(dataset: Dataset) -> list[Path]:
 
 
 def report_of(dataset: Dataset) -> dict:
-    """The :func:`reports_of` all sources together: counts added up, problems one after the other."""
+    """One report of all sources: counts are summed, lists of problems concatenated."""
     counts: Counter = Counter()
     reports = reports_of(dataset)
     for report in reports:
@@ -154,10 +154,10 @@ def report_of(dataset: Dataset) -> dict:
 
 
 def keys_of(dataset: Dataset) -> list[str]:
-    """The key of each source: equal keys, equal rows.
+    """The key of each source; equal keys mean equal rows.
 
     It is the name of the cache folder and a digest of which records are in it, because a record that was skipped for
-    its images is in it again when they can be used.
+    its images is added when they can be used.
     """
     sources, records = (np.asarray(dataset[name][:]) for name in ("source", "record"))
     digests = [hashlib.sha256(records[sources == k].tobytes()).hexdigest()[:8] for k in range(len(_folders(dataset)))]
@@ -165,7 +165,7 @@ def keys_of(dataset: Dataset) -> list[str]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """Why the rows of a finished cache cannot be used, or ``None``: every byte is as it was when it was built."""
+    """What is damaged in a finished cache, or ``None`` if every byte is as it was when it was built."""
     if (report := read_report(folder)) is None:
         return f"{REPORT} is missing or damaged"
     expected = [f"{part['name']}.arrow" for part in report["parts"]]
@@ -206,11 +206,7 @@ def _link(source: str, destination: str) -> None:
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """Raise errors of the operating system while ``folder`` is read or written as refusals.
-
-    Raises:
-        Refusal: E-DISK
-    """
+    """Turn operating system errors while ``folder`` is read or written into a Refusal, E-DISK."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Records of the prepared data set to one padded batch; their images are read and transformed here.
+"""Makes one padded batch of records of the prepared data set; reads and transforms their images.
 
 A row of a batch holds one record, or several with packing.
 Shapes: B rows, T the longest row's tokens, S tokens with a label, N images of all records in order, P placeholders per
@@ -32,32 +32,22 @@ PACKED_LENGTHS = 32  # lengths of packed rows that are tried
 class Collator:
     """Makes a batch of records (dictionaries with ``input_ids labels images shard record id number``).
 
-    With ``pack_to``, several records share a row of at most that many tokens (or of the longest record's), so that
-    there is less padding. Positions restart at 0 with each record: transformers recognises packed rows from that (with
-    ``use_cache=False``; with a cache it silently does not), and no record attends to another; kernels for sequences of
-    different lengths use the lengths instead, and no mask is made. The records of the batch, and so its loss, are as
-    without packing.
+    With ``pack_to``, several records share a row of at most that many tokens (or of the longest record's), which saves
+    padding. Positions restart at 0 with each record: transformers recognises packed rows from that (with
+    ``use_cache=False``; with a cache it silently does not), and no record attends to another; variable-length kernels
+    use the lengths instead, without a mask. The records of the batch, and so its loss, are those without packing.
 
-    There is never an ``attention_mask``: padding comes after every token, so causal attention never sees it, and it has
-    no label. With a mask torch could not use its causal flash attention.
-
-    Args:
-        pad_token_id: fills the right side of shorter rows; nothing attends to it and no label is trained.
-        image_folder: that the records' image names are relative to; needed when a record has images.
-        transform: the vision tower's.
-        follow_links: see :func:`~llava_moslora.data.images.load_image`.
-        pack_to: tokens per row; ``None``: one record per row.
-        image_token_id: the placeholder's; with it a batch has ``image_positions``.
-        data_files: the sources that a record's ``source`` is a position in; named in refusals if there are several.
+    There is never an ``attention_mask``: padding is on the right, where causal attention never sees it, and has no
+    label. With a mask torch could not use its causal flash attention.
     """
 
-    pad_token_id: int
-    image_folder: str | Path | None
-    transform: ImageTransform
-    follow_links: bool = False
-    pack_to: int | None = None
-    image_token_id: int | None = None
-    data_files: tuple[str, ...] = ()
+    pad_token_id: int  # fills the right side of shorter rows
+    image_folder: str | Path | None  # that the records' image names are relative to; needed when a record has images
+    transform: ImageTransform  # the vision tower's
+    follow_links: bool = False  # see load_image
+    pack_to: int | None = None  # tokens per row; None: one record per row
+    image_token_id: int | None = None  # the placeholder's; with it a batch has image_positions
+    data_files: tuple[str, ...] = ()  # a record's "source" is a position in it; named in refusals if there are several
 
     @classmethod
     def of(
@@ -67,8 +57,7 @@ class Collator:
         transform: ImageTransform,
         packing: bool = False,
     ) -> Collator:
-        """The collator of a data set that was prepared with these settings; ``packing``: several records in a row of
-        ``settings.model_max_length`` tokens."""
+        """For a data set prepared with these settings; ``packing``: into rows of ``settings.model_max_length``."""
         return cls(
             tokenizer.pad_token_id,
             settings.image_folder,
@@ -155,7 +144,7 @@ def pack(records: Sequence[dict], limit: int) -> list[list[dict]]:
     longest = len(records[0]["input_ids"])
     step = max(1, (limit - longest) // PACKED_LENGTHS)
     packings = [_first_fit(records, length) for length in (*range(longest, limit, step), max(longest, limit))]
-    return min(packings, key=lambda rows: len(rows) * max(map(_length, rows)))
+    return min(packings, key=lambda rows: len(rows) * max(len(_joined(row, "input_ids")) for row in rows))
 
 
 def _first_fit(records: list[dict], limit: int) -> list[list[dict]]:
@@ -176,10 +165,6 @@ def _first_fit(records: list[dict], limit: int) -> list[list[dict]]:
 def _true_positions(mask: torch.Tensor) -> torch.Tensor:
     """int64[n]: where a bool[B, T] is true, counted in the flattened B·T."""
     return mask.flatten().nonzero().squeeze(1)
-
-
-def _length(row: list[dict]) -> int:
-    return sum(len(record["input_ids"]) for record in row)
 
 
 def _joined(row: list[dict], name: str) -> list[int]:

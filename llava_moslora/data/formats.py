@@ -1,4 +1,4 @@
-"""Record formats: a raw record to a checked :class:`Record`, one by one as they stream in.
+"""Turns raw records into checked :class:`Record` objects, one by one as they stream in.
 
 Nothing is repaired and nothing is skipped silently: a record that cannot be trained on is refused by index and id. A
 new format is a function that finds images and turns in a raw record, and a row of ``FORMATS``; the checks are shared.
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_moslora.data.sources.json import json_type
-from llava_moslora.data.sources.source import read_raw_records
+from llava_moslora.data.sources.source import container_of
 from llava_moslora.errors import Refusal
-from llava_moslora.text.conversation import Turn
+from llava_moslora.text.conversation import Turn, check_order
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
 ROLES = ("system", "human", "gpt")
@@ -30,28 +30,25 @@ _VIDEO_LINE = re.compile(_IMAGE_LINE.pattern.replace(IMAGE_TOKEN, VIDEO_TOKEN))
 
 @dataclass(frozen=True)
 class Record:
-    """One checked record.
+    """One checked record."""
 
-    Attributes:
-        index: position in its file, from 0.
-        id: the record's own id, ``""`` if it has none.
-        images: file names relative to the image folder, as many as there are ``<image>`` in the human turns.
-        turns: an optional system turn, then human and gpt in turn; no text is empty.
-    """
-
-    index: int
-    id: str
-    images: tuple[str, ...]
-    turns: tuple[Turn, ...]
+    index: int  # in its file, from 0
+    id: str  # the record's own, "" if it has none
+    images: tuple[str, ...]  # names relative to the image folder, as many as there are <image> in the human turns
+    turns: tuple[Turn, ...]  # an optional system turn, then human and gpt in turn; no text is empty
 
 
 def read_records(file: str | Path) -> Iterator[Record]:
-    """The records of a local data file, in order; memory does not grow with the file.
+    """The records of a local data file whose images are files of their own; memory does not grow with the file.
 
     Raises:
-        Refusal: at the first record that breaks a rule (D-...), or where the file cannot be read (D-PARSE, D-ENC).
+        Refusal: D-..., at the first record that breaks a rule, or where the file cannot be read; D-SHARD, its images
+            are inside it.
     """
-    for index, raw in enumerate(read_raw_records(str(file))):
+    container = container_of(str(file))
+    if container.holds_images(str(file)):
+        raise Refusal("D-SHARD", "the images are inside this file", file=file, expected="names of images in a folder")
+    for index, raw in enumerate(container.read(str(file), None)):
         yield check_record(raw.value, index, file, raw.problem)
 
 
@@ -74,7 +71,7 @@ def check_record(raw: object, index: int, file: str | Path, problem: str | None 
             raise Refusal("D-SCHEMA", "must be a string or a number", key="id", found=json_type(own_id))
         record_format = next((one for one in FORMATS if one.recognises(raw)), LLAVA)
         images, turns = record_format.read(raw)
-        _check_order(turns, record_format.turns_key)
+        check_order(turns, last="gpt", key=record_format.turns_key)
         _check_characters(str(own_id), *images, *(turn.text for turn in turns))
         _check_places(images, [turn.text for turn in turns if turn.role == "human"])
     except Refusal as refusal:
@@ -114,31 +111,14 @@ def read_llava(raw: dict) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
 
 
 class Format(NamedTuple):
-    """A record format.
-
-    Attributes:
-        recognises: whether an object is a record of this format; nothing in it is checked yet.
-        read: its image names and turns; refusals need not name file and record, and no turn is empty.
-        turns_key: the key of the turns, for messages.
-    """
-
-    recognises: Callable[[dict], bool]
+    recognises: Callable[[dict], bool]  # whether an object is a record of this format; nothing in it is checked yet
+    # Its image names and turns, none of them empty; its refusals need not name the file and the record.
     read: Callable[[dict], tuple[tuple[str, ...], tuple[Turn, ...]]]
-    turns_key: str
+    turns_key: str  # for messages
 
 
 LLAVA = Format(lambda raw: "conversations" in raw, read_llava, "conversations")
 FORMATS = (LLAVA,)  # the first that recognises a record reads it; what none recognises is refused as LLaVA's
-
-
-def _check_order(turns: tuple[Turn, ...], key: str) -> None:
-    roles = [turn.role for turn in turns]
-    body = roles[1:] if roles[:1] == ["system"] else roles
-    if not body or body != ["human", "gpt"] * (len(body) // 2):
-        expected = "an optional system turn, then human and gpt in turn, ending with gpt"
-        raise Refusal(
-            "D-ROLE", "the turns are not in order", key=key, found=", ".join(roles) or "no turns", expected=expected
-        )
 
 
 def _check_characters(*texts: str) -> None:

@@ -1,4 +1,4 @@
-"""An image to a vision tower's input: padded or cropped, scaled, normalised, as transformers' image processors do it.
+"""Turns an image into a vision tower's input: pads or crops, scales and normalises it.
 
 Shapes: H, W the tower's input size; h, w an image's own.
 """
@@ -6,7 +6,6 @@ Shapes: H, W the tower's input size; h, w an image's own.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ TORCH_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's number, torch's name
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """An image to a vision tower's input, pixel for pixel as an image processor of transformers does it.
+    """Does what an image processor of transformers does, pixel for pixel.
 
     ``aspect_ratio="pad"`` puts the image on a square of the tower's mean colour first (LLaVA's
     ``image_aspect_ratio pad``, ``LlavaImageProcessorPil(do_pad=True)``); ``"crop"`` scales the short side and crops the
@@ -30,22 +29,16 @@ class ImageTransform:
 
     ``engine="pil"`` equals transformers' PIL processors and is what published towers were trained with;
     ``engine="torch"`` equals its torchvision processors: pixels differ by at most one step of 256, in half the time.
-
-    Attributes:
-        resize_to: length of the short side after scaling, or (height, width).
-        size: (H, W) of the result.
-        mean, std: per channel, of values in 0..1.
-        resample: Pillow's number of the filter.
     """
 
-    resize_to: int | tuple[int, int]
-    size: tuple[int, int]
-    mean: tuple[float, float, float]
+    resize_to: int | tuple[int, int]  # length of the short side after scaling, or (height, width)
+    size: tuple[int, int]  # (H, W) of the result
+    mean: tuple[float, float, float]  # per channel, of values in 0..1
     std: tuple[float, float, float]
-    resample: int = 3
+    resample: int = 3  # Pillow's number of the filter
     rescale: float = 1 / 255
-    aspect_ratio: Literal["pad", "crop"] = "pad"
-    engine: Literal["pil", "torch"] = "pil"
+    aspect_ratio: str = "pad"
+    engine: str = "pil"
 
     @classmethod
     def from_settings(cls, processor: dict, settings: DataSettings) -> ImageTransform:

@@ -1,8 +1,8 @@
-"""Opening images: one loader for training, evaluation and chat.
+"""Opens images for training, evaluation and chat.
 
 An image's name comes from a data file and its bytes from the internet, so both are treated as hostile: names must stay
-inside the image folder, sizes are checked in the header, only a few formats are read, and whatever Pillow raises is
-turned into a :class:`Refusal` that names the record.
+inside the image folder, sizes are checked in the header, only a few formats are read, and whatever Pillow raises
+becomes a :class:`Refusal` that names the record.
 """
 
 from __future__ import annotations
@@ -32,12 +32,7 @@ _animated_seen = False
 
 
 def load_image(
-    name: str,
-    root: str | Path,
-    *,
-    record: int | None = None,
-    record_id: str | None = None,
-    follow_links: bool = False,
+    name: str, root: str | Path, *, record: int | None = None, record_id: str | None = None, follow_links: bool = False
 ) -> Image.Image:
     """The image ``name`` in the folder ``root``, upright, in RGB.
 
@@ -65,12 +60,7 @@ def load_bytes(data: bytes, name: str, *, record: int | None = None, record_id: 
 
 
 def check_image(
-    name: str,
-    root: str | Path,
-    *,
-    record: int | None = None,
-    record_id: str | None = None,
-    follow_links: bool = False,
+    name: str, root: str | Path, *, record: int | None = None, record_id: str | None = None, follow_links: bool = False
 ) -> tuple[int, int]:
     """Whatever :func:`load_image` can refuse without decoding; returns (width, height) as stored."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
@@ -100,59 +90,34 @@ def _decode(image: Image.Image, path: str | Path, where: dict) -> Image.Image:
     except Refusal:
         raise
     except Exception as error:  # hostile bytes make Pillow raise nearly anything: OSError, SyntaxError, struct.error
-        raise Refusal(
-            "I-DECODE",
-            "the image is damaged",
-            file=path,
-            found=f"{type(error).__name__}: {error}",
-            fix="copy or download it again",
-            **where,
-        ) from None
+        found, fix = f"{type(error).__name__}: {error}", "copy or download it again"
+        raise Refusal("I-DECODE", "the image is damaged", file=path, found=found, fix=fix, **where) from None
 
 
 def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Path:
     """The path of a regular file inside ``root``; nothing is opened."""
     root = Path(root)
     if _URL.match(name) or name.startswith("//"):
-        raise Refusal(
-            "I-PATH",
-            "images are read from the image folder, never from a URL",
-            found=name,
-            fix="download them first",
-            **where,
-        )
+        what = "images are read from the image folder, never from a URL"
+        raise Refusal("I-PATH", what, found=name, fix="download them first", **where)
     lexical = os.path.normpath(name)
     if "\0" in name or "\\" in name or os.path.isabs(name) or lexical.split(os.sep)[0] == "..":
-        raise Refusal(
-            "I-PATH",
-            "the name leads out of the image folder",
-            found=name,
-            expected=f"a relative name with forward slashes, below {root}",
-            **where,
-        )
+        expected = f"a relative name with forward slashes, below {root}"
+        raise Refusal("I-PATH", "the name leads out of the image folder", found=name, expected=expected, **where)
     path = root / lexical
     try:
         real_root, real = Path(os.path.realpath(root)), Path(os.path.realpath(path, strict=True))
         if not follow_links and not real.is_relative_to(real_root):
             raise Refusal(
-                "I-PATH",
-                "a symbolic link leads out of the image folder",
-                found=f"{name} -> {real}",
-                expected=f"a file below {real_root}",
-                fix="allow it with --follow_image_links",
-                **where,
-            )
+                "I-PATH", "a symbolic link leads out of the image folder", found=f"{name} -> {real}",
+                expected=f"a file below {real_root}", fix="allow it with --follow_image_links", **where,
+            )  # fmt: skip
         mode = real.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         raise Refusal(
-            "I-MISSING",
-            "there is no such image",
-            file=path,
-            found=name,
-            expected=f"a file below {root}",
-            fix="check --image_folder" if root.is_dir() else f"check --image_folder: {root} does not exist",
-            **where,
-        ) from None
+            "I-MISSING", "there is no such image", file=path, found=name, expected=f"a file below {root}",
+            fix="check --image_folder" + ("" if root.is_dir() else f": {root} does not exist"), **where,
+        ) from None  # fmt: skip
     except OSError as error:  # a name too long for the file system, a loop of links
         raise Refusal("I-PATH", "the name cannot be a file's", found=f"{name}: {error.strerror}", **where) from None
     if not stat.S_ISREG(mode):
@@ -173,34 +138,18 @@ def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Ima
     except Exception as error:  # see load_image
         empty = (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else source.stat().st_size) == 0
         raise Refusal(
-            "I-FORMAT",
-            "the file is empty" if empty else "not an image in a known format",
-            file=path,
-            found=None if empty else type(error).__name__,
-            expected=" | ".join(FORMATS),
-            **where,
-        ) from None
+            "I-FORMAT", "the file is empty" if empty else "not an image in a known format", file=path,
+            found=None if empty else type(error).__name__, expected=" | ".join(FORMATS), **where,
+        ) from None  # fmt: skip
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
-        raise Refusal(
-            "I-SIZE",
-            "the image is too large",
-            file=path,
-            found=f"{width}×{height} = {width * height / 1e6:.0f} MP",
-            expected=f"at most {MAX_PIXELS // 10**6} MP",
-            **where,
-        )
+        found, expected = f"{width}×{height} = {width * height / 1e6:.0f} MP", f"at most {MAX_PIXELS // 10**6} MP"
+        raise Refusal("I-SIZE", "the image is too large", file=path, found=found, expected=expected, **where)
     if max(width, height) > MAX_ASPECT * min(width, height):
         image.close()
-        raise Refusal(
-            "I-SHAPE",
-            "the image is too narrow",
-            file=path,
-            found=f"{width}×{height}",
-            expected=f"sides no more than 1:{MAX_ASPECT}",
-            **where,
-        )
+        found, expected = f"{width}×{height}", f"sides no more than 1:{MAX_ASPECT}"
+        raise Refusal("I-SHAPE", "the image is too narrow", file=path, found=found, expected=expected, **where)
     return image
 
 
@@ -220,15 +169,9 @@ def _to_rgb(image: Image.Image, path: str | Path, where: dict) -> Image.Image:
 
 
 def _mode_refusal(image: Image.Image, path: str | Path, where: dict) -> Refusal:
-    kind = "floating-point" if image.mode == "F" else "32-bit integer"
-    return Refusal(
-        "I-MODE",
-        f"{kind} pixels have no defined brightness",
-        file=path,
-        expected="8 or 16 bits per channel",
-        fix="convert the image",
-        **where,
-    )
+    what = f"{'floating-point' if image.mode == 'F' else '32-bit integer'} pixels have no defined brightness"
+    expected, fix = "8 or 16 bits per channel", "convert the image"
+    return Refusal("I-MODE", what, file=path, expected=expected, fix=fix, **where)
 
 
 def _note_animation(image: Image.Image, path: str | Path) -> None:

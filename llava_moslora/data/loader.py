@@ -1,8 +1,8 @@
 """The training data loader: a failure on one rank is raised on every rank, and no worker process outlives it.
 
-An image that breaks after preparation, or a worker that the system kills, stops one rank; the others would wait in
-their next collective until a timeout of minutes, and then blame the network. So before a batch is handed out all ranks
-agree that each of them has one, and where one has not, all raise that rank's refusal.
+An image that breaks after preparation, or a worker that the system kills, stops one rank; the others would wait minutes
+for a timeout in their next collective, and then blame the network. So before a batch is returned, all ranks check that
+each of them has one; otherwise all raise the refusal of the rank that has none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing.queues import Queue
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,42 +27,33 @@ from llava_moslora.errors import Refusal, known_failure, worker_failure
 MAX_WORKERS = 8
 
 
-class _ReturnRefusals:
-    """A collator that returns its refusals: torch would turn one that is raised in a worker into a RuntimeError."""
-
-    def __init__(self, collator: Collator):
-        self.collator = collator
-
-    def __call__(self, rows: Sequence[dict]) -> dict[str, Tensor] | Refusal:
-        try:
-            batch = self.collator(rows)
-            if get_worker_info() is not None:
-                for value in batch.values():  # now, where a full /dev/shm is an error of this batch, and not later, in
-                    if isinstance(value, Tensor):  # the thread that sends it to the main process
-                        value.share_memory_()
-            return batch
-        except Exception as error:
-            if failure := known_failure(error):
-                return failure
-            records = ", ".join(f"{row['record']} ({row['id']})" for row in rows)
-            return Refusal(
-                "R-BATCH", "a batch could not be made", found=f"{type(error).__name__}: {error}; records {records}",
-                fix="this is a defect of the package: report it with the record",
-            )  # fmt: skip
+def _collate(collator: Collator, rows: Sequence[dict]) -> dict[str, Tensor | int] | Refusal:
+    """The batch, or the refusal as a value: torch would turn one that is raised in a worker into a RuntimeError."""
+    try:
+        batch = collator(rows)
+        if get_worker_info() is not None:
+            for value in batch.values():  # now, where a full /dev/shm is an error of this batch, and not later, in
+                if isinstance(value, Tensor):  # the thread that sends it to the main process
+                    value.share_memory_()
+        return batch
+    except Exception as error:
+        if failure := known_failure(error):
+            return failure
+        records = ", ".join(f"{row['record']} ({row['id']})" for row in rows)
+        return Refusal(
+            "R-BATCH", "a batch could not be made", found=f"{type(error).__name__}: {error}; records {records}",
+            fix="this is a defect of the package: report it with the record",
+        )  # fmt: skip
 
 
-class _InitWorker:
-    """Called first in each worker: an error in the thread that sends its batches to the main process then ends the
-    worker, which the main process notices. Python would print it, drop the batch and let the main process wait for
-    ever."""
+def _init_worker(worker_init_fn: Callable[[int], None] | None, number: int) -> None:
+    """Let an error in the thread that sends a worker's batches end the worker, which the main process notices.
 
-    def __init__(self, worker_init_fn: Callable[[int], None] | None):
-        self.worker_init_fn = worker_init_fn
-
-    def __call__(self, number: int) -> None:
-        Queue._on_queue_feeder_error = staticmethod(_end_worker)
-        if self.worker_init_fn is not None:
-            self.worker_init_fn(number)
+    Python would print it, drop the batch and let the main process wait forever.
+    """
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]  # private
+    if worker_init_fn is not None:
+        worker_init_fn(number)
 
 
 def _end_worker(error: Exception, _batch: object) -> None:
@@ -95,24 +88,23 @@ class TrainDataLoader(DataLoader):
         super().__init__(
             dataset,
             batch_sampler=sampler,
-            collate_fn=_ReturnRefusals(collator),
+            collate_fn=partial(_collate, collator),
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers else None,
             persistent_workers=persistent_workers and num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_InitWorker(worker_init_fn) if num_workers else None,
+            worker_init_fn=partial(_init_worker, worker_init_fn) if num_workers else None,
             generator=torch.Generator().manual_seed(seed),
         )
         distributed_run = distributed.is_initialized() and distributed.get_world_size() > 1
         # A group of its own, on the CPU: the agreement never waits for a GPU, and never mixes with another collective.
         self._group = distributed.new_group(backend="gloo") if distributed_run else None
-        self._batches = None  # torch's iterator
+        self._batches: Any = None  # torch's iterator
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """
         Raises:
-            Refusal: I-..., D-..., the record that some rank could not read; E-WORKER, a worker of some rank died;
-                R-BATCH. The same on every rank.
+            Refusal: the same on every rank: I-..., D-..., of a record; E-WORKER, a worker died; R-BATCH.
         """
         try:
             batches = self._batches = self._start()
@@ -130,12 +122,11 @@ class TrainDataLoader(DataLoader):
             yield batch
 
     def _start(self) -> Iterator:
-        """torch's iterator with its workers, or an error and no worker left running.
+        """torch's iterator with its workers; on an error no worker is left running.
 
-        torch raises the death of a worker that it watches from a handler of SIGCHLD, in the middle of whatever runs: on
-        one rank, with the traceback of an unrelated line. ``next`` notices a dead worker too, within 5 seconds, and
-        there all ranks agree; so these workers are taken off torch's list, whichever loader of this process has
-        installed that handler.
+        torch's SIGCHLD handler raises the death of a worker in the middle of whatever this rank runs, with the
+        traceback of an unrelated line. ``next`` notices a dead worker too, within 5 seconds, and there all ranks agree;
+        so these workers are removed from torch's list, whichever loader of this process installed the handler.
         """
         before = set(multiprocessing.active_children())
         try:
@@ -151,7 +142,7 @@ class TrainDataLoader(DataLoader):
             raise
 
     def close(self) -> None:
-        """End the workers. Python would send SIGTERM at its exit, and wait for ever for a worker that ignores it."""
+        """End the workers. Python would send SIGTERM at exit and wait forever for a worker that ignores it."""
         if self.num_workers and self._batches is not None:
             self._batches._shutdown_workers()  # what torch does when it deletes the iterator, whenever that is
             for worker in self._batches._workers:
@@ -173,7 +164,7 @@ class TrainDataLoader(DataLoader):
 
 
 def _worker_error(error: Exception) -> Refusal:
-    """Of an exception that torch passes on from a worker, the last line of its text is the worker's own."""
+    """The refusal for an exception that torch passes on from a worker; its last line is the worker's own."""
     lines = str(error).strip().splitlines() or [""]
     return worker_failure(f"{type(error).__name__}: {lines[-1]}")
 

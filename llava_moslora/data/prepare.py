@@ -1,10 +1,10 @@
-"""Data files to a tokenised Arrow data set in a cache, every record and every image's header checked on the way.
+"""Prepares data files as a cached, tokenised Arrow data set; checks every record and every image's header.
 
-Each source (a data file, or a set of shards) has a cache folder of its own, named by everything that decides its
-content (``cache_key``). It is built part by part (:mod:`llava_moslora.data.tokenise`) in a staging folder under a file
-lock, and published by one rename, so several ranks may call :func:`prepare` at once without communication, and an
-interrupted build continues where it stopped. The cache is verified each time it is opened, and images that could not be
-used are checked again.
+Each source (a data file, or a set of shards) has a cache folder, named by everything that decides its content
+(``cache_key``). It is built part by part (:mod:`llava_moslora.data.tokenise`) in a staging folder under a file lock and
+published by one rename, so several ranks may call :func:`prepare` at once without communication, and an interrupted
+build continues where it stopped. The cache is verified each time it is opened, and images that could not be used are
+checked again.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def prepare(
     cache = Path(settings.data_cache)
     with using(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    datasets, digests, records_before = [], [], 0
+    datasets: list[Dataset] = []
+    digests: list[str] = []
+    records_before = 0
     for position, source in enumerate(sources):
         folder = _prepare_source(Preparation(source, settings, tokenizer, template, tokens_per_image), cache)
         digest = folder.name.rpartition("-")[2]
@@ -129,7 +131,7 @@ def _check_length(max_length: int, image: int, longest_text: int | None) -> None
 
 
 def _prepare_source(preparation: Preparation, cache: Path) -> Path:
-    """The cache folder of a source, with every image in it checked in today's image folder."""
+    """The cache folder of a source, built if needed; its images are checked in the current image folder."""
     target, settings, name = cache / cache_key(preparation), preparation.settings, preparation.source.name
     if _reason_to_build(target, preparation):
         with _lock(target):
@@ -142,7 +144,7 @@ def _prepare_source(preparation: Preparation, cache: Path) -> Path:
             _check_images_in_new_folder(preparation, target)
     report = report_in(target)
     problems = report["problems"]
-    if settings.on_bad_record == "fail":  # the refusal is about the first of them: as it is today
+    if settings.on_bad_record == "fail":  # the refusal is about the first of them, as it is now
         problems = _recheck_images(problems[:1], preparation)[0] + problems[1:]
     _apply_policy(problems, report["records"], settings)
     return target
@@ -163,11 +165,11 @@ def _reason_to_build(target: Path, preparation: Preparation) -> str | None:
 
 
 def _recheck_images(problems: list[dict], preparation: Preparation) -> tuple[list[dict], int]:
-    """The problems as they are today, and how many records' images can be used now.
+    """The problems as they are now, and how many records' images can be used now.
 
-    An image that was missing may have been copied since, or be missing in another folder today.
+    An image that was missing may have been copied since, or the image folder may be another one.
     """
-    today, usable = [], 0
+    current, usable = [], 0
     for problem in problems:
         if "images" in problem:
             where = {name: problem["refusal"].get(name) for name in ("record", "record_id")}
@@ -176,12 +178,12 @@ def _recheck_images(problems: list[dict], preparation: Preparation) -> tuple[lis
                 usable += 1
             except Refusal as refusal:
                 problem = problem | as_problem(refusal)
-        today.append(problem)
-    return today, usable
+        current.append(problem)
+    return current, usable
 
 
 def _check_images_in_new_folder(preparation: Preparation, target: Path) -> None:
-    """The cache fits the data, but its images were checked in another folder: check them in this one, once.
+    """Check the images of a cache, which were checked in another folder, once in this one.
 
     Raises:
         Refusal: I-..., the first image that cannot be used, with the number of the others.
@@ -212,6 +214,7 @@ def _check_images_of_rows(target: Path, settings: DataSettings) -> tuple[Refusal
     for part in arrow_files(target):
         rows = Dataset.from_file(str(part)).select_columns(["images", "shard", "record", "id"])
         for row in (row for row in rows if not row["shard"]):
+            assert settings.image_folder is not None, "refused before"
             where = {"record": row["record"], "record_id": row["id"]}
             for name in row["images"]:
                 try:
@@ -222,12 +225,12 @@ def _check_images_of_rows(target: Path, settings: DataSettings) -> tuple[Refusal
 
 
 def _image_folder(settings: DataSettings) -> str:
-    """As reports name it."""
+    """The image folder as reports name it."""
     return str(None if settings.image_folder is None else Path(settings.image_folder).resolve())
 
 
 def _lock(target: Path) -> AcquireReturnProxy:
-    """A lock on ``target``, to be used in a ``with``."""
+    """A file lock on ``target``, to be used in a ``with``."""
     with using(target.parent):
         return FileLock(f"{target}.lock").acquire()
 

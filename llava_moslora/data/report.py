@@ -1,4 +1,4 @@
-"""What is in a prepared data set, as one JSON file and one HTML page, to be read before the GPUs start."""
+"""The report on a prepared data set, one JSON file and one HTML page, to be read before training."""
 
 from __future__ import annotations
 
@@ -50,18 +50,12 @@ def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int) ->
     waste = {}
     if len(lengths) >= batch_size:
         for order in ("shuffle", "modality_length"):
-            sampler = GlobalBatchSampler.of(
-                dataset, replace(settings, data_order=order), per_device_batch_size=batch_size
-            )
+            ordered = replace(settings, data_order=order)
+            sampler = GlobalBatchSampler.of(dataset, ordered, per_device_batch_size=batch_size)
             waste[order] = padding_waste(sampler, lengths)
     shares = settings.data_weights or [1] * (max(dataset["source"][:]) + 1)
     files = [
-        {
-            "file": part["file"],
-            "records": part["records"],
-            "kept": part["kept"],
-            "seen_per_epoch": weight * part["kept"],
-        }
+        {name: part[name] for name in ("file", "records", "kept")} | {"seen_per_epoch": weight * part["kept"]}
         for part, weight in zip(reports_of(dataset), shares, strict=True)
     ]
     return {
@@ -134,10 +128,8 @@ def _sample(row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, set
         image = read_record_image(row, name, folder, links, where)
         shown = html.escape(ImageRef.parse(name).name if row["shard"] else name)
         images += f"<figure>{pages.thumbnail(image, THUMBNAIL)}<figcaption>{shown}</figcaption></figure>"
-    text = "".join(
-        f'<span class="{kind}">{html.escape(part)}</span>'
-        for kind, part in label_runs(row["input_ids"], row["labels"], tokenizer)
-    )
+    runs = label_runs(row["input_ids"], row["labels"], tokenizer)
+    text = "".join(f'<span class="{kind}">{html.escape(part)}</span>' for kind, part in runs)
     heading = f"record {row['record']}" + (f" · {html.escape(row['id'])}" if row["id"] else "")
     heading += f" · {html.escape(files[row['source']])}" if len(files) > 1 else ""
     size = f"{row['length']} tokens, {row['trained']} trained"
@@ -148,11 +140,9 @@ def _sample(row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, set
 def _page(report: dict, samples: list[str], title: str) -> str:
     waste = report["padding_waste"]
     facts = {
-        "records": f"{report['records']:,}",
-        "kept": f"{report['kept']:,}",
-        "with images": f"{report['with_images']:,}",
-        "images": f"{report['images']:,}",
-        "tokens": f"{report['tokens']:,}",
+        name: f"{report[name.replace(' ', '_')]:,}" for name in ("records", "kept", "with images", "images", "tokens")
+    }
+    facts |= {
         "trained tokens": f"{report['trained_tokens']:,} ({report['trained_tokens'] / report['tokens']:.1%})",
         "longest record": f"{report['longest']:,} tokens",
         "truncated": f"{report['truncated_share']:.2%}",
@@ -210,9 +200,8 @@ def _chart(title: str, series: dict[str, dict]) -> str:
             tall = float(count) * scale
             base -= tall
             bars += f"<rect class=s{number} x={bar * step:.1f} y={base:.1f} width={step - 1:.1f} height={tall:.1f} />"
-        bars += (
-            f"<rect class=hover x={bar * step:.1f} y=0 width={step:.1f} height={height}><title>{label}</title></rect>"
-        )
+        area = f"x={bar * step:.1f} y=0 width={step:.1f} height={height}"
+        bars += f"<rect class=hover {area}><title>{label}</title></rect>"
     ticks = "".join(
         f"<text x={share * width:.0f} y={height - 4} text-anchor={anchor}>{edges[0] + share * edges[-1]:,.0f}</text>"
         for share, anchor in [(0, "start"), (0.25, "middle"), (0.5, "middle"), (0.75, "middle"), (1, "end")]

@@ -8,6 +8,7 @@ product) changes which rank computes a record, never at which step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,41 +76,23 @@ class GlobalBatchSampler:
         self.global_batch_size = per_device_batch_size * accumulation * world_size
         self.records_per_epoch = len(self._seen_records(torch.Generator().manual_seed(0)))
         if self.records_per_epoch < self.global_batch_size:
+            product = f"{per_device_batch_size} per device × {accumulation} accumulation × {world_size} ranks"
             raise Refusal(
-                "D-FEW",
-                "fewer records than one global batch, which makes 0 optimizer steps",
-                found=self.records_per_epoch,
-                expected=f"at least {self.global_batch_size} = {per_device_batch_size} per device × {accumulation} "
-                f"accumulation × {world_size} ranks",
+                "D-FEW", "fewer records than one global batch, which makes 0 optimizer steps",
+                found=self.records_per_epoch, expected=f"at least {self.global_batch_size} = {product}",
                 fix="lower --per_device_train_batch_size or --gradient_accumulation_steps",
-            )
+            )  # fmt: skip
 
     @classmethod
-    def of(
-        cls,
-        dataset: Dataset,
-        settings: DataSettings,
-        *,
-        per_device_batch_size: int,
-        accumulation: int = 1,
-        world_size: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-    ) -> GlobalBatchSampler:
-        """The sampler of a prepared data set (:func:`llava_moslora.data.prepare.prepare`) in the settings' order."""
-        return cls(
-            dataset["length"][:],
-            dataset["has_image"][:],
-            per_device_batch_size=per_device_batch_size,
-            accumulation=accumulation,
-            world_size=world_size,
-            rank=rank,
-            seed=seed,
-            order=settings.data_order,
-            group=settings.data_group,
-            source=dataset["source"][:],
-            weights=settings.data_weights or None,
-        )
+    def of(cls, dataset: Dataset, settings: DataSettings, **options: Any) -> GlobalBatchSampler:
+        """The sampler of a prepared data set in the settings' order.
+
+        Args:
+            options: the constructor's ``per_device_batch_size``, ``accumulation``, ``world_size``, ``rank``, ``seed``.
+        """
+        columns = {name: dataset[name][:] for name in ("length", "has_image", "source")}
+        options |= {"order": settings.data_order, "group": settings.data_group, "source": columns["source"]}
+        return cls(columns["length"], columns["has_image"], weights=settings.data_weights or None, **options)
 
     @property
     def global_batches(self) -> int:
@@ -161,9 +144,9 @@ class GlobalBatchSampler:
 
 
 def _check_weights(weights: Sequence[float] | None, source: Sequence[int] | None) -> None:
-    assert weights is None or source is not None, "weights are per source"
     if weights is None:
         return
+    assert source is not None, "weights are per source"
     if len(source) and len(weights) != (sources := int(np.max(source)) + 1):
         raise Refusal(
             "C-ORDER", "as many weights as data files are needed", key="--data_weights", found=len(weights),

@@ -1,7 +1,7 @@
-"""A source checked and tokenised part by part, by several processes, for :mod:`llava_moslora.data.prepare`.
+"""Checks and tokenises a source part by part, in several processes.
 
 A part is a few thousand records of a data file, or one shard. ``NUMBER.arrow`` holds its rows and ``NUMBER.json``,
-written last, what was counted and the rows' checksum, so a part whose two files are whole is finished.
+written last, what was counted and the rows' checksum; a part is finished if both files are undamaged.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from datasets import Features, List, Value
@@ -49,20 +50,13 @@ FEATURES = Features(
 
 @dataclass(frozen=True)
 class Part:
-    """Records that one process tokenises at a time.
-
-    Attributes:
-        path: of its files in the cache, without suffix.
-        records: with their index in the file; or
-        shard: the file to read them from.
-        result: of a part that an earlier build finished.
-    """
+    """Records that one process tokenises at a time."""
 
     number: int
-    path: Path
-    records: Sequence[tuple[int, RawRecord]] = ()
-    shard: str = ""
-    result: dict | None = None
+    path: Path  # of its files in the cache, without suffix
+    records: Sequence[tuple[int, RawRecord]] = ()  # with their index in the file; or
+    shard: str = ""  # the file to read them from
+    result: dict | None = None  # of a part that an earlier build finished
 
 
 def build_parts(preparation: Preparation, staging: Path, processes: int) -> Iterator[dict]:
@@ -74,8 +68,8 @@ def build_parts(preparation: Preparation, staging: Path, processes: int) -> Iter
     source = preparation.source
     name = f"preparing {printable(Path(source.name).name)}"
     if source.is_sharded:
-        paths = ((staging / f"{number:06d}", shard) for number, shard in enumerate(source.shards))
-        parts = (Part(k, path, shard=shard, result=_finished(path)) for k, (path, shard) in enumerate(paths))
+        paths = [staging / f"{number:06d}" for number in range(len(source.shards))]
+        parts = (Part(k, path, (), source.shards[k], _finished(path)) for k, path in enumerate(paths))
         with tqdm(total=len(source.shards), unit="shard", desc=name) as bar:
             for result in _map_in_order(parts, preparation, processes):
                 bar.update()
@@ -144,7 +138,7 @@ def _build_part(part: Part) -> dict:
 
 
 class _Worker:
-    """What a process needs besides the records."""
+    """The state of one process: it tokenises one part after the other."""
 
     def __init__(self, preparation: Preparation):
         self.preparation, self.settings = preparation, preparation.settings
@@ -164,7 +158,7 @@ class _Worker:
             try:
                 record = check_record(raw.value, index, file, raw.problem)
                 counts["control_names_as_text"] += any(self.control_names.search(turn.text) for turn in record.turns)
-                row = self._row(record, self._check_images(record, raw.images, part.shard), part.shard, counts)
+                row = self._row(record, self._usable_images(record, raw.images, part.shard), part.shard, counts)
             except Refusal as refusal:
                 problem = {"part": part.number, **as_problem(refusal)}
                 if record is not None and refusal.code.startswith("I-") and not part.shard:  # shards do not change
@@ -173,11 +167,8 @@ class _Worker:
             else:
                 for name, value in (row or {}).items():
                     columns[name].append(value)
-        counts.update(
-            kept=len(columns["length"]),
-            with_images=sum(columns["has_image"]),
-            tokens=sum(columns["length"]),
-        )
+        lengths = columns["length"]
+        counts.update(kept=len(lengths), with_images=sum(columns["has_image"]), tokens=sum(lengths))
         return _write_part(part, columns, {"counts": dict(counts), "problems": problems})
 
     def _records(self, part: Part) -> Iterator[tuple[int, RawRecord]]:
@@ -186,13 +177,21 @@ class _Worker:
         check = load_bytes if self.settings.decode_images else check_bytes
         return enumerate(container_of(part.shard).read(part.shard, check))
 
-    def _check_images(self, record: Record, images: dict[str, CheckedImage], shard: str) -> list[str]:
-        """The record's images as its row names them, each of which is usable."""
-        where = {"record": record.index, "record_id": record.id or None}
-        if shard:
-            return [str(_usable(name, images, shard, where).ref) for name in record.images]
-        check_image_files(record.images, self.preparation, **where)
-        return list(record.images)
+    def _usable_images(self, record: Record, images: dict[str, CheckedImage], shard: str) -> list[str]:
+        """The record's images as its row names them. Raises the Refusal of the first that cannot be used."""
+        where: dict[str, Any] = {"record": record.index, "record_id": record.id or None}
+        if not shard:
+            check_image_files(record.images, self.preparation, **where)
+            return list(record.images)
+        for name in record.images:
+            if (image := images.get(name)) is None:
+                raise Refusal(
+                    "I-MISSING", "the shard holds no such image", file=shard, key="image", found=name,
+                    expected="the name of a member next to the record", **where,
+                )  # fmt: skip
+            if image.refusal is not None:
+                raise Refusal(**{**vars(image.refusal), **where})
+        return [str(images[name].ref) for name in record.images]
 
     def _row(self, record: Record, images: list[str], shard: str, counts: Counter) -> dict | None:
         """The record's row, shortened to ``model_max_length``; ``None`` if not even its first question fits."""
@@ -241,30 +240,20 @@ def check_image_files(names: Sequence[str], preparation: Preparation, *, record:
     """Check a record's image files; decode them if the settings ask for it.
 
     Raises:
-        Refusal: I-..., the first that cannot be used.
+        Refusal: I-..., about the first that cannot be used.
     """
-    settings, where = preparation.settings, {"record": record, "record_id": record_id}
-    if names and settings.image_folder is None:
-        what, fix = "the record has an image but no image folder was given", "give --image_folder"
-        raise Refusal("I-FOLDER", what, file=preparation.source.name, fix=fix, **where)
+    settings = preparation.settings
+    where: dict[str, Any] = {"record": record, "record_id": record_id}
     check = load_image if settings.decode_images else check_image
     for name in names:
+        if settings.image_folder is None:
+            what, fix = "the record has an image but no image folder was given", "give --image_folder"
+            raise Refusal("I-FOLDER", what, file=preparation.source.name, fix=fix, **where)
         check(name, settings.image_folder, follow_links=settings.follow_image_links, **where)
 
 
-def _usable(name: str, images: dict[str, CheckedImage], shard: str, where: dict) -> CheckedImage:
-    if (image := images.get(name)) is None:
-        raise Refusal(
-            "I-MISSING", "the shard holds no such image", file=shard, key="image", found=name,
-            expected="the name of a member next to the record", **where,
-        )  # fmt: skip
-    if image.refusal is not None:
-        raise Refusal(**{**vars(image.refusal), **where})
-    return image
-
-
 def as_problem(refusal: Refusal) -> dict:
-    """A refusal as it is kept in a report: its line, and its parts as JSON."""
-    parts = {name: value for name, value in vars(refusal).items() if value is not None}
-    parts = {name: value if isinstance(value, int) else str(value) for name, value in parts.items()}
+    """A refusal as a report has it: its line, and its parts as JSON."""
+    items = ((name, value) for name, value in vars(refusal).items() if value is not None)
+    parts = {name: value if isinstance(value, int) else str(value) for name, value in items}
     return {"line": refusal.line(), "refusal": parts}

@@ -35,17 +35,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids and labels of one conversation, equally long.
+    """One encoded conversation of T tokens."""
 
-    Attributes:
-        input_ids: int[T]; one ``<image>`` id per image feature.
-        labels: int[T]; the id where it is trained, else ``IGNORE_INDEX``.
-        ends: the length after each finished round, where the conversation may be cut.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    ends: tuple[int, ...]
+    input_ids: list[int]  # int[T]; one <image> id per image feature
+    labels: list[int]  # int[T]; the id where it is trained, else IGNORE_INDEX
+    ends: tuple[int, ...]  # the length after each finished round, where the conversation may be cut
 
 
 def encode(
@@ -90,12 +84,12 @@ class ConversationEncoder:
         Raises:
             Refusal: D-ROLE (order of turns), D-IMAGES (``<image>`` against images), D-CONTROL, C-TEMPLATE.
         """
-        _check_order(turns, last="gpt")
+        check_order(turns, last="gpt")
         return self._encode(turns, image_tokens, prompt=False)
 
     def encode_prompt(self, turns: Sequence[Turn], image_tokens: Sequence[int] = ()) -> Encoded:
         """As :meth:`encode`, of a conversation that ends with a question, ready for generation; no label is trained."""
-        _check_order(turns, last="human")
+        check_order(turns, last="human")
         encoded = self._encode(turns, image_tokens, prompt=True)
         return Encoded(encoded.input_ids, [IGNORE_INDEX] * len(encoded.input_ids), encoded.ends)
 
@@ -185,14 +179,15 @@ def _split_at_images(text: str) -> list[object]:
     return parts
 
 
-def _check_order(turns: Sequence[Turn], last: str) -> None:
+def check_order(turns: Sequence[Turn], last: str, key: str | None = None) -> None:
+    """Refuse (D-ROLE) turns that are not in order; ``last`` is the role of the last one, ``key`` their JSON key."""
     roles = [turn.role for turn in turns]
     body = roles[1:] if roles[:1] == ["system"] else roles
     expected = [("human", "gpt")[k % 2] for k in range(len(body))]
     if not body or body != expected or body[-1] != last:
         raise Refusal(
-            "D-ROLE", "the turns are not in order", found=", ".join(roles) or "no turns",
-            expected=f"an optional system turn, then human and gpt in turn, the last one {last}",
+            "D-ROLE", "the turns are not in order", key=key, found=", ".join(roles) or "no turns",
+            expected=f"an optional system turn, then human and gpt in turn, ending with {last}",
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A SentencePiece BPE model (``tokenizer.model``) as a tokenizer of the ``tokenizers`` library, with the same ids.
+"""Converts a SentencePiece BPE model (``tokenizer.model``) to the ``tokenizers`` library, with the same ids.
 
 Vicuna and InternLM2 come without a ``tokenizer.json``. transformers 5 can convert them, but loses Llama-2's dummy
 prefix (``Hello`` gets another id than ``▁Hello``) and lets ``<s>`` in a user's text become the control token.
@@ -74,50 +74,28 @@ def _tokenizer_state(model: pb.ModelProto, names: list[str], unknown: str | None
     ordinary = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
     added = [
         {
-            "id": k,
-            "content": names[k],
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
+            "id": k, "content": names[k], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
             "special": piece.type != USER_DEFINED or piece.piece.startswith("[UNUSED_TOKEN_"),
         }
         for k, piece in enumerate(model.pieces)
         if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]
+    ]  # fmt: skip
     prefix = [{"type": "Prepend", "prepend": SPACE}] if model.normalizer_spec.add_dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
         "pre_tokenizer": None,
         "post_processor": post_processor,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                *strip,
-            ],
-        },
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unknown,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "ignore_merges": False,
-            "vocab": vocabulary,
-            "merges": _merges(ordinary, vocabulary),
+            "type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True, "ignore_merges": False,
+            "vocab": vocabulary, "merges": _merges(ordinary, vocabulary),
         },
-    }
+    }  # fmt: skip
 
 
 def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> list[list[str]]:

@@ -27,24 +27,13 @@ Segments = tuple["str | Control | Variable", ...]
 
 @dataclass(frozen=True)
 class Template:
-    """One prompt format. A conversation is ``begin``, then ``system``, then rounds of ``human reply answer separator``.
-
-    Attributes:
-        begin: once, before everything.
-        system: a system turn; it replaces ``SYSTEM`` in the first human turn, or else follows ``begin``.
-        human: a human turn.
-        reply: what makes the model answer; a prompt for generation ends with it.
-        answer: an answer; all of it is trained, its last segment is where generation stops.
-        separator: after a round, not trained.
-        default_system: system text of records that bring none.
-        images_only: of the human text only the images are kept (LLaVA's first stage).
-    """
+    """One prompt format: a conversation is ``begin``, ``system``, then rounds of ``human reply answer separator``."""
 
     human: Segments
-    answer: Segments
-    reply: Segments = ()
+    answer: Segments  # all of it is trained; generation stops at its last segment
+    reply: Segments = ()  # what makes the model answer; a prompt for generation ends with it
     begin: Segments = ()
-    system: Segments = ()
-    separator: Segments = ()
-    default_system: str | None = None
-    images_only: bool = False
+    system: Segments = ()  # it replaces SYSTEM in the first human turn, or else follows `begin`
+    separator: Segments = ()  # after a round, not trained
+    default_system: str | None = None  # system text of records that have none
+    images_only: bool = False  # of the human text only the images are kept (LLaVA's first stage)

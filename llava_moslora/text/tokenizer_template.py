@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -65,57 +67,48 @@ def _derive(tokenizer: PreTrainedTokenizerFast) -> Template:
         raise _refusal("no control token ends an answer, so nothing would teach the model to stop", found=repr(to_ask))
     human = _common_end(_segments(before, tokenizer), behind[stop + 1 :])
     between = _as_text(behind[stop + 1 :])
-    first = _FirstTurn(tokenizer, before[: len(before) - len(human)], human)
+    first = _first_turn(tokenizer, before[: len(before) - len(human)], human)
     closing = _split(_apply_chat_template(tokenizer, ("user", QUESTION), prompt=False), QUESTION)[1]
     closing = closing if after.startswith(closing) else after  # some write the reply's beginning in any case
-    template = Template(
-        begin=first.begin,
-        system=first.system,
+    template = replace(
+        first,
         human=(*first.human, *_segments(closing, tokenizer)),
         reply=_segments(after[len(closing) :], tokenizer),
         answer=(*_segments(to_reply[len(after) :], tokenizer), TEXT, *behind[: stop + 1]),
         separator=_segments(between[: len(between) - len(human)], tokenizer),
-        default_system=first.default_system,
     )
     _check(tokenizer, template)
     return template
 
 
-class _FirstTurn:
-    """What is written up to the first question: with a system text, without one, and with the template's own.
+def _first_turn(tokenizer: PreTrainedTokenizerFast, head: str, human: str) -> Template:
+    """``begin``, ``system``, ``human`` and ``default_system``, from conversations with and without a system text.
 
     Args:
         head: what is written without a system text, before the human turn.
         human: what begins every human turn.
     """
-
-    begin: Segments
-    system: Segments = ()
-    human: Segments
-    default_system: str | None = None
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, head: str, human: str):
-        self.begin, self.human = _segments(head, tokenizer), (*_segments(human, tokenizer), TEXT)
-        try:
-            written = _apply_chat_template(tokenizer, ("system", SYSTEM_TEXT), ("user", QUESTION))
-        except Refusal:
-            return  # no place for a system turn; one in the data is refused
-        opened, closed, _ = _split(written, SYSTEM_TEXT, QUESTION)
-        if opened.startswith(head + human):  # inside the first human turn, as Llama 2 has it
-            self.human = (*_segments(human, tokenizer), SYSTEM, TEXT)
-            self.system = (*_segments(opened[len(head + human) :], tokenizer), TEXT, *_segments(closed, tokenizer))
-            return
-        if not closed.endswith(human):
-            raise _refusal("the chat template writes the first question in two ways", found=repr(closed))
-        closed = closed[: len(closed) - len(human)]
-        if opened.startswith(head):
-            opened = opened[len(head) :]
-        elif head.startswith(opened) and head.endswith(closed) and len(head) >= len(opened) + len(closed):
-            # the template has a system text of its own, or, as LLaMA-3.1's, a system turn in any case: then it is empty
-            self.begin, self.default_system = (), head[len(opened) : len(head) - len(closed)]
-        else:
-            raise _refusal("the chat template begins in two ways", found=repr(opened), expected=repr(head))
-        self.system = (*_segments(opened, tokenizer), TEXT, *_segments(closed, tokenizer))
+    segments = partial(_segments, tokenizer=tokenizer)
+    first = Template(begin=segments(head), human=(*segments(human), TEXT), answer=())
+    try:
+        written = _apply_chat_template(tokenizer, ("system", SYSTEM_TEXT), ("user", QUESTION))
+    except Refusal:
+        return first  # no place for a system turn; one in the data is refused
+    opened, closed, _ = _split(written, SYSTEM_TEXT, QUESTION)
+    if opened.startswith(head + human):  # inside the first human turn, as Llama 2 has it
+        system = (*segments(opened[len(head + human) :]), TEXT, *segments(closed))
+        return replace(first, human=(*segments(human), SYSTEM, TEXT), system=system)
+    if not closed.endswith(human):
+        raise _refusal("the chat template writes the first question in two ways", found=repr(closed))
+    closed = closed[: len(closed) - len(human)]
+    if opened.startswith(head):
+        opened = opened[len(head) :]
+    elif head.startswith(opened) and head.endswith(closed) and len(head) >= len(opened) + len(closed):
+        # the template has a system text of its own, or, as LLaMA-3.1's, a system turn in any case: then it is empty
+        first = replace(first, begin=(), default_system=head[len(opened) : len(head) - len(closed)])
+    else:
+        raise _refusal("the chat template begins in two ways", found=repr(opened), expected=repr(head))
+    return replace(first, system=(*segments(opened), TEXT, *segments(closed)))
 
 
 def _check(tokenizer: PreTrainedTokenizerFast, template: Template) -> None:

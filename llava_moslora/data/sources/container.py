@@ -1,4 +1,4 @@
-"""What a kind of data file (JSON, Parquet, tar, ...) has to offer to be read as training data."""
+"""The protocol that a kind of data file (JSON, Parquet, tar, ...) implements to be read as training data."""
 
 from __future__ import annotations
 
@@ -34,10 +34,6 @@ class ImageRef:
         first, second, third, checksum, name = text.split(":", 4)
         return cls((int(first), int(second), int(third)), int(checksum, 16), name)
 
-    def fits(self, data: bytes) -> bool:
-        """Whether these are the bytes that were checked."""
-        return zlib.crc32(data) == self.checksum
-
 
 @dataclass(frozen=True)
 class CheckedImage:
@@ -58,36 +54,23 @@ class CheckedImage:
 
 @dataclass(slots=True)
 class RawRecord:
-    """A record as its data file has it; :mod:`llava_moslora.data.formats` makes a checked record of it.
+    """A record as its data file has it, not checked yet."""
 
-    Attributes:
-        value: what JSON or a table row holds.
-        problem: why it is no strict JSON, although it could be read.
-        images: by name, those that are in the data file itself.
-        bytes_read: of the file so far, for a progress bar.
-    """
-
-    value: object
-    problem: str | None = None
-    images: dict[str, CheckedImage] = field(default_factory=dict)
-    bytes_read: int = 0
+    value: object  # what JSON or a table row holds
+    problem: str | None = None  # why it is not strict JSON, although it could be read
+    images: dict[str, CheckedImage] = field(default_factory=dict)  # those in the data file itself, by name
+    bytes_read: int = 0  # of the file so far, for a progress bar
 
 
 class Container(ABC):
-    """One kind of data file. A new one is a subclass in a file of its own and a row of ``source.CONTAINERS``.
+    """One kind of data file. A new one is a subclass in a file of its own and an entry of ``source.CONTAINERS``."""
 
-    Attributes:
-        suffixes: ends of the file names that it reads.
-        can_hold_images: whether images may be in the file itself; only such files can be given by pattern or URL.
-        contents: what it holds, for messages.
-    """
-
-    suffixes: tuple[str, ...]
-    can_hold_images = False
-    contents = ""
+    suffixes: tuple[str, ...]  # of the file names that it reads
+    can_hold_images = False  # in the file itself; only such files can be given by pattern or URL
+    contents = ""  # what it holds, for messages
 
     def holds_images(self, file: str) -> bool:
-        """Whether this local file does. Never raises: ``read`` reports what is wrong with a file."""
+        """Whether there are images in this local file. Never raises: ``read`` reports what is wrong with a file."""
         return self.can_hold_images
 
     @abstractmethod

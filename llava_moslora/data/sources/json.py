@@ -1,8 +1,8 @@
-"""A strict JSON reader that holds one value at a time: a JSON array, or JSON values one after the other (JSONL).
+"""A strict streaming reader of a JSON array, or of JSON values one after the other (JSONL).
 
-A 1 GB array read with ``json.load`` needs about 10 GB; here a sliding window of the file is parsed. What ``json``
-accepts silently (duplicate keys, ``NaN``) is reported with the value it was found in; what is not JSON at all ends the
-reading with the line and column.
+``json.load`` needs about 10 GB for an array of 1 GB; here a sliding window of the file is parsed. What ``json`` accepts
+silently (duplicate keys, ``NaN``) is reported with the value it was found in; anything that is not JSON is refused with
+its line and column.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from llava_moslora.data.sources.container import CheckImage, Container, RawRecord, open_file
 from llava_moslora.errors import Refusal
@@ -30,7 +30,7 @@ def json_type(value: object) -> str:
 
 
 class Json(Container):
-    """A JSON array of records, or a record per line; whatever no other container reads is taken for it."""
+    """A JSON array of records, or a record per line; also reads files with any other suffix."""
 
     suffixes = (".json", ".jsonl", "")
 
@@ -93,17 +93,17 @@ class JsonStream:
             while True:
                 yield self._value()
                 separator = self._peek()
-                if separator not in (",", "]"):
-                    raise (
-                        self._ended() if not separator else self._broken("',' or ']' must follow a record", self._start)
-                    )
+                if not separator:
+                    raise self._ended()
+                if separator not in ",]":
+                    raise self._broken("',' or ']' must follow a record", self._start)
                 self._start += 1
                 if separator == "]":
                     break
         if self._peek():
             raise self._broken("there is more after the end of the array", self._start)
 
-    def _value(self) -> tuple[object, str | None]:
+    def _value(self) -> tuple[Any, str | None]:
         self._peek()
         while True:
             self._problem = None
@@ -130,18 +130,14 @@ class JsonStream:
     def _peek(self) -> str:
         """The next character that is not space, ``""`` at the end of the file."""
         while True:
-            self._start = _SPACE.match(self._window, self._start).end()
+            self._start = _SPACE.match(self._window, self._start).end()  # type: ignore[union-attr]  # it always matches
             if self._start < len(self._window):
                 return self._window[self._start]
             if not self._read_more():
                 return ""
 
     def _read_more(self) -> bool:
-        """Move the window forward: drop what was parsed, read at least ``WINDOW`` and at least as much as is pending.
-
-        Returns:
-            Whether there was more.
-        """
+        """Drop what was parsed, read at least ``WINDOW`` and as much as is pending; returns whether there was more."""
         done = self._window[: self._start]
         if newlines := done.count("\n"):
             self._lines += newlines
@@ -160,13 +156,8 @@ class JsonStream:
         try:
             text, used = codecs.utf_8_decode(raw, "strict", not data)
         except UnicodeDecodeError as error:
-            raise Refusal(
-                "D-ENC",
-                f"not UTF-8 at byte {at + error.start}",
-                file=self.name,
-                found=f"0x{raw[error.start]:02x}",
-                fix="convert the file to UTF-8",
-            ) from None
+            what, found = f"not UTF-8 at byte {at + error.start}", f"0x{raw[error.start]:02x}"
+            raise Refusal("D-ENC", what, file=self.name, found=found, fix="convert the file to UTF-8") from None
         self._rest, self._window, self._start = raw[used:], pending + text, 0
         return bool(data)
 
@@ -174,23 +165,15 @@ class JsonStream:
         before = self._window[:position]
         newlines = before.count("\n")
         column = position - before.rindex("\n") if newlines else self._column + position + 1
-        return Refusal(
-            code,
-            f"line {self._lines + newlines + 1} column {column}: {what[0].lower()}{what[1:]}",
-            file=self.name,
-            found=self._window[position : position + 30] or None,
-            expected=EXPECTED,
-        )
+        what = f"line {self._lines + newlines + 1} column {column}: {what[0].lower()}{what[1:]}"
+        found = self._window[position : position + 30] or None
+        return Refusal(code, what, file=self.name, found=found, expected=EXPECTED)
 
     def _ended(self) -> Refusal:
-        return Refusal(
-            "D-PARSE",
-            f"the file ends at byte {self.bytes_read} inside a record or array; probably an interrupted copy",
-            file=self.name,
-            fix="copy or download it again",
-        )
+        what = f"the file ends at byte {self.bytes_read} inside a record or array; probably an interrupted copy"
+        return Refusal("D-PARSE", what, file=self.name, fix="copy or download it again")
 
-    # What json accepts although it should not: noted, not raised, so that the reading can continue after the record.
+    # What json accepts although it should not is noted, not raised, so that reading can continue after the record.
 
     def _object(self, pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 
 import fsspec
@@ -33,9 +32,13 @@ class Parquet(Container):
             return False
 
     def read(self, file: str, check: CheckImage | None) -> Iterator[RawRecord]:
-        with open_file(file) as stream, _refusing_damage(file):
-            parquet = pq.ParquetFile(stream)
-            yield from _read_records(parquet, file) if check is None else _read_with_images(parquet, file, check)
+        try:
+            with open_file(file) as stream:
+                parquet = pq.ParquetFile(stream)
+                yield from _read_records(parquet, file) if check is None else _read_with_images(parquet, file, check)
+        except (pa.ArrowException, OSError) as error:
+            found, fix = str(error).splitlines()[0], "copy or download it again"
+            raise Refusal("D-PARSE", "not a Parquet file, or a damaged one", file=file, found=found, fix=fix) from None
 
     def read_image(self, file: str, at: tuple[int, int, int]) -> bytes:
         group, row, number = at
@@ -91,17 +94,6 @@ def _has_images(schema: pa.Schema) -> bool:
     if kind is not None and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         kind = kind.value_type
     return kind is not None and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-
-
-@contextmanager
-def _refusing_damage(file: str) -> Iterator[None]:
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise Refusal(
-            "D-PARSE", "not a Parquet file, or a damaged one", file=file, found=str(error).splitlines()[0],
-            fix="copy or download it again",
-        ) from None  # fmt: skip
 
 
 @lru_cache(maxsize=2)  # neighbours in a row group are often asked for together; a group may be large

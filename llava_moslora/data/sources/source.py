@@ -1,11 +1,10 @@
 """A source: what one entry of ``--data_path`` names, as data files of one container or several.
 
 It is either one local data file whose images are files of their own in the image folder, or *shards*: files that hold
-records together with their images, on disk or wherever fsspec reaches. Each shard is read once, front to back, and all
-records and images in it are checked then. Stored are the records' tokens and where their images are
-(:class:`~llava_moslora.data.sources.container.ImageRef`), so from then on the order of training, and the position in it
-after an interruption, are those of any other prepared data set: exact on any number of ranks. Refused is only what
-cannot be read by position: a compressed tar, a Parquet file with huge row groups.
+records together with their images, on disk or wherever fsspec reaches. Each shard is read once, front to back, and its
+records and images are checked then. The data cache stores the records' tokens and where their images are
+(``ImageRef``), so training on shards is shuffled and resumed exactly as on plain files, on any number of ranks. Only
+files that cannot be read by position are refused: a compressed tar, a Parquet file with huge row groups.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ from __future__ import annotations
 import glob
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
+from typing import Any
 
 from fsspec.core import url_to_fs
 
-from llava_moslora.data.sources.container import Container, ImageRef, RawRecord, open_file
+from llava_moslora.data.sources.container import Container, ImageRef, open_file
 from llava_moslora.data.sources.json import Json
 from llava_moslora.data.sources.parquet import Parquet
 from llava_moslora.data.sources.tar import Tar
@@ -86,31 +87,24 @@ class Source:
             raise Refusal("D-FILE", what, file=self.name, found=found, fix=fix) from None
 
 
-def read_raw_records(file: str) -> Iterator[RawRecord]:
-    """The records of a local file whose images are files of their own.
-
-    Raises:
-        Refusal: D-FILE, D-PARSE, D-ENC, D-TYPE; D-SHARD, its images are inside it.
-    """
-    container = container_of(file)
-    if container.holds_images(file):
-        raise Refusal("D-SHARD", "the images are inside this file", file=file, expected="names of images in a folder")
-    return container.read(file, None)
-
-
 def read_image(shard: str, ref: ImageRef, *, record: int, record_id: str | None) -> bytes:
     """An image of a shard; ``record`` and ``record_id`` are named in refusals.
 
     Raises:
         Refusal: I-MISSING, the shard is missing or too short; I-CHANGED, these are not the bytes that were checked.
     """
-    where = {"file": f"{shard}:{ref.name}", "record": record, "record_id": record_id or None, "key": "image"}
+    where: dict[str, Any] = {
+        "file": f"{shard}:{ref.name}",
+        "record": record,
+        "record_id": record_id or None,
+        "key": "image",
+    }
     try:
         data = container_of(shard).read_image(shard, ref.at)
     except (OSError, IndexError) as error:
         fix = "is the shard still where it was when it was prepared?"
         raise Refusal("I-MISSING", "the image cannot be read from its shard", found=error, fix=fix, **where) from None
-    if not ref.fits(data):
+    if zlib.crc32(data) != ref.checksum:
         raise Refusal("I-CHANGED", "the shard changed after it was prepared", fix="prepare the data again", **where)
     return data
 

@@ -30,9 +30,8 @@ class Tar(Container):
         try:
             with open_file(file) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
                 for member in archive:
-                    if not member.isreg() or member.issparse():
+                    if not member.isreg() or member.issparse() or (content := archive.extractfile(member)) is None:
                         continue
-                    content = archive.extractfile(member)
                     if member.name.endswith(RECORD_SUFFIXES):
                         records += JsonStream(io.BytesIO(content.read()), f"{file}:{member.name}")
                         continue
