@@ -120,6 +120,27 @@ def test_finite_steps_give_the_norm_as_a_number(tmp_path):
     assert guard(tmp_path).check(7, None, engine(skipped=0, scale=1), {"a": torch.ones(2)}) is None
 
 
+def test_a_step_that_was_not_checked_is_noticed(tmp_path):
+    watch = guard(tmp_path)
+    with pytest.raises(AssertionError, match="this step's loss and gradient were not checked"):
+        watch.require_checked()
+    watch.check(7, 2.5, None, {})
+    watch.require_checked()
+    watch.begin_step([[5, 6], [7, 8]])
+    watch.add_loss(torch.tensor(1.5))
+    watch.check(8, 2.5, None, {})
+    with pytest.raises(AssertionError, match="not checked"):  # nor was the second micro-batch's loss
+        watch.require_checked()
+
+
+def test_a_trainer_that_checks_nothing_stops_before_it_saves(parts, tmp_path, monkeypatch):
+    """As if an upgrade of transformers had stopped calling the method in which the check is made."""
+    monkeypatch.setattr(script.MosLoraTrainer, "_get_grad_norm", lambda *_, **__: 1.0)
+    with pytest.raises(AssertionError, match="not checked"):
+        train(parts, tmp_path / "run", max_steps=2, save_steps=1)
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
 def test_the_search_for_fp16s_loss_scale_goes_on(tmp_path):
     watch = guard(tmp_path)
     watch.check(7, float("inf"), engine(skipped=1, scale=2**15), {})
