@@ -88,6 +88,7 @@ PARTS = {
         Part(LORA, "resolve_lora_variant", "config", LORA),
         Part(LORA, "update_layer", "adapter_name r lora_alpha config", LORA_LINEAR),
         Part(LORA_LINEAR, "get_delta_weight", "adapter", LORA_LINEAR),
+        Part(TUNER_LAYER, "set_adapter", "adapter_names inference_mode", "peft.tuners.tuners_utils:BaseTuner"),
         Part(TUNER_LAYER, "_cast_input_dtype", "x dtype", LORA_LINEAR),
         Part(TUNER_LAYER, "frozen_peft_weight_names"),
         Part(TUNER_LAYER, "_move_adapter_to_device_of_base_layer", "adapter_name device"),

@@ -37,7 +37,7 @@ from llava_moslora.data.images import check_image
 from llava_moslora.data.sources.source import Source
 from llava_moslora.data.tokenise import RECORDS_PER_PART, as_problem, build_parts, check_image_files
 from llava_moslora.errors import Refusal
-from llava_moslora.text.template_check import check_template
+from llava_moslora.text.conversation import check_template
 
 LOGGED_PROBLEMS = 20  # all of them are in the report
 
@@ -54,8 +54,8 @@ def prepare(
 ) -> Dataset:
     """The tokenised data set of one or several sources, from the cache or built now.
 
-    Columns: ``input_ids`` and ``labels`` int32[length] with images expanded, ``images`` file names (in a shard:
-    places), ``shard`` (``""`` for images in files), ``record`` index in the data file or shard, ``id``, ``length``,
+    Columns: ``input_ids`` and ``labels`` int32[length] with images expanded, ``images`` file names (in a shard
+    ImageRefs), ``shard`` (``""`` for images in files), ``record`` index in the data file or shard, ``id``, ``length``,
     ``trained`` (tokens with a label), ``has_image``; ``source``, a position in ``data_path``, and ``number``, the
     record counted through all sources: for a single data file its index there.
 
@@ -64,7 +64,7 @@ def prepare(
     the log and in :func:`~llava_moslora.data.cache.reports_of`. Records are never reordered.
 
     Args:
-        settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after looking at all of them;
+        settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after checking all of them;
             ``"quarantine"`` skips bad records and lists them in the report, up to a share of ``max_bad_share``.
             With ``decode_images`` a cache that was built without is built again.
         template: name of the prompt template.

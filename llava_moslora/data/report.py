@@ -18,7 +18,7 @@ from llava_moslora.data.cache import report_of, reports_of
 from llava_moslora.data.collate import read_record_image
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.sources.container import ImageRef
-from llava_moslora.text.labels import label_runs
+from llava_moslora.text.conversation import label_runs
 
 BARS = 40
 THUMBNAIL = 192

@@ -33,7 +33,7 @@ from llava_moslora.export.targets import (
 )
 from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun, open_trained
 from llava_moslora.export.writer import write_weights
-from llava_moslora.files.json import write_json
+from llava_moslora.files.disk import write_json
 from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.runs.record import EXPORT, read_run

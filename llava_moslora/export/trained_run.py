@@ -21,7 +21,7 @@ from llava_moslora.adapters.fold import LowRank, Update, fold_layers
 from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal, few
 from llava_moslora.export.writer import PlannedTensor
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2

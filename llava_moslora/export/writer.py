@@ -23,8 +23,7 @@ from transformers import PreTrainedConfig
 
 from llava_moslora.adapters.fold import Update
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import fsync
-from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.disk import fsync, read_json, write_json
 from llava_moslora.files.tensors import LazyTensor, in_memory
 from llava_moslora.models.llm import with_old_rope
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_moslora.config import ModelSettings
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import MANIFEST
 from llava_moslora.models.assemble import assemble
 from llava_moslora.models.llava_folder import is_llava_folder

@@ -14,7 +14,7 @@ from typing import Any
 from llava_moslora._version import __version__
 from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import replace_json
+from llava_moslora.files.disk import replace_json
 
 RUN, TOKENIZER = "run.json", "tokenizer"
 EXPORT = "export.json"  # next to an export's weights: what it is an export of

@@ -20,7 +20,7 @@ from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.distributed import rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.disk import read_json, write_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.models.names import part_of
 from llava_moslora.private_api import check_private_api

@@ -18,9 +18,8 @@ from llava_moslora.data.cache import keys_of, report_of
 from llava_moslora.data.prepare import prepare
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import IGNORE_INDEX
-from llava_moslora.text.conversation import Encoded as Pair
-from llava_moslora.text.labels import show_labels
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.labels import show_labels
 
 
 def record(text="<image>\nWhat?", answer="A cat.", image="0.png", id="r"):
@@ -56,7 +55,7 @@ def test_rows(build, tiny):
     for row, images in zip(rows, [1, 0, 2], strict=True):
         assert row["length"] == len(row["input_ids"]) == len(row["labels"])
         assert row["input_ids"].count(image_token_id(tiny("chatml"))) == 4 * images
-    shown = show_labels(Pair(rows[0]["input_ids"], rows[0]["labels"], ()), tiny("chatml"), colour=False)
+    shown = show_labels(rows[0]["input_ids"], rows[0]["labels"], tiny("chatml"))
     assert shown == ("<|im_start|>user\n<image>×4\nWhat?<|im_end|>\n<|im_start|>assistant\n⟦A cat.<|im_end|>⟧\n")
     report = report_of(rows)
     assert {k: report[k] for k in ("records", "kept", "with_images", "tokens")} == {

@@ -20,7 +20,7 @@ from llava_moslora.export import writer
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import PlannedTensor, WeightFiles, plan_tensors, renamed
-from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.disk import read_json, write_json
 from llava_moslora.models.names import PARTS
 from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
 from llava_moslora.models.towers import kind_of, tokens_per_image

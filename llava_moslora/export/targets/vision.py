@@ -9,7 +9,7 @@ import torch
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, renamed, save_config
-from llava_moslora.files.json import write_json
+from llava_moslora.files.disk import write_json
 from llava_moslora.models.towers import kind_of
 
 
