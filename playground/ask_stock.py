@@ -33,12 +33,9 @@ def main() -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def inputs_of(rows: list[dict]) -> dict:
-        prompts = []
-        for row in rows:
-            content = [{"type": "image"}, {"type": "text", "text": row["question"]}]
-            prompts.append(
-                processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-            )
+        contents = [[{"type": "image"}, {"type": "text", "text": row["question"]}] for row in rows]
+        turns = [[{"role": "user", "content": content}] for content in contents]
+        prompts = [processor.apply_chat_template(turn, add_generation_prompt=True) for turn in turns]
         images = [Image.open(Path(args.image_folder) / row["image"]).convert("RGB") for row in rows]
         return processor(images=images, text=prompts, padding=True, return_tensors="pt").to(model.device)
 

@@ -215,11 +215,9 @@ def main() -> None:
     for split in ("train", "test"):
         if not (source / split / "questions.json").is_file():
             raise Refusal(
-                "D-MISSING",
-                "the EasyVQA questions are not there",
-                file=source / split / "questions.json",
+                "D-MISSING", "the EasyVQA questions are not there", file=source / split / "questions.json",
                 fix=f"pip install --no-deps --target {args.packages} easy-vqa==1.0",
-            )
+            )  # fmt: skip
     train, test = (json.loads((source / s / "questions.json").read_text(encoding="utf-8")) for s in ("train", "test"))
 
     questions = [

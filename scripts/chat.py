@@ -50,16 +50,9 @@ def main() -> None:
             elif command == "/image":
                 waiting.append(open_image(rest.strip()))
             elif line.strip():
-                asked = [*turns, Turn("human", question(line, len(waiting)))]
-                shown = images + waiting
-                pieces = stream(
-                    chat_model,
-                    (shown, asked),
-                    max_new_tokens=args.max_new_tokens,
-                    temperature=args.temperature,
-                    top_p=args.top_p,
-                )
-                text = print_answer(pieces)
+                asked, shown = [*turns, Turn("human", question(line, len(waiting)))], images + waiting
+                sampling = {"temperature": args.temperature, "top_p": args.top_p}
+                text = print_answer(stream(chat_model, (shown, asked), max_new_tokens=args.max_new_tokens, **sampling))
                 turns, images, waiting = [*asked, Turn("gpt", text)], shown, []
         except Refusal as refusal:  # of this question: the conversation continues without it
             print(refusal.line(), file=sys.stderr, flush=True)
@@ -90,10 +83,7 @@ def ask_user() -> str | None:
 
 
 def open_image(file: str):
-    """
-    Raises:
-        Refusal: no such file, or not a usable image.
-    """
+    """Raises a refusal where there is no such file, or no usable image in it."""
     try:
         path = Path(file).expanduser().resolve()
     except (ValueError, RuntimeError, OSError) as error:  # a NUL, an unknown ~user, a loop of links

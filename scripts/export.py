@@ -43,17 +43,10 @@ def main() -> None:
     parser.add_argument("--no_proof", action="store_true", help="skip the proof; export_report.json records that")
     args = parser.parse_args()
     folders = export(
-        args.run,
-        args.output_dir,
-        args.format,
-        dtype=DTYPES.get(args.dtype),
-        merge_base=args.merge_base,
-        with_base=args.with_base,
-        llm=args.model_name_or_path,
-        vision_tower=args.vision_tower,
-        overwrite=args.overwrite,
-        prove=not args.no_proof,
-    )
+        args.run, args.output_dir, args.format, dtype=DTYPES.get(args.dtype), merge_base=args.merge_base,
+        with_base=args.with_base, llm=args.model_name_or_path, vision_tower=args.vision_tower,
+        overwrite=args.overwrite, prove=not args.no_proof,
+    )  # fmt: skip
     for name, folder in folders.items():
         print(f"exported: {folder} ({name})")
 

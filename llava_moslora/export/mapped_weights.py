@@ -1,8 +1,8 @@
-"""The run's side of the proof where memory is short: the LLM is computed from 16-bit weights that stay in their files.
+"""The run's side of the proof where memory is short: the LLM's 16-bit weights stay mapped from their files.
 
-A weight is brought to float32 a block of rows at a time. accelerate's disk offload computes the same numbers, but holds
-whole weights in float32, and each twice: with an LLM of 0.75 GB it took 0.53 GB where this takes 0.23 GB, and twice the
-time (2 CPU cores); LLaMA-3-8B's embedding alone would take 4.2 GB. The export's side is ``compute_in_float32`` in
+A weight is converted to float32 a block of rows at a time. accelerate's disk offload computes the same numbers, but
+holds whole weights in float32, each twice: with an LLM of 0.75 GB it took 0.53 GB where this takes 0.23 GB, and twice
+the time (2 CPU cores); LLaMA-3-8B's embedding alone would take 4.2 GB. The export's side is ``compute_in_float32`` in
 probe.py, which must not import this package.
 """
 

@@ -1,6 +1,6 @@
-"""The run's side of the proof: the run as training left it, and then merged in memory as an export has it.
+"""The run's side of the proof: the run as it was trained, and then merged in memory.
 
-The merge is PEFT's own, so that it shares no code with the one that the export writes.
+PEFT merges it, so that the proof shares no code with the merge that it checks.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from torch import Tensor
 from llava_moslora.export import mapped_weights, probe
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import DEQUANTIZED, TrainedRun
-from llava_moslora.inference.generate import Question, batch
+from llava_moslora.inference.generate import Question, batch, first_logits, generate
 from llava_moslora.inference.load import ChatModel, load_run
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.names import part_of
 from llava_moslora.models.towers import kind_of
-from llava_moslora.text.templates import stop_token_ids
 
 MAX_NEW_TOKENS = 16
 
@@ -41,7 +40,7 @@ def answers_of_run(
         mapped: :func:`llava_moslora.export.mapped_weights.needed`.
     """
     chat_model = _load(trained, trained.bits, mapped)
-    as_trained = [_logits(chat_model, question) for question in questions]
+    as_trained = [first_logits(chat_model, question) for question in questions]
     if another_llm := trained_over_another_llm(trained, target):
         del chat_model  # one model in memory at a time
         chat_model = _load(trained, 16, mapped)
@@ -55,7 +54,7 @@ def answers_of_run(
         else:
             chat_model.model = chat_model.model.merge_and_unload()
     _round(chat_model, target, plan, dtype)
-    return [_answer(trained, chat_model, question, features) for question in questions], as_trained
+    return [_answer(chat_model, question, features) for question in questions], as_trained
 
 
 def trained_over_another_llm(trained: TrainedRun, target: Target) -> bool:
@@ -66,13 +65,9 @@ def trained_over_another_llm(trained: TrainedRun, target: Target) -> bool:
 def _load(trained: TrainedRun, bits: int, mapped: bool) -> ChatModel:
     stored_dtype = trained.llm_config.dtype if mapped and bits == 16 else None
     chat_model = load_run(
-        trained.run,
-        checkpoint=trained.checkpoint,
-        llm=trained.llm_folder,
-        vision_tower=trained.vision_spec,
-        bits=bits,
-        llm_dtype=stored_dtype,
-    )
+        trained.run, checkpoint=trained.checkpoint, llm=trained.llm_folder, vision_tower=trained.vision_spec,
+        bits=bits, llm_dtype=stored_dtype,
+    )  # fmt: skip
     if stored_dtype is not None:
         model = _base_model(chat_model)
         for part in (model.model.language_model, model.lm_head):
@@ -97,23 +92,11 @@ def _round(chat_model: ChatModel, target: Target, plan: ExportPlan, dtype: torch
 
 
 @torch.inference_mode()
-def _logits(chat_model: ChatModel, question: Question) -> Tensor:
-    return chat_model.model(**batch(chat_model, [question])).logits[0, -1].float()
-
-
-@torch.inference_mode()
-def _answer(trained: TrainedRun, chat_model: ChatModel, question: Question, features: Tensor | None) -> RunAnswer:
+def _answer(chat_model: ChatModel, question: Question, features: Tensor | None) -> RunAnswer:
     inputs, model = batch(chat_model, [question]), _base_model(chat_model)
     ids = inputs["input_ids"][0]
     answer = {"ids": ids, "logits": chat_model.model(**inputs).logits[0, -1].float()}
-    output = chat_model.model.generate(
-        **inputs,
-        max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=stop_token_ids(trained.tokenizer, trained.template),
-        pad_token_id=trained.tokenizer.pad_token_id,
-    )
-    answer["answer"] = output[0, len(ids) :]
+    answer["answer"] = generate(chat_model, inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0, len(ids) :]
     if "pixel_values" in inputs:
         answer["features"] = _features(model, inputs["pixel_values"])
         answer["projected"] = model.model.multi_modal_projector(answer["features"])

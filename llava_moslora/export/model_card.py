@@ -53,24 +53,20 @@ def _usage(trained: TrainedRun, target: Target) -> str:
     """The target's Python with its placeholders filled in."""
     tower = kind_of(trained.vision_config)
     text = 'FOLDER = "."  # the folder of this page\n' + target.usage
-    for placeholder, value in {
-        "TEMPLATE": repr(XTUNER_TEMPLATES[trained.template]),
-        "VISION_CLASS": tower.model.__name__,
-        "CLASS_TOKENS": str(tower.class_tokens),
-    }.items():
-        text = text.replace(placeholder, value)
-    return text
+    text = text.replace("TEMPLATE", repr(XTUNER_TEMPLATES[trained.template]))
+    return text.replace("VISION_CLASS", tower.model.__name__).replace("CLASS_TOKENS", str(tower.class_tokens))
 
 
 def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple[str, str]]:
     model, adapter = trained.record.model, trained.record.adapter
+    crops = trained.record.preprocessor["do_center_crop"]
     versions = ", ".join(f"{name} {version}" for name, version in trained.record.versions.items() if version)
     rows = [
         ("LLM", f"`{model.model_name_or_path}`{', trained over NF4' if trained.bits == 4 else ''}"),
         ("vision tower", f"`{model.vision_tower}`"),
         ("projector began as", f"`{model.pretrain_mm_mlp_adapter}`"),
         ("prompt template", f"`{trained.template}`"),
-        ("images", _images(trained)),
+        ("images", "padded to a square" if trained.pads else "cropped" if crops else "scaled to a square"),
         ("checkpoint", f"`{trained.checkpoint.name}` of `{trained.run.name}`"),
         ("dtype", str(dtype).removeprefix("torch.")),
         ("written by", f"llava_moslora {__version__}; trained with {versions}"),
@@ -82,12 +78,6 @@ def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple
     else:
         rows.append(("trained", f"projector; adapters LLM r {adapter.lora_r}, tower r {adapter.vision_lora_r}"))
     return [*rows, ("loss", _loss(trained))]
-
-
-def _images(trained: TrainedRun) -> str:
-    if trained.pads:
-        return "padded to a square"
-    return "cropped" if trained.record.preprocessor["do_center_crop"] else "scaled to a square"
 
 
 def _loss(trained: TrainedRun) -> str:
@@ -105,9 +95,7 @@ def _loss(trained: TrainedRun) -> str:
 
 
 def proof_in_one_line(report: dict) -> str:
-    if report["proof"] != "passed":
-        return report["proof"]
-    return "passed; " + "; ".join(_findings(report))
+    return "; ".join(["passed", *_findings(report)]) if report["proof"] == "passed" else report["proof"]
 
 
 def _proof(report: dict) -> str:
@@ -121,7 +109,7 @@ def _proof(report: dict) -> str:
 
 
 def _findings(report: dict) -> list[str]:
-    """That the export is exact, and how far it is on purpose from the run as it was trained."""
+    """The differences between export and run, and those that rounding or the choice of merge base cause."""
     largest = report["largest_value"]
     differences = ", ".join(
         f"{key} within {difference:.2g} of values up to {largest[key]:.3g}"

@@ -1,8 +1,8 @@
-"""The folder that an export writes: what may be in it before, its lock, its staging, and how an old export is replaced.
+"""The folder that an export writes: its lock, its staging, and which old export it may replace.
 
-Only files that an export wrote are ever deleted: those that its manifest lists. While an export is made, everything is
-hidden next to the folder: ``.NAME.staging`` (the new export), ``.NAME.lock``, ``.NAME.checkpoint`` (links to what is
-exported, as training may prune the checkpoint at any moment) and ``.NAME.old`` (the old export, between two renames).
+Only files that the manifest of an old export lists are ever deleted. While an export is made, everything is hidden next
+to the folder: ``.NAME.staging`` (the new export), ``.NAME.lock``, ``.NAME.checkpoint`` (links to the checkpoint, which
+a training may prune at any moment) and ``.NAME.old`` (the old export, between two renames).
 """
 
 from __future__ import annotations
@@ -40,9 +40,8 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
             written; a folder that no export made has the name of its staging.
     """
     if folder.exists() and not overwrite:
-        raise Refusal(
-            "C-OUTPUT", "already exists", file=folder, key="--output_dir", fix="choose another, or --overwrite"
-        )
+        fix = "choose another, or --overwrite"
+        raise Refusal("C-OUTPUT", "already exists", file=folder, key="--output_dir", fix=fix)
     if folder.exists():
         if Path.cwd().is_relative_to(folder):
             raise Refusal(
@@ -60,11 +59,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 
 
 def check_inputs(folder: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuse to replace a folder that is, or holds, what this export reads.
-
-    Raises:
-        Refusal: C-OUTPUT
-    """
+    """Refuse (C-OUTPUT) to replace a folder that is, or holds, what this export reads."""
     for given in inputs:
         if Path(given).resolve().is_relative_to(folder):
             raise Refusal(
@@ -87,12 +82,12 @@ def files_of_export(folder: Path) -> list[str]:
     recorded = _listed_files(folder)
     strange = sorted(present.keys() - recorded.keys() - {MANIFEST})
     changed = sorted(name for name in present.keys() & recorded.keys() if _changed(present[name], recorded[name]))
-    for what, names in (("files that no export wrote", strange), ("files that changed since the export", changed)):
-        if names:
-            raise Refusal(
-                "C-OUTPUT", f"{what} are not deleted", file=folder, key="--output_dir", found=few(sorted(names), 5),
-                fix="move them away, or choose another --output_dir",
-            )  # fmt: skip
+    if strange or changed:
+        what = "files that no export wrote" if strange else "files that changed since the export"
+        raise Refusal(
+            "C-OUTPUT", f"{what} are not deleted", file=folder, key="--output_dir", found=few(strange or changed, 5),
+            fix="move them away, or choose another --output_dir",
+        )  # fmt: skip
     return sorted(present)
 
 
@@ -101,7 +96,8 @@ def _listed_files(folder: Path) -> dict[str, dict]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
-        if manifest["format"] and EXPORT in files and all(_is_inside(name) for name in files):
+        inside = all(".." not in (path := PurePosixPath(name)).parts and not path.is_absolute() for name in files)
+        if manifest["format"] and EXPORT in files and inside:
             return {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in files.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
@@ -109,11 +105,6 @@ def _listed_files(folder: Path) -> dict[str, dict]:
         "C-OUTPUT", "not an export: nothing is deleted here", file=folder, key="--output_dir",
         expected=f"{EXPORT} in it, and a {MANIFEST} that lists it", fix="choose another",
     )  # fmt: skip
-
-
-def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts
 
 
 def _changed(file: Path, recorded: dict) -> bool:

@@ -59,11 +59,7 @@ class Target:
 
 
 def check_clip(trained: TrainedRun, name: str) -> None:
-    """Refuse a target whose readers take every vision tower for a CLIP and drop its first token.
-
-    Raises:
-        Refusal: C-FORMAT
-    """
+    """Refuse (C-FORMAT) a target whose readers take every vision tower for a CLIP and drop its first token."""
     if (kind := kind_of(trained.vision_config)) is not CLIP:
         raise Refusal(
             "C-FORMAT", "its readers know CLIP towers only", file=trained.vision_spec, key=f"--format {name}",
@@ -72,11 +68,7 @@ def check_clip(trained: TrainedRun, name: str) -> None:
 
 
 def check_adapters(trained: TrainedRun, name: str) -> None:
-    """Refuse a target that consists of adapters for a run of stage 1, which has none.
-
-    Raises:
-        Refusal: C-FORMAT
-    """
+    """Refuse (C-FORMAT) a target that consists of adapters for a run of stage 1, which has none."""
     if trained.adapter is None:
         raise Refusal(
             "C-FORMAT", "stage 1 trains the projector and no adapters", file=trained.run, key=f"--format {name}",

@@ -66,8 +66,7 @@ class TrainedRun:
 
     @property
     def template(self) -> str:
-        assert self.record.model.version is not None, "read_run refuses a record without it"
-        return self.record.model.version
+        return self.record.model.template
 
     @property
     def pads(self) -> bool:
@@ -149,7 +148,7 @@ class TrainedRun:
         return self.tokenizer
 
     def generation_config(self) -> GenerationConfig:
-        """One that stops where training stopped."""
+        """With the stop tokens of the training."""
         return GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id,
             eos_token_id=stop_token_ids(self.tokenizer, self.template),

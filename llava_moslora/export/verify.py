@@ -1,8 +1,8 @@
 """The proof of an export: stock libraries, in a fresh process, compute what the run computes.
 
-The run's side is merged in memory by PEFT's own code and rounded to the dtype of the export (merged_run.py); the two
-sides then differ by the order of float32 sums alone. The export differs more from the run as it was trained, by
-rounding and, over a 4-bit LLM, by the choice of merge base: that is reported as well, and refused by nothing.
+The run's side is merged in memory by PEFT and rounded to the dtype of the export (merged_run.py); the two sides then
+differ only by the order of float32 sums. From the run as it was trained the export also differs by rounding and, over a
+4-bit LLM, by the choice of merge base: that is reported, never refused.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _image(seed: int, width: int, height: int) -> Image.Image:
 
 
 def _complete_questions(trained: TrainedRun, plan: ExportPlan, folder: Path, expected: list[RunAnswer]) -> None:
-    """Add the token ids; and for adapters over an InternLM2, which no stock library loads, the same LLM as a Llama."""
+    """Add the token ids; and for adapters over an InternLM2, which stock libraries cannot load, write it as a Llama."""
     file = folder / PROBE / QUESTIONS
     content = json.loads(file.read_text(encoding="utf-8"))
     for question, answer in zip(content["questions"], expected, strict=True):
@@ -169,11 +169,7 @@ def _run_probe(folder: Path) -> dict[str, Tensor]:
 def _check_numbers(
     trained: TrainedRun, expected: list[RunAnswer], as_trained: list[Tensor], found: dict[str, Tensor]
 ) -> None:
-    """Refuse values that would pass any comparison: NaN, Inf, and nothing but zeros.
-
-    Raises:
-        Refusal: K-PROOF
-    """
+    """Refuse (K-PROOF) values that would pass any comparison: NaN, Inf, and nothing but zeros."""
     values = [("the run as trained", "logits", logits) for logits in as_trained]
     values += [("the merged run", key, value) for answer in expected for key, value in answer.items()]
     values += [("the export", key.split(".")[0], value) for key, value in found.items()]
@@ -188,9 +184,10 @@ def _check_numbers(
 
 
 def _described(value: Tensor) -> str:
-    if value.isnan().any():
-        return f"{int(value.isnan().sum())} NaN of {value.numel()}"
-    return f"{int(value.isinf().sum())} Inf of {value.numel()}" if value.isinf().any() else f"{value.numel()} zeros"
+    for kind, where in (("NaN", value.isnan()), ("Inf", value.isinf())):
+        if where.any():
+            return f"{int(where.sum())} {kind} of {value.numel()}"
+    return f"{value.numel()} zeros"
 
 
 def _compare(expected: list[RunAnswer], as_trained: list[Tensor], found: dict[str, Tensor]) -> dict:
@@ -238,10 +235,7 @@ def _cause(trained: TrainedRun, target: Target, plan: ExportPlan, dtype: torch.d
 
 
 def _refuse_differences(trained: TrainedRun, report: dict) -> None:
-    """
-    Raises:
-        Refusal: K-PROOF, a difference above the bound, or other prompts or answers.
-    """
+    """Refuse (K-PROOF) a difference above the bound, and other prompts or answers."""
     bound, largest = report["bound_relative_to_the_largest"], report["largest_value"]
     wrong = [key for key, value in report["largest_difference"].items() if not value <= bound * largest[key]]
     wrong += [key for key in ("same_prompt_ids", "same_greedy_answers") if report[key] is False]

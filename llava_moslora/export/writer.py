@@ -1,8 +1,8 @@
-"""Writes what every target consists of: weight files of any size in bounded memory, and ``config.json``.
+"""Writes the weight files of an export, of any size in bounded memory, and ``config.json``.
 
-A safetensors file is a header with every tensor's place, then the tensors one after the other. Shapes are known before
-anything is read, so the header is written first, and memory holds one base tensor and a block of its rows. A shard gets
-its final name when it is complete, so that an export that was killed continues with the first one that is missing.
+A safetensors file is a header with every tensor's offsets, then the tensors. Shapes are known before anything is read,
+so the header is written first, and memory holds one base tensor and a block of its rows. A shard gets its final name
+when it is complete: an export that was killed continues with the first one that is missing.
 """
 
 from __future__ import annotations
@@ -172,14 +172,11 @@ def merged_blocks(planned: PlannedTensor, dtype: torch.dtype) -> Iterator[Tensor
 
 
 def check_finite(name: str, stored: Tensor, update: Update | None, rows: Tensor, rounded: Tensor) -> None:
-    """Refuse rows of the tensor ``name`` that hold NaN or Inf, and say where these come from.
+    """Refuse (K-NONFINITE) rows of the tensor ``name`` that hold NaN or Inf, and say where these come from.
 
     Args:
         stored: the rows of the base, or of an adapter that is not merged. update: the adapter merged into them.
         rows: merged, in float32. rounded: the same in the dtype of the export.
-
-    Raises:
-        Refusal: K-NONFINITE
     """
     if rounded.isfinite().all():
         return

@@ -29,29 +29,26 @@ def answer(
     tokenizer = chat_model.tokenizer
     for start in range(0, len(questions), batch_size):
         inputs = batch(chat_model, questions[start : start + batch_size])
-        output = chat_model.model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=stop_token_ids(tokenizer, chat_model.template),
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        output = generate(chat_model, inputs, max_new_tokens=max_new_tokens, do_sample=False)
         for ids in output[:, inputs["input_ids"].shape[1] :]:
             yield tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def generate(chat_model: ChatModel, inputs: dict[str, torch.Tensor], **how) -> torch.Tensor:
+    """The model's ``generate``, which stops where training stopped: int64[B, T + new tokens], padded on the right."""
+    tokenizer = chat_model.tokenizer
+    stop = stop_token_ids(tokenizer, chat_model.template)
+    return chat_model.model.generate(**inputs, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, **how)
 
 
 def batch(chat_model: ChatModel, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
     """``input_ids``, ``attention_mask`` int64[B, T], padded on the left; ``pixel_values`` float[N, 3, H, W] or none."""
     tokenizer, model = chat_model.tokenizer, chat_model.model
-    prompts = [
-        encode_prompt(
-            turns,
-            tokenizer=tokenizer,
-            template=chat_model.template,
-            image_tokens=[chat_model.tokens_per_image] * len(images),
-        ).input_ids
-        for images, turns in questions
-    ]
+    prompts = []
+    for images, turns in questions:
+        counts = [chat_model.tokens_per_image] * len(images)
+        encoded = encode_prompt(turns, tokenizer=tokenizer, template=chat_model.template, image_tokens=counts)
+        prompts.append(encoded.input_ids)
     inputs = pad_left_prompts(prompts, tokenizer.pad_token_id)
     images = [image for images, _ in questions for image in images]
     if images:

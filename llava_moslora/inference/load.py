@@ -1,4 +1,4 @@
-"""A run or an export, loaded to answer questions: as a :class:`ChatModel`, whatever it was loaded from."""
+"""Loads a run or an export as a :class:`ChatModel`, which answers questions."""
 
 from __future__ import annotations
 
@@ -156,11 +156,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ChatModel:
         chat_model = load_export(folder, dtype=dtype)
     else:
         raise Refusal(
-            "C-PATH",
-            "neither a run nor a complete LLaVA" if folder.is_dir() else "no such folder",
-            file=folder,
+            "C-PATH", "neither a run nor a complete LLaVA" if folder.is_dir() else "no such folder", file=folder,
             expected=f"a folder with {RUN}, or one with the config.json of a LLaVA",
             fix="give the --output_dir of a training, or an export of --format hf",
-        )
+        )  # fmt: skip
     chat_model.model.to("cuda" if gpu else "cpu")
     return chat_model

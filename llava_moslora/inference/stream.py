@@ -12,9 +12,8 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from llava_moslora.errors import Refusal
-from llava_moslora.inference.generate import Question, batch
+from llava_moslora.inference.generate import Question, batch, generate
 from llava_moslora.inference.load import ChatModel
-from llava_moslora.text.templates import stop_token_ids
 
 
 def stream(
@@ -40,22 +39,17 @@ def stream(
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
 
     @torch.inference_mode()
-    def generate() -> None:
+    def run() -> None:
         try:
-            chat_model.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=stop_token_ids(chat_model.tokenizer, chat_model.template),
-                pad_token_id=chat_model.tokenizer.pad_token_id,
-                streamer=_NewIds(pieces),
-                stopping_criteria=[_StopWhen(stopped)],
-                **sampling,
-            )
+            generate(
+                chat_model, inputs, max_new_tokens=max_new_tokens, streamer=_NewIds(pieces),
+                stopping_criteria=[_StopWhen(stopped)], **sampling,
+            )  # fmt: skip
             pieces.put(None)
         except Exception as error:  # whatever it is, it is raised in the thread that waits for the answer
             pieces.put(error)
 
-    thread = threading.Thread(target=generate, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     ids: list[int] = []
     shown = ""
@@ -66,8 +60,7 @@ def stream(
             ids += piece
             text = chat_model.tokenizer.decode(ids, skip_special_tokens=True).lstrip()
             # A character may be several tokens, and white space at the end may be stripped: both wait for more tokens.
-            whole = text if not text.endswith("�") else shown
-            whole = whole.rstrip()
+            whole = (shown if text.endswith("�") else text).rstrip()
             if len(whole) > len(shown):
                 yield whole[len(shown) :]
                 shown = whole
@@ -80,10 +73,7 @@ def stream(
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """
-    Raises:
-        Refusal: C-FLAG, one of them is out of its range.
-    """
+    """Raises C-FLAG where one of them is out of its range."""
     for name, value, holds, expected in (
         ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
         ("temperature", temperature, 0 <= temperature < math.inf, "0 or above"),

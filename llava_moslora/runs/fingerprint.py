@@ -24,7 +24,7 @@ def base_fingerprints(model: ModelSettings) -> dict[str, dict[str, str]]:
 
 def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None = None) -> None:
     """Refuse a base whose configuration or weight files are not those that ``checkpoint`` was trained on: another model
-    of the same shape runs as well, and answers otherwise.
+    of the same shape would run too, and answer differently.
 
     Args:
         part: of the base, as the manifest calls it: ``llm``, ``vision_tower`` or ``projector``.
@@ -52,11 +52,11 @@ def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None
 
 
 def fingerprint(source: str | Path) -> dict[str, str]:
-    """What identifies a file by its hash, or a model folder, however large, within a second: hashes of its JSON and
-    SentencePiece files, and of each weight file a hash of its size and of samples at 64 places in it, so that another
-    model of the same shape has another fingerprint. Of ``open_clip:ARCH@FILE`` it is the file's, of
-    ``open_clip:FOLDER`` the folder's; of one of open_clip's own tags, the tag. The path is not part of it: the same
-    model in another place is the same model.
+    """File name → hash, of a file or of a model folder of any size within a second; the path is not part of it.
+
+    JSON and SentencePiece files are hashed whole; of each weight file, its size and samples at 64 places, which differ
+    between models of the same shape. ``open_clip:ARCH@FILE`` and ``open_clip:FOLDER`` have the fingerprint of the file
+    or folder, open_clip's own tags are their own.
     """
     folder = Path(source)
     if str(source).startswith(OPEN_CLIP):

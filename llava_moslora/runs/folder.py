@@ -1,7 +1,6 @@
 """Opening ``--output_dir``: a new run, or the old run at its newest checkpoint, and never a mixture.
 
-Nothing of a run is changed before everything else has been checked, and a run that is replaced is set aside first and
-deleted last.
+Everything is checked before a file of an old run is changed. A run that is replaced is set aside first, deleted last.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,9 +53,9 @@ def open_run(
     fingerprints: dict[str, Any],
     inputs: Iterable[tuple[str, Path]] = (),
 ) -> tuple[FileLock, Path | None]:
-    """The lock of ``output_dir``, and the newest valid checkpoint of a run that is to be resumed; None: it begins.
+    """Lock ``output_dir``; return the lock and the checkpoint to resume from, None for a run that begins.
 
-    No weight has to be loaded for it, and of a run in the folder nothing changes (:func:`begin_run` replaces it).
+    This loads no weights and changes nothing of a run in the folder (:func:`begin_run` replaces it).
 
     Args:
         settings: of this call. fingerprints: of its inputs, as every checkpoint's manifest states them.
@@ -134,12 +132,6 @@ def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
     return {name: (old, new) for name, (old, new) in both.items() if old != new}
 
 
-def record_run(run: Path, settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write what is known of a run before its first step: ``run.json``, then the tokenizer."""
-    write_run(run, settings)
-    tokenizer.save_pretrained(run / TOKENIZER)
-
-
 def write_first_files(
     training: TrainingSettings,
     settings: RunSettings,
@@ -147,7 +139,8 @@ def write_first_files(
     report: Callable[[Path], None],
     inputs: Iterable[tuple[str, Path]] = (),
 ) -> None:
-    """What a run folder that :func:`open_run` locked holds before the first step; of a resumed run, renewed.
+    """Write ``run.json``, the tokenizer and the data report into the folder that :func:`open_run` locked; when a run
+    is resumed, only the first two, again.
 
     Args:
         report: as for :func:`begin_run`. inputs: as for :func:`open_run`.
@@ -155,7 +148,12 @@ def write_first_files(
     Raises:
         Refusal: as :func:`check_output`: the folder may have changed since it was opened.
     """
-    run, record = training.run_folder, partial(record_run, settings=settings, tokenizer=tokenizer)
+
+    def record(run: Path) -> None:
+        write_run(run, settings)
+        tokenizer.save_pretrained(run / TOKENIZER)
+
+    run = training.run_folder
     if training.resume and has_begun(run):
         record(run)
         return
@@ -164,10 +162,10 @@ def write_first_files(
 
 
 def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path], None]) -> None:
-    """Put the first files of a new run into a locked folder, in place of the run that may be there.
+    """Write the first files of a new run into a locked folder, in place of the run that may be there.
 
-    The old run is set aside by renaming and deleted last; if this fails in between, it is put back, also after a kill,
-    by whoever opens the folder next.
+    The old run is set aside by renaming and deleted last. If this fails in between, it is put back; after a kill, by
+    the next process that opens the folder.
 
     Args:
         record: called with ``run``; writes what is known of the run, ``run.json`` first.
@@ -190,7 +188,7 @@ def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path]
 
 
 def _set_aside(run: Path) -> Path:
-    """The folder, in ``run``, that now holds what was there of a run."""
+    """Move the files of the run into a hidden folder in ``run``; the path of that folder."""
     aside = run / f".{secrets.token_hex(4)}{SET_ASIDE}"
     aside.mkdir()
     try:

@@ -1,6 +1,6 @@
-"""``--output_dir`` before a run begins or is resumed there: what may lie in it, and what would be lost.
+"""What may be in ``--output_dir`` when a run begins or is resumed there.
 
-A file that no run writes is never deleted: what lies next to a run's own files stays, what lies among them is refused.
+A file that no run writes is never deleted: next to a run's own files it stays, inside a run's folders it is refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ JOB_LOG = re.compile(r".*\.(out|err|log|[oe]\d+)|log")
 def check_output(
     training: TrainingSettings, inputs: Iterable[tuple[str, Path]] = (), data: DataSettings | None = None
 ) -> None:
-    """What opening the run folder would refuse of the folder itself, before anything is loaded.
+    """Refuse a run folder that cannot be used, before anything is loaded.
 
     Args:
         training: its ``output_dir``, and whether a run there is to be resumed or deleted.

@@ -33,7 +33,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "training": {},
     "preprocessor": {},
 }
-# What runs did that were begun before there was a setting for it.
+# What older runs did, from before there was a setting for it.
 BEFORE: dict[str, dict[str, Any]] = {
     "model": {"attn_implementation": "sdpa"},
     "data": {"data_weights": [], "data_group": XTUNER_DATA_GROUP, "image_engine": "pil", "decode_images": False},
@@ -46,7 +46,7 @@ _ABSENT = object()
 
 @dataclass
 class RunSettings:
-    """What a run was asked for, with everything resolved that a flag may leave open.
+    """The settings of a run, with every default resolved.
 
     Attributes:
         model: with ``version``, the conversation template, and the three parts each by itself.
@@ -64,7 +64,7 @@ class RunSettings:
     global_batch_size: int | None = None
 
     def training_value(self, name: str) -> Any:
-        """A value of ``training``; of a run from before there was such a setting, what it did."""
+        """A value of ``training``; of a run older than the setting, what runs did then."""
         return self.training.get(name, BEFORE["training"].get(name))
 
 

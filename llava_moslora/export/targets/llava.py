@@ -21,10 +21,7 @@ from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
 
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
-    """
-    Raises:
-        Refusal: C-FORMAT, the original LLaVA has no class for this LLM or this vision tower, or no way to name it.
-    """
+    """Raises C-FORMAT where the original LLaVA has no class for the LLM or the vision tower, or no name for it."""
     llm_type = trained.llm_config.model_type
     if llm_type != "llama":
         raise Refusal(

@@ -21,10 +21,7 @@ from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
 
 def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
-    """
-    Raises:
-        Refusal: C-FORMAT, a vision tower that has no folder of its own, or a run without adapters.
-    """
+    """Raises C-FORMAT for a vision tower that has no folder of its own, and for a run without adapters."""
     if trained.vision_spec.startswith(OPEN_CLIP):
         raise Refusal(
             "C-FORMAT", "the tower has no transformers folder for PEFT to load", key="--format peft",

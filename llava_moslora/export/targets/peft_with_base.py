@@ -25,10 +25,7 @@ from llava_moslora.models.projector import read_projector
 
 
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
-    """
-    Raises:
-        Refusal: C-FORMAT, a run without adapters.
-    """
+    """Raises C-FORMAT for a run without adapters."""
     check_adapters(trained, "peft")
     start = trained.record.model.pretrain_mm_mlp_adapter
     widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
@@ -45,11 +42,9 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         hf.write_files(trained, folder / "base", dtype)
         save_config(adapter.config, folder / "adapter")
 
+    base = WeightFiles("base", hf.tensors(trained, projector, merged=False), dtype)
     return ExportPlan(
-        weights=[
-            WeightFiles("base", hf.tensors(trained, projector, merged=False), dtype),
-            peft_format.adapter_weights(adapter, "adapter"),
-        ],
+        weights=[base, peft_format.adapter_weights(adapter, "adapter")],
         write_files=write_files,
         load_from={"llava": "base", "adapter": "adapter"},
         rounded=tuple(PARTS),

@@ -15,10 +15,7 @@ from llava_moslora.export.trained_run import TrainedRun
 
 
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
-    """
-    Raises:
-        Refusal: C-FORMAT, not a CLIP tower.
-    """
+    """Raises C-FORMAT for a tower that is not a CLIP."""
     check_clip(trained, "xtuner")
 
     def write_files(folder: Path) -> None:

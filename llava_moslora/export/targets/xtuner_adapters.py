@@ -1,5 +1,5 @@
-"""``xtuner_adapters``: as ``xtuner``, with plain LoRAs in place of merged weights; readers are given the paths of the
-original LLM and vision tower.
+"""``xtuner_adapters``: as ``xtuner``, but plain LoRAs that are not merged; readers also need the paths of the original
+LLM and vision tower.
 
 Over an InternLM2 the adapters carry InternLM2's own names, for its own code: the LoRAs of query, key and value become
 one LoRA of the sum of their ranks over the fused ``wqkv``, exactly.
@@ -28,10 +28,7 @@ QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
-    """
-    Raises:
-        Refusal: C-FORMAT, a vision tower that has no folder of its own, or is no CLIP.
-    """
+    """Raises C-FORMAT for a vision tower that has no folder of its own, or is not a CLIP."""
     check_clip(trained, "xtuner_adapters")
     if trained.vision_spec.startswith(OPEN_CLIP):
         raise Refusal(
@@ -43,15 +40,13 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
         layers = to_internlm2(layers, trained.llm_config)
     tower_layers = {f"vision_model.{name}": layer for name, layer in trained.loras("vision_tower").items()}
     llm, vision = str(trained.llm_folder.resolve()), str(Path(trained.vision_spec).resolve())
+    depth, tower_depth = trained.llm_config.num_hidden_layers, trained.vision_config.num_hidden_layers
     adapters = {
-        "llm_adapter": AdapterFolder(
-            "llm_adapter", layers, llm, depth=trained.llm_config.num_hidden_layers, task="CAUSAL_LM"
-        ),
-        "vision_adapter": AdapterFolder(
-            "visual_encoder_adapter", tower_layers, vision, depth=trained.vision_config.num_hidden_layers
-        ),
+        "llm_adapter": AdapterFolder("llm_adapter", layers, llm, depth=depth, task="CAUSAL_LM"),
+        "vision_adapter": AdapterFolder("visual_encoder_adapter", tower_layers, vision, depth=tower_depth),
     }
     adapters = {part: adapter for part, adapter in adapters.items() if adapter.layers}
+    load_from = {"llm": llm, "vision": vision, "projector": "projector"}
     not_provable = "not possible: the adapters are for InternLM2's own code, which is never run here"
 
     def write_files(folder: Path) -> None:
@@ -62,10 +57,7 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
     return ExportPlan(
         weights=[projector.weights(trained, "projector"), *(adapter.weights for adapter in adapters.values())],
         write_files=write_files,
-        load_from={
-            **{"llm": llm, "vision": vision, "projector": "projector"},
-            **{part: adapter.name for part, adapter in adapters.items()},
-        },
+        load_from=load_from | {part: adapter.name for part, adapter in adapters.items()},
         not_provable=not_provable if trained.is_internlm2 else None,
     )
 
