@@ -170,7 +170,7 @@ class TrainingSettings(Settings):
 
     _argument_group_name = "training"
 
-    output_dir: str | None = setting(None, "the run folder: checkpoints, settings, logs")
+    output_dir: str = setting("", "the run folder: checkpoints, settings, logs")
     global_batch_size: int | None = setting(
         None, "records per optimizer step on all ranks together; sets --gradient_accumulation_steps"
     )

@@ -53,12 +53,10 @@ from llava_moslora.training.validate import check, check_launch
 
 @catch_lost_ranks()
 def main() -> None:
-    preemption = Preemption()
-    preemption.install()
+    preemption = Preemption()  # handles SIGTERM and SIGINT from here on
 
     # 1. Read the flags, join the other ranks, and check the flags against each other
-    argv = sys.argv[1:]
-    model_settings, data_settings, adapter_settings, training = parse(argv, __doc__)
+    model_settings, data_settings, adapter_settings, training = parse(sys.argv[1:], __doc__)
     model_settings = name_parts(model_settings)  # a complete LLaVA: its LLM, vision tower and projector
     check_launch(training["deepspeed"])
     if training["deepspeed"]:
@@ -67,7 +65,7 @@ def main() -> None:
     check(model_settings, adapter_settings, args)
     run, main_process = Path(args.output_dir), args.process_index == 0
     print_once = print if main_process else (lambda *_: None)
-    inputs = input_paths(model_settings, data_settings, args, argv)
+    inputs = input_paths(model_settings, data_settings, args, sys.argv[1:])
     if main_process:
         check_output(args, inputs, data_settings)
 
@@ -125,11 +123,7 @@ def main() -> None:
         print_once("--save_strategy no: nothing of this run will be saved")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
-    step = trainer.state.global_step
-    if (run / f"checkpoint-{step}").is_dir():
-        print_once(f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED")
-    else:
-        print_once(f"trained: {run}; its last step, {step}, was not saved: there is nothing to export")
+    print_once(closing_line(run, trainer.state.global_step))
     if lock is not None:
         lock.release()
 
@@ -156,6 +150,12 @@ def sample_answers(args: TrainingArguments, chat_model: ChatModel, data: DataSet
     samples = read_samples(args.sample_questions, args.sample_image_folder or data.image_folder)
     run, steps = Path(args.output_dir), args.sample_steps
     return SampleAnswers(samples, chat_model, run, steps=steps, max_new_tokens=args.sample_max_new_tokens)
+
+
+def closing_line(run: Path, step: int) -> str:
+    if (run / f"checkpoint-{step}").is_dir():
+        return f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED"
+    return f"trained: {run}; its last step, {step}, was not saved: there is nothing to export"
 
 
 if __name__ == "__main__":

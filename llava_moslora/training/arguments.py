@@ -98,7 +98,7 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
                 raise Refusal("C-FLAG", "not supported", key=f"--{name}_kwargs", fix="use --recompute instead")
 
     def _set_accumulation(self) -> None:
-        """``gradient_accumulation_steps`` from ``global_batch_size``; before ``"auto"`` in DeepSpeed's file is filled."""
+        """``gradient_accumulation_steps`` from ``global_batch_size``; before DeepSpeed's file is filled from it."""
         asked = self.gradient_accumulation_steps
         if self.global_batch_size is None:
             self.gradient_accumulation_steps = 1 if asked is None else asked
@@ -207,7 +207,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser adds --no_X for an X that is True
             return f"as --{action.dest} False"
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
 
 
 def some_fields(settings: type, names: Collection[str], heading: str) -> type:
