@@ -115,9 +115,17 @@ OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     [
         ("galore_adamw", None, r"this optimizer's state cannot be saved; found galore_adamw; expected adamw_torch, .*"),
         ("adagrad", {"stage": 0}, "this optimizer's state cannot be saved; found adagrad"),
-        ("adamw_bnb_8bit", {"stage": 2}, r"cannot partition .*state; found adamw_bnb_8bit; .*; fix: zero_configs/zero0.json"),
+        (
+            "adamw_bnb_8bit",
+            {"stage": 2},
+            r"cannot partition .*state; found adamw_bnb_8bit; .*; fix: zero_configs/zero0.json",
+        ),
         ("adafactor", {"stage": 3}, r"cannot partition .*state; found adafactor; expected adamw_torch, .*, sgd"),
-        ("sgd", OFFLOAD, r"replaces an offloaded optimizer by its Adam; found sgd; expected adamw_torch, adamw_torch_fused; fix: --optim"),
+        (
+            "sgd",
+            OFFLOAD,
+            r"replaces an offloaded optimizer by its Adam; found sgd; expected adamw_torch, adamw_torch_fused; fix: --optim",
+        ),
     ],
 )
 def test_an_optimizer_that_cannot_be_saved_is_refused(asked, name, zero, message):
