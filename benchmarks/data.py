@@ -100,7 +100,7 @@ def encode_naively(conversation: list[dict], tokenizer: PreTrainedTokenizerFast)
 
 
 def rate(work: Callable[[], int], seconds: float = 4.0) -> float:
-    """Things per second of ``work``, which says how many it did; the best of the repetitions that fit the time."""
+    """Items per second of ``work``, which returns how many it did; the best of the repetitions that fit the time."""
     best, until = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < until:
         begin = time.perf_counter()
@@ -173,7 +173,7 @@ def torchvision_rate(root: Path, names: list[str], size: dict) -> dict:
 
 
 def peak_of_reading(path: Path) -> dict:
-    """Peak memory of a new process that reads the whole file, beside one that only imports, and beside json.load."""
+    """Peak memory of a new process that reads the whole file, of one that only imports, and of json.load."""
     codes = {
         "imports": "import llava_moslora.data.formats",
         "ours": "from llava_moslora.data.formats import read_records\nprint(sum(1 for _ in read_records(sys.argv[1])))",
@@ -216,7 +216,7 @@ def mix_lengths(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def padding(text: np.ndarray) -> dict:
-    """Padding waste at 16 records per device, on one rank and as eight ranks are dealt their shares."""
+    """Share of padding at 16 records per device, on one rank and on eight."""
     lengths, imaged = mix_lengths(text)
     orders = {f"group {group}": {"group": group} for group in (XTUNER_DATA_GROUP, 75, DATA_GROUP, 200)}
     found = {}
@@ -232,8 +232,8 @@ def padding(text: np.ndarray) -> dict:
 
 def packing(text: np.ndarray, batches: int = 3) -> dict:
     """Tokens per second, padding not counted, of forward and backward of one Llama layer of width 1,024 on the same
-    records: one per line against several per line of 2,048, in the grouped order and shuffled. (PyTorch's attention
-    on a CPU computes the whole square of a packed line, a third of this layer's work; flash attention would not.)"""
+    records: one per row against several per row of 2,048, in the grouped order and shuffled. (PyTorch's attention on a
+    CPU computes the whole square of a packed row, a third of this layer's work; flash attention would not.)"""
     lengths, imaged = mix_lengths(text)
     config = LlamaConfig(vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=1,
                          num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
@@ -243,7 +243,7 @@ def packing(text: np.ndarray, batches: int = 3) -> dict:
     for order in ("modality_length", "shuffle"):
         sampler = GlobalBatchSampler(lengths, imaged, per_device_batch_size=16, order=order)
         chosen = sampler.epoch_order().reshape(-1, 16)[np.linspace(1, sampler.global_batches - 2, batches).astype(int)]
-        for name, pack_to in (("one per line", None), ("packed", 2048)):
+        for name, pack_to in (("one per row", None), ("packed", 2048)):
             collate = Collator(0, None, ImageTransform(1, (1, 1), MEAN, STD), pack_to=pack_to)
             seconds = real = padded = 0.0
             for batch in chosen:
@@ -258,7 +258,7 @@ def packing(text: np.ndarray, batches: int = 3) -> dict:
                 seconds += time.perf_counter() - begin
                 real, padded = real + lengths[batch].sum(), padded + inputs["input_ids"].numel()
             found[f"{order}, {name}"] = {"tokens_per_s": real / seconds, "padding": float(1 - real / padded)}
-        both = [found[f"{order}, {name}"]["tokens_per_s"] for name in ("packed", "one per line")]
+        both = [found[f"{order}, {name}"]["tokens_per_s"] for name in ("packed", "one per row")]
         found[f"{order}, ratio"] = both[0] / both[1]
     return found
 

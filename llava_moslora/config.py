@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_moslora.errors import Refusal
@@ -70,6 +71,18 @@ class ModelSettings(Settings):
     version: str | None = setting(None, "name of the conversation template; default: recognised from the tokenizer")
     bits: int = setting(16, "per weight of the frozen LLM; 4: NF4, quantised while loading (QMoSLoRA)", BITS)
     attn_implementation: str = setting("sdpa", "attention of both towers", ATTENTION_IMPLEMENTATIONS)
+
+    @property
+    def tower(self) -> str:
+        """``vision_tower``, once it is known (:func:`llava_moslora.models.llava_folder.name_parts`)."""
+        assert self.vision_tower is not None, "a complete LLaVA whose parts are not named yet"
+        return self.vision_tower
+
+    @property
+    def template(self) -> str:
+        """``version``, once it is known."""
+        assert self.version is not None, "the conversation template is not recognised yet"
+        return self.version
 
 
 @dataclass
@@ -214,3 +227,7 @@ class TrainingSettings(Settings):
             raise Refusal("C-FLAG", "missing flag", key="--output_dir", fix="name the folder of the run")
         if self.resume and self.overwrite:
             raise Refusal("C-FLAG", "a run is either continued or deleted", key="--resume, --overwrite")
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import distributed
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -13,7 +17,7 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def from_rank_0(value: object) -> object:
+def from_rank_0(value: T) -> T:
     """Rank 0's ``value``, on every rank. Collective."""
     if not distributed.is_initialized():
         return value
@@ -22,10 +26,10 @@ def from_rank_0(value: object) -> object:
     return box[0]
 
 
-def from_all_ranks(value: object) -> list:
+def from_all_ranks(value: T) -> list[T]:
     """Every rank's ``value``, in the order of the ranks, on every rank. Collective."""
     if not distributed.is_initialized():
         return [value]
-    values = [None] * world_size()
+    values: list = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values

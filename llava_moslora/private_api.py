@@ -88,6 +88,7 @@ PARTS = {
         *_parts(LORA, "update_layer(adapter_name, r, lora_alpha, config)", caller=LORA_LINEAR),
         *_parts(LORA, "_cache_store(key, value) _cache_pop(key)"),
         *_parts(LORA_LINEAR, "get_delta_weight(adapter)", caller=LORA_LINEAR),
+        *_parts(TUNER_LAYER, "set_adapter(adapter_names, inference_mode)", caller="peft.tuners.tuners_utils:BaseTuner"),
         *_parts(TUNER_LAYER, "_cast_input_dtype(x, dtype)", caller=LORA_LINEAR),
         *_parts(TUNER_LAYER, "frozen_peft_weight_names _move_adapter_to_device_of_base_layer(adapter_name, device)"),
     ],

@@ -38,7 +38,8 @@ def main() -> None:
             stream_.reconfigure(errors=errors)
     waiting = [open_image(file) for file in args.image]
     chat_model = load(args.model)
-    turns, images = first_turns(args.system), []
+    turns: list[Turn] = first_turns(args.system)
+    images: list = []
     while (line := ask_user()) is not None:
         command, _, rest = line.partition(" ")
         if command == "/exit":

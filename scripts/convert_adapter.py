@@ -5,17 +5,16 @@
         --lora_alpha llm.=128 visual_encoder.=16 \\
         --rename llm.model.=model.language_model. visual_encoder.vision_model.=model.vision_tower.
 
-Read are this package's adapters, the MoSLoRA authors' repository and their fork of PEFT, XTuner's iter_N.pth, and plain
-LoRAs. A plain LoRA becomes a MoSLoRA adapter with identity mixers, from which training can continue. No base model is
-needed, and both forms compute what the source computes.
+It reads adapters of this package, of the MoSLoRA authors' repository and their fork of PEFT, XTuner's iter_N.pth and
+plain LoRAs. A plain LoRA becomes a MoSLoRA adapter with identity mixers, from which training can continue. No base
+model is needed, and the result computes what the source computes.
 """
 
 import argparse
 from pathlib import Path
 
-from llava_moslora.adapters.fold import Adapter, fold, save
+from llava_moslora.adapters.fold import Adapter, LowRank, fold, rename_adapter, replace_prefix, save
 from llava_moslora.adapters.load import read_adapter
-from llava_moslora.adapters.rename import rename_adapter, replace_prefix
 from llava_moslora.errors import Refusal, few, run_script
 from llava_moslora.files.disk import new_folder
 
@@ -36,7 +35,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="OLD=NEW",
-        help="beginnings of module names in the source, and what replaces them; the longest that fits counts",
+        help="prefixes of module names in the source, and what replaces them; the longest match counts",
     )
     parser.add_argument(
         "--lora_alpha",
@@ -65,16 +64,16 @@ def convert(source: Path, output: Path, form: str, rename: list[str], lora_alpha
     names = [*adapter.layers, *adapter.others]
     for key, given in (("--rename", prefixes), ("--lora_alpha", alphas)):
         if unused := [prefix for prefix in given if not any(name.startswith(prefix) for name in names)]:
-            what, fix = "no name in the adapter begins with it", "take a beginning of these names"
+            what, fix = "no name in the adapter begins with it", "use a prefix of these names"
             raise Refusal("C-FLAG", what, file=source, key=key, found=unused[0], expected=few(names), fix=fix)
-    if source.is_file() and adapter.others:  # all of a training is in XTuner's file
-        print(f"not written: {few(adapter.others)}, which are not the adapter's")
+    if source.is_file() and adapter.others:  # XTuner saves the whole training in one file
+        print(f"not written: {few(adapter.others)}, which do not belong to the adapter")
         adapter = Adapter(adapter.config, adapter.layers, {})
     if prefixes:
         adapter = rename_adapter(adapter, lambda name: replace_prefix(name, prefixes))
     with new_folder(output) as staging:
         save(fold(adapter) if form == "lora" else adapter, staging)
-    ranks = sorted({layer.rank for layer in adapter.layers.values()})
+    ranks = sorted({layer.rank for layer in adapter.layers.values() if isinstance(layer, LowRank)})
     print(f"converted: {output}, {len(adapter.layers)} layers of rank {', '.join(map(str, ranks))}")
 
 
@@ -88,7 +87,7 @@ def _renames(words: list[str]) -> dict[str, str]:
 
 
 def _alphas(words: list[str]) -> dict[str, float]:
-    """Beginning of names → alpha; a number alone is for all names."""
+    """Prefix of names → alpha; a number alone is for all names."""
     alphas = {}
     for word in words:
         prefix, _, number = word.rpartition("=")

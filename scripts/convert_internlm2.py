@@ -14,8 +14,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig
 
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.files.disk import new_folder
-from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.disk import new_folder, read_json, write_json
 from llava_moslora.files.tensors import read_tensor_folder
 from llava_moslora.models.internlm2 import MODEL_TYPE, llama_tensors
 from llava_moslora.models.llm import read_llm_config, read_llm_tensors, with_old_rope

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.evaluation.vqa import accuracy, ask, read_questions, with_images
-from llava_moslora.files.disk import fsync
-from llava_moslora.files.json import replace_json
+from llava_moslora.files.disk import fsync, replace_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.inference.generate import first_logits
 from llava_moslora.inference.load import load_run
@@ -65,7 +64,7 @@ def main() -> None:
             answers.append(text)
             print(json.dumps(text), file=kept, flush=True)
     share = accuracy(examples, answers)
-    if output is not None:
+    if output is not None and unfinished is not None:
         replace_json(output, {"accuracy": share, "answers": answers})
         unfinished.unlink()
     print(f"{share:.1%} of {len(examples)} questions answered right")

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", help="the LLM's folder, if it moved since the training")
     parser.add_argument("--vision_tower", help="the vision tower, if it moved since the training")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an export in --output_dir, if it did not change since"
+        "--overwrite", action="store_true", help="replace the export in --output_dir, if none of its files changed"
     )
     parser.add_argument("--no_proof", action="store_true", help="skip the proof; export_report.json records that")
     args = parser.parse_args()

@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from llava_moslora.config import DataSettings, ModelSettings, Settings, setting
-from llava_moslora.data.prepare import prepare, report_of
+from llava_moslora.data.cache import report_of
+from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.models.llava_folder import name_parts
@@ -60,8 +61,10 @@ def make_report_folder(folder: Path) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        where = {"file": folder, "key": "--report_dir", "found": error.strerror}
-        raise Refusal("C-PATH", "the report cannot be written there", **where, fix="name another folder") from error
+        raise Refusal(
+            "C-PATH", "the report cannot be written there", file=folder, key="--report_dir", found=error.strerror,
+            fix="name another folder",
+        ) from error  # fmt: skip
 
 
 def main() -> None:
@@ -78,7 +81,7 @@ def main() -> None:
         data,
         tokenizer=tokenizer,
         template=template,
-        tokens_per_image=tokens_per_image(read_vision_config(model.vision_tower)),
+        tokens_per_image=tokens_per_image(read_vision_config(model.tower)),
         longest_text=longest_text(read_llm_config(llm)) if (llm / "config.json").is_file() else None,
     )
     counts = {name: value for name, value in report_of(dataset).items() if isinstance(value, int)}

@@ -15,6 +15,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal, run_script
@@ -130,7 +131,7 @@ def page(chat_models: dict[str, ChatModel]):
                 return
             earlier = [past for past in rounds if past["file"] is not None]
             new = file if not earlier or earlier[-1]["file"] != file else None  # the image is shown once
-            this = {"file": new, "question": question.strip(), "answers": [""] * len(chat_models)}
+            this: dict[str, Any] = {"file": new, "question": question.strip(), "answers": [""] * len(chat_models)}
             rounds = [*rounds, this]
             for number, chat_model in enumerate(chat_models.values()):
                 try:

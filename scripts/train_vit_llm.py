@@ -20,9 +20,10 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
+from llava_moslora.data.cache import keys_of, report_of
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
-from llava_moslora.data.prepare import keys_of, prepare, report_of
+from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.distributed import from_rank_0
@@ -63,7 +64,7 @@ def main() -> None:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
     args = TrainingArguments(**training)
     check(model_settings, adapter_settings, args)
-    run, main_process = Path(args.output_dir), args.process_index == 0
+    run, main_process = args.run_folder, args.process_index == 0
     print_once = print if main_process else (lambda *_: None)
     inputs = input_paths(model_settings, data_settings, args, sys.argv[1:])
     if main_process:
@@ -71,8 +72,8 @@ def main() -> None:
 
     # 2. Read configurations and tokenizer, no weights yet
     llm_config = read_llm_config(model_settings.model_name_or_path)
-    vision_config = read_vision_config(model_settings.vision_tower)
-    processor = read_image_settings(model_settings.vision_tower)
+    vision_config = read_vision_config(model_settings.tower)
+    processor = read_image_settings(model_settings.tower)
     transform = ImageTransform.from_settings(processor, data_settings)
     tokenizer = load_tokenizer(model_settings.model_name_or_path)
     template = model_settings.version or recognise_template(tokenizer)
@@ -142,14 +143,14 @@ def build_model(
         model = train_projector_only(model)
     else:
         model = add_adapters(model, adapter_settings)
-    set_recompute(model, args.recompute)
+    set_recompute(model, args.recompute or "none")
     return model
 
 
 def sample_answers(args: TrainingArguments, chat_model: ChatModel, data: DataSettings) -> SampleAnswers:
     samples = read_samples(args.sample_questions, args.sample_image_folder or data.image_folder)
-    run, steps = Path(args.output_dir), args.sample_steps
-    return SampleAnswers(samples, chat_model, run, steps=steps, max_new_tokens=args.sample_max_new_tokens)
+    limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
+    return SampleAnswers(samples, chat_model, args.run_folder, **limits)
 
 
 def closing_line(run: Path, step: int) -> str:

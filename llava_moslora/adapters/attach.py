@@ -1,4 +1,4 @@
-"""Putting an adapter that was read from a file into a model."""
+"""Puts an adapter that was read from a file into a model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
 
-from llava_moslora.adapters.fold import Adapter, named_tensors
-from llava_moslora.adapters.rename import rename_adapter
+from llava_moslora.adapters.fold import Adapter, named_tensors, rename_adapter
 from llava_moslora.errors import Refusal, few
 
 VIT_LEVEL = "vision_model."  # the level in CLIPVisionModel's names that transformers 5.6 removed
@@ -23,15 +22,13 @@ def for_model(adapter: Adapter, module_names: Iterable[str]) -> Adapter:
     """
     present = set(module_names)
     bare = {name.replace(VIT_LEVEL, "", 1): name for name in present}
-    names = {name: name if name in present else bare.get(name.replace(VIT_LEVEL, "", 1)) for name in adapter.layers}
-    if missing := [name for name, found in names.items() if found is None]:
+    names = {name: name if name in present else bare.get(name.replace(VIT_LEVEL, "", 1), "") for name in adapter.layers}
+    if missing := [name for name, found in names.items() if not found]:
         raise Refusal(
-            "K-ADAPTER",
-            f"{len(missing)} of {len(names)} adapted layers are not in the model",
-            found=few(missing),
+            "K-ADAPTER", f"{len(missing)} of {len(names)} adapted layers are not in the model", found=few(missing),
             expected=f"names such as {few(sorted(present))}",
-            fix="rename: replace the beginnings of the file's names by the model's",
-        )
+            fix="rename: replace the prefixes of the file's names by the model's",
+        )  # fmt: skip
     if all(old == new for old, new in names.items()):
         return adapter
     return rename_adapter(adapter, lambda name: names.get(name, name))

@@ -44,15 +44,9 @@ class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
             Refusal: C-MERGE, always.
         """
         raise Refusal(
-            "C-MERGE",
-            "an adapter is not merged into 4-bit weights",
-            found=type(self.get_base_layer()).__name__,
+            "C-MERGE", "an adapter is not merged into 4-bit weights", found=type(self.get_base_layer()).__name__,
             fix="merge into the original or into the dequantised weights: llava_moslora.adapters.bnb.merge_over_4bit",
-        )
-
-
-# Base layer → our layer
-LAYER_CLASSES = {bnb.nn.Linear4bit: MosLoraLinear4bit, bnb.nn.Linear8bitLt: MosLoraLinear8bitLt}
+        )  # fmt: skip
 
 
 def dequantised(layer: bnb.nn.Linear4bit) -> torch.Tensor:
@@ -92,9 +86,8 @@ def merge_over_4bit(
     # An adapted layer is replaced as a whole, with the bare layer in it.
     linears = {n: m for n, m in linears.items() if n.rpartition(".")[0] not in linears}
     if missing := [name for name in linears if originals is not None and name not in originals]:
-        raise Refusal(
-            "C-MERGE", f"{len(missing)} of {len(linears)} original weights missing", expected=", ".join(missing[:3])
-        )
+        what = f"{len(missing)} of {len(linears)} original weights missing"
+        raise Refusal("C-MERGE", what, expected=", ".join(missing[:3]))
     kinds = set()
     for name, module in linears.items():
         layer = module.get_base_layer() if isinstance(module, MosLoraLinear4bit) else module

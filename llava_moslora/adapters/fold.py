@@ -1,4 +1,4 @@
-"""What an adapter adds to weights, ΔW = s·B·W·A; merging it; and folding W away (A' = W·A), which leaves a plain LoRA::
+"""An adapter in memory: merged into weights (ΔW = s·B·W·A), folded into a plain LoRA (A' = W·A), renamed, saved::
 
     adapter = read_adapter("adapter")                       # .config, .layers[name], .others; see load.py
     weight = merge(weight, adapter.layers["model.layers.0.self_attn.q_proj"])
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,17 +23,21 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 
-from llava_moslora.errors import Refusal
-from llava_moslora.files.json import write_json
+from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig, config_of_layers
+from llava_moslora.errors import Refusal, few
+from llava_moslora.files.disk import write_json
 from llava_moslora.files.tensors import LazyTensor
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before every name of the base model
-# The fields of a LoRA's adapter_config.json that every version of PEFT knows: one before 0.14 stops at an unknown one.
+# The fields of a LoRA's adapter_config.json that every version of PEFT knows: before 0.14 it fails at an unknown field.
 COMMON_FIELDS = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
     *("layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "use_rslora", "use_dora"),
 )
+# The fields of a configuration that name modules, or that patterns set per module
+_NAMING = {"peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
+           *PATTERN_FIELDS, *PATTERN_FIELDS.values()}  # fmt: skip
 
 
 class Update(Protocol):
@@ -43,7 +49,7 @@ class Update(Protocol):
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
-        """As PEFT stores them: the name behind the linear's, such as ``lora_A.weight`` → the tensor."""
+        """As PEFT stores them: the name after the linear's, such as ``lora_A.weight`` → tensor."""
 
     def delta_rows(self, begin: int, end: int) -> torch.Tensor:
         """Rows ``begin`` to ``end`` of ΔW: float32[end - begin, in], or float64 of a float64 adapter."""
@@ -51,7 +57,7 @@ class Update(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The :class:`Update` of LoRA and MoSLoRA: ΔW = s·B·W·A, without W where nothing is mixed."""
+    """The :class:`Update` of LoRA and MoSLoRA: ΔW = s·B·W·A, without W in a plain LoRA."""
 
     a: LazyTensor  # (r, in)
     w: LazyTensor | None  # (r, r)
@@ -61,8 +67,8 @@ class LowRank:
     @classmethod
     def of(cls, a: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor, scaling: float) -> LowRank:
         """Of tensors in memory."""
-        a, w, b = (None if t is None else LazyTensor(Path(), tuple(t.shape), lambda t=t: t) for t in (a, w, b))
-        return cls(a, w, b, scaling)
+        lazy_w = None if w is None else LazyTensor.of(w, Path())
+        return cls(LazyTensor.of(a, Path()), lazy_w, LazyTensor.of(b, Path()), scaling)
 
     @property
     def rank(self) -> int:
@@ -82,7 +88,7 @@ class LowRank:
         return delta(a, None, b[begin:end], self.scaling)
 
     def folded(self) -> LowRank:
-        """The same ΔW without a W: W·A, in float32, in the place of A."""
+        """The same ΔW without W: A is W·A, in float32."""
         a = self.a.then(lambda a: folded(a, None if self.w is None else self.w.read()))
         return LowRank(a, None, self.b, self.scaling)
 
@@ -97,7 +103,7 @@ class Adapter:
     """One adapter as read from a file. Names are those of the base model's modules, without PEFT's prefix."""
 
     config: PeftConfig  # a MosLoraConfig, or a plain LoraConfig once folded
-    layers: dict[str, Update]
+    layers: Mapping[str, Update]
     others: dict[str, LazyTensor]  # modules_to_save and biases: the base model's parameter name → tensor
 
 
@@ -126,17 +132,15 @@ def merge(weight: torch.Tensor, update: Update) -> torch.Tensor:
     """
     if not weight.is_floating_point() or tuple(weight.shape) != update.shape:
         raise Refusal(
-            "K-MERGE",
-            "the adapter does not fit the weight",
-            found=f"{weight.dtype} {tuple(weight.shape)}",
+            "K-MERGE", "the adapter does not fit the weight", found=f"{weight.dtype} {tuple(weight.shape)}",
             expected=f"a floating-point matrix {update.shape}",
             fix="merge into the original 16-bit weights or into dequantised ones",
-        )
+        )  # fmt: skip
     return add(weight, update.delta_rows(0, len(weight)).to(weight.device))
 
 
 def fold(adapter: Adapter) -> Adapter:
-    """The published form: W·A (fp32) in the place of A, and the configuration of a plain LoRA. ΔW is the same.
+    """The same ΔW as a plain LoRA: A is W·A (fp32), and the configuration is a ``LoraConfig``.
 
     Raises:
         Refusal: K-ADAPTER, the adapter's method is not low-rank.
@@ -146,17 +150,47 @@ def fold(adapter: Adapter) -> Adapter:
     return Adapter(LoraConfig(**fields), layers, adapter.others)
 
 
-def fold_layers(layers: dict[str, Update]) -> dict[str, LowRank]:
+def fold_layers(layers: Mapping[str, Update]) -> dict[str, LowRank]:
     """Every layer as a plain LoRA.
 
     Raises:
         Refusal: as :func:`fold`.
     """
+    result = {}
     for name, layer in layers.items():
         if not isinstance(layer, LowRank):
             what, fix = "this adapter method cannot be written as a plain LoRA", "merge it into the weights"
             raise Refusal("K-ADAPTER", what, key=name, found=type(layer).__name__, expected="LoRA or MoSLoRA", fix=fix)
-    return {name: layer.folded() for name, layer in layers.items()}
+        result[name] = layer.folded()
+    return result
+
+
+def rename_adapter(adapter: Adapter, new_name: Callable[[str], str]) -> Adapter:
+    """The adapter with every name passed through ``new_name``, and a configuration that names the layers one by one.
+
+    Raises:
+        Refusal: K-ADAPTER, two layers would get the same name, or the method is neither LoRA nor MoSLoRA.
+    """
+    config = adapter.config
+    if not isinstance(config, MosLoraConfig):
+        raise Refusal("K-ADAPTER", "names of this adapter method cannot be changed", found=type(config).__name__)
+    layers = {new_name(name): layer for name, layer in adapter.layers.items()}
+    if len(layers) < len(adapter.layers):
+        same = [name for name, count in Counter(map(new_name, adapter.layers)).items() if count > 1]
+        raise Refusal("K-ADAPTER", "two layers get the same name", found=few(same))
+    names = [f.name for f in dataclasses.fields(config) if f.name not in _NAMING]
+    settings = {new_name(name): config.settings_of(name) for name in adapter.layers}
+    others = {new_name(name): tensor for name, tensor in adapter.others.items()}
+    return Adapter(config_of_layers(settings, {name: getattr(config, name) for name in names}), layers, others)
+
+
+def replace_prefix(name: str, prefixes: Mapping[str, str]) -> str:
+    """``name`` with the longest of the ``prefixes`` (old → new) that it begins with replaced."""
+    fitting = [prefix for prefix in prefixes if name.startswith(prefix)]
+    if not fitting:
+        return name
+    prefix = max(fitting, key=len)
+    return prefixes[prefix] + name[len(prefix) :]
 
 
 def named_tensors(adapter: Adapter) -> dict[str, LazyTensor]:
@@ -176,8 +210,8 @@ def save(adapter: Adapter, folder: str | Path) -> None:
 
 
 def save_config(config: PeftConfig, folder: Path) -> None:
-    """``adapter_config.json``; of a plain LoRA without the fields that an older PEFT does not know, where they have
-    their default values."""
+    """Write ``adapter_config.json``; a plain LoRA's without the fields that older versions of PEFT do not know, unless
+    they are set."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(config)
     config.inference_mode = True

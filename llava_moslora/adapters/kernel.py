@@ -41,13 +41,7 @@ INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the byt
 
 
 def low_rank_update(
-    result: Tensor,
-    x: Tensor,
-    a: Tensor,
-    w: Tensor | None,
-    b: Tensor,
-    scaling: float,
-    dropout: float = 0.0,
+    result: Tensor, x: Tensor, a: Tensor, w: Tensor | None, b: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor:
     """``result`` plus the adapter's branch, in the dtype of ``result``.
 
@@ -111,11 +105,9 @@ def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, O)
         u = rows.project(f.a)  # (N, r), recomputed
         grad_u, *grads = f.gradients(grad, u, rows, branch_scale(scaling, drop), needs[1:])
-        grads = (rows.add_gradient_of_x(None, grad_u, f.a).view(x.shape) if needs[0] else None, *grads)
-    return [
-        grad.to(like.dtype) if need else like.new_empty(0)
-        for grad, like, need in zip(grads, _tensors_like_gradients(x, a, w, b), needs, strict=True)
-    ]
+        grads.insert(0, rows.add_gradient_of_x(None, grad_u, f.a).view(x.shape) if needs[0] else None)
+    likes = _tensors_like_gradients(x, a, w, b)
+    return [like.new_empty(0) if g is None else g.to(like.dtype) for g, like in zip(grads, likes, strict=True)]
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
@@ -162,7 +154,7 @@ class Factors:
             grad_a = rows.gradient_of_a(grad_u)
         return grad_u, *self.unfold_gradients(grad_a, grad_w, grad_b, needs)
 
-    def unfold_gradients(self, grad_a, grad_w, grad_b, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+    def unfold_gradients(self, grad_a, grad_w, grad_b, needs: list[bool]) -> tuple[Tensor | None, ...]:
         """The gradients of A, W and B, as far as they are needed, from those of these factors."""
         if self.folded_into is None:
             return grad_a, grad_w, grad_b
@@ -223,18 +215,18 @@ class TritonDroppedInput(DroppedInput):
     def __init__(self, rows: Tensor, seed: Tensor, drop: int):
         from llava_moslora.adapters import triton_dropout  # imported here: needs Triton
 
-        self.rows, self.mask = rows.contiguous(), (seed, drop)
+        self.rows, self._seed_and_drop = rows.contiguous(), (seed, drop)
         self._products = triton_dropout
 
     def project(self, a: Tensor) -> Tensor:
-        return self._products.dropped_project(self.rows, a.contiguous(), *self.mask)
+        return self._products.dropped_project(self.rows, a.contiguous(), *self._seed_and_drop)
 
     def gradient_of_a(self, grad_u: Tensor) -> Tensor:
-        return self._products.dropped_outer(grad_u.contiguous(), self.rows, *self.mask)
+        return self._products.dropped_outer(grad_u.contiguous(), self.rows, *self._seed_and_drop)
 
     def add_gradient_of_x(self, grad_x: Tensor | None, grad_u: Tensor, a: Tensor) -> Tensor:
         grad_x = torch.zeros_like(self.rows) if grad_x is None else grad_x
-        return self._products.add_dropped(grad_x, grad_u.contiguous(), a.contiguous(), *self.mask)
+        return self._products.add_dropped(grad_x, grad_u.contiguous(), a.contiguous(), *self._seed_and_drop)
 
 
 def dropped_input(rows: Tensor, seed: Tensor | None, drop: int) -> DroppedInput:
@@ -335,15 +327,11 @@ def flops(rows: int, i: int, o: int, r: int, mixed: bool, need_x: bool = True) -
     }
 
 
-def _rows(shape: torch.Size) -> int:
-    return shape[:-1].numel()
-
-
 @register_flop_formula(torch.ops.llava_moslora.low_rank)
 def _(result, x, a, w, b, seed, scaling, drop, dtype, out_shape=None, **kwargs) -> int:
-    return flops(_rows(x), a[1], b[0], a[0], w is not None)["forward"]
+    return flops(x[:-1].numel(), a[1], b[0], a[0], w is not None)["forward"]
 
 
 @register_flop_formula(torch.ops.llava_moslora.low_rank_backward)
 def _(grad, x, a, w, b, seed, scaling, drop, dtype, needs, out_shape=None, **kwargs) -> int:
-    return flops(_rows(x), a[1], b[0], a[0], w is not None, needs[0])["backward"]
+    return flops(x[:-1].numel(), a[1], b[0], a[0], w is not None, needs[0])["backward"]

@@ -1,4 +1,4 @@
-"""MoSLoRA over ``nn.Linear``, and what its layers over quantised linears share: thin subclasses of PEFT's LoRA layers.
+"""MoSLoRA layers, as thin subclasses of PEFT's LoRA layers; those over quantised linears are in bnb.py.
 
 A layer adds one parameter, ``lora_mixer`` (r×r, next to ``lora_A`` and ``lora_B``), and one PEFT variant that uses it;
 PEFT keeps its forward loops, its merging and its handling of several adapters.
@@ -9,6 +9,7 @@ Shapes: r rank, in/out features of the layer. All weights are floating point, of
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners import lora
@@ -16,13 +17,17 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 from llava_moslora import recompute
+from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
 from llava_moslora.adapters.fold import add, delta
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.adapters.linear import adapted_linear, frozen_dtype
-from llava_moslora.adapters.mixer_config import MixerConfig
-from llava_moslora.adapters.settings import check_even_rank
 from llava_moslora.errors import Refusal
 from llava_moslora.private_api import check_private_api
+
+if TYPE_CHECKING:  # each subclass of MosLoraLayer also has one of PEFT's layer classes as a base
+    from peft.tuners.lora import Linear as PeftLayer
+else:
+    PeftLayer = object
 
 check_private_api("adapters.layers")
 
@@ -31,7 +36,7 @@ class MosLoraVariant(LoraVariant):
     """What PEFT calls for an adapter made from a ``MosLoraConfig``; ``module`` is one of the layers below."""
 
     @staticmethod
-    def init(module: MosLoraLayer, adapter_name: str, config: MixerConfig, **kwargs) -> None:
+    def init(module: MosLoraLayer, adapter_name: str, config: MosLoraConfig, **kwargs) -> None:
         """Create W with the settings of ``config``, which is this module's own; a frozen identity is not stored."""
         if not config.has_mixer:
             return
@@ -98,13 +103,13 @@ def init_mixer(weight: torch.Tensor, how: str) -> None:
         raise AssertionError(f"MosLoraConfig accepted the mixer init {how!r}")
 
 
-class MosLoraLayer:
-    """What the layers share; comes before a PEFT LoRA layer class among the bases."""
+class MosLoraLayer(PeftLayer):
+    """Base of our layers, before a LoRA layer class of PEFT among the bases."""
 
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
 
     keep_base = False  # see the function of that name
-    _unchecked: MixerConfig | None = None  # the configuration of an adapter that PEFT is still putting into the model
+    _unchecked: MosLoraConfig | None = None  # of an adapter that PEFT is still adding to the model
 
     def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, target_name="", **kwargs):
         # Here because PEFT's bitsandbytes layers do not pass target_name on to update_layer.
@@ -119,21 +124,18 @@ class MosLoraLayer:
         """
         if "lora_mixer" not in self._modules:
             self.lora_mixer = nn.ModuleDict()
-        if isinstance(config, MixerConfig):
+        if isinstance(config, MosLoraConfig):
             config = config.for_module(target_name)
             if r > min(self.in_features, self.out_features):
                 raise Refusal(
-                    "C-RANK",
-                    "the rank exceeds what the layer can hold",
-                    key=config.module_name,
-                    found=r,
+                    "C-RANK", "the rank exceeds what the layer can hold", key=config.module_name, found=r,
                     expected=f"at most min(in, out) = {min(self.in_features, self.out_features)}",
                     fix="lower r, or give this module its own rank in rank_pattern",
-                )
+                )  # fmt: skip
             if config.mixer_init == "butterfly":
                 check_even_rank(config.module_name, r)
         super().update_layer(adapter_name, r, lora_alpha, config, target_name=target_name, **kwargs)
-        if isinstance(config, MixerConfig):
+        if isinstance(config, MosLoraConfig):
             self._unchecked = config.full_config
 
     def set_adapter(self, adapter_names, inference_mode=False):
@@ -145,7 +147,7 @@ class MosLoraLayer:
             config.check_targets()
 
     def resolve_lora_variant(self, *, config, **kwargs):
-        if isinstance(config, MixerConfig):
+        if isinstance(config, MosLoraConfig):
             return MosLoraVariant()
         return super().resolve_lora_variant(config=config, **kwargs)
 
@@ -163,8 +165,8 @@ class MosLoraLayer:
     fused_base_layers: tuple[type[nn.Module], ...] = (nn.Linear,)  # what ``adapted_linear`` computes itself
 
     def _only_adapter(self, x: torch.Tensor) -> str | None:
-        """The adapter that is trained here, if only it and the frozen linear are to be computed, in one dtype, and no
-        hook sees or moves the linear's weight (ZeRO-3, offloading); else None."""
+        """The adapter to compute together with the frozen linear as one operation: the only active one, in the dtype of
+        the linear, while no hook sees or moves the linear's weight (ZeRO-3, offloading); else None."""
         base = self.get_base_layer()
         if type(base) not in self.fused_base_layers or self.disable_adapters or self.merged:
             return None
@@ -198,7 +200,7 @@ class MosLoraLayer:
         return super()._cast_input_dtype(x, dtype)
 
     def adapter_weights(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """A (r, in), W (r, r) or None where nothing is mixed, B (out, r)."""
+        """A (r, in), W (r, r) or None without a mixer, B (out, r)."""
         w = self.lora_mixer[adapter].weight if adapter in self.lora_mixer else None
         return self.lora_A[adapter].weight, w, self.lora_B[adapter].weight
 
@@ -235,13 +237,10 @@ class MosLoraLinear(MosLoraLayer, lora.Linear):
 
 
 class UnsupportedModule:
-    """The entry of every other kind of module: without it PEFT would put a plain LoRA there."""
+    """Refuses every other kind of module: otherwise PEFT would put a plain LoRA there."""
 
     def __init__(self, base_layer, adapter_name, *, target_name="", **kwargs):
         raise Refusal(
-            "C-TARGET",
-            "MoSLoRA adapts nn.Linear and bitsandbytes 4-bit and 8-bit linears",
-            key=target_name,
-            found=type(base_layer).__name__,
-            fix="take it out of target_modules",
-        )
+            "C-TARGET", "MoSLoRA adapts nn.Linear and bitsandbytes 4-bit and 8-bit linears", key=target_name,
+            found=type(base_layer).__name__, fix="take it out of target_modules",
+        )  # fmt: skip

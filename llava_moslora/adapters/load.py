@@ -1,6 +1,6 @@
-"""Reading an adapter in every spelling there is, without a model and without executing anything from the file::
+"""Reads adapters of this package and of others, without a model and without executing anything from the file::
 
-    read_adapter("adapter")                                               # ours, the reference's, plain LoRA
+    read_adapter("adapter")                                               # ours, the authors', plain LoRA
     read_adapter("iter_1.pth", lora_alpha={"llm.": 128, "visual_encoder.": 16}, rename={"llm.": ""})  # XTuner's
 
 Missing or unexpected tensors and unknown settings are refused: without its mixer an adapter runs, and is wrong.
@@ -9,36 +9,85 @@ Missing or unexpected tensors and unknown settings are refused: without its mixe
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import PeftConfig
 from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 
-from llava_moslora.adapters.config import MosLoraConfig
-from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter
-from llava_moslora.adapters.methods import METHODS, Method
-from llava_moslora.adapters.rename import config_of, exact_patterns, rename_adapter, replace_prefix
-from llava_moslora.adapters.settings import PEFT_TYPE
+from llava_moslora.adapters.config import PEFT_TYPE, MosLoraConfig, config_of_layers, exact_patterns, stores_mixer
+from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter, LowRank, Update, rename_adapter, replace_prefix
 from llava_moslora.errors import Refusal, few
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_file
 
 CONFIG, WEIGHT_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 FORK_INITS = {True: "kaiming_uniform", "kai": "kaiming_uniform", "orth": "orthogonal"}
 
-# The tensors of each adapted linear by short name (Method.names)
-Layers = dict[str, dict[str, LazyTensor]]
+Layers = dict[str, dict[str, LazyTensor]]  # adapted linear → its tensors by short name (Method.names)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the tensors that a method stores for an adapted linear become an :class:`Update` of its weight.
+
+    Attributes:
+        config: the class of its configuration.
+        names: name of a tensor after the linear's name, as PEFT or another implementation stores it → short name.
+        needed: (configuration, linear's name) → short names of all tensors that the linear must have.
+        update: (tensors by short name, configuration, linear's name) → the update; refuses (K-ADAPTER) shapes that do
+            not fit the configuration.
+    """
+
+    config: type[PeftConfig]
+    names: Mapping[str, str]
+    needed: Callable[[PeftConfig, str], set[str]]
+    update: Callable[[dict[str, LazyTensor], PeftConfig, str], Update]
+
+
+def _moslora_needed(config: MosLoraConfig, module: str) -> set[str]:
+    settings = config.settings_of(module)
+    return {"A", "W", "B"} if stores_mixer(settings["mixer_init"], settings["train_mixer"]) else {"A", "B"}
+
+
+def _moslora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: str) -> LowRank:
+    settings = config.settings_of(module)
+    rank = settings["r"]
+    a, b = tensors["A"].shape, tensors["B"].shape
+    expected = {"A": (rank, *a[1:2]), "W": (rank, rank), "B": (*b[:1], rank)}
+    for part, tensor in tensors.items():
+        if tensor.shape != expected[part]:
+            what, found = f"shape of {part}", tensor.shape
+            raise Refusal("K-ADAPTER", what, file=tensor.file, key=module, found=found, expected=expected[part])
+    scaling = settings["lora_alpha"] / (math.sqrt(rank) if config.use_rslora else rank)
+    return LowRank(tensors["A"], tensors.get("W"), tensors["B"], scaling)
+
+
+def _plain_lora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: str) -> LowRank:
+    """With an identity mixer, so that training can continue from it; ΔW is the same."""
+    rank = config.settings_of(module)["r"]
+    identity = tensors["A"].then(lambda a: torch.eye(rank, dtype=a.dtype), shape=(rank, rank))
+    return _moslora(tensors | {"W": identity}, config, module)
+
+
+LORA_NAMES = {"lora_A.weight": "A", "lora_B.weight": "B"}
+METHODS: dict[str, Method] = {  # by peft_type of adapter_config.json
+    "LORA": Method(MosLoraConfig, LORA_NAMES, lambda config, module: {"A", "B"}, _plain_lora),
+    # lora_AB: the mixer in the MoSLoRA authors' repository; their PEFT fork and this package call it lora_mixer
+    PEFT_TYPE: Method(
+        MosLoraConfig, LORA_NAMES | {"lora_mixer.weight": "W", "lora_AB.weight": "W"}, _moslora_needed, _moslora
+    ),
+}
 
 
 def read_adapter(
-    path: str | Path,
-    *,
-    rename: Mapping[str, str] | None = None,
-    lora_alpha: float | Mapping[str, float] | None = None,
+    path: str | Path, *, rename: Mapping[str, str] | None = None, lora_alpha: float | Mapping[str, float] | None = None
 ) -> Adapter:
-    """Read an adapter in any spelling: ours, the reference repository's, its PEFT fork's, XTuner's, plain LoRA.
+    """Read an adapter of this package, the MoSLoRA authors' repository, their PEFT fork, XTuner, or a plain LoRA.
 
     Names, shapes and settings are checked; the tensors are read when they are asked for. A plain LoRA folder gets a
     trainable identity mixer, so that training can continue from it; it computes the same.
@@ -57,7 +106,7 @@ def read_adapter(
     if path.is_dir():
         method, config = _stored_config(path, layers)
         _check_others(config, others, path)
-    else:  # a whole training's file: what is next to the adapter is the caller's to judge
+    else:  # XTuner saves the whole training in one file: the caller decides about its other tensors
         method, config = METHODS[PEFT_TYPE], _config_from_tensors(layers, lora_alpha, path)
     _check_layers(method, config, layers, path)
     updates = {name: method.update(tensors, config, name) for name, tensors in layers.items()}
@@ -80,12 +129,13 @@ def _read_tensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict[str, LazyTensor]]:
-    """The adapted linears, and the tensors that belong to none by their name without PEFT's prefix.
+    """The adapted linears, and the other tensors by their name without PEFT's prefix.
 
     Saved names end in ``lora_A.weight``; names of a live model (XTuner's .pth) have the adapter's name in them:
     ``lora_A.default.weight``.
     """
-    layers, others, adapters, unknown = {}, {}, set(), []
+    layers: Layers = {}
+    others, adapters, unknown = {}, set(), []
     patterns = _name_patterns()
     for name, tensor in tensors.items():
         bare = name.replace(PEFT_PREFIX, "", 1)
@@ -99,12 +149,9 @@ def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict
             others[bare] = tensor
     if unknown:
         raise Refusal(
-            "K-ADAPTER",
-            f"{len(unknown)} unexpected tensors",
-            file=path,
-            found=few(unknown),
+            "K-ADAPTER", f"{len(unknown)} unexpected tensors", file=path, found=few(unknown),
             expected="lora_A, lora_B and a mixer (lora_mixer or lora_AB)",
-        )
+        )  # fmt: skip
     if len(adapters) > 1:
         raise Refusal("K-ADAPTER", "several adapters in one file", file=path, found=few(sorted(map(str, adapters))))
     if not layers:
@@ -124,7 +171,7 @@ def _name_patterns() -> list[tuple[re.Pattern[str], str]]:
 
 
 def _stored_config(folder: Path, layers: Layers) -> tuple[Method, PeftConfig]:
-    """The method, and the configuration of ``folder``, whoever wrote it."""
+    """The method and the configuration of an adapter folder."""
     if not (folder / CONFIG).is_file():
         raise Refusal("K-ADAPTER", "no adapter here", file=folder, expected=CONFIG)
     stored = read_json(folder / CONFIG, "K-ADAPTER")
@@ -148,15 +195,14 @@ def _stored_config(folder: Path, layers: Layers) -> tuple[Method, PeftConfig]:
 
 
 def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Method, dict]:
-    """The method and our spelling of a configuration of type LORA. The reference repository and its PEFT fork leave
-    the type at LORA, and say by settings of their own where a mixer is."""
-    stored = dict(stored)
+    """The method of a configuration of type LORA, and its fields in this package's terms. The authors' repository and
+    their PEFT fork keep the type LORA and have fields of their own for the mixer."""
     reference, pattern = stored.pop("lora_use_mixer", False), stored.pop("lora_use_mixer_pattern", None) or {}
     fork = stored.pop("use_moslora", False)
     if reference or pattern or fork:
         if fork not in (False, *FORK_INITS):
-            where = {"file": folder, "key": "use_moslora"}
-            raise Refusal("K-ADAPTER", "unknown mixer", **where, found=fork, expected=list(FORK_INITS))
+            key, expected = "use_moslora", list(FORK_INITS)
+            raise Refusal("K-ADAPTER", "unknown mixer", file=folder, key=key, found=fork, expected=expected)
         mixed = {name: pattern.get(get_pattern_key(pattern.keys(), name), reference or fork) for name in layers}
         plain = [name for name in layers if not mixed[name]]
         return METHODS[PEFT_TYPE], stored | {
@@ -167,29 +213,24 @@ def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Method,
         }
     if mixers := [name for name, tensors in layers.items() if "W" in tensors]:
         raise Refusal(
-            "K-ADAPTER",
-            f"{len(mixers)} mixers, but the configuration is a plain LoRA's: B·A would be wrong",
-            file=folder,
-            found=few(mixers),
+            "K-ADAPTER", f"{len(mixers)} mixers, but the configuration is a plain LoRA's: B·A would be wrong",
+            file=folder, found=few(mixers),
             fix=f'restore the configuration, or set "lora_use_mixer": true in {folder / CONFIG}',
-        )
+        )  # fmt: skip
     return METHODS["LORA"], stored | {"mixer_init": "identity"}
 
 
 def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float] | None, path: Path) -> MosLoraConfig:
-    """The configuration of a file that has none: ranks and mixers from the tensors, and the alpha that was given."""
+    """The configuration of a file without one: ranks and mixers from the tensors, and the given alpha."""
     alphas = {"": lora_alpha} if isinstance(lora_alpha, int | float) else dict(lora_alpha or {})
     settings = {}
     for name, tensors in layers.items():
         prefixes = [prefix for prefix in alphas if name.startswith(prefix)]
         if not prefixes:
             raise Refusal(
-                "K-ADAPTER",
-                "the file does not say which lora_alpha it was trained with",
-                file=path,
-                key=name,
-                fix="give lora_alpha: one number, or one for each beginning of names",
-            )
+                "K-ADAPTER", "the file does not say which lora_alpha it was trained with", file=path, key=name,
+                fix="give lora_alpha: one number, or one for each prefix of names",
+            )  # fmt: skip
         if "A" not in tensors:
             raise Refusal("K-ADAPTER", "1 missing tensors", file=path, expected=f"{name}.lora_A")
         settings[name] = {
@@ -199,11 +240,11 @@ def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float]
             "mixer_init": "kaiming_uniform" if "W" in tensors else "identity",
             "train_mixer": "W" in tensors,
         }
-    return config_of(settings, {})
+    return config_of_layers(settings, {})
 
 
 def _check_layers(method: Method, config: PeftConfig, layers: Layers, path: Path) -> None:
-    """Refuse layers that are not complete, layers with more than their own tensors, and targets without a layer."""
+    """Refuse layers with missing or unexpected tensors, and targets without a layer."""
     stored_names: dict[str, str] = {}
     for name, part in method.names.items():
         stored_names.setdefault(part, name.partition(".")[0])

@@ -74,9 +74,7 @@ def _project(
         columns = begin + tl.arange(0, COLUMNS)
         block = _dropped_block(x, first, columns, n, i, key, key2, threshold, ROWS)
         factor = tl.load(
-            a + ranks[None, :] * i + columns[:, None],
-            mask=(ranks < r)[None, :] & (columns < i)[:, None],
-            other=0.0,
+            a + ranks[None, :] * i + columns[:, None], mask=(ranks < r)[None, :] & (columns < i)[:, None], other=0.0
         )
         total = tl.dot(block, factor, total, input_precision="ieee")
     offsets = rows.to(tl.int64)[:, None] * r + ranks[None, :]

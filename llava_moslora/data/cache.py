@@ -57,8 +57,8 @@ def cache_key(preparation: Preparation) -> str:
     for block in source.version():
         digest.update(block)
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    # A name does not say what a tokenizer's own template writes. Its source is part of the key too: the template was
-    # derived from a few conversations, and two sources must never share a cache.
+    # For "tokenizer" the name alone does not decide what is written. The chat template itself is in the key too: ours
+    # was derived from a few conversations of it, and two chat templates must never share a cache.
     template = [preparation.template, _template_text(preparation)]
     template += [tokenizer.chat_template] if preparation.template == TOKENIZER_TEMPLATE else []
     rest = [tokenizer.special_tokens_map, template, preparation.tokens_per_image, settings.model_max_length]

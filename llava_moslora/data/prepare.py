@@ -27,12 +27,9 @@ from llava_moslora.data.cache import (
     cache_key,
     copy_parts,
     find_damage,
-    keys_of,
     publish,
     read_report,
     report_in,
-    report_of,
-    reports_of,
     using,
     write_json,
 )
@@ -40,9 +37,7 @@ from llava_moslora.data.images import check_image
 from llava_moslora.data.sources.source import Source
 from llava_moslora.data.tokenise import RECORDS_PER_PART, as_problem, build_parts, check_image_files
 from llava_moslora.errors import Refusal
-from llava_moslora.text.template_check import check_template
-
-__all__ = ["keys_of", "prepare", "report_of", "reports_of"]
+from llava_moslora.text.conversation import check_template
 
 LOGGED_PROBLEMS = 20  # all of them are in the report
 
@@ -59,17 +54,17 @@ def prepare(
 ) -> Dataset:
     """The tokenised data set of one or several sources, from the cache or built now.
 
-    Columns: ``input_ids`` and ``labels`` int32[length] with images expanded, ``images`` file names (in a shard:
-    places), ``shard`` (``""`` for images in files), ``record`` index in the data file or shard, ``id``, ``length``,
+    Columns: ``input_ids`` and ``labels`` int32[length] with images expanded, ``images`` file names (in a shard
+    ImageRefs), ``shard`` (``""`` for images in files), ``record`` index in the data file or shard, ``id``, ``length``,
     ``trained`` (tokens with a label), ``has_image``; ``source``, a position in ``data_path``, and ``number``, the
     record counted through all sources: for a single data file its index there.
 
     A record longer than ``settings.model_max_length`` loses whole trailing rounds; if already the first round is
     longer, its answer is cut at the end; if not even its question fits, the record is skipped. All three are counted in
-    the log and in :func:`reports_of`. Records are never reordered.
+    the log and in :func:`~llava_moslora.data.cache.reports_of`. Records are never reordered.
 
     Args:
-        settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after looking at all of them;
+        settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after checking all of them;
             ``"quarantine"`` skips bad records and lists them in the report, up to a share of ``max_bad_share``.
             With ``decode_images`` a cache that was built without is built again.
         template: name of the prompt template.

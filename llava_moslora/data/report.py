@@ -1,4 +1,4 @@
-"""What is in a prepared data set, as one JSON file and one page to look at before the GPUs start."""
+"""What is in a prepared data set, as one JSON file and one HTML page, to be read before the GPUs start."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_moslora import pages
 from llava_moslora.config import DataSettings
+from llava_moslora.data.cache import report_of, reports_of
 from llava_moslora.data.collate import read_record_image
-from llava_moslora.data.prepare import report_of, reports_of
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.sources.container import ImageRef
-from llava_moslora.text.labels import label_runs
+from llava_moslora.text.conversation import label_runs
 
 BARS = 40
 THUMBNAIL = 192

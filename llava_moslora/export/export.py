@@ -1,7 +1,7 @@
-"""One export: everything that can be refused is refused first, then written, proven, described, and published whole.
+"""One export: refuse early, write, prove, describe, publish.
 
-The folder is built in hidden staging next to its final place and appears by one rename (output_folder.py). What a
-killed export or a full disk left there is continued, as long as it is the same export of the same checkpoint.
+The folder is built in a hidden staging folder next to its final place and renamed into place (output_folder.py). An
+export that was killed, or that filled the disk, is continued by the same export of the same checkpoint.
 """
 
 from __future__ import annotations
@@ -17,17 +17,8 @@ import torch
 
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
+from llava_moslora.export import output_folder
 from llava_moslora.export.model_card import proof_in_one_line, write_card
-from llava_moslora.export.output_folder import (
-    RESUME_FILE,
-    check_inputs,
-    check_output_folder,
-    lock_output,
-    open_staging,
-    pinned_checkpoint,
-    publish,
-    staging_of,
-)
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.targets import (
     hf,
@@ -42,7 +33,7 @@ from llava_moslora.export.targets import (
 )
 from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun, open_trained
 from llava_moslora.export.writer import write_weights
-from llava_moslora.files.json import write_json
+from llava_moslora.files.disk import write_json
 from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.runs.record import EXPORT, read_run
@@ -61,8 +52,6 @@ TARGETS: dict[str, Target] = {
 }
 REPORT = "export_report.json"
 OTHER_FILES = 64 * 1024**2  # bytes, at most: tokenizer, configurations and the probe
-
-Prove = Callable[[TrainedRun, Target, ExportPlan, Path, torch.dtype], dict]
 
 
 def export(
@@ -102,23 +91,25 @@ def export(
     places = {name: folder.resolve() for name, folder in folders.items()}  # of a link: what it points to
     inputs = _inputs(Path(run), read_run(run).model, llm, vision_tower)
     for place in places.values():
-        check_output_folder(place, overwrite)
-        check_inputs(place, inputs)
+        output_folder.check_output_folder(place, overwrite)
+        output_folder.check_inputs(place, inputs)
     with ExitStack() as stack:
         for place in places.values():
-            stack.enter_context(lock_output(place))
-            check_output_folder(place, overwrite)  # as the last holder of the lock left it
-        checkpoint = stack.enter_context(pinned_checkpoint(Path(run), next(iter(places.values()))))
+            stack.enter_context(output_folder.lock_output(place))
+            output_folder.check_output_folder(place, overwrite)  # as the last holder of the lock left it
+        checkpoint = stack.enter_context(output_folder.pinned_checkpoint(Path(run), next(iter(places.values()))))
         trained = open_trained(run, checkpoint, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
         dtype = dtype or trained.llm_config.dtype or torch.float32
-        plans = {}
-        for name in formats:
-            target = TARGETS["peft_with_base" if name == "peft" and with_base else name]
-            plans[name] = target, target.plan(trained, dtype)
-        _check_disk(list(places.values()), [plan for _, plan in plans.values()])
-        proof = _prepare_proof(trained, dtype) if prove else None
-        for name, (target, plan) in plans.items():
-            _write(trained, target, plan, dtype, places[name], proof)
+        targets = {n: TARGETS["peft_with_base" if n == "peft" and with_base else n] for n in formats}
+        plans = {name: target.plan(trained, dtype) for name, target in targets.items()}
+        _check_disk(list(places.values()), list(plans.values()))
+        proof = None
+        if prove:
+            from llava_moslora.export import mapped_weights, verify  # not needed with --no_proof
+
+            proof = partial(verify.prove, mapped=mapped_weights.needed(trained, dtype))
+        for name, target in targets.items():
+            _write(trained, target, plans[name], dtype, places[name], proof)
     return folders
 
 
@@ -147,7 +138,7 @@ def _inputs(run: Path, base: ModelSettings, llm: str | Path | None, vision_tower
 def _check_disk(places: list[Path], plans: list[ExportPlan]) -> None:
     """Refuse before the first byte what would not fit, counting what an earlier call already wrote."""
     parent = places[0].parent
-    staged = [file for folder in places for file in staging_of(folder).glob("**/*.safetensors")]
+    staged = [file for folder in places for file in output_folder.staging_of(folder).glob("**/*.safetensors")]
     need = sum(weights.total_size for plan in plans for weights in plan.weights) + OTHER_FILES
     need -= sum(path.stat().st_size for path in staged)
     have = shutil.disk_usage(parent).free
@@ -158,21 +149,10 @@ def _check_disk(places: list[Path], plans: list[ExportPlan]) -> None:
         )  # fmt: skip
 
 
-def _prepare_proof(trained: TrainedRun, dtype: torch.dtype) -> Prove:
-    """The function that proves an export.
-
-    Raises:
-        Refusal: E-MEMORY, too little to prove one.
-    """
-    from llava_moslora.export import mapped_weights, verify  # not needed with --no_proof
-
-    return partial(verify.prove, mapped=mapped_weights.needed(trained, dtype))
-
-
 def _write(
-    trained: TrainedRun, target: Target, plan: ExportPlan, dtype: torch.dtype, folder: Path, prove: Prove | None
+    trained: TrainedRun, target: Target, plan: ExportPlan, dtype: torch.dtype, folder: Path, prove: Callable | None
 ) -> None:
-    staging = open_staging(folder, _resume_key(trained, target, plan, dtype))
+    staging = output_folder.open_staging(folder, _resume_key(trained, target, plan, dtype))
     write_weights(staging, plan.weights)
     plan.write_files(staging)
     if prove is None:
@@ -195,9 +175,9 @@ def _write(
         "merged_layers": len(trained.adapter) if target.merges and trained.adapter else 0,
     }
     write_json(staging / EXPORT, facts)
-    (staging / RESUME_FILE).unlink()
+    (staging / output_folder.RESUME_FILE).unlink()
     write_manifest(staging, {"format": target.name, "proof": report["proof"]})
-    publish(staging, folder)
+    output_folder.publish(staging, folder)
 
 
 def _resume_key(trained: TrainedRun, target: Target, plan: ExportPlan, dtype: torch.dtype) -> dict:

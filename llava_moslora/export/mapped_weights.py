@@ -13,7 +13,7 @@ import math
 
 import psutil
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from llava_moslora.errors import Refusal
@@ -58,18 +58,18 @@ def needed(trained: TrainedRun, dtype: torch.dtype) -> bool:
 def merge_where_used(model: nn.Module, dtype: torch.dtype) -> None:
     """Make ``model`` compute as if it were merged and rounded to ``dtype``: a linear of the LLM adds its adapter to a
     block of its weight at a time, when it is called. Linears in NF4 are dequantised there."""
-    adapted = {module.get_base_layer() for module in model.modules() if isinstance(module, LoraLayer)}
+    adapted = {module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)}
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) or (_is_4bit(module) and module not in adapted):
+        if isinstance(module, BaseTunerLayer) or (_is_4bit(module) and module not in adapted):
             if part_of(name) in ("llm", "lm_head"):
                 module.forward = functools.partial(_merged_linear, module, dtype)
-            elif isinstance(module, LoraLayer):
+            elif isinstance(module, BaseTunerLayer):
                 module.merge()
 
 
 def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
     base, update = module, None
-    if isinstance(module, LoraLayer):
+    if isinstance(module, BaseTunerLayer):
         base, update = module.get_base_layer(), module.get_delta_weight(ADAPTER_NAME)  # (out, in)
     weight = base.weight
     if _is_4bit(base):

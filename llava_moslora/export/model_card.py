@@ -87,7 +87,7 @@ def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple
 def _images(trained: TrainedRun) -> str:
     if trained.pads:
         return "padded to a square"
-    return "cropped" if trained.preprocessor["do_center_crop"] else "scaled to a square"
+    return "cropped" if trained.record.preprocessor["do_center_crop"] else "scaled to a square"
 
 
 def _loss(trained: TrainedRun) -> str:

@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from llava_moslora.errors import Refusal, few
-from llava_moslora.files.disk import fsync
-from llava_moslora.files.json import replace_json
+from llava_moslora.files.disk import fsync, replace_json
 from llava_moslora.files.manifest import MANIFEST, read_facts, sha256
 from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints, newest_checkpoint
 from llava_moslora.runs.fingerprint import WEIGHTS

@@ -1,8 +1,8 @@
-"""A trained run, opened for export: what was trained, and the tensors it goes into, none of them read yet.
+"""A trained run, opened for export: its checkpoint and its base, whose tensors are planned but not read.
 
-Every target takes its tensors from here, under the names of LLM and vision tower as models of their own, and only
-renames them. Adapters go into the base that they were trained on and no other: names and shapes would also fit another
-model of the same kind, and the result would run and be wrong.
+Every target takes its tensors from here and only renames them; names are those of the LLM and of the vision tower
+alone. The base must be the one that the adapters were trained on: names and shapes would also fit another model of the
+same kind, and the merged model would run and be wrong.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from llava_moslora.adapters.fold import LowRank, Update, fold_layers
 from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal, few
 from llava_moslora.export.writer import PlannedTensor
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import HEAD_WEIGHT, llm_on_meta, mean_row, read_llm_config, read_llm_tensors
-from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of, standalone_name
+from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, select_parts
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
 from llava_moslora.runs.fingerprint import check_base
@@ -44,7 +44,7 @@ class TrainedRun:
 
     Attributes:
         record: ``run.json``. manifest: the checkpoint's.
-        vision: the tensors of the complete vision tower, not read yet. preprocessor: its image-processor settings.
+        vision: the tensors of the complete vision tower, not read yet.
         adapter: by the names of the composed model, not read yet; None after stage 1.
         projector: ``linear_1.weight`` [D, E], ``linear_1.bias``, ``linear_2.weight`` [D, D], ``linear_2.bias``.
         merge_base: which weights the LLM's adapters are added to: the original ones, or NF4 quantised and dequantised.
@@ -59,7 +59,6 @@ class TrainedRun:
     llm_config: PreTrainedConfig
     vision_config: PreTrainedConfig
     vision: dict[str, LazyTensor]
-    preprocessor: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
     adapter: dict[str, Update] | None
     projector: dict[str, Tensor]
@@ -92,8 +91,7 @@ class TrainedRun:
     def updates(self, *parts: str) -> dict[str, Update]:
         """The adapters of ``parts`` (:data:`llava_moslora.models.names.PARTS`), by module name in the model of that
         part alone: ``model.layers.0.mlp.up_proj``."""
-        layers = (self.adapter or {}).items()
-        return {standalone_name(name): layer for name, layer in layers if part_of(name) in parts}
+        return select_parts(self.adapter or {}, parts)
 
     def loras(self, *parts: str) -> dict[str, LowRank]:
         """As :meth:`updates`, folded to plain LoRAs over the original base: its LM head lacks the appended tokens."""
@@ -166,7 +164,7 @@ def _extend(weight: Tensor, extra: int) -> Tensor:
 
 
 def _quantise_and_dequantise(weight: Tensor) -> Tensor:
-    """What training saw of a weight: quantised to NF4 as loading does it, and dequantised, in float32."""
+    """A weight as training over NF4 used it: quantised as on loading, then dequantised to float32."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     return dequantize_4bit(*quantize_4bit(weight.float(), blocksize=64, compress_statistics=True, quant_type="nf4"))
@@ -188,8 +186,7 @@ def open_trained(
         merge_base: for a run over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
 
     Raises:
-        Refusal: no run; the base is missing, damaged, quantised, changed since, or another one;
-            the checkpoint lacks the projector.
+        Refusal: no run; a base that is missing, damaged, quantised, changed or another one; no projector.
     """
     run = Path(run)
     record = read_run(run)
@@ -198,7 +195,6 @@ def open_trained(
             "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
             expected=ORIGINAL, fix="leave the flag out",
         )  # fmt: skip
-    manifest = read_facts(checkpoint)
     llm_folder, spec = Path(llm or record.model.model_name_or_path), str(vision_tower or record.model.vision_tower)
     llm_config = read_llm_config(llm_folder)
     check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
@@ -207,25 +203,14 @@ def open_trained(
     check_base(spec, checkpoint, "vision_tower", "--vision_tower")
     adapter, projector = _read_checkpoint(checkpoint, vision_config.hidden_size, llm_config.hidden_size)
     return TrainedRun(
-        run=run,
-        checkpoint=checkpoint,
-        record=record,
-        manifest=manifest,
-        llm_folder=llm_folder,
-        vision_spec=spec,
-        llm_config=llm_config,
-        vision_config=vision_config,
-        vision=vision,
-        preprocessor=record.preprocessor,
-        tokenizer=load_tokenizer(run / TOKENIZER),
-        adapter=adapter,
-        projector=projector,
-        merge_base=merge_base,
-    )
+        run=run, checkpoint=checkpoint, record=record, manifest=read_facts(checkpoint), llm_folder=llm_folder,
+        vision_spec=spec, llm_config=llm_config, vision_config=vision_config, vision=vision,
+        tokenizer=load_tokenizer(run / TOKENIZER), adapter=adapter, projector=projector, merge_base=merge_base,
+    )  # fmt: skip
 
 
 def _plan(tensors: dict[str, LazyTensor], updates: dict[str, Update], checkpoint: Path) -> list[PlannedTensor]:
-    """``tensors`` with the adapters of the modules that they are the weights of.
+    """``tensors``, each with the adapter of its module.
 
     Raises:
         Refusal: K-ADAPTER, an adapter of a layer that the base does not have, or has in another shape.
@@ -259,4 +244,5 @@ def _read_checkpoint(
     if foreign := [name for name in adapter.layers if not f"{name}.".startswith(adapted)]:
         what, fix = "adapters outside the LLM and the vision tower", "use another checkpoint"
         raise Refusal("K-ADAPTER", what, file=folder, found=few(foreign), fix=fix)
-    return adapter.layers, {standalone_name(name): tensor.read().clone() for name, tensor in adapter.others.items()}
+    projector = select_parts(adapter.others, ["projector"])
+    return adapter.layers, {name: tensor.read().clone() for name, tensor in projector.items()}

@@ -29,7 +29,7 @@ from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.targets import llm
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import write_weights
-from llava_moslora.files.json import write_json
+from llava_moslora.files.disk import write_json
 from llava_moslora.inference.generate import Question
 from llava_moslora.text.conversation import Turn
 from llava_moslora.text.templates import stop_token_ids

@@ -21,10 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from llava_moslora.adapters.fold import Update, add
+from llava_moslora.adapters.fold import Update
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import fsync
-from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.disk import fsync, read_json, write_json
 from llava_moslora.files.tensors import LazyTensor, in_memory
 from llava_moslora.models.llm import with_old_rope
 
@@ -166,7 +165,7 @@ def merged_blocks(planned: PlannedTensor, dtype: torch.dtype) -> Iterator[Tensor
     for begin in range(0, len(base), step):
         stored = rows = base[begin : begin + step]
         if update is not None:
-            rows = add(rows.float(), update.delta_rows(begin, begin + len(rows)))
+            rows = (rows.float() + update.delta_rows(begin, begin + len(rows))).float()
         rounded = rows.to(dtype).contiguous()
         check_finite(planned.name, stored, update, rows, rounded)
         yield rounded

@@ -1,7 +1,7 @@
-"""Folders that appear whole or not at all: written into a hidden staging folder, hashed, fsynced, renamed into place.
+"""Publishes folders atomically: written into a hidden staging folder, hashed, fsynced, renamed into place.
 
-All ranks write into the same staging folder. Only rank 0 looks at the file system to decide, and broadcasts what it
-decided: a rank that asks a network file system itself may see an outdated answer.
+All ranks write into the same staging folder. Only rank 0 decides by looking at the file system, and broadcasts the
+decision: on a network file system other ranks may see an outdated state.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ def publish(
     facts: Callable[[], dict],
     is_valid: Callable[[Path], bool] | None = None,
 ) -> None:
-    """Make ``target``, a folder, appear at once with everything ``write`` put into it. Collective.
+    """Publish the folder ``target`` with everything that ``write`` puts into it. Collective.
 
     Args:
-        target: the final folder. If it is already there and valid, nothing is done; an invalid one is replaced, once
-            everything of the new one is written.
+        target: the final folder. A valid one is kept, and nothing is done; an invalid one is replaced once the new one
+            is written.
         write: called on every rank with the staging folder; ranks write different files.
         facts: called on rank 0; JSON facts for the manifest.
         is_valid: called on rank 0 with ``target``; default: :func:`is_verified`.
 
     Raises:
-        Refusal: E-DISK, on every rank, where one rank could not write. What was published before is untouched.
+        Refusal: E-DISK, on every rank, if one rank could not write. What was published before is untouched.
     """
-    # A new name for every process: what a rank that outlives its killed run may still write goes nowhere.
+    # A new name for every run: a rank that outlives its killed run must not write into a later run's folder.
     staging = target.with_name(f".{target.name}.{from_rank_0(secrets.token_hex(4))}.staging")
 
     def begin() -> None:
@@ -74,12 +74,10 @@ def _all_or_none(action: Callable[[], None] | None, staging: Path) -> None:
     if failure is not None and not isinstance(failure, OSError | SafetensorError):
         raise failure
     raise Refusal(
-        "E-DISK",
-        "the folder could not be written; what was published before is untouched",
-        file=staging.parent,
+        "E-DISK", "the folder could not be written; what was published before is untouched", file=staging.parent,
         found=f"{failures[0]}; {shutil.disk_usage(staging.parent).free:,} bytes free",
         fix="free space or choose another disk, then start the same command again with --resume True",
-    ) from failure
+    ) from failure  # fmt: skip
 
 
 def is_verified(folder: Path) -> bool:
@@ -103,7 +101,7 @@ def _trash(path: Path) -> Path:
 
 
 def sweep(parent: Path) -> None:
-    """Delete what killed processes left in ``parent``: staging folders and half-deleted ones. Nobody else may be
-    publishing there."""
+    """Delete the staging folders and half-deleted folders of killed processes in ``parent``, while nobody publishes
+    there."""
     for leftover in [*parent.glob(".*.staging"), *parent.glob(".*.trash")]:
         delete(leftover)

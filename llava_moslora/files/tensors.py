@@ -12,6 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import DOWNLOAD_AGAIN, read_json
+from llava_moslora.files.disk import DOWNLOAD_AGAIN, read_json
 
-# In the order in which transformers looks for them; instead of each there may be shards with an index.
+# In the order in which transformers looks for them; each may be sharded, with an index.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
 
@@ -42,14 +43,19 @@ class LazyTensor:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
+    @classmethod
+    def of(cls, tensor: Tensor, source: Path) -> LazyTensor:
+        """Of a tensor in memory; ``source`` is the file that error messages name."""
+        return cls(source, tuple(tensor.shape), lambda: tensor)
+
     def then(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> LazyTensor:
         """``change`` of this tensor, which is read when the result is; ``shape`` is the result's, if another."""
         return LazyTensor(self.file, self.shape if shape is None else shape, lambda: change(self.read()))
 
 
 def in_memory(tensors: Mapping[str, Tensor], source: Path) -> dict[str, LazyTensor]:
-    """Tensors in memory as lazy ones; ``source`` is the file that error messages name."""
-    return {name: LazyTensor(source, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
+    """:meth:`LazyTensor.of` each of ``tensors``."""
+    return {name: LazyTensor.of(tensor, source) for name, tensor in tensors.items()}
 
 
 def read_tensor_file(file: Path) -> dict[str, LazyTensor]:
@@ -68,7 +74,7 @@ def read_tensor_file(file: Path) -> dict[str, LazyTensor]:
     except (SafetensorError, OSError) as error:
         fix = DOWNLOAD_AGAIN
         raise Refusal("K-DAMAGED", "not a whole safetensors file", file=file, found=error, fix=fix) from error
-    return {name: LazyTensor(file, shape, lambda name=name: _read_one(file, name)) for name, shape in shapes.items()}
+    return {name: LazyTensor(file, shape, partial(_read_one, file, name)) for name, shape in shapes.items()}
 
 
 def _read_one(file: Path, name: str) -> Tensor:
@@ -83,12 +89,10 @@ def _read_torch(file: Path) -> dict[str, Any]:
         content = _load(file)
     except Exception as error:  # torch raises five different types for a damaged or a code-carrying file
         raise Refusal(
-            "K-DAMAGED",
-            "cannot be read as plain tensors (a pickle that carries code is never run)",
-            file=file,
+            "K-DAMAGED", "cannot be read as plain tensors (a pickle that carries code is never run)", file=file,
             found=f"{type(error).__name__}: {error}".splitlines()[0],
             fix="copy it again, or re-save its tensors as safetensors",
-        ) from error
+        ) from error  # fmt: skip
     for wrapper in ("state_dict", "module"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             return content[wrapper]
@@ -138,14 +142,14 @@ def read_tensor_folder(folder: Path, names: Iterable[str] = WEIGHT_FILES) -> dic
 def _read_shards(index: Path) -> dict[str, LazyTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        what, where = "not an index of weight files", {"file": index, "key": "weight_map"}
-        raise Refusal("K-JSON", what, **where, found=weight_map, fix=DOWNLOAD_AGAIN)
+        what, fix = "not an index of weight files", DOWNLOAD_AGAIN
+        raise Refusal("K-JSON", what, file=index, key="weight_map", found=weight_map, fix=fix)
     folder, files = index.parent, sorted(set(weight_map.values()))
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise Refusal("K-MISSING", "a shard of the index is missing", file=folder / name, fix=DOWNLOAD_AGAIN)
-    stem, kind = re.fullmatch(r"(.+)(\.\w+)", index.name.removesuffix(INDEX)).groups()
-    siblings = {p.name for p in folder.glob(f"{stem}-*-of-*{kind}")}
+    single = Path(index.name.removesuffix(INDEX))  # the name that unsharded weights would have
+    siblings = {p.name for p in folder.glob(f"{single.stem}-*-of-*{single.suffix}")}
     if surplus := sorted(siblings - set(files)):
         what, fix = "a shard that the index does not name", "delete it if it is left over from another download"
         raise Refusal("K-KEYS", what, file=folder / surplus[0], expected=", ".join(files), fix=fix)
@@ -153,13 +157,14 @@ def _read_shards(index: Path) -> dict[str, LazyTensor]:
     for name in files:
         for key, tensor in read_tensor_file(folder / name).items():
             if weight_map.get(key) != name:
-                what, where = "the shard and the index disagree about a tensor", {"file": folder / name, "key": key}
-                indexed = f"in the index: {weight_map.get(key, 'nowhere')}"
-                raise Refusal("K-KEYS", what, **where, found=indexed, fix=DOWNLOAD_AGAIN)
+                raise Refusal(
+                    "K-KEYS", "the shard and the index disagree about a tensor", file=folder / name, key=key,
+                    found=f"in the index: {weight_map.get(key, 'nowhere')}", fix=DOWNLOAD_AGAIN,
+                )  # fmt: skip
             found[key] = tensor
     if missing := sorted(weight_map.keys() - found.keys()):
-        what, where = "a tensor of the index is not in its shard", {"file": folder / weight_map[missing[0]]}
-        raise Refusal("K-KEYS", what, **where, key=missing[0], fix=DOWNLOAD_AGAIN)
+        what, file = "a tensor of the index is not in its shard", folder / weight_map[missing[0]]
+        raise Refusal("K-KEYS", what, file=file, key=missing[0], fix=DOWNLOAD_AGAIN)
     return found
 
 
@@ -178,5 +183,5 @@ def check_tensors(found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[
         raise Refusal("K-KEYS", what, file=first.file, key=surplus[0], found=list(first.shape), fix=fix)
     for name, shape in expected.items():
         if (given := found[name].shape) != tuple(shape):
-            where = {"file": found[name].file, "key": name}
-            raise Refusal("K-SHAPE", "wrong shape", **where, found=list(given), expected=list(shape), fix=fix)
+            file, right = found[name].file, list(shape)
+            raise Refusal("K-SHAPE", "wrong shape", file=file, key=name, found=list(given), expected=right, fix=fix)

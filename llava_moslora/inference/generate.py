@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from PIL import Image
@@ -12,8 +13,8 @@ from llava_moslora.inference.load import ChatModel
 from llava_moslora.text.conversation import Turn, encode_prompt
 from llava_moslora.text.templates import stop_token_ids
 
-ImageInput = Image.Image | torch.Tensor  # RGB, or float[3, H, W] as the tower takes it
-Question = tuple[Sequence[ImageInput], Sequence[Turn]]  # the images, and turns of which the last is human
+ImageInput: TypeAlias = Image.Image | torch.Tensor  # RGB, or float[3, H, W] as the tower takes it
+Question: TypeAlias = tuple[Sequence[ImageInput], Sequence[Turn]]  # the images, and turns of which the last is human
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_moslora.config import ModelSettings
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import MANIFEST
 from llava_moslora.models.assemble import assemble
 from llava_moslora.models.llava_folder import is_llava_folder
@@ -87,16 +87,17 @@ def load_run(
     tokenizer = load_tokenizer(run / TOKENIZER)
     model, processor = assemble(model_settings, tokenizer=tokenizer, dtype=dtype, llm_dtype=llm_dtype)
     if trained:
+        assert checkpoint is not None  # or it was refused
         model = _with_checkpoint(model, checkpoint, dtype)
     transform = ImageTransform.from_settings(processor, record.data)
-    return ChatModel(model.eval(), tokenizer, record.model.version, transform)
+    return ChatModel(model.eval(), tokenizer, record.model.template, transform)
 
 
 def _check_bases(model: ModelSettings, checkpoint: Path, *, with_projector: bool) -> None:
     read_llm_config(model.model_name_or_path)  # a missing folder is refused as one
     check_base(model.model_name_or_path, checkpoint, "llm")
-    read_vision_config(model.vision_tower)
-    check_base(model.vision_tower, checkpoint, "vision_tower")
+    read_vision_config(model.tower)
+    check_base(model.tower, checkpoint, "vision_tower")
     if with_projector and model.pretrain_mm_mlp_adapter:
         check_base(model.pretrain_mm_mlp_adapter, checkpoint, "projector")
 

@@ -1,15 +1,15 @@
-"""What of an assembled LLaVA is trained: MoSLoRA adapters in the LLM and the vision tower and the projector, or in
-stage 1 the projector alone."""
+"""Makes an assembled LLaVA trainable: adapters in LLM and vision tower and the projector; in stage 1 the projector."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from llava_moslora.adapters.config import MosLoraConfig
+from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig
 from llava_moslora.config import AdapterSettings, TowerAdapter
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava import Llava
@@ -19,38 +19,32 @@ FLAG_PREFIX = {LLM: "--", VISION_TOWER: "--vision_"}
 
 
 def add_adapters(model: Llava, settings: AdapterSettings) -> PeftModel:
-    """One MoSLoRA adapter over the whole model, the vision tower's settings as patterns, the projector trained whole.
+    """One MoSLoRA adapter over the whole model, the vision tower's settings as patterns; all of the projector.
 
-    Layers whose output is never used (the vision tower's last) are not in the model, so no adapter is ever without
-    gradient. All trainable tensors get the model's dtype: ZeRO-3 asserts a single one.
+    The tower's unused last layer is not in the model, so every adapter gets a gradient. All trainable tensors get the
+    model's dtype: ZeRO-3 asserts a single one.
 
     Raises:
         Refusal: C-FLAG, no adapter asked for; C-TARGET, a target that matches no linear; C-RANK, a rank above a
             linear's smaller side; whatever :class:`MosLoraConfig` refuses.
     """
-    llm, vision = settings.llm, settings.vision
-    towers = {tower: adapter for tower, adapter in ((LLM, llm), (VISION_TOWER, vision)) if adapter is not None}
+    asked = ((LLM, settings.llm), (VISION_TOWER, settings.vision))
+    towers = {tower: adapter for tower, adapter in asked if adapter is not None}
     for tower, adapter in towers.items():
         _check_rank(model, tower, adapter)
     if not towers:
         raise Refusal("C-FLAG", "no adapter asked for", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
-    main = llm or vision
-    own = {f"{re.escape(VISION_TOWER)}\\..*": vision} if main is llm and vision is not None else {}
+    main = next(iter(towers.values()))
+    values: dict[str, Any] = {setting: getattr(main, setting) for setting in PATTERN_FIELDS}
+    if len(towers) == 2:
+        pattern, vision = rf"{re.escape(VISION_TOWER)}\..*", towers[VISION_TOWER]
+        values |= {key: {pattern: getattr(vision, setting)} for setting, key in PATTERN_FIELDS.items()}
     config = MosLoraConfig(
-        r=main.r,
-        lora_alpha=main.lora_alpha,
-        lora_dropout=main.lora_dropout,
-        mixer_init=main.mixer_init,
-        train_mixer=main.train_mixer,
+        **values,
         target_modules="|".join(_target_regex(model, tower, adapter) for tower, adapter in towers.items()),
         modules_to_save=[PROJECTOR],
-        rank_pattern={key: adapter.r for key, adapter in own.items()},
-        alpha_pattern={key: adapter.lora_alpha for key, adapter in own.items()},
-        dropout_pattern={key: adapter.lora_dropout for key, adapter in own.items()},
-        mixer_init_pattern={key: adapter.mixer_init for key, adapter in own.items()},
-        train_mixer_pattern={key: adapter.train_mixer for key, adapter in own.items()},
     )
-    if vision is not None and is_deepspeed_zero3_enabled():
+    if VISION_TOWER in towers and is_deepspeed_zero3_enabled():
         # ZeRO-3 frees an adapted layer's weights by a backward hook on its inputs. The images ask for no gradient,
         # and on inputs without one torch fires that hook before the layer's backward instead of after it.
         model.model.vision_tower.enable_input_require_grads()
@@ -84,13 +78,10 @@ def _check_rank(model: nn.Module, tower: str, adapter: TowerAdapter) -> None:
         smaller = min(module.in_features, module.out_features)
         if adapter.r > smaller and (not wanted or any(pattern.fullmatch(name) for pattern in wanted)):
             raise Refusal(
-                "C-RANK",
-                f"the rank is above the smaller side of {name}",
-                key=f"{FLAG_PREFIX[tower]}lora_r",
-                found=f"{adapter.r} for {module.in_features} → {module.out_features}",
-                expected=f"at most {smaller}",
+                "C-RANK", f"the rank is above the smaller side of {name}", key=f"{FLAG_PREFIX[tower]}lora_r",
+                found=f"{adapter.r} for {module.in_features} → {module.out_features}", expected=f"at most {smaller}",
                 fix="lower it, or name other linears: --lora_target_modules, --vision_lora_target_modules",
-            )
+            )  # fmt: skip
 
 
 def _target_regex(model: nn.Module, tower: str, adapter: TowerAdapter) -> str:
@@ -116,7 +107,7 @@ def _target_regex(model: nn.Module, tower: str, adapter: TowerAdapter) -> str:
 
 
 def parameter_table(model: nn.Module) -> str:
-    """A line per part: its parameters, how many are trained, and of those in mixers; also right under ZeRO-3."""
+    """A row per part: its parameters, those trained, and those of them in mixers; also right under ZeRO-3."""
     titles = {"llm": "LLM", "vision_tower": "vision tower", "projector": "projector", "lm_head": "LM head"}
     count = {part: [0, 0, 0] for part in titles}
     for name, parameter in model.named_parameters():
@@ -135,6 +126,6 @@ def parameter_table(model: nn.Module) -> str:
 
 def parameter_size(parameter: nn.Parameter) -> int:
     """Number of weights a parameter stands for: whole under ZeRO-3, unpacked where two 4-bit weights share a byte."""
-    if hasattr(parameter, "quant_state") and parameter.quant_state is not None:
-        return parameter.quant_state.shape.numel()
+    if (state := getattr(parameter, "quant_state", None)) is not None:
+        return state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())

@@ -19,7 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from llava_moslora.config import AdapterSettings, ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.models.adapt import add_adapters, train_projector_only
 from llava_moslora.models.attention import set_attention
 from llava_moslora.models.llava import Llava
@@ -58,10 +58,9 @@ def assemble(
         The model and the tower's image-processor settings (what ``preprocessor_config.json`` holds).
 
     Raises:
-        Refusal: a part is missing, damaged, or does not fit the others; known before a weight of a tower is read.
+        Refusal: a part is missing, damaged, or does not fit the others; before the tower's weights are read.
     """
-    llm_folder, vision_tower = Path(settings.model_name_or_path), settings.vision_tower
-    assert vision_tower is not None, "the parts of a complete LLaVA are named first: name_parts"
+    llm_folder, vision_tower = Path(settings.model_name_or_path), settings.tower
     llm_config, vision_config = read_llm_config(llm_folder), read_vision_config(vision_tower)
     check_tower_is_taken(llm_folder, vision_tower)
     image_token = image_token_id(tokenizer)
@@ -73,7 +72,12 @@ def assemble(
     llm = load_llm(llm_folder, llm_dtype or dtype, settings.bits)
     _add_token_rows(llm, len(tokenizer))
     model = _compose(llm, vision, image_token, tokenizer.pad_token_id, dtype)
-    model.model.multi_modal_projector = _make_projector(model.config, tensors, dtype, llm)
+    projector = LlavaMultiModalProjector(model.config)
+    if tensors is not None:
+        projector.load_state_dict(tensors, strict=True)
+    else:
+        _scale_to_embeddings(projector, llm)
+    model.model.multi_modal_projector = projector.to(dtype)
     set_attention(model, settings.attn_implementation)
     left = [name for name, p in model.named_parameters() if p.is_meta]
     assert not left, f"grafting left parameters on the meta device: {left[:4]}"
@@ -88,7 +92,7 @@ def model_on_meta(
 ) -> PeftModel | Llava:
     """The model that :func:`assemble` makes, ready to be trained, every tensor on the meta device.
 
-    For sizes on paper: made in seconds, whatever the size, without memory.
+    For sizes without weights: takes seconds and no memory, whatever the size.
     """
     llm = llm_on_meta(llm_config, Path(llm_config.name_or_path))
     with torch.device("meta"):
@@ -99,14 +103,13 @@ def model_on_meta(
 
 
 def _compose(llm: PreTrainedModel, vision: PreTrainedModel, image_token_id, pad_token_id, dtype: torch.dtype) -> Llava:
-    """LLM and tower in one LLaVA; its projector is still on the meta device."""
+    """LLM and tower in one LLaVA whose projector is still on the meta device."""
     config = LlavaConfig(
         text_config=llm.config,
         vision_config=vision.config,
         image_token_index=image_token_id,
         image_seq_length=tokens_per_image(vision.config),
-        # hidden_states[-2] named from the front: the last layer is not needed and is cut off below, and an index
-        # from the end would then mean another layer.
+        # LLaVA's hidden_states[-2], counted from the front, because the last layer is cut off below.
         vision_feature_layer=vision.config.num_hidden_layers - 1,
         vision_feature_select_strategy=kind_of(vision.config).strategy,
         pad_token_id=pad_token_id,
@@ -127,7 +130,7 @@ def _compose(llm: PreTrainedModel, vision: PreTrainedModel, image_token_id, pad_
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, folder: Path) -> None:
-    """Refuse a tokenizer that was not made for this LLM, as far as numbers can tell."""
+    """Refuse a tokenizer of another LLM, recognised from its size or its first token."""
     fix = "give the LLM's own folder, tokenizer files included"
     if len(tokenizer) > config.vocab_size + APPENDED_TOKENS:
         raise Refusal(
@@ -144,7 +147,7 @@ def _check_tokens(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, 
 
 
 def _add_token_rows(llm: PreTrainedModel, vocabulary: int) -> None:
-    """Rows for appended tokens, the mean of the others: as an output their logit is the mean, so never the largest."""
+    """Add rows for appended tokens: the mean of the others, so that their logit is never the largest."""
     rows = llm.get_input_embeddings().num_embeddings
     if vocabulary <= rows:
         return
@@ -156,7 +159,7 @@ def _add_token_rows(llm: PreTrainedModel, vocabulary: int) -> None:
 
 
 def gathered(*parameters: nn.Parameter):
-    """Under ZeRO-3 the parameters whole, changes kept on every rank; elsewhere nothing."""
+    """A context in which ZeRO-3's partitioned parameters are whole; rank 0's changes are kept. Otherwise nothing."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         return contextlib.nullcontext()
@@ -165,21 +168,11 @@ def gathered(*parameters: nn.Parameter):
     return zero.GatheredParameters(partitioned, modifier_rank=0)
 
 
-def _make_projector(config: LlavaConfig, tensors: dict | None, dtype: torch.dtype, llm: PreTrainedModel) -> nn.Module:
-    projector = LlavaMultiModalProjector(config)
-    if tensors is not None:
-        projector.load_state_dict(tensors, strict=True)
-    else:
-        _scale_to_embeddings(projector, llm)
-    return projector.to(dtype)
-
-
 def _scale_to_embeddings(projector: nn.Module, llm: PreTrainedModel) -> None:
-    """A new projector starts with outputs as large as token embeddings.
+    """Scale a new projector so that its outputs are as large as token embeddings.
 
-    PyTorch's default for a linear gives outputs several times larger or smaller than an LLM's embeddings, and a
-    frozen LLM then spends the start of stage 1 on nothing but the scale. Features leave the tower with a standard
-    deviation near 1; the factor is found by passing such noise through the projector.
+    PyTorch's default gives outputs several times larger or smaller, and the start of stage 1 is then spent on the
+    scale. Features leave the tower with a standard deviation near 1: the factor is measured with such noise.
     """
     embedding = llm.get_input_embeddings().weight
     noise = torch.randn(256, projector.linear_1.in_features, generator=torch.Generator().manual_seed(0))

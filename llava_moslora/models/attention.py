@@ -23,8 +23,8 @@ from transformers.masking_utils import sdpa_mask
 from llava_moslora.errors import Refusal
 
 MASKLESS = "sdpa_maskless"
-# LLMs whose attention is causal, in some layers with a window, and nothing else (others keep transformers' masks), and
-# whose layers consist of RMSNorm, SwiGLU and rotary embedding.
+# LLMs with only causal attention, in some layers with a window (others keep transformers' masks), and with layers of
+# RMSNorm, SwiGLU and rotary embedding.
 LLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # torch 2.11 accepts fewer key heads than heads, later versions only with this option
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}

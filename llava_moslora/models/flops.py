@@ -1,4 +1,4 @@
-"""Floating-point operations of training a LLaVA, counted from its parameters: what MFU is a share of."""
+"""Floating-point operations of training a LLaVA, counted from its parameters, for MFU."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from llava_moslora.models.towers import kind_of, tokens_per_image
 
 @dataclass(frozen=True)
 class Flops:
-    """What training one token or image takes; a multiplication and an addition are two operations.
+    """FLOPs of training one token or image; a multiply-add is two.
 
-    What activation checkpointing recomputes is not counted, nor what padding costs: it is the model's work, as in the
-    MFU of PaLM (Chowdhery et al. 2022, appendix B), whose attention term is not halved for causality either.
+    Recomputation and padding are not counted, and attention is not halved for causality, as in the MFU of PaLM
+    (Chowdhery et al. 2022, appendix B).
 
     Args:
         token: per token in the LLM, without attention.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from types import MethodType
+from typing import Any
 
 import torch
 import triton
@@ -33,7 +34,7 @@ def fuse_layers(llm: nn.Module) -> None:
             module.forward = MethodType(_rms_norm, module)
         elif type(module).__name__.endswith("MLP") and config.hidden_act == "silu":
             module.forward = MethodType(_mlp, module)
-    modeling = sys.modules[type(llm).__module__]
+    modeling: Any = sys.modules[type(llm).__module__]
     if not isinstance(modeling.apply_rotary_pos_emb, _ApplyRotary):
         modeling.apply_rotary_pos_emb = _ApplyRotary(modeling.apply_rotary_pos_emb)
 
@@ -119,7 +120,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return _rotated(grad, *ctx.saved_tensors, -1.0), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad, cos, sin, -1.0), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:

@@ -1,12 +1,12 @@
-"""InternLM2 is Llama under other names: its configuration and its tensors as Llama's.
+"""InternLM2's configuration and tensors as Llama's, which computes the same function.
 
-The two compute the same function. InternLM2 stores query, key and value as one matrix ``wqkv`` whose rows are grouped
+InternLM2 stores query, key and value as one matrix ``wqkv`` whose rows are grouped
 by key/value head: for each of the K heads, first the G query heads that share it, then the key, then the value::
 
     wqkv [K·(G+2)·d, D]  →  q_proj [K·G·d, D], k_proj [K·d, D], v_proj [K·d, D]
 
-Everything else is renamed. So no code from the model's folder ever runs (``auto_map`` in its configuration is ignored),
-and a model trained on it can be exported as a Llama.
+Everything else is renamed. No code from the model's folder runs (``auto_map`` in its configuration is ignored), and
+a model trained on it can be exported as a Llama.
 
 Shapes: D width, d width of a head, K key/value heads, G query heads per key/value head.
 """
@@ -25,13 +25,13 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files.tensors import LazyTensor
 
 MODEL_TYPE = "internlm2"
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 # Fields that mean the same in both configurations.
 SAME = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *NEEDED,
     *("hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
 )
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 NAMES = {"model.tok_embeddings": "model.embed_tokens", "output": "lm_head", "model.norm": "model.norm"}
 LAYER_NAMES = {
     "attention.wo": "self_attn.o_proj",
@@ -61,8 +61,10 @@ def llama_config(raw: Mapping[str, Any], file: Path) -> LlamaConfig:
     old, new = scaling.pop("type", None), scaling.pop("rope_type", None)
     kind = new or old
     if kind not in ("default", "dynamic", "linear"):
-        where = {"file": file, "key": "rope_scaling", "fix": "restore the published configuration"}
-        raise Refusal("K-CONFIG", "unknown scaling", **where, found=kind, expected="dynamic, linear or none")
+        raise Refusal(
+            "K-CONFIG", "unknown scaling", file=file, key="rope_scaling", found=kind,
+            expected="dynamic, linear or none", fix="restore the published configuration",
+        )  # fmt: skip
     return LlamaConfig(
         **{field: raw[field] for field in SAME if field in raw},
         num_key_value_heads=groups,
@@ -81,7 +83,7 @@ def llama_tensors(found: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[
     Raises:
         Refusal: K-SHAPE, a ``wqkv`` that does not have the configuration's heads.
     """
-    result = {}
+    result: dict[str, LazyTensor] = {}
     for name, stored in found.items():
         layer = re.fullmatch(r"(model\.layers\.\d+\.)(.+)\.(\w+)", name)
         if layer and layer[2] == "attention.wqkv":

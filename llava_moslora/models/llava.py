@@ -100,7 +100,7 @@ class Llava(LlavaForConditionalGeneration):
         """
         embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
         blank = pixel_values is None
-        if blank:
+        if pixel_values is None:
             size = self.config.vision_config.image_size
             pixel_values = embeds.new_zeros(1, 3, size, size)
         pixel_values = pixel_values.to(embeds.device, embeds.dtype)

@@ -1,11 +1,9 @@
-"""A complete LLaVA as the start of a new run: its three parts, found in one folder.
+"""A complete LLaVA's folder, which can be given wherever an LLM, a vision tower or a projector is asked for.
 
-Two formats are read that are a single folder: transformers' ``LlavaForConditionalGeneration`` (llava-hf, XTuner's
-``-transformers`` releases, this package's own export, in the key names of any transformers version) and the original
-LLaVA's ``LlavaLlamaForCausalLM`` (also XTuner's ``-hf`` releases). XTuner's own format is a folder of folders, of
-which :func:`name_parts` names the three.
-
-Wherever this package asks for an LLM, a vision tower or a projector, a LLaVA folder may stand in for each of them.
+Two formats are a single folder: transformers' ``LlavaForConditionalGeneration`` (llava-hf, XTuner's ``-transformers``
+releases, this package's own export, with the tensor names of any transformers version) and the original LLaVA's
+``LlavaLlamaForCausalLM`` (also XTuner's ``-hf`` releases). XTuner's own format has a folder for each part, which
+:func:`name_parts` finds.
 """
 
 from __future__ import annotations
@@ -19,12 +17,12 @@ from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig
 
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_folder
 from llava_moslora.models.towers import CLIP, KINDS, kind_name
 
 TRANSFORMERS, ORIGINAL = "LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"
-# What of a LLaVA's configuration this package computes: key → (value where the key is missing, supported values).
+# The settings of a LLaVA that change what it computes: key → (value if the key is missing, supported values).
 SUPPORTED: dict[str, dict[str, tuple[Any, tuple]]] = {
     TRANSFORMERS: {
         "vision_feature_layer": (-2, (-2,)),
@@ -40,7 +38,7 @@ SUPPORTED: dict[str, dict[str, tuple[Any, tuple]]] = {
         "tune_mm_vision_resampler": (False, (False,)),
     },
 }
-# Prefix on disk → part, prefix within the part; the first that fits. The projector keeps its own names.
+# (prefix on disk, part, prefix in the part alone); the first match counts. The projector keeps its names.
 PREFIXES = (
     ("model.language_model.", "llm", "model."),  # transformers from 4.52 on, as in memory
     ("model.vision_tower.vision_tower.vision_model.", "vision", ""),  # the original
@@ -77,14 +75,13 @@ def is_llava_folder(folder: str | Path) -> bool:
 
 
 def check_format(folder: Path) -> str:
-    """Which of the two formats; settings by which it would compute something else than this package does are refused.
+    """The architecture, :data:`TRANSFORMERS` or :data:`ORIGINAL`.
 
     Raises:
-        Refusal: C-MODEL.
+        Refusal: C-MODEL, neither of them, or a setting with which it computes something else than this package does.
     """
-    raw = read_json(folder / "config.json")
+    raw = read_json(file := folder / "config.json")
     architecture = (raw.get("architectures") or [TRANSFORMERS if "text_config" in raw else ORIGINAL])[0]
-    file = folder / "config.json"
     if architecture not in SUPPORTED:
         raise Refusal(
             "C-MODEL", "not a LLaVA this package knows", file=file, key="architectures", found=architecture,
@@ -107,11 +104,11 @@ def llm_config(folder: Path) -> PreTrainedConfig:
     """The configuration of the LLM inside.
 
     Raises:
-        Refusal: C-MODEL, another kind of LLaVA, or one whose own trained tower would be left behind.
+        Refusal: C-MODEL, another kind of LLaVA, or one whose own trained tower cannot be read.
     """
     if check_format(folder) == ORIGINAL:
         if has_own_tower(folder):
-            tower_description(folder)  # without it the tower could not be taken along
+            tower_description(folder)  # refuses a folder without it
         raw = read_json(folder / "config.json")
         own = {key: value for key, value in raw.items() if not key.startswith(("mm_", "tune_", "image_", "auto_map"))}
         return LlamaConfig.from_dict(own | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
@@ -124,7 +121,7 @@ def vision_config(folder: Path) -> dict[str, Any]:
     """The vision tower's configuration as a dictionary.
 
     Raises:
-        Refusal: C-MODEL, another kind of LLaVA, or one whose tower is only named and not inside.
+        Refusal: C-MODEL, another kind of LLaVA, or the folder only names its tower.
     """
     if check_format(folder) == TRANSFORMERS:
         return _transformers_config(folder).vision_config.to_dict()
@@ -143,12 +140,11 @@ def has_own_tower(folder: Path) -> bool:
 
 
 def tower_description(folder: Path) -> Path:
-    """The folder that describes how the vision tower inside is built and how images are prepared for it: ``folder``
-    itself, or for the original format, which only names the tower, the one that ``mm_vision_tower`` names, there or
-    next to ``folder``. Of it ``config.json`` and ``preprocessor_config.json`` are needed, no weights.
+    """The folder with the ``config.json`` and ``preprocessor_config.json`` of the vision tower inside ``folder``:
+    ``folder`` itself, or in the original format the one that ``mm_vision_tower`` names, there or next to ``folder``.
 
     Raises:
-        Refusal: C-MODEL, it is not there.
+        Refusal: C-MODEL, it is missing.
     """
     if check_format(folder) == TRANSFORMERS:
         return folder
@@ -166,14 +162,9 @@ def tower_description(folder: Path) -> Path:
 
 
 def check_tower_is_taken(llm_folder: Path, vision_tower: str) -> None:
-    """Refuse to leave behind a vision tower that was trained together with the LLM.
-
-    Raises:
-        Refusal: C-MODEL
-    """
-    if not is_llava_folder(llm_folder) or not has_own_tower(llm_folder):
-        return
-    if Path(vision_tower).resolve() != llm_folder.resolve():
+    """Refuse (C-MODEL) another vision tower than the one that was trained together with the LLM."""
+    own_tower = is_llava_folder(llm_folder) and has_own_tower(llm_folder)
+    if own_tower and Path(vision_tower).resolve() != llm_folder.resolve():
         raise Refusal(
             "C-MODEL", "another vision tower than the one that was trained with this LLM", file=llm_folder,
             key="--vision_tower", found=vision_tower, expected=str(llm_folder), fix="leave --vision_tower out",
@@ -189,7 +180,7 @@ def _transformers_config(folder: Path) -> LlavaConfig:
 
 
 def read_tensors(folder: Path) -> LlavaTensors:
-    """The folder's tensors by part, under the names that each part has alone.
+    """The folder's tensors by part, under their names in the part alone.
 
     Raises:
         Refusal: a file is missing or damaged.
@@ -202,20 +193,14 @@ def read_tensors(folder: Path) -> LlavaTensors:
 
 
 def name_parts(settings: ModelSettings) -> ModelSettings:
-    """``settings`` with LLM, vision tower and projector each by itself, where only a complete LLaVA was named.
+    """``settings`` with all three parts named, if only a complete LLaVA was.
 
     Raises:
         Refusal: C-FLAG, not a complete LLaVA; C-MODEL, parts of it are adapters that are not merged yet.
     """
     if settings.vision_tower is not None:
         return settings
-    llm, tower, projector = map(str, _find_parts(Path(settings.model_name_or_path)))
-    own = settings.pretrain_mm_mlp_adapter or projector
-    return dataclasses.replace(settings, model_name_or_path=llm, vision_tower=tower, pretrain_mm_mlp_adapter=own)
-
-
-def _find_parts(folder: Path) -> tuple[Path, Path, Path]:
-    """LLM, vision tower and projector of a complete LLaVA; see :func:`name_parts`."""
+    folder = Path(settings.model_name_or_path)
     adapters = [name for name in ("llm_adapter", "visual_encoder_adapter") if (folder / name).is_dir()]
     if (folder / "projector").is_dir() and adapters:
         raise Refusal(
@@ -224,10 +209,15 @@ def _find_parts(folder: Path) -> tuple[Path, Path, Path]:
         )  # fmt: skip
     if (folder / "projector").is_dir() and (folder / "visual_encoder").is_dir():
         llm = folder / "llm" if (folder / "llm").is_dir() else folder
-        return llm, folder / "visual_encoder", folder / "projector"
-    if is_llava_folder(folder):
-        return folder, folder, folder
-    raise Refusal(
-        "C-FLAG", "missing flag", key="--vision_tower", found=f"{folder} is not a complete LLaVA",
-        fix="give the vision tower's folder, or a complete LLaVA as --model_name_or_path",
-    )  # fmt: skip
+        tower, projector = folder / "visual_encoder", folder / "projector"
+    elif is_llava_folder(folder):
+        llm = tower = projector = folder
+    else:
+        raise Refusal(
+            "C-FLAG", "missing flag", key="--vision_tower", found=f"{folder} is not a complete LLaVA",
+            fix="give the vision tower's folder, or a complete LLaVA as --model_name_or_path",
+        )  # fmt: skip
+    own = settings.pretrain_mm_mlp_adapter or str(projector)
+    return dataclasses.replace(
+        settings, model_name_or_path=str(llm), vision_tower=str(tower), pretrain_mm_mlp_adapter=own
+    )

@@ -1,15 +1,9 @@
-"""LLMs: a folder in any published layout → a transformers causal LM, or its tensors under that LM's names.
+"""LLMs: a folder → a transformers causal LM, or its tensors under that LM's names.
 
-======================  =========================================================================================
-the folder              what is done
-======================  =========================================================================================
-transformers            names and shapes are compared with the architecture, then loaded
-InternLM2               renamed and split to Llama (:mod:`llava_moslora.models.internlm2`), then the same
-a complete LLaVA        its LLM is extracted (:mod:`llava_moslora.models.llava_folder`), then the same
-======================  =========================================================================================
-
-Weights are passed to ``from_pretrained`` as mapped tensors, not as a path: the same for every layout, and DeepSpeed's
-ZeRO-3 partitions and bitsandbytes quantises there. Training and export read the same list of tensors.
+The folder is one of transformers, InternLM2 (read as Llama: :mod:`llava_moslora.models.internlm2`) or a complete LLaVA
+(:mod:`llava_moslora.models.llava_folder`). Names and shapes are compared with the architecture. The weights are then
+passed to ``from_pretrained`` as mapped tensors, whatever the folder, because DeepSpeed's ZeRO-3 partitions and
+bitsandbytes quantises there. Training and export read the same tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, check_tensors, read_tensor_folder
 from llava_moslora.models import internlm2, llava_folder
 
@@ -32,9 +26,7 @@ HEAD_WEIGHT = "lm_head.weight"
 
 
 def read_llm_config(folder: str | Path) -> PreTrainedConfig:
-    """The LLM's configuration; what cannot be used is refused before any weight is read.
-
-    An InternLM2 folder gives a ``LlamaConfig``, a complete LLaVA the configuration of its LLM.
+    """The LLM's configuration: of an InternLM2 folder a ``LlamaConfig``, of a complete LLaVA that of its LLM.
 
     Raises:
         Refusal: C-PATH, no such folder; C-MODEL, it needs code of its own, is quantised, or has an architecture that
@@ -44,23 +36,17 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
         raise Refusal(
-            "C-PATH",
-            "no LLM here" if folder.is_dir() else "no such folder",
-            file=folder,
-            key="--model_name_or_path",
+            "C-PATH", "no LLM here" if folder.is_dir() else "no such folder", file=folder, key="--model_name_or_path",
             expected="a downloaded folder with config.json, tokenizer and weights",
             fix="check the path, or download the model first: nothing is fetched at run time",
-        )
+        )  # fmt: skip
     raw = read_json(file)
     _generation_config(folder)
     if raw.get("quantization_config") is not None:
         raise Refusal(
-            "C-MODEL",
-            "the base is already quantised, and merging into it would not be exact",
-            file=file,
-            key="quantization_config",
-            fix="give the 16-bit folder; --bits 4 quantises it while loading",
-        )
+            "C-MODEL", "the base is already quantised, and merging into it would not be exact", file=file,
+            key="quantization_config", fix="give the 16-bit folder; --bits 4 quantises it while loading",
+        )  # fmt: skip
     if raw.get("model_type") == internlm2.MODEL_TYPE:
         return internlm2.llama_config(raw, file)
     if llava_folder.is_llava(raw):
@@ -124,19 +110,19 @@ def llm_on_meta(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
     """The LLM of ``config`` with every tensor on the meta device, in the configuration's dtype.
 
     Raises:
-        Refusal: C-MODEL, it lacks a part that LLaVA contains, or no network can be made of the configuration.
+        Refusal: C-MODEL, not an LLM that LLaVA can contain, or the model cannot be built from the configuration.
     """
     model_class = _model_class(config, source)
     try:
         with torch.device("meta"):
             return model_class(config)
-    except Exception as error:  # fields that fit no network, such as an unknown activation
+    except Exception as error:  # such as an unknown activation
         what = f"the configuration makes no {model_class.__name__}"
         raise Refusal("C-MODEL", what, file=source, found=error, fix="download it again") from error
 
 
 def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, LazyTensor]:
-    """The LLM's tensors, not read yet, under the names of its transformers class; ``lm_head`` only where it is untied.
+    """The LLM's tensors, not read yet, under the names of its transformers class; ``lm_head`` only if it is untied.
 
     Args:
         config: :func:`read_llm_config` of the same folder.
@@ -185,8 +171,8 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
     elif bits != 16:
         raise Refusal("C-FLAG", "unknown base precision", key="--bits", found=bits, expected="16 or 4")
     tensors = {}
-    # Where the weights are kept as they are, they are brought to their dtype one by one, here: transformers would
-    # keep what it converts from. Quantisation and ZeRO-3's rank 0 convert tensor by tensor themselves.
+    # Without quantisation and ZeRO-3 the weights are converted to their dtype here, one by one: transformers would keep
+    # the originals in memory. Quantisation and ZeRO-3's rank 0 convert tensor by tensor themselves.
     as_kept = quantization is None and not is_deepspeed_zero3_enabled()
     for name, stored in read_llm_tensors(folder, config).items():
         tensors[name] = stored.read().to(dtype) if as_kept else stored.read()
@@ -208,8 +194,8 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
 def with_old_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """A text configuration as JSON, with the rotary settings also where transformers 4 and vLLM look for them.
 
-    transformers 5 writes ``rope_parameters`` alone; a reader that does not know it falls back to a base of 10,000
-    without a word, and LLaMA-3 (500,000) or InternLM2 (1,000,000) then answers nonsense.
+    transformers 5 writes only ``rope_parameters``; a reader that does not know it silently uses a base of 10,000, with
+    which LLaMA-3 (500,000) or InternLM2 (1,000,000) answers nonsense.
     """
     rope = dict(raw.get("rope_parameters") or {})
     if "rope_theta" not in rope:

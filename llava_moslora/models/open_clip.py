@@ -1,7 +1,7 @@
 """open_clip checkpoints → a ``CLIPVisionModel``'s configuration, tensors under its names, image processor settings.
 
-A plain CLIP ViT is converted exactly: tensors are renamed and the fused attention projection is split, nothing is
-resampled or rounded. What a ``CLIPVisionModel`` cannot compute is refused with the reason.
+A plain CLIP ViT is converted exactly: tensors are renamed and the fused attention projection is split. What a
+``CLIPVisionModel`` cannot compute is refused with the reason.
 
 Shapes: E vision width.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import read_tensor_file
 from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, check_settings, processor_settings
 
@@ -26,9 +27,9 @@ SUPPORTED = f"{PREFIX}ARCH@FILE of a plain CLIP ViT, or {PREFIX}FOLDER"
 FIX = "choose one of these; give a SigLIP as its transformers folder"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 
-# open_clip's vision_cfg fields that a CLIPVisionModel can have; any other field must have open_clip's default.
-# patch_dropout acts only while open_clip trains; final_ln_after_pool is the same thing for a tower that pools its
-# class token; the sine table of pos_embed_type is stored with the weights.
+# Fields of open_clip's vision_cfg that may have any value; the others must have open_clip's default. patch_dropout acts
+# only while open_clip trains; final_ln_after_pool changes nothing in a tower that pools its class token; the sine table
+# of pos_embed_type is stored with the weights.
 FREE_FIELDS = {
     *("layers", "width", "head_width", "mlp_ratio", "patch_size", "image_size", "norm_kwargs", "act_kwargs"),
     *("output_tokens", "patch_dropout", "final_ln_after_pool", "pos_embed_type"),
@@ -57,8 +58,6 @@ def plain_architectures() -> list[str]:
 
 def _objection(vision_cfg: Mapping[str, Any]) -> str | None:
     """Why this is not a plain CLIP ViT, or ``None``."""
-    from dataclasses import asdict
-
     cfg_class = _import_open_clip().CLIPVisionCfg
     if vision_cfg.get("timm_model_name"):
         return f"its tower is the timm model {vision_cfg['timm_model_name']}"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 
 BICUBIC, BILINEAR = 3, 2  # Pillow's numbers, as preprocessor_config.json writes them
 # By default CLIP's processor scales the short side and crops; SigLIP's scales to a square.
@@ -101,16 +101,17 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
         raise Refusal("K-MISSING", "the tower's image processor settings are missing", file=file, fix=fix)
     named = raw.get("image_processor_type", raw.get("feature_extractor_type", CLIP_PROCESSOR))
     if (kind := KNOWN_PROCESSORS.get(named) if isinstance(named, str) else None) is None:
-        where = {"file": file, "key": "image_processor_type", "fix": FIX}
-        what = "neither CLIP's nor SigLIP's image processor"
-        raise Refusal("K-PROCESSOR", what, **where, found=named, expected=f"{CLIP_PROCESSOR} or {SIGLIP_PROCESSOR}")
+        raise Refusal(
+            "K-PROCESSOR", "neither CLIP's nor SigLIP's image processor", file=file, key="image_processor_type",
+            found=named, expected=f"{CLIP_PROCESSOR} or {SIGLIP_PROCESSOR}", fix=FIX,
+        )  # fmt: skip
     processor = _complete(raw, kind)
     check_settings(processor, file)
     result = processor["crop_size"] if processor["do_center_crop"] else processor["size"]
     if (result.get("height"), result.get("width")) != (image_size, image_size):
-        where = {"file": file, "key": "crop_size" if processor["do_center_crop"] else "size", "fix": FIX}
+        key, expected = "crop_size" if processor["do_center_crop"] else "size", f"{image_size}×{image_size}"
         what = "the images would not have the tower's size"
-        raise Refusal("K-PROCESSOR", what, **where, found=result, expected=f"{image_size}×{image_size}")
+        raise Refusal("K-PROCESSOR", what, file=file, key=key, found=result, expected=expected, fix=FIX)
     return processor
 
 

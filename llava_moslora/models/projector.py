@@ -1,8 +1,7 @@
-"""The projector: ``linear_2(gelu(linear_1(features)))`` from vision width to LLM width, read from any published layout.
+"""Reads the projector, ``linear_2(gelu(linear_1(features)))`` from vision width to LLM width.
 
-The same two linears are published under several names; :data:`PREFIXES` lists the prefixes under which ``0``/``2`` or
-``linear_1``/``linear_2`` are found. A file in which nothing matches is refused: loaded without an error, it would leave
-a model that ignores images.
+Its two linears are published under several names: ``0``/``2`` or ``linear_1``/``linear_2`` after one of
+:data:`PREFIXES`. A file without them is refused: a model with a random projector ignores images.
 
 Shapes: E vision width, D LLM width.
 """
@@ -15,14 +14,13 @@ import torch
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_file
 from llava_moslora.models import llava_folder
 
-# prefix in the file → the names of the two linears behind it
 _SEQUENTIAL = ("0", "2")
 _NAMED = ("linear_1", "linear_2")
-PREFIXES: dict[str, tuple[str, str]] = {
+PREFIXES: dict[str, tuple[str, str]] = {  # prefix in the file → the names of the two linears after it
     "projector.model.": _SEQUENTIAL,  # XTuner, pretraining checkpoint
     "model.mm_projector.": _SEQUENTIAL,  # LLaVA, mm_projector.bin
     "base_model.model.model.mm_projector.": _SEQUENTIAL,  # LLaVA, non_lora_trainables.bin
@@ -89,23 +87,17 @@ def _find_names(file: Path, stored: dict[str, LazyTensor]) -> dict[str, str]:
         extra = sorted(key for key in stored if own and key.startswith(own) and key not in names.values())
         if missing or extra:
             raise Refusal(
-                "K-PROJECTOR",
-                "not a two-layer projector with biases",
-                file=file,
-                key=(missing or extra)[0],
+                "K-PROJECTOR", "not a two-layer projector with biases", file=file, key=(missing or extra)[0],
                 found="missing " + ", ".join(missing) if missing else "unexpected " + ", ".join(extra),
-                expected=", ".join(names.values()),
-                fix="give a two-layer MLP projector (mlp2x_gelu)",
-            )
+                expected=", ".join(names.values()), fix="give a two-layer MLP projector (mlp2x_gelu)",
+            )  # fmt: skip
         return names
     raise Refusal(
-        "K-PROJECTOR",
-        "no projector in this file",
-        file=file,
+        "K-PROJECTOR", "no projector in this file", file=file,
         found=", ".join(sorted(stored)[:4]) + (" …" if len(stored) > 4 else "") if stored else "an empty file",
         expected="linears under one of the prefixes " + ", ".join(repr(p) for p in PREFIXES),
         fix="give the pretrained projector: LLaVA's mm_projector.bin, an XTuner projector folder or .pth, an export",
-    )
+    )  # fmt: skip
 
 
 def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
@@ -113,7 +105,7 @@ def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
     if not file.is_file() or file.stat().st_size == 0:  # XTuner publishes some that are empty
         return
     raw = read_json(file)
-    fields = dict(LLAVA_FIELDS)
+    fields: dict[str, tuple] = dict(LLAVA_FIELDS)
     if raw.get("model_type") == "projector":
         fields |= XTUNER_FIELDS | {"visual_hidden_size": (vision_width,), "llm_hidden_size": (llm_width,)}
     for key, allowed in fields.items():
@@ -127,24 +119,18 @@ def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
 def _check_shapes(
     file: Path, found: dict[str, Tensor], names: dict[str, str], vision_width: int, llm_width: int
 ) -> None:
-    expected = dict(
-        zip(KEYS, [(llm_width, vision_width), (llm_width,), (llm_width, llm_width), (llm_width,)], strict=True)
-    )
-    for key, shape in expected.items():
+    shapes = [(llm_width, vision_width), (llm_width,), (llm_width, llm_width), (llm_width,)]
+    for key, shape in zip(KEYS, shapes, strict=True):
         if tuple(found[key].shape) != shape:
             raise Refusal(
-                "K-SHAPE",
-                "the projector was made for another vision tower or LLM",
-                file=file,
-                key=names[key],
+                "K-SHAPE", "the projector was made for another vision tower or LLM", file=file, key=names[key],
                 found=list(found[key].shape),
                 expected=f"{list(shape)} (vision width {vision_width}, LLM width {llm_width})",
                 fix="give the projector that was pretrained with this vision tower and this LLM",
-            )
+            )  # fmt: skip
         if not torch.isfinite(found[key]).all():
-            raise Refusal(
-                "K-FINITE", "NaN or Inf in the projector", file=file, key=names[key], fix="use another checkpoint"
-            )
+            fix = "use another checkpoint"
+            raise Refusal("K-FINITE", "NaN or Inf in the projector", file=file, key=names[key], fix=fix)
 
 
 def _projector_file(path: Path) -> Path:
@@ -160,12 +146,8 @@ def _projector_file(path: Path) -> Path:
                 fix="join them with the zero_to_fp32.py next to it, and give the result",
             )  # fmt: skip
         raise Refusal(
-            "C-PATH",
-            "no projector file in this folder",
-            file=path,
-            key="--pretrain_mm_mlp_adapter",
+            "C-PATH", "no projector file in this folder", file=path, key="--pretrain_mm_mlp_adapter",
             found=", ".join(sorted(p.name for p in path.iterdir())[:6]) or "an empty folder",
-            expected="one of " + ", ".join(FILE_NAMES),
-            fix="give the file itself",
-        )
+            expected="one of " + ", ".join(FILE_NAMES), fix="give the file itself",
+        )  # fmt: skip
     raise Refusal("C-PATH", "no such file or folder", file=path, key="--pretrain_mm_mlp_adapter", fix="check the path")

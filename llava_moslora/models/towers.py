@@ -1,8 +1,7 @@
-"""The kinds of vision towers, and everything that differs between them.
+"""The kinds of vision towers, and what differs between them.
 
-``LlavaForConditionalGeneration`` takes the features of a layer as they are (``vision_feature_select_strategy`` "full")
-or without their first token ("default"). CLIP puts a class token before the patches, SigLIP has none: it pools the last
-layer with an attention head of its own, which LLaVA never reads.
+CLIP has a class token before the patches. SigLIP has none; it pools the last layer with an attention head, which LLaVA
+never reads.
 """
 
 from __future__ import annotations
@@ -21,23 +20,16 @@ from transformers import (
 
 @dataclass(frozen=True)
 class TowerKind:
-    """A kind of vision tower.
+    """A kind of vision tower."""
 
-    Attributes:
-        name: the ``model_type`` of a whole model of this kind, text model included; a tower's own is
-            ``NAME_vision_model``.
-        config, model: the tower's classes.
-        class_tokens: tokens before the patches, which the projector does not get.
-    """
-
-    name: str
+    name: str  # the model_type of a whole model with text; a tower's own is NAME_vision_model
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
-    class_tokens: int
+    class_tokens: int  # before the patches; the projector does not get them
 
     @property
     def strategy(self) -> str:
-        """The value of LLaVA's ``vision_feature_select_strategy`` that selects exactly the patches."""
+        """LLaVA's ``vision_feature_select_strategy`` for the patches alone: "default" drops the first token."""
         return "default" if self.class_tokens else "full"
 
 
@@ -52,7 +44,6 @@ def kind_name(model_type: object) -> str:
 
 
 def kind_of(config: PreTrainedConfig) -> TowerKind:
-    """The kind of the tower with this configuration."""
     return KINDS[kind_name(config.model_type)]
 
 
@@ -64,8 +55,8 @@ def tokens_per_image(config: PreTrainedConfig) -> int:
 def drop_unused(tower: PreTrainedModel, layers: int) -> None:
     """Remove all but the first ``layers`` layers, and SigLIP's pooling head.
 
-    What is removed is neither computed nor adapted. Under ZeRO-3 the head would also fail: its attention is torch's own
-    module, which reads the weights of its output linear without calling it, so that nothing gathers them.
+    They would be computed and adapted for nothing. Under ZeRO-3 the head would also fail: its attention is torch's own
+    module, which reads the weights of its output linear without calling it, so that they are not gathered.
     """
     tower.encoder.layers = tower.encoder.layers[:layers]
     if isinstance(tower, SiglipVisionModel) and tower.use_head:

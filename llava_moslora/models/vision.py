@@ -1,5 +1,4 @@
-"""Vision towers: a CLIP or SigLIP ViT in any published layout becomes transformers' model of it, with its own image
-processor settings.
+"""Vision towers: a CLIP or SigLIP ViT → transformers' model of it and its image processor settings.
 
 ``--vision_tower`` has three forms::
 
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, check_tensors, in_memory, read_tensor_folder
 from llava_moslora.models import llava_folder, open_clip
 from llava_moslora.models.preprocessing import read_preprocessing
@@ -37,7 +36,7 @@ SUPPORTED = f"a folder of {FOLDERS} or the whole model around it, {open_clip.SUP
 NOT_VISION = re.compile(
     r"text_model\.|logit_(scale|bias)$|(text|visual)_projection\.weight$|.*embeddings\.position_ids$"
 )
-# Kinds of towers that users ask for and that are refused, each with the reason.
+# Kinds of towers that are refused with a reason of their own.
 REASONS = {
     "siglip2": "NaFlex, whose images have any number of patches, where LLaVA gives every image the same; SigLIP 2 "
     "of a fixed size, such as siglip2-so400m-patch14-384, has the model_type siglip and works",
@@ -46,9 +45,7 @@ REASONS = {
 
 
 def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The vision tower ``spec`` in ``dtype``, and its image processor settings (of ``preprocessor_config.json``).
-
-    The tower is complete (last layer, post-layernorm and pooling head included) and in eval mode.
+    """The complete vision tower ``spec`` in ``dtype`` and eval mode, and its settings of ``preprocessor_config.json``.
 
     Raises:
         Refusal: as :func:`read_vision_config`; a file is missing or damaged; not exactly the tower's tensors.
@@ -156,8 +153,10 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         raise Refusal("K-CONFIG", what, file=file, found=error, fix="download it again") from error
     for key in ("image_size", "patch_size"):  # both classes also declare pairs, and compute with one number
         if type(side := getattr(config, key)) is not int or side < 1:
-            where = {"file": file, "key": key, "fix": "use a tower for square images"}
-            raise Refusal("K-CONFIG", "not one side length in pixels", **where, found=side, expected="a whole number")
+            raise Refusal(
+                "K-CONFIG", "not one side length in pixels", file=file, key=key, found=side, expected="a whole number",
+                fix="use a tower for square images",
+            )  # fmt: skip
     return config
 
 
@@ -167,7 +166,7 @@ def _checked(config: PreTrainedConfig, found: Mapping[str, LazyTensor], source: 
     try:
         with torch.device("meta"):
             expected = {name: tuple(t.shape) for name, t in tower_class(config).state_dict().items()}
-    except Exception as error:  # fields that fit no network: heads that do not divide the width, an unknown activation
+    except Exception as error:  # such as heads that do not divide the width, or an unknown activation
         what = f"the configuration makes no {tower_class.__name__}"
         raise Refusal("K-CONFIG", what, file=source, found=error, fix="download it again") from error
     check_tensors(found, expected, source)

@@ -25,8 +25,12 @@ def publish_checkpoint(folder: Path, write: Callable[[Path], None], facts: Calla
 
 def is_valid(folder: Path) -> bool:
     """Whether the manifest and every hash verify, and the folder has the name of its step."""
+    return _verifies(folder, verify_manifest)
+
+
+def _verifies(folder: Path, read_manifest: Callable[[Path], dict]) -> bool:
     try:
-        _check_step(folder, verify_manifest(folder))
+        _check_step(folder, read_manifest(folder))
     except Refusal:
         return False
     return True
@@ -48,17 +52,14 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    match = CHECKPOINT.fullmatch(checkpoint.name)
-    assert match, f"{checkpoint} is no checkpoint folder"
-    return int(match[1])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def newest_valid(run: Path) -> tuple[Path | None, list[Refusal]]:
     """The newest checkpoint whose manifest and hashes verify, or None; and why newer ones, which stay, were skipped.
 
     Raises:
-        Refusal: K-STEP, the newest one that verifies has the name of another step. Somebody renamed or copied it;
-            silently using an older one would be a surprise.
+        Refusal: K-STEP, the newest that verifies was renamed or copied; using an older one would be a surprise.
     """
     skipped = []
     for folder in checkpoints(run):
@@ -80,13 +81,9 @@ def newest_checkpoint(run: Path) -> Path:
     """
     checkpoint, skipped = newest_valid(run)
     if checkpoint is None:
-        raise Refusal(
-            "K-NONE",
-            "the run has no valid checkpoint",
-            file=run,
-            found="; ".join(r.line() for r in skipped) or "none at all",
-            fix="let the training reach its first --save_steps, or its end",
-        )
+        found = "; ".join(refusal.line() for refusal in skipped) or "none at all"
+        fix = "let the training reach its first --save_steps, or its end"
+        raise Refusal("K-NONE", "the run has no valid checkpoint", file=run, found=found, fix=fix)
     check_seed(read_run(run), checkpoint, read_facts(checkpoint))
     return checkpoint
 
@@ -97,7 +94,7 @@ def prune(run: Path, keep: int) -> None:
     A damaged checkpoint does not count as kept, and one whose manifest cannot be read (damaged, or written by another
     version of this package) stays.
     """
-    finished = [folder for folder in checkpoints(run) if _has_manifest(folder)]
+    finished = [folder for folder in checkpoints(run) if _verifies(folder, read_facts)]  # the manifest, not the files
     if len(finished) <= max(keep, 2):
         return  # nothing to delete, so nothing to hash
     kept = 0
@@ -106,15 +103,6 @@ def prune(run: Path, keep: int) -> None:
             discard(folder)
         elif is_valid(folder):
             kept += 1
-
-
-def _has_manifest(folder: Path) -> bool:
-    """Whether the manifest itself is undamaged and of the step in the folder's name."""
-    try:
-        _check_step(folder, read_facts(folder))
-    except Refusal:
-        return False
-    return True
 
 
 def lock_run(run: Path, patience: float = 15) -> FileLock:
@@ -134,13 +122,10 @@ def lock_run(run: Path, patience: float = 15) -> FileLock:
     except Timeout as error:
         holder = run / ".locked_by"
         raise Refusal(
-            "C-LOCKED",
-            "another process is training into this folder",
-            file=run,
-            key="--output_dir",
+            "C-LOCKED", "another process is training into this folder", file=run, key="--output_dir",
             found=holder.read_text() if holder.is_file() else None,
             fix="wait for it, stop it, or choose another --output_dir",
-        ) from error
+        ) from error  # fmt: skip
     except OSError as error:
         raise Refusal("C-OUTPUT", "cannot be written to", file=run, key="--output_dir", found=error) from error
     return lock

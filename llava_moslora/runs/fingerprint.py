@@ -1,4 +1,4 @@
-"""Fingerprints of a run's inputs: a resume, an export and an answer must be of the base that was trained on."""
+"""Fingerprints of a run's base: resuming, exporting and answering need the base that the run was trained on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def base_fingerprints(model: ModelSettings) -> dict[str, dict[str, str]]:
-    """What identifies the three parts that a run begins from, as every checkpoint's manifest states it."""
+    """Of the three parts that a run begins from, as every checkpoint's manifest records them."""
     return {
         "llm": fingerprint(model.model_name_or_path),
-        "vision_tower": fingerprint(model.vision_tower),
+        "vision_tower": fingerprint(model.tower),
         "projector": fingerprint(model.pretrain_mm_mlp_adapter or "none"),
     }
 

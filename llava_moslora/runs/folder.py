@@ -68,10 +68,12 @@ def open_run(
             differ from the run's, and ``allow_change`` does not name them; K-NONE, there are checkpoints, none valid;
             the newest is not this run's own.
     """
-    run = Path(training.output_dir)
+    run = training.run_folder
     check_output(training, inputs)
-    lock = _lock(run)
+    lock = lock_run(run)
     try:
+        for aside in run.glob(f".*{SET_ASIDE}"):  # a process was killed while it replaced a run
+            _put_back(run, aside)
         check_output(training, inputs)  # another process may have been faster
         checkpoint = None
         if training.resume and has_begun(run):
@@ -105,28 +107,25 @@ def _checkpoint_to_resume(
     if changed:
         shown = {name: only_differing(*both) for name, both in changed.items()}
         raise Refusal(
-            "K-CHANGED",
-            "this call differs from the run that it would resume",
-            file=run,
-            key=", ".join(changed),
+            "K-CHANGED", "this call differs from the run that it would resume", file=run, key=", ".join(changed),
             found="; ".join(f"{name} {now}" for name, (_, now) in shown.items()),
             expected="; ".join(f"{name} {then}" for name, (then, _) in shown.items()),
             fix=f"give the run's own values, or --allow_change {' '.join(changed)}",
-        )
+        )  # fmt: skip
     return checkpoint
 
 
 def only_differing(then: object, now: object) -> tuple[object, object]:
-    """Of two mappings, such as the files of a folder and their hashes, what differs."""
+    """Two values without what is equal in both, if they are mappings, such as file → hash."""
     if not (isinstance(then, dict) and isinstance(now, dict)):
         return then, now
-    names = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return tuple({name: side.get(name, "missing") for name in names} for side in (then, now))
+    names = [name for name in then | now if then.get(name) != now.get(name)]
+    return {name: then.get(name, "missing") for name in names}, {name: now.get(name, "missing") for name in names}
 
 
 def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
     """Settings that decide what is computed and differ: name → (then, now)."""
-    both = {name: (value, None) for name, value in then.unknown.items()}
+    both: dict[str, tuple[Any, Any]] = {name: (value, None) for name, value in then.unknown.items()}
     for group, kind in GROUPS.items():
         for name in (f.name for f in fields(kind) if f.name not in FREE[group]):
             both[name] = getattr(getattr(then, group), name), getattr(getattr(now, group), name)
@@ -156,7 +155,7 @@ def write_first_files(
     Raises:
         Refusal: as :func:`check_output`: the folder may have changed since it was opened.
     """
-    run, record = Path(training.output_dir), partial(record_run, settings=settings, tokenizer=tokenizer)
+    run, record = training.run_folder, partial(record_run, settings=settings, tokenizer=tokenizer)
     if training.resume and has_begun(run):
         record(run)
         return
@@ -213,14 +212,10 @@ def check_space(run: Path, trained: int, checkpoints: int = 2) -> None:
     place = next(p for p in (run, *run.absolute().parents) if p.exists())
     if (free := shutil.disk_usage(place).free) < needed:
         raise Refusal(
-            "E-DISK",
-            f"too little space for {checkpoints} checkpoints",
-            file=run,
-            key="--output_dir",
-            found=f"{free:,} bytes free",
+            "E-DISK", f"too little space for {checkpoints} checkpoints", file=run, key="--output_dir",
+            found=f"{free:,} bytes free", fix="free space or choose another disk",
             expected=f"{needed:,} bytes: {checkpoints} checkpoints of {trained:,} trained parameters",
-            fix="free space or choose another disk",
-        )
+        )  # fmt: skip
 
 
 def checkpoint_bytes(trained: int) -> int:
@@ -234,32 +229,22 @@ def check_shared(run: Path, patience: float = 15) -> None:
     Raises:
         Refusal: C-SHARED on all ranks, where one does not see it (several hosts without a common file system).
     """
-    name = from_rank_0(f".seen-{secrets.token_hex(4)}")
+    file = run / str(from_rank_0(f".seen-{secrets.token_hex(4)}"))
     if rank() == 0:
-        (run / name).touch()
+        file.touch()
     asked = time.monotonic()
     from_all_ranks(None)  # no rank looks before it is there
-    while not (seen := (run / name).exists()) and time.monotonic() < asked + patience:
+    while not (seen := file.exists()) and time.monotonic() < asked + patience:
         time.sleep(0.5)  # a network file system may answer from its cache
     without = [number for number, sees in enumerate(from_all_ranks(seen)) if not sees]
     if rank() == 0:
-        (run / name).unlink()
+        file.unlink()
     if without:
         raise Refusal(
-            "C-SHARED",
-            "not every process sees this folder",
-            file=run,
-            key="--output_dir",
+            "C-SHARED", "not every process sees this folder", file=run, key="--output_dir",
             found=f"nothing on ranks {', '.join(map(str, without))}",
             fix="choose a folder on a file system that all hosts share",
-        )
-
-
-def _lock(run: Path) -> FileLock:
-    lock = lock_run(run)
-    for aside in run.glob(f".*{SET_ASIDE}"):  # a process was killed while it replaced a run
-        _put_back(run, aside)
-    return lock
+        )  # fmt: skip
 
 
 def _put_back(run: Path, aside: Path) -> None:

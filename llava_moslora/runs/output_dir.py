@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from llava_moslora.config import DataSettings, TrainingSettings
 from llava_moslora.errors import Refusal
@@ -50,7 +51,7 @@ def check_output(
         Refusal: C-OUTPUT, it is no folder, cannot be written to, or holds something that is neither to be resumed nor
             to be deleted: not a run, a file that no run writes inside a run's own folders, an input.
     """
-    run, resume, overwrite = Path(training.output_dir), training.resume, training.overwrite
+    run, resume, overwrite = training.run_folder, training.resume, training.overwrite
     if run.exists() and not run.is_dir():
         raise _refusal("not a folder", run, fix="choose another path")
     place = next(p for p in (run, *run.absolute().parents) if p.exists())
@@ -151,5 +152,5 @@ def _names(paths: list[Path]) -> str:
     return ", ".join(sorted(path.name for path in paths)[:5])
 
 
-def _refusal(what: str, file: Path, **parts: object) -> Refusal:
+def _refusal(what: str, file: Path, **parts: Any) -> Refusal:
     return Refusal("C-OUTPUT", what, file=file, key="--output_dir", **parts)

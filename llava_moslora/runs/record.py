@@ -14,13 +14,13 @@ from typing import Any
 from llava_moslora._version import __version__
 from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import replace_json
+from llava_moslora.files.disk import replace_json
 
 RUN, TOKENIZER = "run.json", "tokenizer"
 EXPORT = "export.json"  # next to an export's weights: what it is an export of
 GROUPS = {"model": ModelSettings, "data": DataSettings, "adapter": AdapterSettings}
 # Of ``settings``, what resuming, exporting and answering need: group → key → type.
-NEEDED = {
+NEEDED: dict[str, dict[str, Any]] = {
     "model": {
         "model_name_or_path": str,
         "vision_tower": str,
@@ -34,7 +34,7 @@ NEEDED = {
     "preprocessor": {},
 }
 # What runs did that were begun before there was a setting for it.
-BEFORE = {
+BEFORE: dict[str, dict[str, Any]] = {
     "model": {"attn_implementation": "sdpa"},
     "data": {"data_weights": [], "data_group": XTUNER_DATA_GROUP, "image_engine": "pil", "decode_images": False},
     "adapter": {},
@@ -143,12 +143,10 @@ def read_run(folder: str | Path) -> RunRecord:
 def _read_ours(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise Refusal(
-            "C-PATH",
-            "not a run folder" if file.parent.is_dir() else "no such folder",
-            file=file.parent,
+            "C-PATH", "not a run folder" if file.parent.is_dir() else "no such folder", file=file.parent,
             expected=f"a folder with {RUN}, as --output_dir of scripts/train_vit_llm.py",
             fix="give the --output_dir of a training run",
-        )
+        )  # fmt: skip
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -192,14 +190,7 @@ def _is_ours(record: object) -> bool:
 
 
 def check_seed(record: RunRecord, checkpoint: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another run that was copied in.
-
-    Args:
-        record: of the run. manifest: the checkpoint's.
-
-    Raises:
-        Refusal: K-SEED
-    """
+    """Refuse (K-SEED) a checkpoint of another run that was copied in; ``manifest`` is the checkpoint's."""
     if (seed := manifest.get("seed")) not in record.seeds:
         raise Refusal(
             "K-SEED", "a checkpoint of a run with another seed", file=checkpoint, found=f"seed {seed}",
@@ -216,10 +207,8 @@ def _installed(name: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the checkout this package runs from, if it is one and git is there."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        answer = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     except FileNotFoundError:
         return None
-    return answer.stdout.strip() or None

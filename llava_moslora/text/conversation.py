@@ -1,8 +1,8 @@
-"""A conversation to token ids and labels, made together, segment by segment.
+"""Encodes a conversation as token ids and labels.
 
-Nothing is found again by re-tokenising: each segment of the template (:mod:`llava_moslora.text.template`) knows whether
-it is trained, so the labels cannot disagree with the ids. Texts that stand next to each other are joined and encoded as
-one string; a boundary exists only at a control token, at an image, and where training begins or ends.
+Each segment of the template (:mod:`llava_moslora.text.template`) is either trained or not, so ids and labels are
+produced together and cannot disagree. Adjacent texts are joined and encoded as one string, except across a control
+token, an image, or a place where training begins or ends.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -18,13 +18,13 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
-from llava_moslora.text.template import SYSTEM, TEXT, Control, Segments
-from llava_moslora.text.templates import control_id, get_template
+from llava_moslora.text.template import SYSTEM, TEXT, Segments
+from llava_moslora.text.templates import chat_template, control_id, get_template
 from llava_moslora.text.tokenizer import IMAGE_TOKEN, image_token_id
 
 IGNORE_INDEX = -100  # a label without loss; transformers' value
-IMAGE = object()  # an image's place among the segments
-END = object()  # a round ends here
+IMAGE = object()  # the segment that an image is
+END = object()  # the segment that marks the end of a round
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class ConversationEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str):
         self.tokenizer, self.template = tokenizer, get_template(template, tokenizer)
         self._encode_text = text_encoder(tokenizer)
-        self._control_ids: dict[Control, int | None] = {}  # looked up when first needed: not every one has to exist
+        # Looked up when needed: not every one has to exist
+        self._control_id = cache(partial(control_id, tokenizer=tokenizer))
 
     @cached_property
     def _image_id(self) -> int:
@@ -137,13 +138,8 @@ class ConversationEncoder:
         flush()
         return Encoded(ids, labels, tuple(ends))
 
-    def _control_id(self, control: Control) -> int | None:
-        if control not in self._control_ids:
-            self._control_ids[control] = control_id(control, self.tokenizer)
-        return self._control_ids[control]
-
     def _segments(self, turns: Sequence[Turn], has_images: bool, prompt: bool) -> Iterator[tuple[object, bool]]:
-        """The conversation as ``(text | Control | IMAGE | END, trained?)``, without variables."""
+        """Yields ``(str | Control | IMAGE | END, trained?)``; the template's variables are replaced by their values."""
         template = self.template
         system = turns[0].text.strip() if turns[0].role == "system" else template.default_system
         if turns[0].role == "system" and not template.system:
@@ -156,7 +152,7 @@ class ConversationEncoder:
             heading = []
         for turn in turns:
             if turn.role == "human":
-                content = _split_at_images(turn.text.strip()) if has_images else [turn.text.strip()]
+                content: list[object] = _split_at_images(turn.text.strip()) if has_images else [turn.text.strip()]
                 if template.images_only:
                     content = [part for part in content if part is IMAGE]
                 yield from ((segment, False) for segment in _fill(template.human, content, heading))
@@ -171,7 +167,7 @@ class ConversationEncoder:
 
 
 def _fill(segments: Segments, text: list[object], system: list[object]) -> Iterator[object]:
-    """``segments`` with the variables replaced by what they stand for."""
+    """``segments`` with the variables replaced by their values."""
     for segment in segments:
         if segment is TEXT:
             yield from text
@@ -200,15 +196,60 @@ def _check_order(turns: Sequence[Turn], last: str) -> None:
         )  # fmt: skip
 
 
+def label_runs(
+    input_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerFast
+) -> list[tuple[str, str]]:
+    """A tokenised conversation, decoded, as runs of ``"image"``, ``"masked"`` (not trained) or ``"trained"`` tokens.
+
+    The text of an image is ``<image>×576``.
+    """
+    image = tokenizer.added_tokens_encoder.get(IMAGE_TOKEN)
+    runs: list[tuple[str, list[int]]] = []
+    for token, label in zip(input_ids, labels, strict=True):
+        kind = "image" if token == image else "masked" if label == IGNORE_INDEX else "trained"
+        if runs and runs[-1][0] == kind:
+            runs[-1][1].append(token)
+        else:
+            runs.append((kind, [token]))
+    return [
+        (kind, f"{IMAGE_TOKEN}×{len(tokens)}" if kind == "image" else tokenizer.decode(tokens)) for kind, tokens in runs
+    ]
+
+
+def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    """Check that :func:`encode_prompt` gives the ids that the stock tokenizer gives with the exported chat template.
+
+    Raises:
+        Refusal: C-TEMPLATE
+    """
+    turns = [Turn("human", f"{IMAGE_TOKEN}\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Sure?")]
+    if template == "plain":
+        turns = turns[:1]
+    ours = encode_prompt(turns, tokenizer=tokenizer, template=template, image_tokens=[1]).input_ids
+    roles = {"human": "user", "gpt": "assistant"}
+    text = tokenizer.apply_chat_template(
+        [{"role": roles[turn.role], "content": turn.text} for turn in turns],
+        chat_template=chat_template(template, tokenizer),
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    stock = tokenizer(text, add_special_tokens=False).input_ids
+    if ours != stock:
+        at = next((k for k, (a, b) in enumerate(zip(ours, stock, strict=False)) if a != b), min(len(ours), len(stock)))
+        what = f"the tokenizer reads the {template} prompt differently from token {at} on"
+        found, expected = tokenizer.decode(stock[at : at + 5]), tokenizer.decode(ours[at : at + 5])
+        raise Refusal("C-TEMPLATE", what, found=found, expected=expected)
+
+
 class TextEncoder:
     """Plain text to ids, in which no control token can appear.
 
-    A chunk of text is tokenised as the stock tokenizer would tokenise it at that place of a whole prompt. The places
-    differ only for tokenizers that put a space before the text (SentencePiece's dummy prefix):
+    A text is tokenised as the stock tokenizer would tokenise it at that place of a whole prompt. The place matters only
+    for tokenizers that put a space before the text (SentencePiece's dummy prefix):
 
     * ``start``: nothing before it,
     * ``fresh``: after a control token or an image,
-    * ``joined``: directly after other text, which was encoded apart because training begins here.
+    * ``joined``: directly after other text, which was encoded separately because training begins here.
 
     Attributes:
         controls: name by id of every control token.
@@ -226,11 +267,11 @@ class TextEncoder:
         """Ids of ``text``; ``[]`` for the empty text.
 
         Raises:
-            Refusal: D-CONTROL, the tokenizer turns this text into a control token in spite of everything.
+            Refusal: D-CONTROL, the tokenizer turns this text into a control token all the same.
         """
         backend = self._at[place]
-        # The backend is the stock tokenizer's own (a copy of LLaMA-3's costs a second), so nothing that a stock call
-        # left in it may count here, and nothing may be left in it for the next stock call.
+        # The backend is shared with the stock tokenizer (copying LLaMA-3's takes a second): settings of earlier stock
+        # calls are cleared here, and ours are reset for the next stock call.
         if backend.truncation is not None:
             backend.no_truncation()
         if backend.padding is not None:

@@ -31,7 +31,7 @@ class Template:
 
     Attributes:
         begin: once, before everything.
-        system: a system turn; it takes the place of ``SYSTEM`` in the first human turn, or else stands after ``begin``.
+        system: a system turn; it replaces ``SYSTEM`` in the first human turn, or else follows ``begin``.
         human: a human turn.
         reply: what makes the model answer; a prompt for generation ends with it.
         answer: an answer; all of it is trained, its last segment is where generation stops.

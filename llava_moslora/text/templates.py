@@ -1,8 +1,8 @@
-"""The prompt formats: which control tokens and words stand around a turn.
+"""The prompt formats: the control tokens and words around a turn.
 
-A format is written as segments (:mod:`llava_moslora.text.template`). :mod:`llava_moslora.text.conversation` turns them
-into ids and labels; :func:`chat_template` turns the same segments into the Jinja template of an exported model, so the
-prompt a model is trained on and the prompt it is asked with cannot differ.
+A format is a :class:`~llava_moslora.text.template.Template`, made of segments. ConversationEncoder turns them into ids
+and labels, and :func:`chat_template` into the Jinja template of an exported model, so training and exported prompts
+cannot differ.
 
 Sources: LLaVA ``llava/conversation.py`` (vicuna_v1, llama_2, plain) and ``train.py`` (what is trained); XTuner
 ``xtuner/utils/templates.py`` (llama3_chat, internlm2_chat, vicuna).
@@ -10,6 +10,7 @@ Sources: LLaVA ``llava/conversation.py`` (vicuna_v1, llama_2, plain) and ``train
 
 from __future__ import annotations
 
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerFast
@@ -46,15 +47,8 @@ TEMPLATES: dict[str, Template] = {
         reply=(HEADER, "assistant", END_HEADER, "\n\n"),
         answer=(TEXT, EOT),
     ),
-    "internlm2": Template(
-        begin=(Control("<s>"),),
-        system=CHATML.system,
-        human=CHATML.human,
-        reply=CHATML.reply,
-        answer=CHATML.answer,
-        separator=CHATML.separator,
-    ),
-    # LLaVA's: question and answer are one running text.
+    "internlm2": replace(CHATML, begin=(Control("<s>"),)),
+    # LLaVA's: question and answer are plain text without control tokens between them.
     "vicuna_v1": Template(
         begin=(BOS,),
         system=(TEXT, " "),
@@ -117,12 +111,10 @@ def recognise_template(tokenizer: PreTrainedTokenizerFast) -> str:
         derive_template(tokenizer)  # refuses it here, where it is chosen
         return TOKENIZER_TEMPLATE
     raise Refusal(
-        "C-TEMPLATE",
-        "the tokenizer's control tokens belong to no known prompt template",
-        found=", ".join(list(names)[:12]),
-        expected=" | ".join(sorted(TEMPLATES)),
+        "C-TEMPLATE", "the tokenizer's control tokens belong to no known prompt template",
+        found=", ".join(list(names)[:12]), expected=" | ".join(sorted(TEMPLATES)),
         fix="name the format that the model was tuned with: --version NAME",
-    )
+    )  # fmt: skip
 
 
 # The ids of a tokenizer's added tokens by name, and the one that it begins its texts with
@@ -144,22 +136,17 @@ def control_id(control: Control, tokenizer: PreTrainedTokenizerFast) -> int | No
         return bos
     found = ids.get(tokenizer.eos_token if control == EOS else control.name)
     if found is None:
-        raise Refusal(
-            "C-TEMPLATE",
-            f"the prompt template needs the control token {control.name}, which the tokenizer does not have",
-            key="--version",
-            fix=f"choose the template of this model: {' | '.join(sorted(TEMPLATES))}",
-        )
+        what = f"the prompt template needs the control token {control.name}, which the tokenizer does not have"
+        fix = f"choose the template of this model: {' | '.join(sorted(TEMPLATES))}"
+        raise Refusal("C-TEMPLATE", what, key="--version", fix=fix)
     return found
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> list[int]:
     """Ids at which generation ends: what an answer was trained to end with, then the tokenizer's own end of text."""
     last = get_template(template, tokenizer).answer[-1]
-    ids = [control_id(last, tokenizer)] if isinstance(last, Control) else tokenizer.encode(last)[-1:]
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
-        ids.append(tokenizer.eos_token_id)
-    return ids
+    stop = control_id(last, tokenizer) if isinstance(last, Control) else tokenizer.encode(last)[-1]
+    return list(dict.fromkeys(i for i in (stop, tokenizer.eos_token_id) if i is not None))
 
 
 def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -174,14 +161,14 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     prompt = get_template(template, tokenizer)
 
     def jinja(segments: Segments, text: str = "text") -> str:
-        """Segments as one Jinja expression; ``text`` is the expression that stands for the turn's own text."""
-        terms = []
+        """Segments as one Jinja expression; ``text`` is the expression of the turn's own text."""
+        terms, values = [], {TEXT: text, SYSTEM: "state.system"}
         for segment in segments:
             if isinstance(segment, Control):
                 found = control_id(segment, tokenizer)
                 terms += [] if found is None else [_quote(tokenizer.convert_ids_to_tokens(found))]
             else:
-                terms.append({TEXT: text, SYSTEM: "state.system"}.get(segment) or _quote(segment))
+                terms.append(_quote(segment) if isinstance(segment, str) else values[segment])
         return " + ".join(terms) or "''"
 
     shown = "state.images" if prompt.images_only else "text"
@@ -201,9 +188,8 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
         "{%- set text = state.text | trim -%}",
     ]
     if prompt.images_only:
-        lines.append(
-            f"{{%- set state.images = {_quote(IMAGE_TOKEN)} * (text.split({_quote(IMAGE_TOKEN)}) | length - 1) -%}}"
-        )
+        image = _quote(IMAGE_TOKEN)
+        lines.append(f"{{%- set state.images = {image} * (text.split({image}) | length - 1) -%}}")
     system = jinja(prompt.system)
     lines += [
         "{%- if message['role'] == 'system' -%}",

@@ -1,6 +1,6 @@
-"""The tokenizer of a language model folder, made ready for images.
+"""Loads the tokenizer of a language model folder and prepares it for images.
 
-Two tokens are added to what the folder holds, both found or made by *name*, never by a hard-coded id:
+Two tokens are added, both found by *name*, never by a hard-coded id:
 
 * ``<image>``, the placeholder that the data preparation repeats once per image feature. LLaMA-3 keeps unused reserved
   tokens, so one of those is renamed and no embedding row is added; to other tokenizers it is appended.
@@ -16,23 +16,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from types import UnionType
+from typing import Any
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json
+from llava_moslora.files.disk import read_json
 from llava_moslora.text.sentencepiece import read_sentencepiece
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 # Names that a published tokenizer reserves for later use, in the order in which they are taken.
-RESERVED_TOKENS = (  # LLaMA-3, InternLM2
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "[UNUSED_TOKEN_0]",
-    "[UNUSED_TOKEN_1]",
-)
+RESERVED_TOKENS = (
+    "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",  # LLaMA-3
+    "[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_1]",  # InternLM2
+)  # fmt: skip
 # LLaMA-3.1 added a token whose only purpose is padding but does not name it as the pad token.
 PAD_NAMES = (PAD_TOKEN, "<|finetune_right_pad_id|>")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -94,12 +94,8 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
     """
     found = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if found is None or found == tokenizer.unk_token_id:
-        raise Refusal(
-            "K-TOKENIZER",
-            "the tokenizer has no <image> token",
-            file=tokenizer.name_or_path or None,
-            fix="load it with load_tokenizer",
-        )
+        where, fix = tokenizer.name_or_path or None, "load it with load_tokenizer"
+        raise Refusal("K-TOKENIZER", "the tokenizer has no <image> token", file=where, fix=fix)
     return found
 
 
@@ -125,13 +121,9 @@ def _read_folder(folder: Path) -> tuple[dict, dict]:
         state, named = read_sentencepiece(folder / "tokenizer.model", begins=begins)
         settings.update({name: token for name, token in named.items() if settings[name] is None})
     else:
-        raise Refusal(
-            "K-TOKENIZER",
-            "the folder holds neither tokenizer.json nor tokenizer.model",
-            file=folder,
-            found=", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder",
-            fix="download the tokenizer's files too",
-        )
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "an empty folder"
+        what, fix = "the folder holds neither tokenizer.json nor tokenizer.model", "download the tokenizer's files too"
+        raise Refusal("K-TOKENIZER", what, file=folder, found=found, fix=fix)
     return state, settings
 
 
@@ -151,7 +143,7 @@ def _content(name: str, token: object, folder: Path) -> str | None:
     return None if token is None else _of_type(str, "a token, or an object with its content", name, token, folder)
 
 
-def _of_type(kind: type, expected: str, key: str, value: object, folder: Path) -> object:
+def _of_type(kind: type | UnionType, expected: str, key: str, value: object, folder: Path) -> Any:
     """``value`` if it is of ``kind``."""
     if isinstance(value, bool) or not isinstance(value, kind):
         raise Refusal(

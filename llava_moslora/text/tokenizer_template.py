@@ -1,18 +1,19 @@
-"""A :class:`Template` derived from a tokenizer's own chat template, exactly; where that is impossible, a refusal.
+"""Derives a :class:`Template` that writes exactly what a tokenizer's own chat template writes, or refuses.
 
-A chat template is a program that writes a whole conversation as one string; it does not say which tokens of it are the
-answer. But nearly every one writes fixed texts around the turns, and those are found by letting it write conversations
-of marker words. The segments found are checked by writing more conversations both ways. A template that does something
-else (drops the reasoning of earlier answers, writes today's date, changes the text) is refused: its labels would be a
-guess.
+A chat template is a program that writes a whole conversation as one string; it does not say which tokens are the
+answer. But nearly every one writes fixed texts around the turns, which are found by rendering conversations of marker
+words. The result is checked by rendering more conversations with both. A chat template that does something else (drops
+the reasoning of earlier answers, writes today's date, changes the text) is refused: its labels would be a guess.
 
-Trained is what the template writes between the end of the generation prompt and the first control token after the
-answer, which is included and is where generation stops.
+Trained are the tokens from the end of the generation prompt up to and including the first control token after the
+answer, where generation stops.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerFast
@@ -41,7 +42,7 @@ def derive_template(tokenizer: PreTrainedTokenizerFast) -> Template:
     return _DERIVED[tokenizer][1]
 
 
-def _refusal(what: str, **parts: object) -> Refusal:
+def _refusal(what: str, **parts: Any) -> Refusal:
     fix = "name a template that writes what the model was tuned on, --version NAME, or correct chat_template"
     return Refusal("C-TEMPLATE", what, key="--version tokenizer", fix=fix, **parts)
 
@@ -171,10 +172,10 @@ def _render(template: Template, messages: list[tuple[str, str]]) -> str:
 
 def _as_text(segments: Segments, text: str = "", system: str = "") -> str:
     values = {TEXT: text, SYSTEM: system}
-    return "".join(one.name if isinstance(one, Control) else values.get(one, one) for one in segments)
+    return "".join(s if isinstance(s, str) else s.name if isinstance(s, Control) else values[s] for s in segments)
 
 
-def _segments(text: str, tokenizer: PreTrainedTokenizerFast) -> Segments:
+def _segments(text: str, tokenizer: PreTrainedTokenizerFast) -> tuple[str | Control, ...]:
     """A fixed text as control tokens and plain texts."""
     names = sorted(
         (token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True
@@ -205,7 +206,7 @@ def _apply_chat_template(tokenizer: PreTrainedTokenizerFast, *messages: tuple[st
         raise _refusal(what, found=f"{type(error).__name__}: {error}") from None
 
 
-def _common_end(a: Segments, b: Segments) -> str:
+def _common_end(a: Sequence[str | Control], b: Sequence[str | Control]) -> str:
     """The text that both end with; a control token is not cut (``<s>`` and ``</s>`` both end with ``s>``)."""
     end = ""
     for one, two in zip(reversed(a), reversed(b), strict=False):

@@ -77,7 +77,8 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
         if self.use_liger_kernel:
             # The loss is ours; Liger's rotary embedding writes over its inputs, which selective recomputation keeps.
             own = {"cross_entropy": False, "fused_linear_cross_entropy": False, "rope": False}
-            self.liger_kernel_config = (self.liger_kernel_config or {}) | own  # type: ignore[has-type]  # of transformers
+            given: dict[str, Any] = getattr(self, "liger_kernel_config", None) or {}
+            self.liger_kernel_config = given | own
 
     def _set_recompute(self) -> None:
         """``recompute``, where it is not given, from the Trainer's switch (``CHECKPOINTING``), which is then cleared:
@@ -125,7 +126,12 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property
-    def batches(self) -> dict[str, int]:
+    def reporters(self) -> list[str]:
+        """``report_to``, which transformers has made a list."""
+        return [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+
+    @property
+    def batches(self) -> dict[str, Any]:
         """How a global batch is divided over ranks and micro-batches, for ``GlobalBatchSampler.of``."""
         return {
             "per_device_batch_size": self.per_device_train_batch_size,
@@ -253,8 +259,7 @@ def input_paths(
     model: ModelSettings, data: DataSettings, args: TrainingArguments, argv: Sequence[str]
 ) -> list[tuple[str, Path]]:
     """Flag and path of everything that a training reads: none of it may lie in a folder that is deleted."""
-    tower = model.vision_tower
-    assert tower is not None, "name_parts has set it"
+    tower = model.tower
     if tower.startswith(OPEN_CLIP):
         arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
         tower = where if at else arch

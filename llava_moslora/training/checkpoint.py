@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.disk import read_json, write_json
 from llava_moslora.models.names import ADAPTER_NAME, standalone_name
 from llava_moslora.training.optimizer_state import SCALAR_DTYPE, frozen_mixers, trained_parameters
 

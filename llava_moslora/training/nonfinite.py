@@ -19,7 +19,7 @@ from torch import Tensor, distributed
 
 from llava_moslora.distributed import from_all_ranks, rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import write_json
+from llava_moslora.files.disk import write_json
 
 NONFINITE_FILE = "nonfinite.json"
 FIX = "lower --learning_rate, look at these records, or train in bf16 instead of fp16"

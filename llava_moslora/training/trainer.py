@@ -20,7 +20,7 @@ from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.distributed import rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.disk import read_json, write_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.models.names import part_of
 from llava_moslora.private_api import check_private_api
@@ -67,15 +67,14 @@ class MosLoraTrainer(Trainer):
 
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             fuse_layers(inner.model.language_model)
-        self.run_folder = Path(self.args.output_dir)
-        self.finite_check = FiniteCheck(self.run_folder)
+        self.finite_check = FiniteCheck(self.args.run_folder)
         self.throughput = Throughput(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # added by callbacks to the next row of the log
         for callback in (PrinterCallback, ProgressCallback, TensorBoardCallback):
             self.pop_callback(callback)
         self.add_callback(AfterEachStep(self))
         self.add_callback(ProgressBar())
-        self.add_callback(MetricsWriter(self.run_folder, tensorboard="tensorboard" in (self.args.report_to or ())))
+        self.add_callback(MetricsWriter(self.args.run_folder, tensorboard="tensorboard" in self.args.reporters))
         if self.args.health_steps:
             self.add_callback(AdapterStats(self, self.args.health_steps))
 
@@ -210,9 +209,9 @@ class MosLoraTrainer(Trainer):
             progress = {"step": self.state.global_step, "of": self.state.max_steps}
             return {**progress, "seed": self.args.seed, "world_size": self.args.world_size, **self.facts}
 
-        publish_checkpoint(self.run_folder / f"checkpoint-{self.state.global_step}", write, facts)
+        publish_checkpoint(self.args.run_folder / f"checkpoint-{self.state.global_step}", write, facts)
         if rank() == 0 and self.args.save_total_limit:
-            prune(self.run_folder, self.args.save_total_limit)
+            prune(self.args.run_folder, self.args.save_total_limit)
 
     @property
     def engine(self):

@@ -99,7 +99,7 @@ def _check_numbers(args: TrainingArguments) -> None:
         if value not in taken:
             expected = " or ".join(map(str, taken))
             raise Refusal("C-FLAG", why, key=f"--{name}", found=value, expected=expected, fix="leave it out")
-    if unknown := [name for name in args.report_to or () if name not in INTEGRATION_TO_CALLBACK]:
+    if unknown := [name for name in args.reporters if name not in INTEGRATION_TO_CALLBACK]:
         expected = ", ".join(sorted(INTEGRATION_TO_CALLBACK)) + ", or none"
         raise Refusal("C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected)
     if args.max_steps == 0 or args.max_steps < -1:
@@ -159,7 +159,7 @@ def _check_packages(model: ModelSettings, args: TrainingArguments) -> None:
     wanted = {
         "bitsandbytes": (model.bits == 4 or by_optimizer, flag, "pip install 'llava_moslora[quant]'"),
         "liger_kernel": (args.use_liger_kernel, "--use_liger_kernel", "pip install 'llava_moslora[liger]'"),
-        "wandb": ("wandb" in (args.report_to or ()), "--report_to wandb", "pip install wandb"),
+        "wandb": ("wandb" in args.reporters, "--report_to wandb", "pip install wandb"),
     }
     for name, (package, fix) in FLASH_ATTENTION.items():
         flag = f"--attn_implementation {name}"

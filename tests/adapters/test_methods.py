@@ -9,8 +9,7 @@ from peft import LoHaConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from llava_moslora.adapters.fold import fold, merge, named_tensors, save
-from llava_moslora.adapters.load import read_adapter
-from llava_moslora.adapters.methods import METHODS, Method
+from llava_moslora.adapters.load import METHODS, Method, read_adapter
 from llava_moslora.errors import Refusal
 from llava_moslora.export.writer import PlannedTensor, merged_blocks
 from llava_moslora.files.tensors import LazyTensor, in_memory

@@ -14,13 +14,12 @@ import pytest
 from llava_moslora.config import DataSettings
 from llava_moslora.data import cache, tokenise
 from llava_moslora.data import prepare as module
-from llava_moslora.data.prepare import keys_of, prepare, report_of
+from llava_moslora.data.cache import keys_of, report_of
+from llava_moslora.data.prepare import prepare
 from llava_moslora.errors import Refusal
-from llava_moslora.text import template_check
 from llava_moslora.text.conversation import IGNORE_INDEX
-from llava_moslora.text.conversation import Encoded as Pair
-from llava_moslora.text.labels import show_labels
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.labels import show_labels
 
 
 def record(text="<image>\nWhat?", answer="A cat.", image="0.png", id="r"):
@@ -56,7 +55,7 @@ def test_rows(build, tiny):
     for row, images in zip(rows, [1, 0, 2], strict=True):
         assert row["length"] == len(row["input_ids"]) == len(row["labels"])
         assert row["input_ids"].count(image_token_id(tiny("chatml"))) == 4 * images
-    shown = show_labels(Pair(rows[0]["input_ids"], rows[0]["labels"], ()), tiny("chatml"), colour=False)
+    shown = show_labels(rows[0]["input_ids"], rows[0]["labels"], tiny("chatml"))
     assert shown == ("<|im_start|>user\n<image>×4\nWhat?<|im_end|>\n<|im_start|>assistant\n⟦A cat.<|im_end|>⟧\n")
     report = report_of(rows)
     assert {k: report[k] for k in ("records", "kept", "with_images", "tokens")} == {
@@ -249,16 +248,6 @@ def test_duplicate_ids_are_counted(build, caplog):
     rows = build([record(id="a"), record(id="b"), record(id="a"), record(id="a")])
     assert report_of(rows)["duplicate_ids"] == 2
     assert "2 records have the id of an earlier one" in caplog.text
-
-
-# D22: a template that does not fit the tokenizer
-def test_template_that_does_not_fit(tiny, monkeypatch):
-    template_check.check_template(tiny("chatml"), "chatml")
-    monkeypatch.setattr(template_check, "chat_template", lambda *_: "{{ messages[0]['content'] }}")
-    with pytest.raises(
-        Refusal, match=r"\[C-TEMPLATE\] .*the tokenizer reads the chatml prompt in another way at token 0"
-    ):
-        template_check.check_template(tiny("chatml"), "chatml")
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(build, monkeypatch):

@@ -5,10 +5,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava_moslora.errors import Refusal
-from llava_moslora.text.conversation import IGNORE_INDEX, Turn, encode, encode_prompt
-from llava_moslora.text.labels import show_labels
+from llava_moslora.text import conversation
+from llava_moslora.text.conversation import IGNORE_INDEX, Turn, check_template, encode, encode_prompt
 from llava_moslora.text.templates import TEMPLATES, chat_template, recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import image_token_id
+from support.labels import show_labels
 
 # Which templates each tiny tokenizer has the control tokens for.
 FITS = {
@@ -83,7 +84,7 @@ TABLES = {
 @pytest.mark.parametrize("pair", TABLES)
 def test_what_is_trained(tiny, pair):
     encoded = encode(TALK, tokenizer=tiny(pair[0]), template=pair[1], image_tokens=[3])
-    assert show_labels(encoded, tiny(pair[0]), colour=False) == TABLES[pair]
+    assert show_labels(encoded.input_ids, encoded.labels, tiny(pair[0])) == TABLES[pair]
 
 
 @pytest.mark.parametrize(("name", "template"), PAIRS)
@@ -202,3 +203,13 @@ def test_refused_templates(tiny):
 
 def test_every_template_is_tested():
     assert {template for _, template in PAIRS} == set(TEMPLATES)
+
+
+# D22: a template that does not fit the tokenizer; that the others fit is tested with the templates
+def test_template_that_does_not_fit(tiny, monkeypatch):
+    check_template(tiny("chatml"), "chatml")
+    monkeypatch.setattr(conversation, "chat_template", lambda *_: "{{ messages[0]['content'] }}")
+    with pytest.raises(
+        Refusal, match=r"\[C-TEMPLATE\] .*the tokenizer reads the chatml prompt differently from token 0 on"
+    ):
+        check_template(tiny("chatml"), "chatml")

@@ -1,4 +1,4 @@
-"""Published chat templates on published tokenizers, read off by ``own_template``: hand-written tables of tokens.
+"""Published chat templates on published tokenizers, derived by ``derive_template``: hand-written tables of tokens.
 
 ``*`` marks a trained token; every table holds an image of two placeholders and a user who types ``<|eot_id|>``. The
 ids are also those that transformers gives the template's own text, wherever a user cannot have typed a control token.
@@ -6,8 +6,7 @@ ids are also those that transformers gives the template's own text, wherever a u
 
 import pytest
 
-from llava_moslora.text.conversation import Turn, encode, encode_prompt
-from llava_moslora.text.template_check import check_template
+from llava_moslora.text.conversation import Turn, check_template, encode, encode_prompt
 from llava_moslora.text.templates import stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 

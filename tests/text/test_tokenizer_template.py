@@ -4,11 +4,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
-from llava_moslora.text.conversation import IGNORE_INDEX, Encoded, Turn, encode, encode_prompt
-from llava_moslora.text.labels import show_labels
-from llava_moslora.text.template_check import check_template
+from llava_moslora.text.conversation import IGNORE_INDEX, Encoded, Turn, check_template, encode, encode_prompt
 from llava_moslora.text.templates import TEMPLATES, chat_template, recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.labels import show_labels
 
 TALK = [Turn("human", "<image>\nWhat is it?"), Turn("gpt", "a circle"), Turn("human", "Sure?"), Turn("gpt", "Yes.")]
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -167,7 +166,7 @@ def test_recognised_where_no_name_fits_and_said(with_template):
     tokenizer = with_template("llama2-first", MISTRAL)  # Llama-2's tokens, but not its chat template
     assert recognise_template(tokenizer) == "tokenizer"
     encoded = encode(TALK, tokenizer=tokenizer, template="tokenizer", image_tokens=[2])
-    assert show_labels(encoded, tokenizer, colour=False) == (
+    assert show_labels(encoded.input_ids, encoded.labels, tokenizer) == (
         "<s>[INST] <image>×2\nWhat is it? [/INST]⟦a circle</s>⟧[INST] Sure? [/INST]⟦Yes.</s>⟧"
     )
     with pytest.raises(Refusal, match="no place for a system turn"):

@@ -20,7 +20,7 @@ CheckImage = Callable[[bytes, str], object]
 
 @dataclass(frozen=True)
 class ImageRef:
-    """Where an image lies in its data file, as the prepared data set stores it."""
+    """Where an image is in its data file, as the prepared data set stores it."""
 
     at: tuple[int, int, int]  # what Container.read_image finds it by
     checksum: int  # CRC-32: the bytes that are trained on are the ones that were checked
@@ -63,7 +63,7 @@ class RawRecord:
     Attributes:
         value: what JSON or a table row holds.
         problem: why it is no strict JSON, although it could be read.
-        images: by name, those that lie in the data file itself.
+        images: by name, those that are in the data file itself.
         bytes_read: of the file so far, for a progress bar.
     """
 
@@ -78,7 +78,7 @@ class Container(ABC):
 
     Attributes:
         suffixes: ends of the file names that it reads.
-        can_hold_images: whether images may lie in the file itself; only such files can be given by pattern or URL.
+        can_hold_images: whether images may be in the file itself; only such files can be given by pattern or URL.
         contents: what it holds, for messages.
     """
 
@@ -106,7 +106,7 @@ class Container(ABC):
         """The bytes of one image, unchecked.
 
         Raises:
-            OSError, IndexError: the file is gone or has changed.
+            OSError, IndexError: the file is missing or has changed.
         """
         raise NotImplementedError(f"{type(self).__name__} files hold no images")
 

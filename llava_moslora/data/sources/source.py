@@ -1,11 +1,11 @@
 """A source: what one entry of ``--data_path`` names, as data files of one container or several.
 
 It is either one local data file whose images are files of their own in the image folder, or *shards*: files that hold
-records together with their images, on disk or wherever fsspec reaches. Each shard is read once, front to back; every
-record and every image in it is checked then. What stays is the record's tokens and where its images lie
+records together with their images, on disk or wherever fsspec reaches. Each shard is read once, front to back, and all
+records and images in it are checked then. Stored are the records' tokens and where their images are
 (:class:`~llava_moslora.data.sources.container.ImageRef`), so from then on the order of training, and the position in it
-after an interruption, are those of any other prepared data set: exact on any number of ranks. Only what cannot be found
-again by its position is refused: a compressed tar, a Parquet file of huge row groups.
+after an interruption, are those of any other prepared data set: exact on any number of ranks. Refused is only what
+cannot be read by position: a compressed tar, a Parquet file with huge row groups.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Source:
 
     @cached_property
     def is_sharded(self) -> bool:
-        """Whether its images lie in its own files: a URL, a pattern, a tar, Parquet with images."""
+        """Whether its images are in its own files: a URL, a pattern, a tar, Parquet with images."""
         return "://" in self.name or _is_pattern(self.name) or container_of(self.name).holds_images(self.name)
 
     @cached_property
@@ -123,13 +123,12 @@ def _version_of(shard: str) -> list:
 
 
 def _is_pattern(name: str) -> bool:
-    """Whether ``name`` stands for several files; an existing file of that very name is itself, also below
-    ``data [v2]/``."""
+    """Whether ``name`` is a pattern of names, and not the name of an existing file such as ``data [v2]/a.json``."""
     return any(sign in name for sign in WILDCARDS) and not os.path.isfile(name)
 
 
 def _escape_folders(path: str) -> str:
-    """A local pattern in which folders that exist under their own name stand for themselves."""
+    """A local pattern in which the wildcards of folders that exist under their own name are escaped."""
     if not _is_pattern(path):
         return path
     *folders, name = path.split("/")

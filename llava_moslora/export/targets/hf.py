@@ -16,17 +16,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from llava_moslora.export import writer
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
-from llava_moslora.export.writer import (
-    PlannedTensor,
-    WeightFiles,
-    known_to_transformers_4,
-    plan_tensors,
-    renamed,
-    save_config,
-)
-from llava_moslora.files.json import read_json, write_json
+from llava_moslora.export.writer import PlannedTensor, WeightFiles, plan_tensors, renamed
+from llava_moslora.files.disk import read_json, write_json
 from llava_moslora.models.names import PARTS
 from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
 from llava_moslora.models.towers import kind_of, tokens_per_image
@@ -78,7 +72,7 @@ def tensors(
 
 
 def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
-    save_config(llava_config(trained, dtype), folder)
+    writer.save_config(llava_config(trained, dtype), folder)
     trained.generation_config().save_pretrained(folder)
     write_processor(trained, folder)
 
@@ -106,8 +100,9 @@ def write_processor(trained: TrainedRun, folder: Path) -> None:
     Images are padded to a square first where training did so; otherwise the centre is cropped. The image processor
     that pads came with transformers 4.49; earlier versions stop at its name instead of cropping.
     """
-    settings = {k: v for k, v in trained.preprocessor.items() if k not in ("image_processor_type", "processor_class")}
-    own_type = trained.preprocessor["image_processor_type"]
+    trained_with = trained.record.preprocessor
+    own_type = trained_with["image_processor_type"]
+    settings = {k: v for k, v in trained_with.items() if k not in ("image_processor_type", "processor_class")}
     if not settings["do_center_crop"] and "height" in settings["size"]:
         settings["crop_size"] = settings["size"]  # from which a server computes the number of an image's tokens
     if trained.pads:
@@ -117,24 +112,22 @@ def write_processor(trained: TrainedRun, folder: Path) -> None:
     tower = kind_of(trained.vision_config)
     tokenizer = trained.tokenizer_with_template()
     processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=trained.vision_config.patch_size,
-        vision_feature_select_strategy=tower.strategy,
+        image_processor=image_processor, tokenizer=tokenizer, patch_size=trained.vision_config.patch_size,
+        chat_template=tokenizer.chat_template, vision_feature_select_strategy=tower.strategy,
         # A class token: the tower returns it, "default" drops it again. Left at 0 there, an image would get one
         # placeholder too few.
         num_additional_image_tokens=tower.class_tokens,
-        chat_template=tokenizer.chat_template,
-    )
+    )  # fmt: skip
     processor.save_pretrained(folder)
-    known_to_transformers_4(folder)
+    writer.known_to_transformers_4(folder)
     # transformers 5 writes the image's settings into processor_config.json, where 4.49 stumbles over them. All
     # versions and XTuner read them from preprocessor_config.json, under the name of the class without its backend.
     file = folder / "processor_config.json"
     write_json(file, {key: value for key, value in read_json(file).items() if key != "image_processor"})
-    settings |= {"do_pad": True} if trained.pads else {}
-    settings |= {
-        "image_processor_type": "LlavaImageProcessor" if trained.pads else own_type,
-        "processor_class": "LlavaProcessor",
-    }
+    settings |= (
+        {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
+        if trained.pads
+        else {"image_processor_type": own_type}
+    )
+    settings["processor_class"] = "LlavaProcessor"
     write_json(folder / "preprocessor_config.json", settings)

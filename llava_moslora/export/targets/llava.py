@@ -15,7 +15,7 @@ from llava_moslora.export.target import ExportPlan, Target, check_clip
 from llava_moslora.export.targets import llm
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, plan_tensors, renamed
-from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.disk import read_json, write_json
 from llava_moslora.models.names import PARTS
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 

@@ -11,7 +11,7 @@ from llava_moslora.export import projector_model
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, plan_tensors, renamed
-from llava_moslora.files.json import write_json
+from llava_moslora.files.disk import write_json
 
 MODEL_FILE = "modeling_projector"  # the name under which XTuner's releases carry the class
 

@@ -9,7 +9,7 @@ import torch
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, renamed, save_config
-from llava_moslora.files.json import write_json
+from llava_moslora.files.disk import write_json
 from llava_moslora.models.towers import kind_of
 
 
@@ -39,4 +39,4 @@ def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
     config = trained.exported_vision_config(dtype)
     config.architectures = [kind_of(config).model.__name__]
     save_config(config, folder)
-    write_json(folder / "preprocessor_config.json", trained.preprocessor)
+    write_json(folder / "preprocessor_config.json", trained.record.preprocessor)

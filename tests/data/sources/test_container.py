@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from llava_moslora.data.cache import keys_of
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
-from llava_moslora.data.prepare import keys_of
 from llava_moslora.data.sources import source
 from llava_moslora.data.sources.container import CheckedImage, CheckImage, Container, RawRecord, open_file
 from llava_moslora.errors import Refusal

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from llava_moslora.config import DataSettings
+from llava_moslora.data.cache import keys_of, report_of
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
-from llava_moslora.data.prepare import keys_of, report_of
 from llava_moslora.data.report import data_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.sources import parquet, tar

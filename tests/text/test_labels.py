@@ -6,7 +6,7 @@ import pytest
 
 from llava_moslora.data.formats import read_records
 from llava_moslora.text.conversation import encode
-from llava_moslora.text.labels import show_labels
+from support.labels import show_labels
 
 # Three of EasyVQA, as the demo writes them, and three in the forms that LLaVA's mix665k has.
 RECORDS = """[
@@ -49,7 +49,7 @@ def test_masks(tiny, tmp_path, number):
     record = list(read_records(path))[number]
     images = [2] * len(record.images)
     encoded = encode(record.turns, tokenizer=tiny("chatml"), template="chatml", image_tokens=images)
-    shown = show_labels(encoded, tiny("chatml"), colour=False)
+    shown = show_labels(encoded.input_ids, encoded.labels, tiny("chatml"))
     print(shown)
     assert shown == CHATML[number]
     trained = tiny("chatml").decode([label for label in encoded.labels if label >= 0])

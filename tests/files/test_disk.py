@@ -4,8 +4,7 @@ import pytest
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files import disk
-from llava_moslora.files.disk import new_folder, replace_file, replace_folder
-from llava_moslora.files.json import read_json, replace_json, write_json
+from llava_moslora.files.disk import new_folder, read_json, replace_file, replace_folder, replace_json, write_json
 
 NOT_OBJECTS = {
     "cut": (b'{"a": ', "K-JSON", "not valid JSON"),

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from llava_moslora.config import DataSettings
+from llava_moslora.data.cache import keys_of, report_of, reports_of
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
-from llava_moslora.data.prepare import keys_of, report_of, reports_of
 from llava_moslora.data.report import data_report, write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
