@@ -65,9 +65,11 @@ class ModelSettings(Settings):
     vision_tower: str | None = setting(
         None, "CLIP or SigLIP folder, or open_clip:ARCH@FILE; default: the one in --model_name_or_path"
     )
-    pretrain_mm_mlp_adapter: str | None = setting(None, "pretrained projector: file or folder")
-    version: str | None = setting(None, "conversation template; default: recognised from the tokenizer")
-    bits: int = setting(16, "4: the LLM in NF4 (QMoSLoRA)", BITS)
+    pretrain_mm_mlp_adapter: str | None = setting(
+        None, "projector from stage 1, file or folder; default: the complete LLaVA's, else random weights"
+    )
+    version: str | None = setting(None, "name of the conversation template; default: recognised from the tokenizer")
+    bits: int = setting(16, "per weight of the frozen LLM; 4: NF4, quantised while loading (QMoSLoRA)", BITS)
     attn_implementation: str = setting("sdpa", "attention of both towers", ATTENTION_IMPLEMENTATIONS)
 
     @property
@@ -90,23 +92,27 @@ class DataSettings(Settings):
     _argument_group_name = "the data"
 
     data_path: list[str] = setting(
-        help="LLaVA-format JSON, JSONL or Parquet, or shards that hold the images too (mix/*.tar); one or several"
+        help="files of records: LLaVA-format JSON, JSONL or Parquet, or tar shards with the images (mix/*.tar)"
     )
-    data_weights: list[float] = setting([], "how often each of several is seen in an epoch; default: once")
+    data_weights: list[float] = setting([], "how often each file of --data_path is seen per epoch; default: once")
     image_folder: str | None = setting(None, "folder that image names are relative to")
-    image_aspect_ratio: str = setting("pad", "pad to a square, or crop as the tower's processor does", ASPECT_RATIOS)
+    image_aspect_ratio: str = setting(
+        "pad", "pad to a square, or crop as the tower's image processor does", ASPECT_RATIOS
+    )
     image_engine: str = setting(
-        "pil", "pil: as towers were trained; torch: faster, differs by up to 1/256", IMAGE_ENGINES
+        "pil", "resizing; pil: as towers were trained; torch: faster, pixels differ by up to 1/256", IMAGE_ENGINES
     )
     model_max_length: int = setting(2048, "tokens per record, image placeholders included")
-    data_order: str = setting("modality_length", "modality_length: records of like length together", DATA_ORDERS)
-    data_group: int = setting(
-        DATA_GROUP, f"global batches that are sorted by length together; XTuner's: {XTUNER_DATA_GROUP}"
+    data_order: str = setting(
+        "modality_length", "modality_length: batches of similar length, with images or without", DATA_ORDERS
     )
-    data_cache: str = setting(".cache/llava_moslora", "folder of the tokenised data")
-    preprocessing_num_workers: int = setting(1, "processes that tokenise")
+    data_group: int = setting(
+        DATA_GROUP, f"for modality_length: global batches sorted by length together; XTuner's: {XTUNER_DATA_GROUP}"
+    )
+    data_cache: str = setting(".cache/llava_moslora", "folder where tokenised data is kept and found again")
+    preprocessing_num_workers: int = setting(1, "processes that check and tokenise the data")
     on_bad_record: str = setting("fail", "fail, or quarantine: skip bad records and list them", BAD_RECORD_POLICIES)
-    max_bad_share: float = setting(0.01, "quarantine at most this share")
+    max_bad_share: float = setting(0.01, "with quarantine: the largest share of bad records before the run is refused")
     follow_image_links: bool = setting(False, "allow symbolic links that lead out of the image folder")
     decode_images: bool = setting(False, "decode every image once before training, not only its header")
 
@@ -133,19 +139,21 @@ class AdapterSettings(Settings):
 
     _argument_group_name = "the adapters"
 
-    tune_mm_mlp_adapter: bool = setting(False, "stage 1: train only the projector")
+    tune_mm_mlp_adapter: bool = setting(False, "stage 1: train the projector only, without adapters")
     lora_r: int = setting(64, "rank in the LLM; 0: no adapter there")
     lora_alpha: float = setting(128, "scaling = alpha / rank")
     lora_dropout: float = setting(0.05, "dropout before the LLM's adapters")
     lora_target_modules: list[str] = setting([], "suffixes of the LLM's linears; default: every linear")
-    mixer_init: str = setting("kaiming_uniform", " | ".join(MIXER_INITS))
-    train_mixer: bool = setting(True, "False with identity: plain LoRA")
+    mixer_init: str = setting("kaiming_uniform", "initialisation of the r × r mixers: " + " | ".join(MIXER_INITS))
+    train_mixer: bool = setting(
+        True, "False: mixers stay as initialised; with --mixer_init identity that is plain LoRA"
+    )
     vision_lora_r: int = setting(64, "rank in the vision tower; 0: no adapter there")
     vision_lora_alpha: float = setting(16, "scaling = alpha / rank")
     vision_lora_dropout: float = setting(0.05, "dropout before the tower's adapters")
     vision_lora_target_modules: list[str] = setting([], "suffixes of the tower's linears; default: every linear")
-    vision_mixer_init: str | None = setting(None, "default: as --mixer_init")
-    vision_train_mixer: bool | None = setting(None, "default: as --train_mixer")
+    vision_mixer_init: str | None = setting(None, "as --mixer_init, in the tower; default: the same")
+    vision_train_mixer: bool | None = setting(None, "as --train_mixer, in the tower; default: the same")
 
     @property
     def llm(self) -> TowerAdapter | None:
@@ -153,37 +161,29 @@ class AdapterSettings(Settings):
         if not self.lora_r:
             return None
         return TowerAdapter(
-            self.lora_r,
-            self.lora_alpha,
-            self.lora_dropout,
-            self.mixer_init,
-            self.train_mixer,
+            self.lora_r, self.lora_alpha, self.lora_dropout, self.mixer_init, self.train_mixer,
             tuple(self.lora_target_modules),
-        )
+        )  # fmt: skip
 
     @property
     def vision(self) -> TowerAdapter | None:
         """The vision tower's adapter; None where its rank is 0."""
         if not self.vision_lora_r:
             return None
+        train_mixer = self.train_mixer if self.vision_train_mixer is None else self.vision_train_mixer
         return TowerAdapter(
-            self.vision_lora_r,
-            self.vision_lora_alpha,
-            self.vision_lora_dropout,
-            self.vision_mixer_init or self.mixer_init,
-            self.train_mixer if self.vision_train_mixer is None else self.vision_train_mixer,
-            tuple(self.vision_lora_target_modules),
-        )
+            self.vision_lora_r, self.vision_lora_alpha, self.vision_lora_dropout,
+            self.vision_mixer_init or self.mixer_init, train_mixer, tuple(self.vision_lora_target_modules),
+        )  # fmt: skip
 
 
 @dataclass
 class TrainingSettings(Settings):
-    """This package's own training flags, besides those of transformers' ``TrainingArguments``
-    (:mod:`llava_moslora.training.arguments` joins the two)."""
+    """This package's training flags; :mod:`llava_moslora.training.arguments` adds those of transformers."""
 
-    _argument_group_name = "training: transformers' TrainingArguments, and after them this package's own"
+    _argument_group_name = "training"
 
-    output_dir: str | None = setting(None, "the run folder")
+    output_dir: str = setting("", "the run folder: checkpoints, settings, logs")
     global_batch_size: int | None = setting(
         None, "records per optimizer step on all ranks together; sets --gradient_accumulation_steps"
     )
@@ -191,13 +191,13 @@ class TrainingSettings(Settings):
     mm_projector_lr: float | None = setting(None, "learning rate of the projector; default: as --learning_rate")
     mixer_lr: float | None = setting(None, "learning rate of the mixers; default: as the adapter around them")
     loss_average: str = setting(
-        "tokens", "over the trained tokens of the global batch, or micro_batch: a mean of means, as XTuner's",
+        "tokens", "tokens: mean over the global batch; micro_batch: mean of the micro-batches' means, as XTuner's",
         LOSS_AVERAGES,
     )  # fmt: skip
     packing: bool = setting(
         False,
-        "several records in a row of --model_max_length tokens: less padding with --data_order shuffle; the default "
-        "order has hardly any",
+        "several records in one row of --model_max_length tokens: less padding with --data_order shuffle; the default "
+        "order hardly pads",
     )
     recompute: str | None = setting(
         None,
@@ -205,13 +205,17 @@ class TrainingSettings(Settings):
         "and attention; default: full with --gradient_checkpointing, else none",
     )
     sample_questions: str | None = setting(None, "LLaVA-format JSON with questions that are answered while training")
-    sample_image_folder: str | None = setting(None, "default: as --image_folder")
-    sample_steps: int = setting(500, "answer them every so many steps")
-    sample_max_new_tokens: int = setting(64, "tokens per answer")
-    health_steps: int = setting(500, "log statistics of mixers, updates and gradients every so many steps; 0: never")
-    resume: bool = setting(False, "continue the run in --output_dir, if one has begun")
-    allow_change: list[str] = setting([], "settings that may differ when resuming")
-    overwrite: bool = setting(False, "delete the run that is in --output_dir")
+    sample_image_folder: str | None = setting(None, "image folder of --sample_questions; default: as --image_folder")
+    sample_steps: int = setting(500, "answer --sample_questions every N steps")
+    sample_max_new_tokens: int = setting(64, "longest answer to --sample_questions, in tokens")
+    health_steps: int = setting(
+        500, "log singular values of the mixers and norms of updates and gradients every N steps; 0: never"
+    )
+    resume: bool = setting(
+        False, "continue the run in --output_dir from its newest checkpoint; starts one if there is none"
+    )
+    allow_change: list[str] = setting([], "flags, without dashes, that may differ from the run that is resumed")
+    overwrite: bool = setting(False, "delete the run in --output_dir and start a new one")
 
     def __post_init__(self) -> None:
         """
@@ -220,14 +224,10 @@ class TrainingSettings(Settings):
         """
         super().__post_init__()
         if not self.output_dir:
-            raise Refusal(
-                "C-FLAG", "missing flag", key="--output_dir", fix="name the folder that the run is written to"
-            )
+            raise Refusal("C-FLAG", "missing flag", key="--output_dir", fix="name the folder of the run")
         if self.resume and self.overwrite:
             raise Refusal("C-FLAG", "a run is either continued or deleted", key="--resume, --overwrite")
 
     @property
     def run_folder(self) -> Path:
-        """``output_dir``."""
-        assert self.output_dir is not None
         return Path(self.output_dir)

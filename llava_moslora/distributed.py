@@ -13,6 +13,10 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+def world_size() -> int:
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
 def from_rank_0(value: T) -> T:
     """Rank 0's ``value``, on every rank. Collective."""
     if not distributed.is_initialized():
@@ -26,6 +30,6 @@ def from_all_ranks(value: T) -> list[T]:
     """Every rank's ``value``, in the order of the ranks, on every rank. Collective."""
     if not distributed.is_initialized():
         return [value]
-    values: list = [None] * distributed.get_world_size()
+    values: list = [None] * world_size()
     distributed.all_gather_object(values, value)
     return values

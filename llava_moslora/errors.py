@@ -1,16 +1,14 @@
-"""The one error type of the package: everything a user can cause is refused in one line that says how to mend it.
+"""The one error type of the package: everything a user can cause is refused in one line that states the fix.
 
 A refusal prints as::
 
     error[C-FLAG] --lora_rr: unknown flag; fix: did you mean --lora_r?
 
-The letter before the dash names the subject and decides the exit status of a script, so that a shell script or a job
-scheduler can tell a typing error (2) from a damaged checkpoint (3), a missing compiler (4), a diverged run (5), a
-defect of this package (70, ``EX_SOFTWARE`` of sysexits.h) and an interrupted run that only needs to be started again
-(75, ``EX_TEMPFAIL``).
+The letter before the dash names the subject and decides the script's exit status, by which a shell script or a job
+scheduler can react (``EXIT_STATUS``; 70 and 75 are ``EX_SOFTWARE`` and ``EX_TEMPFAIL`` of sysexits.h).
 
-Scripts run their ``main`` through :func:`run_script`, where every other exception becomes a refusal too: what the
-system or a library is known to fail with (:func:`known_failure`), or else a defect, whose traceback is saved.
+Scripts run their ``main`` through :func:`run_script`, where every other exception becomes a refusal too: a known
+failure of the system or a library, or else a defect, whose traceback is saved.
 """
 
 from __future__ import annotations
@@ -38,11 +36,11 @@ EXIT_STATUS = {
     "K": 3,  # checkpoint or model file
     "E": 4,  # environment: disk, memory, compiler, device
     "R": 5,  # the run itself: a non-finite loss
-    "P": 75,  # interrupted, by a signal or by the end of another rank: start it again, it goes on
-    "X": 70,  # a defect of this package: started again, it would end so again
+    "P": 75,  # interrupted by a signal, another rank or a device: the same command, started again, resumes
+    "X": 70,  # a defect of this package: starting again does not help
 }
 
-# How gloo, NCCL and the store say that the other end is gone.
+# Messages of gloo, NCCL and the store for a lost connection.
 LOST = re.compile(
     r"connection (was )?(likely )?(closed|reset|refused)|failed to recv|broken pipe|timed out (waiting|connecting)"
     r"|remote process exited|connectFullMesh failed",
@@ -55,7 +53,7 @@ NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE
 )
 CUDA = re.compile(r"\bCUDA\b|\bcu(da|dnn|blas)\w*(error|status)|\bNCCL\b", re.IGNORECASE)
-# A device that fails, not a program that asks it for something wrong: another start may find it well, or another one.
+# Failures of a device, not of a program: after another start it may work again.
 DEVICE_LOST = re.compile(
     r"unspecified launch failure|\bECC\b|hardware|device is lost|fell off|unknown error|busy or unavailable"
     r"|launch timed out|system not (yet )?initialized|nvlink|\bNCCL\b|remote error|internal error",
@@ -66,16 +64,13 @@ NO_DEVICE = re.compile(
     r"no kernel image|invalid device ordinal|driver version is insufficient|no CUDA-capable device|no NVIDIA driver",
     re.IGNORECASE,
 )
-FULL, FORBIDDEN, FILES = (
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    (errno.EACCES, errno.EPERM, errno.EROFS),
-    (errno.EMFILE, errno.ENFILE),
-)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 PACKAGES = ("llava_moslora", "torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "safetensors")
 
 
 class Refusal(ValueError):
-    """What the user gave cannot be used. All parts but ``code`` and ``what`` are optional.
+    """What the user gave cannot be used.
 
     Args:
         code: ``LETTER-WORD``; the letter is a key of :data:`EXIT_STATUS`.
@@ -84,8 +79,7 @@ class Refusal(ValueError):
         record: index of the record in ``file``, from 0.
         record_id: the record's own ``id``.
         key: the flag, JSON key or tensor name at fault.
-        found: what was there. Control characters are escaped, long values cut.
-        expected: what should have been there.
+        found, expected: what was there, and what should have been. Control characters are escaped, long values cut.
         fix: what to do.
     """
 
@@ -112,7 +106,7 @@ class Refusal(ValueError):
         return EXIT_STATUS[self.code[0]]
 
     def line(self) -> str:
-        """The refusal as one printable line without a trailing newline."""
+        """The refusal as one printable line, without newline."""
         place = "" if self.file is None else printable(self.file)
         if self.record is not None:
             place += f":record {self.record}"
@@ -128,7 +122,7 @@ class Refusal(ValueError):
             parts.append(f"fix: {self.fix}")
         return f"error[{self.code}] " + "; ".join(parts)
 
-    def __reduce__(self):  # a data worker's refusal crosses a process boundary and must arrive whole
+    def __reduce__(self):  # for pickle: a data worker's refusal crosses a process boundary
         parts = {k: v for k, v in self.__dict__.items() if k not in ("code", "what")}
         return _rebuild, (self.code, self.what, parts)
 
@@ -148,19 +142,18 @@ def printable(value: object, limit: int = 300) -> str:
 
 def few(names: Iterable[object], count: int = 3) -> str:
     """The first ``count`` of ``names`` for a message, and how many more there are."""
-    names = list(map(str, names))
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+    texts = list(map(str, names))
+    return ", ".join(texts[:count]) + (f" and {len(texts) - count} more" if len(texts) > count else "")
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's ``main``; whatever it raises becomes one line on stderr and an exit status, without a traceback.
+    """Run a script's ``main``; whatever it raises becomes one line on stderr and an exit status.
 
-    A :class:`Refusal` is printed as it is, another exception as what :func:`known_failure` or :func:`defect` makes of
-    it. With ``LLAVA_MOSLORA_DEBUG=1`` in the environment the traceback is printed before it.
+    With ``LLAVA_MOSLORA_DEBUG=1`` in the environment the traceback is printed too.
     """
     try:
         main()
-        sys.stdout.flush()  # at Python's own end a full disk behind it would be noticed too late for a status
+        sys.stdout.flush()  # while a full disk behind it can still change the exit status
     except Refusal as refusal:
         _leave(refusal)
     except SystemExit:
@@ -172,22 +165,22 @@ def run_script(main: Callable[[], None]) -> None:
 def _leave(refusal: Refusal) -> None:
     rank, ranks = (int(text) if (text := os.environ.get(n, "")).isdecimal() else 0 for n in ("RANK", "WORLD_SIZE"))
     if rank > 0:
-        # All ranks usually refuse the same thing at the same time. Rank 0 says it; the launcher then ends the
-        # others within a second, and one that is still here was alone in refusing.
+        # Usually all ranks refuse the same thing at the same time. Rank 0 prints it, and the launcher ends the others
+        # within a second; a rank that is still alive then was alone in refusing.
         time.sleep(5)
     try:
-        if "tqdm" in sys.modules:  # an unfinished progress bar: the line would stand behind it, where no grep looks
+        if "tqdm" in sys.modules:  # close unfinished progress bars: the refusal must start a line
             for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
                 bar.close()
         if os.environ.get("LLAVA_MOSLORA_DEBUG"):
             traceback.print_exc()
         print(refusal.line(), file=sys.stderr, flush=True)
     except (OSError, ValueError, AttributeError):
-        pass  # stderr is closed: the status still tells
+        pass  # stderr is closed
     if rank == 0 and ranks > 1 and refusal.code == "P-RANK":
-        time.sleep(5)  # the launcher reports the status of whichever ends first, and that is to be the cause of this
+        time.sleep(5)  # the launcher reports the first status: that should be the lost rank's
     if not _stdout_works():
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer would change the status at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else flushing the rest at exit would change the status
     sys.exit(refusal.exit_status)
 
 
@@ -196,7 +189,7 @@ def _stdout_works() -> bool:
         sys.stdout.flush()
         poller = select.poll()
         poller.register(sys.stdout.fileno(), 0)
-        return not poller.poll(0)  # asked for nothing, it tells that the other end is closed
+        return not poller.poll(0)  # with no event asked for, it reports only a closed reader
     except (io.UnsupportedOperation, AttributeError):  # no file: captured, or closed from the start
         return True
     except (OSError, ValueError):
@@ -204,8 +197,7 @@ def _stdout_works() -> bool:
 
 
 def known_failure(error: BaseException) -> Refusal | None:
-    """``error``, or what it was raised from, as a refusal where the system, a device or another process failed; None
-    where it tells of a defect."""
+    """The refusal for an error, or its cause, of the system, a device or another process; None for a defect."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, Refusal):  # a library wrapped it
@@ -238,9 +230,9 @@ def _failure_by_number(number: int | None, file: object, found: str) -> Refusal 
     if number in FULL:
         return Refusal("E-DISK", "the disk is full", file=file, found=found, fix="free space, then start again")
     if number in FORBIDDEN:
-        fix = "give this user the right to it, or choose another place"
+        fix = "give this user permission, or choose another place"
         return Refusal("E-PERMISSION", "not permitted", file=file, found=found, fix=fix)
-    if number in FILES:
+    if number in (errno.EMFILE, errno.ENFILE):
         return Refusal("E-FILES", "too many open files", file=file, found=found, fix="raise the limit: ulimit -n 4096")
     if number == errno.ENOMEM:
         return Refusal("E-MEMORY", "the machine's memory is not enough", found=found, fix="a machine with more memory")
@@ -250,7 +242,7 @@ def _failure_by_number(number: int | None, file: object, found: str) -> Refusal 
 
 
 def _failure_of_library(error: BaseException) -> Refusal | None:
-    """Errors of torch, NCCL and of libraries in Rust and C++, which have a text and no number."""
+    """Errors of torch, NCCL and libraries in Rust and C++, recognised from their text."""
     kind, text, first = type(error).__name__, str(error), _first_line(error)
     if number := re.search(r"\(os error (\d+)\)", text):  # of Rust: safetensors, tokenizers
         return _failure_by_number(int(number[1]), None, first)
@@ -264,7 +256,7 @@ def _failure_of_library(error: BaseException) -> Refusal | None:
     if "address already in use" in text.lower() or "EADDRINUSE" in text:
         return Refusal("E-PORT", "another process listens there", found=first, fix="choose another port")
     if NCCL_SETTINGS.search(text):
-        return Refusal("E-NCCL", "NCCL cannot be used so", found=first, fix="NCCL_DEBUG=WARN shows the reason")
+        return Refusal("E-NCCL", "NCCL cannot be used like this", found=first, fix="NCCL_DEBUG=WARN shows the reason")
     if kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or LOST.search(text):
         return Refusal(
             "P-RANK", "lost contact with another process of this run", found=first,
@@ -274,13 +266,13 @@ def _failure_of_library(error: BaseException) -> Refusal | None:
         fix = "see nvidia-smi, and the CUDA version that torch was built for"
         return Refusal("E-DEVICE", "the device cannot be used", found=first, fix=fix)
     if CUDA.search(text) and DEVICE_LOST.search(text):
-        fix = "start the same command again; where it comes back, see dmesg and nvidia-smi -q for the device"
+        fix = "start the same command again; if it fails again, see dmesg and nvidia-smi -q"
         return Refusal("P-DEVICE", "the device failed", found=first, fix=fix)
     return None
 
 
 def worker_failure(found: str) -> Refusal:
-    """A data loader's process ended, or could not begin or hand on its batch."""
+    """A data loader's process ended, or could not start or pass on its batch."""
     return Refusal(
         "E-WORKER", "a process that reads images died", found=found,
         fix="lower --dataloader_num_workers, or give the machine more memory, shared memory (/dev/shm) and open files "
@@ -289,7 +281,7 @@ def worker_failure(found: str) -> Refusal:
 
 
 def defect(error: BaseException) -> Refusal:
-    """Save the report of an exception that nothing foresaw; the refusal names it, or holds what it can."""
+    """Saves a report of an unexpected exception; the refusal names its file."""
     report = "\n".join([
         f"command: {shlex.join([sys.executable, *sys.argv])}",
         f"time: {time.strftime('%Y-%m-%d %H:%M:%S %z')}; folder: {os.getcwd()}",
@@ -302,14 +294,12 @@ def defect(error: BaseException) -> Refusal:
     file, where = _save_report(report), traceback.extract_tb(error.__traceback__)
     place = f" at {where[-1].filename}:{where[-1].lineno}" if where else ""
     saved = f"report it with {file}" if file else "LLAVA_MOSLORA_DEBUG=1 shows the traceback: report it"
-    return Refusal(
-        "X-DEFECT", "a defect of this package", found=f"{_first_line(error)}{place}", fix=f"none from outside: {saved}"
-    )
+    return Refusal("X-DEFECT", "a defect of this package", found=f"{_first_line(error)}{place}", fix=saved)
 
 
 def _save_report(report: str) -> Path | None:
-    """Into the output folder if it is there, else into the current one. Hidden: a run folder with nothing else in it is
-    still an empty one, and an export is still as it was written."""
+    """Into the output folder if it exists, else the current or the temporary one. The file is hidden: a run folder
+    with nothing else still counts as empty, and an export as unchanged."""
     name = f".defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.environ.get('RANK') or 0}-{os.getpid()}.txt"
     for folder in (*_output_folders(sys.argv[1:]), Path.cwd(), Path(tempfile.gettempdir())):
         try:

@@ -1,17 +1,17 @@
-"""--recompute: what backward recomputes instead of keeping it; activation checkpointing of the layers of both towers.
+"""Activation checkpointing of the layers of LLM and vision tower: what ``--recompute`` makes backward recompute.
 
-none       nothing: fastest, needs the most memory
-every:N    every N-th layer whole
-selective  in every layer what is cheap (norms, activations, rotary embedding, residuals); the outputs of linears and of
+none       nothing: fastest, most memory
+every:N    every N-th layer
+selective  in every layer what is cheap (norms, activations, rotary embedding, residuals); outputs of linears and
            attention are saved, so that no matrix product runs twice
-full       every layer whole: slowest, needs the least memory
+full       every layer: slowest, least memory
 
-Losses and gradients are the same in all of them: dropout's masks are functions of a seed that recomputation restores.
+All give the same losses and gradients: dropout's masks are functions of a seed that recomputation restores.
 
-Selective is torch's checkpoint with a list of saved outputs next to it. The adapted linears save theirs there and load
-them themselves (adapters/linear.py); for attention and other linears a dispatch mode does so, which is on only around
-them. torch's own ``create_selective_checkpoint_contexts`` uses a mode that is on all the time, which takes more of the
-host's time than everything else in a layer.
+Selective is torch's checkpoint with a list of saved outputs. Adapted linears save and load theirs themselves
+(adapters/linear.py); for attention and other linears a dispatch mode does it, which is on only around them. torch's own
+``create_selective_checkpoint_contexts`` has its mode on all the time, which costs the host more time than all the rest
+of a layer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from llava_moslora.private_api import check_private_api
 
 check_private_api("recompute")
 
-# Layer → its last linear, whose output is only added to the residual: nothing that backward needs is computed from it.
+# Layer → its last linear, whose output need not be saved: it is only added to the residual.
 LAST_LINEAR = {f"{name}DecoderLayer": "mlp.down_proj" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 LAST_LINEAR |= {"CLIPEncoderLayer": "mlp.fc2", "SiglipEncoderLayer": "mlp.fc2"}
 
@@ -44,7 +44,7 @@ _state = threading.local()  # backward recomputes in a thread of its own
 
 
 class SavedOutputs:
-    """Outputs of the operations of one layer in one forward, in the order in which they were computed."""
+    """Outputs of operations of one layer in one forward, in the order of computation."""
 
     def __init__(self):
         self.outputs: list[tuple[str, object, list[int]] | None] = []
@@ -56,7 +56,7 @@ class SavedOutputs:
         return self.next is not None
 
     def save(self, operation: str, output) -> None:
-        """Save tensors, or a structure of them, without their autograd graph."""
+        """Save a tensor, or a structure of tensors, without the autograd graph."""
         versions: list[int] = []
 
         def detached(value):
@@ -68,8 +68,8 @@ class SavedOutputs:
         self.outputs.append((operation, tree_map(detached, output), versions))
 
     def load(self, operation: str):
-        """The next output, once; it must be of the same operation."""
-        assert self.next < len(self.outputs), f"{operation} runs only while recomputing"
+        """The next output, which must be of this operation, and is released here."""
+        assert self.next is not None and self.next < len(self.outputs), f"{operation} runs only while recomputing"
         entry, self.outputs[self.next] = self.outputs[self.next], None
         assert entry is not None, "a second backward through a layer that recomputes selectively"
         saved_operation, output, versions = entry
@@ -82,12 +82,12 @@ class SavedOutputs:
 
 
 def saved_outputs() -> SavedOutputs | None:
-    """Of the layer that runs now; None outside of selective recomputation."""
+    """Of the layer that is running; None without selective recomputation."""
     return getattr(_state, "outputs", None)
 
 
 class _LayerContext:
-    """A context in which the layer that runs saves its outputs, or loads them."""
+    """Makes the layer that runs inside save its outputs, or load them when recomputing."""
 
     def __init__(self, outputs: SavedOutputs, recomputing: bool):
         self.outputs, self.recomputing = outputs, recomputing
@@ -102,13 +102,13 @@ class _LayerContext:
 
 
 def _contexts():
-    """As torch's checkpoint wants them: one for forward, one for recomputing."""
+    """``context_fn`` of torch's checkpoint: contexts for forward and for recomputing."""
     outputs = SavedOutputs()
     return _LayerContext(outputs, False), _LayerContext(outputs, True)
 
 
 class _SaveOperations(TorchDispatchMode):
-    """Saves or loads the matrix products of linears, and attention; everything else runs."""
+    """Saves or loads the outputs of matrix products and attention; other operations just run."""
 
     products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
@@ -139,7 +139,7 @@ class _SaveOperations(TorchDispatchMode):
 
 
 def save_operations():
-    """A context in which matrix products and attention are saved or loaded, if the layer that runs now does so."""
+    """A context that saves or loads matrix products and attention, under selective recomputation; else an empty one."""
     outputs = saved_outputs()
     return nullcontext() if outputs is None or outputs.in_mode else _SaveOperations(outputs)
 
@@ -164,7 +164,7 @@ def parse_recompute(text: str) -> tuple[str, int]:
 
 
 def set_recompute(model: nn.Module, text: str) -> None:
-    """Make the layers of both towers recompute according to ``--recompute``; only in training mode. Called once.
+    """Set ``--recompute`` for the layers of both towers; it acts in training mode only. Called once per model.
 
     Raises:
         Refusal: C-FLAG, see :func:`parse_recompute`.
@@ -183,7 +183,7 @@ def set_recompute(model: nn.Module, text: str) -> None:
 
 
 def _save_outputs_of(layer: nn.Module) -> None:
-    """Make attention and the linears without an adapter save their outputs; linears with one do so themselves."""
+    """Make attention and linears without an adapter save their outputs; adapted linears do so themselves."""
     for name, module in layer.named_modules():
         plain_linear = isinstance(module, nn.Linear) and not re.search(r"\b(base_layer|lora_\w+)\b", name)
         if plain_linear or name == "self_attn":

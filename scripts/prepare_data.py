@@ -41,7 +41,10 @@ class ReportSettings(Settings):
 
 
 def parse(argv: list[str]) -> tuple[ModelSettings, DataSettings, ReportSettings]:
-    groups = [some_fields(ModelSettings, MODEL_FLAGS), some_fields(DataSettings, DATA_FLAGS), ReportSettings]
+    groups = [
+        some_fields(ModelSettings, MODEL_FLAGS, "the model"), some_fields(DataSettings, DATA_FLAGS, "the data"),
+        ReportSettings,
+    ]  # fmt: skip
     values = FlagParser(groups, __doc__).parse(argv)
     model, data, report = ({f.name: values[f.name] for f in fields(group)} for group in groups)
     return ModelSettings(**model), DataSettings(**data), ReportSettings(**report)

@@ -1,10 +1,13 @@
-"""Fine-tune a LLaVA with MoSLoRA in the LLM and in the vision tower; or, stage 1, pretrain its projector.
+"""Fine-tune a LLaVA: adapters (MoSLoRA) in the LLM and in the vision tower, and the whole projector. With
+--tune_mm_mlp_adapter True (stage 1) only the projector is trained.
 
     deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json \\
         --model_name_or_path LLM --vision_tower CLIP --pretrain_mm_mlp_adapter PROJECTOR \\
         --data_path llava_v1_5_mix665k.json --image_folder playground/data --output_dir runs/llama3-moslora --bf16 True
 
-``--help`` lists the flags; every shell recipe next to this file is one complete call.
+LLM and CLIP are model folders in the format of transformers, PROJECTOR a file or folder from stage 1. Complete calls
+with hyper-parameters for published models are in scripts/*.sh. A checkpoint is saved every --save_steps;
+scripts/export.py makes a model of it that transformers loads.
 """
 
 import sys
@@ -13,7 +16,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, set_seed
 
@@ -52,42 +54,40 @@ from llava_moslora.training.validate import check, check_launch
 
 @catch_lost_ranks()
 def main() -> None:
-    preemption = Preemption()
-    preemption.install()
+    preemption = Preemption()  # handles SIGTERM and SIGINT from here on
 
-    # 1. The flags: each by itself, and all together once the ranks have met
-    argv = sys.argv[1:]
-    model_settings, data_settings, adapter_settings, training = parse(argv, __doc__)
-    model_settings = name_parts(model_settings)
+    # 1. Read the flags, join the other ranks, and check the flags against each other
+    model_settings, data_settings, adapter_settings, training = parse(sys.argv[1:], __doc__)
+    model_settings = name_parts(model_settings)  # a complete LLaVA: its LLM, vision tower and projector
     check_launch(training["deepspeed"])
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
     args = TrainingArguments(**training)
     check(model_settings, adapter_settings, args)
     run, main_process = args.run_folder, args.process_index == 0
-    say = print if main_process else (lambda *_: None)
-    inputs = input_paths(model_settings, data_settings, args, argv)
+    print_once = print if main_process else (lambda *_: None)
+    inputs = input_paths(model_settings, data_settings, args, sys.argv[1:])
     if main_process:
         check_output(args, inputs, data_settings)
 
-    # 2. The parts, looked at before any weight is read
+    # 2. Read configurations and tokenizer, no weights yet
     llm_config = read_llm_config(model_settings.model_name_or_path)
     vision_config = read_vision_config(model_settings.tower)
     processor = read_image_settings(model_settings.tower)
     transform = ImageTransform.from_settings(processor, data_settings)
     tokenizer = load_tokenizer(model_settings.model_name_or_path)
     template = model_settings.version or recognise_template(tokenizer)
-    say(f"conversation template: {template}")
+    print_once(f"conversation template: {template}")
 
-    # 3. The data, checked and tokenised once; found again by its content
+    # 3. Check and tokenise the data, or find it in --data_cache
     dataset = prepare(
         data_settings, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
         longest_text=longest_text(llm_config),
     )  # fmt: skip
-    say("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
+    print_once("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
     sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
 
-    # 4. The run folder: a new run, or the one to resume; what differs from it is refused before the LLM is loaded
+    # 4. Lock the run folder; with --resume find the newest checkpoint, and refuse settings and inputs that changed
     model_settings = replace(model_settings, version=template)
     settings = RunSettings(
         model_settings, data_settings, adapter_settings, args.as_record(), processor, args.global_batch_size
@@ -96,32 +96,35 @@ def main() -> None:
     lock, checkpoint = open_run(args, settings, fingerprints, inputs) if main_process else (None, None)
     checkpoint = from_rank_0(checkpoint)
 
-    # 5. The model and what trains it
+    # 5. Load the model, add what is trained, create trainer and optimizer
     model = build_model(model_settings, adapter_settings, args, tokenizer)
-    say(parameter_table(model))
-    collator = Collator.of(data_settings, tokenizer, transform, packing=args.packing)
+    print_once(parameter_table(model))
     trainer = MosLoraTrainer(
-        model=model, args=args, train_dataset=dataset, data_collator=collator, sampler=sampler, facts=fingerprints,
-        callbacks=[preemption],
+        model=model, args=args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption],
+        data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing),
     )  # fmt: skip
-    add_sample_answers(trainer, ChatModel(model, tokenizer, template, transform), data_settings)
-    trainer.create_optimizer()
+    if args.sample_questions:
+        trainer.add_callback(sample_answers(args, ChatModel(model, tokenizer, template, transform), data_settings))
+    trainer.create_optimizer()  # before the first file is written: --optim may be refused
 
-    # 6. The run's first files, once nothing else can be refused
+    # 6. Write run.json, tokenizer and data report; --overwrite deletes the old run only now
     if main_process:
         check_space(run, trained_count(model), checkpoints=2 if checkpoint is None else 1)
-        report = partial(write_data_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer, args=args)
+        batch_size = args.per_device_train_batch_size
+        report = partial(
+            write_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer, batch_size=batch_size
+        )
         write_first_files(args, settings, tokenizer, report, inputs)
     check_shared(run)
 
     # 7. Train
     if checkpoint is not None:
-        say(f"resuming from {checkpoint}")
+        print_once(f"resuming from {checkpoint}")
     if args.save_strategy == "no":
-        say("--save_strategy no: nothing of this run will be saved")
+        print_once("--save_strategy no: nothing of this run will be saved")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
-    say(closing_line(run, trainer.state.global_step))
+    print_once(closing_line(run, trainer.state.global_step))
     if lock is not None:
         lock.release()
 
@@ -132,10 +135,10 @@ def build_model(
     args: TrainingArguments,
     tokenizer: PreTrainedTokenizerFast,
 ) -> PeftModel | Llava:
-    """Three parts in one model, frozen, and what is trained in it."""
+    """The frozen model, with adapters (a PeftModel), or in stage 1 with a trainable projector."""
     set_seed(args.seed)
     model, _ = assemble(model_settings, tokenizer=tokenizer, dtype=args.dtype)
-    set_seed(args.seed)  # loading draws random numbers, under ZeRO-3 others: adapters begin the same under any stage
+    set_seed(args.seed)  # loading draws random numbers, other ones under ZeRO-3: adapters start the same in any stage
     if adapter_settings.tune_mm_mlp_adapter:
         model = train_projector_only(model)
     else:
@@ -144,29 +147,16 @@ def build_model(
     return model
 
 
-def add_sample_answers(trainer: MosLoraTrainer, chat_model: ChatModel, data: DataSettings) -> None:
-    """With ``--sample_questions``: answer them while training."""
-    args = trainer.args
-    if args.sample_questions:
-        samples = read_samples(args.sample_questions, args.sample_image_folder or data.image_folder)
-        limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
-        trainer.add_callback(SampleAnswers(samples, chat_model, args.run_folder, **limits))
-
-
-def write_data_report(
-    folder: Path,
-    dataset: Dataset,
-    settings: DataSettings,
-    tokenizer: PreTrainedTokenizerFast,
-    args: TrainingArguments,
-) -> None:
-    write_report(folder, dataset, settings=settings, tokenizer=tokenizer, batch_size=args.per_device_train_batch_size)
+def sample_answers(args: TrainingArguments, chat_model: ChatModel, data: DataSettings) -> SampleAnswers:
+    samples = read_samples(args.sample_questions, args.sample_image_folder or data.image_folder)
+    limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
+    return SampleAnswers(samples, chat_model, args.run_folder, **limits)
 
 
 def closing_line(run: Path, step: int) -> str:
     if (run / f"checkpoint-{step}").is_dir():
         return f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED"
-    return f"trained: {run}, and nothing was saved of step {step}, its last: there is nothing to export"
+    return f"trained: {run}; its last step, {step}, was not saved: there is nothing to export"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import copy
 import difflib
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
@@ -21,8 +21,9 @@ from transformers import HfArgumentParser
 from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_moslora.adapters.kernel import mask_source
-from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, Settings, TrainingSettings
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TrainingSettings, setting
 from llava_moslora.data.loader import default_workers
+from llava_moslora.distributed import world_size
 from llava_moslora.errors import Refusal
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.recompute import parse_recompute
@@ -37,29 +38,26 @@ CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
 class TrainingArguments(TrainingSettings, HfTrainingArguments):
     """This package's training settings and those of transformers' Trainer, some with another default.
 
-    ``report_to`` adds to the run folder's own ``metrics.jsonl``: tensorboard, wandb, or none. With DeepSpeed under a
-    launcher the process group must have been joined before (:mod:`llava_moslora.training.process_group`).
+    With DeepSpeed the process group must have been joined before (:mod:`llava_moslora.training.process_group`).
 
     Raises:
         Refusal: C-FLAG, values that do not go together.
     """
 
-    gradient_accumulation_steps: int | None = field(
-        default=None, metadata={"help": "micro-batches per optimizer step; default: as --global_batch_size asks, or 1"}
+    gradient_accumulation_steps: int | None = setting(
+        None, "micro-batches per optimizer step; default: as --global_batch_size asks, or 1"
     )
-    # Three defaults of the Trainer that hide what a user needs to see, and one that would drop our columns.
-    logging_steps: float = 1
-    logging_nan_inf_filter: bool = False
-    report_to: None | str | list[str] = "tensorboard"  # noqa: RUF036 (the parser needs None first)
-    remove_unused_columns: bool = False
-    dataloader_num_workers: int = field(
-        default=-1, metadata={"help": "processes per rank that read images; -1: as the cores allow, at most 8"}
+    logging_steps: float = setting(1, "log every N steps; below 1: a share of all steps")
+    logging_nan_inf_filter: bool = setting(False, "no effect: a loss that is NaN or Inf stops the run")
+    report_to: None | str | list[str] = setting(  # noqa: RUF009, RUF036 (the parser needs None first)
+        "tensorboard", "besides metrics.jsonl: tensorboard, wandb, or none"
     )
-    dataloader_persistent_workers: bool = True
-    # The order of the data is a function of the step, and our loader starts where the run stopped.
-    ignore_data_skip: bool = True
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 0.03
+    remove_unused_columns: bool = setting(False, "leave it False: the collator reads columns that would be dropped")
+    dataloader_num_workers: int = setting(-1, "processes per rank that read images; -1: as the cores allow, at most 8")
+    dataloader_persistent_workers: bool = setting(True, "keep the data loader's processes between epochs")
+    ignore_data_skip: bool = setting(True, "leave it True: the data loader itself starts where the run stopped")
+    lr_scheduler_type: str = setting("cosine", "schedule of the learning rate, a name of transformers' SchedulerType")
+    warmup_steps: float = setting(0.03, "warmup of the learning rate in steps; below 1: a share of all steps")
 
     def __post_init__(self):
         TrainingSettings.__post_init__(self)
@@ -67,8 +65,8 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
             self.dataloader_num_workers = default_workers()
         if not torch.cuda.is_available():
             self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
-        self._settle_recompute()
-        self._settle_accumulation()
+        self._set_recompute()
+        self._set_accumulation()
         try:
             HfTrainingArguments.__post_init__(self)
         except Refusal:
@@ -82,9 +80,9 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
             given: dict[str, Any] = getattr(self, "liger_kernel_config", None) or {}
             self.liger_kernel_config = given | own
 
-    def _settle_recompute(self) -> None:
-        """``recompute`` from the Trainer's switch, under either of its names, where it is not given. The Trainer's
-        switch is then cleared: its own recomputation knows no selective mode."""
+    def _set_recompute(self) -> None:
+        """``recompute``, where it is not given, from the Trainer's switch (``CHECKPOINTING``), which is then cleared:
+        the Trainer's own recomputation has no selective mode."""
         asked = [on for name in CHECKPOINTING if (on := getattr(self, name, None)) is not None]
         if self.recompute is None:
             self.recompute = "full" if any(asked) else "none"
@@ -100,15 +98,13 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
             if getattr(self, name + "_kwargs", None):
                 raise Refusal("C-FLAG", "not supported", key=f"--{name}_kwargs", fix="use --recompute instead")
 
-    def _settle_accumulation(self) -> None:
-        """``gradient_accumulation_steps`` from ``global_batch_size``, before DeepSpeed's file is filled from it."""
+    def _set_accumulation(self) -> None:
+        """``gradient_accumulation_steps`` from ``global_batch_size``; before DeepSpeed's file is filled from it."""
         asked = self.gradient_accumulation_steps
         if self.global_batch_size is None:
             self.gradient_accumulation_steps = 1 if asked is None else asked
             return
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        if distributed.is_initialized():
-            ranks = distributed.get_world_size()
+        ranks = world_size() if distributed.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         per_device = self.per_device_train_batch_size
         steps = accumulation_steps(self.global_batch_size, per_device, ranks)
         if asked not in (None, steps):
@@ -136,8 +132,7 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
 
     @property
     def batches(self) -> dict[str, Any]:
-        """How a global batch is divided, and this process's part of it, as
-        :meth:`llava_moslora.data.sampler.GlobalBatchSampler.of` takes it."""
+        """How a global batch is divided over ranks and micro-batches, for ``GlobalBatchSampler.of``."""
         return {
             "per_device_batch_size": self.per_device_train_batch_size,
             "accumulation": self.gradient_accumulation_steps,
@@ -151,9 +146,9 @@ def accumulation_steps(global_batch_size: int, per_device: int, ranks: int) -> i
     """Micro-batches of ``per_device`` records that make ``global_batch_size`` on ``ranks`` ranks.
 
     Raises:
-        Refusal: C-FLAG, none do exactly.
+        Refusal: C-FLAG, no number of them is exactly ``global_batch_size``.
     """
-    micro_batch = max(per_device, 1) * ranks  # a batch size below 1 is refused by itself, later
+    micro_batch = max(per_device, 1) * ranks  # a batch size below 1 is refused later (validate.py)
     steps, rest = divmod(global_batch_size, micro_batch)
     if steps > 0 and not rest:
         return steps
@@ -208,19 +203,24 @@ class FlagParser(HfArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and behind every flag its default, where that is a value."""
+    """The description as it is written; per flag one spelling (not also the one with dashes) and its default."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        values = self._format_args(action, "True|False" if action.nargs == "?" else "VALUE")
+        return " ".join([", ".join(names), values if len(values) < 80 else "VALUE"]).rstrip()
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
+        if isinstance(action, argparse._StoreFalseAction):  # HfArgumentParser adds --no_X for an X that is True
+            return f"as --{action.dest} False"
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
 
 
-def some_fields(settings: type[Settings], names: Collection[str]) -> type:
-    """A dataclass of those fields of ``settings``, for a script that takes a part of them as flags."""
+def some_fields(settings: type, names: Collection[str], heading: str) -> type:
+    """A dataclass of those fields of the dataclass ``settings``, as a group of flags under ``heading`` in --help."""
     types = get_type_hints(settings)
-    own = (f for f in fields(settings) if f.name in names)  # type: ignore[arg-type]  # every subclass is a dataclass
-    chosen = [(f.name, types[f.name], copy.copy(f)) for f in own]
-    heading = {"_argument_group_name": settings._argument_group_name}
-    return make_dataclass(settings.__name__, chosen, namespace=heading)
+    chosen = [(f.name, types[f.name], copy.copy(f)) for f in fields(settings) if f.name in names]
+    return make_dataclass(settings.__name__, chosen, namespace={"_argument_group_name": heading})
 
 
 def parse(
@@ -228,14 +228,18 @@ def parse(
 ) -> tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]:
     """The settings from a command line; those of training as the values to build :class:`TrainingArguments` from.
 
-    transformers' part of the latter looks for devices and the process group when it is built, so the process group is
-    joined in between. Whatever can be refused without them is refused here.
+    They are not built here, because transformers' part initialises the device and the process group, which this
+    package joins first. What can be refused without them is refused here.
 
     Raises:
-        Refusal: as :meth:`FlagParser.parse`; a value that is out of range, a configuration or DeepSpeed file that is
-            missing or no JSON/YAML.
+        Refusal: as :meth:`FlagParser.parse`; a value out of range; a configuration or DeepSpeed file that is missing or
+            no JSON/YAML.
     """
-    parser = FlagParser(ARGUMENTS, description)
+    own_names = {f.name for f in fields(TrainingSettings)}
+    from_transformers = {f.name for f in fields(TrainingArguments)} - own_names
+    heading = "training, of transformers' TrainingArguments"
+    groups = (*ARGUMENTS[:3], TrainingSettings, some_fields(TrainingArguments, from_transformers, heading))
+    parser = FlagParser(groups, description)
     parser.add_argument("--config", help="YAML or JSON file with the same flags")
     if file := _early(argv).config:
         known = {f.name for group in ARGUMENTS for f in fields(group) if f.init}
@@ -244,7 +248,7 @@ def parse(
         read_deepspeed_config(deepspeed)  # the Trainer looks into it while it reads its flags
     values = parser.parse(argv)
     model, data, adapter, training = ({f.name: values[f.name] for f in fields(g) if f.init} for g in ARGUMENTS)
-    own = TrainingSettings(**{f.name: training[f.name] for f in fields(TrainingSettings)})
+    own = TrainingSettings(**{name: training[name] for name in own_names})
     if own.recompute is not None:
         parse_recompute(own.recompute)
     _check_timeout(training["ddp_timeout"])
@@ -254,12 +258,12 @@ def parse(
 def input_paths(
     model: ModelSettings, data: DataSettings, args: TrainingArguments, argv: Sequence[str]
 ) -> list[tuple[str, Path]]:
-    """What a training reads, by flag: what must not lie where a run is deleted."""
+    """Flag and path of everything that a training reads: none of it may lie in a folder that is deleted."""
     tower = model.tower
     if tower.startswith(OPEN_CLIP):
         arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
         tower = where if at else arch
-    asked = [
+    given: list[tuple[str, str | None]] = [
         ("--model_name_or_path", model.model_name_or_path),
         ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
         ("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
@@ -270,10 +274,11 @@ def input_paths(
         ("--deepspeed", args.deepspeed),
         ("--config", _early(argv).config),
     ]
-    return [(flag, Path(path)) for flag, path in asked if path]
+    return [(flag, Path(path)) for flag, path in given if path]
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:
+    """The files that are read before the flags are parsed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--deepspeed")
@@ -294,16 +299,12 @@ def nearest_flag(flag: str, known: set[str]) -> str:
     name = flag.lstrip("-").split("=")[0].replace("-", "_")
     close = difflib.get_close_matches(name, known, n=5)
     # people get the end of a name wrong more often than its beginning: --lora_rank means --lora_r, not --local_rank
-    best = max(close, key=lambda other: _shared_start(name, other), default=None)
+    best = max(close, key=lambda other: len(os.path.commonprefix([name, other])), default=None)  # noqa: RUF071
     return f"did you mean --{best}?" if best else "see --help"
 
 
-def _shared_start(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def _as_flags(content: dict[str, str | list[str]], known: set[str], path: str) -> list[str]:
-    flags = []
+    flags: list[str] = []
     for key, value in content.items():
         if key not in known:
             raise Refusal("C-FLAG", "unknown key", file=path, key=str(key), fix=nearest_flag(str(key), known))

@@ -1,7 +1,7 @@
-"""The file of ``--config``: YAML or JSON whose values are taken as they are written.
+"""Reads the file of ``--config``, YAML or JSON, with every value as the text that is written.
 
-YAML 1.1 reads ``2025_11_03`` as 20251103, ``0012`` as 10, ``no`` as False and ``1:30`` as 90. Here a value is the text
-in the file, which the command line's parser then reads as the type of its flag. ``null`` is a flag that is left out.
+YAML 1.1 reads ``2025_11_03`` as 20251103, ``0012`` as 10, ``no`` as False and ``1:30`` as 90. Here the command line's
+parser converts the text to the type of its flag. A flag whose value is ``null`` counts as not given.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STR, SEQ, MAP = (f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))
 
 
 def read_config(path: Path) -> dict[str, str | list[str]]:
-    """Key → text or list of texts; a mapping becomes JSON, which is what flags that take a mapping expect.
+    """Key → text or list of texts; a mapping becomes JSON, as flags that take a mapping expect it.
 
     Raises:
         Refusal: C-PATH, there is no such file, or it cannot be read; C-PARSE, not a mapping in UTF-8, a key twice, a
@@ -44,8 +44,7 @@ def read_config(path: Path) -> dict[str, str | list[str]]:
 
 
 class _TextLoader(yaml.SafeLoader):
-    """YAML without code, without types (every scalar is its text), and without aliases, by which ten lines can stand
-    for a billion values."""
+    """YAML without code, types (a scalar is its text) and aliases (which can expand ten lines to a billion values)."""
 
     yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (as PyYAML declares it)
 

@@ -1,4 +1,4 @@
-"""The file of ``--deepspeed``: read, and its values compared with the flags, where ``"auto"`` stands for the flag's."""
+"""Reads the file of ``--deepspeed`` and compares its values with the flags; ``"auto"`` takes the flag's value."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
     _check_blocks(config, Path(args.deepspeed))
     if zero_stage(config) == 0 and args.fp16:
         raise Refusal(
-            "C-FLAG", "DeepSpeed's stage 0 keeps the loss scale of float16 where it is not saved from", key="--fp16",
+            "C-FLAG", "DeepSpeed's stage 0 keeps a loss scale for float16 that cannot be saved", key="--fp16",
             fix="--bf16 True, or zero_configs/zero1.json",
         )  # fmt: skip
     if clashes := [
@@ -90,7 +90,7 @@ def _check_blocks(config: dict[str, Any], file: Path) -> None:
 
 
 def _flags_in_file(args: TrainingArguments) -> dict[str, tuple[object, str]]:
-    """Key of the file → the value that the flags ask for, and how a message states it."""
+    """Key of the file → the value of the flags, and its text for a message."""
     micro, steps, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
     product = f"{micro * steps * world} = {micro} per device × {steps} accumulated × {world} ranks"
     return {
@@ -104,7 +104,7 @@ def _flags_in_file(args: TrainingArguments) -> dict[str, tuple[object, str]]:
 
 
 def _look_up(config: dict[str, Any], key: str) -> object:
-    """The value of ``bf16.enabled`` and the like; ``"auto"`` where it is not given."""
+    """The value of a dotted key such as ``bf16.enabled``; ``"auto"`` if missing."""
     value: Any = config
     for part in key.split("."):
         value = value.get(part, "auto")

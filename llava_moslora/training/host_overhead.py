@@ -1,7 +1,7 @@
-"""Work on the host that the Trainer and DeepSpeed repeat at every step, and need not.
+"""Saves work of the host that the Trainer and DeepSpeed repeat needlessly at every step.
 
 A model with adapters in every linear has five thousand modules and six thousand parameters. Visiting all of them four
-times a step takes the host longer than launching a step's kernels, and on a fast GPU the host is what a step waits for.
+times a step takes the host longer than launching the step's kernels; on a fast GPU, steps wait for the host.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from torch import nn
 
 
 def switch_mode_once(engine) -> None:
-    """Make a DeepSpeed engine's ``train()``, which the Trainer calls at every step, visit the modules only if the model
-    is in the other mode. The first call visits all: the assembled model claims to be in training mode, while its parts
-    come from their loaders in eval mode."""
+    """Make a DeepSpeed engine's ``train()``, which the Trainer calls at every step, visit the modules only if the mode
+    changes. The first call visits all: the assembled model is in training mode, but its loaded parts in eval mode."""
     switch, visited = engine.train, False
 
     def train(mode: bool = True) -> None:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed
 
-from llava_moslora.distributed import rank
+from llava_moslora.distributed import from_all_ranks, rank
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import write_json
 
@@ -29,18 +29,18 @@ FINITE_GRADIENT = "a finite gradient"
 
 @dataclass
 class FiniteCheck:
-    """Checks the loss and the gradient of every step. A method that stops the run stops it on all ranks.
+    """Checks the loss and the gradient of every step, and stops the run on all ranks.
 
     Args:
-        run: where ``nonfinite.json`` is written if the run stops: the records and the loss of every micro-batch of the
-            global batch, on every rank, as far as they were computed.
+        run: the run folder. ``nonfinite.json`` is written there if the run stops: the records and the loss of every
+            micro-batch of the global batch that was computed, on every rank.
     """
 
     run: Path
     records: list[list[int]] = field(default_factory=list)  # of this step's micro-batches, on this rank
-    losses: list[Tensor] = field(default_factory=list)  # of the micro-batches that have been computed, float[] each
-    checked: bool = False  # this step
-    skipped_steps: int = 0  # DeepSpeed's count, at the last check
+    losses: list[Tensor] = field(default_factory=list)  # of this step's micro-batches so far, float[] each
+    checked: bool = False  # whether this step has been
+    skipped_steps: int = 0  # DeepSpeed's count at the last check
 
     def begin_step(self, records: list[list[int]]) -> None:
         self.records, self.losses, self.checked = records, [], False
@@ -56,17 +56,17 @@ class FiniteCheck:
         with it the update has been made or skipped. Collective; the host waits for the device once.
 
         Args:
-            step: updates that were made before this one.
-            norm: of the whole gradient; None where the engine does not give it (ZeRO stage 0 in float32).
+            step: number of updates before this one.
+            norm: of the whole gradient; None where the engine has none (ZeRO stage 0 in float32): then the updated
+                ``parameters`` are checked.
             engine: the DeepSpeed engine, or None.
-            parameters: checked instead where there is no norm.
 
         Returns:
             The norm as a number.
 
         Raises:
-            Refusal: R-NONFINITE, a loss is NaN or Inf on some rank; or the gradient has a NaN or Inf, and fp16 is not
-                still searching for its loss scale.
+            Refusal: R-NONFINITE, a loss or the gradient is NaN or Inf on some rank. A gradient that overflows while
+                fp16 searches for its loss scale is none.
         """
         nonfinite_losses, norm = self._to_host(norm)
         if nonfinite_losses:
@@ -85,15 +85,14 @@ class FiniteCheck:
         return norm
 
     def require_checked(self) -> None:
-        """To be called after each step: no step may stay unchecked, whatever a Trainer or DeepSpeed calls."""
+        """Call after each step: it fails if the Trainer or DeepSpeed did not call what checks."""
         assert self.checked and len(self.losses) == len(self.records), "this step's loss and gradient were not checked"
 
     def loss_scale_exhausted(self, step: int) -> NoReturn:
-        """fp16 overflows at its smallest loss scale too."""
         self._stop(step, "the gradient overflows float16 at the smallest loss scale", FINITE_GRADIENT)
 
     def _to_host(self, norm: Tensor | float | None) -> tuple[int, float | None]:
-        """The number of micro-batches of all ranks whose loss is NaN or Inf, and the norm: one copy for both."""
+        """Number of micro-batches of all ranks whose loss is NaN or Inf, and the norm, in one copy from the device."""
         nonfinite = (~torch.isfinite(torch.stack(self.losses))).sum().double()
         if distributed.is_initialized():
             distributed.all_reduce(nonfinite)
@@ -105,15 +104,11 @@ class FiniteCheck:
     def _stop(self, step: int, what: str, expected: str) -> NoReturn:
         computed = len(self.losses)
         # the losses as text: JSON has no NaN
-        of_this_rank = [
+        of_this_rank: list[dict[str, Any]] = [
             {"rank": rank(), "records": records, "loss": str(float(loss))}
             for records, loss in zip(self.records[:computed], self.losses, strict=True)
         ]
-        of_each_rank = [of_this_rank]
-        if distributed.is_initialized():
-            of_each_rank = [None] * distributed.get_world_size()
-            distributed.all_gather_object(of_each_rank, of_this_rank)
-        batches = [batch for batches in of_each_rank for batch in batches]
+        batches = [batch for of_rank in from_all_ranks(of_this_rank) for batch in of_rank]
         suspects = [b for b in batches if not math.isfinite(float(b["loss"]))]
         if suspects:  # a gradient that is not finite is then only its consequence
             what, expected = NONFINITE_LOSS, FINITE_LOSS
@@ -132,27 +127,24 @@ class FiniteCheck:
 
 def searches_loss_scale(engine) -> bool:
     """Whether fp16 still searches for its loss scale: it is halved, and the step skipped, until nothing overflows."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     return engine.fp16_enabled() and bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale
 
 
 def check_labels(labels: int, records: list[int]) -> None:
-    """A batch with 0 labels has no loss.
-
+    """
     Raises:
-        Refusal: D-LABELS
+        Refusal: D-LABELS, a batch with 0 labels: it has no loss.
     """
     if not labels:
         raise Refusal(
-            "D-LABELS",
-            "no token of this batch is trained",
-            found=f"records {', '.join(map(str, records))}",
+            "D-LABELS", "no token of this batch is trained", found=f"records {', '.join(map(str, records))}",
             fix="prepare the data with scripts/prepare_data.py, which refuses such records",
-        )
+        )  # fmt: skip
 
 
 def out_of_memory(batch_size: int) -> Refusal:
-    """The device ran out of memory, with the figures and what to do."""
+    """E-MEMORY, with the device's figures."""
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_reserved()
     return Refusal(

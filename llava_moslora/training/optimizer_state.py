@@ -1,21 +1,21 @@
 """The float32 weights and the optimizer's state of a run, read and written independently of ZeRO stage and world size.
 
-Per trained parameter, unpartitioned: the float32 master weight and whatever the optimizer keeps for it (Adam: two
-moments and a step count), in the optimizer's own dtypes; also the mixers that were drawn for this run and frozen, and
-the state of the fp16 loss scale. DeepSpeed's own checkpoints are not used: they are pickles, and those of one stage or
-world size cannot be read by another.
+For each trained parameter, unpartitioned: the float32 master weight and what the optimizer keeps for it (Adam: two
+moments and a step count), in the optimizer's own dtypes; also the frozen mixers, and the state of the fp16 loss scale.
+DeepSpeed's own checkpoints are not used: they are pickles, and another stage or world size cannot read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-SCALAR_DTYPE = torch.float64  # of single numbers in an optimizer's state, such as Adam's step count: float64[]
+SCALAR_DTYPE = torch.float64  # of scalars in an optimizer's state, such as Adam's step count: float64[]
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class TrainState:
 
     They are in one of three places. Unpartitioned, the optimizer steps one tensor per parameter: the parameters
     themselves (no DeepSpeed, or its stage 0 in float32), or float32 copies of them (stage 0 in 16 bits). Partitioned
-    (ZeRO-1, -2 and -3), it steps flat tensors that many parameters are concatenated in, of which a rank has its shard.
+    (ZeRO-1, -2 and -3), it steps this rank's shards of flat tensors, each a concatenation of many parameters.
 
     Args:
-        model: with the trained parameters; names are this model's.
-        optimizer: the torch optimizer that was created for them.
+        model: names of parameters are this model's.
+        optimizer: the torch optimizer of its trained parameters.
         engine: the DeepSpeed engine, or None.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    engine: object | None = None
+    engine: Any = None
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -46,10 +46,9 @@ class TrainState:
         return self.engine is not None and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"))
 
     def undo_initial_step(self) -> None:
-        """Undo the step that DeepSpeed's stage 0 takes in 16 bits before the first gradient.
+        """Undo the step with gradients of zero by which DeepSpeed's stage 0 creates the optimizer's state in 16 bits.
 
-        It takes it, with gradients of zero, to create the optimizer's state. Adam's bias corrections would be those of
-        the step after, and weight decay would be applied once more.
+        With it Adam's bias corrections would be one step ahead, and weight decay would be applied once too often.
         """
         if self.partitioned or not hasattr(getattr(self.engine, "optimizer", None), "fp32_groups"):
             return
@@ -71,10 +70,9 @@ class TrainState:
             return masters | {name: _to_cpu(parameter, torch.float32) for name, parameter in frozen.items()}
 
     def optimizer_state(self) -> dict[str, Tensor]:
-        """``NAME.KEY`` for all that the optimizer keeps for a parameter, unpartitioned, on the CPU. Collective.
+        """``NAME.KEY`` → what the optimizer keeps for a parameter, unpartitioned, on the CPU. Collective.
 
-        A parameter that has not been stepped yet has no state: with fp16 that is all of them until the search for a
-        loss scale has ended.
+        A parameter that has not been stepped yet has no state; with fp16 none has until a loss scale is found.
         """
         if not self.partitioned:
             state = self._torch_optimizer.state
@@ -97,9 +95,9 @@ class TrainState:
         return {k: v for k, v in vars(scaler).items() if isinstance(v, int | float | bool)} if scaler else None
 
     def create_optimizer_state(self) -> None:
-        """Make the optimizer create its state, as it does at its first step, for :meth:`restore` to overwrite.
+        """Make the optimizer create its state, for :meth:`restore` to overwrite, by a step with gradients of zero.
 
-        By a step with gradients of zero: it may change the masters, which are then restored too. Before the first step.
+        Before the first step. It may change the masters, which are restored too.
         """
         optimizer = self._torch_optimizer
         zero3_flats = getattr(getattr(self.engine, "optimizer", None), "fp32_partitioned_groups_flat", None)
@@ -117,12 +115,8 @@ class TrainState:
             group["params"] = []
 
     def restore(self, masters: dict[str, Tensor], state: dict[str, Tensor], loss_scale: dict | None) -> None:
-        """Set the state of a run, whatever stage and world size it came from. Collective; before the first step.
-
-        Args:
-            masters, state: as :meth:`masters` and :meth:`optimizer_state` returned them; frozen mixers that are not in
-                ``masters`` stay as they are.
-        """
+        """Set what :meth:`masters`, :meth:`optimizer_state` and :meth:`loss_scale` returned, under any stage and world
+        size. Frozen mixers that are not in ``masters`` stay as they are. Collective; before the first step."""
         if differing := set(masters) - set(frozen_mixers(self.model)) ^ set(self.parameters):
             raise KeyError(f"other parameters: {sorted(differing)[:4]}")
         if self.partitioned:
@@ -134,7 +128,7 @@ class TrainState:
             vars(self._loss_scaler).update(loss_scale)
 
     @property
-    def _loss_scaler(self) -> object | None:
+    def _loss_scaler(self) -> Any:
         return getattr(getattr(self.engine, "optimizer", None), "loss_scaler", None)
 
     @property
@@ -153,12 +147,12 @@ class TrainState:
         return {name: copies.get(id(p), p) for name, p in self.parameters.items()}
 
     def _flat_masters(self) -> list[Tensor]:
-        """Partitioned, what the optimizer steps: this rank's shards of the masters, flat and concatenated."""
+        """Partitioned, what the optimizer steps: this rank's shards of the flat masters."""
         flats = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
         return flats or [flat for group in self._torch_optimizer.param_groups for flat in group["params"]]
 
     def _flat_state_keys(self) -> tuple[list[str], dict[str, float]]:
-        """The optimizer's state for a flat tensor: keys with a value per weight, and values for all of it."""
+        """The optimizer's state for a flat tensor: keys with one value per weight, and scalars by key."""
         flat = self._flat_masters()[0]
         state = self._torch_optimizer.state.get(flat, {})
         elementwise = [key for key, value in state.items() if _is_elementwise(value)]
@@ -196,8 +190,7 @@ class TrainState:
     def _link_state(self) -> None:
         """Make ZeRO-1 and -2 find each parameter's part of the optimizer's flat state.
 
-        They link them once, after the first group of parameters has taken its first step, when the other groups
-        (another learning rate) have no state yet: so they are linked again here.
+        They link only once, after the first step of the first parameter group: the other groups have no state then.
         """
         zero = self.engine.optimizer
         if hasattr(zero, "_hp_optimizer_states_linked"):
@@ -217,7 +210,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def frozen_mixers(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Mixers that this run drew and does not train: no base model's folder has them."""
+    """Mixers that were drawn at random for this run and are not trained."""
     return {name: p for name, p in model.named_parameters() if ".lora_mixer." in name and not p.requires_grad}
 
 
@@ -232,7 +225,7 @@ def _to_cpu(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _is_elementwise(value: object) -> bool:
-    """Whether a part of an optimizer's state is more than a number: torch's Adam counts its steps in a float32[]."""
+    """Not a scalar; torch's Adam counts its steps in a float32[]."""
     return isinstance(value, Tensor) and value.dim() > 0
 
 
@@ -240,9 +233,8 @@ def _scalar(value: float | Tensor) -> Tensor:
     return torch.tensor(float(value), dtype=SCALAR_DTYPE)
 
 
-def _overwrite(created: dict[str, object], values: dict[str, object]) -> None:
-    """Write values into the state that an optimizer has created, each into its own tensor or as its own kind of number;
-    keys whose value is None are deleted."""
+def _overwrite(created: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Write values into the state that an optimizer has created, keeping its tensors and types; None deletes a key."""
     for key, value in values.items():
         if value is None:
             del created[key]
@@ -254,7 +246,7 @@ def _overwrite(created: dict[str, object], values: dict[str, object]) -> None:
 
 @contextmanager
 def _gathered(parameters: Iterable[nn.Parameter], modified: bool = False) -> Iterator[None]:
-    """Those of ``parameters`` that ZeRO-3 has partitioned are gathered inside. Collective."""
+    """Gathers those of ``parameters`` that ZeRO-3 has partitioned. Collective."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         yield

@@ -1,4 +1,4 @@
-"""The states of this process's random generators, as JSON for a checkpoint."""
+"""States of this process's random generators, for a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 def random_state() -> dict:
     """Of Python, NumPy, and torch on the CPU and on each of its CUDA devices."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), position, has_gauss, gauss],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": _encode(torch.get_rng_state()),
         "cuda": [_encode(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
     }
 
 
 def set_random_state(state: dict) -> None:
-    """Set what :func:`random_state` returned, also after a way through JSON."""
+    """Set what :func:`random_state` returned, or JSON made of it."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = state["numpy"]
@@ -36,7 +36,7 @@ def set_random_state(state: dict) -> None:
 
 @contextmanager
 def preserved_random_state() -> Iterator[None]:
-    """Whatever is drawn inside, the generators continue afterwards as if nothing had been."""
+    """Restores the generators at the end of the block."""
     state = random_state()
     try:
         yield

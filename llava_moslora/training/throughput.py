@@ -8,36 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import distributed, nn
 
+from llava_moslora.distributed import world_size
 from llava_moslora.models.flops import Flops
 
-# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from the makers' data sheets; the first name that is found
-# in the device's name counts.
+# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from the makers' data sheets; the first name that occurs in
+# the device's name counts.
 PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A40": 149.7e12,
-    "A10": 125e12,
-    "RTX 4090": 165.2e12,
-    "RTX 3090": 71e12,
-    "RTX A6000": 154.8e12,
-    "RTX 6000 Ada": 364e12,
-    "V100": 125e12,
-    "MI300X": 1307e12,
-    "MI250": 383e12,
-}
+    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 149.7e12, "A10": 125e12,
+    "RTX 4090": 165.2e12, "RTX 3090": 71e12, "RTX A6000": 154.8e12, "RTX 6000 Ada": 364e12, "V100": 125e12,
+    "MI300X": 1307e12, "MI250": 383e12,
+}  # fmt: skip
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Peak FLOP/s of a device, None where it is not known, as of a CPU."""
+    """Peak FLOP/s of a device; None where unknown, as for a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -69,14 +54,14 @@ class Throughput:
         self.counts["flops"] += per.trained_token * labels + per.image * images
 
     def rates(self) -> dict[str, float]:
-        """``tokens_per_second`` (without padding) and ``samples_per_second`` of all ranks; ``mfu``, where the devices'
-        peak is known; on a GPU ``peak_memory_gib`` of the rank that needs most. Starts counting again. Collective."""
+        """``tokens_per_second`` (without padding), ``samples_per_second``, ``mfu`` (where the device's peak is known)
+        of all ranks; on a GPU ``peak_memory_gib``, the largest of a rank. Counting restarts. Collective."""
         seconds = max(time.monotonic() - self.since, 1e-9)
         memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
         ranks = [[*self.counts.values(), memory]]
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
+        if world_size() > 1:
             of_this_rank = torch.tensor(ranks[0], dtype=torch.float64, device=self.device)
-            gathered = of_this_rank.new_empty(distributed.get_world_size(), len(of_this_rank))
+            gathered = of_this_rank.new_empty(world_size(), len(of_this_rank))
             distributed.all_gather(list(gathered), of_this_rank)
             ranks = gathered.tolist()
         tokens, samples, flops, _ = map(sum, zip(*ranks, strict=True))

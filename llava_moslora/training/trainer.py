@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer with this package's data order, checks and checkpoints; its loop, DeepSpeed and logging stay.
+"""Hugging Face's Trainer with this package's data order, checks and checkpoints.
 
-Many of the methods that are overridden here are not public API: :mod:`llava_moslora.private_api` lists all of them, and
-checks at import that this version of transformers still has and calls them.
+Many overridden methods are not public API: :mod:`llava_moslora.private_api` lists them and checks, at import, that this
+version of transformers still has and calls them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from llava_moslora.private_api import check_private_api
 from llava_moslora.runs.checkpoints import prune, publish_checkpoint
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks.adapter_stats import AdapterStats
-from llava_moslora.training.callbacks.metrics import MetricsWriter
+from llava_moslora.training.callbacks.metrics import MetricsWriter, ProgressBar
 from llava_moslora.training.callbacks.preemption import catch_lost_ranks, ignore_signals
-from llava_moslora.training.callbacks.progress import ProgressBar
 from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
 from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
@@ -46,10 +45,11 @@ class MosLoraTrainer(Trainer):
 
     Args:
         sampler: the order of the records.
-        facts: what every checkpoint's manifest states besides step and seed (fingerprints).
+        facts: fingerprints of the inputs, for the manifest of every checkpoint.
     """
 
     args: TrainingArguments
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(self, *args, sampler: GlobalBatchSampler, facts: dict, **kwargs):
         super().__init__(*args, **kwargs)
@@ -61,25 +61,25 @@ class MosLoraTrainer(Trainer):
         if not self.trained:
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
         if self.args.loss_average == "micro_batch":
-            self.model_accepts_loss_kwargs = False  # no token count for the model: it averages over its micro-batch
+            self.model_accepts_loss_kwargs = False  # without a token count the model averages over its micro-batch
         if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
             from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
 
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             fuse_layers(inner.model.language_model)
-        self.finite_check = FiniteCheck(Path(self.args.output_dir))
+        self.finite_check = FiniteCheck(self.args.run_folder)
         self.throughput = Throughput(self.model, self.args.device)
-        self.extra_logs: dict[str, float] = {}  # of callbacks, for the next row of the log
+        self.extra_logs: dict[str, float] = {}  # added by callbacks to the next row of the log
         for callback in (PrinterCallback, ProgressCallback, TensorBoardCallback):
             self.pop_callback(callback)
         self.add_callback(AfterEachStep(self))
         self.add_callback(ProgressBar())
-        self.add_callback(MetricsWriter(Path(self.args.output_dir), tensorboard="tensorboard" in self.args.report_to))
+        self.add_callback(MetricsWriter(self.args.run_folder, tensorboard="tensorboard" in self.args.reporters))
         if self.args.health_steps:
             self.add_callback(AdapterStats(self, self.args.health_steps))
 
     def get_train_dataloader(self) -> TrainDataLoader:
-        """Not handed to accelerate, which would reshard and pad an order that is already exact."""
+        """Not prepared by accelerate, which would shard and pad the records again."""
         self.data_loader = TrainDataLoader(
             self.train_dataset,
             self.sampler,
@@ -127,7 +127,7 @@ class MosLoraTrainer(Trainer):
         return rate
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, checked and counted while they are still on the CPU."""
+        """As the Trainer's: the micro-batches of one optimizer step, here checked and counted, still on the CPU."""
         self.watchdog.report_progress()
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         records = [batch.pop("record").tolist() for batch in batches]
@@ -139,8 +139,7 @@ class MosLoraTrainer(Trainer):
         return batches, tokens
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """The trained tokens of the global batch, from the collator's positions; the Trainer's own way counts on the
-        device, and waits for it."""
+        """Trained tokens of the global batch, counted on the CPU; the Trainer's own count would wait for the device."""
         if not (self.model_accepts_loss_kwargs and batch_samples):
             return None
         tokens = sum(len(batch["label_positions"]) for batch in batch_samples)
@@ -151,13 +150,13 @@ class MosLoraTrainer(Trainer):
         return total
 
     def _prepare_input(self, data):
-        """As the Trainer's, without waiting for the device: batches are pinned, and dtypes are converted over there."""
+        """As the Trainer's, without waiting for the device: batches are pinned, dtypes are converted on the device."""
         if isinstance(data, torch.Tensor):
             data = data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
     def floating_point_ops(self, inputs) -> int:
-        """As the Trainer's, per token of the padded batch; the model's parameters are counted once."""
+        """As the Trainer's, but the model's parameters are counted only once per run."""
         tokens = inputs["input_ids"].numel()
         if self.flops_per_token is None:
             self.flops_per_token = super().floating_point_ops(inputs) // tokens
@@ -175,7 +174,7 @@ class MosLoraTrainer(Trainer):
             raise
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss, which :meth:`_get_grad_norm` checks when the whole step has been computed."""
+        """As the Trainer's; :meth:`_get_grad_norm` checks the loss when the whole step has been computed."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.finite_check.add_loss(result[0] if return_outputs else result)
         return result
@@ -186,14 +185,14 @@ class MosLoraTrainer(Trainer):
         return self.finite_check.check(self.state.global_step, norm, self.engine, self.trained)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the throughput of all ranks since the last log, and what callbacks have measured at this step."""
+        """Adds the throughput since the last log, and what callbacks have measured."""
         if "loss" in logs:
             logs |= self.throughput.rates() | self.extra_logs
             self.extra_logs = {}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Publish ``checkpoint-N``: what is trained, as float32 masters, and the Trainer's state. No pickles."""
+        """Publish ``checkpoint-N``: the float32 masters of what is trained, the optimizer's and the Trainer's state."""
         self.watchdog.report_progress()
         train_state = self._train_state()
         masters, optimizer_state = train_state.masters(), train_state.optimizer_state()
@@ -203,20 +202,16 @@ class MosLoraTrainer(Trainer):
             if rank() == 0:
                 write_trained(folder, self.model, masters)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-                position = {
-                    "scheduler_steps": self.lr_scheduler.last_epoch,
-                    "loss_scale": train_state.loss_scale(),
-                }
+                position = {"scheduler_steps": self.lr_scheduler.last_epoch, "loss_scale": train_state.loss_scale()}
                 write_optimizer(folder, self.model, optimizer_state, position)
 
         def facts() -> dict:
             progress = {"step": self.state.global_step, "of": self.state.max_steps}
             return {**progress, "seed": self.args.seed, "world_size": self.args.world_size, **self.facts}
 
-        run = Path(self.args.output_dir)
-        publish_checkpoint(run / f"checkpoint-{self.state.global_step}", write, facts)
+        publish_checkpoint(self.args.run_folder / f"checkpoint-{self.state.global_step}", write, facts)
         if rank() == 0 and self.args.save_total_limit:
-            prune(run, self.args.save_total_limit)
+            prune(self.args.run_folder, self.args.save_total_limit)
 
     @property
     def engine(self):
@@ -227,8 +222,7 @@ class MosLoraTrainer(Trainer):
         return TrainState(self.model, getattr(self.optimizer, "optimizer", self.optimizer), self.engine)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """As the Trainer's, but a checkpoint's state is read from its portable files, not from DeepSpeed's or torch's
-        pickles."""
+        """As the Trainer's, but a checkpoint is read from this package's files, not from pickles."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         check_rotary_frequencies(self.model)
         if self.engine is not None:
@@ -249,9 +243,8 @@ class MosLoraTrainer(Trainer):
         return prepared
 
     def _run_epoch(self, **kwargs) -> None:
-        """As the Trainer's. The data order is a function of the step: a resumed run starts in the middle of its epoch,
-        and reads nothing to get there."""
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end: the Trainer would take one more step
+        """As the Trainer's; a resumed run starts in the middle of its epoch without reading the records before."""
+        if self.state.global_step >= self.state.max_steps:  # a finished run: the Trainer would take one more step
             self.control.should_training_stop = True
             return
         epoch, batch = divmod(self.state.global_step, self.sampler.global_batches)
@@ -261,10 +254,10 @@ class MosLoraTrainer(Trainer):
         super()._run_epoch(**kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Nothing: weights are restored together with the optimizer's state, in :meth:`_prepare_for_training`."""
+        """Does nothing: :meth:`_prepare_for_training` has restored the weights."""
 
     def _load_rng_state(self, checkpoint) -> None:
-        """This rank's random generators as they were saved; in a run of another world size they stay as seeded."""
+        """This rank's random states from the checkpoint; under another world size they stay as seeded."""
         if checkpoint is not None:
             file = Path(checkpoint) / f"random-{self.args.process_index}.json"
             if read_facts(Path(checkpoint))["world_size"] == self.args.world_size:
@@ -272,7 +265,7 @@ class MosLoraTrainer(Trainer):
 
 
 class AfterEachStep(TrainerCallback):
-    """Before a step is logged or saved: it must have been checked, and the epoch is counted as the data order does."""
+    """Before a step is logged or saved: asserts that it was checked, and sets the epoch as the data order counts it."""
 
     def __init__(self, trainer: MosLoraTrainer):
         self.trainer = trainer
@@ -283,10 +276,10 @@ class AfterEachStep(TrainerCallback):
 
 
 def check_rotary_frequencies(model: torch.nn.Module) -> None:
-    """In 16 bits they rotate late positions by other angles than an export does.
-
+    """
     Raises:
-        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32.
+        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32: late positions would rotate by other angles than in
+            the exported model.
     """
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and buffer.dtype != torch.float32:

@@ -1,13 +1,14 @@
-"""Watchdog: detects a rank that hangs or has died, and ends the run with its name, where all others would wait for it.
+"""Watchdog: detects a rank that hangs or has died, names it and ends the run, where the other ranks would wait forever.
 
 A rank whose process is stopped, whose host is lost or whose disk hangs leaves the others inside a collective, where no
-Python runs and no signal is handled. Two threads of every rank go on: one writes this rank's heartbeat and progress to
-the run's store and reads those of the others, the other compares them with the clock. Neither runs a collective, and a
-store that does not answer is detected too.
+Python runs and no signal is handled. Two threads of every rank keep running: one writes this rank's heartbeat and
+progress to the process group's store and reads those of the others, the other compares them with the clock. Neither
+runs a collective, and a store that does not answer is detected too.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import psutil
 from torch import distributed
 
+from llava_moslora.distributed import world_size
 from llava_moslora.errors import Refusal
 
 STORE_KEY = "watch/{}"  # of each rank, in the run's store
@@ -29,13 +31,13 @@ EXIT_GRACE = 5.0  # seconds after a process has ended in which the collective th
 class RankStatus:
     """What this process knows of one rank: its last report, and when (on this process's clock) that last changed."""
 
-    process: str = ""  # which it is and where, in words
-    heartbeat: str = ""  # a counter: its process runs
-    progress: int = 0  # a counter: its training goes on
+    process: str = ""  # "process PID on HOST"
+    heartbeat: str = ""  # a counter that grows while the process runs
+    progress: int = 0  # a counter that grows with the stages of training
     heartbeat_at: float = 0.0
     progress_at: float = 0.0
-    pid: int = 0  # of its process, if that runs where this one can see it, and has not left training
-    ended_at: float | None = None  # when it was first seen that there is no such process
+    pid: int = 0  # if the process is on this host (and in this container) and has not left training, else 0
+    ended_at: float | None = None  # when this process first noticed that it has ended
 
 
 class Watchdog:
@@ -53,15 +55,13 @@ class Watchdog:
         self.threads: list[threading.Thread] = []
 
     def report_progress(self) -> None:
-        """Call it at every stage of a step: a rank that does not is behind the others."""
+        """Call it at every stage of a step."""
         self.progress += 1
 
     def __enter__(self) -> Watchdog:
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
-            self.rank = distributed.get_rank()
-            now = time.monotonic()
-            world_size = distributed.get_world_size()
-            self.ranks = [RankStatus(heartbeat_at=now, progress_at=now) for _ in range(world_size)]
+        if world_size() > 1:
+            self.rank, now = distributed.get_rank(), time.monotonic()
+            self.ranks = [RankStatus(heartbeat_at=now, progress_at=now) for _ in range(world_size())]
             self.store_answered_at = now
             # a connection of its own: on the shared one a call that waits would block all others
             store = distributed.distributed_c10d._get_default_store().clone()
@@ -77,11 +77,11 @@ class Watchdog:
             thread.join(timeout=2)
 
     def _exchange(self, store: distributed.Store) -> None:
-        """Write and read reports, until training ends or the store is lost (its host ended; collectives fail then)."""
+        """Write and read reports until training ends or the store is lost (collectives fail then)."""
         keys = [STORE_KEY.format(rank) for rank in range(len(self.ranks))]
         pid_namespace, heartbeat = _pid_namespace(), 0
         try:
-            # at first without pauses: the others must be known in case one of them dies soon
+            # short pauses until all have reported: one may die soon, and must be known by then
             while not self.ended.wait(self.interval if all(r.process for r in self.ranks) else min(0.1, self.interval)):
                 heartbeat += 1
                 store.set(keys[self.rank], _report(heartbeat, self.progress))
@@ -108,21 +108,14 @@ class Watchdog:
         while not self.ended.wait(interval):
             now = time.monotonic()
             suspended = now - before - interval  # seconds that this process itself was stopped, alone or with others
-            if suspended > self.timeout / 2:  # the others may wake later
-                self._restart_clocks(now)
-            elif suspended > self.interval:
-                self._do_not_count(suspended, now)
+            if suspended > self.interval:  # not counted; after a long one all clocks restart: others may wake later
+                self._add_to_clocks(suspended if suspended <= self.timeout / 2 else math.inf, now)
             elif found := self.ended_ranks(now) or self.hung_ranks(now):
                 print(self.refusal(found).line(), file=sys.stderr, flush=True)
                 os._exit(self.refusal(found).exit_status)  # the main thread is in a call that nothing interrupts
             before = now
 
-    def _restart_clocks(self, now: float) -> None:
-        self.store_answered_at = now
-        for rank in self.ranks:
-            rank.heartbeat_at = rank.progress_at = now
-
-    def _do_not_count(self, seconds: float, now: float) -> None:
+    def _add_to_clocks(self, seconds: float, now: float) -> None:
         self.store_answered_at = min(now, self.store_answered_at + seconds)
         for rank in self.ranks:
             rank.heartbeat_at = min(now, rank.heartbeat_at + seconds)
@@ -139,9 +132,7 @@ class Watchdog:
                 rank.ended_at = None
             elif rank.ended_at is None:
                 rank.ended_at = now
-        ended = [
-            n for n, rank in enumerate(self.ranks) if rank.ended_at is not None and now - rank.ended_at >= EXIT_GRACE
-        ]
+        ended = [n for n, r in enumerate(self.ranks) if r.ended_at is not None and now - r.ended_at >= EXIT_GRACE]
         return f"{self._names(ended)} has ended" if ended else None
 
     def hung_ranks(self, now: float) -> str | None:
@@ -185,18 +176,16 @@ class Watchdog:
 
     def refusal(self, found: str) -> Refusal:
         return Refusal(
-            "P-RANK",
-            "the run hangs",
-            found=found,
+            "P-RANK", "the run hangs", found=found,
             fix="see what holds that process (its host, disk or a debugger), then start the same command again with "
             "--resume True; a run that is merely slow needs a larger --ddp_timeout (seconds)",
-        )
+        )  # fmt: skip
 
 
 def announce_rank() -> None:
-    """Write this process's first report as soon as the process group exists: if it dies before its watchdog runs, the
-    other ranks still know which process is missing."""
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
+    """Write this process's first report when the process group exists: if it dies before its watchdog runs, the other
+    ranks still know which process is missing."""
+    if world_size() > 1:
         store = distributed.distributed_c10d._get_default_store()
         store.set(STORE_KEY.format(distributed.get_rank()), _report(0, 0))
 
@@ -214,7 +203,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _pid_namespace() -> str:
-    """What process numbers are unique in: this host, or this container of it."""
+    """Where process numbers are unique: this host, or a container of it."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # no Linux

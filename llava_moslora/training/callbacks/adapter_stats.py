@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +25,10 @@ FACTORS = ("lora_A", "lora_mixer", "lora_B")
 class AdapterStats(TrainerCallback):
     """Every ``steps`` steps logs, for each part (llm, vision, head) and over its adapted linears:
 
-    - ``mixer/PART/largest``, ``smallest``: singular values of the mixers, the extremes over all linears;
+    - ``mixer/PART/largest``, ``smallest``: largest and smallest singular value of all mixers;
     - ``mixer/PART/rank``: their mean effective rank, exp of the entropy of the squared singular values' shares;
-    - ``delta/PART``: ‖ΔW‖ of all linears together, and ``delta_largest/PART`` the largest of one linear;
+    - ``delta/PART``: ‖ΔW‖ of all linears together; ``delta_largest/PART``: the largest of one linear;
     - ``gradient/PART/FACTOR`` and ``gradient/projector``: norm of the global batch's gradient, before clipping.
-
-    Args:
-        trainer: its model and, under DeepSpeed, its engine are read.
     """
 
     def __init__(self, trainer, steps: int):
@@ -46,17 +44,14 @@ class AdapterStats(TrainerCallback):
             _call_before(self.trainer, method, self._measure_gradients)
 
     def on_step_end(self, args, state, control, **_):
-        if self._due(state.global_step):
+        if state.global_step % self.steps == 0:
             stats = mixer_and_update_stats(self.trainer.model, full_weight) | self.gradients
             self.trainer.extra_logs = {name: round(value, 8) for name, value in stats.items()}
             self.gradients = {}
             control.should_log = True
 
-    def _due(self, step: int) -> bool:
-        return step % self.steps == 0
-
     def _measure_gradients(self) -> None:
-        if self._due(self.trainer.state.global_step + 1):
+        if (self.trainer.state.global_step + 1) % self.steps == 0:
             scale = 1.0  # fp16's loss is scaled, and its gradients with it until the step
             if self.trainer.engine is not None and self.trainer.engine.fp16_enabled():
                 scale = self.trainer.engine.optimizer.loss_scaler.cur_scale
@@ -121,7 +116,7 @@ def gradient_norms(model: nn.Module, full: Callable[[nn.Parameter], Tensor | Non
     return {f"gradient/{key}": square**0.5 for key, square in squares.items()}
 
 
-def adapted_layers(model: nn.Module, part: str) -> Iterator[MosLoraLayer]:
+def adapted_layers(model: nn.Module, part: str) -> Iterator[Any]:  # MosLoraLayers, whose attributes are PEFT's
     for name, module in model.named_modules():
         if isinstance(module, MosLoraLayer) and part_of(name) == part:
             yield module

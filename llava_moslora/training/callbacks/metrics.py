@@ -1,22 +1,29 @@
-"""``metrics.jsonl`` and TensorBoard in the run folder: one row per logged step, also after a kill and a resume."""
+"""Where the figures of a logged step go: ``metrics.jsonl`` and TensorBoard in the run folder, and the progress bar."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 from transformers import TrainerCallback
 
 from llava_moslora.runs.log import METRICS_FILE, append_row, delete_rows_after
 
 TENSORBOARD_FOLDER = "tensorboard"
+# what the progress bar shows besides loss and learning rate: label, key in the log, format
+FIGURES = (
+    ("tok/s", "tokens_per_second", "{:.0f}"),
+    ("rec/s", "samples_per_second", "{:.2f}"),
+    ("MFU", "mfu", "{:.1%}"),
+    ("GiB", "peak_memory_gib", "{:.1f}"),
+)
 
 
 class MetricsWriter(TrainerCallback):
     """Writes what is logged, on the main process.
 
-    A resumed run repeats the steps after its checkpoint: their rows are deleted first, and TensorBoard is told to
-    discard them.
+    A resumed run repeats the steps after its checkpoint: their rows are deleted here and in TensorBoard.
 
     Args:
         run: the run folder.
@@ -46,3 +53,32 @@ class MetricsWriter(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if self.writer is not None:
             self.writer.close()
+
+
+class ProgressBar(TrainerCallback):
+    """A bar on the main process, in place of the Trainer's own."""
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **_):
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True,
+                disable=args.disable_tqdm,
+            )  # fmt: skip
+
+    def on_step_end(self, args, state, control, **_):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if self.bar is not None and logs and "loss" in logs:
+            shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.1e}"}
+            shown |= {label: form.format(logs[key]) for label, key, form in FIGURES if key in logs}
+            self.bar.set_postfix(shown, refresh=True)
+
+    def on_train_end(self, args, state, control, **_):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

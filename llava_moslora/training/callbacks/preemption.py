@@ -1,7 +1,7 @@
 """Preemption: on SIGTERM or SIGINT the step is finished, a checkpoint published, and every rank exits with status 75.
 
-DeepSpeed's and torch's launchers pass SIGTERM on to the processes they started, one after the other and with 30 seconds
-of grace; so whichever rank receives a signal first stops all ranks after the same step.
+Launchers pass SIGTERM to their processes one after the other, with 30 seconds of grace: so the first rank that receives
+a signal stops all ranks, after the same step.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
+from llava_moslora.distributed import world_size
 from llava_moslora.errors import EXIT_STATUS, LOST, Refusal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+RESUME = "start the same command again with --resume True"
 
 
 class Preemption(TrainerCallback):
-    """A callback that handles signals once :meth:`install` was called; :meth:`refuse_if_interrupted` ends the run."""
+    """Handles :data:`SIGNALS` of this process from its construction on."""
 
     def __init__(self):
         self.received: str | None = None  # the signal this process was sent
         self.received_at = 0.0
         self.training = self.stopping = self.interrupted = False
-        self._group = None  # all ranks, on the CPU: asking one another never waits for a GPU
-
-    def install(self) -> None:
-        """Handle :data:`SIGNALS` from now on."""
+        self._group = None  # all ranks, on the CPU: the all-reduce of every step does not wait for a GPU
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
@@ -52,7 +51,7 @@ class Preemption(TrainerCallback):
             os.kill(os.getpid(), number)
 
     def on_train_begin(self, args, state, control, **_):
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
+        if world_size() > 1:
             on_cpu = distributed.get_backend() == "gloo"
             self._group = distributed.group.WORLD if on_cpu else distributed.new_group(backend="gloo")
         self.training = True
@@ -75,20 +74,15 @@ class Preemption(TrainerCallback):
             Refusal: P-PAUSED, with exit status 75: start the same command again with ``--resume True``.
         """
         if self.interrupted:
-            raise Refusal(
-                "P-PAUSED",
-                "stopped by a signal after a checkpoint was published",
-                file=run,
-                fix="start the same command again with --resume True",
-            )
+            raise Refusal("P-PAUSED", "stopped by a signal after a checkpoint was published", file=run, fix=RESUME)
 
 
 @contextmanager
 def catch_lost_ranks(dead_ranks: Callable[[], str] = str) -> Iterator[None]:
-    """A rank that dies makes the collectives of the others fail; each of those reports it in one line.
+    """Turns the error of a collective, which fails on all other ranks when one has died, into one line.
 
     Args:
-        dead_ranks: names those that are known (:meth:`llava_moslora.training.watchdog.Watchdog.dead_on_this_host`).
+        dead_ranks: returns the names of ranks known to be dead (``Watchdog.dead_on_this_host``), or "".
 
     Raises:
         Refusal: P-RANK, in place of a communication library's error.
@@ -98,20 +92,16 @@ def catch_lost_ranks(dead_ranks: Callable[[], str] = str) -> Iterator[None]:
     except RuntimeError as error:
         if not LOST.search(str(error)):
             raise
-        raise Refusal(
-            "P-RANK",
-            "lost contact with another process of this run",
-            found="; ".join(filter(None, (dead_ranks(), str(error).splitlines()[0]))),
-            fix="see why it ended, then start the same command again with --resume True",
-        ) from error
+        found = "; ".join(filter(None, (dead_ranks(), str(error).splitlines()[0])))
+        fix = f"see why it ended, then {RESUME}"
+        raise Refusal("P-RANK", "lost contact with another process of this run", found=found, fix=fix) from error
 
 
 def ignore_signals(_worker: int) -> None:
-    """For the workers of the data loader, which receive the signals too: the step that waits for their batches is to be
-    finished."""
+    """For the data loader's workers, which receive the signals too: the step in progress still needs their batches."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _print_from_handler(line: str) -> None:
-    os.write(2, f"{line}\n".encode())  # a signal may arrive in the middle of a print, which cannot be entered twice
+    os.write(2, f"{line}\n".encode())  # print is not reentrant: the signal may have interrupted one

@@ -57,7 +57,7 @@ def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Samp
         raise Refusal("I-FOLDER", "images without a folder", file=file, key="--sample_image_folder")
     return [
         Sample(
-            tuple(load_image(name, image_folder, record=r.index, record_id=r.id) for name in r.images),
+            tuple(load_image(name, image_folder or "", record=r.index, record_id=r.id) for name in r.images),
             r.turns[:-1],
             r.turns[-1].text,
         )

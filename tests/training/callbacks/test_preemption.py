@@ -23,7 +23,6 @@ from support.launching import LAUNCHER, ROOT, flags, free_port
 def pause():
     before = {number: signal.getsignal(number) for number in SIGNALS}
     pause = Preemption()
-    pause.install()
     yield pause
     for number, handler in before.items():
         signal.signal(number, handler)
