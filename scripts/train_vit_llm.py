@@ -38,7 +38,7 @@ from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_image_settings, read_vision_config
 from llava_moslora.recompute import set_recompute
 from llava_moslora.runs.fingerprint import base_fingerprints
-from llava_moslora.runs.folder import check_shared, check_space, open_run, write_first_files
+from llava_moslora.runs.folder import check_resume, check_shared, check_space, open_run, write_first_files
 from llava_moslora.runs.output_dir import check_output
 from llava_moslora.runs.record import RunSettings
 from llava_moslora.text.templates import recognise_template
@@ -87,14 +87,13 @@ def main() -> None:
     print_once("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
     sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
 
-    # 4. Lock the run folder; with --resume find the newest checkpoint, and refuse settings and inputs that changed
+    # 4. With --resume: refuse settings and inputs that differ from the run's
     model_settings = replace(model_settings, version=template)
-    settings = RunSettings(
-        model_settings, data_settings, adapter_settings, args.as_record(), processor, args.global_batch_size
-    )
+    settings = RunSettings(model_settings, data_settings, adapter_settings, args.as_record(), processor,
+                           global_batch_size=args.global_batch_size)  # fmt: skip
     fingerprints = base_fingerprints(model_settings) | {"data": keys_of(dataset)}
-    lock, checkpoint = open_run(args, settings, fingerprints, inputs) if main_process else (None, None)
-    checkpoint = from_rank_0(checkpoint)
+    if main_process:
+        check_resume(args, settings, fingerprints)
 
     # 5. Load the model, add what is trained, create trainer and optimizer
     model = build_model(model_settings, adapter_settings, args, tokenizer)
@@ -107,15 +106,16 @@ def main() -> None:
         trainer.add_callback(sample_answers(args, ChatModel(model, tokenizer, template, transform), data_settings))
     trainer.create_optimizer()  # before the first file is written: --optim may be refused
 
-    # 6. Write run.json, tokenizer and data report; --overwrite deletes the old run only now
+    # 6. Lock the run folder and write run.json, tokenizer and data report; --overwrite deletes the old run only now
+    lock = checkpoint = None
     if main_process:
+        lock, checkpoint = open_run(args, settings, fingerprints, inputs)
         check_space(run, trained_count(model), checkpoints=2 if checkpoint is None else 1)
-        batch_size = args.per_device_train_batch_size
-        report = partial(
-            write_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer, batch_size=batch_size
-        )
+        report = partial(write_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer,
+                         batch_size=args.per_device_train_batch_size)  # fmt: skip
         write_first_files(args, settings, tokenizer, report, inputs)
     check_shared(run)
+    checkpoint = from_rank_0(checkpoint)
 
     # 7. Train
     if checkpoint is not None:
@@ -148,7 +148,7 @@ def build_model(
 
 
 def sample_answers(args: TrainingArguments, chat_model: ChatModel, data: DataSettings) -> SampleAnswers:
-    samples = read_samples(args.sample_questions, args.sample_image_folder or data.image_folder)
+    samples = read_samples(str(args.sample_questions), args.sample_image_folder or data.image_folder)
     limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
     return SampleAnswers(samples, chat_model, args.run_folder, **limits)
 

@@ -8,6 +8,7 @@ same kind, and the merged model would run and be wrong.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ class TrainedRun:
     vision_config: PreTrainedConfig
     vision: dict[str, LazyTensor]
     tokenizer: PreTrainedTokenizerFast
-    adapter: dict[str, Update] | None
+    adapter: Mapping[str, Update] | None
     projector: dict[str, Tensor]
     merge_base: str
 
@@ -227,7 +228,7 @@ def _plan(tensors: dict[str, LazyTensor], updates: dict[str, Update], checkpoint
 
 def _read_checkpoint(
     checkpoint: Path, vision_width: int, llm_width: int
-) -> tuple[dict[str, Update] | None, dict[str, Tensor]]:
+) -> tuple[Mapping[str, Update] | None, dict[str, Tensor]]:
     """The adapter, not read yet, and the projector's four tensors, of a stage-1 or stage-2 checkpoint."""
     folder = checkpoint / "adapter"
     if not folder.is_dir():

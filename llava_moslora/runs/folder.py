@@ -47,6 +47,17 @@ TRAINING = (
 )
 
 
+def check_resume(training: TrainingSettings, settings: RunSettings, fingerprints: dict[str, Any]) -> None:
+    """With ``resume``: whether the run in ``output_dir``, if one has begun, can be resumed by this call. Only reads, so
+    that it can be asked before any weights are loaded; :func:`open_run` asks again under the folder's lock.
+
+    Raises:
+        Refusal: as :func:`open_run` about a run that is to be resumed.
+    """
+    if training.resume and has_begun(training.run_folder):
+        _checkpoint_to_resume(training.run_folder, settings, fingerprints, training.allow_change)
+
+
 def open_run(
     training: TrainingSettings,
     settings: RunSettings,
@@ -75,7 +86,9 @@ def open_run(
         check_output(training, inputs)  # another process may have been faster
         checkpoint = None
         if training.resume and has_begun(run):
-            checkpoint = _checkpoint_to_resume(run, settings, fingerprints, training.allow_change)
+            checkpoint, skipped = _checkpoint_to_resume(run, settings, fingerprints, training.allow_change)
+            for refusal in skipped:
+                print(f"skipped: {refusal.line()}", flush=True)
     except Refusal:
         lock.release()
         raise
@@ -85,7 +98,8 @@ def open_run(
 
 def _checkpoint_to_resume(
     run: Path, settings: RunSettings, fingerprints: dict[str, Any], allow_change: list[str]
-) -> Path | None:
+) -> tuple[Path | None, list[Refusal]]:
+    """The newest valid checkpoint, and why newer ones were skipped."""
     record = read_run(run)
     checkpoint, skipped = newest_valid(run)
     if checkpoint is None and skipped:
@@ -94,8 +108,6 @@ def _checkpoint_to_resume(
             found="; ".join(refusal.line() for refusal in skipped),
             fix="put a copy of one back, or choose another --output_dir; --overwrite True deletes this run",
         )  # fmt: skip
-    for refusal in skipped:
-        print(f"skipped: {refusal.line()}", flush=True)
     changed = changes(record, settings)
     if checkpoint is not None:
         manifest = read_facts(checkpoint)
@@ -110,7 +122,7 @@ def _checkpoint_to_resume(
             expected="; ".join(f"{name} {then}" for name, (then, _) in shown.items()),
             fix=f"give the run's own values, or --allow_change {' '.join(changed)}",
         )  # fmt: skip
-    return checkpoint
+    return checkpoint, skipped
 
 
 def only_differing(then: object, now: object) -> tuple[object, object]:
@@ -136,7 +148,7 @@ def write_first_files(
     training: TrainingSettings,
     settings: RunSettings,
     tokenizer: PreTrainedTokenizerFast,
-    report: Callable[[Path], None],
+    report: Callable[[Path], object],
     inputs: Iterable[tuple[str, Path]] = (),
 ) -> None:
     """Write ``run.json``, the tokenizer and the data report into the folder that :func:`open_run` locked; when a run
@@ -161,7 +173,7 @@ def write_first_files(
     begin_run(run, record, report)
 
 
-def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path], None]) -> None:
+def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path], object]) -> None:
     """Write the first files of a new run into a locked folder, in place of the run that may be there.
 
     The old run is set aside by renaming and deleted last. If this fails in between, it is put back; after a kill, by
