@@ -245,4 +245,4 @@ def _read_checkpoint(
         what, fix = "adapters outside the LLM and the vision tower", "use another checkpoint"
         raise Refusal("K-ADAPTER", what, file=folder, found=few(foreign), fix=fix)
     projector = select_parts(adapter.others, ["projector"])
-    return adapter.layers, {name: tensor.read().clone() for name, tensor in projector.items()}
+    return dict(adapter.layers), {name: tensor.read().clone() for name, tensor in projector.items()}
