@@ -1,4 +1,4 @@
-"""The watchdog: a rank that hangs is told from one that is slow, by a clock that the tests set."""
+"""The watchdog: a hung rank is distinguished from a slow one, by a clock that the tests set."""
 
 import os
 import socket
