@@ -238,14 +238,14 @@ def _records(file: BinaryIO, path: Path, digest: object = None) -> Iterator[tupl
     lines, number = _Lines(file, path, digest), -1  # the header is no row
     reader = csv.reader(lines, delimiter="\t", strict=True)
     while True:
-        offset = lines.position
+        offset, line = lines.position, lines.number + 1
         try:
             fields = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             raise Refusal(
-                "D-PARSE", "no TSV with csv quoting", file=path, record=max(number, 0), key=f"line {lines.number}",
+                "D-PARSE", "no TSV with csv quoting", file=path, record=max(number, 0), key=f"line {line}",
                 found=error, expected="fields with tabs, newlines or quotes in quotes, quotes inside doubled",
             ) from None  # fmt: skip
         if fields:
