@@ -2,6 +2,9 @@
 
 File names and md5 are those of VLMEvalKit (``DATASET_MD5``, the same at ab638e4a of 2024-06-18 and in ms-vlmeval
 0.0.20); numbers of questions are the benchmarks' own.
+
+One difference from the paper's setup cannot be named per benchmark: the kit of 2024 stored every image again as JPEG
+(``dump_image``, Pillow's quality of 75) before the model saw it; here the model sees the pixels of the file.
 """
 
 from __future__ import annotations

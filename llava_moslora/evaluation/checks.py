@@ -125,7 +125,7 @@ def _check_mathvista(table: Table, number: int) -> None:
             found = row.get("choices", "nothing")
             raise table.refusal(number, "choices", "no list of options", found=found, expected="['12', '15', …]")
         letters = LETTERS[: len(choices)]
-        if row.get("answer_option", "") not in tuple(letters):
+        if row.get("answer_option", "") not in letters:
             raise table.refusal(
                 number, "answer_option", "not the letter of an option", code="D-ANSWER",
                 found=row.get("answer_option", "nothing"), expected=" | ".join(letters),

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import comb, sqrt
+from dataclasses import dataclass, replace
+from math import sqrt
 
 import numpy as np
 
@@ -68,14 +68,14 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """What the reader takes home."""
-        counts = {verdict: [] for verdict in ("B is better", "A is better", "inside the noise")}
+        names = {verdict: [] for verdict in ("B is better", "A is better", "inside the noise")}
         for name, difference in self.differences.items():
-            counts[difference.verdict].append(name)
-        parts = [f"{verdict} on {', '.join(counts[verdict])}" for verdict in ("B is better", "A is better")
-                 if counts[verdict]]  # fmt: skip
-        if noise := counts["inside the noise"]:
-            only = len(noise) == len(self.differences)
-            parts.append(f"the difference is inside the noise on {'every benchmark' if only else ', '.join(noise)}")
+            names[difference.verdict].append(name)
+        noise = names.pop("inside the noise")
+        parts = [f"{verdict} on {', '.join(on)}" for verdict, on in names.items() if on]
+        if noise:
+            where = "every benchmark" if len(noise) == len(self.differences) else ", ".join(noise)
+            parts.append(f"the difference is inside the noise on {where}")
         text = "; ".join(parts) + "."
         if len(self.differences) > 1:
             text += f" Average: {self.points:+.1f} points, 95 % interval {self.low:+.1f} to {self.high:+.1f}"
@@ -93,24 +93,29 @@ def compare(a: Mapping[str, Score], b: Mapping[str, Score], *, seed: int = 0) ->
     names = [name for name in a if name in b and a[name].value is not None and b[name].value is not None]
     if not names:
         raise Refusal("C-COMPARE", "no benchmark that both results have scores of", key="--compare")
-    generator = np.random.default_rng(seed)
-    rows, samples = {}, []
+    generator, differences, samples = np.random.default_rng(seed), {}, []
     for name in names:
-        first, second = paired(name, a[name], b[name])
-        differences = [Unit(x.id, y.value - x.value, x.stratum) for x, y in zip(first, second, strict=True)]
-        resampled = bootstrap(differences, generator)
+        differences[name], resampled = _difference(*paired(name, a[name], b[name]), generator)
         samples.append(resampled)
-        graded = {x.value for x in (*first, *second)} - {0.0, 100.0} or len({x.stratum for x in first}) > 1
-        gained, lost = sum(d.value > 0 for d in differences), sum(d.value < 0 for d in differences)
-        p = sign_flip(differences, generator) if graded else mcnemar(gained, lost)
-        values = (score_of(first), score_of(second), score_of(differences), *interval(resampled), p)
-        rows[name] = (*values, gained, lost, len(differences))
-    adjusted = holm([row[5] for row in rows.values()])
-    differences = {
-        name: Difference(*row[:6], q, *row[6:]) for (name, row), q in zip(rows.items(), adjusted, strict=True)
-    }
+    adjusted = holm([difference.p for difference in differences.values()])
+    differences = {name: replace(d, adjusted=p) for (name, d), p in zip(differences.items(), adjusted, strict=True)}
     average = sum(difference.points for difference in differences.values()) / len(differences)
     return Comparison(differences, average, *interval(np.mean(samples, axis=0)))
+
+
+def _difference(a: list[Unit], b: list[Unit], generator: np.random.Generator) -> tuple[Difference, np.ndarray]:
+    """B − A on the same units, not corrected yet, and its bootstrap samples."""
+    units = [Unit(x.id, y.value - x.value, x.stratum) for x, y in zip(a, b, strict=True)]
+    gained, lost = sum(unit.value > 0 for unit in units), sum(unit.value < 0 for unit in units)
+    right_or_wrong = {x.value for x in (*a, *b)} <= {0.0, 100.0} and len({x.stratum for x in a}) == 1
+    p = mcnemar(gained, lost) if right_or_wrong else sign_flip(units, generator)
+    samples = bootstrap(units, generator)
+    low, high = interval(samples)
+    difference = Difference(
+        score_of(a), score_of(b), score_of(units), low, high, p=p, adjusted=p, gained=gained, lost=lost,
+        units=len(units),
+    )  # fmt: skip
+    return difference, samples
 
 
 def paired(name: str, a: Score, b: Score) -> tuple[list[Unit], list[Unit]]:
@@ -173,8 +178,11 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
 def mcnemar(gained: int, lost: int) -> float:
     """Exact two-sided p of so uneven a split of the units on which A and B differ, if each were as likely to go either
     way."""
-    total, fewer = gained + lost, min(gained, lost)
-    return min(1.0, 2 * sum(comb(total, k) for k in range(fewer + 1)) / 2**total)
+    total, ways, tail = gained + lost, 1, 0
+    for k in range(min(gained, lost) + 1):
+        tail += ways  # ways = total over k
+        ways = ways * (total - k) // (k + 1)
+    return min(1.0, 2 * tail / 2**total)
 
 
 def sign_flip(differences: Sequence[Unit], generator: np.random.Generator, flips: int = RESAMPLES) -> float:

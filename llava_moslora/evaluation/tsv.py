@@ -32,7 +32,7 @@ from llava_moslora.errors import Refusal
 MAX_REFERENCE = 64  # characters of an `image` field that is an index and no image
 MAX_FIELD = 32 * 2**20  # characters of one field, so of an image of 24 MB
 MAX_TEXT = 2**20  # characters of a field that is no image
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # columns of options
 # What pandas.read_csv takes for a missing value besides the empty field.
 PANDAS_MISSING = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split("|")
