@@ -44,15 +44,16 @@ test-faults: $(STAMP)  ## kills, full disks, fuzzing
 test-gpu: $(STAMP)  ## what needs a CUDA device
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## ruff
+lint: $(STAMP)  ## ruff's rules, its format, and types
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check --diff . || true
+	$(VENV)/bin/ruff format --check --diff .
+	$(VENV)/bin/mypy
 
 bench: $(STAMP)  ## the benchmarks; tables on stdout, JSON in benchmarks/results (status 4: needs a GPU, and says so)
 	for file in benchmarks/*.py; do $(PY) $$file || [ $$? -eq 4 ] || exit 1; done
 
 clean:  ## remove the environment, caches and everything the demo made
-	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .ruff_cache .hypothesis playground/data playground/models playground/runs
+	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis playground/data playground/models playground/runs
 
 $(STAMP): setup.cfg pyproject.toml $(CONSTRAINTS)
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; fix: install Python 3.10 or newer, or make PYTHON=/path/to/python3" >&2; exit 4; }

@@ -206,8 +206,8 @@ def count_flops(layer: str, rank: int) -> dict:
 
 def computed_again(rows: int, i: int, o: int, rank: int) -> int:
     """FLOPs that ours spends in backward on what forward computed: not on the r-wide activation where it is kept."""
-    again = kernel.flops(rows, i, o, rank, True)["again"]
-    return again - 2 * rows * rank * i * linear.keeps(rank, i)
+    again = kernel.flops(rows, i, o, rank, True)["recomputed"]
+    return again - 2 * rows * rank * i * linear.keeps_u(rank, i)
 
 
 def machine(device: str) -> str:

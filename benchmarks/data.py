@@ -28,11 +28,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from llava_moslora.config import DATA_GROUP, XTUNER_DATA_GROUP, DataSettings
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform, load_image
+from llava_moslora.data.image_transform import ImageTransform
+from llava_moslora.data.images import load_image
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.records import read_records
-from llava_moslora.data.sampler import GROUP, REFERENCE_GROUP, GlobalBatchSampler
+from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.text.conversation import encode
 from llava_moslora.text.tokenizer import load_tokenizer
 
@@ -130,7 +132,7 @@ def images_per_second(folder: Path) -> dict:
     size = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
     found: dict = {}
     for mode, reference in (("pad", LlavaImageProcessorPil), ("crop", CLIPImageProcessorPil)):
-        transform = ImageTransform(336, (336, 336), MEAN, STD, mode=mode)
+        transform = ImageTransform(336, (336, 336), MEAN, STD, aspect_ratio=mode)
         theirs = reference(**size, do_pad=mode == "pad")
 
         def ours(transform: ImageTransform = transform) -> int:
@@ -156,7 +158,7 @@ def torchvision_rate(root: Path, names: list[str], size: dict) -> dict:
     from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 
     theirs = LlavaImageProcessor(**size, do_pad=True)
-    transform = ImageTransform(336, (336, 336), MEAN, STD, mode="pad", engine="torch")
+    transform = ImageTransform(336, (336, 336), MEAN, STD, aspect_ratio="pad", engine="torch")
     image = load_image(names[0], root)
     assert torch.equal(transform(image), theirs(image, return_tensors="pt")["pixel_values"][0])
 
@@ -189,15 +191,15 @@ def peak_of_reading(path: Path) -> dict:
 
 def first_batch(folder: Path, path: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[dict, np.ndarray]:
     """Seconds to build the cache (2 processes), and from a warm cache to the first batch; and the records' lengths."""
-    settings = {"tokenizer": tokenizer, "template": "chatml", "tokens_per_image": 576, "max_length": 2048,
-                "cache_dir": folder / "cache", "num_proc": 2}  # fmt: skip
+    settings = DataSettings(data_path=[str(path)], data_cache=str(folder / "cache"), preprocessing_num_workers=2)
+    prompt = {"tokenizer": tokenizer, "template": "chatml", "tokens_per_image": 576}
     begin = time.perf_counter()
-    dataset = prepare(path, None, **settings)
+    dataset = prepare(settings, **prompt)
     built = time.perf_counter() - begin
     begin = time.perf_counter()
-    dataset = prepare(path, None, **settings)
+    dataset = prepare(settings, **prompt)
     found = time.perf_counter() - begin
-    sampler = GlobalBatchSampler(dataset["length"][:], dataset["has_image"][:], per_device_batch_size=16)
+    sampler = GlobalBatchSampler.of(dataset, settings, per_device_batch_size=16)
     loader = DataLoader(
         dataset, batch_sampler=sampler, collate_fn=Collator(0, None, ImageTransform(1, (1, 1), MEAN, STD))
     )
@@ -217,7 +219,7 @@ def mix_lengths(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def padding(text: np.ndarray) -> dict:
     """Padding waste at 16 records per device, on one rank and as eight ranks are dealt their shares."""
     lengths, imaged = mix_lengths(text)
-    orders = {f"group {group}": {"group": group} for group in (REFERENCE_GROUP, 75, GROUP, 200)}
+    orders = {f"group {group}": {"group": group} for group in (XTUNER_DATA_GROUP, 75, DATA_GROUP, 200)}
     found = {}
     for name, options in {**orders, "shuffle": {"order": "shuffle"}}.items():
         for ranks in (1, 8):

@@ -29,12 +29,16 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, PreTrainedTokenizerFast
 
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.export.export import export
 from llava_moslora.export.writer import PlannedTensor, WeightFiles, write_weights
-from llava_moslora.files import publish
-from llava_moslora.models.assemble import ADAPTER_NAME, TowerAdapter, model_on_meta
+from llava_moslora.files.tensors import LazyTensor
+from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.llm import llm_on_meta
-from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
+from llava_moslora.models.names import ADAPTER_NAME
+from llava_moslora.runs.checkpoints import publish_checkpoint
+from llava_moslora.runs.fingerprint import base_fingerprints
+from llava_moslora.runs.record import TOKENIZER, RunSettings, write_run
 from llava_moslora.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +87,8 @@ def write_base(folder: Path, gigabytes: float) -> Path:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
     state = llm_on_meta(config, folder).state_dict()
-    plan = [PlannedTensor(name, tuple(t.shape), lambda t=t: draw(tuple(t.shape))) for name, t in state.items()]
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    plan = [PlannedTensor(name, LazyTensor(folder, s, lambda s=s: draw(s))) for name, s in shapes.items()]
     write_weights(folder, [WeightFiles("", plan, torch.bfloat16)])
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
@@ -110,9 +115,9 @@ def write_tower(folder: Path) -> Path:
 
 def write_run_folder(run: Path, llm: Path, tower: Path, rank: int) -> None:
     """A run over them with random factors, made without ever making the model: shapes come from the meta device."""
-    adapters = TowerAdapter(rank, 2 * rank), TowerAdapter(16, 16)
+    adapter = AdapterSettings(lora_r=rank, lora_alpha=2 * rank, vision_lora_r=16, vision_lora_alpha=16)
     configs = LlamaConfig.from_pretrained(llm), CLIPVisionConfig.from_pretrained(tower)
-    model = model_on_meta(*configs, *adapters)
+    model = model_on_meta(*configs, adapter)
     generator = torch.Generator().manual_seed(1)
     trained = {}
     for name, parameter in model.named_parameters():
@@ -120,10 +125,8 @@ def write_run_folder(run: Path, llm: Path, tower: Path, rank: int) -> None:
             name = name.replace(f".modules_to_save.{ADAPTER_NAME}", "").replace(f".{ADAPTER_NAME}.", ".")
             trained[name] = torch.randn(parameter.shape, generator=generator) * 0.02
     run.mkdir()
-    parts = {"model_name_or_path": str(llm), "vision_tower": str(tower), "pretrain_mm_mlp_adapter": None,
-             "version": "chatml", "bits": 16}  # fmt: skip
-    adapter = {"lora_r": rank, "vision_lora_r": 16}
-    write_run(run, {"model": parts, "data": {"image_aspect_ratio": "pad"}, "adapter": adapter, "training": {}})
+    parts = ModelSettings(str(llm), vision_tower=str(tower), version="chatml")
+    write_run(run, RunSettings(parts, DataSettings(data_path=[]), adapter, training={}))
     load_tokenizer(llm).save_pretrained(run / TOKENIZER)
 
     def save(folder: Path) -> None:
@@ -131,8 +134,8 @@ def write_run_folder(run: Path, llm: Path, tower: Path, rank: int) -> None:
         save_file(trained, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
         model.peft_config[ADAPTER_NAME].save_pretrained(str(folder / "adapter"))
 
-    facts = {"step": 1, "llm": fingerprint(llm), "vision_tower": fingerprint(tower), "data": {}}
-    publish.publish(run / "checkpoint-1", save, lambda: facts)
+    facts = {"step": 1, "data": {}} | base_fingerprints(parts)
+    publish_checkpoint(run / "checkpoint-1", save, lambda: facts)
 
 
 def measure(side: str, run: Path, llm: Path, adapter: Path, output: Path) -> dict:

@@ -53,7 +53,8 @@ def metered(wait: Callable[[], float], meters: list[Meter], job: Job, begin: flo
     def counted_batches(self, *args):
         batches, tokens = get_batch_samples(self, *args)
         for batch in batches:
-            meters[-1].speed.count(batch)
+            lengths, images = batch["lengths"].tolist(), len(batch.get("pixel_values", ()))
+            meters[-1].throughput.add(lengths, len(batch["label_positions"]), images)
         return batches, tokens
 
     Trainer.__init__, Trainer.get_batch_samples = metered_init, counted_batches
@@ -72,7 +73,7 @@ class Meter(TrainerCallback):
     def __init__(self, trainer: Trainer, job: Job, waited: float, begin: float):
         self.job, self.waited, self.begin = job, waited, begin
         self.cuda = trainer.args.device.type == "cuda"
-        self.speed = Throughput(trainer.model, trainer.args.device)
+        self.throughput = Throughput(trainer.model, trainer.args.device)
         self.steps: list[dict[str, float]] = []
         self.startup = {"until_trainer": time.monotonic() - self.begin - self.waited}
         self.at_rest = self.clock = self.profiler = self.profile = None
@@ -99,7 +100,7 @@ class Meter(TrainerCallback):
             self.profiler.start()
 
     def on_step_end(self, args, state, control, **_):
-        now, counted = self.now(), self.speed.counted
+        now, counted = self.now(), self.throughput.counts
         step = {"ms": 1e3 * (now - self.before), "tokens": counted["tokens"], "flops": counted["flops"]}
         self.steps.append(step)
         if len(self.steps) == 1:
@@ -114,7 +115,7 @@ class Meter(TrainerCallback):
             self.profiler.stop()
             wall = sum(step["ms"] for step in self.steps[self.job.steps :])
             self.profile = kernel_table(self.profiler, wall)
-        self.speed.counted = dict.fromkeys(counted, 0)
+        self.throughput.counts = dict.fromkeys(counted, 0)
         self.before = self.now()
 
     def on_log(self, args, state, control, logs=None, **_):
@@ -122,7 +123,7 @@ class Meter(TrainerCallback):
             self.steps[-1]["loss"] = logs["loss"]
 
     def result(self) -> dict[str, object]:
-        found = figures(self.steps[self.job.warm_up : self.job.steps], self.speed.peak)
+        found = figures(self.steps[self.job.warm_up : self.job.steps], self.throughput.peak)
         if self.cuda:
             found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
             found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB

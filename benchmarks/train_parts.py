@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from llava_moslora.config import DataSettings
 from llava_moslora.data.prepare import prepare
 from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
@@ -49,7 +50,7 @@ def make_parts(folder: Path, *, tiny: bool, layers: int | None) -> None:
     if not (folder / "done").exists():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         sys.path.insert(0, str(ROOT / "tests"))
-        from tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
+        from support.tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
 
         folder.mkdir(parents=True, exist_ok=True)
         tokenizer = tiny_tokenizer()
@@ -135,15 +136,13 @@ def make_data(file: Path, folder: Path, lengths: str, count: int, *, tiny: bool)
     if not file.exists():
         sizes = record_sizes(lengths, count, patches, tiny)
         file.write_text(json.dumps(records(sizes, tokenizer, patches)))
-    dataset = prepare(
-        file,
-        folder / "images",
-        tokenizer=tokenizer,
-        template=TEMPLATE,
-        tokens_per_image=patches,
-        max_length=max_length(lengths),
-        cache_dir=folder / "cache",
+    settings = DataSettings(
+        data_path=[str(file)],
+        image_folder=str(folder / "images"),
+        model_max_length=max_length(lengths),
+        data_cache=str(folder / "cache"),
     )
+    dataset = prepare(settings, tokenizer=tokenizer, template=TEMPLATE, tokens_per_image=patches)
     assert len(dataset) == count, f"{len(dataset)} records of {count}"
     if lengths != "ragged":
         tokens, labels = SIZES["tiny" if tiny else lengths]

@@ -245,47 +245,44 @@ def train_stock(job: Job, row: Row) -> None:
     from train_parts import TEMPLATE
     from transformers import LlavaForConditionalGeneration, Trainer, TrainingArguments, set_seed
 
+    from llava_moslora.config import DataSettings, ModelSettings
     from llava_moslora.data.collate import Collator
-    from llava_moslora.data.images import ImageTransform
+    from llava_moslora.data.image_transform import ImageTransform
     from llava_moslora.data.prepare import prepare
-    from llava_moslora.models.assemble import LLM, PROJECTOR, VISION, assemble, linear_suffixes, tokens_per_image
-    from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+    from llava_moslora.models.adapt import linear_suffixes
+    from llava_moslora.models.assemble import assemble, tokens_per_image
+    from llava_moslora.models.names import LLM, PROJECTOR, VISION_TOWER
+    from llava_moslora.text.tokenizer import load_tokenizer
 
     folder, rank = Path(job.folder), 4 if job.tiny else 64
     tokenizer = load_tokenizer(job.llm)
     set_seed(42)
-    model, preprocessor = assemble(
-        job.llm,
-        str(folder / "clip"),
-        folder / "projector.safetensors",
-        tokenizer=tokenizer,
-        image_token_id=image_token_id(tokenizer),
-        dtype=torch.bfloat16,
-    )
+    parts = ModelSettings(str(job.llm), str(folder / "clip"), str(folder / "projector.safetensors"))
+    model, preprocessor = assemble(parts, tokenizer=tokenizer, dtype=torch.bfloat16)
     model.__class__ = LlavaForConditionalGeneration  # the same weights under the stock forward
     model.set_attn_implementation("sdpa")
-    names = "|".join(name for tower in (LLM, VISION) for name in linear_suffixes(model, tower))
+    names = "|".join(name for tower in (LLM, VISION_TOWER) for name in linear_suffixes(model, tower))
     set_seed(42)
     config = LoraConfig(
         r=rank,
         lora_alpha=128,
-        alpha_pattern={f"{re.escape(VISION)}\\..*": 16},  # the script's defaults
+        alpha_pattern={f"{re.escape(VISION_TOWER)}\\..*": 16},  # the script's defaults
         lora_dropout=0.05,
-        target_modules=rf"(?:{LLM}|{VISION})\.(?:encoder\.)?layers\.\d+\.(?:{names})",
+        target_modules=rf"(?:{LLM}|{VISION_TOWER})\.(?:encoder\.)?layers\.\d+\.(?:{names})",
         modules_to_save=[PROJECTOR],
     )
     model = get_peft_model(model, config, autocast_adapter_dtype=STOCK[row.base])
     model.enable_input_require_grads()
-    dataset = prepare(
-        job.data,
-        folder / "images",
-        tokenizer=tokenizer,
-        template=TEMPLATE,
-        tokens_per_image=tokens_per_image(model.config.vision_config),
-        max_length=longest(job),
-        cache_dir=folder / "cache",
+    settings = DataSettings(
+        data_path=[str(job.data)],
+        image_folder=str(folder / "images"),
+        model_max_length=longest(job),
+        data_cache=str(folder / "cache"),
     )
-    collate = Collator(tokenizer.pad_token_id, folder / "images", ImageTransform.from_settings(preprocessor, "pad"))
+    patches = tokens_per_image(model.config.vision_config)
+    dataset = prepare(settings, tokenizer=tokenizer, template=TEMPLATE, tokens_per_image=patches)
+    transform = ImageTransform.from_settings(preprocessor, settings)
+    collate = Collator(tokenizer.pad_token_id, folder / "images", transform)
 
     class Stock(Trainer):
         def get_batch_samples(self, *args):
@@ -301,6 +298,6 @@ def train_stock(job: Job, row: Row) -> None:
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
     }
-    settings = TrainingArguments(**common_settings(job) | own)
-    Stock(model=model, args=settings, train_dataset=dataset, data_collator=collate).train()
+    args = TrainingArguments(**common_settings(job) | own)
+    Stock(model=model, args=args, train_dataset=dataset, data_collator=collate).train()
     assert model.is_gradient_checkpointing

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from llava_moslora.errors import Refusal
 
@@ -31,7 +31,7 @@ DATA_GROUP = 100
 
 def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple | None = None, **metadata: Any) -> Any:
     """A dataclass field with the help text and the choices of its flag; a list is its own default, copied."""
-    metadata |= {"help": help} | ({"one_of": choices} if choices else {})
+    metadata |= {"help": help} | ({"choices": choices} if choices else {})
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -40,14 +40,16 @@ def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple |
 class Settings:
     """Base of the settings below: values that are not among a field's choices are refused."""
 
+    _argument_group_name: ClassVar[str]  # the heading in --help, where transformers' parser looks for it
+
     def __post_init__(self) -> None:
         """
         Raises:
             Refusal: C-FLAG, naming the flag, the value and the choices.
         """
         for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
-            choices, value = f.metadata.get("one_of"), getattr(self, f.name)
-            if choices is not None and value not in choices:
+            choices, value = f.metadata.get("choices"), getattr(self, f.name)
+            if choices is not None and value != f.default and value not in choices:
                 expected = " | ".join(map(str, choices))
                 raise Refusal("C-FLAG", "unknown value", key=f"--{f.name}", found=value, expected=expected)
 
@@ -56,19 +58,23 @@ class Settings:
 class ModelSettings(Settings):
     """The three parts that a LLaVA is assembled from, and how they are loaded."""
 
+    _argument_group_name = "the model"
+
     model_name_or_path: str = setting(help="folder of the LLM, or of a complete LLaVA")
     vision_tower: str | None = setting(
         None, "CLIP or SigLIP folder, or open_clip:ARCH@FILE; default: the one in --model_name_or_path"
     )
     pretrain_mm_mlp_adapter: str | None = setting(None, "pretrained projector: file or folder")
     version: str | None = setting(None, "conversation template; default: recognised from the tokenizer")
-    bits: int = setting(16, "16, or 4 for an NF4 LLM (QMoSLoRA)", BITS)
-    attn_implementation: str = setting("sdpa", " | ".join(ATTENTION_IMPLEMENTATIONS), ATTENTION_IMPLEMENTATIONS)
+    bits: int = setting(16, "4: the LLM in NF4 (QMoSLoRA)", BITS)
+    attn_implementation: str = setting("sdpa", "attention of both towers", ATTENTION_IMPLEMENTATIONS)
 
 
 @dataclass
 class DataSettings(Settings):
     """The records, how they are checked, tokenised and ordered, and how images become the tower's input."""
+
+    _argument_group_name = "the data"
 
     data_path: list[str] = setting(
         help="LLaVA-format JSON, JSONL or Parquet, or shards that hold the images too (mix/*.tar); one or several"
@@ -80,7 +86,7 @@ class DataSettings(Settings):
         "pil", "pil: as towers were trained; torch: faster, differs by up to 1/256", IMAGE_ENGINES
     )
     model_max_length: int = setting(2048, "tokens per record, image placeholders included")
-    data_order: str = setting("modality_length", " | ".join(DATA_ORDERS), DATA_ORDERS)
+    data_order: str = setting("modality_length", "modality_length: records of like length together", DATA_ORDERS)
     data_group: int = setting(
         DATA_GROUP, f"global batches that are sorted by length together; XTuner's: {XTUNER_DATA_GROUP}"
     )
@@ -111,6 +117,8 @@ class TowerAdapter:
 @dataclass
 class AdapterSettings(Settings):
     """What is trained. Defaults are the paper's for LLaMA-3-8B and CLIP-L (Table 8)."""
+
+    _argument_group_name = "the adapters"
 
     tune_mm_mlp_adapter: bool = setting(False, "stage 1: train only the projector")
     lora_r: int = setting(64, "rank in the LLM; 0: no adapter there")
@@ -156,11 +164,16 @@ class AdapterSettings(Settings):
 
 
 @dataclass
-class TrainingSettings:
+class TrainingSettings(Settings):
     """This package's own training flags, beside those of transformers' ``TrainingArguments``
     (:mod:`llava_moslora.training.arguments` joins the two)."""
 
+    _argument_group_name = "training: transformers' TrainingArguments, and after them this package's own"
+
     output_dir: str | None = setting(None, "the run folder")
+    global_batch_size: int | None = setting(
+        None, "records per optimizer step on all ranks together; sets --gradient_accumulation_steps"
+    )
     vision_lr: float | None = setting(None, "learning rate of the tower's adapters; default: as --learning_rate")
     mm_projector_lr: float | None = setting(None, "learning rate of the projector; default: as --learning_rate")
     mixer_lr: float | None = setting(None, "learning rate of the mixers; default: as the adapter around them")
@@ -186,3 +199,16 @@ class TrainingSettings:
     resume: bool = setting(False, "continue the run in --output_dir, if one has begun")
     allow_change: list[str] = setting([], "settings that may differ when resuming")
     overwrite: bool = setting(False, "delete the run that is in --output_dir")
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            Refusal: C-FLAG, a flag is missing, has an unknown value, or contradicts another one.
+        """
+        super().__post_init__()
+        if not self.output_dir:
+            raise Refusal(
+                "C-FLAG", "missing flag", key="--output_dir", fix="name the folder that the run is written to"
+            )
+        if self.resume and self.overwrite:
+            raise Refusal("C-FLAG", "a run is either continued or deleted", key="--resume, --overwrite")

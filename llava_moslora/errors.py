@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -144,6 +144,12 @@ def printable(value: object, limit: int = 300) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text[: limit + 1]
     )
     return text if len(text) <= limit else text[:limit] + "…"
+
+
+def few(names: Iterable[object], count: int = 3) -> str:
+    """The first ``count`` of ``names`` for a message, and how many more there are."""
+    names = list(map(str, names))
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def run_script(main: Callable[[], None]) -> None:

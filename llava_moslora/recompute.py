@@ -1,17 +1,17 @@
-"""What backward recomputes instead of keeping it: activation checkpointing of the layers of both towers.
+"""--recompute: what backward recomputes instead of keeping it; activation checkpointing of the layers of both towers.
 
 none       nothing: fastest, needs the most memory
 every:N    every N-th layer whole
 selective  in every layer what is cheap (norms, activations, rotary embedding, residuals); the outputs of linears and of
-           attention are kept, so that no matrix product runs twice
+           attention are saved, so that no matrix product runs twice
 full       every layer whole: slowest, needs the least memory
 
 Losses and gradients are the same in all of them: dropout's masks are functions of a seed that recomputation restores.
 
-Selective is torch's checkpoint with a list of kept outputs beside it. The adapted linears put theirs there and take
-them back themselves (adapters/linear.py); operations of attention and of other linears do so through a dispatch mode
-that is on around them alone. torch's own ``create_selective_checkpoint_contexts`` does the same through a mode that is
-on all the time, which takes more of the host's time than everything else in a layer.
+Selective is torch's checkpoint with a list of saved outputs beside it. The adapted linears save theirs there and load
+them themselves (adapters/linear.py); for attention and other linears a dispatch mode does so, which is on only around
+them. torch's own ``create_selective_checkpoint_contexts`` uses a mode that is on all the time, which takes more of the
+host's time than everything else in a layer.
 """
 
 from __future__ import annotations
@@ -30,26 +30,33 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llava_moslora.config import RECOMPUTE_MODES
 from llava_moslora.errors import Refusal
+from llava_moslora.private_api import check_private_api
 
-MODES = "none | full | selective | every:N"
+check_private_api("recompute")
+
+# Layer → its last linear, whose output is only added to the residual: nothing that backward needs is computed from it.
+LAST_LINEAR = {f"{name}DecoderLayer": "mlp.down_proj" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
+LAST_LINEAR |= {"CLIPEncoderLayer": "mlp.fc2", "SiglipEncoderLayer": "mlp.fc2"}
+
 _state = threading.local()  # backward recomputes in a thread of its own
 
 
-class Kept:
-    """Outputs of one forward of one layer, in the order in which they were made."""
+class SavedOutputs:
+    """Outputs of the operations of one layer in one forward, in the order in which they were computed."""
 
     def __init__(self):
         self.outputs: list[tuple[str, object, list[int]] | None] = []
-        self.next: int | None = None  # while recomputing: which comes next
-        self.watched = False  # a mode is on already
+        self.next: int | None = None  # index of the next output to load; None while the layer runs for the first time
+        self.in_mode = False  # a _SaveOperations mode is on already
 
     @property
     def recomputing(self) -> bool:
         return self.next is not None
 
-    def put(self, operation: str, output) -> None:
-        """Keep tensors, or a structure of them, without the graph that made them."""
+    def save(self, operation: str, output) -> None:
+        """Save tensors, or a structure of them, without their autograd graph."""
         versions: list[int] = []
 
         def detached(value):
@@ -60,60 +67,61 @@ class Kept:
 
         self.outputs.append((operation, tree_map(detached, output), versions))
 
-    def take(self, operation: str):
+    def load(self, operation: str):
         """The next output, once; it must be of the same operation."""
-        assert self.next < len(self.outputs), f"{operation} runs only where backward recomputes"
+        assert self.next < len(self.outputs), f"{operation} runs only while recomputing"
         entry, self.outputs[self.next] = self.outputs[self.next], None
         assert entry is not None, "a second backward through a layer that recomputes selectively"
-        kept_operation, output, versions = entry
-        assert kept_operation == operation, f"recomputing, {operation} comes in the place of {kept_operation}"
+        saved_operation, output, versions = entry
+        assert saved_operation == operation, f"while recomputing, {operation} runs in place of {saved_operation}"
         self.next += 1
         found: list[int] = []
         tree_map(lambda value: found.append(value._version) if isinstance(value, Tensor) else None, output)
-        assert found == versions, "an output that is kept for backward was written over"
+        assert found == versions, "a saved output was overwritten before backward"
         return output
 
 
-def kept() -> Kept | None:
-    """Where the layer that runs now keeps outputs; None outside of selective recomputation."""
-    return getattr(_state, "kept", None)
+def saved_outputs() -> SavedOutputs | None:
+    """Of the layer that runs now; None outside of selective recomputation."""
+    return getattr(_state, "outputs", None)
 
 
-class _Keeping:
-    """A context in which the layer that runs keeps its outputs, or takes them back."""
+class _LayerContext:
+    """A context in which the layer that runs saves its outputs, or loads them."""
 
-    def __init__(self, outputs: Kept, recomputing: bool):
+    def __init__(self, outputs: SavedOutputs, recomputing: bool):
         self.outputs, self.recomputing = outputs, recomputing
 
     def __enter__(self):
-        self.before = kept()
+        self.before = saved_outputs()
         self.outputs.next = 0 if self.recomputing else None
-        _state.kept = self.outputs
+        _state.outputs = self.outputs
 
     def __exit__(self, *error):
-        _state.kept = self.before
+        _state.outputs = self.before
 
 
 def _contexts():
-    outputs = Kept()
-    return _Keeping(outputs, False), _Keeping(outputs, True)
+    """As torch's checkpoint wants them: one for forward, one for recomputing."""
+    outputs = SavedOutputs()
+    return _LayerContext(outputs, False), _LayerContext(outputs, True)
 
 
-class _KeepOperations(TorchDispatchMode):
-    """Matrix products of linears, and attention, are kept or taken back; everything else runs."""
+class _SaveOperations(TorchDispatchMode):
+    """Saves or loads the matrix products of linears, and attention; everything else runs."""
 
     products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
-    def __init__(self, outputs: Kept):
+    def __init__(self, outputs: SavedOutputs):
         super().__init__()
         self.outputs = outputs
 
     def __enter__(self):
-        self.outputs.watched = True
+        self.outputs.in_mode = True
         return super().__enter__()
 
     def __exit__(self, *error):
-        self.outputs.watched = False
+        self.outputs.in_mode = False
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -122,22 +130,22 @@ class _KeepOperations(TorchDispatchMode):
             return operation(*args, **(kwargs or {}))
         name = operation._schema.name
         if self.outputs.recomputing:
-            return self.outputs.take(name)
+            return self.outputs.load(name)
         output = operation(*args, **(kwargs or {}))
         # ZeRO-3 replaces F.linear by a product to which the bias is added in place.
         overwritten = operation in self.products and not inspect.isbuiltin(F.linear)
-        self.outputs.put(name, output.clone() if overwritten else output)
+        self.outputs.save(name, output.clone() if overwritten else output)
         return output
 
 
-def keep_operations():
-    """A context in which matrix products and attention are kept, if the layer that runs now keeps outputs."""
-    outputs = kept()
-    return nullcontext() if outputs is None or outputs.watched else _KeepOperations(outputs)
+def save_operations():
+    """A context in which matrix products and attention are saved or loaded, if the layer that runs now does so."""
+    outputs = saved_outputs()
+    return nullcontext() if outputs is None or outputs.in_mode else _SaveOperations(outputs)
 
 
-def _kept_forward(forward, *args, **kwargs):
-    with keep_operations():
+def _saving_forward(forward, *args, **kwargs):
+    with save_operations():
         return forward(*args, **kwargs)
 
 
@@ -152,38 +160,33 @@ def parse_recompute(text: str) -> tuple[str, int]:
     name, _, count = text.partition(":")
     if name == "every" and count.isdecimal() and int(count) > 0:
         return "full", int(count)
-    raise Refusal("C-FLAG", "unknown way to recompute", key="--recompute", found=text, expected=MODES)
+    raise Refusal("C-FLAG", "unknown way to recompute", key="--recompute", found=text, expected=RECOMPUTE_MODES)
 
 
 def set_recompute(model: nn.Module, text: str) -> None:
-    """Let every layer of both towers recompute as ``--recompute`` says; in training mode only. Called once.
+    """Make the layers of both towers recompute according to ``--recompute``; only in training mode. Called once.
 
     Raises:
         Refusal: C-FLAG, see :func:`parse_recompute`.
     """
     mode, n = parse_recompute(text)
-    again = partial(checkpoint, use_reentrant=False)
+    checkpointed = partial(checkpoint, use_reentrant=False)
     if mode == "selective":
-        again = partial(again, context_fn=_contexts)
+        checkpointed = partial(checkpointed, context_fn=_contexts)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert layers, "no layer of this model can be recomputed"
     for index, layer in enumerate(layers):
-        layer._gradient_checkpointing_func = again
+        layer._gradient_checkpointing_func = checkpointed
         layer.gradient_checkpointing = mode != "none" and index % n == 0
         if mode == "selective":
-            _keep_in(layer)
+            _save_outputs_of(layer)
 
 
-def _keep_in(layer: nn.Module) -> None:
-    """Attention and linears without an adapter keep their outputs; linears with one do that themselves."""
+def _save_outputs_of(layer: nn.Module) -> None:
+    """Make attention and the linears without an adapter save their outputs; linears with one do so themselves."""
     for name, module in layer.named_modules():
-        own_linear = isinstance(module, nn.Linear) and not re.search(r"\b(base_layer|lora_\w+)\b", name)
-        if own_linear or name == "self_attn":
-            module.forward = partial(_kept_forward, module.forward)
-    if (last := _LAST_LINEAR.get(type(layer).__name__)) and hasattr(layer.get_submodule(last), "ends_layer"):
+        plain_linear = isinstance(module, nn.Linear) and not re.search(r"\b(base_layer|lora_\w+)\b", name)
+        if plain_linear or name == "self_attn":
+            module.forward = partial(_saving_forward, module.forward)
+    if (last := LAST_LINEAR.get(type(layer).__name__)) and hasattr(layer.get_submodule(last), "ends_layer"):
         layer.get_submodule(last).ends_layer = True
-
-
-# Layer → its last linear, where what that returns is only added to the residual: nothing that backward needs needs it.
-_LAST_LINEAR = {f"{name}DecoderLayer": "mlp.down_proj" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
-_LAST_LINEAR |= {"CLIPEncoderLayer": "mlp.fc2", "SiglipEncoderLayer": "mlp.fc2"}

@@ -7,17 +7,16 @@ the code that came with the model. Memory holds one shard; the folder appears wh
 """
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig
 
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.files.manifest import fsync, write_json
-from llava_moslora.files.tensors import read_json, read_tensor_folder
+from llava_moslora.files.disk import new_folder
+from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.tensors import read_tensor_folder
 from llava_moslora.models.internlm2 import MODEL_TYPE, llama_tensors
 from llava_moslora.models.llm import read_llm_config, read_llm_tensors, with_old_rope
 from llava_moslora.text.tokenizer import load_tokenizer
@@ -42,9 +41,13 @@ def convert(folder: Path, output: Path) -> None:
     read_llm_tensors(folder, config)  # refuses what is not exactly the architecture, before anything is written
     tokenizer = load_tokenizer(folder)
 
-    staging = output.with_name(f".{output.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    with new_folder(output) as staging:
+        _write(staging, folder, config)
+        tokenizer.save_pretrained(staging)
+
+
+def _write(staging: Path, folder: Path, config: LlamaConfig) -> None:
+    """Weights and configurations, shard by shard."""
     shards: dict[Path, dict] = {}
     for name, stored in read_tensor_folder(folder).items():
         shards.setdefault(stored.file, {})[name] = stored
@@ -62,11 +65,6 @@ def convert(folder: Path, output: Path) -> None:
     write_json(staging / "config.json", with_old_rope(config.to_diff_dict()))
     if (folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(folder).save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    for file in staging.iterdir():
-        fsync(file)
-    os.rename(staging, output)
-    fsync(output.parent)
 
 
 if __name__ == "__main__":

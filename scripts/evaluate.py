@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.evaluation.vqa import accuracy, ask, read_questions, with_images
-from llava_moslora.files.manifest import fsync, replace_json, sha256
+from llava_moslora.files.disk import fsync
+from llava_moslora.files.json import replace_json
+from llava_moslora.files.manifest import sha256
 from llava_moslora.inference.generate import first_logits
 from llava_moslora.inference.load import load_run, newest_checkpoint
 

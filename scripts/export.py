@@ -2,21 +2,13 @@
 
     python scripts/export.py runs/llama3-moslora --output_dir merged/llama3-moslora
 
-Runs on a CPU with little memory: tensors are merged row block by row block, from the base's own files into the
-export's. The proof then computes the whole model in float32; --no_proof leaves it out. Formats:
-
-    hf               merged LlavaForConditionalGeneration: transformers, vLLM, lmms-eval, llama.cpp's converters
-    peft             plain LoRA adapters for stock PEFT, over the original LLM and tower, and the projector;
-                     --with_base: one adapter over a complete base LLaVA that is written beside it
-    xtuner           llm/ visual_encoder/ projector/, merged, as VLMEvalKit's LLaVA_XTuner takes them
-    xtuner_adapters  llm_adapter/ visual_encoder_adapter/ projector/, the same unmerged
-    llava            the original LLaVA's LlavaLlamaForCausalLM
-    llm, vision, projector   each part as a folder of its own kind
-
-Several formats go into folders of their names in --output_dir.
+Runs on a CPU with little memory: tensors are merged a block of rows at a time, from the base's files into the export's.
+The proof loads the export with stock libraries in a fresh process and compares it with the run, in float32; --no_proof
+skips it. Several formats are written into folders of their names in --output_dir.
 """
 
 import argparse
+import textwrap
 
 import torch
 
@@ -28,22 +20,27 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=f"{__doc__}\nformats:\n{format_list()}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", help="the --output_dir of a training")
     parser.add_argument("--output_dir", required=True, help="the folder to write")
-    parser.add_argument("--format", nargs="+", default=["hf"], choices=list(TARGETS), metavar="FORMAT", help="above")
-    parser.add_argument("--with_base", action="store_true", help="of peft: one adapter over a base LLaVA beside it")
+    parser.add_argument(
+        "--format", nargs="+", default=["hf"], choices=list(TARGETS), metavar="FORMAT",
+        help="one or several of the formats above; default: hf",
+    )  # fmt: skip
+    parser.add_argument("--with_base", action="store_true", help="with --format peft: peft_with_base in its place")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="of merged weights; default: the LLM folder's")
     parser.add_argument(
         "--merge_base", choices=[ORIGINAL, DEQUANTIZED], default=ORIGINAL,
-        help="of a run with --bits 4: merge into the original weights, or into the dequantised ones, as training saw",
+        help="of a run with --bits 4: merge into the original weights, or into the dequantised ones that training saw",
     )  # fmt: skip
     parser.add_argument("--model_name_or_path", help="the LLM's folder, if it moved since the training")
     parser.add_argument("--vision_tower", help="the vision tower, if it moved since the training")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an export, as it was written, in --output_dir"
+        "--overwrite", action="store_true", help="replace an export in --output_dir, if it did not change since"
     )
-    parser.add_argument("--no_proof", action="store_true", help="do not reopen and compare; the report will say so")
+    parser.add_argument("--no_proof", action="store_true", help="skip the proof; export_report.json records that")
     args = parser.parse_args()
     folders = export(
         args.run,
@@ -59,6 +56,17 @@ def main() -> None:
     )
     for name, folder in folders.items():
         print(f"exported: {folder} ({name})")
+
+
+def format_list() -> str:
+    width = max(map(len, TARGETS)) + 2
+    return "\n".join(
+        textwrap.fill(
+            target.summary.replace("`", ""), 100, initial_indent=f"    {name:{width}}",
+            subsequent_indent=" " * (width + 4),
+        )
+        for name, target in TARGETS.items()
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

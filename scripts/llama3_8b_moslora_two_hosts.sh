@@ -2,7 +2,7 @@
 # MoSLoRA on LLaMA-3-8B-Instruct and CLIP-L/336 on two hosts with 4 GPUs each: Table 8's values, global batch 64.
 #
 # Both hosts see the repository, the parts and the data under the same paths, and $RUN on a shared file system. MASTER
-# is the first host's address in the network that they share; only with it does the rendezvous listen beyond loopback.
+# is the first host's address in the network that they share; only with it do the ranks meet beyond loopback.
 #
 # DeepSpeed's launcher, started once, reaches the other host by ssh (and pdsh). HOSTFILE has a line per host,
 # "node-a slots=4" and "node-b slots=4":
@@ -11,20 +11,17 @@
 #   HOSTFILE=hosts MASTER=10.0.0.1 RANK_OF_HOST=0 bash scripts/llama3_8b_moslora_two_hosts.sh      # and 1 on node-b
 # torchrun, started on each host:
 #   LAUNCHER=torchrun MASTER=10.0.0.1 RANK_OF_HOST=0 bash scripts/llama3_8b_moslora_two_hosts.sh   # and 1 on node-b
-# SLURM, one task per host, which starts torchrun there; a requeued job goes on where it stopped:
+# SLURM, one task per host, which starts torchrun there; a requeued job is resumed:
 #   LAUNCHER=slurm sbatch --nodes 2 --ntasks-per-node 1 --gpus-per-node 4 --requeue \
 #       scripts/llama3_8b_moslora_two_hosts.sh
 #
 # gloo and NCCL choose their network card themselves; where they choose wrong, name it:
 # GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0.
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"  # SLURM runs a copy of this file from elsewhere
+source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/scripts/recipe_defaults.sh"  # SLURM runs a copy of this file
 
 LLM=${LLM:-playground/models/Meta-Llama-3-8B-Instruct}
-TOWER=${TOWER:-playground/models/clip-vit-large-patch14-336}
 PROJECTOR=${PROJECTOR:-playground/runs/llama3-8b-pretrain/checkpoint-2181/projector}
-DATA=${DATA:-playground/data/llava_v1_5_mix665k.json}
-IMAGES=${IMAGES:-playground/data}
 RUN=${RUN:-playground/runs/llama3-8b-moslora}
 GPUS=${GPUS:-4}
 LAUNCHER=${LAUNCHER:-deepspeed}
@@ -46,13 +43,9 @@ esac
 "${START[@]}" scripts/train_vit_llm.py \
     --deepspeed zero_configs/zero2.json \
     --model_name_or_path "$LLM" --vision_tower "$TOWER" --pretrain_mm_mlp_adapter "$PROJECTOR" \
-    --data_path "$DATA" --image_folder "$IMAGES" --model_max_length 2048 --image_aspect_ratio pad \
-    --data_order modality_length \
+    --data_path "$DATA" --image_folder "$IMAGES" \
     --lora_r 64 --lora_alpha 128 --lora_dropout 0.05 \
     --vision_lora_r 64 --vision_lora_alpha 16 --vision_lora_dropout 0.05 \
     --mixer_init kaiming_uniform \
-    --learning_rate 2e-5 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 \
-    --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 --max_grad_norm 1 \
-    --num_train_epochs 1 --bf16 True --recompute full --seed 1024 \
-    --dataloader_num_workers 4 --preprocessing_num_workers 16 --save_steps 1000 --save_total_limit 2 \
-    --output_dir "$RUN" --resume True "$@"
+    --learning_rate 2e-5 --per_device_train_batch_size 8 --global_batch_size 64 \
+    "${STAGE_2[@]}" --output_dir "$RUN" "$@"

@@ -5,17 +5,15 @@
 #
 # Measured with random weights on an H100: 17.3 GiB reserved at most, with 8 records of 2,048 tokens at a time
 # (python benchmarks/train.py --rows zero1+full+4bit). If memory is short all the same, on a GPU that also shows a
-# desktop: --per_device_train_batch_size 2 --gradient_accumulation_steps 32, or
-# --deepspeed zero_configs/zero2_offload.json. Every variable below can be set from outside, and more flags of
-# train_vit_llm.py follow the script's name. The same command goes on where an interrupted run stopped.
+# desktop: --per_device_train_batch_size 2, or --deepspeed zero_configs/zero2_offload.json.
+#
+# Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
+# wins). The same command resumes an interrupted run.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+source "$(dirname "$0")/recipe_defaults.sh"
 
 LLM=${LLM:-playground/models/Meta-Llama-3-8B-Instruct}
-TOWER=${TOWER:-playground/models/clip-vit-large-patch14-336}
 PROJECTOR=${PROJECTOR:-playground/runs/llama3-8b-pretrain/checkpoint-2181/projector}
-DATA=${DATA:-playground/data/llava_v1_5_mix665k.json}
-IMAGES=${IMAGES:-playground/data}
 RUN=${RUN:-playground/runs/llama3-8b-qmoslora}
 
 # Global batch 64, as in the paper: 4 records at a time, 16 times. ZeRO-1 on one GPU shares nothing, but keeps the
@@ -23,13 +21,9 @@ RUN=${RUN:-playground/runs/llama3-8b-qmoslora}
 deepspeed --num_gpus 1 --master_addr 127.0.0.1 scripts/train_vit_llm.py \
     --deepspeed zero_configs/zero1.json \
     --model_name_or_path "$LLM" --vision_tower "$TOWER" --pretrain_mm_mlp_adapter "$PROJECTOR" --bits 4 \
-    --data_path "$DATA" --image_folder "$IMAGES" --model_max_length 2048 --image_aspect_ratio pad \
-    --data_order modality_length \
+    --data_path "$DATA" --image_folder "$IMAGES" \
     --lora_r 64 --lora_alpha 128 --lora_dropout 0.05 \
     --vision_lora_r 64 --vision_lora_alpha 16 --vision_lora_dropout 0.05 \
     --mixer_init kaiming_uniform \
-    --learning_rate 2e-5 --per_device_train_batch_size 4 --gradient_accumulation_steps 16 \
-    --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 --max_grad_norm 1 \
-    --num_train_epochs 1 --bf16 True --recompute full --seed 1024 \
-    --dataloader_num_workers 4 --preprocessing_num_workers 16 --save_steps 1000 --save_total_limit 2 \
-    --output_dir "$RUN" --resume True "$@"
+    --learning_rate 2e-5 --per_device_train_batch_size 4 --global_batch_size 64 \
+    "${STAGE_2[@]}" --output_dir "$RUN" "$@"

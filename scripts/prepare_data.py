@@ -6,53 +6,44 @@
 Training with the same settings finds the result in ``--data_cache`` by its content and starts at once.
 """
 
-import argparse
 import logging
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from llava_moslora.config import DataSettings, ModelSettings, Settings, setting
 from llava_moslora.data.prepare import prepare, report_of
 from llava_moslora.data.report import write_report
-from llava_moslora.data.sampler import GROUP
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.models.assemble import tokens_per_image
+from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.text.conversation import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
+from llava_moslora.training.arguments import FlagParser, some_fields
+
+MODEL_FLAGS = ("model_name_or_path", "vision_tower", "version")
+# Without effect before training: how images become pixels, and in which order records are seen.
+DATA_FLAGS = {f.name for f in fields(DataSettings)} - {"image_aspect_ratio", "image_engine", "data_order"}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise Refusal("C-FLAG", message, fix="see --help")
+@dataclass
+class ReportSettings(Settings):
+    """The page about the data."""
+
+    _argument_group_name = "the report"
+
+    per_device_train_batch_size: int = setting(16, "records per micro-batch, for the figures of padding")
+    report_dir: str | None = setting(None, "where report.html and report.json go; default: no report")
 
 
-def truth(text: str) -> bool:
-    """As training's flags are written: ``True`` or ``False``."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"expected True or False, found {text!r}")
-    return text.lower() == "true"
-
-
-def parse() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="folder of the LLM: its tokenizer is used")
-    parser.add_argument("--vision_tower", required=True, help="folder of the vision tower: tokens per image")
-    parser.add_argument("--data_path", required=True, nargs="+", help="LLaVA-format JSON, JSONL, Parquet, or shards")
-    parser.add_argument("--data_weights", type=float, nargs="+", help="how often each of several is seen in an epoch")
-    parser.add_argument("--image_folder", help="folder that the records' image names are relative to")
-    parser.add_argument("--version", help="conversation template; default: told by the tokenizer")
-    parser.add_argument("--model_max_length", type=int, default=2048, help="tokens per record, placeholders included")
-    parser.add_argument("--data_cache", default=".cache/llava_moslora", help="folder of the tokenised data")
-    parser.add_argument("--preprocessing_num_workers", type=int, default=1, help="processes that tokenise")
-    parser.add_argument("--on_bad_record", default="fail", help="fail, or quarantine: leave bad records out, listed")
-    parser.add_argument("--max_bad_share", type=float, default=0.01, help="quarantine at most this share")
-    parser.add_argument("--follow_image_links", default=False, type=truth, help="allow links out of the image folder")
-    parser.add_argument("--decode_images", default=False, type=truth, help="decode every image, not its header only")
-    parser.add_argument("--data_group", type=int, default=GROUP, help="for the padding figures, as in training")
-    parser.add_argument("--per_device_train_batch_size", type=int, default=16, help="for the padding figures")
-    parser.add_argument("--report_dir", help="where report.html and report.json go; default: no report")
-    return parser.parse_args()
+def parse(argv: list[str]) -> tuple[ModelSettings, DataSettings, ReportSettings]:
+    groups = [some_fields(ModelSettings, MODEL_FLAGS), some_fields(DataSettings, DATA_FLAGS), ReportSettings]
+    values = FlagParser(groups, __doc__).parse(argv)
+    model, data, report = ({f.name: values[f.name] for f in fields(group)} for group in groups)
+    return ModelSettings(**model), DataSettings(**data), ReportSettings(**report)
 
 
 def make_report_folder(folder: Path) -> None:
@@ -71,42 +62,32 @@ def make_report_folder(folder: Path) -> None:
 
 
 def main() -> None:
-    args = parse()
-    if args.report_dir:
-        make_report_folder(Path(args.report_dir))
+    model, data, report = parse(sys.argv[1:])
+    model = name_parts(model)
+    if report.report_dir:
+        make_report_folder(Path(report.report_dir))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    llm = Path(args.model_name_or_path)  # a tokenizer's files alone are enough here
+    llm = Path(model.model_name_or_path)  # a tokenizer's files alone are enough here
     tokenizer = load_tokenizer(llm)
-    template = args.version or recognise_template(tokenizer)
+    template = model.version or recognise_template(tokenizer)
     print(f"conversation template: {template}")
     dataset = prepare(
-        args.data_path,
-        args.image_folder,
+        data,
         tokenizer=tokenizer,
         template=template,
-        tokens_per_image=tokens_per_image(read_vision_config(args.vision_tower)),
-        max_length=args.model_max_length,
-        cache_dir=args.data_cache,
-        num_proc=args.preprocessing_num_workers,
-        on_bad_record=args.on_bad_record,
-        max_bad_share=args.max_bad_share,
-        follow_image_links=args.follow_image_links,
-        decode_images=args.decode_images,
+        tokens_per_image=tokens_per_image(read_vision_config(model.vision_tower)),
         longest_text=longest_text(read_llm_config(llm)) if (llm / "config.json").is_file() else None,
     )
     counts = {name: value for name, value in report_of(dataset).items() if isinstance(value, int)}
     print("  ".join(f"{name}: {value:,}" for name, value in counts.items()))
-    if args.report_dir:
+    if report.report_dir:
         page = write_report(
-            args.report_dir,
+            report.report_dir,
             dataset,
+            settings=data,
             tokenizer=tokenizer,
-            image_folder=args.image_folder,
-            batch_size=args.per_device_train_batch_size,
-            title=f"{', '.join(args.data_path)} · {template}",
-            follow_links=args.follow_image_links,
-            group=args.data_group,
-            weights=args.data_weights,
+            batch_size=report.per_device_train_batch_size,
+            title=f"{', '.join(data.data_path)} · {template}",
         )
         print(f"report: {page}")
 

@@ -4,217 +4,168 @@
         --model_name_or_path LLM --vision_tower CLIP --pretrain_mm_mlp_adapter PROJECTOR \\
         --data_path llava_v1_5_mix665k.json --image_folder playground/data --output_dir runs/llama3-moslora --bf16 True
 
-``--help`` lists the flags; every shell recipe beside this file is one complete call.
+``--help`` lists the flags; every shell recipe next to this file is one complete call.
 """
 
 import sys
-from dataclasses import asdict
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from llava_moslora.adapters.kernel import mask_source
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.prepare import keys_of, prepare, report_of
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.distributed import from_rank_0
 from llava_moslora.errors import run_script
-from llava_moslora.files import publish
 from llava_moslora.inference.load import ChatModel
-from llava_moslora.models.assemble import (
-    add_adapters,
-    assemble,
-    describe,
-    read_llm_config,
-    tokens_per_image,
-    train_projector_only,
-)
-from llava_moslora.models.llm import longest_text
+from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
+from llava_moslora.models.assemble import assemble, tokens_per_image
+from llava_moslora.models.llava import Llava
+from llava_moslora.models.llava_folder import name_parts
+from llava_moslora.models.llm import longest_text, read_llm_config
 from llava_moslora.models.vision import read_image_settings, read_vision_config
 from llava_moslora.recompute import set_recompute
-from llava_moslora.runs.record import TOKENIZER, fingerprint, write_run
+from llava_moslora.runs.fingerprint import base_fingerprints
+from llava_moslora.runs.record import RunSettings
 from llava_moslora.text.conversation import recognise_template
-from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
-from llava_moslora.training.arguments import DataArguments, TrainingArguments, config_file, parse, tower_adapters
-from llava_moslora.training.callbacks.preemption import Preemption, contact
+from llava_moslora.text.tokenizer import load_tokenizer
+from llava_moslora.training import process_group
+from llava_moslora.training.arguments import TrainingArguments, config_file, parse
+from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
 from llava_moslora.training.optimizer_state import trained_count
-from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, input_paths
-from llava_moslora.training.run_folder import begin_run, check_shared, check_space, open_run, reopen_run
+from llava_moslora.training.output_dir import check_output, input_paths
+from llava_moslora.training.run_folder import check_shared, check_space, open_run, write_first_files
 from llava_moslora.training.trainer import MosLoraTrainer
 from llava_moslora.training.validate import check, check_launch
 
 
-@contact()
+@catch_lost_ranks()
 def main() -> None:
-    pause = Preemption()
-    pause.listen()
-    model_args, data_args, adapter_args, args = parse(sys.argv[1:])
-    check(model_args, adapter_args, args)
-    check_launch(args)
-    main_process = args.process_index == 0
-    say = print if main_process else (lambda *_: None)
-    run = Path(args.output_dir)
-    inputs = input_paths(model_args, data_args, args, config_file(sys.argv[1:]))
-    if main_process:
-        check_output(run, resume=args.resume, overwrite=args.overwrite, inputs=inputs, data_cache=data_args.data_cache)
+    preemption = Preemption()
+    preemption.install()
 
-    # 1. The parts, looked at before any weight is read
-    llm_config = read_llm_config(model_args.model_name_or_path)
-    vision_config = read_vision_config(model_args.vision_tower)
-    transform = ImageTransform.from_settings(
-        read_image_settings(model_args.vision_tower), data_args.image_aspect_ratio, data_args.image_engine
-    )
-    tokenizer = load_tokenizer(model_args.model_name_or_path)
-    template = model_args.version or recognise_template(tokenizer)
+    # 1. The flags: each by itself, and all together once the ranks have met
+    argv = sys.argv[1:]
+    model_settings, data_settings, adapter_settings, training = parse(argv, __doc__)
+    model_settings = name_parts(model_settings)
+    check_launch(training["deepspeed"])
+    if training["deepspeed"]:
+        process_group.join(timedelta(seconds=training["ddp_timeout"]))
+    args = TrainingArguments(**training)
+    check(model_settings, adapter_settings, args)
+    run, main_process = Path(args.output_dir), args.process_index == 0
+    say = print if main_process else (lambda *_: None)
+    inputs = input_paths(model_settings, data_settings, args, config_file(argv))
+    if main_process:
+        check_output(args, inputs, data_settings)
+
+    # 2. The parts, looked at before any weight is read
+    llm_config = read_llm_config(model_settings.model_name_or_path)
+    vision_config = read_vision_config(model_settings.vision_tower)
+    processor = read_image_settings(model_settings.vision_tower)
+    transform = ImageTransform.from_settings(processor, data_settings)
+    tokenizer = load_tokenizer(model_settings.model_name_or_path)
+    template = model_settings.version or recognise_template(tokenizer)
     say(f"conversation template: {template}")
 
-    # 2. The data, checked and tokenised once; found again by its content
+    # 3. The data, checked and tokenised once; found again by its content
     dataset = prepare(
-        data_args.data_path,
-        data_args.image_folder,
+        data_settings,
         tokenizer=tokenizer,
         template=template,
         tokens_per_image=tokens_per_image(vision_config),
-        max_length=data_args.model_max_length,
-        cache_dir=data_args.data_cache,
-        num_proc=data_args.preprocessing_num_workers,
-        on_bad_record=data_args.on_bad_record,
-        max_bad_share=data_args.max_bad_share,
-        follow_image_links=data_args.follow_image_links,
-        decode_images=data_args.decode_images,
         longest_text=longest_text(llm_config),
     )
     say("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
-    sampler = GlobalBatchSampler(
-        dataset["length"][:],
-        dataset["has_image"][:],
-        per_device_batch_size=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        world_size=args.world_size,
-        rank=args.process_index,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        order=data_args.data_order,
-        group=data_args.data_group,
-        source=dataset["source"][:],
-        weights=data_args.data_weights or None,
-    )
+    sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
 
-    # 3. The model: three parts grafted together, frozen, then what is trained
-    set_seed(args.seed)
-    model, preprocessor = assemble(
-        model_args.model_name_or_path,
-        model_args.vision_tower,
-        model_args.pretrain_mm_mlp_adapter,
-        tokenizer=tokenizer,
-        image_token_id=image_token_id(tokenizer),
-        dtype=args.dtype,
-        bits=model_args.bits,
-        attention=model_args.attn_implementation,
+    # 4. The run folder: a new run, or the one to resume; what differs from it is refused before the LLM is loaded
+    model_settings = replace(model_settings, version=template)
+    settings = RunSettings(
+        model_settings, data_settings, adapter_settings, args.as_record(), processor, args.global_batch_size
     )
-    set_seed(args.seed)  # loading draws random numbers, under ZeRO-3 others: adapters begin the same under any stage
-    if adapter_args.tune_mm_mlp_adapter:
-        model = train_projector_only(model)
-    else:
-        model = add_adapters(model, *tower_adapters(adapter_args))
-    set_recompute(model, args.recompute)
-    say(describe(model))
+    fingerprints = base_fingerprints(model_settings) | {"data": keys_of(dataset)}
+    lock, checkpoint = open_run(args, settings, fingerprints, inputs) if main_process else (None, None)
+    checkpoint = from_rank_0(checkpoint)
 
-    # 4. What trains it: whatever refuses does so before the run folder is touched
-    settings = {
-        "model": asdict(model_args) | {"version": template},
-        "data": asdict(data_args),
-        "adapter": asdict(adapter_args),
-        "training": args.to_sanitized_dict() | {"dropout_masks": mask_source(args.device)},
-        "preprocessor": preprocessor,
-        "global_batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-    }
-    facts = {
-        "llm": fingerprint(model_args.model_name_or_path),
-        "vision_tower": fingerprint(model_args.vision_tower),
-        "projector": fingerprint(model_args.pretrain_mm_mlp_adapter or "none"),
-        "data": keys_of(dataset),
-    }
+    # 5. The model and what trains it
+    model = build_model(model_settings, adapter_settings, args, tokenizer)
+    say(parameter_table(model))
     trainer = MosLoraTrainer(
         model=model,
         args=args,
         train_dataset=dataset,
-        data_collator=Collator(
-            tokenizer.pad_token_id,
-            data_args.image_folder,
-            transform,
-            follow_links=data_args.follow_image_links,
-            pack_to=data_args.model_max_length if args.packing else None,
-            image_token_id=image_token_id(tokenizer),
-            data_files=tuple(data_args.data_path),
-        ),
+        data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing),
         sampler=sampler,
-        facts=facts,
-        callbacks=[pause],
+        facts=fingerprints,
+        callbacks=[preemption],
     )
     if args.sample_questions:
-        samples = read_samples(args.sample_questions, args.sample_image_folder or data_args.image_folder)
         chat_model = ChatModel(model, tokenizer, template, transform)
-        limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
-        trainer.add_callback(SampleAnswers(samples, chat_model, run, **limits))
+        trainer.add_callback(sample_answers(chat_model, data_settings, args))
     trainer.create_optimizer()
 
-    # 5. The run folder: a new run, or the old one where it stopped
-    lock = checkpoint = None
+    # 6. The run's first files, once nothing else can be refused
     if main_process:
-        if args.resume:
-            lock, checkpoint = reopen_run(run, settings, facts, args.allow_change, inputs)
-        else:
-            lock = open_run(run, overwrite=args.overwrite, inputs=inputs)
         check_space(run, trained_count(model), checkpoints=2 if checkpoint is None else 1)
-
-        def record(run: Path) -> None:
-            write_run(run, settings)
-            tokenizer.save_pretrained(run / TOKENIZER)
-
-        if args.resume and has_begun(run):
-            record(run)
-        else:
-            with TemporaryDirectory(dir=run, prefix=".", suffix=".staging") as staging:
-                report = Path(staging) / DATA_REPORT
-                write_data_report(report, dataset, tokenizer, data_args, args)  # looks at images: may refuse
-                begin_run(run, record, report)
+        report = partial(write_data_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer, args=args)
+        write_first_files(args, settings, tokenizer, report, inputs)
     check_shared(run)
-    checkpoint = publish.from_rank_0(checkpoint)
 
-    # 6. Train
+    # 7. Train
     if checkpoint is not None:
-        say(f"going on from {checkpoint}")
+        say(f"resuming from {checkpoint}")
     if args.save_strategy == "no":
         say("--save_strategy no: nothing of this run will be saved")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    pause.leave(run)
+    preemption.refuse_if_interrupted(run)
     say(closing_line(run, trainer.state.global_step))
     if lock is not None:
         lock.release()
 
 
+def build_model(
+    model_settings: ModelSettings,
+    adapter_settings: AdapterSettings,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerFast,
+) -> PeftModel | Llava:
+    """Three parts in one model, frozen, and what is trained in it."""
+    set_seed(args.seed)
+    model, _ = assemble(model_settings, tokenizer=tokenizer, dtype=args.dtype)
+    set_seed(args.seed)  # loading draws random numbers, under ZeRO-3 others: adapters begin the same under any stage
+    if adapter_settings.tune_mm_mlp_adapter:
+        model = train_projector_only(model)
+    else:
+        model = add_adapters(model, adapter_settings)
+    set_recompute(model, args.recompute)
+    return model
+
+
+def sample_answers(chat_model: ChatModel, data: DataSettings, args: TrainingArguments) -> SampleAnswers:
+    samples = read_samples(args.sample_questions, args.sample_image_folder or data.image_folder)
+    return SampleAnswers(
+        samples, chat_model, Path(args.output_dir), steps=args.sample_steps, max_new_tokens=args.sample_max_new_tokens
+    )
+
+
 def write_data_report(
     folder: Path,
     dataset: Dataset,
+    settings: DataSettings,
     tokenizer: PreTrainedTokenizerFast,
-    data_args: DataArguments,
     args: TrainingArguments,
 ) -> None:
-    write_report(
-        folder,
-        dataset,
-        tokenizer=tokenizer,
-        image_folder=data_args.image_folder,
-        batch_size=args.per_device_train_batch_size,
-        title=" ".join(data_args.data_path),
-        follow_links=data_args.follow_image_links,
-        group=data_args.data_group,
-        weights=data_args.data_weights or None,
-    )
+    write_report(folder, dataset, settings=settings, tokenizer=tokenizer, batch_size=args.per_device_train_batch_size)
 
 
 def closing_line(run: Path, step: int) -> str:

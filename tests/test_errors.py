@@ -246,13 +246,13 @@ import torch
 from torch import distributed
 from tqdm import tqdm
 from llava_moslora.errors import run_script
-from llava_moslora.training.callbacks.preemption import contact
+from llava_moslora.training.callbacks.preemption import catch_lost_ranks
 
 def main():
     distributed.init_process_group("gloo")
     if os.environ["RANK"] == "WHICH":
         raise KeyError("exp_avg")
-    with contact():
+    with catch_lost_ranks():
         distributed.all_reduce(torch.ones(1))
 
 run_script(main)
@@ -263,7 +263,7 @@ run_script(main)
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_defect_on_one_rank_is_the_status_of_all(rank, tmp_path):
     """The other rank only loses contact, which is a status to start again on; the launcher must not report that one."""
-    from launching import LAUNCHER, free_port
+    from support.launching import LAUNCHER, free_port
 
     (tmp_path / "train.py").write_text(ONE_RANK_FAILS.replace("WHICH", rank))
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

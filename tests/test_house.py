@@ -1,7 +1,12 @@
-"""The house keeps its floors: who may import whom, and a README whose file tree is true."""
+"""The house keeps its rules: who may import whom, no circles, short files and functions, a README whose file tree is
+true, nothing unsafe, and nothing outside the repository."""
 
 import ast
+import io
 import re
+import subprocess
+import tokenize
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,59 +15,151 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_moslora"
 # From below upwards; rooms of one floor are siblings and never import each other.
 FLOORS = [
-    {"errors", "_version", "config"},
+    {"errors", "_version"},
+    {"config", "distributed", "pages", "private_api"},
     {"files", "recompute"},
     {"adapters", "text"},
     {"models", "data"},
     {"runs"},
     {"inference"},
-    {"training", "export", "evaluation", "planning"},
+    {"training", "export", "evaluation"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-EXCEPTIONS = {("models/assemble.py", "adapters")}
+EXCEPTIONS = {("models/assemble.py", "adapters"), ("models/adapt.py", "adapters")}
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
+SOURCES = sorted(
+    p for folder in ("llava_moslora", "scripts", "playground", "benchmarks") for p in (ROOT / folder).rglob("*.py")
+)
+# Lines of a file and lines of code of a function above which a reason is due.
+LONGEST_FILE, LONGEST_FUNCTION = 350, 60
+LONG_FILES: dict[str, str] = {}
+LONG_FUNCTIONS: dict[str, str] = {}
+NOT_YET = pytest.mark.xfail(reason="the rebuilding of the rooms is under way")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of the package that a file imports anywhere in it, also inside functions."""
-    rooms = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere in it, also inside functions; ``from a import b`` gives a and a.b."""
+    names = set()
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        rooms |= {m[1] for name in names if (m := re.match(r"llava_moslora\.(\w+)", name))}
-    return rooms & set(FLOOR)
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def room_of(module: str) -> str:
+    return module.split("/")[0].removesuffix(".py")
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_keep_to_the_floors(module):
-    room = module.split("/")[0].removesuffix(".py")
-    for imported in imported_rooms(PACKAGE / module) - {room}:
+    rooms = {m[1] for name in imports(PACKAGE / module) if (m := re.match(r"llava_moslora\.(\w+)", name))} & set(FLOOR)
+    assert not any(name.split(".")[0] in ("scripts", "tests", "support") for name in imports(PACKAGE / module))
+    for imported in rooms - {room_of(module)}:
         if (module, imported) not in EXCEPTIONS:
-            assert FLOOR[imported] < FLOOR[room], f"{module} ({room}) imports {imported}"
+            assert FLOOR[imported] < FLOOR[room_of(module)], f"{module} imports {imported}"
 
 
 def test_every_room_has_a_floor():
-    rooms = {m.split("/")[0].removesuffix(".py") for m in MODULES}
-    assert rooms <= set(FLOOR)
+    assert {room_of(module) for module in MODULES} <= set(FLOOR)
 
 
-def test_readme_tree_names_every_file():
-    tree = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = [PACKAGE, ROOT / "scripts", ROOT / "zero_configs", ROOT / "benchmarks", ROOT / "playground"]
-    kinds = {".py", ".sh", ".json"}
-    ignored = {"data", "models", "runs", "results", "clip-tiny", "projector-tiny"}
-    for folder in shown:
-        for path in folder.rglob("*"):
-            inside = path.relative_to(folder).parts
-            generated = folder.name in ("playground", "benchmarks") and inside[0] in ignored
-            if path.suffix in kinds and path.name != "__init__.py" and not generated:
-                assert re.search(rf"\b{re.escape(path.name)}\b", tree), (
-                    f"README's file tree lacks {path.relative_to(ROOT)}"
-                )
+@NOT_YET
+def test_no_import_goes_in_a_circle():
+    """Imports inside functions count too."""
+    named = {f"llava_moslora.{module.removesuffix('.py').replace('/', '.')}": PACKAGE / module for module in MODULES}
+    left = {name: (imports(path) & set(named)) - {name} for name, path in named.items()}
+    while ends := {name for name in left if not left[name] or not any(name in others for others in left.values())}:
+        left = {name: others - ends for name, others in left.items() if name not in ends}
+    assert not left
+
+
+@NOT_YET
+def test_files_are_short():
+    lengths = {p.relative_to(ROOT).as_posix(): len(p.read_text(encoding="utf-8").splitlines()) for p in SOURCES}
+    assert {name: length for name, length in lengths.items() if length > LONGEST_FILE and name not in LONG_FILES} == {}
+    assert set(LONG_FILES) <= {name for name, length in lengths.items() if length > LONGEST_FILE}
+
+
+@NOT_YET
+def test_functions_are_short():
+    """Lines of code: neither blank nor comment nor docstring; a function inside another one is part of it."""
+    lengths = {}
+    for path in SOURCES:
+        code = code_lines(path)
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{path.relative_to(ROOT).as_posix()}:{node.name}"
+                lengths[name] = max(lengths.get(name, 0), len(code & set(range(node.lineno, node.end_lineno + 1))))
+    assert {name: n for name, n in lengths.items() if n > LONGEST_FUNCTION and name not in LONG_FUNCTIONS} == {}
+    assert set(LONG_FUNCTIONS) <= {name for name, n in lengths.items() if n > LONGEST_FUNCTION}
+
+
+def code_lines(path: Path) -> set[int]:
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline):
+        if token.type not in layout:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
+
+
+def files_in_tree(readme: str) -> set[str]:
+    """Paths in README's file tree: a line is indented below its folder and begins with names."""
+    folders, found = {}, set()
+    for line in readme[readme.index("\nllava_moslora/\n") :].split("```")[0].splitlines():
+        depth = len(line) - len(line.lstrip())
+        folders = {at: name for at, name in folders.items() if at < depth}
+        for word in line.split():
+            if word.endswith("/"):
+                folders[depth] = word
+            elif re.fullmatch(r"[\w-]+\.(py|sh|json)", word):
+                found.add("".join(folders.values()) + word)
+            else:
+                break
+    return found
+
+
+@NOT_YET
+def test_readme_tree_is_true():
+    here = {path for folder in ("llava_moslora", "scripts", "zero_configs", "benchmarks", "playground")
+            for path in tracked() if path.startswith(f"{folder}/") and re.search(r"\.(py|sh|json)$", path)}  # fmt: skip
+    generated = re.compile(r"/__init__\.py$|^benchmarks/results/|^playground/[\w-]+-tiny/")
+    tree = files_in_tree((ROOT / "README.md").read_text(encoding="utf-8"))
+    expected = {path for path in here if not generated.search(path)}
+    assert (sorted(expected - tree), sorted(tree - expected)) == ([], []), "(lacking in README, only in README)"
+
+
+@cache
+def tracked() -> list[str]:
+    """Files of the repository; where git is not there, all that are not hidden or built."""
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return [name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
+    names = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    built = {"data", "models", "runs", "build", "__pycache__"}
+    return [p.as_posix() for p in names if not any(part.startswith(".") or part in built for part in p.parts[:2])]
+
+
+def test_nothing_is_named_outside_the_repository():
+    """Neither a folder beside it nor one of somebody's machine."""
+    outside = re.compile(r"(?<![\w/.])\.\./\w+/|(?<![\w.])/(home|root|work|Users|mnt)/\w")
+    for name in tracked():
+        if name.endswith((".py", ".sh", ".md", ".json", ".cfg", ".toml", ".txt", "Makefile")):
+            found = outside.search((ROOT / name).read_text(encoding="utf-8"))
+            assert not found, f"{name}: {found[0]}"
 
 
 def test_no_remote_code_no_unsafe_loading():

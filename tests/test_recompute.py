@@ -1,4 +1,4 @@
-"""Selective recomputation: what runs twice, what is kept, and gradients that are those of keeping everything."""
+"""Selective recomputation: what runs twice, what is saved, and gradients equal to those without recomputation."""
 
 import gc
 
@@ -127,7 +127,7 @@ def test_no_product_of_a_layer_runs_twice(name):
 
 @pytest.mark.parametrize("name", ["llama", "clip"])
 def test_memory_lies_between(name):
-    """Bytes that autograd and the kept outputs hold after forward."""
+    """Bytes that autograd and the saved outputs hold after forward."""
 
     def held(mode: str) -> int:
         model, storages = adapted(name, mode), {}
@@ -137,64 +137,66 @@ def test_memory_lies_between(name):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
             return value
 
-        put = recompute.Kept.put
-        recompute.Kept.put = lambda self, name, output: put(self, name, torch.utils._pytree.tree_map(note, output))
+        save = recompute.SavedOutputs.save
+        recompute.SavedOutputs.save = lambda self, name, output: save(
+            self, name, torch.utils._pytree.tree_map(note, output)
+        )
         try:
             with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
                 given = torch.randn(2, 3, 16, 16) if name == "clip" else torch.arange(1, 25).view(2, 12)
                 model(given)
         finally:
-            recompute.Kept.put = put
+            recompute.SavedOutputs.save = save
         return sum(storages.values())
 
     none, selective, full = held("none"), held("selective"), held("full")
     assert full < selective < none
 
 
-def test_kept_outputs_are_freed_by_backward():
+def test_saved_outputs_are_freed_by_backward():
     """Nothing waits for the garbage collector: gigabytes would."""
     model, alive = adapted("llama", "selective"), []
-    put = recompute.Kept.put
+    save = recompute.SavedOutputs.save
 
     def noted(self, name, output):
-        put(self, name, output)
+        save(self, name, output)
         tensors = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
         alive.extend(StorageWeakRef(t.untyped_storage()) for t in tensors)
 
     gc.collect()
     gc.disable()
-    recompute.Kept.put = noted
+    recompute.SavedOutputs.save = noted
     try:
         run(model, "llama")
         assert alive and all(reference.expired() for reference in alive)
     finally:
-        recompute.Kept.put = put
+        recompute.SavedOutputs.save = save
         gc.enable()
 
 
-def test_the_last_linear_of_a_layer_is_not_kept():
-    """Its output is only added to the residual; in a layer that is not known to end so, it is kept."""
+def test_the_last_linear_of_a_layer_is_not_saved():
+    """Its output is only added to the residual; in a layer that is not known to end like that, it is saved."""
     for name, model in (("llama", adapted("llama", "selective")), ("clip", adapted("clip", "selective"))):
         last = [n for n, m in model.named_modules() if getattr(m, "ends_layer", False)]
         assert [n.rsplit(".", 1)[1] for n in last] == ["down_proj" if name == "llama" else "fc2"] * 3
 
 
-def test_an_output_that_is_written_over_is_noticed():
-    kept = recompute.Kept()
+def test_an_output_that_is_overwritten_is_noticed():
+    saved = recompute.SavedOutputs()
     y = torch.ones(3)
-    kept.put("mm", (y, torch.ones(2)))
+    saved.save("mm", (y, torch.ones(2)))
     y.add_(1)
-    kept.next = 0
-    with pytest.raises(AssertionError, match="was written over"):
-        kept.take("mm")
+    saved.next = 0
+    with pytest.raises(AssertionError, match="overwritten before backward"):
+        saved.load("mm")
 
 
 def test_an_output_of_another_operation_is_noticed():
-    kept = recompute.Kept()
-    kept.put("mm", torch.ones(3))
-    kept.next = 0
-    with pytest.raises(AssertionError, match="addmm comes in the place of mm"):
-        kept.take("addmm")
+    saved = recompute.SavedOutputs()
+    saved.save("mm", torch.ones(3))
+    saved.next = 0
+    with pytest.raises(AssertionError, match="addmm runs in place of mm"):
+        saved.load("addmm")
 
 
 def test_a_second_backward_is_noticed():
@@ -212,8 +214,8 @@ def test_what_is_no_mode_is_refused():
             parse_recompute(text)
 
 
-def test_outside_of_it_nothing_is_kept():
-    assert recompute.kept() is None
+def test_outside_of_it_nothing_is_saved():
+    assert recompute.saved_outputs() is None
     run(adapted("llama", "selective"), "llama")
-    assert recompute.kept() is None
-    assert linear.recompute.kept() is None
+    assert recompute.saved_outputs() is None
+    assert linear.recompute.saved_outputs() is None

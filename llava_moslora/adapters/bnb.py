@@ -17,7 +17,8 @@ from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import PreTrainedModel
 
-from llava_moslora.adapters.layers import MosLoraLayer, add
+from llava_moslora.adapters.fold import add
+from llava_moslora.adapters.layers import MosLoraLayer
 from llava_moslora.errors import Refusal
 
 
@@ -51,7 +52,7 @@ class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
 
 
 # Base layer → our layer
-QUANTISED = {bnb.nn.Linear4bit: MosLoraLinear4bit, bnb.nn.Linear8bitLt: MosLoraLinear8bitLt}
+LAYER_CLASSES = {bnb.nn.Linear4bit: MosLoraLinear4bit, bnb.nn.Linear8bitLt: MosLoraLinear8bitLt}
 
 
 def dequantised(layer: bnb.nn.Linear4bit) -> torch.Tensor:

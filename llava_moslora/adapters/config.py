@@ -6,186 +6,45 @@
     model = get_peft_model(model, MosLoraConfig(r=64, lora_alpha=128, target_modules=["q_proj", "v_proj"]))
 
 In memory the adapter is an ordinary PEFT LoRA (``peft_type`` LORA), so that everything that knows LoRA works. On disk
-its configuration says ``"peft_type": "MOSLORA"``: importing this module registers that name, and a PEFT that lacks it
+its configuration has ``"peft_type": "MOSLORA"``: importing this module registers that name, and a PEFT without it
 stops with a KeyError instead of computing B·A without the mixer.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import math
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from peft import LoraConfig, PeftType
+from peft.import_utils import is_bnb_available
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils.other import get_pattern_key
+from torch import nn
 
+from llava_moslora.adapters.layers import MosLoraLinear, UnsupportedModule
+from llava_moslora.adapters.mixer_config import MixerConfig
+from llava_moslora.adapters.settings import PEFT_TYPE
 from llava_moslora.errors import Refusal
-
-PEFT_NAME = "MOSLORA"
-MIXER_INITS = ("kaiming_uniform", "orthogonal", "identity", "normal", "butterfly")
-
-# Everything that replaces B·A, changes the base weight by B·A, or adds a second factor beside it, has no meaning (or
-# another one) with a mixer in between; PEFT's own variants are found by their field's mark in `_refuse_combinations`.
-NO_MEANING = ("lora_bias", "fan_in_fan_out", "use_qalora", "loftq_config", "megatron_config", "target_parameters",
-              "ensure_weight_tying")  # fmt: skip
-# setting → the field that maps module patterns to it
-SETTINGS = {
-    "r": "rank_pattern",
-    "lora_alpha": "alpha_pattern",
-    "lora_dropout": "dropout_pattern",
-    "mixer_init": "mixer_init_pattern",
-    "train_mixer": "train_mixer_pattern",
-}
 
 
 @dataclass
-class MosLoraConfig(LoraConfig):
+class MosLoraConfig(MixerConfig):
     """LoRA with a mixer: ΔW = s·B·W·A with s = lora_alpha / r (paper eq. 7, in PyTorch's orientation).
 
     All of :class:`peft.LoraConfig` (``r``, ``lora_alpha``, ``lora_dropout``, ``target_modules``, ``modules_to_save``,
-    ``use_rslora`` …) and the fields below. A pattern maps a module name or a regular expression to a value, with the
-    rules of PEFT's ``rank_pattern``: it is matched against the end of the module's name, the first match wins.
+    ``use_rslora`` …), and ``mixer_init``, ``train_mixer``, ``dropout_pattern``, ``mixer_init_pattern`` and
+    ``train_mixer_pattern``. A pattern maps a module name or a regular expression to a value, with the rules of PEFT's
+    ``rank_pattern``: it is matched against the end of the module's name, the first match wins.
 
     Raises:
         Refusal: C-MIXER, C-RANK, C-ALPHA, C-DROPOUT for a value out of range, C-ADAPTER for a combination without
             meaning, C-TARGET (when the adapter is put into a model) for a target or pattern that matches no module.
     """
 
-    mixer_init: str = field(
-        default="kaiming_uniform",
-        metadata={
-            "help": "how W (r×r) starts: kaiming_uniform (a=√5, paper Table 3's best), orthogonal, identity, "
-            "normal (σ=1, as torch.nn.init.normal_), butterfly (paper eq. 6)",
-            # Stock PEFT layers do not know this field: marked as a variant, they refuse it instead of ignoring it.
-            "is_lora_variant": True,
-        },
-    )
-    train_mixer: bool = field(
-        default=True,
-        metadata={"help": "False freezes W: identity = LoRA (nothing stored), butterfly = two-subspaces mixing"},
-    )
-    dropout_pattern: dict = field(default_factory=dict, metadata={"help": "module pattern → lora_dropout"})
-    mixer_init_pattern: dict = field(default_factory=dict, metadata={"help": "module pattern → mixer_init"})
-    train_mixer_pattern: dict = field(default_factory=dict, metadata={"help": "module pattern → train_mixer"})
-
     def __post_init__(self):
-        if self.peft_type == PeftType.LORA:
-            # Only dataclasses.replace hands the type over; PEFT's add_weighted_adapter does, and would then combine
-            # A and B of the adapters and leave their mixers out.
-            raise Refusal(
-                "C-ADAPTER",
-                "an adapter with a mixer cannot be combined by add_weighted_adapter, nor copied by dataclasses.replace",
-                fix="fold each adapter and combine the folded ones; copy a configuration with copy.deepcopy",
-            )
         super().__post_init__()
-        self._refuse_combinations()
-        if isinstance(self.target_modules, str):
-            _check_pattern("target_modules", self.target_modules)
-        for setting, pattern_field in SETTINGS.items():
-            _CHECKS[setting](setting, getattr(self, setting))
-            patterns = getattr(self, pattern_field)
-            if not isinstance(patterns, dict):
-                raise Refusal("C-TARGET", "not a table", key=pattern_field, found=patterns, expected="pattern → value")
-            for pattern, value in patterns.items():
-                _check_pattern(pattern_field, pattern)
-                _CHECKS[setting](f"{pattern_field}[{pattern!r}]", value)
-        if self.mixer_init == "butterfly" and not (self.rank_pattern or self.mixer_init_pattern):
-            check_even_rank("r", self.r)
-
-        from llava_moslora.adapters.layers import custom_modules  # layers need this class
-
-        self._register_custom_module(custom_modules())
-        self._declared = self.target_modules
-        self._adapted: list[str] = []  # the modules that received this adapter, until `check_targets` has seen them
-        self._whole: MosLoraConfig | None = None  # in a module's copy: the configuration it comes from,
-        self._module = ""  # and the name of the module
-
-    def _refuse_combinations(self) -> None:
-        marked = {f.name for f in dataclasses.fields(self) if f.metadata.get("is_lora_variant")} - {"mixer_init"}
-        for name in sorted(marked | set(NO_MEANING)):
-            if getattr(self, name, None):
-                raise Refusal(
-                    "C-ADAPTER",
-                    "has no meaning together with a mixer",
-                    key=name,
-                    found=getattr(self, name),
-                    fix=f"leave {name} out, or use peft.LoraConfig",
-                )
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise Refusal(
-                "C-ADAPTER",
-                "this start assumes ΔW = B·A without a mixer",
-                key="init_lora_weights",
-                found=self.init_lora_weights,
-                expected="True, False or 'gaussian'",
-                fix="leave init_lora_weights out, or use peft.LoraConfig",
-            )
-
-    def settled(self, module: str) -> dict:
-        """What this configuration says about one module: setting → value, for each of :data:`SETTINGS`."""
-        values = {}
-        for setting, pattern_field in SETTINGS.items():
-            patterns = getattr(self, pattern_field)
-            values[setting] = patterns.get(get_pattern_key(patterns.keys(), module), getattr(self, setting))
-        return values
-
-    def for_module(self, module: str) -> MosLoraConfig:
-        """The configuration that a layer gets: a copy with the settings of its module. Such a copy returns itself."""
-        if self._whole is not None:
-            return self
-        self._adapted.append(module)
-        config = copy.copy(self)
-        config._whole, config._module = self, module
-        for setting, value in self.settled(module).items():
-            setattr(config, setting, value)
-        return config
-
-    @property
-    def has_mixer(self) -> bool:
-        """Whether a layer with this configuration stores a W."""
-        return stores_mixer(self.mixer_init, self.train_mixer)
-
-    def check_targets(self) -> None:
-        """Called by the layers once the adapter is in place: every target and pattern must have matched a module.
-
-        Raises:
-            Refusal: C-TARGET naming what matched nothing.
-        """
-        adapted, self._adapted = self._adapted, []
-        if not adapted:  # another layer of the same adapter has been here already
-            return
-        for target in sorted(self._named_targets()):
-            if not any(name == target or name.endswith("." + target) for name in adapted):
-                self._refuse_target("target_modules", target, adapted)
-        for pattern_field in SETTINGS.values():
-            for pattern in getattr(self, pattern_field):
-                if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adapted):
-                    self._refuse_target(pattern_field, pattern, adapted)
-
-    def _named_targets(self) -> set[str]:
-        """The targets that the user named. PEFT replaces "all-linear" by names, and long lists by suffixes of them."""
-        if isinstance(self._declared, str):
-            return set()
-        names, now = self._declared or set(), self.target_modules
-        shortened = all(any(name == n or name.endswith("." + n) for name in names) for n in now)
-        return names if shortened else now
-
-    def _refuse_target(self, key: str, found: str, adapted: list[str]) -> None:
-        raise Refusal(
-            "C-TARGET",
-            "matches no adapted module",
-            key=key,
-            found=found,
-            expected=f"a name or pattern of a module such as {adapted[0]!r}",
-            fix=f"correct it or take it out of {key}",
-        )
+        self._register_custom_module(layer_classes())
 
     def to_dict(self) -> dict:
         """As stored: ``peft_type`` is MOSLORA, so that nothing reads the file as a LoRA without a mixer."""
-        stored = {**super().to_dict(), "peft_type": PEFT_NAME}
+        stored = {**super().to_dict(), "peft_type": PEFT_TYPE}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in stored.items()}  # sets have no order of their own
 
     @classmethod
@@ -195,77 +54,30 @@ class MosLoraConfig(LoraConfig):
         Raises:
             Refusal: K-ADAPTER if the attributes are those of another kind of adapter (PEFT would return that kind).
         """
-        if kwargs.get("peft_type") != PEFT_NAME:
+        if kwargs.get("peft_type") != PEFT_TYPE:
             raise Refusal(
                 "K-ADAPTER",
                 "not the configuration of a MoSLoRA adapter in training form",
                 key="peft_type",
                 found=kwargs.get("peft_type"),
-                expected=PEFT_NAME,
-                fix="convert the folder with llava_moslora.adapters.fold",
+                expected=PEFT_TYPE,
+                fix="convert the folder: python scripts/convert_adapter.py",
             )
         return super().from_peft_type(**kwargs)
 
 
-def stores_mixer(mixer_init: str, train_mixer: bool) -> bool:
-    """A frozen identity is plain LoRA: no W is stored or computed."""
-    return train_mixer or mixer_init != "identity"
+def layer_classes() -> dict[type[nn.Module], type]:
+    """Base layer → our layer, for ``LoraConfig._register_custom_module``; the first match wins.
+
+    The order matters: bitsandbytes' classes inherit from ``nn.Linear``.
+    """
+    quantised = {}
+    if is_bnb_available():
+        from llava_moslora.adapters.bnb import LAYER_CLASSES as quantised  # imported here: it needs bitsandbytes
+
+    return {**quantised, nn.Linear: MosLoraLinear, nn.Module: UnsupportedModule}
 
 
-def check_even_rank(key: str, rank: int) -> None:
-    if rank % 2:
-        raise Refusal("C-RANK", "the butterfly mixer pairs halves of the rank", key=key, found=rank, expected="even")
-
-
-def _check_pattern(key: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise Refusal("C-TARGET", f"not a regular expression: {error}", key=key, found=pattern) from error
-
-
-def _check_rank(key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise Refusal("C-RANK", "the rank is a positive whole number", key=key, found=value, expected="1 or more")
-
-
-def _check_alpha(key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise Refusal("C-ALPHA", "lora_alpha is a positive number", key=key, found=value, expected="above 0")
-
-
-def _check_dropout(key: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise Refusal("C-DROPOUT", "the dropout is a probability below 1", key=key, found=value, expected="0 ≤ p < 1")
-
-
-def _check_mixer_init(key: str, value: object) -> None:
-    if value == "zeros":
-        raise Refusal(
-            "C-MIXER",
-            "a zero mixer over a zero B gives A, W and B zero gradients, so nothing ever trains (paper, Appendix C)",
-            key=key,
-            found=value,
-            expected=", ".join(sorted(MIXER_INITS)),
-            fix="use kaiming_uniform or orthogonal (paper, Table 3)",
-        )
-    if value not in MIXER_INITS:
-        raise Refusal("C-MIXER", "unknown start", key=key, found=value, expected=", ".join(sorted(MIXER_INITS)))
-
-
-def _check_train_mixer(key: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise Refusal("C-MIXER", "train_mixer is a yes or a no", key=key, found=value, expected="true or false")
-
-
-_CHECKS = {
-    "r": _check_rank,
-    "lora_alpha": _check_alpha,
-    "lora_dropout": _check_dropout,
-    "mixer_init": _check_mixer_init,
-    "train_mixer": _check_train_mixer,
-}
-
-# A plain dict entry: PEFT's register_peft_method wants a member of its PeftType enumeration and a tuner class of its
-# own, and this adapter must stay an ordinary LORA in memory.
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_NAME] = MosLoraConfig
+# A plain dict entry: PEFT's register_peft_method needs a member of its PeftType enumeration and a tuner class, and this
+# adapter must stay an ordinary LORA in memory.
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = MosLoraConfig

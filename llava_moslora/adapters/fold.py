@@ -1,10 +1,11 @@
-"""From the training form (A, W, B) to the published form (W·A, B), and the sums that merge either into a weight::
+"""What an adapter adds to weights, ΔW = s·B·W·A; merging it; and folding W away (A' = W·A), which leaves a plain LoRA::
 
-    adapter = read_adapter("adapter")                       # .config, .layers[name], .others; see reading.py
+    adapter = read_adapter("adapter")                       # .config, .layers[name], .others; see load.py
     weight = merge(weight, adapter.layers["model.layers.0.self_attn.q_proj"])
     save(fold(adapter), "published")                        # a plain LoRA: stock PEFT and converters load it
 
-Pure functions of tensors: no model is needed. Shapes: A (r, in), W (r, r) or None, B (out, r), ΔW (out, in).
+No model is needed, and tensors stay in their file until they are asked for. Shapes: A (r, in), W (r, r) or None,
+B (out, r), ΔW (out, in).
 """
 
 from __future__ import annotations
@@ -12,38 +13,92 @@ from __future__ import annotations
 import copy
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.json import write_json
+from llava_moslora.files.tensors import LazyTensor
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before every name of the base model
+# The fields of a LoRA's adapter_config.json that every version of PEFT knows: one before 0.14 stops at an unknown one.
+COMMON_FIELDS = (
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
+    *("layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "use_rslora", "use_dora"),
+)
 
 
-@dataclass(frozen=True)
+class Update(Protocol):
+    """What an adapter adds to the weight of one linear."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of ΔW: (out, in)."""
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        """As PEFT stores them: the name behind the linear's, such as ``lora_A.weight`` → the tensor."""
+
+    def delta_rows(self, begin: int, end: int) -> torch.Tensor:
+        """Rows ``begin`` to ``end`` of ΔW: float32[end - begin, in], or float64 of a float64 adapter."""
+
+
+@dataclass(frozen=True, eq=False)
 class LowRank:
-    """The adapter of one linear layer: ΔW = s·B·W·A, without W where nothing is mixed."""
+    """The :class:`Update` of LoRA and MoSLoRA: ΔW = s·B·W·A, without W where nothing is mixed."""
 
-    a: torch.Tensor  # (r, in)
-    w: torch.Tensor | None  # (r, r)
-    b: torch.Tensor  # (out, r)
+    a: LazyTensor  # (r, in)
+    w: LazyTensor | None  # (r, r)
+    b: LazyTensor  # (out, r)
     scaling: float
+
+    @classmethod
+    def of(cls, a: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor, scaling: float) -> LowRank:
+        """Of tensors in memory."""
+        a, w, b = (None if t is None else LazyTensor(Path(), tuple(t.shape), lambda t=t: t) for t in (a, w, b))
+        return cls(a, w, b, scaling)
 
     @property
     def rank(self) -> int:
-        return len(self.a)
+        return self.a.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, LazyTensor]:
+        parts = {"lora_A.weight": self.a, "lora_mixer.weight": self.w, "lora_B.weight": self.b}
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+    def delta_rows(self, begin: int, end: int) -> torch.Tensor:
+        a, b = _folded_factors(self)
+        return delta(a, None, b[begin:end], self.scaling)
+
+    def folded(self) -> LowRank:
+        """The same ΔW without a W: W·A, in float32, in the place of A."""
+        a = self.a.then(lambda a: folded(a, None if self.w is None else self.w.read()))
+        return LowRank(a, None, self.b, self.scaling)
+
+
+@lru_cache(maxsize=1)  # a weight is merged block by block: its factors are read and folded once
+def _folded_factors(layer: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer.folded().a.read(), layer.b.read()
 
 
 @dataclass(frozen=True)
 class Adapter:
     """One adapter as read from a file. Names are those of the base model's modules, without PEFT's prefix."""
 
-    config: LoraConfig  # a MosLoraConfig, or a plain LoraConfig once folded
-    layers: dict[str, LowRank]
-    others: dict[str, torch.Tensor]  # modules_to_save and biases: the base model's parameter name → tensor
+    config: PeftConfig  # a MosLoraConfig, or a plain LoraConfig once folded
+    layers: dict[str, Update]
+    others: dict[str, LazyTensor]  # modules_to_save and biases: the base model's parameter name → tensor
 
 
 def delta(a: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -58,48 +113,78 @@ def folded(a: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
     return a if w is None else w.to(a.dtype) @ a
 
 
-def merge(weight: torch.Tensor, layer: LowRank) -> torch.Tensor:
+def add(weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
+    """``weight + update``, rounded once to the dtype of ``weight``."""
+    return (weight.to(update.dtype) + update).to(weight.dtype)
+
+
+def merge(weight: torch.Tensor, update: Update) -> torch.Tensor:
     """``weight + ΔW`` (out, in), summed in fp32 and rounded once to the dtype of ``weight``.
 
     Raises:
         Refusal: K-MERGE if ``weight`` is not a floating-point matrix of ΔW's shape, as a quantised one is not.
     """
-    shape = (len(layer.b), layer.a.shape[1])
-    if not weight.is_floating_point() or tuple(weight.shape) != shape:
+    if not weight.is_floating_point() or tuple(weight.shape) != update.shape:
         raise Refusal(
             "K-MERGE",
             "the adapter does not fit the weight",
             found=f"{weight.dtype} {tuple(weight.shape)}",
-            expected=f"a floating-point matrix {shape}",
+            expected=f"a floating-point matrix {update.shape}",
             fix="merge into the original 16-bit weights or into dequantised ones",
         )
-    update = delta(layer.a, layer.w, layer.b, layer.scaling).to(weight.device)
-    return (weight.to(update.dtype) + update).to(weight.dtype)
+    return add(weight, update.delta_rows(0, len(weight)).to(weight.device))
 
 
 def fold(adapter: Adapter) -> Adapter:
-    """The published form: W·A (fp32) in the place of A, and the configuration of a plain LoRA. ΔW is the same."""
-    layers = {
-        name: dataclasses.replace(layer, a=folded(layer.a, layer.w), w=None) for name, layer in adapter.layers.items()
-    }
-    kept = {f.name: getattr(adapter.config, f.name) for f in dataclasses.fields(LoraConfig)}
-    return Adapter(LoraConfig(**kept), layers, adapter.others)
+    """The published form: W·A (fp32) in the place of A, and the configuration of a plain LoRA. ΔW is the same.
+
+    Raises:
+        Refusal: K-ADAPTER, the adapter's method is not low-rank.
+    """
+    layers = fold_layers(adapter.layers)
+    fields = {f.name: getattr(adapter.config, f.name) for f in dataclasses.fields(LoraConfig)}
+    return Adapter(LoraConfig(**fields), layers, adapter.others)
 
 
-def named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+def fold_layers(layers: dict[str, Update]) -> dict[str, LowRank]:
+    """Every layer as a plain LoRA.
+
+    Raises:
+        Refusal: as :func:`fold`.
+    """
+    for name, layer in layers.items():
+        if not isinstance(layer, LowRank):
+            what, fix = "this adapter method cannot be written as a plain LoRA", "merge it into the weights"
+            raise Refusal("K-ADAPTER", what, key=name, found=type(layer).__name__, expected="LoRA or MoSLoRA", fix=fix)
+    return {name: layer.folded() for name, layer in layers.items()}
+
+
+def named_tensors(adapter: Adapter) -> dict[str, LazyTensor]:
     """The tensors under the names that PEFT saves them by."""
     tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in adapter.others.items()}
-    for name, layer in adapter.layers.items():
-        for part, tensor in (("A", layer.a), ("mixer", layer.w), ("B", layer.b)):
-            if tensor is not None:
-                tensors[f"{PEFT_PREFIX}{name}.lora_{part}.weight"] = tensor.contiguous()
+    for module, layer in adapter.layers.items():
+        tensors |= {f"{PEFT_PREFIX}{module}.{name}": tensor for name, tensor in layer.tensors.items()}
     return tensors
 
 
 def save(adapter: Adapter, folder: str | Path) -> None:
     """Write ``adapter_config.json`` and ``adapter_model.safetensors`` as PEFT does: a folded adapter as a plain LoRA,
     any other in training form."""
-    config = copy.copy(adapter.config)
+    save_config(adapter.config, Path(folder))
+    tensors = {name: tensor.read().contiguous() for name, tensor in named_tensors(adapter).items()}
+    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def save_config(config: PeftConfig, folder: Path) -> None:
+    """``adapter_config.json``; of a plain LoRA without the fields that an older PEFT does not know, where they have
+    their default values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.copy(config)
     config.inference_mode = True
-    config.save_pretrained(str(folder))
-    save_file(named_tensors(adapter), Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    if type(config) is not LoraConfig:
+        config.save_pretrained(str(folder))
+        return
+    stored, default = config.to_dict(), LoraConfig().to_dict()
+    fields = [*COMMON_FIELDS, *(key for key in stored if key not in COMMON_FIELDS and stored[key] != default[key])]
+    stored = {key: sorted(v) if isinstance(v := stored[key], set) else v for key in fields}
+    write_json(folder / "adapter_config.json", stored)

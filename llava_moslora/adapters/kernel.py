@@ -1,22 +1,22 @@
-"""The adapter branch as one operation that makes the mixer free and keeps nothing but its input for backward::
+"""The adapter branch as one operation, in which the mixer costs nothing and only the input is kept for backward::
 
     y = result + c·D(x)·Aᵀ·Wᵀ·Bᵀ,   c = s / (1 − p),   D drops elements with probability p        (paper eq. 7)
 
 Shapes: N rows (all leading dimensions of x), I in, O out, r rank; x (N, I), A (r, I), W (r, r), B (O, r), y (N, O).
 
-Two costs of the plain formula go away:
+It avoids two costs of the plain formula:
 
-- Time. At width r, W takes four products in forward and backward (one of them made again), of r²·N multiply-adds each.
-  Folded into the smaller of its neighbours, B' = B·W or A' = W·A, it also takes four (one of them made again), of
-  r²·min(I, O) each, however many the rows; so it is folded when N > min(I, O). Measured just above that: 1–4 % of the
-  whole layer's time.
-- Memory. Dropout's output and mask, D(x)·Aᵀ and its product with W are recomputed in backward. Autograd keeps x alone,
-  and linears that share an input share it. The mask is a function of an int64 seed, drawn on the CPU, so that no device
-  has to be waited for; activation checkpointing restores the generator, draws the same seed and so the same mask.
+- Time. At width r, W takes four products in forward and backward (one of them recomputed), of r²·N multiply-adds each.
+  Folded into the smaller of its neighbours, B' = B·W or A' = W·A, it also takes four (one of them recomputed), of
+  r²·min(I, O) each, whatever the number of rows; so it is folded when N > min(I, O). Measured just above that: 1–4 % of
+  the whole layer's time.
+- Memory. Dropout's output and mask, D(x)·Aᵀ and its product with W are recomputed in backward. Autograd keeps only x,
+  and linears that share an input share it. The mask is a function of an int64 seed that is drawn on the CPU, so that
+  the host waits for no device; activation checkpointing restores the generator and so draws the same seed.
 
 On a GPU dropout happens inside the products (:mod:`llava_moslora.adapters.triton_dropout`), which read x once and store
-no mask. ``LLAVA_MOSLORA_KERNEL=torch`` in the environment chooses plain torch operations there too, with other masks.
-:mod:`llava_moslora.adapters.linear` is this branch together with the frozen linear around it.
+no mask. ``LLAVA_MOSLORA_KERNEL=torch`` in the environment selects plain torch operations there too, with other masks.
+:mod:`llava_moslora.adapters.linear` computes this branch together with the frozen linear.
 
 It is a custom operation, not an ``autograd.Function``: a ``torch.Generator`` inside one breaks
 ``torch.compile(fullgraph=True)``, and torch's FLOP counter sees only operations.
@@ -34,10 +34,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from llava_moslora.errors import Refusal
 
-# Dropout probabilities are multiples of 2⁻¹⁶, so that one 64-bit draw serves four elements, and a mask is 16 bits that
-# are and-ed onto the bits of x: on a CPU ten times as fast as masked_fill in bf16, twice in fp32.
-STEPS = 1 << 16
-BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element → the integer of that size
+# Dropout probabilities are multiples of 2⁻¹⁶, so that one 64-bit draw gives the masks of four elements. A mask is 16
+# bits that are and-ed with the bits of x: on a CPU ten times as fast as masked_fill in bf16, twice in fp32.
+DROPOUT_STEPS = 1 << 16
+INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
 
 def low_rank_update(
@@ -51,11 +51,11 @@ def low_rank_update(
 ) -> Tensor:
     """``result`` plus the adapter's branch, in the dtype of ``result``.
 
-    It is computed in the dtype of ``a``, or in autocast's where autocast is on.
+    It is computed in the dtype of ``a``, or in autocast's if autocast is on.
 
     Args:
         result: float[..., O], the frozen layer's output.
-        x: float[..., I], the frozen layer's input, in any floating dtype; kept for backward as it is.
+        x: float[..., I], the frozen layer's input, of any floating dtype; kept for backward as it is.
         a: float[r, I].
         w: float[r, r], or None for plain LoRA.
         b: float[O, r].
@@ -66,24 +66,26 @@ def low_rank_update(
     if not x.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     drop, seed = draw_seed(dropout)
-    # Generation calls this once per layer and token: without gradients the operation's bookkeeping is saved.
+    # Generation calls this once per layer and token: without gradients the operation's overhead is avoided.
     run = _low_rank if torch.is_grad_enabled() or drop else _forward
     return run(result, x, a, w, b, seed, float(scaling), drop, dtype)
 
 
 def draw_seed(dropout: float) -> tuple[int, Tensor | None]:
-    """The probability in ``STEPS``, and the int64 seed on the CPU that one call's mask is a function of."""
+    """The probability as a multiple of 1 / ``DROPOUT_STEPS``, and an int64[] seed on the CPU for one call's mask."""
     if not dropout:
         return 0, None
-    return min(max(round(dropout * STEPS), 1), STEPS - 1), torch.randint(torch.iinfo(torch.int64).max, (), device="cpu")
+    return min(max(round(dropout * DROPOUT_STEPS), 1), DROPOUT_STEPS - 1), torch.randint(
+        torch.iinfo(torch.int64).max, (), device="cpu"
+    )
 
 
 def _forward(result, x, a, w, b, seed, scaling, drop, dtype):
     with _no_autocast(x):
         rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (N, I)
         f = Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows))
-        v = f.mix(dropped(rows, seed, drop).project(f.a))  # (N, r)
-        return _add(result, v, f.b.T, scale(scaling, drop))
+        v = f.apply_mixer(dropped_input(rows, seed, drop).project(f.a))  # (N, r)
+        return _add_branch(result, v, f.b.T, branch_scale(scaling, drop))
 
 
 _low_rank = torch.library.custom_op(
@@ -102,85 +104,85 @@ _low_rank = torch.library.custom_op(
     "ScalarType dtype, bool[] needs) -> Tensor[]",
 )
 def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
-    """Gradients of x, a, w, b, those of them that ``needs`` names; an empty tensor stands for the others."""
+    """Gradients of x, a, w, b as far as ``needs`` says; an empty tensor in place of the others."""
     with _no_autocast(x):
-        rows = dropped(x.reshape(-1, x.shape[-1]).to(dtype), seed, drop)  # (N, I)
+        rows = dropped_input(x.reshape(-1, x.shape[-1]).to(dtype), seed, drop)  # (N, I)
         f = Factors(a.to(dtype), None if w is None else w.to(dtype), b.to(dtype), len(rows.rows))
         grad = grad.reshape(-1, grad.shape[-1]).to(dtype)  # (N, O)
         u = rows.project(f.a)  # (N, r), recomputed
-        grad_u, *grads = f.gradients(grad, u, rows, scale(scaling, drop), needs[1:])
-        grads = (rows.add_gradient(None, grad_u, f.a).view(x.shape) if needs[0] else None, *grads)
+        grad_u, *grads = f.gradients(grad, u, rows, branch_scale(scaling, drop), needs[1:])
+        grads = (rows.add_gradient_of_x(None, grad_u, f.a).view(x.shape) if needs[0] else None, *grads)
     return [
         grad.to(like.dtype) if need else like.new_empty(0)
-        for grad, like, need in zip(grads, _likes(x, a, w, b), needs, strict=True)
+        for grad, like, need in zip(grads, _tensors_like_gradients(x, a, w, b), needs, strict=True)
     ]
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
-    """Autocast would cast the operands of every product again, and in backward only where it runs inside autocast."""
+    """Autocast would cast the operands of every product again, and in backward only if that runs inside autocast."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def _likes(x, a, w, b):
-    """What the gradients look like; with no W the third is never wanted."""
+def _tensors_like_gradients(x, a, w, b):
+    """Tensors of the gradients' shapes and dtypes; without W the third gradient is never needed."""
     return x, a, a if w is None else w, b
 
 
 class Factors:
-    """A, W, B, or A' = W·A, B, or A, B' = B·W, whichever multiplies N rows most cheaply. All of one dtype."""
+    """A, W, B, or A' = W·A, B, or A, B' = B·W: whichever multiplies N rows at the lowest cost. All of one dtype."""
 
     def __init__(self, a: Tensor, w: Tensor | None, b: Tensor, rows: int):
         self.a, self.w, self.b, self.folded_into = a, w, b, None
-        if w is not None and folds(rows, a.shape[1], len(b)):
-            self.whole = (a, w, b)
+        if w is not None and folds_mixer(rows, a.shape[1], len(b)):
+            self.unfolded = (a, w, b)
             self.w = None
             if len(b) <= a.shape[1]:
                 self.b, self.folded_into = b @ w, "b"
             else:
                 self.a, self.folded_into = w @ a, "a"
 
-    def mix(self, u: Tensor) -> Tensor:
-        """What B multiplies: u·Wᵀ (N, r), or u itself where W is folded or absent."""
+    def apply_mixer(self, u: Tensor) -> Tensor:
+        """u·Wᵀ (N, r), or u itself if W is folded or None."""
         return u if self.w is None else u @ self.w.T
 
     def gradients(
-        self, grad: Tensor, u: Tensor, rows: Dropped, scale: float, needs: list[bool]
+        self, grad: Tensor, u: Tensor, rows: DroppedInput, scale: float, needs: list[bool]
     ) -> tuple[Tensor | None, ...]:
-        """Gradients of u (N, r), A, W and B, those of the last three that ``needs`` names, from ``grad`` (N, O)."""
+        """Gradients of u (N, r), A, W and B, the last three as far as ``needs`` says, from ``grad`` (N, O)."""
         need_a, need_w, need_b = needs
         grad_a = grad_w = grad_b = None
         grad_u = (grad @ self.b).mul_(scale)  # (N, r), of u·Wᵀ
         if need_b or self.folded_into == "b":
-            grad_b = (grad.T @ self.mix(u)).mul_(scale)
+            grad_b = (grad.T @ self.apply_mixer(u)).mul_(scale)
         if self.w is not None:
             if need_w:
                 grad_w = grad_u.T @ u
             grad_u = grad_u @ self.w
         if need_a or self.folded_into == "a":
-            grad_a = rows.outer(grad_u)
-        return grad_u, *self.unfold(grad_a, grad_w, grad_b, needs)
+            grad_a = rows.gradient_of_a(grad_u)
+        return grad_u, *self.unfold_gradients(grad_a, grad_w, grad_b, needs)
 
-    def unfold(self, grad_a, grad_w, grad_b, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
-        """From the gradients of these factors to those of A, W and B, as far as they are needed."""
+    def unfold_gradients(self, grad_a, grad_w, grad_b, needs: tuple[bool, bool, bool]) -> tuple[Tensor | None, ...]:
+        """The gradients of A, W and B, as far as they are needed, from those of these factors."""
         if self.folded_into is None:
             return grad_a, grad_w, grad_b
-        (a, w, b), (need_a, need_w, need_b) = self.whole, needs
+        (a, w, b), (need_a, need_w, need_b) = self.unfolded, needs
         if self.folded_into == "b":
             return grad_a, b.T @ grad_b if need_w else None, grad_b @ w.T if need_b else None
         return w.T @ grad_a if need_a else None, grad_a @ a.T if need_w else None, grad_b
 
 
-def folds(rows: int, i: int, o: int) -> bool:
-    """Whether W is folded into a neighbour for this many rows, of a layer from I to O."""
+def folds_mixer(rows: int, i: int, o: int) -> bool:
+    """Whether W is folded into a neighbour for this number of rows, in a layer from I to O."""
     return rows > min(i, o)
 
 
-def scale(scaling: float, drop: int) -> float:
-    """s / (1 − p)."""
-    return scaling * STEPS / (STEPS - drop)
+def branch_scale(scaling: float, drop: int) -> float:
+    """c = s / (1 − p)."""
+    return scaling * DROPOUT_STEPS / (DROPOUT_STEPS - drop)
 
 
-def _add(result: Tensor, v: Tensor, bt: Tensor, scale: float) -> Tensor:
+def _add_branch(result: Tensor, v: Tensor, bt: Tensor, scale: float) -> Tensor:
     """``result + scale·v·bt`` (…, O), summed in the wider of their dtypes, returned in that of ``result``."""
     flat = result.contiguous().view(-1, result.shape[-1])
     if torch.promote_types(result.dtype, v.dtype) == v.dtype:
@@ -190,33 +192,33 @@ def _add(result: Tensor, v: Tensor, bt: Tensor, scale: float) -> Tensor:
     return total.view(result.shape)
 
 
-class Dropped:
-    """D(x), rows (N, I), as the branch's three products see it: the mask is drawn and applied to the bits of x."""
+class DroppedInput:
+    """D(x) for rows (N, I), in the branch's three products. Here the mask is drawn and applied to the bits of x."""
 
     def __init__(self, rows: Tensor, seed: Tensor | None, drop: int):
         self.rows, self.mask = rows, None
         if seed is not None:
-            self.mask = _draw(rows.shape, seed, drop, rows.device)
-            self.rows = (rows.view(BITS[rows.element_size()]) & self.mask).view(rows.dtype)
+            self.mask = _draw_mask(rows.shape, seed, drop, rows.device)
+            self.rows = (rows.view(INTEGER_OF_SIZE[rows.element_size()]) & self.mask).view(rows.dtype)
 
     def project(self, a: Tensor) -> Tensor:
         """D(x)·Aᵀ (N, r)."""
         return self.rows @ a.T
 
-    def outer(self, grad_u: Tensor) -> Tensor:
+    def gradient_of_a(self, grad_u: Tensor) -> Tensor:
         """grad_uᵀ·D(x) (r, I)."""
         return grad_u.T @ self.rows
 
-    def add_gradient(self, grad_x: Tensor | None, grad_u: Tensor, a: Tensor) -> Tensor:
-        """``grad_x`` (N, I), which may be written over, plus D(grad_u·A); D(grad_u·A) alone without it."""
+    def add_gradient_of_x(self, grad_x: Tensor | None, grad_u: Tensor, a: Tensor) -> Tensor:
+        """``grad_x`` (N, I), which may be overwritten, plus D(grad_u·A); only D(grad_u·A) if it is None."""
         branch = grad_u @ a
         if self.mask is not None:
-            branch.view(BITS[branch.element_size()]).bitwise_and_(self.mask)
+            branch.view(INTEGER_OF_SIZE[branch.element_size()]).bitwise_and_(self.mask)
         return branch if grad_x is None else grad_x.add_(branch)
 
 
-class DroppedInside(Dropped):
-    """The same on a GPU, inside the products: no mask in memory, and none drawn twice."""
+class TritonDroppedInput(DroppedInput):
+    """The same on a GPU, with dropout inside the products: no mask is in memory."""
 
     def __init__(self, rows: Tensor, seed: Tensor, drop: int):
         from llava_moslora.adapters import triton_dropout  # imported here: needs Triton
@@ -227,42 +229,42 @@ class DroppedInside(Dropped):
     def project(self, a: Tensor) -> Tensor:
         return self._products.dropped_project(self.rows, a.contiguous(), *self.mask)
 
-    def outer(self, grad_u: Tensor) -> Tensor:
+    def gradient_of_a(self, grad_u: Tensor) -> Tensor:
         return self._products.dropped_outer(grad_u.contiguous(), self.rows, *self.mask)
 
-    def add_gradient(self, grad_x: Tensor | None, grad_u: Tensor, a: Tensor) -> Tensor:
+    def add_gradient_of_x(self, grad_x: Tensor | None, grad_u: Tensor, a: Tensor) -> Tensor:
         grad_x = torch.zeros_like(self.rows) if grad_x is None else grad_x
         return self._products.add_dropped(grad_x, grad_u.contiguous(), a.contiguous(), *self.mask)
 
 
-def dropped(rows: Tensor, seed: Tensor | None, drop: int) -> Dropped:
-    """D(x) for rows (N, I) in the dtype of the adapter; without a seed nothing is dropped."""
+def dropped_input(rows: Tensor, seed: Tensor | None, drop: int) -> DroppedInput:
+    """D(x) for rows (N, I) of the adapter's dtype; without a seed nothing is dropped."""
     if seed is None or not uses_triton(rows):
-        return Dropped(rows, seed, drop)
-    return DroppedInside(rows, seed, drop)
+        return DroppedInput(rows, seed, drop)
+    return TritonDroppedInput(rows, seed, drop)
 
 
-def triton_wanted() -> bool:
-    """Whether Triton's kernels are used on a GPU: it is installed, and the environment does not choose torch.
+def triton_enabled() -> bool:
+    """Whether Triton's kernels are used on a GPU: Triton is installed, and the environment does not select torch.
 
     Raises:
-        Refusal: C-FLAG, the environment chooses something else.
+        Refusal: C-FLAG, the environment selects something else.
     """
-    wanted = os.environ.get("LLAVA_MOSLORA_KERNEL", "triton")
-    if wanted not in ("torch", "triton"):
+    selected = os.environ.get("LLAVA_MOSLORA_KERNEL", "triton")
+    if selected not in ("torch", "triton"):
         key = "LLAVA_MOSLORA_KERNEL in the environment"
-        raise Refusal("C-FLAG", "unknown kernels", key=key, found=wanted, expected="torch or triton")
-    return wanted == "triton" and _HAS_TRITON
+        raise Refusal("C-FLAG", "unknown kernels", key=key, found=selected, expected="torch or triton")
+    return selected == "triton" and _HAS_TRITON
 
 
 def mask_source(device: torch.device) -> str:
-    """What dropout's masks are a function of besides their seeds: another source, other masks."""
-    return "hash" if device.type == "cuda" and triton_wanted() else f"{device.type} generator"
+    """Name of what computes dropout's masks from their seeds: from another source the masks are others."""
+    return "hash" if device.type == "cuda" and triton_enabled() else f"{device.type} generator"
 
 
 def uses_triton(rows: Tensor) -> bool:
-    """Whether the products with rows (N, I) are Triton's, which know no float64."""
-    return rows.is_cuda and rows.dtype != torch.float64 and triton_wanted()
+    """Whether Triton computes the products with rows (N, I); it has no float64."""
+    return rows.is_cuda and rows.dtype != torch.float64 and triton_enabled()
 
 
 def add_low_rank(y: Tensor, v: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -277,17 +279,19 @@ def add_low_rank(y: Tensor, v: Tensor, b: Tensor, scale: float) -> Tensor:
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _draw(shape: torch.Size, seed: Tensor, drop: int, device: torch.device) -> Tensor:
-    """int16[shape], no bit set with probability ``drop`` / STEPS, else all: a function of seed, shape and device."""
+def _draw_mask(shape: torch.Size, seed: Tensor, drop: int, device: torch.device) -> Tensor:
+    """int16[shape]: 0 with probability ``drop`` / DROPOUT_STEPS, else all bits set. By seed, shape and device."""
     generator = torch.Generator(device).manual_seed(seed.item())
     if device.type != "cpu":
-        kept = torch.empty(shape, dtype=torch.int16, device=device).bernoulli_(1 - drop / STEPS, generator=generator)
+        kept = torch.empty(shape, dtype=torch.int16, device=device).bernoulli_(
+            1 - drop / DROPOUT_STEPS, generator=generator
+        )
         return kept.neg_()
-    # The generator is serial here, so as few draws as possible.
+    # The CPU's generator is serial: draw as few numbers as possible.
     count = shape.numel()
     draws = torch.empty((count + 3) // 4, dtype=torch.int64)
     draws.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    return draws.view(torch.int16)[:count].view(shape).lt_(drop - STEPS // 2).sub_(1)
+    return draws.view(torch.int16)[:count].view(shape).lt_(drop - DROPOUT_STEPS // 2).sub_(1)
 
 
 @_low_rank.register_fake
@@ -299,7 +303,7 @@ def _(result, x, a, w, b, seed, scaling, drop, dtype):
 def _(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
     return [
         torch.empty_like(like, memory_format=torch.contiguous_format) if need else like.new_empty(0)
-        for like, need in zip(_likes(x, a, w, b), needs, strict=True)
+        for like, need in zip(_tensors_like_gradients(x, a, w, b), needs, strict=True)
     ]
 
 
@@ -312,8 +316,8 @@ def _backward(ctx, grad):
     needs = list(ctx.needs_input_grad[1:5])
     grads = [None] * 4
     if any(needs):
-        made = _low_rank_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.drop, ctx.dtype, needs)
-        grads = [g if need else None for g, need in zip(made, needs, strict=True)]
+        gradients = _low_rank_backward(grad, *ctx.saved_tensors, ctx.scaling, ctx.drop, ctx.dtype, needs)
+        grads = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return grad, *grads, None, None, None, None
 
 
@@ -321,15 +325,15 @@ _low_rank.register_autograd(_backward, setup_context=_setup_context)
 
 
 def flops(rows: int, i: int, o: int, r: int, mixed: bool, need_x: bool = True) -> dict[str, int]:
-    """FLOPs (2 per multiply-add) of one layer's branch in ``forward`` and ``backward``, and how many of those in
-    backward are spent on making forward's intermediates ``again``."""
+    """FLOPs (2 per multiply-add) of one layer's branch in ``forward`` and ``backward``, and how many of the latter
+    recompute forward's intermediates: ``recomputed``."""
     down, up = 2 * rows * r * i, 2 * rows * r * o
-    mixer = mixed * 2 * r * r * (min(i, o) if folds(rows, i, o) else rows)  # one product with W
-    again = down + mixer
+    mixer = mixed * 2 * r * r * (min(i, o) if folds_mixer(rows, i, o) else rows)  # one product with W
+    recomputed = down + mixer
     return {
         "forward": down + mixer + up,
-        "backward": again + 2 * up + 2 * mixer + (1 + need_x) * down,
-        "again": again,
+        "backward": recomputed + 2 * up + 2 * mixer + (1 + need_x) * down,
+        "recomputed": recomputed,
     }
 
 

@@ -1,6 +1,6 @@
 """MoSLoRA over ``nn.Linear``, and what its layers over quantised linears share: thin subclasses of PEFT's LoRA layers.
 
-A layer adds one parameter, ``lora_mixer`` (r×r, beside ``lora_A`` and ``lora_B``), and one PEFT variant that uses it;
+A layer adds one parameter, ``lora_mixer`` (r×r, next to ``lora_A`` and ``lora_B``), and one PEFT variant that uses it;
 PEFT keeps its forward loops, its merging and its handling of several adapters.
 
 Shapes: r rank, in/out features of the layer. All weights are floating point, of one dtype.
@@ -11,25 +11,28 @@ from __future__ import annotations
 import math
 
 import torch
-from peft.import_utils import is_bnb_available
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 from llava_moslora import recompute
-from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
-from llava_moslora.adapters.fold import delta
+from llava_moslora.adapters.fold import add, delta
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.adapters.linear import adapted_linear, frozen_dtype
+from llava_moslora.adapters.mixer_config import MixerConfig
+from llava_moslora.adapters.settings import check_even_rank
 from llava_moslora.errors import Refusal
+from llava_moslora.private_api import check_private_api
+
+check_private_api("adapters.layers")
 
 
 class MosLoraVariant(LoraVariant):
-    """What PEFT calls for an adapter made from a :class:`MosLoraConfig`; ``module`` is one of the layers below."""
+    """What PEFT calls for an adapter made from a ``MosLoraConfig``; ``module`` is one of the layers below."""
 
     @staticmethod
-    def init(module: MosLoraLayer, adapter_name: str, config: MosLoraConfig, **kwargs) -> None:
-        """Create W, as ``config`` (already settled for this module) says; a frozen identity is not stored."""
+    def init(module: MosLoraLayer, adapter_name: str, config: MixerConfig, **kwargs) -> None:
+        """Create W with the settings of ``config``, which is this module's own; a frozen identity is not stored."""
         if not config.has_mixer:
             return
         rank = module.r[adapter_name]
@@ -39,7 +42,7 @@ class MosLoraVariant(LoraVariant):
         module.lora_mixer[adapter_name] = mixer
         module._move_adapter_to_device_of_base_layer(adapter_name)
         if not config.train_mixer:
-            # PEFT re-applies this after everything that makes adapters trainable. The class default is shared.
+            # PEFT applies this after everything that makes adapters trainable. The class default is shared.
             module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter_name: ("lora_mixer",)}
 
     @staticmethod
@@ -52,7 +55,7 @@ class MosLoraVariant(LoraVariant):
     @staticmethod
     def merge_safe(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         if module.keep_base and not module.merged_adapters:
-            module._cache_store(KEPT, orig_weight.clone())
+            module._cache_store(BASE_WEIGHT, orig_weight.clone())
         return add(orig_weight, module.get_delta_weight(active_adapter))
 
     @staticmethod
@@ -62,12 +65,12 @@ class MosLoraVariant(LoraVariant):
     @staticmethod
     def unmerge(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
         # PEFT unmerges all adapters, one after the other: the kept base comes back with the last.
-        if KEPT in module._caches and not module.merged_adapters:
-            return module._cache_pop(KEPT)
+        if BASE_WEIGHT in module._caches and not module.merged_adapters:
+            return module._cache_pop(BASE_WEIGHT)
         return add(orig_weight, -module.get_delta_weight(active_adapter))
 
 
-KEPT = "base weight before merging"
+BASE_WEIGHT = "base weight before merging"
 
 
 def keep_base(model: nn.Module, keep: bool = True) -> None:
@@ -77,13 +80,8 @@ def keep_base(model: nn.Module, keep: bool = True) -> None:
             module.keep_base = keep
 
 
-def add(weight: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-    """``weight + update``, rounded once to the dtype of ``weight``."""
-    return (weight.to(update.dtype) + update).to(weight.dtype)
-
-
 def init_mixer(weight: torch.Tensor, how: str) -> None:
-    """Fill W (r, r) in place: one of ``config.MIXER_INITS`` (paper §3.2 and eq. 6)."""
+    """Fill W (r, r) in place; ``how`` is one of ``MIXER_INITS`` (paper §3.2 and eq. 6)."""
     rank = len(weight)
     if how == "kaiming_uniform":
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
@@ -97,7 +95,7 @@ def init_mixer(weight: torch.Tensor, how: str) -> None:
     elif how == "butterfly":
         weight.copy_(torch.eye(rank // 2).repeat(2, 2))
     else:
-        raise AssertionError(f"MosLoraConfig let the mixer start {how!r} through")
+        raise AssertionError(f"MosLoraConfig accepted the mixer init {how!r}")
 
 
 class MosLoraLayer:
@@ -106,48 +104,48 @@ class MosLoraLayer:
     adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
 
     keep_base = False  # see the function of that name
-    _settling: MosLoraConfig | None = None  # the configuration of an adapter that PEFT is still putting in place
+    _unchecked: MixerConfig | None = None  # the configuration of an adapter that PEFT is still putting into the model
 
     def __init__(self, base_layer, adapter_name, config, r=0, lora_alpha=1, target_name="", **kwargs):
-        # Settled here because PEFT's bitsandbytes layers do not hand target_name on to update_layer.
+        # Here because PEFT's bitsandbytes layers do not pass target_name on to update_layer.
         config = config.for_module(target_name)
         super().__init__(base_layer, adapter_name, config=config, r=r, lora_alpha=lora_alpha, **kwargs)
 
     def update_layer(self, adapter_name, r, lora_alpha, config, target_name="", **kwargs):
-        """Add an adapter: any :class:`peft.LoraConfig`, with a mixer if it is a :class:`MosLoraConfig`.
+        """Add an adapter: any :class:`peft.LoraConfig`, with a mixer if it is a ``MosLoraConfig``.
 
         Raises:
             Refusal: C-RANK if r exceeds min(in, out), or is odd for a butterfly.
         """
         if "lora_mixer" not in self._modules:
             self.lora_mixer = nn.ModuleDict()
-        if isinstance(config, MosLoraConfig):
+        if isinstance(config, MixerConfig):
             config = config.for_module(target_name)
             if r > min(self.in_features, self.out_features):
                 raise Refusal(
                     "C-RANK",
                     "the rank exceeds what the layer can hold",
-                    key=config._module,
+                    key=config.module_name,
                     found=r,
                     expected=f"at most min(in, out) = {min(self.in_features, self.out_features)}",
                     fix="lower r, or give this module its own rank in rank_pattern",
                 )
             if config.mixer_init == "butterfly":
-                check_even_rank(config._module, r)
+                check_even_rank(config.module_name, r)
         super().update_layer(adapter_name, r, lora_alpha, config, target_name=target_name, **kwargs)
-        if isinstance(config, MosLoraConfig):
-            self._settling = config._whole
+        if isinstance(config, MixerConfig):
+            self._unchecked = config.full_config
 
     def set_adapter(self, adapter_names, inference_mode=False):
         super().set_adapter(adapter_names, inference_mode)
-        # PEFT calls this on every layer once it has visited the whole model: the first moment when a target that
-        # matched nothing shows.
-        if self._settling is not None:
-            config, self._settling = self._settling, None
+        # PEFT calls this on every layer once it has visited the whole model: the first moment at which a target that
+        # matched nothing is known.
+        if self._unchecked is not None:
+            config, self._unchecked = self._unchecked, None
             config.check_targets()
 
     def resolve_lora_variant(self, *, config, **kwargs):
-        if isinstance(config, MosLoraConfig):
+        if isinstance(config, MixerConfig):
             return MosLoraVariant()
         return super().resolve_lora_variant(config=config, **kwargs)
 
@@ -156,7 +154,7 @@ class MosLoraLayer:
         operation."""
         adapter = None if args or kwargs else self._only_adapter(x)
         if adapter is None:
-            with recompute.keep_operations():
+            with recompute.save_operations():
                 return super().forward(x, *args, **kwargs)
         weights = self.adapter_weights(adapter)
         scaling, p = self.scaling[adapter], self.dropout_probability(adapter)
@@ -237,8 +235,8 @@ class MosLoraLinear(MosLoraLayer, lora.Linear):
     """MoSLoRA over ``nn.Linear``."""
 
 
-class Unsupported:
-    """Stands in PEFT's table for every other kind of module: without it PEFT would put a plain LoRA there."""
+class UnsupportedModule:
+    """The entry of every other kind of module: without it PEFT would put a plain LoRA there."""
 
     def __init__(self, base_layer, adapter_name, *, target_name="", **kwargs):
         raise Refusal(
@@ -248,15 +246,3 @@ class Unsupported:
             found=type(base_layer).__name__,
             fix="take it out of target_modules",
         )
-
-
-def custom_modules() -> dict[type[nn.Module], type]:
-    """Base layer → our layer, for ``LoraConfig._register_custom_module``; the first match wins.
-
-    The order matters: bitsandbytes' classes inherit from ``nn.Linear``.
-    """
-    quantised = {}
-    if is_bnb_available():
-        from llava_moslora.adapters.bnb import QUANTISED as quantised  # needs this module, and bitsandbytes
-
-    return {**quantised, nn.Linear: MosLoraLinear, nn.Module: Unsupported}

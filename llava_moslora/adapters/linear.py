@@ -2,15 +2,15 @@
 
     y = x·W₀ᵀ + bias + c·D(x)·Aᵀ·Wᵀ·Bᵀ                                                     (paper eq. 7)
 
-The branch is :mod:`llava_moslora.adapters.kernel`'s. Together with the linear it costs less:
+The branch is that of :mod:`llava_moslora.adapters.kernel`. Together with the linear it costs less:
 
-- the branch is added onto the linear's product in place, in forward and in backward, in one pass over it;
-- x gets one gradient in place of two that autograd would add up;
-- u = D(x)·Aᵀ (N, r) is kept for backward where it is small beside x;
-- y is the output of one operation, which selective recomputation can keep (:mod:`llava_moslora.recompute`).
+- the branch is added to the linear's product in place, in forward and in backward, in one pass over it;
+- x gets one gradient instead of two that autograd would add;
+- u = D(x)·Aᵀ (N, r) is kept for backward if it is small compared with x;
+- y is the output of one operation, which selective recomputation can save (:mod:`llava_moslora.recompute`).
 
-The autograd function around the operation is cheap for the host, which has several hundred of them to start per step:
-with ``torch.library.custom_op`` a forward costs it 1.7 times as much.
+The operation is called from an autograd function, several hundred times per step: with ``torch.library.custom_op`` a
+forward takes the host 1.7 times as long.
 
 W₀ may be NF4 or FP4: it is dequantised here, in forward and again in backward.
 
@@ -27,9 +27,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from llava_moslora import recompute
 from llava_moslora.adapters import kernel
-from llava_moslora.adapters.kernel import Factors, add_low_rank, draw_seed, dropped, scale
+from llava_moslora.adapters.kernel import Factors, add_low_rank, branch_scale, draw_seed, dropped_input
 
-KEEP_BELOW = 1 / 16  # u is kept where r is at most this share of I; above, recomputing it costs less than its memory
+KEEP_U_UP_TO = 1 / 16  # r / I up to which u is kept; above, recomputing it costs less than its memory
 
 
 def adapted_linear(
@@ -52,7 +52,8 @@ def adapted_linear(
         b: float[O, r].
         scaling: s.
         dropout: probability of dropping an element of x on its way into the branch; 0 outside training.
-        ends_layer: nothing that backward needs is computed from y in this layer: where it is recomputed, y is not.
+        ends_layer: y is only added to the residual, so backward needs nothing that is computed from y in this layer:
+            recomputing the layer skips y.
     """
     drop, seed = draw_seed(dropout)
     frozen = (base.weight, base.bias, *_quantisation(base))
@@ -60,8 +61,8 @@ def adapted_linear(
 
 
 def frozen_dtype(base: nn.Module) -> torch.dtype | None:
-    """What the frozen weight is multiplied in; None for a 4-bit weight that stands for one dtype and computes in
-    another."""
+    """The dtype of products with the frozen weight; None for a 4-bit weight that was quantised from one dtype and
+    computes in another."""
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return base.weight.dtype
@@ -69,7 +70,7 @@ def frozen_dtype(base: nn.Module) -> torch.dtype | None:
 
 
 def _quantisation(base: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[int], str]:
-    """bitsandbytes' description of a 4-bit weight as an operation can take it; empty for an ordinary weight."""
+    """bitsandbytes' description of a 4-bit weight, in types that an operation takes; empty for an ordinary weight."""
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return None, None, None, None, list(base.weight.shape), ""
@@ -96,36 +97,36 @@ def _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, qua
 def _adapted_linear(
     x, weight, bias, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, scaling, drop
 ):
-    """y, and u (N, r) where backward keeps it, else an empty tensor."""
+    """y, and u (N, r) if it is kept for backward, else an empty tensor."""
     rows = x.reshape(-1, x.shape[-1])
     frozen = _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, x.dtype)
     f = Factors(a, w, b, len(rows))
-    u = dropped(rows, seed, drop).project(f.a)
-    y = add_low_rank(F.linear(rows, frozen, bias), f.mix(u), f.b, scale(scaling, drop))
-    return y.view(*x.shape[:-1], len(b)), u if keeps(len(a), x.shape[-1]) else u.new_empty(0)
+    u = dropped_input(rows, seed, drop).project(f.a)
+    y = add_low_rank(F.linear(rows, frozen, bias), f.apply_mixer(u), f.b, branch_scale(scaling, drop))
+    return y.view(*x.shape[:-1], len(b)), u if keeps_u(len(a), x.shape[-1]) else u.new_empty(0)
 
 
 def _adapted_linear_backward(
     grad, x, weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, u, scaling, drop,
     needs,
 ):  # fmt: skip
-    """Gradients of x, a, w, b, those of them that ``needs`` names; an empty tensor stands for the others."""
-    rows = dropped(x.reshape(-1, x.shape[-1]), seed, drop)
+    """Gradients of x, a, w, b as far as ``needs`` says; an empty tensor in place of the others."""
+    rows = dropped_input(x.reshape(-1, x.shape[-1]), seed, drop)
     f = Factors(a, w, b, len(rows.rows))
     grad = grad.reshape(-1, grad.shape[-1])
     if not u.numel():
         u = rows.project(f.a)
-    grad_u, *grads = f.gradients(grad, u, rows, scale(scaling, drop), needs[1:])
+    grad_u, *grads = f.gradients(grad, u, rows, branch_scale(scaling, drop), needs[1:])
     grad_x = None
     if needs[0]:
         frozen = _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, x.dtype)
-        grad_x = rows.add_gradient(grad @ frozen, grad_u, f.a).view(x.shape)
+        grad_x = rows.add_gradient_of_x(grad @ frozen, grad_u, f.a).view(x.shape)
     return [g if need else x.new_empty(0) for g, need in zip((grad_x, *grads), needs, strict=True)]
 
 
-def keeps(r: int, i: int) -> bool:
+def keeps_u(r: int, i: int) -> bool:
     """Whether u is kept for backward."""
-    return r <= KEEP_BELOW * i
+    return r <= KEEP_U_UP_TO * i
 
 
 _library = torch.library.Library("llava_moslora", "FRAGMENT")
@@ -147,7 +148,7 @@ _backward = torch.ops.llava_moslora.adapted_linear_backward.default
 
 @torch.library.register_fake("llava_moslora::adapted_linear", lib=_library)
 def _(x, weight, bias, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, scaling, drop):
-    u = x.new_empty(x.shape[:-1].numel(), len(a)) if keeps(len(a), x.shape[-1]) else x.new_empty(0)
+    u = x.new_empty(x.shape[:-1].numel(), len(a)) if keeps_u(len(a), x.shape[-1]) else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], len(b)), u
 
 
@@ -165,23 +166,23 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(ctx, *inputs):
         *operands, ends_layer = inputs
         x, weight, _, *quantisation, layout, quant_type, a, w, b, seed, scaling, drop = operands
-        kept = recompute.kept()
-        if kept is None:
+        saved = recompute.saved_outputs()
+        if saved is None:
             y, u = _forward(*operands)
-        elif kept.recomputing:
-            y, u = kept.take("adapted_linear")
+        elif saved.recomputing:
+            y, u = saved.load("adapted_linear")
             y = x.new_empty(*x.shape[:-1], len(b)) if y is None else y
         else:
             y, u = _forward(*operands)
-            kept.put("adapted_linear", (None if ends_layer else y, u))
+            saved.save("adapted_linear", (None if ends_layer else y, u))
         ctx.layout, ctx.quant_type, ctx.scaling, ctx.drop = layout, quant_type, scaling, drop
         ctx.save_for_backward(x, weight, *quantisation, a, w, b, seed, u)
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        asked = ctx.needs_input_grad
-        needs = [asked[0], *asked[9:12]]
+        needs_input = ctx.needs_input_grad
+        needs = [needs_input[0], *needs_input[9:12]]
         x, weight, *quantisation, a, w, b, seed, u = ctx.saved_tensors
         operands = (x, weight, *quantisation, ctx.layout, ctx.quant_type, a, w, b, seed, u, ctx.scaling, ctx.drop)
         grads = [g if need else None for g, need in zip(_backward(grad, *operands, needs), needs, strict=True)]
@@ -191,9 +192,9 @@ class _AdaptedLinear(torch.autograd.Function):
 def flops(rows: int, i: int, o: int, r: int, mixed: bool, need_x: bool = True) -> dict[str, int]:
     """FLOPs (2 per multiply-add) of the whole layer in ``forward`` and ``backward``, frozen linear and branch."""
     branch, frozen = kernel.flops(rows, i, o, r, mixed, need_x), 2 * rows * i * o
-    # The branch alone recomputes u; here it is kept, unless it is too large.
-    spared = 2 * rows * r * i if keeps(r, i) else 0
-    return {"forward": branch["forward"] + frozen, "backward": branch["backward"] - spared + need_x * frozen}
+    # The branch on its own recomputes u; here u is kept, unless it is too large.
+    not_recomputed = 2 * rows * r * i if keeps_u(r, i) else 0
+    return {"forward": branch["forward"] + frozen, "backward": branch["backward"] - not_recomputed + need_x * frozen}
 
 
 @register_flop_formula(torch.ops.llava_moslora.adapted_linear)

@@ -1,14 +1,13 @@
-"""The adapter's products on a GPU, with dropout inside: no mask is stored, and none is drawn twice.
+"""The adapter's products on a GPU in Triton, with dropout inside them: no mask is stored.
 
     dropped_project   u  = D(x)·Aᵀ            one pass over x
     dropped_outer     gA = guᵀ·D(x)           one pass over x
     add_low_rank      y += c·u·B'ᵀ            one pass over y, three times as fast as cuBLAS at rank 64
     add_dropped       gx += D(gu·A)           one pass over gx
 
-D zeroes an element where a keyed hash of its row and column is below a threshold; it does not rescale, the caller's
-scale does. The hash needs no state, so forward, backward and recomputation see the same mask on any NVIDIA GPU,
-whatever the block shape or the number of multiprocessors. Sums are in float32 and their order is fixed: results repeat
-bit for bit.
+D zeroes an element if a keyed hash of its row and column is below a threshold; it does not rescale, the caller's scale
+does. The hash needs no state, so forward, backward and recomputation get the same mask on any NVIDIA GPU, whatever the
+block shape or the number of multiprocessors. Sums are in float32 in a fixed order, reproducible bit for bit.
 
 Shapes: N rows, I in, O out, r rank; x (N, I), A (r, I), B' (O, r), u and gu (N, r). dtypes: bfloat16, float16 or
 float32, all equal.
@@ -26,7 +25,7 @@ PROGRAMS = 528  # four for each of an H100's 132 multiprocessors; fixed, so that
 
 
 @triton.jit
-def _mixed(h):
+def _hash(h):
     """A 32-bit hash (lowbias32, with improved constants)."""
     h ^= h >> 16
     h *= 0x21F0AAAD
@@ -36,12 +35,12 @@ def _mixed(h):
 
 
 @triton.jit
-def _kept(rows, columns, key, key2, threshold):
-    """Whether element (row, column) is kept: both are hashed with the keys, and once more together. As independent as
-    draws of a generator between neighbours, rows, columns and keys, and cheap, as most of it is not per element."""
+def _keep(rows, columns, key, key2, threshold):
+    """Whether element (row, column) is kept: both are hashed with the keys, and once more together. Neighbours, rows,
+    columns and keys are as independent as draws of a generator; most work is per row or column, not per element."""
     key, key2 = key.to(tl.uint32), key2.to(tl.uint32)
-    row = _mixed(_mixed(rows.to(tl.uint32) ^ key) ^ key2)
-    column = _mixed(_mixed(columns.to(tl.uint32) ^ key2) + key + 0x1E3779B9)
+    row = _hash(_hash(rows.to(tl.uint32) ^ key) ^ key2)
+    column = _hash(_hash(columns.to(tl.uint32) ^ key2) + key + 0x1E3779B9)
     h = (row[:, None] ^ column[None, :]) * 0x21F0AAAD
     h ^= h >> 15
     h *= 0x735A2D97
@@ -49,18 +48,18 @@ def _kept(rows, columns, key, key2, threshold):
 
 
 @triton.jit
-def _places(x, first, columns, i, ROWS: tl.constexpr):
+def _pointers(x, first, columns, i, ROWS: tl.constexpr):
     """Pointers to x[first : first + ROWS, columns] of x (…, i): 64 bits for the first row, 32 within the block."""
     return x + tl.cast(first, tl.int64) * i + (tl.arange(0, ROWS)[:, None] * i + columns[None, :])
 
 
 @triton.jit
 def _dropped_block(x, first, columns, n, i, key, key2, threshold, ROWS: tl.constexpr):
-    """x[first : first + ROWS, columns] with the dropped elements, and those outside, at 0."""
+    """x[first : first + ROWS, columns], 0 for dropped elements and outside of x."""
     rows = first + tl.arange(0, ROWS)
     inside = (rows < n)[:, None] & (columns < i)[None, :]
-    block = tl.load(_places(x, first, columns, i, ROWS), mask=inside, other=0.0)
-    return tl.where(_kept(rows, columns, key, key2, threshold), block, 0.0)
+    block = tl.load(_pointers(x, first, columns, i, ROWS), mask=inside, other=0.0)
+    return tl.where(_keep(rows, columns, key, key2, threshold), block, 0.0)
 
 
 @triton.jit(do_not_specialize=["key", "key2", "threshold"])
@@ -80,8 +79,8 @@ def _project(
             other=0.0,
         )
         total = tl.dot(block, factor, total, input_precision="ieee")
-    place = rows.to(tl.int64)[:, None] * r + ranks[None, :]
-    tl.store(u + place, total.to(u.dtype.element_ty), mask=(rows < n)[:, None] & (ranks < r)[None, :])
+    offsets = rows.to(tl.int64)[:, None] * r + ranks[None, :]
+    tl.store(u + offsets, total.to(u.dtype.element_ty), mask=(rows < n)[:, None] & (ranks < r)[None, :])
 
 
 @triton.jit(do_not_specialize=["key", "key2", "threshold"])
@@ -103,8 +102,8 @@ def _outer(
             other=0.0,
         )
         total = tl.dot(factor, block, total, input_precision="ieee")
-    place = part.to(tl.int64) * r * i + ranks[:, None] * i + columns[None, :]
-    tl.store(parts + place, total, mask=(ranks < r)[:, None] & (columns < i)[None, :])
+    offsets = part.to(tl.int64) * r * i + ranks[:, None] * i + columns[None, :]
+    tl.store(parts + offsets, total, mask=(ranks < r)[:, None] & (columns < i)[None, :])
 
 
 @triton.jit(do_not_specialize=["key", "key2", "threshold"])
@@ -118,24 +117,24 @@ def _add(
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for begin in range(0, r, RANK):
         ranks = begin + tl.arange(0, RANK)
-        one = tl.load(
+        left_block = tl.load(
             left + rows.to(tl.int64)[:, None] * r + ranks[None, :],
             mask=(rows < n)[:, None] & (ranks < r)[None, :],
             other=0.0,
         )
-        other = tl.load(
+        right_block = tl.load(
             right + ranks[:, None] * right_rank + columns[None, :] * right_column,
             mask=(ranks < r)[:, None] & (columns < o)[None, :],
             other=0.0,
         )
-        total = tl.dot(one, other, total, input_precision="ieee")
+        total = tl.dot(left_block, right_block, total, input_precision="ieee")
     total *= scale
     if DROP:
-        total = tl.where(_kept(rows, columns, key, key2, threshold), total, 0.0)
-    place = _places(y, first, columns, o, ROWS)
+        total = tl.where(_keep(rows, columns, key, key2, threshold), total, 0.0)
+    pointers = _pointers(y, first, columns, o, ROWS)
     inside = (rows < n)[:, None] & (columns < o)[None, :]
-    before = tl.load(place, mask=inside, other=0.0)
-    tl.store(place, (before.to(tl.float32) + total).to(y.dtype.element_ty), mask=inside)
+    before = tl.load(pointers, mask=inside, other=0.0)
+    tl.store(pointers, (before.to(tl.float32) + total).to(y.dtype.element_ty), mask=inside)
 
 
 def keys(seed: Tensor) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import numpy as np
 from datasets import Dataset
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.disk import fsync, replace_file, replace_folder
 
 REPORT = "report.json"
 CHECKSUM = "crc32"  # key of a checksum of all the others, in the report and in what was counted in a part
@@ -62,16 +63,6 @@ def read_json(path: Path) -> dict | None:
 
 def _canonical(content: dict) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
-
-
-def replace_file(path: Path, content: bytes | memoryview) -> None:
-    """Write ``path`` so that after a crash it holds ``content`` or what it held before."""
-    half = path.with_name(f".{path.name}.half")
-    with half.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(half, path)
 
 
 def read_report(folder: Path) -> dict | None:
@@ -143,16 +134,10 @@ def find_damage(folder: Path) -> str | None:
 
 def publish(staging: Path, target: Path) -> None:
     """Make the finished folder ``staging`` the cache ``target``, in place of what may be there."""
-    _flush_folder(staging)
-    if target.exists():
-        old = target.with_name(f"{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-        os.rename(staging, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(staging, target)
-    _flush_folder(target.parent)
+    fsync(staging)
+    old = target.with_name(f"{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
+    replace_folder(staging, target, old)
 
 
 def copy_parts(target: Path, staging: Path) -> None:
@@ -168,15 +153,6 @@ def _link(source: str, destination: str) -> None:
         os.link(source, destination)  # files are replaced, never written into
     except OSError:  # a file system without hard links
         shutil.copyfile(source, destination)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Names and renames in ``folder`` onto the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

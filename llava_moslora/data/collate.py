@@ -12,11 +12,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.images import ImageTransform, load_bytes, load_image
+from llava_moslora.config import DataSettings
+from llava_moslora.data.image_transform import ImageTransform
+from llava_moslora.data.images import load_bytes, load_image
 from llava_moslora.data.sources.shards import ImageRef, read_image
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import IGNORE_INDEX
+from llava_moslora.text.tokenizer import image_token_id
 
 PACKINGS = 32  # lengths of packed lines that are tried
 
@@ -51,6 +55,26 @@ class Collator:
     pack_to: int | None = None
     image_token_id: int | None = None
     data_files: tuple[str, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
+        settings: DataSettings,
+        tokenizer: PreTrainedTokenizerFast,
+        transform: ImageTransform,
+        packing: bool = False,
+    ) -> Collator:
+        """The collator of a data set that was prepared with these settings; ``packing``: rows of
+        ``settings.model_max_length`` tokens."""
+        return cls(
+            tokenizer.pad_token_id,
+            settings.image_folder,
+            transform,
+            follow_links=settings.follow_image_links,
+            pack_to=settings.model_max_length if packing else None,
+            image_token_id=image_token_id(tokenizer),
+            data_files=tuple(settings.data_path),
+        )
 
     def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor | int]:
         """``input_ids labels`` int64[B, T], packed also what :func:`_sequences` gives, ``record`` and ``lengths``

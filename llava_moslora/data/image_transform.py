@@ -5,9 +5,7 @@ Shapes: H, W the tower's input size; h, w an image's own.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -15,12 +13,10 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
+from llava_moslora.config import ASPECT_RATIOS, DataSettings
 from llava_moslora.errors import Refusal
 
 STRIP = 16_000_000  # pixels of background that are laid around a tall image at once
-LARGEST_SIDE = 4096  # pixels: far above any tower's
-SMALLEST = 1e-6  # a factor or a deviation below it leaves nothing but black, or infinity
-ENGINES = ("pil", "torch")
 TORCH_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's number, torch's name
 
 
@@ -28,9 +24,9 @@ TORCH_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's number, torch's name
 class ImageTransform:
     """An image to a vision tower's input, pixel for pixel as an image processor of transformers does it.
 
-    ``mode="pad"`` puts the image on a square of the tower's mean colour first (LLaVA's ``image_aspect_ratio pad``,
-    ``LlavaImageProcessorPil(do_pad=True)``); ``mode="crop"`` scales the short side and cuts the centre
-    (``CLIPImageProcessorPil``).
+    ``aspect_ratio="pad"`` puts the image on a square of the tower's mean colour first (LLaVA's
+    ``image_aspect_ratio pad``, ``LlavaImageProcessorPil(do_pad=True)``); ``"crop"`` scales the short side and crops the
+    centre (``CLIPImageProcessorPil``).
 
     ``engine="pil"`` equals transformers' PIL processors and is what published towers were trained with;
     ``engine="torch"`` equals its torchvision processors: pixels differ by at most one step of 256, in half the time.
@@ -48,71 +44,41 @@ class ImageTransform:
     std: tuple[float, float, float]
     resample: int = 3
     rescale: float = 1 / 255
-    mode: Literal["pad", "crop"] = "pad"
+    aspect_ratio: Literal["pad", "crop"] = "pad"
     engine: Literal["pil", "torch"] = "pil"
 
     @classmethod
-    def from_tower(cls, vision_folder: str | Path, mode: Literal["pad", "crop"] = "pad") -> ImageTransform:
-        """Read ``preprocessor_config.json`` (or the ``image_processor`` part of ``processor_config.json``).
-
-        Raises:
-            Refusal: K-VISION, the file is missing; whatever :meth:`from_settings` refuses.
-        """
-        folder = Path(vision_folder)
-        path = folder / "preprocessor_config.json"
-        config = None
-        if not path.is_file():
-            both = folder / "processor_config.json"  # what transformers 5 writes for a whole processor
-            config = json.loads(both.read_bytes()).get("image_processor") if both.is_file() else None
-            if config is None:
-                raise Refusal(
-                    "K-VISION",
-                    "the vision tower does not say how images are prepared for it",
-                    file=path,
-                    found="no such file",
-                    fix="download preprocessor_config.json of the tower too",
-                )
-        return cls.from_settings(config or json.loads(path.read_bytes()), mode, source=path)
+    def from_settings(cls, processor: dict, settings: DataSettings) -> ImageTransform:
+        """As :meth:`from_processor`, padded or cropped and computed as the data settings have it."""
+        return cls.from_processor(processor, settings.image_aspect_ratio, settings.image_engine)
 
     @classmethod
-    def from_settings(
-        cls,
-        config: dict,
-        mode: Literal["pad", "crop"] = "pad",
-        engine: Literal["pil", "torch"] = "pil",
-        source: str | Path | None = None,
-    ) -> ImageTransform:
-        """From the content of a tower's ``preprocessor_config.json``; ``source`` is named in refusals.
+    def from_processor(cls, processor: dict, aspect_ratio: str = "pad", engine: str = "pil") -> ImageTransform:
+        """From a tower's processor settings, complete and checked (``models/preprocessing.py``).
 
         Raises:
-            Refusal: K-VISION, a needed key is not there, or asks for something that is not done here; C-MODE, unknown
-                ``mode``, or a filter the engine lacks.
+            Refusal: C-MODE, unknown ``aspect_ratio``, or a filter that the engine lacks.
         """
-        if mode not in ("pad", "crop"):
-            raise Refusal("C-MODE", "unknown image mode", key="--image_aspect_ratio", found=mode, expected="pad | crop")
-        resample = config.get("resample", 3)
+        if aspect_ratio not in ASPECT_RATIOS:
+            key, expected = "--image_aspect_ratio", " | ".join(ASPECT_RATIOS)
+            raise Refusal("C-MODE", "unknown aspect ratio", key=key, found=aspect_ratio, expected=expected)
+        resample = processor["resample"]
         if engine == "torch" and resample not in TORCH_FILTERS:
             raise Refusal(
                 "C-MODE", "the torch engine does not have this tower's filter", key="--image_engine",
                 found=f"resample {resample}", expected=" or ".join(f"{k} ({v})" for k, v in TORCH_FILTERS.items()),
                 fix="--image_engine pil",
             )  # fmt: skip
-        lacking = [key for key in ("size", "image_mean", "image_std") if config.get(key) is None]
-        if lacking:
-            raise Refusal("K-VISION", "the image settings lack a key", file=source, key=", ".join(lacking))
-        _check(config, source)
-        resize_to = _side(config["size"])
-        size = (
-            _side(config["crop_size"]) if config.get("do_center_crop", True) and config.get("crop_size") else resize_to
-        )
+        resize_to = _side(processor["size"])
+        size = _side(processor["crop_size"]) if processor["do_center_crop"] else resize_to
         return cls(
             resize_to=resize_to,
             size=(size, size) if isinstance(size, int) else size,
-            mean=tuple(config["image_mean"]),
-            std=tuple(config["image_std"]),
+            mean=tuple(processor["image_mean"]),
+            std=tuple(processor["image_std"]),
             resample=resample,
-            rescale=config.get("rescale_factor", 1 / 255),
-            mode=mode,
+            rescale=processor["rescale_factor"],
+            aspect_ratio=aspect_ratio,
             engine=engine,
         )
 
@@ -120,7 +86,7 @@ class ImageTransform:
         """``image`` in RGB to float32[3, H, W]."""
         if self.engine == "torch":
             return self._by_torch(image)
-        pixels = np.asarray(self._pad(image) if self.mode == "pad" else self._scale(image))
+        pixels = np.asarray(self._pad(image) if self.aspect_ratio == "pad" else self._scale(image))
         pixels = np.ascontiguousarray(self._cut_centre(pixels).transpose(2, 0, 1))  # uint8 (3, H, W)
         # As transformers does it, to the last bit: scaled in float64, normalised in float32.
         values = torch.from_numpy(pixels).double().mul_(self.rescale).float()
@@ -158,7 +124,7 @@ class ImageTransform:
         """What torchvision's processor computes, with its kernels but without torchvision."""
         pixels = np.array(image)  # uint8 (h, w, 3)
         height, width = pixels.shape[:2]
-        if self.mode == "pad" and height != width:
+        if self.aspect_ratio == "pad" and height != width:
             side = max(height, width)
             top, left = (side - height) // 2, (side - width) // 2
             row = np.full((side, 3), self.background, dtype=np.uint8)
@@ -200,37 +166,5 @@ class ImageTransform:
         return pixels[top : top + height, left : left + width]
 
 
-def _check(config: dict, source: str | Path | None) -> None:
-    """Refuse what would be ignored here, or would give no images; all keys are there."""
-
-    def numbers(value: object, count: int, lowest: float, highest: float) -> bool:
-        value = value if isinstance(value, list | tuple) else [value]
-        kinds = all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-        return kinds and len(value) == count and all(lowest <= v <= highest for v in value)
-
-    def sides(value: object) -> bool:
-        named = {key: side for key, side in value.items() if side is not None} if isinstance(value, dict) else {}
-        known = isinstance(value, int) or set(named) in ({"shortest_edge"}, {"height", "width"})
-        given = list(named.values()) if named else [value]
-        return known and all(type(side) is int and 1 <= side <= LARGEST_SIDE for side in given)
-
-    rules = {
-        **{key: (config.get(key) in (None, True), "true") for key in ("do_resize", "do_rescale", "do_normalize")},
-        "do_center_crop": (config.get("do_center_crop") in (None, True, False), "true or false"),
-        "size": (sides(config["size"]), f"side lengths up to {LARGEST_SIDE}"),
-        "crop_size": (not config.get("crop_size") or sides(config["crop_size"]), f"side lengths up to {LARGEST_SIDE}"),
-        "image_mean": (numbers(config["image_mean"], 3, 0, 1), "three numbers from 0 to 1"),
-        "image_std": (numbers(config["image_std"], 3, SMALLEST, 1e6), "three numbers above 0"),
-        "rescale_factor": (numbers(config.get("rescale_factor", 1), 1, SMALLEST, 1e6), "a number above 0"),
-        "resample": (type(config.get("resample", 3)) is int and 0 <= config.get("resample", 3) <= 5, "0 to 5"),
-    }
-    for key, (is_good, expected) in rules.items():
-        if not is_good:
-            what = "the image settings ask for something that is not done here"
-            raise Refusal("K-VISION", what, file=source, key=key, found=config.get(key), expected=expected)
-
-
-def _side(size: int | dict) -> int | tuple[int, int]:
-    if isinstance(size, int):
-        return size
+def _side(size: dict) -> int | tuple[int, int]:
     return size["shortest_edge"] if size.get("shortest_edge") else (size["height"], size["width"])

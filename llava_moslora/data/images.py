@@ -18,10 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
-
-__all__ = ["ImageTransform", "check_bytes", "check_image", "load_bytes", "load_image"]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000

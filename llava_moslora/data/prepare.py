@@ -3,8 +3,8 @@
 Each source (a data file, or a set of shards) has a cache folder of its own, named by everything that decides its
 content: the file's bytes, the tokenizer, what the template writes, the tokens per image, the length limit and
 ``CODE_VERSION``. It is built part by part (:mod:`llava_moslora.data.tokenise`) in a staging folder under a file lock,
-and published by one rename, so several ranks may call :func:`prepare` at once without talking to each other, and a build
-that was interrupted goes on where it stopped. What lies there is verified each time it is opened
+and published by one rename, so several ranks may call :func:`prepare` at once without talking to each other, and an
+interrupted build continues where it stopped. What lies there is verified each time it is opened
 (:mod:`llava_moslora.data.cache`), and images that could not be used are looked at again.
 """
 
@@ -16,7 +16,6 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from datasets import Dataset, concatenate_datasets
 from filelock import AcquireReturnProxy, FileLock
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.config import DataSettings
 from llava_moslora.data.cache import (
     REPORT,
     arrow_files,
@@ -56,19 +56,11 @@ log = logging.getLogger(__name__)
 
 
 def prepare(
-    data_path: str | Path | Sequence[str | Path],
-    image_folder: str | Path | None,
+    settings: DataSettings,
     *,
     tokenizer: PreTrainedTokenizerFast,
     template: str,
     tokens_per_image: int,
-    max_length: int,
-    cache_dir: str | Path,
-    num_proc: int = 1,
-    on_bad_record: str = "fail",
-    max_bad_share: float = 0.01,
-    follow_image_links: bool = False,
-    decode_images: bool = False,
     longest_text: int | None = None,
 ) -> Dataset:
     """The tokenised data set of one or several sources, from the cache or built now.
@@ -78,42 +70,40 @@ def prepare(
     ``trained`` (tokens with a label), ``has_image``; ``source``, a position in ``data_path``, and ``number``, the
     record counted through all sources: for a single data file its index there.
 
-    A record longer than ``max_length`` loses whole trailing rounds; if already the first round is longer, its answer is
-    cut at the end; if not even its question fits, the record is left out. All three are counted in the log and in
-    :func:`reports_of`. Records are never reordered.
+    A record longer than ``settings.model_max_length`` loses whole trailing rounds; if already the first round is
+    longer, its answer is cut at the end; if not even its question fits, the record is skipped. All three are counted in
+    the log and in :func:`reports_of`. Records are never reordered.
 
     Args:
-        data_path: JSON, JSONL, Parquet, or shards (:mod:`llava_moslora.data.sources.shards`).
-        image_folder: where image names start; ``None`` for text-only data and for shards.
+        settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after looking at all of them;
+            ``"quarantine"`` skips bad records and lists them in the report, up to a share of ``max_bad_share``.
+            With ``decode_images`` a cache that was built without is built again.
+        template: name of the prompt template.
         tokens_per_image: placeholders per image.
-        num_proc: worker processes.
-        on_bad_record: ``fail`` refuses the file if any record is bad, after looking at all of them; ``quarantine``
-            leaves bad records out and lists them in the report, up to a share of ``max_bad_share``.
-        follow_image_links: see :func:`~llava_moslora.data.images.load_image`.
-        decode_images: decode every image instead of reading its header; a cache built without is built again.
-        longest_text: tokens up to which the LLM knows positions; ``max_length`` may not be above it.
+        longest_text: tokens up to which the LLM knows positions; ``model_max_length`` may not be above it.
 
     Raises:
-        Refusal: C-FLAG (``max_length`` out of range), D-..., I-... (the first problem, with the number of the others),
+        Refusal: C-FLAG (a setting out of range), D-..., I-... (the first problem, with the number of the others),
             C-TEMPLATE (template and tokenizer do not fit), D-NONE (nothing to train on), D-TWICE (a source is named
             twice), E-DISK (the cache cannot be written).
     """
-    _check_policy(num_proc, on_bad_record, max_bad_share)
-    sources = [data_path] if isinstance(data_path, str | Path) else list(data_path)
-    folder = None if image_folder is None else Path(image_folder)
+    _check_ranges(settings)
+    sources = settings.data_path
+    folder = None if settings.image_folder is None else Path(settings.image_folder)
     if folder is not None and not folder.is_dir():
         raise Refusal("I-FOLDER", "there is no such folder", file=folder, fix="check --image_folder")
-    images = tokens_per_image if folder is not None or any(is_sharded(str(source)) for source in sources) else 0
-    _check_length(max_length, images, longest_text)
+    images = tokens_per_image if folder is not None or any(map(is_sharded, sources)) else 0
+    _check_length(settings.model_max_length, images, longest_text)
     job = Job(
-        "", folder, tokenizer, template, tokens_per_image, max_length, follow_image_links, decode_images
+        "", folder, tokenizer, template, tokens_per_image, settings.model_max_length, settings.follow_image_links,
+        settings.decode_images,
     )  # fmt: skip
-    cache = Path(cache_dir)
+    cache = Path(settings.data_cache)
     with using(cache):
         cache.mkdir(parents=True, exist_ok=True)
     datasets, seen, before = [], [], 0
     for position, source in enumerate(sources):
-        folder = _prepare_source(replace(job, file=str(source)), cache, num_proc, on_bad_record, max_bad_share)
+        folder = _prepare_source(replace(job, file=source), cache, settings)
         digest = folder.name.rpartition("-")[2]
         if digest in seen:
             first = sources[seen.index(digest)]
@@ -129,17 +119,12 @@ def prepare(
     return concatenate_datasets(datasets)
 
 
-def _check_policy(num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
-    if on_bad_record not in ("fail", "quarantine"):
-        raise Refusal(
-            "C-FLAG", "unknown policy", key="--on_bad_record", found=on_bad_record, expected="fail | quarantine"
-        )
-    if num_proc < 1:
-        raise Refusal(
-            "C-FLAG", "out of range", key="--preprocessing_num_workers", found=num_proc, expected="at least 1"
-        )
-    if not 0 <= max_bad_share <= 1:
-        raise Refusal("C-FLAG", "out of range", key="--max_bad_share", found=max_bad_share, expected="0 to 1")
+def _check_ranges(settings: DataSettings) -> None:
+    if (processes := settings.preprocessing_num_workers) < 1:
+        key = "--preprocessing_num_workers"
+        raise Refusal("C-FLAG", "out of range", key=key, found=processes, expected="at least 1")
+    if not 0 <= (share := settings.max_bad_share) <= 1:
+        raise Refusal("C-FLAG", "out of range", key="--max_bad_share", found=share, expected="0 to 1")
 
 
 def _check_length(max_length: int, image: int, longest_text: int | None) -> None:
@@ -159,22 +144,22 @@ def _check_length(max_length: int, image: int, longest_text: int | None) -> None
         )  # fmt: skip
 
 
-def _prepare_source(job: Job, cache: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> Path:
+def _prepare_source(job: Job, cache: Path, settings: DataSettings) -> Path:
     target = cache / _key(job)
     if _why_build(target, job):
         with _lock(target):
             if why := _why_build(target, job):  # another rank may have built it while this one waited
                 if target.exists():
                     log.warning("%s: its data cache is built again: %s", job.file, why)
-                _build(job, target, num_proc, on_bad_record, max_bad_share)
+                _build(job, target, settings)
     if _image_folder(job) != report_in(target)["image_folder"]:
         with _lock(target):
-            _check_in_this_folder(job, target, num_proc, on_bad_record, max_bad_share)
+            _check_in_this_folder(job, target, settings)
     report = report_in(target)
     problems = report["problems"]
-    if on_bad_record == "fail":  # the refusal is about the first of them: as it is today
+    if settings.on_bad_record == "fail":  # the refusal is about the first of them: as it is today
         problems = _look_again(problems[:1], job)[0] + problems[1:]
-    _judge(problems, report["records"], on_bad_record, max_bad_share)
+    _judge(problems, report["records"], settings)
     return target
 
 
@@ -210,7 +195,7 @@ def _look_again(problems: list[dict], job: Job) -> tuple[list[dict], int]:
     return today, usable
 
 
-def _check_in_this_folder(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
+def _check_in_this_folder(job: Job, target: Path, settings: DataSettings) -> None:
     """The cache fits the data, but its images were checked in another folder: check them in this one, once.
 
     Raises:
@@ -234,11 +219,11 @@ def _check_in_this_folder(job: Job, target: Path, num_proc: int, on_bad_record: 
                     )
                 except Refusal as refusal:
                     first, bad = first or refusal, bad + 1
-    if first is not None and on_bad_record == "fail":
+    if first is not None and settings.on_bad_record == "fail":
         more = f" (and {bad - 1} more images cannot be used)" if bad > 1 else ""
         raise Refusal(**(vars(first) | {"what": first.what + more}))
     if first is not None:  # other records are left out here
-        _build(job, target, num_proc, on_bad_record, max_bad_share)
+        _build(job, target, settings)
         return
     with using(target.parent):
         problems = _look_again(report["problems"], job)[0]
@@ -319,14 +304,14 @@ def _key(job: Job) -> str:
     return f"{name}-{digest.hexdigest()[:20]}"
 
 
-def _build(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_share: float) -> None:
+def _build(job: Job, target: Path, settings: DataSettings) -> None:
     check_template(job.tokenizer, job.template)
     staging = _begin_staging(job, target)
     counts: Counter = Counter(records=0, kept=0)
     problems: list[dict] = []
     shards: dict[str, int] = {}
     parts: list[dict] = []
-    for part in build_parts(job, staging, num_proc):
+    for part in build_parts(job, staging, settings.preprocessing_num_workers):
         counts.update(part["counts"])
         shards |= {part["shard"]: part["counts"]["records"]} if part["shard"] else {}
         problems += part["problems"]
@@ -337,13 +322,13 @@ def _build(job: Job, target: Path, num_proc: int, on_bad_record: str, max_bad_sh
         counts["duplicate_ids"] = sum(times - 1 for name, times in ids.items() if name)
     if counts["duplicate_ids"]:
         log.warning("%s: %d records have the id of an earlier one", job.file, counts["duplicate_ids"])
-    if len(problems) > 1 or on_bad_record == "quarantine":  # a single one is the refusal itself
+    if len(problems) > 1 or settings.on_bad_record == "quarantine":  # a single one is the refusal itself
         for problem in problems[:SHOWN]:
             log.error("%s", problem["line"])
     with using(target.parent):
         for number in {problem["part"] for problem in problems}:  # looked at again in the next build
             (staging / f"{number:06d}.json").unlink()
-    _judge(problems, counts["records"], on_bad_record, max_bad_share)
+    _judge(problems, counts["records"], settings)
     if not counts["kept"]:
         what = "no record is short enough" if counts["records"] else "there are no records"
         raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=job.file, found=f"{counts['records']} records")
@@ -372,12 +357,13 @@ def _begin_staging(job: Job, target: Path) -> Path:
     return staging
 
 
-def _judge(problems: list[dict], records: int, policy: str, share: float) -> None:
+def _judge(problems: list[dict], records: int, settings: DataSettings) -> None:
     """Refuse the data if the policy does not allow its problems."""
-    if not problems or (policy == "quarantine" and len(problems) <= share * records):
+    quarantine, share = settings.on_bad_record == "quarantine", settings.max_bad_share
+    if not problems or (quarantine and len(problems) <= share * records):
         return
     parts = dict(problems[0]["refusal"])
-    if policy == "quarantine":
+    if quarantine:
         parts["fix"] = f"this is more than the share of {share:g} allowed by --max_bad_share"
     if len(problems) > 1:
         parts["what"] += f" (and {len(problems) - 1} more of {records} records cannot be used)"

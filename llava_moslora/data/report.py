@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
+from llava_moslora import pages
+from llava_moslora.config import DataSettings
 from llava_moslora.data.collate import read_row_image
 from llava_moslora.data.prepare import report_of, reports_of
-from llava_moslora.data.sampler import GROUP, GlobalBatchSampler
+from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.sources.shards import ImageRef
 from llava_moslora.text.conversation import label_runs
 
@@ -25,16 +24,14 @@ BARS = 40
 THUMBNAIL = 192
 
 
-def data_report(
-    dataset: Dataset, *, batch_size: int, group: int = GROUP, weights: Sequence[float] | None = None
-) -> dict:
+def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int) -> dict:
     """Counts by source and modality, histograms, padding waste; with what :func:`report_of` counted.
 
     A record's source is the first folder of its image's name (``coco``, ``gqa``, ...), or ``text``.
 
     Args:
+        settings: whose groups and weights decide the padding waste, for either order.
         batch_size: records per micro-batch, for the padding waste.
-        group, weights: of training's :class:`~llava_moslora.data.sampler.GlobalBatchSampler`.
     """
     counted = report_of(dataset)
     lengths, trained = np.asarray(dataset["length"][:]), np.asarray(dataset["trained"][:])
@@ -53,12 +50,11 @@ def data_report(
     waste = {}
     if len(lengths) >= batch_size:
         for order in ("shuffle", "modality_length"):
-            sampler = GlobalBatchSampler(
-                lengths, has_image, per_device_batch_size=batch_size, order=order, group=group,
-                source=dataset["source"][:], weights=weights,
-            )  # fmt: skip
+            sampler = GlobalBatchSampler.of(
+                dataset, replace(settings, data_order=order), per_device_batch_size=batch_size
+            )
             waste[order] = padding_waste(sampler, lengths)
-    shares = weights or [1] * (max(dataset["source"][:]) + 1)
+    shares = settings.data_weights or [1] * (max(dataset["source"][:]) + 1)
     files = [
         {
             "file": part["file"],
@@ -104,37 +100,39 @@ def write_report(
     folder: str | Path,
     dataset: Dataset,
     *,
+    settings: DataSettings,
     tokenizer: PreTrainedTokenizerFast,
-    image_folder: str | Path | None,
     batch_size: int,
-    title: str,
+    title: str | None = None,
     samples: int = 10,
-    follow_links: bool = False,
-    group: int = GROUP,
-    weights: Sequence[float] | None = None,
 ) -> Path:
-    """Write ``report.json`` and ``report.html`` into ``folder``; returns the page. It needs no network to be read."""
+    """Write ``report.json`` and ``report.html`` into ``folder``; returns the page. It needs no network to be read.
+
+    Args:
+        settings: that ``dataset`` was prepared with.
+        batch_size: records per micro-batch, for the padding waste.
+        title: of the page; default: the data files.
+        samples: records that are shown, drawn at random.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    report = data_report(dataset, batch_size=batch_size, group=group, weights=weights)
+    report = data_report(dataset, settings=settings, batch_size=batch_size)
     (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     chosen = sorted(np.random.default_rng(0).permutation(len(dataset))[:samples].tolist())
     files = [Path(one["file"]).name for one in report["files"]]
-    shown = [_sample(dataset[k], files, tokenizer, image_folder, follow_links) for k in chosen]
+    shown = [_sample(dataset[k], files, tokenizer, settings) for k in chosen]
     page = folder / "report.html"
-    page.write_text(_page(report, shown, title), encoding="utf-8")
+    page.write_text(_page(report, shown, title or " ".join(settings.data_path)), encoding="utf-8")
     return page
 
 
-def _sample(
-    row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, image_folder: str | Path | None, follow_links: bool
-) -> str:
+def _sample(row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, settings: DataSettings) -> str:
     """One record: its images and its text, trained parts marked."""
-    images = ""
+    images, folder, links = "", settings.image_folder, settings.follow_image_links
     for name in row["images"]:
-        image = read_row_image(row, name, image_folder, follow_links, record=row["record"], record_id=row["id"])
+        image = read_row_image(row, name, folder, links, record=row["record"], record_id=row["id"])
         shown = html.escape(ImageRef.parse(name).name if row["shard"] else name)
-        images += f"<figure>{_thumbnail(image)}<figcaption>{shown}</figcaption></figure>"
+        images += f"<figure>{pages.thumbnail(image, THUMBNAIL)}<figcaption>{shown}</figcaption></figure>"
     text = "".join(
         f'<span class="{kind}">{html.escape(part)}</span>'
         for kind, part in label_runs(row["input_ids"], row["labels"], tokenizer)
@@ -144,15 +142,6 @@ def _sample(
     size = f"{row['length']} tokens, {row['trained']} trained"
     body = f"<div class=sample>{images}<pre>{text}</pre></div>"
     return f"<article><h3>{heading} <small>{size}</small></h3>{body}</article>"
-
-
-def _thumbnail(image: Image.Image) -> str:
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" width={image.width} height={image.height} alt="">'
 
 
 def _page(report: dict, samples: list[str], title: str) -> str:
@@ -184,27 +173,23 @@ def _page(report: dict, samples: list[str], title: str) -> str:
     ]  # fmt: skip
     charts = [
         _chart("Tokens per record", report["lengths"]),
-        _chart("TrainedRun tokens per record (last bar: longest 1 %)", report["trained_per_record"]),
+        _chart("Trained tokens per record (last bar: longest 1 %)", report["trained_per_record"]),
     ]
     kinds = Counter(problem["refusal"]["code"] for problem in report["problems"])
     problems = "".join(f"<li>{html.escape(problem['line'])}</li>" for problem in report["problems"])
     summary = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common()) or "none"
     cards = "".join(f"<div class=fact><b>{value}</b>{name}</div>" for name, value in facts.items())
-    return f"""<!doctype html>
-<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>
-<h1>{html.escape(title)}</h1><div class=facts>{cards}</div>
+    body = f"""<div class=facts>{cards}</div>
 <div class=row>{"".join(charts)}</div><div class=row>{"".join(tables)}</div>
 <h2>{len(samples)} records, drawn at random</h2>
 <p><span class=trained>trained</span> <span class=masked>not trained</span>
 <span class=image>image placeholders</span></p>{"".join(samples)}
-<h2>Problems: {html.escape(summary)}</h2><ol class=problems>{problems}</ol></html>
-"""
+<h2>Problems: {html.escape(summary)}</h2><ol class=problems>{problems}</ol>"""
+    return pages.page(title, body, STYLE)
 
 
 def _table(title: str, head: list[str], rows: list[list[str]]) -> str:
-    header = "".join(f"<th>{html.escape(name)}</th>" for name in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<section><h2>{html.escape(title)}</h2><table><tr>{header}</tr>{body}</table></section>"
+    return f"<section><h2>{html.escape(title)}</h2>{pages.table(rows, head)}</section>"
 
 
 def _chart(title: str, series: dict[str, dict]) -> str:
@@ -239,20 +224,17 @@ def _chart(title: str, series: dict[str, dict]) -> str:
 
 
 STYLE = """
-:root { color-scheme: light dark; --a: #2f7d5b; --b: #c9803a; --line: #8884; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.05em; margin: 1.5em 0 .4em; } h3 { font-size: .95em; margin: 1em 0 .3em; }
-small, figcaption, .fact { color: #777; } .row { display: flex; flex-wrap: wrap; gap: 0 3em; }
-.row section { flex: 1 1 300px; }
+h2 { font-size: 1.05em; margin: 1.5em 0 .4em; } h3 { font-size: .95em; margin: 1em 0 .3em; }
+.row { display: flex; flex-wrap: wrap; gap: 0 3em; } .row section { flex: 1 1 300px; }
 .facts { display: flex; flex-wrap: wrap; gap: .6em 2em; }
-.fact b { display: block; font-size: 1.25em; color: CanvasText; }
+.fact { color: #777; } .fact b { display: block; font-size: 1.25em; color: CanvasText; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: right; padding: .15em .6em; }
-th { font-weight: 500; color: #777; border-bottom: 1px solid var(--line); } td { font-variant-numeric: tabular-nums; }
+th { font-weight: 500; color: #777; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 svg { width: 100%; } svg text { font-size: 11px; fill: #777; }
 .s0 { fill: var(--a); color: var(--a); } .s1 { fill: var(--b); color: var(--b); }
 .hover { fill: transparent; } .hover:hover { fill: #8883; }
-article { border-top: 1px solid var(--line); } .sample { display: flex; gap: 1em; align-items: flex-start; }
+.sample { display: flex; gap: 1em; align-items: flex-start; }
 figure { margin: 0; } figcaption { font-size: .75em; max-width: 192px; overflow-wrap: anywhere; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: 13px; flex: 1; }
 .trained { background: #2f7d5b33; } .masked { color: #777; } .image { color: var(--b); }

@@ -11,14 +11,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from datasets import Dataset
 
+from llava_moslora.config import DATA_GROUP, DATA_ORDERS, DataSettings
 from llava_moslora.errors import Refusal
-
-ORDERS = ("modality_length", "shuffle", "sequential")
-REFERENCE_GROUP = 50  # global batches that are sorted by length together, in XTuner's sampler
-# Lengths like mix665k's at 16 per device lose 1.9 % to padding with groups of 50, 0.9 % with 100 (shuffled: 42 %), on
-# one rank as on eight, whose shares of a batch are dealt in turn.
-GROUP = 100
 
 
 class GlobalBatchSampler:
@@ -56,14 +52,14 @@ class GlobalBatchSampler:
         rank: int = 0,
         seed: int = 0,
         order: str = "modality_length",
-        group: int = GROUP,
+        group: int = DATA_GROUP,
         source: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
     ):
         assert len(lengths) == len(has_image), "one length and one modality per record"
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
-        if order not in ORDERS:
-            raise Refusal("C-ORDER", "unknown order of records", found=order, expected=" | ".join(ORDERS))
+        if order not in DATA_ORDERS:
+            raise Refusal("C-ORDER", "unknown order of records", found=order, expected=" | ".join(DATA_ORDERS))
         if group < 1:
             raise Refusal("C-ORDER", "not a number of batches", key="--data_group", found=group, expected="1 or more")
         _check_weights(weights, source)
@@ -87,6 +83,33 @@ class GlobalBatchSampler:
                 f"accumulation × {world_size} ranks",
                 fix="lower --per_device_train_batch_size or --gradient_accumulation_steps",
             )
+
+    @classmethod
+    def of(
+        cls,
+        dataset: Dataset,
+        settings: DataSettings,
+        *,
+        per_device_batch_size: int,
+        accumulation: int = 1,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+    ) -> GlobalBatchSampler:
+        """The sampler of a prepared data set (:func:`llava_moslora.data.prepare.prepare`) in the settings' order."""
+        return cls(
+            dataset["length"][:],
+            dataset["has_image"][:],
+            per_device_batch_size=per_device_batch_size,
+            accumulation=accumulation,
+            world_size=world_size,
+            rank=rank,
+            seed=seed,
+            order=settings.data_order,
+            group=settings.data_group,
+            source=dataset["source"][:],
+            weights=settings.data_weights or None,
+        )
 
     @property
     def global_batches(self) -> int:

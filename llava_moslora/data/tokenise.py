@@ -22,13 +22,14 @@ from datasets import Features, List, Value
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.cache import describe_file, read_json, replace_file, using, write_json
+from llava_moslora.data.cache import describe_file, read_json, using, write_json
 from llava_moslora.data.images import check_bytes, check_image, load_bytes, load_image
 from llava_moslora.data.records import Record, check_record, open_stream
 from llava_moslora.data.sources.json import JsonStream
 from llava_moslora.data.sources.parquet import ParquetStream
 from llava_moslora.data.sources.shards import CheckedImage, find_shards, is_sharded, read_shard
 from llava_moslora.errors import Refusal, printable
+from llava_moslora.files.disk import replace_file
 from llava_moslora.text.conversation import IGNORE_INDEX, encode
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 

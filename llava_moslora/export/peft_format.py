@@ -1,4 +1,4 @@
-"""Folded adapters as plain LoRAs that stock PEFT loads: tensors, names and ``adapter_config.json`` for one part."""
+"""Folders of plain LoRAs that stock PEFT loads: tensors, names and ``adapter_config.json``."""
 
 from __future__ import annotations
 
@@ -6,43 +6,57 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from torch import Tensor
 
-from llava_moslora.adapters.fold import PEFT_PREFIX, LowRank
-from llava_moslora.export.trained_run import plan_tensors
-from llava_moslora.export.writer import WeightFiles
-from llava_moslora.files.manifest import write_json
-
-STEM = "adapter_model"
-FIELDS = (
-    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
-    *("layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "use_rslora", "use_dora"),
-)
+from llava_moslora.adapters.fold import Adapter, LowRank, named_tensors, save_config
+from llava_moslora.export.writer import PlannedTensor, WeightFiles
 
 
-def adapter_weights(
-    layers: Mapping[str, LowRank], folder: str, others: Mapping[str, Tensor] | None = None
-) -> WeightFiles:
-    """Factors in float32, as trained, under PEFT's names; ``others``: whole tensors (``modules_to_save``)."""
-    tensors = {f"{PEFT_PREFIX}{name}": tensor for name, tensor in (others or {}).items()}
-    for name, layer in layers.items():
-        assert layer.w is None, f"{name} still has a mixer"
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = layer.a
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = layer.b
-    return WeightFiles(folder, plan_tensors(tensors), torch.float32, STEM)
+@dataclass(frozen=True)
+class AdapterFolder:
+    """The folder ``name`` of an export: a plain LoRA over one part.
+
+    Attributes:
+        layers: by module name of the base, without a mixer.
+        base: the base's folder, as ``base_model_name_or_path``.
+        depth: layers of the base, see :func:`adapter_config`. task: PEFT's ``task_type``.
+    """
+
+    name: str
+    layers: Mapping[str, LowRank]
+    base: str
+    depth: int | None = None
+    task: str | None = None
+
+    @property
+    def config(self) -> LoraConfig:
+        return adapter_config(self.layers, self.base, depth=self.depth, task=self.task)
+
+    @property
+    def weights(self) -> WeightFiles:
+        return adapter_weights(Adapter(self.config, dict(self.layers), {}), self.name)
+
+    def write_config(self, export: Path) -> None:
+        save_config(self.config, export / self.name)
+
+
+def adapter_weights(adapter: Adapter, folder: str) -> WeightFiles:
+    """Factors and parameters saved whole (``modules_to_save``) in float32, as trained, under PEFT's names."""
+    planned = [PlannedTensor(name, tensor) for name, tensor in named_tensors(adapter).items()]
+    return WeightFiles(folder, planned, torch.float32, stem="adapter_model")
 
 
 def adapter_config(layers: Mapping[str, LowRank], base: str, *, depth: int | None, task: str | None) -> LoraConfig:
-    """The configuration of ``layers``, which are all linears of their names in the layers they stand in.
+    """The configuration of ``layers``: the most frequent rank and alpha, and patterns for the others.
 
     Args:
-        depth: the layers of the part, so that those without an adapter (the last of a tower) get none; None: all have.
-        base: folder of the base, as ``base_model_name_or_path``.
+        depth: the number of layers of the base. Where some of them (a tower's last) have no adapter, the configuration
+            names those that have one; None: all have.
+        base: the base's folder, as ``base_model_name_or_path``. task: PEFT's ``task_type``.
     """
     ranks = {name: layer.rank for name, layer in layers.items()}
     alphas = {name: layer.scaling * layer.rank for name, layer in layers.items()}
@@ -67,11 +81,3 @@ def adapter_config(layers: Mapping[str, LowRank], base: str, *, depth: int | Non
 def _whole(number: float) -> float | int:
     """Alphas are usually written as whole numbers, and some readers insist."""
     return round(number) if math.isclose(number, round(number), rel_tol=1e-9) else number
-
-
-def save_config(config: LoraConfig, folder: Path) -> None:
-    """``adapter_config.json`` with the fields that every PEFT knows: one before 0.14 stops at a field it does not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = config.to_dict()
-    stored = {key: sorted(v) if isinstance(v := stored[key], set) else v for key in FIELDS}
-    write_json(folder / "adapter_config.json", stored)

@@ -1,56 +1,65 @@
-"""What a target is: which weights go where, the small files beside them, and how stock libraries open the result."""
+"""What an export target is (``--format``): an object that says what its folder holds and how that is used.
+
+A new target is one file in ``export/targets/`` with one :class:`Target`, and its row in
+:data:`llava_moslora.export.export.TARGETS`. ``--help``, README's table and the model card are made from the object.
+"""
 
 from __future__ import annotations
 
-import copy
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
 
 from llava_moslora.errors import Refusal
 from llava_moslora.export.trained_run import TrainedRun
-from llava_moslora.export.writer import PlannedTensor, WeightFiles
-from llava_moslora.files.manifest import write_json
-from llava_moslora.models.llm import with_old_rope
+from llava_moslora.export.writer import WeightFiles
 from llava_moslora.models.towers import CLIP, kind_of
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One target's folder, before anything is written.
+class ExportPlan:
+    """What a target's folder will hold for one run; nothing is written yet, and no base weight is read.
 
     Attributes:
-        finish: writes the configurations, tokenizer and processor files into the folder.
-        reopen: for ``probe.py``, what to load: ``llava``, ``adapter``, or ``llm``, ``llm_adapter``, ``vision``,
-            ``vision_adapter``, ``projector``; relative to the folder, or the absolute path of a base.
-        merged: whether the adapters are in the weights; False: they lie beside an original base.
-        unproven: why no stock library can reopen it, if none can.
-        rounded: parts whose weights were rounded to the dtype of the export, ``llm`` and ``vision`` and ``projector``.
+        weights: every weight file with its tensors' names and shapes.
+        write_files: writes all other files (configurations, tokenizer, processor) into the folder.
+        load_from: where ``probe.py`` loads each part from: ``llava`` and ``adapter``, or ``llm``, ``llm_adapter``,
+            ``vision``, ``vision_adapter``, ``projector``. Relative to the folder, or the absolute path of a base.
+        rounded: the parts (:mod:`llava_moslora.models.names`) whose weights are rounded to ``--dtype``.
+        not_provable: why no stock library can load the result, if none can.
     """
 
     weights: list[WeightFiles]
-    finish: Callable[[Path], None]
-    reopen: dict[str, str]
-    merged: bool
+    write_files: Callable[[Path], None]
+    load_from: dict[str, str]
     rounded: tuple[str, ...] = ()
-    unproven: str | None = None
+    not_provable: str | None = None
 
 
-def renamed(tensors: Iterable[PlannedTensor], *prefixes: tuple[str, str]) -> list[PlannedTensor]:
-    """The plan under other names; the first prefix that fits is replaced."""
-    result = []
-    for planned in tensors:
-        old, new = next(pair for pair in prefixes if planned.name.startswith(pair[0]))
-        result.append(replace(planned, name=new + planned.name[len(old) :]))
-    return result
+@dataclass(frozen=True)
+class Target:
+    """One export target.
+
+    Attributes:
+        name: in ``export.json``, the proof and the model card.
+        summary: what the folder is and who loads it, in one sentence.
+        usage: Python that loads the folder, for the model card, which fills in ``FOLDER``, ``TEMPLATE`` (XTuner's name
+            of the prompt template), ``VISION_CLASS`` and ``CLASS_TOKENS`` (of the vision tower).
+        plan: of a run and the dtype of merged weights; raises ``Refusal`` (C-FORMAT) for a run it cannot hold.
+        merges: whether the adapters are merged into the weights; False: they are saved apart from an original base.
+    """
+
+    name: str
+    summary: str
+    usage: str
+    plan: Callable[[TrainedRun, torch.dtype], ExportPlan]
+    merges: bool = True
 
 
 def check_clip(trained: TrainedRun, name: str) -> None:
-    """Refuse a target whose readers take every tower for a CLIP and drop its first token.
+    """Refuse a target whose readers take every vision tower for a CLIP and drop its first token.
 
     Raises:
         Refusal: C-FORMAT
@@ -62,28 +71,14 @@ def check_clip(trained: TrainedRun, name: str) -> None:
         )  # fmt: skip
 
 
-def llm_config(config: PreTrainedConfig, vocabulary: int, dtype: torch.dtype) -> PreTrainedConfig:
-    """The LLM's configuration as exported: with rows for appended tokens, and a head of its own."""
-    config = copy.deepcopy(config)
-    config.vocab_size = vocabulary
-    config.tie_word_embeddings = False
-    # A part's own dtype outranks the whole's on loading, and would round what was just merged in a wider one.
-    config.dtype = dtype
-    return config
+def check_adapters(trained: TrainedRun, name: str) -> None:
+    """Refuse a target that consists of adapters for a run of stage 1, which has none.
 
-
-def vision_config(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedConfig:
-    config = copy.deepcopy(config)
-    config.dtype = dtype
-    return config
-
-
-def save_config(config: PreTrainedConfig, folder: Path) -> None:
-    """``config.json`` with the rotary settings in both spellings: older readers do not see the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    file = folder / "config.json"
-    raw = json.loads(file.read_text(encoding="utf-8"))
-    if "text_config" in raw:
-        raw["text_config"] = with_old_rope(raw["text_config"])
-    write_json(file, with_old_rope(raw))
+    Raises:
+        Refusal: C-FORMAT
+    """
+    if trained.adapter is None:
+        raise Refusal(
+            "C-FORMAT", "stage 1 trains the projector and no adapters", file=trained.run, key=f"--format {name}",
+            fix="--format projector",
+        )  # fmt: skip

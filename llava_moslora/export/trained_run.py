@@ -7,8 +7,9 @@ another model of the same kind, and the result would run and be wrong.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +17,27 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from llava_moslora.adapters.fold import PEFT_PREFIX, LowRank, folded
+from llava_moslora.adapters.fold import LowRank, Update, fold_layers
 from llava_moslora.adapters.load import read_adapter
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, few
 from llava_moslora.export.writer import PlannedTensor
+from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import read_facts
-from llava_moslora.files.tensors import LazyTensor, read_tensor_file
-from llava_moslora.inference.load import check_base, newest_checkpoint
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, mean_row
+from llava_moslora.files.tensors import LazyTensor
+from llava_moslora.inference.load import newest_checkpoint
+from llava_moslora.models.assemble import mean_row
+from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
-from llava_moslora.models.projector import read_projector
-from llava_moslora.models.vision import load_vision_tower
-from llava_moslora.runs.record import TOKENIZER, read_run
-from llava_moslora.text.conversation import stop_token_ids
+from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of, standalone_name
+from llava_moslora.models.projector import KEYS, read_projector
+from llava_moslora.models.vision import read_vision_config, read_vision_tensors
+from llava_moslora.runs.fingerprint import check_base
+from llava_moslora.runs.record import TOKENIZER, RunRecord, read_run
+from llava_moslora.text.conversation import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
-EMBEDDING, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# module of the composed model -> the same module where the LLM or the tower stands alone
-ALONE = {LLM + ".": "model.", HEAD: "lm_head", VISION + ".": ""}
-
-
-@dataclass(frozen=True)
-class LazyLowRank:
-    """A layer's adapter in the checkpoint: ΔW of ``shape`` (out, in), read and folded to a plain LoRA when wanted."""
-
-    shape: tuple[int, int]
-    scaling: float
-    parts: dict[str, LazyTensor]  # A, B and, where there is one, mixer
-
-    def read(self) -> LowRank:
-        a, mixer, b = (self.parts[part].read() if part in self.parts else None for part in ("A", "mixer", "B"))
-        return LowRank(folded(a, mixer), None, b, self.scaling)
+EMBEDDING, HEAD_WEIGHT = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class TrainedRun:
 
     Attributes:
         record: ``run.json``. manifest: the checkpoint's.
-        vision: the tower's state (float32), complete. preprocessor: its settings.
+        vision: the tensors of the complete vision tower, not read yet. preprocessor: its image-processor settings.
         adapter: by the names of the composed model, not read yet; None after stage 1.
         projector: ``linear_1.weight`` [D, E], ``linear_1.bias``, ``linear_2.weight`` [D, D], ``linear_2.bias``.
         merge_base: which weights the LLM's adapters are added to: the original ones, or NF4 quantised and dequantised.
@@ -64,51 +54,54 @@ class TrainedRun:
 
     run: Path
     checkpoint: Path
-    record: dict[str, Any]
+    record: RunRecord
     manifest: dict[str, Any]
     llm_folder: Path
     vision_spec: str
     llm_config: PreTrainedConfig
     vision_config: PreTrainedConfig
-    vision: dict[str, Tensor]
+    vision: dict[str, LazyTensor]
     preprocessor: dict[str, Any]
     tokenizer: PreTrainedTokenizerFast
-    adapter: dict[str, LazyLowRank] | None
+    adapter: dict[str, Update] | None
     projector: dict[str, Tensor]
     merge_base: str
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return self.record["settings"]
-
-    @property
     def template(self) -> str:
-        return self.settings["model"]["version"]
+        return self.record.model.version
 
     @property
     def pads(self) -> bool:
         """Images are padded to a square, not cropped."""
-        return self.settings["data"]["image_aspect_ratio"] == "pad"
+        return self.record.data.image_aspect_ratio == "pad"
 
     @property
     def bits(self) -> int:
-        return self.settings["model"]["bits"]
+        return self.record.model.bits
+
+    @property
+    def is_internlm2(self) -> bool:
+        """Whether the LLM's folder is an InternLM2, which is read as a Llama."""
+        return read_json(self.llm_folder / "config.json").get("model_type") == INTERNLM2
 
     @property
     def vocabulary(self) -> int:
         """Rows of embedding and head in the trained model."""
         return max(self.llm_config.vocab_size, len(self.tokenizer))
 
-    def updates(self, tower: str) -> dict[str, LazyLowRank]:
-        """The adapters of ``LLM`` (with the head) or of ``VISION`` by weight name where that part stands alone."""
+    def updates(self, *parts: str) -> dict[str, Update]:
+        """The adapters of ``parts`` (:data:`llava_moslora.models.names.PARTS`), by module name in the model of that
+        part alone: ``model.layers.0.mlp.up_proj``."""
         layers = (self.adapter or {}).items()
-        return {alone(name) + ".weight": layer for name, layer in layers if _tower_of(name) == tower}
+        return {standalone_name(name): layer for name, layer in layers if part_of(name) in parts}
 
-    def updates_of_original(self, tower: str) -> dict[str, LowRank]:
-        """The same by module name, read, for a base as it was downloaded: its head has no rows for appended tokens."""
-        layers = {name.removesuffix(".weight"): layer.read() for name, layer in self.updates(tower).items()}
-        if head := layers.get(HEAD):
-            layers[HEAD] = dataclasses.replace(head, b=head.b[: self.llm_config.vocab_size])
+    def loras(self, *parts: str) -> dict[str, LowRank]:
+        """As :meth:`updates`, folded to plain LoRAs over the original base: its LM head lacks the appended tokens."""
+        layers = fold_layers(self.updates(*parts))
+        if head := layers.get(LM_HEAD):
+            rows = self.llm_config.vocab_size
+            layers[LM_HEAD] = replace(head, b=head.b.then(lambda b: b[:rows], shape=(rows, head.rank)))
         return layers
 
     def llm_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
@@ -118,32 +111,45 @@ class TrainedRun:
             merged: with the adapters and over :attr:`merge_base`; False: the original weights.
         """
         stored = read_llm_tensors(self.llm_folder, self.llm_config)
-        stored.setdefault(LM_HEAD, stored[EMBEDDING])  # absent only where it is tied
-        updates = self.updates(LLM) if merged else {}
+        stored.setdefault(HEAD_WEIGHT, stored[EMBEDDING])  # absent only where it is tied
+        updates = self.updates("llm", "lm_head") if merged else {}
         quantised = set()
         if merged and self.bits == 4 and self.merge_base == DEQUANTIZED:
             sketch = llm_on_meta(self.llm_config, self.llm_folder)
-            linears = {n for n, module in sketch.named_modules() if isinstance(module, nn.Linear) and n != HEAD}
+            linears = {n for n, module in sketch.named_modules() if isinstance(module, nn.Linear) and n != LM_HEAD}
             quantised = {f"{name}.weight" for name in linears}
-        plan = []
-        for name, s in stored.items():
-            extra = self.vocabulary - self.llm_config.vocab_size if name in (EMBEDDING, LM_HEAD) else 0
-            read = s.read
+        for name, tensor in stored.items():
+            extra = self.vocabulary - self.llm_config.vocab_size if name in (EMBEDDING, HEAD_WEIGHT) else 0
             if name in quantised:
-                read = _Dequantised(s)
+                stored[name] = tensor.then(_quantise_and_dequantise)
             elif extra:
-                read = _Extended(s, extra)
-            update = updates[name].read if name in updates else None
-            plan.append(PlannedTensor(name, (s.shape[0] + extra, *s.shape[1:]), read, update))
-        _check_fit(updates, plan, self.checkpoint)
-        return plan
+                shape = (tensor.shape[0] + extra, *tensor.shape[1:])
+                stored[name] = tensor.then(partial(_extend, extra=extra), shape)
+        return _plan(stored, updates, self.checkpoint)
 
     def vision_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
         """The complete tower's tensors under transformers 5's names (``encoder.layers.…``)."""
-        updates = self.updates(VISION) if merged else {}
-        plan = plan_tensors(self.vision, updates)
-        _check_fit(updates, plan, self.checkpoint)
-        return plan
+        updates = self.updates("vision_tower") if merged else {}
+        return _plan(self.vision, updates, self.checkpoint)
+
+    def exported_llm_config(self, dtype: torch.dtype) -> PreTrainedConfig:
+        """With rows for appended tokens, and a head of its own."""
+        config = copy.deepcopy(self.llm_config)
+        config.vocab_size = self.vocabulary
+        config.tie_word_embeddings = False
+        # A part's own dtype outranks the whole's on loading, and would round what was just merged in a wider one.
+        config.dtype = dtype
+        return config
+
+    def exported_vision_config(self, dtype: torch.dtype) -> PreTrainedConfig:
+        config = copy.deepcopy(self.vision_config)
+        config.dtype = dtype
+        return config
+
+    def tokenizer_with_template(self) -> PreTrainedTokenizerFast:
+        """The run's tokenizer with the prompt template of the training as its ``chat_template``."""
+        self.tokenizer.chat_template = chat_template(self.template, self.tokenizer)
+        return self.tokenizer
 
     def generation_config(self) -> GenerationConfig:
         """One that stops where training stopped."""
@@ -154,29 +160,17 @@ class TrainedRun:
         )
 
 
-@dataclass(frozen=True)
-class _Extended:
-    """Rows more for appended tokens, float32: a mean rounded to a 16-bit base would not be a float32 model's row."""
-
-    stored: LazyTensor
-    extra: int
-
-    def __call__(self) -> Tensor:
-        tensor = self.stored.read().float()
-        return torch.cat([tensor, mean_row(tensor).expand(self.extra, -1)])
+def _extend(weight: Tensor, extra: int) -> Tensor:
+    """``extra`` rows for appended tokens, float32: a mean rounded to a 16-bit base would not be a float32 model's."""
+    weight = weight.float()
+    return torch.cat([weight, mean_row(weight).expand(extra, -1)])
 
 
-@dataclass(frozen=True)
-class _Dequantised:
+def _quantise_and_dequantise(weight: Tensor) -> Tensor:
     """What training saw of a weight: quantised to NF4 as loading does it, and dequantised, in float32."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    stored: LazyTensor
-
-    def __call__(self) -> Tensor:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-        weight = self.stored.read().float()
-        return dequantize_4bit(*quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4"))
+    return dequantize_4bit(*quantize_4bit(weight.float(), blocksize=64, compress_statistics=True, quant_type="nf4"))
 
 
 def open_trained(
@@ -200,20 +194,20 @@ def open_trained(
     """
     run = Path(run)
     record = read_run(run)
-    parts = record["settings"]["model"]
-    if merge_base == DEQUANTIZED and parts["bits"] != 4:
+    if merge_base == DEQUANTIZED and record.model.bits != 4:
         raise Refusal(
             "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
             expected=ORIGINAL, fix="leave the flag out",
         )  # fmt: skip
     checkpoint = checkpoint or newest_checkpoint(run)
     manifest = read_facts(checkpoint)
-    llm_folder, spec = Path(llm or parts["model_name_or_path"]), str(vision_tower or parts["vision_tower"])
+    llm_folder, spec = Path(llm or record.model.model_name_or_path), str(vision_tower or record.model.vision_tower)
     llm_config = read_llm_config(llm_folder)
     check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
-    tower, preprocessor = load_vision_tower(spec, torch.float32)
+    vision_config = read_vision_config(spec)
+    vision = read_vision_tensors(spec, vision_config)
     check_base(spec, checkpoint, "vision_tower", "--vision_tower")
-    adapter, projector = _read_checkpoint(checkpoint, tower.config.hidden_size, llm_config.hidden_size)
+    adapter, projector = _read_checkpoint(checkpoint, vision_config.hidden_size, llm_config.hidden_size)
     return TrainedRun(
         run=run,
         checkpoint=checkpoint,
@@ -222,9 +216,9 @@ def open_trained(
         llm_folder=llm_folder,
         vision_spec=spec,
         llm_config=llm_config,
-        vision_config=tower.config,
-        vision=tower.state_dict(),
-        preprocessor=preprocessor,
+        vision_config=vision_config,
+        vision=vision,
+        preprocessor=record.preprocessor,
         tokenizer=load_tokenizer(run / TOKENIZER),
         adapter=adapter,
         projector=projector,
@@ -232,54 +226,39 @@ def open_trained(
     )
 
 
-def plan_tensors(tensors: dict[str, Tensor], updates: dict[str, LazyLowRank] | None = None) -> list[PlannedTensor]:
-    """Tensors in memory as a plan."""
-    reads = {name: layer.read for name, layer in (updates or {}).items()}
-    return [PlannedTensor(name, tuple(t.shape), lambda t=t: t, reads.get(name)) for name, t in tensors.items()]
+def _plan(tensors: dict[str, LazyTensor], updates: dict[str, Update], checkpoint: Path) -> list[PlannedTensor]:
+    """``tensors`` with the adapters of the modules that they are the weights of.
 
-
-def alone(module: str) -> str:
-    """A module of the composed model by its name where its part stands alone."""
-    prefix = next(prefix for prefix in ALONE if module.startswith(prefix))
-    return ALONE[prefix] + module[len(prefix) :]
-
-
-def _tower_of(module: str) -> str:
-    return VISION if module.startswith(VISION + ".") else LLM
-
-
-def _check_fit(updates: dict[str, LazyLowRank], plan: list[PlannedTensor], checkpoint: Path) -> None:
-    """Refuse adapters of layers that the base does not have, or has in another shape."""
-    shapes = {planned.name: planned.shape for planned in plan}
-    for name, layer in updates.items():
-        if shapes.get(name) != layer.shape:
+    Raises:
+        Refusal: K-ADAPTER, an adapter of a layer that the base does not have, or has in another shape.
+    """
+    updates = {f"{module}.weight": update for module, update in updates.items()}
+    for name, update in updates.items():
+        found = tensors[name].shape if name in tensors else None
+        if found != update.shape:
             raise Refusal(
                 "K-ADAPTER", "the adapter does not fit the base", file=checkpoint, key=name,
-                found=shapes.get(name, "no such layer"), expected=layer.shape, fix="give the base it was trained on",
+                found=found or "no such layer", expected=update.shape, fix="give the base it was trained on",
             )  # fmt: skip
+    return [PlannedTensor(name, tensor, updates.get(name)) for name, tensor in tensors.items()]
 
 
 def _read_checkpoint(
     checkpoint: Path, vision_width: int, llm_width: int
-) -> tuple[dict[str, LazyLowRank] | None, dict[str, Tensor]]:
-    """The adapter, not read, and the projector's four tensors, of a stage-1 or stage-2 checkpoint."""
+) -> tuple[dict[str, Update] | None, dict[str, Tensor]]:
+    """The adapter, not read yet, and the projector's four tensors, of a stage-1 or stage-2 checkpoint."""
     folder = checkpoint / "adapter"
     if not folder.is_dir():
         return None, read_projector(checkpoint / "projector", vision_width, llm_width)
-    trained = read_adapter(folder)  # checks every name and shape; its tensors are mapped, and let go
-    prefix = PROJECTOR + "."
-    projector = {name.removeprefix(prefix): t.clone() for name, t in trained.others.items() if name.startswith(prefix)}
-    if len(projector) != 4 or len(trained.others) != 4:
+    adapter = read_adapter(folder)  # checks every name and shape
+    if adapter.others.keys() != {f"{PROJECTOR}.{key}" for key in KEYS}:
         raise Refusal(
-            "K-ADAPTER", "not the projector beside the adapters", file=folder,
-            found=", ".join(sorted(trained.others)) or "none", expected=f"the four tensors of {PROJECTOR}",
+            "K-ADAPTER", "not the projector next to the adapters", file=folder,
+            found=few(sorted(adapter.others), 8) or "none", expected=f"the four tensors of {PROJECTOR}",
             fix="use another checkpoint",
         )  # fmt: skip
-    stored = read_tensor_file(folder / "adapter_model.safetensors")
-    layers = {}
-    for name, layer in trained.layers.items():
-        names = {part: f"{PEFT_PREFIX}{name}.lora_{part}.weight" for part in ("A", "mixer", "B")}
-        parts = {part: stored[key] for part, key in names.items() if key in stored}
-        assert (layer.w is None) == ("mixer" not in parts), f"{name} was read with another mixer than is stored"
-        layers[name] = LazyLowRank((len(layer.b), layer.a.shape[1]), layer.scaling, parts)
-    return layers, projector
+    adapted = tuple(f"{module}." for module in (LLM, VISION_TOWER, LM_HEAD))
+    if foreign := [name for name in adapter.layers if not f"{name}.".startswith(adapted)]:
+        what, fix = "adapters outside the LLM and the vision tower", "use another checkpoint"
+        raise Refusal("K-ADAPTER", what, file=folder, found=few(foreign), fix=fix)
+    return adapter.layers, {standalone_name(name): tensor.read().clone() for name, tensor in adapter.others.items()}

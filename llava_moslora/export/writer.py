@@ -1,8 +1,8 @@
-"""WeightFiles of any size, merged and written in bounded memory: row block by row block, never a whole file at once.
+"""Writes what every target consists of: weight files of any size in bounded memory, and ``config.json``.
 
 A safetensors file is a header with every tensor's place, then the tensors one after the other. Shapes are known before
 anything is read, so the header is written first, and memory holds one base tensor and a block of its rows. A shard gets
-its final name when it is complete: what a killed export finished is found again by the next one.
+its final name when it is complete, so that an export that was killed continues with the first one that is missing.
 """
 
 from __future__ import annotations
@@ -12,38 +12,45 @@ import json
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
-from llava_moslora.adapters.fold import LowRank, merge
+from llava_moslora.adapters.fold import Update, add
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import fsync, write_json
+from llava_moslora.files.disk import fsync
+from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.tensors import LazyTensor, in_memory
+from llava_moslora.models.llm import with_old_rope
 
 SHARD_BYTES = 2 * 1024**3
-BLOCK = 4 * 1024**2  # numbers that are merged at a time
-DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # as safetensors spells them
+BLOCK = 4 * 1024**2  # elements that are merged at a time
+DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in a safetensors header
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """A tensor of the export: its name, its shape, how to get it, and how to get what is added to it (folded)."""
+    """A tensor of the export: its name, the base's tensor, and the adapter that is merged into it."""
 
     name: str
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
-    update: Callable[[], LowRank] | None = None
+    tensor: LazyTensor
+    update: Update | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """One model's weights in an export: ``folder`` inside it ("" is its top), one file or shards named after ``stem``.
+    """The weights of one model: in ``folder`` of the export ("" is its top), as ``stem.safetensors`` or its shards.
 
-    ``total_size`` and ``files`` are known before anything is read.
+    ``total_size`` (bytes) and ``files`` are known before anything is read.
     """
 
     folder: str
@@ -56,7 +63,7 @@ class WeightFiles:
         return sum(_size(planned, self.dtype) for planned in self.tensors)
 
     def files(self) -> dict[str, list[PlannedTensor]]:
-        """File name → its tensors, in order; a new shard begins before 2 GB would be passed."""
+        """File name → its tensors, in order; a new shard begins before one would exceed :data:`SHARD_BYTES`."""
         shards: list[list[PlannedTensor]] = [[]]
         filled = 0
         for planned in self.tensors:
@@ -71,12 +78,26 @@ class WeightFiles:
         return {f"{self.stem}-{k:05d}-of-{len(shards):05d}.safetensors": s for k, s in enumerate(shards, start=1)}
 
 
+def plan_tensors(tensors: Mapping[str, Tensor]) -> list[PlannedTensor]:
+    """Tensors in memory, exported as they are."""
+    return [PlannedTensor(name, tensor) for name, tensor in in_memory(tensors, Path()).items()]
+
+
+def renamed(tensors: Iterable[PlannedTensor], *prefixes: tuple[str, str]) -> list[PlannedTensor]:
+    """The tensors with the first of the ``prefixes`` (old, new) that fits replaced in their names."""
+    result = []
+    for planned in tensors:
+        old, new = next(pair for pair in prefixes if planned.name.startswith(pair[0]))
+        result.append(replace(planned, name=new + planned.name[len(old) :]))
+    return result
+
+
 def write_weights(root: Path, all_weights: list[WeightFiles]) -> None:
-    """Write all weights below ``root``, with an index beside shards; files that are already there are complete.
+    """Write all weights below ``root``, with an index next to shards; files that exist are complete and are skipped.
 
     Raises:
-        Refusal: E-DISK, the disk is full; what was finished stays for the next call. K-NONFINITE, a tensor would hold
-            NaN or Inf.
+        Refusal: E-DISK, the disk is full; finished files stay for the next call. K-NONFINITE, a tensor would hold NaN
+            or Inf.
     """
     total = sum(weights.total_size for weights in all_weights)
     with tqdm(total=total, unit="B", unit_scale=True, desc="merging", dynamic_ncols=True) as bar:
@@ -106,7 +127,7 @@ def _write_file(file: Path, tensors: list[PlannedTensor], dtype: torch.dtype, ba
     end = 0
     for planned in tensors:
         begin, end = end, end + _size(planned, dtype)
-        header[planned.name] = {"dtype": DTYPES[dtype], "shape": list(planned.shape), "data_offsets": [begin, end]}
+        header[planned.name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(planned.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
     partial = file.with_name(f".{file.name}.partial")
@@ -114,7 +135,7 @@ def _write_file(file: Path, tensors: list[PlannedTensor], dtype: torch.dtype, ba
         with partial.open("wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
             for planned in tensors:
-                for rows in merged(planned, dtype):
+                for rows in merged_blocks(planned, dtype):
                     out.write(rows.reshape(-1).view(torch.uint8).numpy())
                     bar.update(rows.nbytes)
             out.flush()
@@ -128,38 +149,35 @@ def _write_file(file: Path, tensors: list[PlannedTensor], dtype: torch.dtype, ba
         partial.unlink(missing_ok=True)
         raise Refusal(
             "E-DISK", "the disk is full", file=file, found=error.strerror,
-            fix="free some space and give the same command again; it goes on where this one stopped",
+            fix="free some space and start the same command again; it continues where this one stopped",
         ) from error  # fmt: skip
     os.rename(partial, file)
 
 
-def merged(planned: PlannedTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensor in blocks along its first dimension: W + s·B·W_mixer·A in float32, rounded once to ``dtype``.
+def merged_blocks(planned: PlannedTensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The tensor in blocks of its first dimension: weight + ΔW, summed in float32 and rounded once to ``dtype``.
 
     Raises:
         Refusal: K-NONFINITE, the tensor would hold NaN or Inf.
     """
-    base = planned.read()
-    assert tuple(base.shape) == planned.shape, f"{planned.name} was announced as {planned.shape}, is {base.shape}"
-    update = None if planned.update is None else planned.update()
+    base, update = planned.tensor.read(), planned.update
+    assert tuple(base.shape) == planned.shape, f"{planned.name} was planned as {planned.shape}, is {base.shape}"
     step = max(1, BLOCK // max(1, math.prod(planned.shape[1:])))
     for begin in range(0, len(base), step):
         stored = rows = base[begin : begin + step]
         if update is not None:
-            part = LowRank(update.a, None, update.b[begin : begin + step], update.scaling)
-            rows = merge(rows.float(), part)
+            rows = add(rows.float(), update.delta_rows(begin, begin + len(rows)))
         rounded = rows.to(dtype).contiguous()
         check_finite(planned.name, stored, update, rows, rounded)
         yield rounded
 
 
-def check_finite(name: str, stored: Tensor, update: LowRank | None, rows: Tensor, rounded: Tensor) -> None:
+def check_finite(name: str, stored: Tensor, update: Update | None, rows: Tensor, rounded: Tensor) -> None:
     """Refuse rows of the tensor ``name`` that hold NaN or Inf, and say where these come from.
 
     Args:
-        stored: the rows as the base (or, of factors that are not merged, the adapter) has them.
-        update: what is added to them.
-        rows: their sum. rounded: the same in the dtype of the export.
+        stored: the rows of the base, or of an adapter that is not merged. update: the adapter merged into them.
+        rows: merged, in float32. rounded: the same in the dtype of the export.
 
     Raises:
         Refusal: K-NONFINITE
@@ -169,9 +187,9 @@ def check_finite(name: str, stored: Tensor, update: LowRank | None, rows: Tensor
     if not stored.isfinite().all():
         where = "in the adapter" if ".lora_" in name else "in the base or the projector"
         found, fix = f"{_not_finite(stored)} {where}", "download the base again, or export an earlier checkpoint"
-    elif update is not None and not (update.a.isfinite().all() and update.b.isfinite().all()):
-        value = _not_finite(update.a if not update.a.isfinite().all() else update.b)
-        found, fix = f"{value} in the adapter", "export an earlier checkpoint, and see metrics.jsonl for where it began"
+    elif factors := [value for t in (update.tensors if update else {}).values() if (value := _not_finite(t.read()))]:
+        found = f"{factors[0]} in the adapter"
+        fix = "export an earlier checkpoint, and see metrics.jsonl for where it began"
     elif not rows.isfinite().all():
         found, fix = "an adapter too large to be added in float32", "export an earlier checkpoint"
     else:
@@ -182,6 +200,29 @@ def check_finite(name: str, stored: Tensor, update: LowRank | None, rows: Tensor
 
 
 def _not_finite(tensor: Tensor) -> str:
-    """The first value of ``tensor`` that is not finite, as a word."""
-    value = tensor[~tensor.isfinite()][0].item()
-    return "NaN" if math.isnan(value) else "Inf" if value > 0 else "-Inf"
+    """The first value of ``tensor`` that is not finite: NaN, Inf or -Inf; "" if all are."""
+    values = tensor[~tensor.isfinite()]
+    if not len(values):
+        return ""
+    return "NaN" if values[0].isnan() else "Inf" if values[0] > 0 else "-Inf"
+
+
+def save_config(config: PreTrainedConfig, folder: Path) -> None:
+    """``config.json``, with the rotary settings also where older readers look for them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    file = folder / "config.json"
+    stored = read_json(file)
+    if "text_config" in stored:
+        stored["text_config"] = with_old_rope(stored["text_config"])
+    write_json(file, with_old_rope(stored))
+
+
+def known_to_transformers_4(folder: Path) -> None:
+    """Name the tokenizer's class as transformers 4 and 5 know it, and the inputs that it makes.
+
+    Without their names transformers 4 also makes ``token_type_ids``, which ``generate`` refuses.
+    """
+    file = folder / "tokenizer_config.json"
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    write_json(file, read_json(file) | known)

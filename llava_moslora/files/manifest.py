@@ -1,17 +1,18 @@
-"""A folder's manifest: its files with sizes and SHA-256, and the facts needed to judge whether it fits.
+"""``MANIFEST.json`` of a folder: its files with sizes and SHA-256, and facts about it, such as a checkpoint's step.
 
-Neither safetensors nor ``torch.load`` notices a flipped bit in the data; only a hash does. The manifest guards against
-corruption, not against an attacker, who could rewrite it.
+Neither safetensors nor ``torch.load`` notices a flipped bit in the data; only a hash does. The manifest protects
+against corruption, not against an attacker, who could rewrite it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.disk import fsync
+from llava_moslora.files.json import write_json
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 2  # 1 had no hash of its own
@@ -29,30 +30,12 @@ def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
     return digest.hexdigest()
 
 
-def fsync(path: Path) -> None:
-    """Force a file's or a folder's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def replace_json(path: Path, content: object) -> None:
-    """As :func:`write_json`, at once: whoever reads sees the old file or the new one, also after a power cut."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    write_json(unfinished, content)
-    fsync(unfinished)
-    os.replace(unfinished, path)
-    fsync(path.parent)
-
-
 def write_manifest(folder: Path, facts: dict) -> None:
-    """Hash and fsync every file below ``folder``, then write and fsync ``MANIFEST.json`` there."""
+    """Hash and fsync every file below ``folder``, then write and fsync ``MANIFEST.json`` there.
+
+    Args:
+        facts: JSON values that say what the folder is, such as a checkpoint's step; keys of the manifest's top level.
+    """
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
         fsync(path)
@@ -65,7 +48,7 @@ def write_manifest(folder: Path, facts: dict) -> None:
 
 
 def read_facts(folder: Path) -> dict:
-    """What the manifest of ``folder`` says, undamaged itself, without a look at the files it lists.
+    """The manifest of ``folder``, checked against its own hash; the files that it lists are not looked at.
 
     Raises:
         Refusal: K-MANIFEST (none, unreadable, of an unknown schema) or K-HASH.
@@ -73,7 +56,7 @@ def read_facts(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         raise Refusal(
-            "K-MANIFEST", "no manifest: the folder was never finished", file=folder, fix="use another checkpoint"
+            "K-MANIFEST", "no manifest: the folder was never completed", file=folder, fix="use another checkpoint"
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -94,8 +77,8 @@ def read_facts(folder: Path) -> dict:
     return manifest
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of ``folder`` after every file it lists was found whole.
+def verify_manifest(folder: Path) -> dict:
+    """The manifest of ``folder``, after the size and the hash of every file that it lists were checked.
 
     Raises:
         Refusal: K-MANIFEST (none, or unreadable), K-PATH (a link, or a name that leads out of the folder), K-MISSING,
@@ -107,7 +90,7 @@ def read_manifest(folder: Path) -> dict:
         if not file.resolve().is_relative_to(folder.resolve()) or file.is_symlink():
             raise Refusal("K-PATH", "a link or a path out of the folder", file=file, fix="use another checkpoint")
         if not file.is_file():
-            raise Refusal("K-MISSING", "a file of the checkpoint is gone", file=file, fix="use another checkpoint")
+            raise Refusal("K-MISSING", "a listed file is missing", file=file, fix="use another checkpoint")
         if (size := file.stat().st_size) != recorded["size"]:
             raise Refusal(
                 "K-SIZE", "truncated or grown", file=file, found=f"{size} bytes", expected=f"{recorded['size']} bytes"
@@ -118,5 +101,5 @@ def read_manifest(folder: Path) -> dict:
 
 
 def _own_hash(manifest: dict) -> str:
-    """Of the manifest's content, so that a changed fact (a step, a world size) is found as a changed file is."""
+    """Hash of the manifest's content: a changed fact (a step, a world size) is detected like a changed file."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

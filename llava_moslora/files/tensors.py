@@ -1,13 +1,13 @@
-"""Weights in files: names and shapes without reading them, then one tensor at a time.
+"""Tensors in files: their names and shapes without reading them, then one tensor at a time.
 
 Safetensors and torch files (``.bin``, ``.pth``, ``.pt``), single or sharded with an index. Both kinds are mapped into
-memory, so a tensor that is read but not changed costs file cache, not memory of the process. Code in a torch file is
-never run: ``weights_only=True``, and what a training framework stores beside its weights is read as inert stand-ins.
+memory: a tensor that is read but not changed takes file cache, not the process's own memory. Code in a torch file is
+never run: ``weights_only=True``, and objects that a training framework stores next to its weights are replaced by
+stand-ins that do nothing.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.json import DOWNLOAD_AGAIN, read_json
 
-# In the order in which transformers looks for them; each may have an index beside it instead.
+# In the order in which transformers looks for them; instead of each there may be shards with an index.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"
-AGAIN = "copy or download it again"
 
-# mmengine (XTuner's trainer) stores its log beside the weights: these classes, and NumPy arrays inside them.
+# mmengine (XTuner's trainer) stores its log in the same file: objects of these classes, with NumPy arrays in them.
 LOG_CLASSES = re.compile(
     r"mmengine\.logging\.history_buffer\.HistoryBuffer|numpy\.(ndarray|dtype|dtypes\.\w+)"
     r"|numpy\.(_?core)\.multiarray\.(_reconstruct|scalar)|_codecs\.encode"
@@ -36,78 +36,49 @@ LOG_CLASSES = re.compile(
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that has not been read yet: where it is, its shape, and how to get it (in the file's dtype)."""
+    """A tensor that has not been read yet: the file it is in, its shape, and how to read it (in the file's dtype)."""
 
     file: Path
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
 
-
-class _Inert:
-    """Stands for an object of a class that is not imported: takes whatever it is given and does nothing."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __setstate__(self, state):
-        pass
+    def then(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> LazyTensor:
+        """``change`` of this tensor, which is read when the result is; ``shape`` is the result's, if another."""
+        return LazyTensor(self.file, self.shape if shape is None else shape, lambda: change(self.read()))
 
 
-def held(tensors: Mapping[str, Tensor], source: Path) -> dict[str, LazyTensor]:
-    """Tensors in memory as if they were stored in ``source``."""
+def in_memory(tensors: Mapping[str, Tensor], source: Path) -> dict[str, LazyTensor]:
+    """Tensors in memory as lazy ones; ``source`` is the file that error messages name."""
     return {name: LazyTensor(source, tuple(t.shape), lambda t=t: t) for name, t in tensors.items()}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        Refusal: K-MISSING, K-JSON.
-    """
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise Refusal("K-MISSING", "no such file", file=file, fix="download it, or check the path") from error
-    except OSError as error:
-        raise Refusal("K-MISSING", "cannot be read", file=file, found=error.strerror, fix="mend its rights") from error
-    except (ValueError, RecursionError) as error:
-        raise Refusal("K-JSON", "not JSON", file=file, found=error, fix=AGAIN) from error
-    if not isinstance(value, dict):
-        raise Refusal("K-JSON", "not a JSON object", file=file, found=type(value).__name__, fix=AGAIN)
-    return value
-
-
 def read_tensor_file(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of one file by name.
+    """The tensors of one file by name. In a torch file, what is not a tensor is ignored.
 
     Raises:
         Refusal: K-MISSING; K-DAMAGED, truncated or not of plain tensors.
     """
     if not file.is_file():
-        raise Refusal("K-MISSING", "no such file", file=file, fix=AGAIN)
+        raise Refusal("K-MISSING", "no such file", file=file, fix=DOWNLOAD_AGAIN)
     if file.suffix != ".safetensors":
-        state = {name: t for name, t in _state(file).items() if isinstance(t, Tensor)}
-        if not zipfile.is_zipfile(file):  # cannot be mapped: it is in memory already
-            return held(state, file)
-        return {
-            name: LazyTensor(file, tuple(t.shape), lambda name=name: _state(file)[name]) for name, t in state.items()
-        }
+        return in_memory({name: t for name, t in _read_torch(file).items() if isinstance(t, Tensor)}, file)
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise Refusal("K-DAMAGED", "not a whole safetensors file", file=file, found=error, fix=AGAIN) from error
+        fix = DOWNLOAD_AGAIN
+        raise Refusal("K-DAMAGED", "not a whole safetensors file", file=file, found=error, fix=fix) from error
     return {name: LazyTensor(file, shape, lambda name=name: _read_one(file, name)) for name, shape in shapes.items()}
 
 
 def _read_one(file: Path, name: str) -> Tensor:
-    """One tensor under a mapping of its own: a mapping that is shared keeps every page that was ever touched."""
+    """One tensor under a mapping of its own: a shared mapping keeps every page that was ever touched."""
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(name)
 
 
-def _state(file: Path) -> dict[str, Any]:
-    """The name → tensor part of a torch file: itself, or behind ``state_dict`` (mmengine) or ``module`` (DeepSpeed)."""
+def _read_torch(file: Path) -> dict[str, Any]:
+    """The name → tensor part of a torch file: itself, or under ``state_dict`` (mmengine) or ``module`` (DeepSpeed)."""
     try:
         content = _load(file)
     except Exception as error:  # torch raises five different types for a damaged or a code-carrying file
@@ -127,17 +98,27 @@ def _state(file: Path) -> dict[str, Any]:
     return content
 
 
+class _LogObject:
+    """Replaces an object of :data:`LOG_CLASSES`, which are not imported: accepts its state and does nothing."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
 def _load(file: Path) -> Any:
     mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote another container, which cannot be mapped
     unsafe = get_unsafe_globals_in_checkpoint(file) if mapped else []
     if not unsafe or not all(LOG_CLASSES.fullmatch(name) for name in unsafe):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    with safe_globals([_Inert, *((_Inert, name) for name in unsafe)]):
+    with safe_globals([_LogObject, *((_LogObject, name) for name in unsafe)]):
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def read_tensor_folder(folder: Path, names: Iterable[str] = WEIGHT_FILES) -> dict[str, LazyTensor]:
-    """The tensors of a folder that holds one of ``names``, or its shards with an index.
+    """The tensors of a folder that holds one of the files ``names``, or its shards with an index.
 
     Raises:
         Refusal: K-MISSING, no weights or a missing shard; K-DAMAGED; K-KEYS, the index and the shards disagree.
@@ -157,12 +138,12 @@ def read_tensor_folder(folder: Path, names: Iterable[str] = WEIGHT_FILES) -> dic
 def _read_shards(index: Path) -> dict[str, LazyTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        what = "not an index of weight files"
-        raise Refusal("K-JSON", what, file=index, key="weight_map", found=weight_map, fix=AGAIN)
+        what, where = "not an index of weight files", {"file": index, "key": "weight_map"}
+        raise Refusal("K-JSON", what, **where, found=weight_map, fix=DOWNLOAD_AGAIN)
     folder, files = index.parent, sorted(set(weight_map.values()))
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
-            raise Refusal("K-MISSING", "a shard of the index is not there", file=folder / name, fix=AGAIN)
+            raise Refusal("K-MISSING", "a shard of the index is missing", file=folder / name, fix=DOWNLOAD_AGAIN)
     stem, kind = re.fullmatch(r"(.+)(\.\w+)", index.name.removesuffix(INDEX)).groups()
     siblings = {p.name for p in folder.glob(f"{stem}-*-of-*{kind}")}
     if surplus := sorted(siblings - set(files)):
@@ -170,15 +151,15 @@ def _read_shards(index: Path) -> dict[str, LazyTensor]:
         raise Refusal("K-KEYS", what, file=folder / surplus[0], expected=", ".join(files), fix=fix)
     found: dict[str, LazyTensor] = {}
     for name in files:
-        for key, stored in read_tensor_file(folder / name).items():
+        for key, tensor in read_tensor_file(folder / name).items():
             if weight_map.get(key) != name:
-                what = "the shard and the index disagree about a tensor"
-                where = weight_map.get(key, "nowhere")
-                raise Refusal("K-KEYS", what, file=folder / name, key=key, found=f"in the index: {where}", fix=AGAIN)
-            found[key] = stored
+                what, where = "the shard and the index disagree about a tensor", {"file": folder / name, "key": key}
+                indexed = f"in the index: {weight_map.get(key, 'nowhere')}"
+                raise Refusal("K-KEYS", what, **where, found=indexed, fix=DOWNLOAD_AGAIN)
+            found[key] = tensor
     if missing := sorted(weight_map.keys() - found.keys()):
-        file = folder / weight_map[missing[0]]
-        raise Refusal("K-KEYS", "a tensor of the index is not in its shard", file=file, key=missing[0], fix=AGAIN)
+        what, where = "a tensor of the index is not in its shard", {"file": folder / weight_map[missing[0]]}
+        raise Refusal("K-KEYS", what, **where, key=missing[0], fix=DOWNLOAD_AGAIN)
     return found
 
 
@@ -188,16 +169,14 @@ def check_tensors(found: Mapping[str, LazyTensor], expected: Mapping[str, tuple[
     Raises:
         Refusal: K-KEYS, a missing or surplus tensor; K-SHAPE.
     """
+    fix = "config.json and weights must come from the same download"
     if missing := sorted(expected.keys() - found.keys()):
         what = f"{len(missing)} of the architecture's {len(expected)} tensors are missing"
-        shape, fix = list(expected[missing[0]]), "config.json and weights must come from the same download"
-        raise Refusal("K-KEYS", what, file=source, key=missing[0], expected=shape, fix=fix)
+        raise Refusal("K-KEYS", what, file=source, key=missing[0], expected=list(expected[missing[0]]), fix=fix)
     if surplus := sorted(found.keys() - expected.keys()):
-        what = f"{len(surplus)} tensors do not belong to this architecture"
-        stored, fix = found[surplus[0]], "config.json and weights must come from the same download"
-        raise Refusal("K-KEYS", what, file=stored.file, key=surplus[0], found=list(stored.shape), fix=fix)
+        what, first = f"{len(surplus)} tensors do not belong to this architecture", found[surplus[0]]
+        raise Refusal("K-KEYS", what, file=first.file, key=surplus[0], found=list(first.shape), fix=fix)
     for name, shape in expected.items():
         if (given := found[name].shape) != tuple(shape):
-            fix = "config.json and weights must come from the same download"
             where = {"file": found[name].file, "key": name}
             raise Refusal("K-SHAPE", "wrong shape", **where, found=list(given), expected=list(shape), fix=fix)

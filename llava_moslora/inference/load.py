@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,19 +10,22 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.config import ModelSettings
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
+from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import MANIFEST, read_facts
-from llava_moslora.files.tensors import read_json
-from llava_moslora.models.assemble import ADAPTER_NAME, assemble, tokens_per_image
+from llava_moslora.models.assemble import assemble, tokens_per_image
 from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.llm import read_llm_config
+from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, fingerprint, read_run
+from llava_moslora.runs.checkpoints import checkpoints, newest_valid
+from llava_moslora.runs.fingerprint import check_base
+from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, read_run
 from llava_moslora.text.conversation import recognise_template
-from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from llava_moslora.text.tokenizer import load_tokenizer
 
 EXPORT = "export.json"  # beside an export's weights: what it is an export of
 
@@ -47,46 +50,17 @@ def newest_checkpoint(run: Path) -> Path:
     Raises:
         Refusal: the run has none, or the newest is not this run's own: renamed, or of another seed.
     """
-    checkpoint, passed_over = publish.newest_valid(run)
+    checkpoint, skipped = newest_valid(run)
     if checkpoint is None:
         raise Refusal(
             "K-NONE",
             "the run has no valid checkpoint",
             file=run,
-            found="; ".join(r.line() for r in passed_over) or "none at all",
+            found="; ".join(r.line() for r in skipped) or "none at all",
             fix="let the training reach its first --save_steps, or its end",
         )
     check_seed(read_run(run), checkpoint, read_facts(checkpoint))
     return checkpoint
-
-
-def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None = None) -> None:
-    """Refuse a base whose configuration or weight files are not those that ``checkpoint`` was trained on: another model
-    of the same shape runs as well, and answers otherwise.
-
-    Args:
-        part: of the base, as the manifest calls it: ``llm``, ``vision_tower`` or ``projector``.
-        flag: by which the user chose ``source``; None: run.json names it.
-
-    Raises:
-        Refusal: K-BASE; K-MANIFEST, the checkpoint does not say what it was trained on.
-    """
-    manifest = read_facts(checkpoint)
-    if part not in manifest:
-        raise Refusal(
-            "K-MANIFEST", "the checkpoint does not say which base it belongs to", file=checkpoint / MANIFEST,
-            key=part, fix="use a checkpoint that scripts/train_vit_llm.py wrote",
-        )  # fmt: skip
-    recorded, now = manifest[part], fingerprint(source)
-    matter = [name for name in recorded.keys() | now.keys() if name == "config.json" or not name.endswith(".json")]
-    if differing := sorted(name for name in matter if recorded.get(name) != now.get(name)):
-        name = differing[0]
-        file = source if str(source).endswith(f"/{name}") else f"{source}/{name}"
-        raise Refusal(
-            "K-BASE", "not the base that this run was trained on, or changed since", file=file, key=flag,
-            found=now.get(name, "no such file"), expected=recorded.get(name, "no such file"),
-            fix=f"give the run's own base as {flag}" if flag else "put the run's own base there",
-        )  # fmt: skip
 
 
 def load_run(
@@ -114,36 +88,37 @@ def load_run(
         Refusal: no run, no valid checkpoint; K-BASE, the base is not the one that the run was trained on.
     """
     run = Path(run)
-    settings = read_run(run)["settings"]
-    parts = settings["model"]
-    llm, vision_tower = llm or parts["model_name_or_path"], vision_tower or parts["vision_tower"]
+    record = read_run(run)
+    model_settings = replace(
+        record.model,
+        model_name_or_path=str(llm or record.model.model_name_or_path),
+        vision_tower=vision_tower or record.model.vision_tower,
+        bits=bits or record.model.bits,
+        attn_implementation="sdpa",  # which every machine has, whatever it was trained with
+    )
     if trained:
         checkpoint = checkpoint or newest_checkpoint(run)
     elif checkpoint is None:  # whichever: all say which base the run began from; before the first there is none to ask
-        checkpoint = next((c for c in publish.checkpoints(run) if (c / MANIFEST).is_file()), None)
+        checkpoint = next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
     if checkpoint is not None:
-        read_llm_config(llm)  # a folder that is gone is told as such
-        check_base(llm, checkpoint, "llm")
-        read_vision_config(vision_tower)
-        check_base(vision_tower, checkpoint, "vision_tower")
-        if not trained and parts["pretrain_mm_mlp_adapter"]:
-            check_base(parts["pretrain_mm_mlp_adapter"], checkpoint, "projector")
+        _check_bases(model_settings, checkpoint, with_projector=not trained)
+    if trained:  # every checkpoint holds the whole projector
+        model_settings.pretrain_mm_mlp_adapter = None
     tokenizer = load_tokenizer(run / TOKENIZER)
-    model, preprocessor = assemble(
-        llm,
-        vision_tower,
-        None if trained else parts["pretrain_mm_mlp_adapter"],  # every checkpoint holds the whole projector
-        tokenizer=tokenizer,
-        image_token_id=image_token_id(tokenizer),
-        dtype=dtype,
-        bits=bits or parts["bits"],
-        llm_dtype=llm_dtype,
-    )
+    model, processor = assemble(model_settings, tokenizer=tokenizer, dtype=dtype, llm_dtype=llm_dtype)
     if trained:
         model = _with_checkpoint(model, checkpoint, dtype)
-    data = settings["data"]
-    transform = ImageTransform.from_settings(preprocessor, data["image_aspect_ratio"], data.get("image_engine", "pil"))
-    return ChatModel(model.eval(), tokenizer, parts["version"], transform)
+    transform = ImageTransform.from_settings(processor, record.data)
+    return ChatModel(model.eval(), tokenizer, record.model.version, transform)
+
+
+def _check_bases(model: ModelSettings, checkpoint: Path, *, with_projector: bool) -> None:
+    read_llm_config(model.model_name_or_path)  # a missing folder is refused as one
+    check_base(model.model_name_or_path, checkpoint, "llm")
+    read_vision_config(model.vision_tower)
+    check_base(model.vision_tower, checkpoint, "vision_tower")
+    if with_projector and model.pretrain_mm_mlp_adapter:
+        check_base(model.pretrain_mm_mlp_adapter, checkpoint, "projector")
 
 
 def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
@@ -172,14 +147,13 @@ def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Ch
     """
     folder = Path(folder)
     tokenizer = load_tokenizer(folder)
-    model, preprocessor = assemble(
-        folder, str(folder), folder, tokenizer=tokenizer, image_token_id=image_token_id(tokenizer), dtype=dtype
-    )
+    parts = ModelSettings(str(folder), vision_tower=str(folder), pretrain_mm_mlp_adapter=str(folder))
+    model, processor = assemble(parts, tokenizer=tokenizer, dtype=dtype)
     file = folder / EXPORT
     facts = read_json(file) if file.is_file() else {}
     template = facts.get("template") or recognise_template(tokenizer)
     pads = read_json(folder / "preprocessor_config.json").get("do_pad", False)
-    transform = ImageTransform.from_settings(preprocessor, "pad" if pads else "crop")
+    transform = ImageTransform.from_processor(processor, "pad" if pads else "crop")
     return ChatModel(model.eval(), tokenizer, template, transform)
 
 

@@ -1,11 +1,12 @@
-"""Which attention each tower computes, and the LLM's without a T×T mask: torch's causal and variable-length kernels.
+"""The attention implementation of LLM and vision tower, and an ``sdpa`` for the LLM that needs no T×T mask.
 
-transformers looks the function up under the name in a configuration's ``_attn_implementation``. Ours is its ``sdpa``,
-but for the training forward of :class:`~llava_moslora.models.llava.Llava`, which hands over an empty mask
-(:func:`no_mask`): then causal attention within each sequence is all there is to it. Masks with four dimensions go
-through transformers as they are, so none is made there, and no value of the batch is looked at.
+transformers looks the attention function up by the name in a configuration's ``_attn_implementation``. This one,
+``sdpa_maskless``, is its ``sdpa`` for everything except the training forward of
+:class:`~llava_moslora.models.llava.Llava`, which passes an empty mask (:func:`empty_mask`): that stands for causal
+attention within each sequence, which torch's causal and variable-length kernels compute without a mask. transformers
+passes masks with four dimensions on as they are, so it makes none, and reads no value of the batch.
 
-Shapes: B lines, T tokens, H heads, K key heads, D a head's width, R records of packed lines, their padding included.
+Shapes: B rows, T tokens, H heads, K key heads, D head width, R records of packed rows, each row's padding being one.
 """
 
 from __future__ import annotations
@@ -21,43 +22,42 @@ from transformers.masking_utils import sdpa_mask
 
 from llava_moslora.errors import Refusal
 
-IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 MASKLESS = "sdpa_maskless"
 # LLMs whose attention is causal, in some layers with a window, and nothing else (others keep transformers' masks), and
-# whose layers are made of RMSNorm, SwiGLU and rotary embedding.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-# torch 2.11 takes fewer key heads than heads as they are, later versions when told to
+# whose layers consist of RMSNorm, SwiGLU and rotary embedding.
+LLM_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# torch 2.11 accepts fewer key heads than heads, later versions only with this option
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """``implementation``, one of :data:`IMPLEMENTATIONS`, in the LLM and the vision tower of a loaded LLaVA. They were
-    loaded with ``sdpa``, which becomes ours in an LLM of a known family.
+    """Set the attention implementation of the LLM and the vision tower of a loaded LLaVA. They were loaded with
+    ``sdpa``; an LLM of a known family then gets ``sdpa_maskless``.
 
     Raises:
         Refusal: C-MODEL, a part has no such implementation.
     """
     text = model.config.text_config
     if implementation == "sdpa":
-        if text.model_type in FAMILIES and text._attn_implementation == "sdpa":
+        if text.model_type in LLM_FAMILIES and text._attn_implementation == "sdpa":
             model.set_attn_implementation({"text_config": MASKLESS})
         return
     try:
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:
         raise Refusal(
-            "C-MODEL", "a part of this model cannot compute its attention so", key="--attn_implementation",
+            "C-MODEL", "a part of this model does not have this attention implementation", key="--attn_implementation",
             found=f"{implementation}: {error}".splitlines()[0], fix="sdpa, which every part has",
         ) from error  # fmt: skip
 
 
-def needs_no_mask(config: PreTrainedConfig, embeds: Tensor, *, packed: bool) -> bool:
-    """Whether :func:`attend` can compute a batch without left padding from :func:`no_mask`.
+def can_omit_mask(config: PreTrainedConfig, embeds: Tensor, *, packed: bool) -> bool:
+    """Whether :func:`attention_forward` can compute a batch without left padding from :func:`empty_mask`.
 
     Args:
         config: the LLM's.
         embeds: float[B, T, width], the LLM's input.
-        packed: several records in a line; for that only 16-bit numbers on a GPU have a kernel.
+        packed: several records in a row, for which there is a kernel only on a GPU in 16 bits.
     """
     if config._attn_implementation != MASKLESS:
         return False
@@ -74,12 +74,12 @@ def has_varlen_kernel(x: Tensor) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def no_mask(like: Tensor) -> Tensor:
-    """The mask with four dimensions and no values that :func:`attend` takes for "causal within each sequence"."""
+def empty_mask(like: Tensor) -> Tensor:
+    """A mask with four dimensions and no values: to :func:`attention_forward` it means causal within each sequence."""
     return like.new_empty(0, 0, 0, 0)
 
 
-def attend(
+def attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -93,17 +93,17 @@ def attend(
     max_length_q: int | None = None,
     **others,
 ) -> tuple[Tensor, None]:
-    """transformers' signature of an attention function.
+    """With the signature that transformers calls attention functions with.
 
     Args:
         query, key, value: float[B, H, T, D], float[B, K, T, D] twice.
-        attention_mask: bool or float[B, 1, T, T], None, or :func:`no_mask`.
-        sliding_window: how many tokens, itself included, a token sees; a mask with values has it already.
-        cu_seq_lens_q: int32[R+1], where the records begin in the flattened B·T, and its end; for ``no_mask`` alone.
+        attention_mask: bool or float[B, 1, T, T], None, or :func:`empty_mask`.
+        sliding_window: how many tokens, itself included, a token attends to; a mask with values contains it already.
+        cu_seq_lens_q: int32[R+1], where the records begin in the flattened B·T, and its end; only with ``empty_mask``.
         max_length_q: the longest record's tokens.
 
     Returns:
-        float[B, T, H, D], and None for the weights, which are never made.
+        float[B, T, H, D], and None for the attention weights, which are not computed.
     """
     if attention_mask is not None and attention_mask.numel() == 0:
         if cu_seq_lens_q is not None:
@@ -116,5 +116,5 @@ def attend(
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
 
 
-AttentionInterface.register(MASKLESS, attend)
+AttentionInterface.register(MASKLESS, attention_forward)
 AttentionMaskInterface.register(MASKLESS, sdpa_mask)

@@ -1,10 +1,10 @@
 """The LLM's norms, activation and rotary embedding in one pass over memory each, for training on a GPU.
 
 transformers computes them operation by operation: RMSNorm in eight passes, SwiGLU in two and the rotary embedding in
-five a tensor, with float32 copies between. Here RMSNorm is torch's own, and two small Triton kernels do the rest. They
-compute in float32 and round once, where transformers rounds in between: a difference of one rounding.
+five per tensor, with float32 copies between. Here RMSNorm is torch's own, and two small Triton kernels do the rest.
+They compute in float32 and round once, where transformers also rounds in between: the results differ by that rounding.
 
-Shapes: B lines, T tokens, H heads, D a head's width, N rows, I the MLP's width.
+Shapes: B rows of a batch, T tokens, H heads, D head width, N = B·T, I width of the MLP.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from llava_moslora.models.attention import FAMILIES
+from llava_moslora.models.attention import LLM_FAMILIES
 
-COLUMNS = 1024
+COLUMNS = 1024  # of a block in the kernels of SwiGLU
 
 
 def fuse_layers(llm: nn.Module) -> None:
-    """Let the layers of ``llm``, a decoder of one of ``FAMILIES``, compute so; others are left as they are."""
+    """Replace the forward of these layers in ``llm``, a decoder of one of ``LLM_FAMILIES``; others are not changed."""
     config = llm.config
-    if config.model_type not in FAMILIES:
+    if config.model_type not in LLM_FAMILIES:
         return
     for module in llm.modules():
         if type(module).__name__.endswith("RMSNorm"):
@@ -34,8 +34,8 @@ def fuse_layers(llm: nn.Module) -> None:
         elif type(module).__name__.endswith("MLP") and config.hidden_act == "silu":
             module.forward = MethodType(_mlp, module)
     modeling = sys.modules[type(llm).__module__]
-    if not isinstance(modeling.apply_rotary_pos_emb, _Rotary):
-        modeling.apply_rotary_pos_emb = _Rotary(modeling.apply_rotary_pos_emb)
+    if not isinstance(modeling.apply_rotary_pos_emb, _ApplyRotary):
+        modeling.apply_rotary_pos_emb = _ApplyRotary(modeling.apply_rotary_pos_emb)
 
 
 def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
@@ -47,16 +47,15 @@ def _mlp(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(_SiluMul.apply(gate, up) if gate.is_cuda else F.silu(gate) * up)
 
 
-class _Rotary:
-    """transformers' ``apply_rotary_pos_emb`` of one family, which it is on a CPU still."""
+class _ApplyRotary:
+    """In place of transformers' ``apply_rotary_pos_emb`` of one family, which it still calls on a CPU."""
 
     def __init__(self, stock):
         self.stock = stock
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        """q (B, H, T, D), k (B, key heads, T, D), cos and sin (B or 1, T, D), rotated; the inputs stay as they are."""
-        plain = not q.is_cuda or unsqueeze_dim != 1 or cos.shape[-1] != q.shape[-1]
-        if plain:
+        """q (B, H, T, D), k (B, key heads, T, D), cos and sin (B or 1, T, D), rotated; the inputs are not changed."""
+        if not q.is_cuda or unsqueeze_dim != 1 or cos.shape[-1] != q.shape[-1]:
             return self.stock(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
         return _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
 
@@ -90,28 +89,28 @@ def _rows(x: Tensor) -> tuple[int, int]:
 @triton.jit
 def _silu_mul(gate, up, out, i, COLUMNS: tl.constexpr):
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    place = tl.program_id(0).to(tl.int64) * i + columns
-    g = tl.load(gate + place, mask=columns < i, other=0.0).to(tl.float32)
-    u = tl.load(up + place, mask=columns < i, other=0.0).to(tl.float32)
-    tl.store(out + place, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=columns < i)
+    offsets = tl.program_id(0).to(tl.int64) * i + columns
+    g = tl.load(gate + offsets, mask=columns < i, other=0.0).to(tl.float32)
+    u = tl.load(up + offsets, mask=columns < i, other=0.0).to(tl.float32)
+    tl.store(out + offsets, (g * tl.sigmoid(g) * u).to(out.dtype.element_ty), mask=columns < i)
 
 
 @triton.jit
 def _silu_mul_backward(grad, gate, up, grad_gate, grad_up, i, COLUMNS: tl.constexpr):
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    place = tl.program_id(0).to(tl.int64) * i + columns
-    d = tl.load(grad + place, mask=columns < i, other=0.0).to(tl.float32)
-    g = tl.load(gate + place, mask=columns < i, other=0.0).to(tl.float32)
-    u = tl.load(up + place, mask=columns < i, other=0.0).to(tl.float32)
+    offsets = tl.program_id(0).to(tl.int64) * i + columns
+    d = tl.load(grad + offsets, mask=columns < i, other=0.0).to(tl.float32)
+    g = tl.load(gate + offsets, mask=columns < i, other=0.0).to(tl.float32)
+    u = tl.load(up + offsets, mask=columns < i, other=0.0).to(tl.float32)
     s = tl.sigmoid(g)
     silu = g * s
-    tl.store(grad_up + place, (d * silu).to(grad_up.dtype.element_ty), mask=columns < i)
-    slope = s + silu * (1 - s)
-    tl.store(grad_gate + place, (d * u * slope).to(grad_gate.dtype.element_ty), mask=columns < i)
+    tl.store(grad_up + offsets, (d * silu).to(grad_up.dtype.element_ty), mask=columns < i)
+    derivative = s + silu * (1 - s)
+    tl.store(grad_gate + offsets, (d * u * derivative).to(grad_gate.dtype.element_ty), mask=columns < i)
 
 
 class _Rotate(torch.autograd.Function):
-    """x·cos + rotate_half(x)·sin of x (B, H, T, D), whose memory is (B, T, H, D) as a linear wrote it."""
+    """x·cos + rotate_half(x)·sin of x (B, H, T, D), which is a view of (B, T, H, D), as a linear wrote it."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -124,29 +123,29 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    x = x.transpose(1, 2).contiguous()  # (B, T, H, D): as it lies in memory, so no copy
+    x = x.transpose(1, 2).contiguous()  # (B, T, H, D), its layout in memory: no copy
     b, t, h, d = x.shape
     out = torch.empty_like(x)
     heads = triton.next_power_of_2(h)
     cos, sin = cos.contiguous(), sin.contiguous()
-    per_line = 0 if len(cos) == 1 else t * d
-    _rotate[(b * t,)](x, cos, sin, out, t, h, d, per_line, sign, HEADS=heads, HALF=triton.next_power_of_2(d // 2))
+    per_row = 0 if len(cos) == 1 else t * d
+    _rotate[(b * t,)](x, cos, sin, out, t, h, d, per_row, sign, HEADS=heads, HALF=triton.next_power_of_2(d // 2))
     return out.transpose(1, 2)
 
 
 @triton.jit
-def _rotate(x, cos, sin, out, t, h, d, per_line, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
+def _rotate(x, cos, sin, out, t, h, d, per_row, sign, HEADS: tl.constexpr, HALF: tl.constexpr):
     """One token: all its heads."""
     token = tl.program_id(0)
     half = tl.arange(0, HALF)
-    angle = (token // t) * per_line + (token % t) * d + half
+    angle = (token // t) * per_row + (token % t) * d + half
     inside = half < d // 2
     c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)[None, :]
     s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)[None, :] * sign
     heads = tl.arange(0, HEADS)
-    place = token.to(tl.int64) * h * d + (heads[:, None] * d + half[None, :])
-    both = (heads < h)[:, None] & inside[None, :]
-    first = tl.load(x + place, mask=both, other=0.0).to(tl.float32)
-    second = tl.load(x + place + d // 2, mask=both, other=0.0).to(tl.float32)
-    tl.store(out + place, (first * c - second * s).to(out.dtype.element_ty), mask=both)
-    tl.store(out + place + d // 2, (second * c + first * s).to(out.dtype.element_ty), mask=both)
+    offsets = token.to(tl.int64) * h * d + (heads[:, None] * d + half[None, :])
+    mask = (heads < h)[:, None] & inside[None, :]
+    first = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    second = tl.load(x + offsets + d // 2, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + offsets, (first * c - second * s).to(out.dtype.element_ty), mask=mask)
+    tl.store(out + offsets + d // 2, (second * c + first * s).to(out.dtype.element_ty), mask=mask)

@@ -10,14 +10,17 @@ Wherever this package asks for an LLM, a vision tower or a projector, a LLaVA fo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig
 
+from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import LazyTensor, read_json, read_tensor_folder
+from llava_moslora.files.json import read_json
+from llava_moslora.files.tensors import LazyTensor, read_tensor_folder
 from llava_moslora.models.towers import CLIP, KINDS, kind_name
 
 TRANSFORMERS, ORIGINAL = "LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"
@@ -220,3 +223,16 @@ def starting_parts(folder: str | Path) -> tuple[Path, Path, Path]:
         "C-FLAG", "missing flag", key="--vision_tower", found=f"{folder} is not a complete LLaVA",
         fix="give the vision tower's folder, or a complete LLaVA as --model_name_or_path",
     )  # fmt: skip
+
+
+def name_parts(settings: ModelSettings) -> ModelSettings:
+    """``settings`` with LLM, vision tower and projector each by itself, where only a complete LLaVA was named.
+
+    Raises:
+        Refusal: as :func:`starting_parts`.
+    """
+    if settings.vision_tower is not None:
+        return settings
+    llm, tower, projector = map(str, starting_parts(settings.model_name_or_path))
+    own = settings.pretrain_mm_mlp_adapter or projector
+    return dataclasses.replace(settings, model_name_or_path=llm, vision_tower=tower, pretrain_mm_mlp_adapter=own)

@@ -23,10 +23,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import LazyTensor, check_tensors, read_json, read_tensor_folder
+from llava_moslora.files.json import read_json
+from llava_moslora.files.tensors import LazyTensor, check_tensors, read_tensor_folder
 from llava_moslora.models import internlm2, llava_folder
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD_WEIGHT = "lm_head.weight"
 
 
 def read_llm_config(folder: str | Path) -> PreTrainedConfig:
@@ -149,8 +150,8 @@ def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, 
         found = internlm2.llama_tensors(found, config)
     expected = {name: tuple(p.shape) for name, p in llm_on_meta(config, folder).state_dict().items()}
     if config.tie_word_embeddings:
-        expected.pop(HEAD, None)
-        found.pop(HEAD, None)  # some folders hold it twice
+        expected.pop(HEAD_WEIGHT, None)
+        found.pop(HEAD_WEIGHT, None)  # some folders hold it twice
     check_tensors(found, expected, folder)
     return found
 
@@ -191,7 +192,7 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
         output_loading_info=True,
     )
     llm.config.name_or_path = str(folder)
-    left = info["missing_keys"] - ({HEAD} if config.tie_word_embeddings else set())
+    left = info["missing_keys"] - ({HEAD_WEIGHT} if config.tie_word_embeddings else set())
     assert not left, f"compared, yet missing: {sorted(left)[:3]}"
     return llm
 

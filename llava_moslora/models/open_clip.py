@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import read_json, read_tensor_file
+from llava_moslora.files.json import read_json
+from llava_moslora.files.tensors import read_tensor_file
 from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, check_settings, processor_settings
 
 PREFIX = "open_clip:"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import read_json
+from llava_moslora.files.json import read_json
 
 BICUBIC, BILINEAR = 3, 2  # Pillow's numbers, as preprocessor_config.json writes them
 # CLIP's processor scales the short side and crops, unless it is told otherwise; SigLIP's scales straight to a square.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import LazyTensor, read_json, read_tensor_file
+from llava_moslora.files.json import read_json
+from llava_moslora.files.tensors import LazyTensor, read_tensor_file
 from llava_moslora.models import llava_folder
 
 # prefix in the file -> the names of the two linears behind it

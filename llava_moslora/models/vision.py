@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.tensors import LazyTensor, check_tensors, held, read_json, read_tensor_folder
+from llava_moslora.files.json import read_json
+from llava_moslora.files.tensors import LazyTensor, check_tensors, in_memory, read_tensor_folder
 from llava_moslora.models import llava_folder, open_clip
 from llava_moslora.models.preprocessing import read_preprocessing
 from llava_moslora.models.towers import KINDS, kind_name, kind_of
@@ -53,16 +54,29 @@ def load_vision_tower(spec: str | Path, dtype: torch.dtype = torch.float32) -> t
         Refusal: as :func:`read_vision_config`; a file is missing or damaged; not exactly the tower's tensors.
     """
     settings = read_image_settings(spec)  # refused before a weight is read
+    config = read_vision_config(spec)
+    return _load(config, read_vision_tensors(spec, config), dtype), settings
+
+
+def read_vision_tensors(spec: str | Path, config: PreTrainedConfig) -> dict[str, LazyTensor]:
+    """The tensors of the tower that ``spec`` names, not read yet, under the names and in the order of its class.
+
+    Args:
+        config: :func:`read_vision_config` of the same tower.
+
+    Raises:
+        Refusal: a file is missing or damaged; K-KEYS, K-SHAPE, not exactly the tensors of the architecture.
+    """
     spec = str(spec)
     if spec.startswith(open_clip.PREFIX):
-        model_cfg, preprocess_cfg, weights = open_clip.find_source(spec)
-        return from_open_clip(model_cfg, open_clip.read_visual_tensors(weights), preprocess_cfg, dtype, source=weights)
-    folder, config = Path(spec), _folder_config(Path(spec))
-    found = (
-        llava_folder.read_parts(folder).vision if llava_folder.is_llava_folder(folder) else read_tensor_folder(folder)
-    )
-    kept = {name.removeprefix("vision_model."): s for name, s in found.items() if not NOT_VISION.match(name)}
-    return _build(config, kept, folder, dtype), settings
+        _, _, source = open_clip.find_source(spec)
+        found = in_memory(open_clip.clip_tensors(open_clip.read_visual_tensors(source), source), source)
+        return _checked(config, found, source)
+    folder = Path(spec)
+    whole = llava_folder.is_llava_folder(folder)
+    found = llava_folder.read_parts(folder).vision if whole else read_tensor_folder(folder)
+    kept = {name.removeprefix("vision_model."): t for name, t in found.items() if not NOT_VISION.match(name)}
+    return _checked(config, kept, folder)
 
 
 def read_image_settings(spec: str | Path) -> dict[str, Any]:
@@ -110,7 +124,8 @@ def from_open_clip(
     """
     config = open_clip.tower_config(model_cfg, source)
     settings = open_clip.preprocessing(preprocess_cfg, config.image_size, source)
-    return _build(config, held(open_clip.clip_tensors(tensors, source), source), source, dtype), settings
+    found = _checked(config, in_memory(open_clip.clip_tensors(tensors, source), source), source)
+    return _load(config, found, dtype), settings
 
 
 def _folder_config(folder: Path) -> PreTrainedConfig:
@@ -145,10 +160,8 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _build(
-    config: PreTrainedConfig, found: Mapping[str, LazyTensor], source: Path, dtype: torch.dtype
-) -> PreTrainedModel:
-    """The tower of ``config`` with the tensors ``found``, which must be exactly its own."""
+def _checked(config: PreTrainedConfig, found: Mapping[str, LazyTensor], source: Path) -> dict[str, LazyTensor]:
+    """``found`` in the order of the tower's class, whose tensors they must exactly be."""
     tower_class = kind_of(config).model
     try:
         with torch.device("meta"):
@@ -157,10 +170,14 @@ def _build(
         what = f"a configuration that makes no {tower_class.__name__}"
         raise Refusal("K-CONFIG", what, file=source, found=error, fix="download it again") from error
     check_tensors(found, expected, source)
-    model, info = tower_class.from_pretrained(
+    return {name: found[name] for name in expected}
+
+
+def _load(config: PreTrainedConfig, tensors: Mapping[str, LazyTensor], dtype: torch.dtype) -> PreTrainedModel:
+    model, info = kind_of(config).model.from_pretrained(
         None,
         config=config,
-        state_dict={name: stored.read() for name, stored in found.items()},
+        state_dict={name: tensor.read() for name, tensor in tensors.items()},
         dtype=dtype,
         output_loading_info=True,
     )

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import subprocess
 import sys
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from llava_moslora._version import __version__
+from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import replace_json, sha256
-from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
+from llava_moslora.files.json import replace_json
 
 RUN = "run.json"
 TOKENIZER = "tokenizer"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+GROUPS = {"model": ModelSettings, "data": DataSettings, "adapter": AdapterSettings}
 # Of ``settings``, what resuming, exporting and answering need: group → key → type.
 NEEDED = {
     "model": {
@@ -27,23 +28,72 @@ NEEDED = {
         "version": str,
         "bits": int,
     },
-    "data": {"image_aspect_ratio": str},
+    "data": {"data_path": list | str, "image_aspect_ratio": str},
     "adapter": {"lora_r": int, "vision_lora_r": int},
     "training": {},
+    "preprocessor": {},
+}
+# What runs did that were begun before there was a setting for it.
+BEFORE = {
+    "model": {"attn_implementation": "sdpa"},
+    "data": {"data_weights": [], "data_group": XTUNER_DATA_GROUP, "image_engine": "pil", "decode_images": False},
+    "adapter": {},
+    "training": {"dropout_masks": "cpu generator", "loss_average": "tokens", "packing": False},
 }
 _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "bitsandbytes", "safetensors")
+_ABSENT = object()
 
 
-def write_run(folder: Path, settings: dict) -> None:
-    """Write ``run.json`` into ``folder``: ``settings`` (what was asked for, resolved) and how it was run.
+@dataclass
+class RunSettings:
+    """What a run was asked for, with everything resolved that a flag may leave open.
 
-    Of a run that goes on, the record keeps the seeds that its earlier checkpoints were trained with.
+    Attributes:
+        model: with ``version``, the conversation template, and the three parts each by itself.
+        training: the values of :class:`llava_moslora.training.arguments.TrainingArguments`, and ``dropout_masks``, the
+            source of the masks.
+        preprocessor: the vision tower's image-processor settings.
+        global_batch_size: records per optimizer step on all ranks together.
     """
-    seeds = _seeds(read_run(folder)) if (folder / RUN).is_file() else []
+
+    model: ModelSettings
+    data: DataSettings
+    adapter: AdapterSettings
+    training: dict[str, Any]
+    preprocessor: dict[str, Any]
+    global_batch_size: int | None = None
+
+    def training_value(self, name: str) -> Any:
+        """A value of ``training``; of a run from before there was such a setting, what it did."""
+        return self.training.get(name, BEFORE["training"].get(name))
+
+
+@dataclass
+class RunRecord(RunSettings):
+    """``run.json``, read.
+
+    Attributes:
+        seeds: several where a run was resumed with ``--allow_change seed``.
+        command: the command line. versions: of the packages it ran with.
+        unknown: settings that this version of the package does not know, by name.
+    """
+
+    seeds: list[int | None] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+    versions: dict[str, str | None] = field(default_factory=dict)
+    unknown: dict[str, Any] = field(default_factory=dict)
+
+
+def write_run(folder: Path, settings: RunSettings) -> None:
+    """Write ``run.json`` into ``folder``: the settings and how the run was started.
+
+    Of a run that is resumed, the record keeps the seeds that its earlier checkpoints were trained with.
+    """
+    seeds = read_run(folder).seeds if (folder / RUN).is_file() else []
     record = {
         "llava_moslora": __version__,
-        "settings": settings,
-        "seeds": list(dict.fromkeys([*seeds, settings.get("training", {}).get("seed")])),
+        "settings": asdict(settings),
+        "seeds": list(dict.fromkeys([*seeds, settings.training.get("seed")])),
         "command": sys.argv,
         "python": platform.python_version(),
         "versions": {name: _installed(name) for name in _PACKAGES},
@@ -52,46 +102,77 @@ def write_run(folder: Path, settings: dict) -> None:
     replace_json(folder / RUN, record)
 
 
-def read_run(folder: str | Path) -> dict:
-    """``run.json`` of a run folder.
+def read_run(folder: str | Path) -> RunRecord:
+    """``run.json`` of a run folder, also of one that an earlier version of this package wrote.
 
     Raises:
         Refusal: C-PATH, the folder is missing or holds no run; K-RUN, its record is damaged, of something else, or
             lacks what this version of the package reads.
     """
-    folder = Path(folder)
-    if not (folder / RUN).is_file():
+    file = Path(folder) / RUN
+    record = _read_ours(file)
+    _check_needed(record, file)
+    settings = record["settings"]
+    known: dict[str, dict] = {}
+    unknown: dict[str, Any] = {}
+    for group, kind in GROUPS.items():
+        stored, names = BEFORE[group] | settings[group], {f.name for f in fields(kind)}
+        known[group] = {name: value for name, value in stored.items() if name in names}
+        unknown |= {name: value for name, value in stored.items() if name not in names}
+    if isinstance(path := known["data"]["data_path"], str):  # before there could be several
+        known["data"]["data_path"] = [path]
+    try:
+        groups = {group: kind(**known[group]) for group, kind in GROUPS.items()}
+    except Refusal as refusal:
+        raise Refusal(
+            "K-RUN", "a value that this version of the package does not know", file=file, key=refusal.key,
+            found=refusal.found, expected=refusal.expected, fix="use the version of this package that wrote it",
+        ) from refusal  # fmt: skip
+    return RunRecord(
+        **groups,
+        training=settings["training"],
+        preprocessor=settings["preprocessor"],
+        global_batch_size=settings.get("global_batch_size"),
+        seeds=record.get("seeds") or [settings["training"].get("seed")],
+        command=record["command"],
+        versions=record["versions"],
+        unknown=unknown,
+    )
+
+
+def _read_ours(file: Path) -> dict[str, Any]:
+    if not file.is_file():
         raise Refusal(
             "C-PATH",
-            "not a run folder" if folder.is_dir() else "no such folder",
-            file=folder,
+            "not a run folder" if file.parent.is_dir() else "no such folder",
+            file=file.parent,
             expected=f"a folder with {RUN}, as --output_dir of scripts/train_vit_llm.py",
             fix="give the --output_dir of a training run",
         )
     try:
-        record = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        record = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Refusal("K-RUN", "not JSON: damaged", file=folder / RUN, found=error, fix="put its copy back") from error
+        raise Refusal("K-RUN", "not JSON: damaged", file=file, found=error, fix="put its copy back") from error
     if not _is_ours(record):
-        raise Refusal("K-RUN", "not the record of a run of this package", file=folder / RUN, fix="another folder")
-    needed = {(group,): dict for group in NEEDED}
+        raise Refusal("K-RUN", "not the record of a run of this package", file=file, fix="another folder")
+    return record
+
+
+def _check_needed(record: dict[str, Any], file: Path) -> None:
+    needed: dict[tuple[str, ...], Any] = {(group,): dict for group in NEEDED}
     needed |= {(group, key): kind for group, keys in NEEDED.items() for key, kind in keys.items()}
     needed = {("settings", *path): kind for path, kind in needed.items()} | {("command",): list, ("versions",): dict}
     for path, kind in needed.items():
-        value = record
+        value: Any = record
         for key in path:
-            value = value.get(key, _ABSENT)  # its group is a dict: groups are looked at first
+            value = value.get(key, _ABSENT)  # its group is a dict: groups are checked first
         if not isinstance(value, kind):
             raise Refusal(
-                "K-RUN", "lacks what this version of the package reads", file=folder / RUN, key=".".join(path),
+                "K-RUN", "lacks what this version of the package reads", file=file, key=".".join(path),
                 found=f"{'nothing' if value is _ABSENT else value}, written by version {record['llava_moslora']}",
                 expected=f"{getattr(kind, '__name__', kind)}, as version {__version__} writes it",
                 fix="use the version of this package that wrote it, or put its copy back",
             )  # fmt: skip
-    return record
-
-
-_ABSENT = object()
 
 
 def is_run(folder: Path) -> bool:
@@ -110,54 +191,20 @@ def _is_ours(record: object) -> bool:
     )
 
 
-def check_seed(record: dict, checkpoint: Path, manifest: dict) -> None:
+def check_seed(record: RunRecord, checkpoint: Path, manifest: dict[str, Any]) -> None:
     """Refuse a checkpoint of another run that was copied in.
 
     Args:
-        record: of the run, as :func:`read_run` gives it. manifest: the checkpoint's.
+        record: of the run. manifest: the checkpoint's.
 
     Raises:
         Refusal: K-SEED
     """
-    if (seed := manifest.get("seed")) not in (seeds := _seeds(record)):
+    if (seed := manifest.get("seed")) not in record.seeds:
         raise Refusal(
             "K-SEED", "a checkpoint of a run with another seed", file=checkpoint, found=f"seed {seed}",
-            expected=f"seed {' or '.join(map(str, seeds))}", fix="move it out of the run folder",
+            expected=f"seed {' or '.join(map(str, record.seeds))}", fix="move it out of the run folder",
         )  # fmt: skip
-
-
-def _seeds(record: dict) -> list:
-    """Several where a run went on with ``--allow_change seed``."""
-    return record.get("seeds") or [record["settings"]["training"].get("seed")]
-
-
-def fingerprint(source: str | Path) -> dict[str, str]:
-    """What identifies a file by its hash, or a model folder in a second however large it is: hashes of its JSON and
-    SentencePiece files, and of its weight files a hash of their size and of 64 places in them, so that another model
-    of the same shape is told apart. Of ``open_clip:ARCH@FILE`` it is the file, of ``open_clip:FOLDER`` the folder; of
-    one of open_clip's own tags, the tag. The path is no part of it: the same model elsewhere is the same model.
-    """
-    folder = Path(source)
-    if str(source).startswith(OPEN_CLIP):
-        arch, at, where = str(source).removeprefix(OPEN_CLIP).partition("@")
-        folder = Path(where if at else arch)
-    if folder.is_file():
-        return {folder.name: sha256(folder)}
-    if not folder.is_dir():
-        return {"name": str(source)}
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    facts = {p.name: sha256(p) for p in files if p.suffix in (".json", ".model")}
-    return facts | {p.name: _sampled(p) for p in files if p.suffix in WEIGHTS}
-
-
-def _sampled(path: Path, places: int = 64, length: int = 1 << 16) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for start in sorted({max(0, size - length) * i // (places - 1) for i in range(places)}):
-            file.seek(start)
-            digest.update(file.read(length))
-    return digest.hexdigest()
 
 
 def _installed(name: str) -> str | None:

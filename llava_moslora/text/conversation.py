@@ -40,7 +40,7 @@ __all__ = [
     "stop_token_ids",
 ]
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # a label without loss; transformers' value
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.json import read_json
 from llava_moslora.text.sentencepiece import read_sentencepiece
 
 IMAGE_TOKEN = "<image>"
@@ -108,15 +109,15 @@ def _read_folder(folder: Path) -> tuple[dict, dict]:
     config: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one wins
         if (folder / name).is_file():
-            config.update(_read_json(folder / name))
+            config.update(read_json(folder / name, "K-TOKENIZER"))
     settings: dict = {name: _content(name, config.get(name), folder) for name in NAMED_TOKENS}
     if (limit := config.get("model_max_length")) is not None:
         settings["model_max_length"] = _of_type(int | float, "a number", "model_max_length", limit, folder)
     template = folder / "chat_template.jinja"
-    settings["chat_template"] = _read(template).decode() if template.is_file() else config.get("chat_template")
+    settings["chat_template"] = _read_text(template) if template.is_file() else config.get("chat_template")
 
     if (folder / "tokenizer.json").is_file():
-        state = _read_json(folder / "tokenizer.json")
+        state = read_json(folder / "tokenizer.json", "K-TOKENIZER")
         if not isinstance(state.get("model"), dict) or not isinstance(state.get("added_tokens"), list):
             raise Refusal("K-TOKENIZER", "not a tokenizer of the tokenizers library", file=folder / "tokenizer.json")
         state["truncation"] = state["padding"] = None  # some folders were saved in the middle of a batched call
@@ -161,26 +162,12 @@ def _of_type(kind: type, expected: str, key: str, value: object, folder: Path) -
     return value
 
 
-def _read(path: Path) -> bytes:
-    """The content of a file in UTF-8."""
+def _read_text(file: Path) -> str:
     try:
-        content = path.read_bytes()
-        content.decode()
+        return file.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         found = error.strerror if isinstance(error, OSError) else error
-        raise Refusal("K-TOKENIZER", "cannot be read", file=path, found=found, fix="download it again") from None
-    return content
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(_read(path))
-    except (RecursionError, json.JSONDecodeError) as error:
-        raise Refusal("K-TOKENIZER", "not valid JSON", file=path, found=error, fix="download it again") from None
-    if not isinstance(content, dict):
-        what = "not a tokenizer of the tokenizers library" if path.name == "tokenizer.json" else "not a JSON object"
-        raise Refusal("K-TOKENIZER", what, file=path, found=type(content).__name__, fix="download it again")
-    return content
+        raise Refusal("K-TOKENIZER", "cannot be read", file=file, found=found, fix="download it again") from None
 
 
 def _rename(state: dict, added: dict[str, dict], old: str, new: str) -> None:

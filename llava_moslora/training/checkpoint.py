@@ -1,8 +1,7 @@
-"""The tensors of a checkpoint: written whole, and read back only if they are what this run trains."""
+"""The tensors of a checkpoint: written unpartitioned, and read only if they are exactly what this run trains."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,23 +10,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import write_json
-from llava_moslora.models.assemble import ADAPTER_NAME, PROJECTOR
-from llava_moslora.training.optimizer_state import NUMBER, frozen_mixers, trained_parameters
+from llava_moslora.files.json import read_json, write_json
+from llava_moslora.models.names import ADAPTER_NAME, standalone_name
+from llava_moslora.training.optimizer_state import SCALAR_DTYPE, frozen_mixers, trained_parameters
 
 ADAPTER_FILE, PROJECTOR_FILE = "adapter/adapter_model.safetensors", "projector/model.safetensors"
 OPTIMIZER_FILE, POSITION_FILE = "optimizer.safetensors", "position.json"
 
-FIRST_VERSIONS = "adam_steps"  # their checkpoints have it in position.json
+FIRST_FORMAT = "adam_steps"  # a key that position.json has in checkpoints of the first versions
 
 
 def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
-    """The trained tensors and the frozen mixers: one adapter over the whole model with the projector in it, or in
-    stage 1 the projector."""
+    """The trained tensors and the frozen mixers: one adapter over the whole model, the projector included; in stage 1
+    the projector alone."""
     if isinstance(model, PeftModel):
         model.save_pretrained((folder / ADAPTER_FILE).parent, state_dict=masters, selected_adapters=[ADAPTER_NAME])
         return
-    names = {name: "multi_modal_projector." + name.removeprefix(PROJECTOR + ".") for name in masters}
+    names = {name: f"multi_modal_projector.{standalone_name(name)}" for name in masters}
     (folder / PROJECTOR_FILE).parent.mkdir()
     save_file(
         {names[name]: tensor for name, tensor in masters.items()}, folder / PROJECTOR_FILE, metadata={"format": "pt"}
@@ -35,30 +34,30 @@ def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
 
 
 def write_optimizer(folder: Path, model, state: dict[str, Tensor], position: dict) -> None:
-    """The optimizer's state, and where the schedule and the loss scale are.
+    """The optimizer's state, and the position of the learning rate schedule and the loss scale.
 
     Args:
         state: :meth:`llava_moslora.training.optimizer_state.TrainState.optimizer_state`.
     """
-    untouched = [name for name in trained_parameters(model) if not any(k.startswith(name + ".") for k in state)]
+    not_stepped = [name for name in trained_parameters(model) if not any(k.startswith(name + ".") for k in state)]
     save_file(state, folder / OPTIMIZER_FILE, metadata={"format": "pt"})
-    write_json(folder / POSITION_FILE, position | {"not_stepped": untouched})
+    write_json(folder / POSITION_FILE, position | {"not_stepped": not_stepped})
 
 
 def read_trained(checkpoint: Path, model) -> dict[str, Tensor]:
     """The float32 masters of a checkpoint by the names of ``model``'s parameters.
 
-    The first versions did not keep frozen mixers: from their checkpoints there are none, and those of ``model``, which
-    are drawn from the run's seed, are the same.
+    The first versions saved no frozen mixers: from their checkpoints none are read, and those of ``model``, which are
+    drawn from the run's seed, are the same.
 
     Raises:
-        Refusal: K-TENSOR: tensors missing or left over, such as an adapter of other targets; another shape or dtype;
-            a number that is not finite.
+        Refusal: K-TENSOR: tensors are missing or unexpected, such as those of an adapter with other targets; another
+            shape or dtype; a number that is not finite.
     """
     adapted = isinstance(model, PeftModel)
     file = checkpoint / (ADAPTER_FILE if adapted else PROJECTOR_FILE)
-    kept = trained_parameters(model) | ({} if FIRST_VERSIONS in _position(checkpoint) else frozen_mixers(model))
-    saved = {name: live_to_saved(name) for name in kept}
+    expected = trained_parameters(model) | ({} if FIRST_FORMAT in _position(checkpoint) else frozen_mixers(model))
+    saved = {name: saved_name(name) for name in expected}
     if not adapted:
         saved = {name: other.removeprefix("model.") for name, other in saved.items()}
     shapes = shapes_of(model)
@@ -66,39 +65,39 @@ def read_trained(checkpoint: Path, model) -> dict[str, Tensor]:
     return {name: stored[other] for name, other in saved.items()}
 
 
-def read_optimizer(checkpoint: Path, made: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+def read_optimizer(checkpoint: Path, created: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
     """The optimizer's state in a checkpoint, and the position.
 
     Args:
-        made: the state as this run's optimizer makes it: ``NAME.KEY``, of which shapes and dtypes are looked at.
+        created: the state as this run's optimizer creates it: ``NAME.KEY``, of which shapes and dtypes are compared.
 
     Raises:
         Refusal: K-TENSOR, as :func:`read_trained`.
     """
     position = _position(checkpoint)
-    untouched = tuple(name + "." for name in position.get("not_stepped", []))
-    wanted = {k: (tuple(t.shape), t.dtype) for k, t in made.items() if not (untouched and k.startswith(untouched))}
-    if FIRST_VERSIONS not in position:
+    not_stepped = tuple(name + "." for name in position.get("not_stepped", []))
+    wanted = {k: (tuple(t.shape), t.dtype) for k, t in created.items() if not k.startswith(not_stepped)}
+    if FIRST_FORMAT not in position:
         return _read(checkpoint / OPTIMIZER_FILE, wanted), position
-    # there was only Adam, with one count of steps for all parameters
+    # there was only Adam, with one step count for all parameters
     counts = [key for key in wanted if key.endswith(".step")]
     moments = _read(checkpoint / OPTIMIZER_FILE, {k: v for k, v in wanted.items() if k not in counts})
-    return moments | dict.fromkeys(counts, torch.tensor(float(position[FIRST_VERSIONS]), dtype=NUMBER)), position
+    return moments | dict.fromkeys(counts, torch.tensor(float(position[FIRST_FORMAT]), dtype=SCALAR_DTYPE)), position
 
 
 def shapes_of(model) -> dict[str, tuple[int, ...]]:
     """Of the trained parameters and the frozen mixers, also of those that ZeRO-3 holds as empty shards."""
-    kept = trained_parameters(model) | frozen_mixers(model)
-    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in kept.items()}
+    parameters = trained_parameters(model) | frozen_mixers(model)
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
 
 
-def live_to_saved(name: str) -> str:
-    """PEFT's name of a trained tensor in a file, from its name in the live model."""
+def saved_name(name: str) -> str:
+    """PEFT's name of a trained tensor in a file, from its name in the model."""
     return name.replace(f".modules_to_save.{ADAPTER_NAME}", "").replace(f".{ADAPTER_NAME}.", ".")
 
 
 def _position(checkpoint: Path) -> dict:
-    return json.loads((checkpoint / POSITION_FILE).read_text(encoding="utf-8"))
+    return read_json(checkpoint / POSITION_FILE)
 
 
 def _read(file: Path, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:

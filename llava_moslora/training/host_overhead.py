@@ -1,8 +1,7 @@
-"""What the Trainer and DeepSpeed do anew at every step in Python, and need not.
+"""Work on the host that the Trainer and DeepSpeed repeat at every step, and need not.
 
-A model with adapters in every linear has five thousand modules and six thousand parameters. Walking through them four
-times a step takes longer on the host than starting a step's kernels takes, and on a fast GPU the host is what a step
-waits for.
+A model with adapters in every linear has five thousand modules and six thousand parameters. Visiting all of them four
+times a step takes the host longer than launching a step's kernels, and on a fast GPU the host is what a step waits for.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from torch import nn
 
 
 def switch_mode_once(engine) -> None:
-    """A DeepSpeed engine's ``train()``, which the Trainer calls at every step, visits modules only where the model on
-    top is in the other mode. The first call visits all: parts come from their loaders in eval mode, and the model that
-    was put together of them still says that it trains."""
+    """Make a DeepSpeed engine's ``train()``, which the Trainer calls at every step, visit the modules only if the model
+    is in the other mode. The first call visits all: the assembled model claims to be in training mode, while its parts
+    come from their loaders in eval mode."""
     switch, visited = engine.train, False
 
     def train(mode: bool = True) -> None:
@@ -26,7 +25,7 @@ def switch_mode_once(engine) -> None:
 
 
 def clear_trained_gradients(engine, trained: dict[str, nn.Parameter]) -> None:
-    """A DeepSpeed engine's ``zero_grad()`` looks at the parameters that can have a gradient, not at all."""
+    """Make a DeepSpeed engine's ``zero_grad()`` visit only the parameters that can have a gradient."""
 
     def zero_grad() -> None:
         for parameter in trained.values():

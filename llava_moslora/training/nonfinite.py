@@ -1,10 +1,10 @@
-"""What stops a run that has gone wrong: a step whose loss or gradient is not finite, with the records that made it.
+"""Stops a run at a step whose loss or gradient is NaN or Inf, and names the records of that step.
 
-A Trainer hides such a step: it logs the loss as 0, and DeepSpeed leaves the update out and goes on.
+By itself the Trainer hides such a step: it logs the loss as 0, and DeepSpeed skips the update and goes on.
 
-Losses stay on the device until the gradient is looked at, once per step: a look at each before its backward would keep
-the GPU idle while backward is launched. By then DeepSpeed may have updated the weights, but the run ends before they
-are saved.
+Losses stay on the device until the gradient norm is read, once per step: reading each of them before its backward would
+leave the GPU idle while backward is launched. By then DeepSpeed may have updated the weights, but the run ends before
+they are saved.
 """
 
 from __future__ import annotations
@@ -17,126 +17,132 @@ from typing import NoReturn
 import torch
 from torch import Tensor, distributed
 
+from llava_moslora.distributed import rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
-from llava_moslora.files.manifest import write_json
-from llava_moslora.text.conversation import IGNORE_INDEX
+from llava_moslora.files.json import write_json
 
-DUMP = "nonfinite.json"
-ADVICE = "lower --learning_rate, look at these records, or train in bf16 instead of fp16"
+NONFINITE_FILE = "nonfinite.json"
+FIX = "lower --learning_rate, look at these records, or train in bf16 instead of fp16"
 NONFINITE_LOSS, FINITE_LOSS = "the loss became NaN or Inf", "a finite loss on every rank"
+FINITE_GRADIENT = "a finite gradient"
 
 
 @dataclass
 class FiniteCheck:
-    """Watches the steps of one rank; every method that may stop the run does so on all ranks at once.
+    """Checks the loss and the gradient of every step. A method that stops the run stops it on all ranks.
 
     Args:
-        run: where ``nonfinite.json`` is written if the run stops: for every rank and micro-batch of the global batch,
-            as far as it was computed, the records and the loss.
+        run: where ``nonfinite.json`` is written if the run stops: the records and the loss of every micro-batch of the
+            global batch, on every rank, as far as they were computed.
     """
 
     run: Path
-    records: list[list[int]] = field(default_factory=list)  # of the current step's micro-batches on this rank
-    losses: list[Tensor] = field(default_factory=list)  # of those that were computed
-    skipped: int = 0  # steps that DeepSpeed had left out when it was last asked
+    records: list[list[int]] = field(default_factory=list)  # of this step's micro-batches, on this rank
+    losses: list[Tensor] = field(default_factory=list)  # of the micro-batches that have been computed, float[] each
+    checked: bool = False  # this step
+    skipped_steps: int = 0  # DeepSpeed's count, at the last check
 
     def begin_step(self, records: list[list[int]]) -> None:
-        self.records, self.losses = records, []
+        self.records, self.losses, self.checked = records, [], False
 
-    def loss(self, loss: Tensor) -> None:
-        """Keep the next micro-batch's loss, float[], for :meth:`gradient` to look at."""
+    def add_loss(self, loss: Tensor) -> None:
+        """The next micro-batch's loss, float[], for :meth:`check`."""
         self.losses.append(loss.detach())
 
-    def gradient(
+    def check(
         self, step: int, norm: Tensor | float | None, engine, parameters: dict[str, torch.nn.Parameter]
     ) -> float | None:
-        """Look at the losses and the gradient norm of the global batch. Without DeepSpeed nothing has been updated yet;
-        with it the step has been taken or left out. Collective; the host waits for the device once.
+        """Check the losses and the gradient norm of the global batch. Without DeepSpeed nothing has been updated yet;
+        with it the update has been made or skipped. Collective; the host waits for the device once.
 
         Args:
-            norm: of the whole gradient; None where the engine does not tell (ZeRO stage 0 in float32).
+            step: updates that were made before this one.
+            norm: of the whole gradient; None where the engine does not give it (ZeRO stage 0 in float32).
             engine: the DeepSpeed engine, or None.
-            parameters: looked at instead where there is no norm.
+            parameters: checked instead where there is no norm.
 
         Returns:
             The norm as a number.
 
         Raises:
-            Refusal: R-NONFINITE, a loss is NaN or Inf on some rank; or the gradient has a NaN or Inf, and it is not the
-                fp16 search for a loss scale.
+            Refusal: R-NONFINITE, a loss is NaN or Inf on some rank; or the gradient has a NaN or Inf, and fp16 is not
+                still searching for its loss scale.
         """
-        bad, norm = self._on_the_host(norm)
-        if bad:
+        nonfinite_losses, norm = self._to_host(norm)
+        if nonfinite_losses:
             self._stop(step, NONFINITE_LOSS, FINITE_LOSS)
-        skipped = 0 if engine is None else engine.skipped_steps
-        grew, self.skipped = skipped > self.skipped, skipped
-        if grew and searches_scale(engine):
-            return norm
-        if norm is None:
-            finite = bool(torch.stack([torch.isfinite(p).all() for p in parameters.values()]).all())
-        else:
-            finite = math.isfinite(norm) and norm >= 0  # DeepSpeed says -1 for a norm that is not finite
-        if grew or not finite:
-            done = "DeepSpeed left the update out" if grew else f"gradient norm {norm}"
-            self._stop(step, f"the gradient became NaN or Inf ({done})", "a finite gradient")
+        skipped_steps = 0 if engine is None else engine.skipped_steps
+        skipped, self.skipped_steps = skipped_steps > self.skipped_steps, skipped_steps
+        if not (skipped and searches_loss_scale(engine)):
+            if norm is None:
+                finite = bool(torch.stack([torch.isfinite(p).all() for p in parameters.values()]).all())
+            else:
+                finite = math.isfinite(norm) and norm >= 0  # DeepSpeed returns -1 for a norm that is not finite
+            if skipped or not finite:
+                reason = "DeepSpeed skipped the update" if skipped else f"gradient norm {norm}"
+                self._stop(step, f"the gradient became NaN or Inf ({reason})", FINITE_GRADIENT)
+        self.checked = True
         return norm
 
-    def _on_the_host(self, norm: Tensor | float | None) -> tuple[int, float | None]:
-        """How many micro-batches of all ranks have a loss that is NaN or Inf, and the norm: one copy for both."""
-        bad = (~torch.isfinite(torch.stack(self.losses))).sum().double()
-        if distributed.is_initialized():
-            distributed.all_reduce(bad)
-        if not isinstance(norm, Tensor):
-            return int(bad), norm
-        count, number = torch.stack([bad, norm.detach().to(bad)]).tolist()
-        return int(count), number
+    def require_checked(self) -> None:
+        """To be called after each step: whatever a Trainer or DeepSpeed does, no step goes by unchecked."""
+        assert self.checked and len(self.losses) == len(self.records), "this step's loss and gradient were not checked"
 
-    def scale_exhausted(self, step: int) -> NoReturn:
+    def loss_scale_exhausted(self, step: int) -> NoReturn:
         """fp16 overflows at its smallest loss scale too."""
-        self._stop(step, "the gradient overflows float16 at the smallest loss scale", "a finite gradient")
+        self._stop(step, "the gradient overflows float16 at the smallest loss scale", FINITE_GRADIENT)
+
+    def _to_host(self, norm: Tensor | float | None) -> tuple[int, float | None]:
+        """The number of micro-batches of all ranks whose loss is NaN or Inf, and the norm: one copy for both."""
+        nonfinite = (~torch.isfinite(torch.stack(self.losses))).sum().double()
+        if distributed.is_initialized():
+            distributed.all_reduce(nonfinite)
+        if not isinstance(norm, Tensor):
+            return int(nonfinite), norm
+        count, number = torch.stack([nonfinite, norm.detach().to(nonfinite)]).tolist()
+        return int(count), number
 
     def _stop(self, step: int, what: str, expected: str) -> NoReturn:
         computed = len(self.losses)
         # the losses as text: JSON has no NaN
-        mine = [
-            {"rank": publish.rank(), "records": records, "loss": str(float(loss))}
+        of_this_rank = [
+            {"rank": rank(), "records": records, "loss": str(float(loss))}
             for records, loss in zip(self.records[:computed], self.losses, strict=True)
         ]
-        ranks = [mine]
+        of_each_rank = [of_this_rank]
         if distributed.is_initialized():
-            ranks = [None] * distributed.get_world_size()
-            distributed.all_gather_object(ranks, mine)
-        batches = [batch for rank in ranks for batch in rank]
+            of_each_rank = [None] * distributed.get_world_size()
+            distributed.all_gather_object(of_each_rank, of_this_rank)
+        batches = [batch for batches in of_each_rank for batch in batches]
         suspects = [b for b in batches if not math.isfinite(float(b["loss"]))]
-        if suspects:  # whatever came of it
+        if suspects:  # a gradient that is not finite is then only its consequence
             what, expected = NONFINITE_LOSS, FINITE_LOSS
         suspects = suspects or batches
-        if publish.rank() == 0:
-            write_json(self.run / DUMP, {"step": step, "batches": batches})
+        if rank() == 0:
+            write_json(self.run / NONFINITE_FILE, {"step": step, "batches": batches})
         records = [record for batch in suspects for record in batch["records"]]
         raise Refusal(
             "R-NONFINITE",
             f"{what} at step {step}; nothing was saved with it",
             found=f"loss {suspects[0]['loss']} on records {', '.join(map(str, records[:32]))}",
             expected=expected,
-            fix=f"{ADVICE}; all of them are in {self.run / DUMP}",
+            fix=f"{FIX}; all of them are in {self.run / NONFINITE_FILE}",
         )
 
 
-def searches_scale(engine) -> bool:
-    """Whether a step was left out because fp16 still looks for its loss scale: it halves it until nothing overflows."""
+def searches_loss_scale(engine) -> bool:
+    """Whether fp16 still searches for its loss scale: it is halved, and the step skipped, until nothing overflows."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return engine.fp16_enabled() and bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale
 
 
-def check_labels(labels: Tensor, records: list[int]) -> None:
-    """int64[B, T]: a batch in which nothing is trained has no loss.
+def check_labels(labels: int, records: list[int]) -> None:
+    """A batch with 0 labels has no loss.
 
     Raises:
         Refusal: D-LABELS
     """
-    if not bool((labels != IGNORE_INDEX).any()):
+    if not labels:
         raise Refusal(
             "D-LABELS",
             "no token of this batch is trained",
@@ -146,7 +152,7 @@ def check_labels(labels: Tensor, records: list[int]) -> None:
 
 
 def out_of_memory(batch_size: int) -> Refusal:
-    """A lack of device memory, in one line with numbers."""
+    """The device ran out of memory, with the figures and what to do."""
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_reserved()
     return Refusal(

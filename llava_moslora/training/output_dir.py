@@ -1,6 +1,6 @@
-"""``--output_dir`` before a run begins or goes on there: what may lie in it, and what would be lost.
+"""``--output_dir`` before a run begins or is resumed there: what may lie in it, and what would be lost.
 
-A file that no run writes is never deleted: what lies beside a run's own files stays, what lies among them is refused.
+A file that no run writes is never deleted: what lies next to a run's own files stays, what lies among them is refused.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from llava_moslora.config import DataSettings, ModelSettings, TrainingSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
 from llava_moslora.files.manifest import MANIFEST
 from llava_moslora.inference.load import EXPORT
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
+from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints
 from llava_moslora.runs.record import RUN, TOKENIZER, is_run
-from llava_moslora.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks import metrics
 
 DATA_REPORT = "data"
@@ -39,19 +40,23 @@ JOB_LOG = re.compile(r".*\.(out|err|log|[oe]\d+)|log")
 
 
 def input_paths(
-    model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments, config: str | None
+    model: ModelSettings, data: DataSettings, args: TrainingArguments, config: str | None
 ) -> list[tuple[str, Path]]:
-    """What a training reads, by flag: what must not lie where a run is deleted."""
-    tower = model_args.vision_tower
+    """What a training reads, by flag: what must not lie where a run is deleted.
+
+    Args:
+        config: the file of ``--config``.
+    """
+    tower = model.vision_tower
     if tower.startswith(OPEN_CLIP):
         arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
         tower = where if at else arch
     asked = [
-        ("--model_name_or_path", model_args.model_name_or_path),
+        ("--model_name_or_path", model.model_name_or_path),
         ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
-        ("--pretrain_mm_mlp_adapter", model_args.pretrain_mm_mlp_adapter),
-        *(("--data_path", path) for path in data_args.data_path if "://" not in path),
-        ("--image_folder", data_args.image_folder),
+        ("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
+        *(("--data_path", path) for path in data.data_path if "://" not in path),
+        ("--image_folder", data.image_folder),
         ("--sample_questions", args.sample_questions),
         ("--sample_image_folder", args.sample_image_folder),
         ("--deepspeed", args.deepspeed),
@@ -61,30 +66,28 @@ def input_paths(
 
 
 def check_output(
-    run: Path,
-    *,
-    resume: bool,
-    overwrite: bool,
-    inputs: Iterable[tuple[str, Path]] = (),
-    data_cache: str | Path | None = None,
+    training: TrainingSettings, inputs: Iterable[tuple[str, Path]] = (), data: DataSettings | None = None
 ) -> None:
     """What opening the run folder would refuse of the folder itself, before anything is loaded.
 
     Args:
-        inputs: by flag, what this training reads (:func:`input_paths`). data_cache: where it keeps tokenised data.
+        training: its ``output_dir``, and whether a run there is to be resumed or deleted.
+        inputs: by flag, what this training reads (:func:`input_paths`).
+        data: whose cache of tokenised data must not lie in the run folder.
 
     Raises:
-        Refusal: C-OUTPUT, it is no folder, cannot be written to, or holds something that is neither to be gone on with
-            nor to be deleted: not a run, a file that no run writes inside a run's own folders, an input.
+        Refusal: C-OUTPUT, it is no folder, cannot be written to, or holds something that is neither to be resumed nor
+            to be deleted: not a run, a file that no run writes inside a run's own folders, an input.
     """
+    run, resume, overwrite = Path(training.output_dir), training.resume, training.overwrite
     if run.exists() and not run.is_dir():
         raise _refusal("not a folder", run, fix="choose another path")
     place = next(p for p in (run, *run.absolute().parents) if p.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise _refusal("cannot be written to", place, fix="choose another path, or its rights")
-    if data_cache is not None and _lies_in(Path(data_cache), run):
+    if data is not None and _lies_in(Path(data.data_cache), run):
         raise Refusal(
-            "C-OUTPUT", "the data cache lies in the run folder", file=data_cache, key="--data_cache",
+            "C-OUTPUT", "the data cache lies in the run folder", file=data.data_cache, key="--data_cache",
             fix="choose another --data_cache; several runs on the same data share it",
         )  # fmt: skip
     if not run.is_dir():
@@ -134,12 +137,12 @@ def _check_replaceable(run: Path, inputs: Iterable[tuple[str, Path]], places: li
 
 def of_a_run(run: Path) -> list[Path]:
     """What has, directly in the folder, a name that a run gives."""
-    return [p for p in run.iterdir() if NAMES.fullmatch(p.name) or publish.CHECKPOINT.fullmatch(p.name)]
+    return [p for p in run.iterdir() if NAMES.fullmatch(p.name) or CHECKPOINT.fullmatch(p.name)]
 
 
 def has_begun(run: Path) -> bool:
     """Whether ``run`` holds a run that saved or logged a step; one that was refused before can be begun again."""
-    return (run / RUN).is_file() and bool(publish.checkpoints(run) or metrics.read(run / metrics.FILE))
+    return (run / RUN).is_file() and bool(checkpoints(run) or metrics.read_rows(run / metrics.METRICS_FILE))
 
 
 def _content(run: Path) -> list[Path]:

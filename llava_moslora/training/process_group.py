@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 
 from llava_moslora.errors import Refusal
-from llava_moslora.training.watchdog import introduce
+from llava_moslora.training.watchdog import announce_rank
 
 TIMEOUT = timedelta(minutes=30)  # the first rank to arrive may wait for one that tokenises the data
 MARGIN = timedelta(seconds=30)  # by which a collective waits longer than the watch, which can name the rank
@@ -55,7 +55,7 @@ def join(timeout: timedelta = TIMEOUT) -> None:
                 device_id=device,
             )
     deepspeed.init_distributed(timeout=timeout + MARGIN)
-    introduce()
+    announce_rank()
 
 
 def is_loopback(address: str) -> bool:

@@ -1,6 +1,6 @@
-"""Opening ``--output_dir``: a new run, or the old run where it stopped, and never a mixture.
+"""Opening ``--output_dir``: a new run, or the old run at its newest checkpoint, and never a mixture.
 
-Nothing of a run is touched before everything else has been checked, and a run that is replaced is set aside first and
+Nothing of a run is changed before everything else has been checked, and a run that is replaced is set aside first and
 deleted last.
 """
 
@@ -11,27 +11,34 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from filelock import FileLock
+from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.config import TrainingSettings
+from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
+from llava_moslora.files import disk
 from llava_moslora.files.manifest import read_facts
-from llava_moslora.runs.record import RUN, check_seed, read_run
+from llava_moslora.files.publish import sweep
+from llava_moslora.runs.checkpoints import lock_run, newest_valid
+from llava_moslora.runs.record import GROUPS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
 from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
 
-ASIDE = ".aside"  # of folders that a replaced run waits in
+SET_ASIDE = ".aside"  # suffix of folders that a replaced run waits in
 
-# What may differ between a run and its continuation: where things are written, how fast, how often; and where the parts
-# lie, because the fingerprints say what they are.
+# What may differ when a run is resumed: where things are written, how fast, how often; and where the parts lie, because
+# the fingerprints identify them.
 FREE = {
     "data": {"data_cache", "preprocessing_num_workers", "decode_images"},
     "model": {"model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"},
     "adapter": set(),
 }
-# What runs did that were begun before there was a flag for it.
-BEFORE = {"attn_implementation": "sdpa", "dropout_masks": "cpu generator"}
 # Of the Trainer's many settings, those that change what is computed.
 TRAINING = (
     *("learning_rate", "vision_lr", "mm_projector_lr", "mixer_lr", "weight_decay", "max_grad_norm"),
@@ -42,53 +49,45 @@ TRAINING = (
 )
 
 
-def open_run(run: Path, *, overwrite: bool, inputs: Iterable[tuple[str, Path]] = ()) -> FileLock:
-    """The locked folder of a run that may begin there (:func:`begin_run`); nothing is deleted yet.
-
-    Raises:
-        Refusal: as :func:`check_output`; the folder is in use.
-    """
-    check_output(run, resume=False, overwrite=overwrite, inputs=inputs)
-    lock = _lock(run)
-    try:
-        check_output(run, resume=False, overwrite=overwrite, inputs=inputs)  # another process may have been faster
-    except Refusal:
-        lock.release()
-        raise
-    publish.sweep(run)
-    return lock
-
-
-def reopen_run(
-    run: Path, settings: dict, facts: dict, allow_change: list[str], inputs: Iterable[tuple[str, Path]] = ()
+def open_run(
+    training: TrainingSettings,
+    settings: RunSettings,
+    fingerprints: dict[str, Any],
+    inputs: Iterable[tuple[str, Path]] = (),
 ) -> tuple[FileLock, Path | None]:
-    """The locked folder of a run that may have begun, and the newest valid checkpoint to go on from (None: begin).
+    """The lock of ``output_dir``, and the newest valid checkpoint of a run that is to be resumed; None: it begins.
+
+    No weight has to be loaded for it, and of a run in the folder nothing changes (:func:`begin_run` replaces it).
 
     Args:
-        settings: of this call, as :func:`llava_moslora.runs.record.write_run` records them.
-        facts: fingerprints of this call's inputs, as every checkpoint's manifest states them.
-        allow_change: names of settings or facts that may differ from the run's.
+        settings: of this call. fingerprints: of its inputs, as every checkpoint's manifest states them.
         inputs: as for :func:`check_output`.
 
     Raises:
-        Refusal: settings or inputs differ from the run's and the difference is not allowed; there are checkpoints and
-            none of them is valid (K-NONE), or the newest is not this run's own; the folder is in use, or holds
-            something that is no run. Nothing in the folder has changed then.
+        Refusal: as :func:`check_output`; C-LOCKED, the folder is in use. To resume: K-CHANGED, settings or inputs
+            differ from the run's, and ``allow_change`` does not name them; K-NONE, there are checkpoints, none valid;
+            the newest is not this run's own.
     """
-    check_output(run, resume=True, overwrite=False, inputs=inputs)
+    run = Path(training.output_dir)
+    check_output(training, inputs)
     lock = _lock(run)
     try:
-        checkpoint = _checkpoint_to_resume(run, settings, facts, allow_change) if has_begun(run) else None
+        check_output(training, inputs)  # another process may have been faster
+        checkpoint = None
+        if training.resume and has_begun(run):
+            checkpoint = _checkpoint_to_resume(run, settings, fingerprints, training.allow_change)
     except Refusal:
         lock.release()
         raise
-    publish.sweep(run)
+    sweep(run)
     return lock, checkpoint
 
 
-def _checkpoint_to_resume(run: Path, settings: dict, facts: dict, allow_change: list[str]) -> Path | None:
+def _checkpoint_to_resume(
+    run: Path, settings: RunSettings, fingerprints: dict[str, Any], allow_change: list[str]
+) -> Path | None:
     record = read_run(run)
-    checkpoint, skipped = publish.newest_valid(run)
+    checkpoint, skipped = newest_valid(run)
     if checkpoint is None and skipped:
         raise Refusal(
             "K-NONE", "no checkpoint of this run is valid, and beginning at step 1 would replace them", file=run,
@@ -97,11 +96,11 @@ def _checkpoint_to_resume(run: Path, settings: dict, facts: dict, allow_change: 
         )  # fmt: skip
     for refusal in skipped:
         print(f"skipped: {refusal.line()}", flush=True)
-    changed = changes(record["settings"], settings)
+    changed = changes(record, settings)
     if checkpoint is not None:
         manifest = read_facts(checkpoint)
         check_seed(record, checkpoint, manifest)
-        changed |= {name: (manifest.get(name), now) for name, now in facts.items() if manifest.get(name) != now}
+        changed |= {name: (manifest.get(name), now) for name, now in fingerprints.items() if manifest.get(name) != now}
     changed = {name: both for name, both in changed.items() if name not in allow_change}
     if changed:
         shown = {name: only_differing(*both) for name, both in changed.items()}
@@ -125,25 +124,47 @@ def only_differing(then: object, now: object) -> tuple[object, object]:
     return tuple({name: side.get(name, "missing") for name in names} for side in (then, now))
 
 
-def changes(then: dict, now: dict) -> dict[str, tuple[object, object]]:
+def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
     """Settings that decide what is computed and differ: name → (then, now)."""
-    differing = {}
-    for group, free in FREE.items():
-        for name in then[group].keys() | now[group].keys():
-            both = then[group].get(name, BEFORE.get(name)), now[group].get(name)
-            if name not in free and both[0] != both[1]:
-                differing[name] = both
-    for name in TRAINING:
-        both = tuple(settings["training"].get(name, BEFORE.get(name)) for settings in (then, now))
-        if both[0] != both[1]:
-            differing[name] = both
-    batches = then.get("global_batch_size"), now["global_batch_size"]
-    if batches[0] != batches[1]:  # its split over ranks and accumulation is free
-        differing["global_batch_size"] = batches
-    return differing
+    both = {name: (value, None) for name, value in then.unknown.items()}
+    for group, kind in GROUPS.items():
+        for name in (f.name for f in fields(kind) if f.name not in FREE[group]):
+            both[name] = getattr(getattr(then, group), name), getattr(getattr(now, group), name)
+    both |= {name: (then.training_value(name), now.training_value(name)) for name in TRAINING}
+    both["global_batch_size"] = then.global_batch_size, now.global_batch_size  # however ranks and accumulation split it
+    return {name: (old, new) for name, (old, new) in both.items() if old != new}
 
 
-def begin_run(run: Path, record: Callable[[Path], None], report: Path) -> None:
+def record_run(run: Path, settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write what is known of a run before its first step: ``run.json``, then the tokenizer."""
+    write_run(run, settings)
+    tokenizer.save_pretrained(run / TOKENIZER)
+
+
+def write_first_files(
+    training: TrainingSettings,
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerFast,
+    report: Callable[[Path], None],
+    inputs: Iterable[tuple[str, Path]] = (),
+) -> None:
+    """What a run folder that :func:`open_run` locked holds before the first step; of a resumed run, renewed.
+
+    Args:
+        report: as for :func:`begin_run`. inputs: as for :func:`open_run`.
+
+    Raises:
+        Refusal: as :func:`check_output`: the folder may have changed since it was opened.
+    """
+    run, record = Path(training.output_dir), partial(record_run, settings=settings, tokenizer=tokenizer)
+    if training.resume and has_begun(run):
+        record(run)
+        return
+    check_output(training, inputs)
+    begin_run(run, record, report)
+
+
+def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path], None]) -> None:
     """Put the first files of a new run into a locked folder, in place of the run that may be there.
 
     The old run is set aside by renaming and deleted last; if this fails in between, it is put back, also after a kill,
@@ -151,9 +172,27 @@ def begin_run(run: Path, record: Callable[[Path], None], report: Path) -> None:
 
     Args:
         record: called with ``run``; writes what is known of the run, ``run.json`` first.
-        report: the finished report about the data, on the same disk; moved into ``run``.
+        report: called first, with a folder to write the report about the data into. It reads images, and may refuse.
     """
-    aside = run / f".{secrets.token_hex(4)}{ASIDE}"
+    with TemporaryDirectory(dir=run, prefix=".", suffix=".staging") as staging:
+        report(Path(staging) / DATA_REPORT)
+        old = _set_aside(run)
+        try:
+            record(run)
+            os.rename(Path(staging) / DATA_REPORT, run / DATA_REPORT)
+        except BaseException:
+            for path in of_a_run(run):
+                disk.delete(path)
+            _put_back(run, old)
+            raise
+    trash = old.with_suffix(".trash")
+    os.rename(old, trash)
+    disk.delete(trash)
+
+
+def _set_aside(run: Path) -> Path:
+    """The folder, in ``run``, that now holds what was there of a run."""
+    aside = run / f".{secrets.token_hex(4)}{SET_ASIDE}"
     aside.mkdir()
     try:
         for path in sorted(of_a_run(run), key=lambda path: path.name == RUN):  # as long as it is there, it is a run
@@ -161,17 +200,7 @@ def begin_run(run: Path, record: Callable[[Path], None], report: Path) -> None:
     except BaseException:
         _put_back(run, aside)
         raise
-    try:
-        record(run)
-        os.rename(report, run / DATA_REPORT)
-    except BaseException:
-        for path in of_a_run(run):
-            publish.delete(path)
-        _put_back(run, aside)
-        raise
-    trash = aside.with_suffix(".trash")
-    os.rename(aside, trash)
-    publish.delete(trash)
+    return aside
 
 
 def check_space(run: Path, trained: int, checkpoints: int = 2) -> None:
@@ -205,15 +234,15 @@ def check_shared(run: Path, patience: float = 15) -> None:
     Raises:
         Refusal: C-SHARED on all ranks, where one does not see it (several hosts without a common file system).
     """
-    name = publish.from_rank_0(f".seen-{secrets.token_hex(4)}")
-    if publish.rank() == 0:
+    name = from_rank_0(f".seen-{secrets.token_hex(4)}")
+    if rank() == 0:
         (run / name).touch()
     asked = time.monotonic()
-    publish.from_all_ranks(None)  # nobody looks before it is there
+    from_all_ranks(None)  # nobody looks before it is there
     while not (seen := (run / name).exists()) and time.monotonic() < asked + patience:
         time.sleep(0.5)  # a network file system may answer from its cache
-    blind = [rank for rank, sees in enumerate(publish.from_all_ranks(seen)) if not sees]
-    if publish.rank() == 0:
+    blind = [number for number, sees in enumerate(from_all_ranks(seen)) if not sees]
+    if rank() == 0:
         (run / name).unlink()
     if blind:
         raise Refusal(
@@ -227,8 +256,8 @@ def check_shared(run: Path, patience: float = 15) -> None:
 
 
 def _lock(run: Path) -> FileLock:
-    lock = publish.lock_run(run)
-    for aside in run.glob(f".*{ASIDE}"):  # a process was killed while it replaced a run
+    lock = lock_run(run)
+    for aside in run.glob(f".*{SET_ASIDE}"):  # a process was killed while it replaced a run
         _put_back(run, aside)
     return lock
 
@@ -236,6 +265,6 @@ def _lock(run: Path) -> FileLock:
 def _put_back(run: Path, aside: Path) -> None:
     for path in sorted(aside.iterdir(), key=lambda path: path.name != RUN):
         if (run / path.name).exists():  # the new run's
-            publish.delete(run / path.name)
+            disk.delete(run / path.name)
         os.rename(path, run / path.name)
     aside.rmdir()

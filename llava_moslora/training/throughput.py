@@ -1,23 +1,18 @@
-"""How fast a run is: tokens and records per second, the share of the device's peak that it uses, and its memory.
-
-Shapes: B lines, T tokens, N images.
-"""
+"""Throughput of a run: tokens and records per second, the share of the device's peak (MFU), and its memory."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, parameter_size, tokens_per_image
-from llava_moslora.models.towers import kind_of
-from llava_moslora.text.conversation import IGNORE_INDEX
+from llava_moslora.models.flops import Flops
 
-# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from the makers' data sheets; the first name found in
-# the device's name counts.
-PEAKS = {
+# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from the makers' data sheets; the first name that is found
+# in the device's name counts.
+PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
@@ -41,104 +36,55 @@ PEAKS = {
 }
 
 
-def peak_of(device: torch.device) -> float | None:
-    """FLOP/s of a device at its best, None where it is not known (a CPU among them)."""
+def peak_flops(device: torch.device) -> float | None:
+    """Peak FLOP/s of a device, None where it is not known, as of a CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Floating-point operations that training one token or image asks for, a multiplication and an addition being
-    two. What gradient checkpointing computes again is not counted, nor what padding costs: it is the model's work, as
-    in the MFU of PaLM (Chowdhery et al. 2022, appendix B), whose attention term is not halved for causality either.
-
-    Args:
-        token: per token in the LLM, attention apart.
-        pair: per token and earlier or later token of the same record: attention.
-        trained_token: per token with a label: the LM head.
-        image: per image: vision tower and projector.
-    """
-
-    token: float
-    pair: float
-    trained_token: float
-    image: float
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Flops:
-        """Counted from the model's parameters: twice a weight forward, twice for the gradient of its input, twice for
-        its own if it is trained. Nothing goes backward through a vision tower without adapters."""
-        config = model.config
-        text, vision = config.text_config, config.vision_config
-        work = dict.fromkeys((LLM, VISION, PROJECTOR, HEAD), 0.0)
-        adapted = any(p.requires_grad for name, p in model.named_parameters() if VISION + "." in name)
-        for name, parameter in model.named_parameters():
-            part = next(part for part in work if part + "." in "." + name)
-            if len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or "original_module" in name:
-                continue  # norms and biases: no product of matrices
-            if "embed" in name and "patch" not in name:
-                continue  # looked up
-            passes = 2 + 2 * parameter.requires_grad
-            if (part != VISION or adapted) and not (part == PROJECTOR and not adapted and "linear_1" in name):
-                passes += 2 if "patch_embedding" not in name else 0
-            work[part] += passes * parameter_size(parameter)
-        if not work[HEAD]:  # the word embeddings again, counted above as looked up
-            work[HEAD] = 4.0 * parameter_size(model.get_output_embeddings().weight)
-        patches = tokens_per_image(vision)
-        seen = patches + kind_of(vision).class_tokens  # which the projector does not see
-        layers = config.vision_feature_layer
-        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        tower_attention = (12 if adapted else 4) * layers * vision.hidden_size * seen**2
-        return cls(
-            token=work[LLM],
-            pair=12 * text.num_hidden_layers * text.num_attention_heads * head,
-            trained_token=work[HEAD],
-            image=work[VISION] * seen + tower_attention + work[PROJECTOR] * patches,
-        )
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 
 
 class Throughput:
-    """Counts what this rank trains on; :meth:`figures` tells how fast all ranks were since it was last asked."""
+    """Counts what this rank trains on; :meth:`rates` gives the rates of all ranks since the last call."""
 
     def __init__(self, model: nn.Module, device: torch.device):
-        self.flops, self.device, self.peak = Flops.of(model), device, peak_of(device)
-        self._begin()
+        self.flops, self.device, self.peak = Flops.of(model), device, peak_flops(device)
+        self.reset()
 
-    def _begin(self) -> None:
-        self.counted = {"tokens": 0, "samples": 0, "flops": 0.0}
+    def reset(self) -> None:
+        self.counts = {"tokens": 0, "samples": 0, "flops": 0.0}
         self.since = time.monotonic()
 
-    def count(self, batch: dict[str, Tensor]) -> None:
-        """A micro-batch as :class:`~llava_moslora.data.collate.Collator` makes it, still on the CPU."""
-        lengths = batch["lengths"]
-        tokens, images = int(lengths.sum()), len(batch.get("pixel_values", ()))
-        trained = int((batch["labels"] != IGNORE_INDEX).sum())
-        per = self.flops
-        self.counted["tokens"] += tokens
-        self.counted["samples"] += len(lengths)
-        self.counted["flops"] += per.token * tokens + per.pair * int((lengths**2).sum())
-        self.counted["flops"] += per.trained_token * trained + per.image * images
+    def add(self, lengths: Sequence[int], labels: int, images: int) -> None:
+        """Count a micro-batch.
 
-    def figures(self) -> dict[str, float]:
-        """``tokens_per_second`` (padding not counted) and ``samples_per_second`` of all ranks; ``mfu``, the share of
-        the devices' peak, where that is known; on a GPU ``peak_memory_gib`` of the rank that needs most. Collective."""
+        Args:
+            lengths: tokens of each record, without padding.
+            labels: tokens with a label.
+        """
+        tokens, per = sum(lengths), self.flops
+        self.counts["tokens"] += tokens
+        self.counts["samples"] += len(lengths)
+        self.counts["flops"] += per.token * tokens + per.pair * sum(length**2 for length in lengths)
+        self.counts["flops"] += per.trained_token * labels + per.image * images
+
+    def rates(self) -> dict[str, float]:
+        """``tokens_per_second`` (without padding) and ``samples_per_second`` of all ranks; ``mfu``, where the devices'
+        peak is known; on a GPU ``peak_memory_gib`` of the rank that needs most. Starts counting again. Collective."""
         seconds = max(time.monotonic() - self.since, 1e-9)
         memory = torch.cuda.max_memory_allocated(self.device) / 2**30 if self.device.type == "cuda" else 0.0
-        ranks = [[*self.counted.values(), memory]]
+        ranks = [[*self.counts.values(), memory]]
         if distributed.is_initialized() and distributed.get_world_size() > 1:
-            mine = torch.tensor(ranks[0], dtype=torch.float64, device=self.device)
-            everyones = mine.new_empty(distributed.get_world_size(), len(mine))
-            distributed.all_gather(list(everyones), mine)
-            ranks = everyones.tolist()
+            of_this_rank = torch.tensor(ranks[0], dtype=torch.float64, device=self.device)
+            gathered = of_this_rank.new_empty(distributed.get_world_size(), len(of_this_rank))
+            distributed.all_gather(list(gathered), of_this_rank)
+            ranks = gathered.tolist()
         tokens, samples, flops, _ = map(sum, zip(*ranks, strict=True))
         memory = max(rank[-1] for rank in ranks)
-        self._begin()
-        found = {"tokens_per_second": round(tokens / seconds, 1), "samples_per_second": round(samples / seconds, 3)}
+        self.reset()
+        rates = {"tokens_per_second": round(tokens / seconds, 1), "samples_per_second": round(samples / seconds, 3)}
         if self.peak is not None:
-            found["mfu"] = round(flops / seconds / (self.peak * len(ranks)), 4)
+            rates["mfu"] = round(flops / seconds / (self.peak * len(ranks)), 4)
         if memory:
-            found["peak_memory_gib"] = round(memory, 2)
-        return found
+            rates["peak_memory_gib"] = round(memory, 2)
+        return rates

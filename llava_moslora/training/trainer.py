@@ -1,8 +1,11 @@
-"""Hugging Face's Trainer with our batch order, guards and checkpoints; the loop, DeepSpeed and logging stay theirs."""
+"""Hugging Face's Trainer with this package's data order, checks and checkpoints; its loop, DeepSpeed and logging stay.
+
+Many of the methods that are overridden here are not public API: :mod:`llava_moslora.private_api` lists all of them, and
+checks at import that this version of transformers still has and calls them.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,32 +13,32 @@ from peft import PeftModel
 from torch import distributed
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llava_moslora.adapters.kernel import triton_wanted
-from llava_moslora.data.loader import Batches
+from llava_moslora.adapters.kernel import triton_enabled
+from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.distributed import rank
 from llava_moslora.errors import Refusal
-from llava_moslora.files import publish
-from llava_moslora.files.manifest import read_facts, write_json
-from llava_moslora.models.assemble import PROJECTOR, VISION
+from llava_moslora.files.json import read_json, write_json
+from llava_moslora.files.manifest import read_facts
+from llava_moslora.models.names import part_of
+from llava_moslora.private_api import check_private_api
+from llava_moslora.runs.checkpoints import prune, publish_checkpoint
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks.adapter_stats import AdapterStats
-from llava_moslora.training.callbacks.metrics import Metrics
-from llava_moslora.training.callbacks.preemption import contact, ignore_signals
-from llava_moslora.training.callbacks.progress import Progress
+from llava_moslora.training.callbacks.metrics import MetricsWriter
+from llava_moslora.training.callbacks.preemption import catch_lost_ranks, ignore_signals
+from llava_moslora.training.callbacks.progress import ProgressBar
 from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
 from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
-from llava_moslora.training.optimizer_state import (
-    TrainState,
-    frozen_mixers,
-    random_state,
-    set_random_state,
-    trained_parameters,
-)
+from llava_moslora.training.optimizer_state import TrainState, frozen_mixers, trained_parameters
+from llava_moslora.training.random_state import random_state, set_random_state
 from llava_moslora.training.throughput import Throughput
 from llava_moslora.training.watchdog import Watchdog
+
+check_private_api("training.trainer")
 
 
 class MosLoraTrainer(Trainer):
@@ -52,58 +55,59 @@ class MosLoraTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.facts = facts
         self.sampler = sampler
-        self.batches: Batches | None = None
+        self.data_loader: TrainDataLoader | None = None
         self.flops_per_token: int | None = None
         self.trained = trained_parameters(self.model)
         if not self.trained:
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
         if self.args.loss_average == "micro_batch":
             self.model_accepts_loss_kwargs = False  # no token count for the model: it averages over its micro-batch
-        if self.args.device.type == "cuda" and triton_wanted() and not self.args.use_liger_kernel:
+        if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
             from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
 
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             fuse_layers(inner.model.language_model)
-        self.guard = FiniteCheck(Path(self.args.output_dir))
-        self.speed = Throughput(self.model, self.args.device)
+        self.finite_check = FiniteCheck(Path(self.args.output_dir))
+        self.throughput = Throughput(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # of callbacks, for the next row of the log
-        for theirs in (PrinterCallback, ProgressCallback, TensorBoardCallback):
-            self.pop_callback(theirs)
-        self.add_callback(Progress(self))
-        self.add_callback(Metrics(Path(self.args.output_dir), tensorboard="tensorboard" in self.args.report_to))
+        for callback in (PrinterCallback, ProgressCallback, TensorBoardCallback):
+            self.pop_callback(callback)
+        self.add_callback(AfterEachStep(self))
+        self.add_callback(ProgressBar())
+        self.add_callback(MetricsWriter(Path(self.args.output_dir), tensorboard="tensorboard" in self.args.report_to))
         if self.args.health_steps:
             self.add_callback(AdapterStats(self, self.args.health_steps))
 
-    def get_train_dataloader(self) -> Batches:
-        """Our batches, not handed to accelerate: it would reshard and pad an order that is already exact."""
-        self.batches = Batches(
+    def get_train_dataloader(self) -> TrainDataLoader:
+        """Not handed to accelerate, which would reshard and pad an order that is already exact."""
+        self.data_loader = TrainDataLoader(
             self.train_dataset,
             self.sampler,
             self.data_collator,
-            workers=self.args.dataloader_num_workers,
-            prefetch=self.args.dataloader_prefetch_factor,
-            persistent=self.args.dataloader_persistent_workers,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             seed=self.args.seed,
-            worker_init=ignore_signals,
+            worker_init_fn=ignore_signals,
         )
-        return self.batches
+        return self.data_loader
 
     def train(self, resume_from_checkpoint: str | None = None):
         try:
-            with Watchdog(self.args.ddp_timeout) as self.watch, contact(self.watch.gone):
+            with Watchdog(self.args.ddp_timeout) as self.watchdog, catch_lost_ranks(self.watchdog.dead_on_this_host):
                 return super().train(resume_from_checkpoint)
         finally:
-            if self.batches is not None:
-                self.batches.close()
+            if self.data_loader is not None:
+                self.data_loader.close()
 
     def create_optimizer(self, model=None):
-        """AdamW with a learning rate per part; weight decay on matrices only, as the Trainer does."""
+        """``--optim`` with a learning rate per part; weight decay on matrices only, as the Trainer does."""
         if self.optimizer is not None:
             return self.optimizer
         groups: dict[tuple[float, float], list] = {}
         for name, parameter in self.trained.items():
-            decay = self.args.weight_decay if parameter_rank(parameter) > 1 else 0.0
+            decay = self.args.weight_decay if dimensions(parameter) > 1 else 0.0
             groups.setdefault((self.learning_rate_of(name), decay), []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         self.optimizer = optimizer_class(
@@ -114,28 +118,29 @@ class MosLoraTrainer(Trainer):
     def learning_rate_of(self, name: str) -> float:
         args = self.args
         rate = args.learning_rate
-        if VISION + "." in name and args.vision_lr is not None:
+        if part_of(name) == "vision_tower" and args.vision_lr is not None:
             rate = args.vision_lr
         if "lora_mixer" in name and args.mixer_lr is not None:
             rate = args.mixer_lr
-        if PROJECTOR + "." in name and args.mm_projector_lr is not None:
+        if part_of(name) == "projector" and args.mm_projector_lr is not None:
             rate = args.mm_projector_lr
         return rate
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimizer step, looked at while they are still on the CPU."""
-        self.watch.mark()
+        """The micro-batches of one optimizer step, checked and counted while they are still on the CPU."""
+        self.watchdog.report_progress()
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         records = [batch.pop("record").tolist() for batch in batches]
         for batch, numbers in zip(batches, records, strict=True):
-            check_labels(batch["labels"], numbers)
-            self.speed.count(batch)
-            del batch["lengths"]  # for the counting alone
-        self.guard.begin_step(records)
+            labels = len(batch["label_positions"])
+            check_labels(labels, numbers)
+            self.throughput.add(batch.pop("lengths").tolist(), labels, images=len(batch.get("pixel_values", ())))
+        self.finite_check.begin_step(records)
         return batches, tokens
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """The trained tokens of the global batch, counted by the collator; theirs waits for the device to copy them."""
+        """The trained tokens of the global batch, from the collator's positions; the Trainer's own way counts on the
+        device, and waits for it."""
         if not (self.model_accepts_loss_kwargs and batch_samples):
             return None
         tokens = sum(len(batch["label_positions"]) for batch in batch_samples)
@@ -146,62 +151,61 @@ class MosLoraTrainer(Trainer):
         return total
 
     def _prepare_input(self, data):
-        """As theirs, but without waiting for the device: batches are pinned, and a dtype is changed over there."""
+        """As the Trainer's, without waiting for the device: batches are pinned, and dtypes are converted over there."""
         if isinstance(data, torch.Tensor):
             data = data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
     def floating_point_ops(self, inputs) -> int:
-        """As theirs, per token of the padded batch; the model's parameters are counted once."""
+        """As the Trainer's, per token of the padded batch; the model's parameters are counted once."""
         tokens = inputs["input_ids"].numel()
         if self.flops_per_token is None:
             self.flops_per_token = super().floating_point_ops(inputs) // tokens
         return self.flops_per_token * tokens
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        self.watch.mark()
+        self.watchdog.report_progress()
         try:
             return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(self.args.per_device_train_batch_size) from error
-        except Exception as error:  # DeepSpeed's fp16 optimizer raises no kind of its own
+        except Exception as error:  # DeepSpeed's fp16 optimizer raises a plain Exception
             if "loss scale already at minimum" in str(error):
-                self.guard.scale_exhausted(self.state.global_step)
+                self.finite_check.loss_scale_exhausted(self.state.global_step)
             raise
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The model's loss, kept for the guard, which looks at it when the step has been computed."""
+        """The model's loss, which :meth:`_get_grad_norm` checks when the whole step has been computed."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.guard.loss(result[0] if return_outputs else result)
+        self.finite_check.add_loss(result[0] if return_outputs else result)
         return result
 
     def _get_grad_norm(self, model, grad_norm=None) -> float | None:
-        """As theirs, and a non-finite loss or gradient stops the run; without DeepSpeed before the update."""
+        """As the Trainer's; NaN or Inf in a loss or the gradient stops the run, without DeepSpeed before the update."""
         norm = super()._get_grad_norm(model, grad_norm)
-        engine = self.model_wrapped if self.is_deepspeed_enabled else None
-        return self.guard.gradient(self.state.global_step, norm, engine, self.trained)
+        return self.finite_check.check(self.state.global_step, norm, self.engine, self.trained)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the speed of all ranks since the last log, and what callbacks have found at this step."""
+        """Adds the throughput of all ranks since the last log, and what callbacks have measured at this step."""
         if "loss" in logs:
-            logs |= self.speed.figures() | self.extra_logs
+            logs |= self.throughput.rates() | self.extra_logs
             self.extra_logs = {}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Publish ``checkpoint-N``: what was trained, as float32 masters, and the Trainer's state. No pickles."""
-        self.watch.mark()
-        holder = self._holder()
-        masters, optimizer_state = holder.masters(), holder.optimizer_state()
+        """Publish ``checkpoint-N``: what is trained, as float32 masters, and the Trainer's state. No pickles."""
+        self.watchdog.report_progress()
+        train_state = self._train_state()
+        masters, optimizer_state = train_state.masters(), train_state.optimizer_state()
 
         def write(folder: Path) -> None:
             write_json(folder / f"random-{self.args.process_index}.json", random_state())
-            if publish.rank() == 0:
+            if rank() == 0:
                 write_trained(folder, self.model, masters)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 position = {
                     "scheduler_steps": self.lr_scheduler.last_epoch,
-                    "loss_scale": holder.loss_scale(),
+                    "loss_scale": train_state.loss_scale(),
                 }
                 write_optimizer(folder, self.model, optimizer_state, position)
 
@@ -210,54 +214,76 @@ class MosLoraTrainer(Trainer):
             return {**progress, "seed": self.args.seed, "world_size": self.args.world_size, **self.facts}
 
         run = Path(self.args.output_dir)
-        publish.publish(run / f"checkpoint-{self.state.global_step}", write, facts)
-        if publish.rank() == 0 and self.args.save_total_limit:
-            publish.prune(run, self.args.save_total_limit)
+        publish_checkpoint(run / f"checkpoint-{self.state.global_step}", write, facts)
+        if rank() == 0 and self.args.save_total_limit:
+            prune(run, self.args.save_total_limit)
 
-    def _holder(self) -> TrainState:
-        engine = self.model_wrapped if self.is_deepspeed_enabled else None
-        return TrainState(self.model, getattr(self.optimizer, "optimizer", self.optimizer), engine)
+    @property
+    def engine(self):
+        """The DeepSpeed engine, or None."""
+        return self.model_wrapped if self.is_deepspeed_enabled else None
+
+    def _train_state(self) -> TrainState:
+        return TrainState(self.model, getattr(self.optimizer, "optimizer", self.optimizer), self.engine)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """As theirs, but the state comes from our portable checkpoint instead of DeepSpeed's or torch's pickles."""
+        """As the Trainer's, but a checkpoint's state is read from its portable files, not from DeepSpeed's or torch's
+        pickles."""
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        check_rotary(self.model)
-        if self.is_deepspeed_enabled:
-            switch_mode_once(self.model_wrapped)
-            clear_trained_gradients(self.model_wrapped, self.trained)
-        holder = self._holder()
-        holder.begin()
+        check_rotary_frequencies(self.model)
+        if self.engine is not None:
+            check_private_api("deepspeed")
+            switch_mode_once(self.engine)
+            clear_trained_gradients(self.engine, self.trained)
+        train_state = self._train_state()
+        train_state.undo_initial_step()
         if resume_from_checkpoint is not None:
             checkpoint = Path(resume_from_checkpoint)
-            holder.make_optimizer_state()
+            train_state.create_optimizer_state()
             masters = read_trained(checkpoint, self.model)
-            if (redrawn := len(frozen_mixers(self.model).keys() - masters.keys())) and publish.rank() == 0:
-                print(f"{checkpoint} is of a version that kept no frozen mixers: {redrawn} drawn from the seed again")
-            state, position = read_optimizer(checkpoint, holder.optimizer_state())
-            holder.restore(masters, state, position["loss_scale"])
-            set_schedule(self.lr_scheduler, position["scheduler_steps"])
+            if (redrawn := len(frozen_mixers(self.model).keys() - masters.keys())) and rank() == 0:
+                print(f"{checkpoint} is of a version that saved no frozen mixers: {redrawn} drawn from the seed again")
+            state, position = read_optimizer(checkpoint, train_state.optimizer_state())
+            train_state.restore(masters, state, position["loss_scale"])
+            set_scheduler_step(self.lr_scheduler, position["scheduler_steps"])
         return prepared
 
-    def _run_epoch(self, **theirs) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed at its end: theirs would take one step more
+    def _run_epoch(self, **kwargs) -> None:
+        """As the Trainer's. The data order is a function of the step: a resumed run starts in the middle of its epoch,
+        and reads nothing to get there."""
+        if self.state.global_step >= self.state.max_steps:  # resumed at its end: the Trainer would take one more step
             self.control.should_training_stop = True
             return
+        epoch, batch = divmod(self.state.global_step, self.sampler.global_batches)
+        self.sampler.set_epoch(epoch)
+        self.sampler.start_at(batch)
         self.state.compute_steps(self.args, self.state.max_steps)  # this call's intervals, not the checkpoint's
-        super()._run_epoch(**theirs)
+        super()._run_epoch(**kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None) -> None:
-        """Nothing yet: weights are put back together with the optimizer's state, in :meth:`_prepare_for_training`."""
+        """Nothing: weights are restored together with the optimizer's state, in :meth:`_prepare_for_training`."""
 
     def _load_rng_state(self, checkpoint) -> None:
-        """This rank's random streams as they were; a rank that is new (other world size) keeps its seeded ones."""
+        """This rank's random generators as they were saved; in a run of another world size they stay as seeded."""
         if checkpoint is not None:
             file = Path(checkpoint) / f"random-{self.args.process_index}.json"
             if read_facts(Path(checkpoint))["world_size"] == self.args.world_size:
-                set_random_state(json.loads(file.read_text(encoding="utf-8")))
+                set_random_state(read_json(file))
 
 
-def check_rotary(model: torch.nn.Module) -> None:
-    """Rotary frequencies in 16 bits turn late positions by other angles than an export does.
+class AfterEachStep(TrainerCallback):
+    """Before a step is logged or saved: it must have been checked, and the epoch is counted as the data order does."""
+
+    def __init__(self, trainer: MosLoraTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **_):
+        self.trainer.finite_check.require_checked()
+        state.epoch = state.global_step / self.trainer.sampler.global_batches
+
+
+def check_rotary_frequencies(model: torch.nn.Module) -> None:
+    """In 16 bits they rotate late positions by other angles than an export does.
 
     Raises:
         Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32.
@@ -265,14 +291,14 @@ def check_rotary(model: torch.nn.Module) -> None:
     for name, buffer in model.named_buffers():
         if name.endswith("inv_freq") and buffer.dtype != torch.float32:
             raise Refusal(
-                "C-DEEPSPEED", "rotary frequencies were rounded when DeepSpeed took the model over", key=name,
+                "C-DEEPSPEED", "DeepSpeed has rounded the rotary frequencies", key=name,
                 found=buffer.dtype, expected=torch.float32,
                 fix="deepspeed 0.19.8 or newer, and no data_types.buffer_dtype in its file",
             )  # fmt: skip
 
 
-def set_schedule(scheduler, steps: int) -> None:
-    """Put a LambdaLR (or accelerate's wrapper of one) where it is after ``steps`` steps."""
+def set_scheduler_step(scheduler, steps: int) -> None:
+    """Set a LambdaLR, or accelerate's wrapper of one, to its state after ``steps`` steps."""
     scheduler = getattr(scheduler, "scheduler", scheduler)
     scheduler.last_epoch, scheduler._step_count = steps, steps + 1
     rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
@@ -281,6 +307,6 @@ def set_schedule(scheduler, steps: int) -> None:
     scheduler._last_lr = rates
 
 
-def parameter_rank(parameter: torch.nn.Parameter) -> int:
+def dimensions(parameter: torch.nn.Parameter) -> int:
     """Number of dimensions, also of a parameter that ZeRO-3 holds as an empty shard."""
     return len(getattr(parameter, "ds_shape", parameter.shape))

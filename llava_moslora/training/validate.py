@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from llava_moslora.config import AdapterSettings, ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.training.arguments import AdapterArguments, ModelArguments, TrainingArguments
+from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.deepspeed_config import (
+    check_deepspeed,
+    offloads_optimizer,
+    read_deepspeed_config,
+    zero_stage,
+)
 
-STAGES = (0, 1, 2, 3)
-LOSS_AVERAGES = ("tokens", "micro_batch")
 # flag → smallest value, and whether that value itself is allowed
 RANGES = {
     "learning_rate": (0, False),
@@ -33,7 +37,6 @@ RANGES = {
     "sample_steps": (1, True),
     "sample_max_new_tokens": (1, True),
     "health_steps": (0, True),
-    "ddp_timeout": (1, True),
     "adam_beta1": (0, True),
     "adam_beta2": (0, True),
     "adam_epsilon": (0, False),
@@ -42,35 +45,35 @@ RANGES = {
     "neftune_noise_alpha": (0, False),
 }
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
-# The Trainer's own flags that would do nothing here → the values that are taken, and why no others are
-LEFT_ALONE = {
+# The Trainer's own flags that would do nothing here → the values that are accepted, and why no others are
+UNUSED = {
     "eval_strategy": (("no",), "nothing is evaluated while training; ask the checkpoints with scripts/evaluate.py"),
     "save_strategy": (("steps", "epoch", "no"), "no checkpoint is known to be the best without an evaluation"),
     "label_smoothing_factor": ((0.0,), "the loss has no label smoothing"),
 }
-# What an optimizer keeps is saved as it is. ZeRO cuts what holds a number for every weight; it glues parameters
-# together, over which blocks of 8-bit numbers and rows would go.
+# Optimizer state is saved as it is. ZeRO partitions state that has a number for every weight; it concatenates
+# parameters, and blocks of 8-bit numbers or factored rows would reach over their borders.
 PER_WEIGHT = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "paged_lion_32bit", "sgd",
               "rmsprop", "rmsprop_bnb_32bit")  # fmt: skip
 PER_PARAMETER = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "rmsprop_bnb",
                  "rmsprop_bnb_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
                  "adafactor")  # fmt: skip
-OFFLOADED = ("adamw_torch", "adamw_torch_fused")  # anything else would silently become DeepSpeed's Adam there
-OF_BITSANDBYTES = ("bit", "bnb", "ademamix")  # parts of the names of its optimizers
+OFFLOADABLE = ("adamw_torch", "adamw_torch_fused")  # anything else would silently become DeepSpeed's Adam there
+BITSANDBYTES_NAMES = ("bit", "bnb", "ademamix")  # parts of the names of its optimizers
 ADAPTER_RANGES = {  # for each tower's own flag too
     "lora_r": (0, True),
     "lora_alpha": (0, False),
     "lora_dropout": (0, True),
 }
-# --attn_implementation → the package that it is in, and where that is from
+# --attn_implementation → the package that it needs, and how to get that
 FLASH_ATTENTION = {
     "flash_attention_2": ("flash_attn", "pip install flash-attn"),
     "flash_attention_3": ("flash_attn_interface", "build FlashAttention-3 from its repository's hopper folder"),
 }
 
 
-def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: TrainingArguments) -> None:
-    """Look at all flags together.
+def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArguments) -> None:
+    """Check all flags together.
 
     Raises:
         Refusal: C-FLAG, a value out of its range or flags that exclude each other; C-DEEPSPEED, a DeepSpeed file that
@@ -78,19 +81,20 @@ def check(model_args: ModelArguments, adapter_args: AdapterArguments, args: Trai
     """
     if args.resume_from_checkpoint is not None:
         raise Refusal(
-            "C-FLAG", "a run goes on from the newest valid checkpoint in its --output_dir, not from one that is named",
+            "C-FLAG", "a run resumes from the newest valid checkpoint in its --output_dir, not from one that is named",
             key="--resume_from_checkpoint", found=args.resume_from_checkpoint, fix="use --resume True",
         )  # fmt: skip
     _check_numbers(args)
-    _check_adapters(adapter_args)
+    _check_adapters(adapter)
     _check_precision(args)
-    _check_packages(model_args, args)
-    _check_attention(model_args, args)
+    _check_packages(model, args)
+    _check_attention(model, args)
     _check_liger(args)
     _check_compile(args)
-    if args.deepspeed:
-        _check_deepspeed(args)
-    _check_optimizer(args)  # last: it takes DeepSpeed's file for one that was looked at
+    deepspeed = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
+    if deepspeed is not None:
+        check_deepspeed(deepspeed, args)
+    _check_optimizer(args, deepspeed)
 
 
 def _check_numbers(args: TrainingArguments) -> None:
@@ -99,7 +103,7 @@ def _check_numbers(args: TrainingArguments) -> None:
             _check_range(name, value, smallest, allowed)
             if value >= BELOW.get(name, math.inf):
                 raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"below {BELOW[name]}")
-    for name, (taken, why) in LEFT_ALONE.items():
+    for name, (taken, why) in UNUSED.items():
         value = getattr(args, name)
         value = getattr(value, "value", value)  # of an enumeration
         if value not in taken:
@@ -115,16 +119,13 @@ def _check_numbers(args: TrainingArguments) -> None:
         raise Refusal(
             "C-FLAG", "nothing to train", key="--num_train_epochs", found=args.num_train_epochs, expected="above 0"
         )
-    if args.loss_average not in LOSS_AVERAGES:
-        expected = " or ".join(LOSS_AVERAGES)
-        raise Refusal("C-FLAG", "unknown average", key="--loss_average", found=args.loss_average, expected=expected)
 
 
-def _check_adapters(args: AdapterArguments) -> None:
+def _check_adapters(adapter: AdapterSettings) -> None:
     for prefix in ("", "vision_"):
         for name, (smallest, allowed) in ADAPTER_RANGES.items():
-            _check_range(prefix + name, getattr(args, prefix + name), smallest, allowed)
-        if (dropout := getattr(args, f"{prefix}lora_dropout")) >= 1:
+            _check_range(prefix + name, getattr(adapter, prefix + name), smallest, allowed)
+        if (dropout := getattr(adapter, f"{prefix}lora_dropout")) >= 1:
             raise Refusal(
                 "C-FLAG", "out of range", key=f"--{prefix}lora_dropout", found=dropout, expected="a probability below 1"
             )
@@ -151,42 +152,39 @@ def _check_precision(args: TrainingArguments) -> None:
         )
 
 
-def _check_optimizer(args: TrainingArguments) -> None:
-    """A run whose optimizer cannot be saved would die at its first checkpoint."""
+def _check_optimizer(args: TrainingArguments, deepspeed: dict[str, Any] | None) -> None:
+    """A run whose optimizer cannot be saved would fail at its first checkpoint."""
     name, known = str(getattr(args.optim, "value", args.optim)), PER_WEIGHT + PER_PARAMETER
     what, fix = "this optimizer's state cannot be saved", "--optim adamw_torch_fused, or another of those"
-    if args.deepspeed:
-        zero = json.loads(Path(args.deepspeed).read_text(encoding="utf-8")).get("zero_optimization", {})
-        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-            known, what = OFFLOADED, "an optimizer that is offloaded becomes DeepSpeed's Adam, whatever was asked for"
-        elif zero.get("stage", 0) and name in PER_PARAMETER:
-            known, what = PER_WEIGHT, "ZeRO glues parameters together, over which this optimizer's state cannot be cut"
-            fix = "zero_configs/zero0.json, or an optimizer of those"
+    if deepspeed and offloads_optimizer(deepspeed):
+        known, what = OFFLOADABLE, "an optimizer that is offloaded becomes DeepSpeed's Adam, whatever was asked for"
+    elif deepspeed and zero_stage(deepspeed) and name in PER_PARAMETER:
+        known, what = PER_WEIGHT, "ZeRO joins parameters, over whose borders this optimizer's state cannot be cut"
+        fix = "zero_configs/zero0.json, or an optimizer of those"
     if name not in known:
         expected = ", ".join(known)
         raise Refusal("C-FLAG", what, key="--optim", found=name, expected=expected, fix=fix)
 
 
-def _check_packages(model_args: ModelArguments, args: TrainingArguments) -> None:
+def _check_packages(model: ModelSettings, args: TrainingArguments) -> None:
     optimizer = str(getattr(args.optim, "value", args.optim))
-    theirs, flag = any(part in optimizer for part in OF_BITSANDBYTES), f"--optim {optimizer}"
+    by_optimizer = any(part in optimizer for part in BITSANDBYTES_NAMES)
+    flag = f"--optim {optimizer}" if by_optimizer else "--bits 4"
     wanted = {
-        "bitsandbytes": (
-            model_args.bits == 4 or theirs, flag if theirs else "--bits 4", "pip install 'llava_moslora[quant]'"
-        )
-    }  # fmt: skip
-    wanted["liger_kernel"] = (args.use_liger_kernel, "--use_liger_kernel", "pip install 'llava_moslora[liger]'")
-    wanted["wandb"] = ("wandb" in args.report_to, "--report_to wandb", "pip install wandb")
+        "bitsandbytes": (model.bits == 4 or by_optimizer, flag, "pip install 'llava_moslora[quant]'"),
+        "liger_kernel": (args.use_liger_kernel, "--use_liger_kernel", "pip install 'llava_moslora[liger]'"),
+        "wandb": ("wandb" in args.report_to, "--report_to wandb", "pip install wandb"),
+    }
     for name, (package, fix) in FLASH_ATTENTION.items():
         flag = f"--attn_implementation {name}"
-        wanted[package] = (model_args.attn_implementation == name, flag, f"{fix}, or --attn_implementation sdpa")
+        wanted[package] = (model.attn_implementation == name, flag, f"{fix}, or --attn_implementation sdpa")
     for package, (asked, flag, fix) in wanted.items():
         if asked and importlib.util.find_spec(package) is None:
             raise Refusal("E-MISSING", f"needs {package}, which is not installed", key=flag, fix=fix)
 
 
-def _check_attention(model_args: ModelArguments, args: TrainingArguments) -> None:
-    name = model_args.attn_implementation
+def _check_attention(model: ModelSettings, args: TrainingArguments) -> None:
+    name = model.attn_implementation
     if name in FLASH_ATTENTION and (args.use_cpu or not (args.bf16 or args.fp16)):
         raise Refusal(
             "C-FLAG",
@@ -210,74 +208,16 @@ def _check_liger(args: TrainingArguments) -> None:
         raise Refusal("C-FLAG", "Liger's kernels need a GPU", key="--use_liger_kernel", fix="leave it out on a CPU")
 
 
-def _check_deepspeed(args: TrainingArguments) -> None:
-    """The file's own numbers against the flags; ``auto`` stands for the flag."""
-    file = Path(args.deepspeed)
-    config = json.loads(file.read_text(encoding="utf-8"))
-    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys():
-        raise Refusal(
-            "C-DEEPSPEED", "DeepSpeed must be told the batch size", file=file, key="train_micro_batch_size_per_gpu",
-            found="neither it nor train_batch_size", fix='"train_micro_batch_size_per_gpu": "auto"',
-        )  # fmt: skip
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in STAGES:
-        raise Refusal(
-            "C-DEEPSPEED", "unknown stage", file=file, key="zero_optimization.stage", found=stage, expected="0 to 3"
-        )
-    if stage == 0 and args.fp16:
-        raise Refusal(
-            "C-FLAG", "DeepSpeed's stage 0 keeps the loss scale of float16 where it is not saved from", key="--fp16",
-            fix="--bf16 True, or zero_configs/zero1.json",
-        )  # fmt: skip
-    for block in ("optimizer", "scheduler"):
-        if block in config:
-            raise Refusal(
-                "C-DEEPSPEED",
-                "would replace the optimizer that has a learning rate per part",
-                file=file,
-                key=block,
-                fix=f"take {block} out of the file and give flags: --learning_rate, --optim, --lr_scheduler_type, …",
-            )
-    micro, steps, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
-    product = f"{micro * steps * world} = {micro} per device × {steps} accumulated × {world} ranks"
-    flags = {
-        "train_micro_batch_size_per_gpu": (micro, f"{micro} (--per_device_train_batch_size)"),
-        "gradient_accumulation_steps": (steps, f"{steps} (--gradient_accumulation_steps)"),
-        "train_batch_size": (micro * steps * world, product),
-        "gradient_clipping": (args.max_grad_norm, f"{args.max_grad_norm} (--max_grad_norm)"),
-        "bf16.enabled": (args.bf16, f"{args.bf16} (--bf16)"),
-        "fp16.enabled": (args.fp16, f"{args.fp16} (--fp16)"),
-    }
-    if stage == 3 and args.sample_questions:
-        raise Refusal(
-            "C-FLAG",
-            "under ZeRO-3 no rank holds the model that would answer, and gathering it for every token takes too long",
-            key="--sample_questions",
-            fix="zero_configs/zero2.json, or ask the checkpoints with scripts/evaluate.py",
-        )
-    clashes = []
-    for key, (flag, said) in flags.items():
-        value = config
-        for part in key.split("."):
-            value = value.get(part, "auto")
-            if value == "auto":
-                break
-        if value not in ("auto", flag):
-            clashes.append(f"{key} {value} against {said}")
-    if clashes:
-        raise Refusal(
-            "C-DEEPSPEED", "the file and the flags disagree", file=file, key="--deepspeed", found="; ".join(clashes),
-            fix='"auto" in the file takes the flags\' values',
-        )  # fmt: skip
+def check_launch(deepspeed: object) -> None:
+    """Check how this process was started, before it joins the others.
 
-
-def check_launch(args: TrainingArguments) -> None:
-    """DeepSpeed's processes are started by a launcher.
+    Args:
+        deepspeed: whether ``--deepspeed`` was given.
 
     Raises:
-        Refusal: E-LAUNCH, this process was started without one, or sees fewer GPUs than its place asks for.
+        Refusal: E-LAUNCH, DeepSpeed without a launcher, or more processes than this host has GPUs.
     """
-    if args.deepspeed and "RANK" not in os.environ:
+    if deepspeed and "RANK" not in os.environ:
         raise Refusal(
             "E-LAUNCH",
             "DeepSpeed needs a launcher",

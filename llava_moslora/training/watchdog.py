@@ -1,9 +1,9 @@
-"""The watch of every rank over the others: one that stands still is named, instead of all waiting for it without end.
+"""Watchdog: detects a rank that hangs or has died, and ends the run with its name, where all others would wait for it.
 
-A rank whose process is stopped, whose host is gone or whose disk hangs leaves the others inside a collective, where no
-Python runs and no signal is answered. Two threads of every rank go on: one tells the run's store how far this rank is
-and reads how far the others are, the other compares the clock. It asks no collective, and if the store itself stands
-still, that is found too.
+A rank whose process is stopped, whose host is lost or whose disk hangs leaves the others inside a collective, where no
+Python runs and no signal is handled. Two threads of every rank go on: one writes this rank's heartbeat and progress to
+the run's store and reads those of the others, the other compares them with the clock. Neither runs a collective, and a
+store that does not answer is detected too.
 """
 
 from __future__ import annotations
@@ -20,154 +20,165 @@ from torch import distributed
 
 from llava_moslora.errors import Refusal
 
-KEY = "watch/{}"  # in the run's store, of each rank
-LONGEST_PAUSE = 5.0  # seconds between two looks
-GRACE = 5.0  # seconds after a process has ended in which the collective that waits for it usually fails by itself
+STORE_KEY = "watch/{}"  # of each rank, in the run's store
+LONGEST_INTERVAL = 5.0  # seconds between two looks at the store
+EXIT_GRACE = 5.0  # seconds after a process has ended in which the collective that waits for it usually fails by itself
 
 
 @dataclass
 class RankStatus:
-    """What is known of one rank: its own words, and when (on this process's clock) they last changed."""
+    """What this process knows of one rank: its last report, and when (on this process's clock) that last changed."""
 
-    who: str = ""
-    beats: str = ""
-    marks: int = 0
-    heard: float = 0.0  # when its beats changed: its process runs
-    moved: float = 0.0  # when its marks changed: it gets on
-    pid: int = 0  # of its process, if that is one of those that can be looked at from here and has not left training
-    missed: float | None = None  # since when there is no such process
+    process: str = ""  # which it is and where, in words
+    heartbeat: str = ""  # a counter: its process runs
+    progress: int = 0  # a counter: its training goes on
+    heartbeat_at: float = 0.0
+    progress_at: float = 0.0
+    pid: int = 0  # of its process, if that runs where this one can see it, and has not left training
+    ended_at: float | None = None  # when it was first seen that there is no such process
 
 
 class Watchdog:
     """Use around training, as a context manager; it does nothing for a run of one process.
 
     Args:
-        timeout: seconds without a sign of life, or without any rank getting on, after which this process ends with
-            the status of P-RANK, and the launcher takes the other ones down.
+        timeout: seconds without a rank's heartbeat, or without progress of any rank, after which this process exits
+            with the status of P-RANK, and the launcher ends the other ranks.
     """
 
     def __init__(self, timeout: float):
-        self.timeout, self.pause = timeout, min(LONGEST_PAUSE, timeout / 5)
-        self.marks = 0
+        self.timeout, self.interval = timeout, min(LONGEST_INTERVAL, timeout / 5)
+        self.progress = 0
         self.ended = threading.Event()
         self.threads: list[threading.Thread] = []
 
-    def mark(self) -> None:
-        """This rank got on: call it at every stage of a step."""
-        self.marks += 1
+    def report_progress(self) -> None:
+        """Call it at every stage of a step: a rank that does not is behind the others."""
+        self.progress += 1
 
     def __enter__(self) -> Watchdog:
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             self.rank = distributed.get_rank()
             now = time.monotonic()
-            self.seen = [RankStatus(heard=now, moved=now) for _ in range(distributed.get_world_size())]
-            self.answered = now  # when the store last answered
-            # a connection of its own: on the shared one a call that waits would keep the others out
+            world_size = distributed.get_world_size()
+            self.ranks = [RankStatus(heartbeat_at=now, progress_at=now) for _ in range(world_size)]
+            self.store_answered_at = now
+            # a connection of its own: on the shared one a call that waits would block all others
             store = distributed.distributed_c10d._get_default_store().clone()
             for work in (self._exchange, self._compare):
-                thread = threading.Thread(target=work, args=(store,), daemon=True, name=f"watch {work.__name__}")
+                thread = threading.Thread(target=work, args=(store,), daemon=True, name=f"watchdog {work.__name__}")
                 thread.start()
                 self.threads.append(thread)
         return self
 
     def __exit__(self, *_) -> None:
         self.ended.set()
-        for thread in self.threads:  # the others are told that this rank leaves
+        for thread in self.threads:  # so that the others read that this rank leaves
             thread.join(timeout=2)
 
     def _exchange(self, store: distributed.Store) -> None:
-        """Tell and read, until training is over or the store is gone (its host ended; collectives fail then)."""
-        keys = [KEY.format(rank) for rank in range(len(self.seen))]
-        here, beats = _processes(), 0
+        """Write and read reports, until training ends or the store is lost (its host ended; collectives fail then)."""
+        keys = [STORE_KEY.format(rank) for rank in range(len(self.ranks))]
+        pid_namespace, heartbeat = _pid_namespace(), 0
         try:
-            # at first without pauses: who is who is wanted when one of them dies soon
-            while not self.ended.wait(self.pause if all(seen.who for seen in self.seen) else min(0.1, self.pause)):
-                beats += 1
-                store.set(keys[self.rank], _sign_of_life(beats, self.marks))
-                for key, seen in zip(keys, self.seen, strict=True):
+            # at first without pauses: the others must be known in case one of them dies soon
+            while not self.ended.wait(self.interval if all(r.process for r in self.ranks) else min(0.1, self.interval)):
+                heartbeat += 1
+                store.set(keys[self.rank], _report(heartbeat, self.progress))
+                for key, rank in zip(keys, self.ranks, strict=True):
                     if store.check([key]):
-                        self._note(seen, store.get(key).decode(), time.monotonic(), here)
-                self.answered = time.monotonic()
-            store.set(keys[self.rank], _sign_of_life(beats + 1, self.marks, left=True))
+                        self._update(rank, store.get(key).decode(), time.monotonic(), pid_namespace)
+                self.store_answered_at = time.monotonic()
+            store.set(keys[self.rank], _report(heartbeat + 1, self.progress, left=True))
         except (RuntimeError, OSError):
             self.ended.set()
 
     @staticmethod
-    def _note(seen: RankStatus, said: str, now: float, here: str) -> None:
-        beats, marks, seen.who, process = said.split("\n")
-        pid, _, processes = process.partition(" ")
-        seen.pid = int(pid) if processes == here else 0
-        if beats != seen.beats:
-            seen.beats, seen.heard = beats, now
-        if int(marks) != seen.marks:
-            seen.marks, seen.moved = int(marks), now
+    def _update(rank: RankStatus, report: str, now: float, pid_namespace: str) -> None:
+        heartbeat, progress, rank.process, process = report.split("\n")
+        pid, _, its_namespace = process.partition(" ")
+        rank.pid = int(pid) if its_namespace == pid_namespace else 0
+        if heartbeat != rank.heartbeat:
+            rank.heartbeat, rank.heartbeat_at = heartbeat, now
+        if int(progress) != rank.progress:
+            rank.progress, rank.progress_at = int(progress), now
 
     def _compare(self, _store: distributed.Store) -> None:
-        before, look = time.monotonic(), min(self.pause, 1.0)
-        while not self.ended.wait(look):
+        before, interval = time.monotonic(), min(self.interval, 1.0)
+        while not self.ended.wait(interval):
             now = time.monotonic()
-            stood_still = now - before - look  # this process itself: it was suspended, with others or alone
-            if stood_still > self.timeout / 2:  # the others may wake later
-                self._begin_again(now)
-            elif stood_still > self.pause:
-                self._do_not_count(stood_still, now)
-            elif found := self.dead(now) or self.trouble(now):
+            suspended = now - before - interval  # seconds that this process itself stood still, alone or with others
+            if suspended > self.timeout / 2:  # the others may wake later
+                self._restart_clocks(now)
+            elif suspended > self.interval:
+                self._do_not_count(suspended, now)
+            elif found := self.ended_ranks(now) or self.hung_ranks(now):
                 print(self.refusal(found).line(), file=sys.stderr, flush=True)
                 os._exit(self.refusal(found).exit_status)  # the main thread is in a call that nothing interrupts
             before = now
 
-    def _begin_again(self, now: float) -> None:
-        self.answered = now
-        for seen in self.seen:
-            seen.heard = seen.moved = now
+    def _restart_clocks(self, now: float) -> None:
+        self.store_answered_at = now
+        for rank in self.ranks:
+            rank.heartbeat_at = rank.progress_at = now
 
     def _do_not_count(self, seconds: float, now: float) -> None:
-        self.answered = min(now, self.answered + seconds)
-        for seen in self.seen:
-            seen.heard, seen.moved = min(now, seen.heard + seconds), min(now, seen.moved + seconds)
+        self.store_answered_at = min(now, self.store_answered_at + seconds)
+        for rank in self.ranks:
+            rank.heartbeat_at = min(now, rank.heartbeat_at + seconds)
+            rank.progress_at = min(now, rank.progress_at + seconds)
 
-    def dead(self, now: float) -> str | None:
-        """Ranks whose process ended ``GRACE`` seconds ago without having left training, in words; None without any.
+    def ended_ranks(self, now: float) -> str | None:
+        """Ranks whose process ended ``EXIT_GRACE`` seconds ago without leaving training, in words; None without any.
 
-        Whoever waits for such a rank in a collective gets an error. Whoever waits for it to join a new group does not.
+        A rank that waits for such a rank in a collective gets an error. One that waits for it to join a new group does
+        not.
         """
-        for seen in self.seen:
-            if not seen.pid or _runs(seen.pid):
-                seen.missed = None
-            elif seen.missed is None:
-                seen.missed = now
-        ended = [rank for rank, seen in enumerate(self.seen) if seen.missed is not None and now - seen.missed >= GRACE]
+        for rank in self.ranks:
+            if not rank.pid or _is_running(rank.pid):
+                rank.ended_at = None
+            elif rank.ended_at is None:
+                rank.ended_at = now
+        ended = [
+            n for n, rank in enumerate(self.ranks) if rank.ended_at is not None and now - rank.ended_at >= EXIT_GRACE
+        ]
         return f"{self._names(ended)} has ended" if ended else None
 
-    def trouble(self, now: float) -> str | None:
-        """Which ranks stand still at ``now`` (seconds, monotonic), in words; None where all is well."""
-        if now - self.answered > self.timeout:
-            return f"the store, which rank 0 or the launcher serves, has not answered for {now - self.answered:.0f} s"
-        if now - self.answered > 3 * self.pause:
-            return None  # what is known of the others is old; the store's own silence counts
-        if silent := [rank for rank, seen in enumerate(self.seen) if now - seen.heard > self.timeout]:
-            return f"no sign of life for {self.timeout:.0f} s from {self._names(silent)}"
-        if now - max(seen.moved for seen in self.seen) <= self.timeout:
+    def hung_ranks(self, now: float) -> str | None:
+        """Which ranks hang at ``now`` (seconds, monotonic), in words; None where all is well."""
+        store_silent = now - self.store_answered_at
+        if store_silent > self.timeout:
+            return f"the store, which rank 0 or the launcher serves, has not answered for {store_silent:.0f} s"
+        if store_silent > 3 * self.interval:
+            return None  # what is known of the other ranks is old; first the store must answer
+        if silent := [n for n, rank in enumerate(self.ranks) if now - rank.heartbeat_at > self.timeout]:
+            return f"no heartbeat for {self.timeout:.0f} s from {self._names(silent)}"
+        if now - max(rank.progress_at for rank in self.ranks) <= self.timeout:
             return None
-        if quiet := [rank for rank, seen in enumerate(self.seen) if now - seen.heard > 3 * self.pause]:
-            return f"no rank got on for {self.timeout:.0f} s, and there is no sign of life from {self._names(quiet)}"
-        least = min(seen.marks for seen in self.seen)
-        behind = [rank for rank, seen in enumerate(self.seen) if seen.marks == least]
-        if len(behind) == len(self.seen):
-            return f"no rank got on for {self.timeout:.0f} s, all at the same stage of a step"
-        return f"no rank got on for {self.timeout:.0f} s; behind the others is {self._names(behind)}"
+        stalled = f"no rank made progress for {self.timeout:.0f} s"
+        if silent := [n for n, rank in enumerate(self.ranks) if now - rank.heartbeat_at > 3 * self.interval]:
+            return f"{stalled}, and there is no heartbeat from {self._names(silent)}"
+        least = min(rank.progress for rank in self.ranks)
+        behind = [n for n, rank in enumerate(self.ranks) if rank.progress == least]
+        if len(behind) == len(self.ranks):
+            return f"{stalled}, all at the same stage of a step"
+        return f"{stalled}; behind the others is {self._names(behind)}"
 
-    def _names(self, ranks: list[int]) -> str:
-        return ", ".join(f"rank {rank} ({self.seen[rank].who or 'which never spoke'})" for rank in ranks)
+    def _names(self, numbers: list[int]) -> str:
+        return ", ".join(f"rank {n} ({self.ranks[n].process or 'which never reported'})" for n in numbers)
 
-    def gone(self, patience: float = 1.0) -> str:
-        """The ranks of this host whose process has ended, in words; "" where none of those that spoke has."""
-        if not hasattr(self, "seen"):
+    def dead_on_this_host(self, patience: float = 1.0) -> str:
+        """The ranks of this host whose process has ended, in words; "" where none of those that reported has.
+
+        Args:
+            patience: seconds to wait for one: a connection is closed a moment before its process has ended.
+        """
+        if not hasattr(self, "ranks"):
             return ""
         here, until = f" on {socket.gethostname()}", time.monotonic() + patience
-        while True:  # a connection is closed a moment before its process is gone
-            mine = [(rank, seen.who) for rank, seen in enumerate(self.seen) if seen.who.endswith(here)]
-            dead = [rank for rank, who in mine if not _runs(int(who.split()[1]))]
+        while True:
+            of_this_host = [(n, rank.process) for n, rank in enumerate(self.ranks) if rank.process.endswith(here)]
+            dead = [n for n, process in of_this_host if not _is_running(int(process.split()[1]))]
             if dead or time.monotonic() > until:
                 return self._names(dead)
             time.sleep(0.05)
@@ -175,34 +186,34 @@ class Watchdog:
     def refusal(self, found: str) -> Refusal:
         return Refusal(
             "P-RANK",
-            "the run stands still",
+            "the run hangs",
             found=found,
             fix="see what holds that process (its host, disk or a debugger), then start the same command again with "
             "--resume True; a run that is merely slow needs a larger --ddp_timeout (seconds)",
         )
 
 
-def _runs(pid: int) -> bool:
+def announce_rank() -> None:
+    """Write this process's first report as soon as the process group exists: if it dies before its watchdog runs, the
+    other ranks still know which process is missing."""
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        store = distributed.distributed_c10d._get_default_store()
+        store.set(STORE_KEY.format(distributed.get_rank()), _report(0, 0))
+
+
+def _report(heartbeat: int, progress: int, left: bool = False) -> str:
+    process = "0 left" if left else f"{os.getpid()} {_pid_namespace()}"
+    return f"{heartbeat}\n{progress}\nprocess {os.getpid()} on {socket.gethostname()}\n{process}"
+
+
+def _is_running(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
         return False
 
 
-def introduce() -> None:
-    """Tell the other ranks which process this one is, as soon as they have met: one that dies before it watches is
-    missed all the same."""
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        store = distributed.distributed_c10d._get_default_store()
-        store.set(KEY.format(distributed.get_rank()), _sign_of_life(0, 0))
-
-
-def _sign_of_life(beats: int, marks: int, left: bool = False) -> str:
-    process = "0 left" if left else f"{os.getpid()} {_processes()}"
-    return f"{beats}\n{marks}\nprocess {os.getpid()} on {socket.gethostname()}\n{process}"
-
-
-def _processes() -> str:
+def _pid_namespace() -> str:
     """What process numbers are unique in: this host, or this container of it."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"

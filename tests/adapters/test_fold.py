@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from adapter_models import LINEARS, llama, relative
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 
@@ -13,6 +12,7 @@ from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.fold import LowRank, delta, fold, folded, merge, save
 from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal
+from support.adapter_models import LINEARS, llama, relative
 
 IDS = torch.arange(1, 21)[None]
 
@@ -98,7 +98,7 @@ def test_merging_from_the_file_is_merging_in_the_model(tmp_path):
     state = llama().state_dict()
     for name, layer in adapter.layers.items():
         state[f"{name}.weight"] = merge(state[f"{name}.weight"], layer)
-    state |= adapter.others
+    state |= {name: tensor.read() for name, tensor in adapter.others.items()}
     expected = model.merge_and_unload().state_dict()
     assert state.keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in state.items())
@@ -112,7 +112,7 @@ def test_sums_are_rounded_once():
     assert delta(a.bfloat16(), w.bfloat16(), b.bfloat16(), 0.5).dtype == torch.float32
     assert torch.equal(folded(a, None), a) and folded(a.half(), w.half()).dtype == torch.float32
     weight = torch.randn(32, 64).bfloat16()
-    merged = merge(weight, LowRank(a, w, b, 0.5))
+    merged = merge(weight, LowRank.of(a, w, b, 0.5))
     assert torch.equal(merged, (weight.double() + delta(a, w, b, 0.5).double()).bfloat16())
 
 
@@ -120,6 +120,6 @@ def test_sums_are_rounded_once():
     "weight", [torch.zeros(2, 3), torch.zeros(32, 64, dtype=torch.uint8)], ids=["shape", "quantised"]
 )
 def test_merging_into_something_else_is_refused(weight):
-    layer = LowRank(torch.zeros(8, 64), None, torch.zeros(32, 8), 1.0)
+    layer = LowRank.of(torch.zeros(8, 64), None, torch.zeros(32, 8), 1.0)
     with pytest.raises(Refusal, match=r"does not fit .* expected a floating-point matrix \(32, 64\)"):
         merge(weight, layer)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from adapter_models import LINEARS, hashed, llama, relative
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,6 +11,7 @@ from llava_moslora.adapters import kernel
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.errors import Refusal
+from support.adapter_models import LINEARS, hashed, llama, relative
 
 # rows, in, out: W folded into A' (out > in) and into B', and left at width r where the rows are few
 SHAPES = [(200, 32, 64), (200, 64, 32), (20, 32, 64), (20, 64, 32)]
@@ -29,12 +29,12 @@ def inputs(rows, i, o, mixed=True, dtype=torch.float32, device="cpu"):
 def formula(result, x, a, w, b, scaling, dropout, seed):
     """The paper's eq. 7 in plain torch, with the mask that the kernel draws from ``seed``."""
     if dropout:
-        drop = round(dropout * kernel.STEPS)
+        drop = round(dropout * kernel.DROPOUT_STEPS)
         if kernel.uses_triton(x):
             mask = hashed(x, seed, drop)
         else:
-            mask = kernel._draw(torch.Size((x.shape[0] * x.shape[1], x.shape[2])), seed, drop, x.device)
-        x = x.masked_fill(mask.view(x.shape) == 0, 0) / (1 - drop / kernel.STEPS)
+            mask = kernel._draw_mask(torch.Size((x.shape[0] * x.shape[1], x.shape[2])), seed, drop, x.device)
+        x = x.masked_fill(mask.view(x.shape) == 0, 0) / (1 - drop / kernel.DROPOUT_STEPS)
     u = x @ a.T
     return result + scaling * (u if w is None else u @ w.T) @ b.T
 
@@ -107,10 +107,10 @@ def test_input_dtypes_meet_in_the_adapters():
 def test_dropout_is_a_function_of_the_seed_with_the_stated_probability():
     shape, device = torch.Size((1001, 999)), torch.device("cpu")
     for p in (0.05, 0.5, 0.95):
-        mask = kernel._draw(shape, torch.tensor(7), round(p * kernel.STEPS), device)
+        mask = kernel._draw_mask(shape, torch.tensor(7), round(p * kernel.DROPOUT_STEPS), device)
         assert set(mask.unique().tolist()) == {-1, 0}  # all bits or none
-        assert torch.equal(mask, kernel._draw(shape, torch.tensor(7), round(p * kernel.STEPS), device))
-        assert not torch.equal(mask, kernel._draw(shape, torch.tensor(8), round(p * kernel.STEPS), device))
+        assert torch.equal(mask, kernel._draw_mask(shape, torch.tensor(7), round(p * kernel.DROPOUT_STEPS), device))
+        assert not torch.equal(mask, kernel._draw_mask(shape, torch.tensor(8), round(p * kernel.DROPOUT_STEPS), device))
         dropped = (mask == 0).float().flatten()
         sigma = (p * (1 - p) / shape.numel()) ** 0.5
         assert abs(dropped.mean().item() - p) < 5 * sigma
@@ -194,12 +194,12 @@ def test_flops_are_counted(shape, mixed):
     with FlopCounterMode(display=False) as counter:  # the products themselves
         _, x, a, w, b = (None if t is None else t.detach().requires_grad_() for t in tensors)
         x = x.view(rows, i)
-        if mixed and kernel.folds(rows, i, o):
+        if mixed and kernel.folds_mixer(rows, i, o):
             a, b = (a, b @ w) if o <= i else (w @ a, b)
             w = None
         u = x @ a.T
         ((u if w is None else u @ w.T) @ b.T).sum().backward()
-    assert counter.get_total_flops() == cost["forward"] + cost["backward"] - cost["again"]
+    assert counter.get_total_flops() == cost["forward"] + cost["backward"] - cost["recomputed"]
 
 
 def test_the_mixer_is_free_where_it_is_folded():
@@ -208,7 +208,7 @@ def test_the_mixer_is_free_where_it_is_folded():
 
     def total(mixed):
         costs = [kernel.flops(16384, i, o, 512, mixed) for i, o in layer]
-        return sum(c["forward"] + c["backward"] - c["again"] for c in costs)
+        return sum(c["forward"] + c["backward"] - c["recomputed"] for c in costs)
 
     assert total(True) / total(False) <= 1.015
     naive = 3 * 2 * 16384 * 512 * 512 * len(layer)
@@ -258,9 +258,9 @@ def test_compiles_as_one_graph(backend):
 def test_unknown_kernels_are_refused(monkeypatch):
     monkeypatch.setenv("LLAVA_MOSLORA_KERNEL", "tritn")
     with pytest.raises(Refusal, match=r"LLAVA_MOSLORA_KERNEL in the env.*found tritn; expected torch or triton"):
-        kernel.triton_wanted()
+        kernel.triton_enabled()
     monkeypatch.setenv("LLAVA_MOSLORA_KERNEL", "torch")
-    assert not kernel.triton_wanted()
+    assert not kernel.triton_enabled()
 
 
 @pytest.mark.gpu

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_models import Pair, adapted, hashed, relative
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from llava_moslora.adapters import kernel, linear
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.adapters.linear import adapted_linear
+from support.adapter_models import Pair, adapted, hashed, relative
 
 ROOT = Path(__file__).parents[2]
 # rows, in, out, r: u kept, and recomputed where r is large beside in; W folded into B', into A', and not at all
@@ -111,7 +111,7 @@ def test_flops_are_counted(shape, mixed):
     assert (forward, counter.get_total_flops()) == (cost["forward"], cost["forward"] + cost["backward"])
     with FlopCounterMode(display=False) as counter:
         low_rank_update(tensors[1](tensors[0]), tensors[0], *tensors[2:], 0.7, 0.25).sum().backward()
-    spared = 2 * rows * r * i * linear.keeps(r, i)
+    spared = 2 * rows * r * i * linear.keeps_u(r, i)
     assert counter.get_total_flops() - spared == cost["forward"] + cost["backward"]
     assert branch["forward"] + 2 * rows * i * o == cost["forward"]
 
@@ -193,7 +193,7 @@ def test_layers_that_ask_for_more_do_not(monkeypatch):
 
 INTERPRETED = """
 import torch
-from adapter_models import hashed
+from support.adapter_models import hashed
 from llava_moslora.adapters import triton_dropout as products
 
 for n, i, r in ((100, 96, 8), (130, 200, 64), (70, 130, 150)):
@@ -214,7 +214,7 @@ for n, i, r in ((100, 96, 8), (130, 200, 64), (70, 130, 150)):
 
 def test_triton_products_drop_what_the_hash_says():
     """On a CPU by Triton's interpreter, which must be asked for before Triton is imported: in a process of its own."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'adapters'}"}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -253,7 +253,7 @@ def test_gpu_is_the_formula_in_float64(shape, dtype, tolerance, dropout):
     if dropout:
         torch.manual_seed(3)
         drop, seed = kernel.draw_seed(dropout)
-        dropped = x * hashed(x, seed, drop) / (1 - drop / kernel.STEPS)
+        dropped = x * hashed(x, seed, drop) / (1 - drop / kernel.DROPOUT_STEPS)
     z = F.linear(x, base.weight.double(), base.bias.double()) + 0.7 * dropped @ a.T @ w.T @ b.T
     torch.manual_seed(4)
     grad = torch.randn(y.shape).cuda()

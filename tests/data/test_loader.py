@@ -1,4 +1,4 @@
-"""Batches on two ranks: when one cannot read an image, both end with the refusal that names the record."""
+"""The data loader on two ranks: when one cannot read an image, both end with the refusal that names the record."""
 
 import multiprocessing
 import os
@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
-from llava_moslora.data.loader import MOST_WORKERS, Batches, default_workers
+from llava_moslora.data.image_transform import ImageTransform
+from llava_moslora.data.loader import MAX_WORKERS, TrainDataLoader, default_workers
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
 
@@ -33,7 +33,7 @@ def batches(data, folder, world=1, rank=0, collator=None, **options):
     sampler = GlobalBatchSampler(
         [3] * len(data), [True] * len(data), per_device_batch_size=2, world_size=world, rank=rank, order="sequential"
     )
-    return Batches(data, sampler, collator or Collator(0, folder, TRANSFORM), **options)
+    return TrainDataLoader(data, sampler, collator or Collator(0, folder, TRANSFORM), **options)
 
 
 class Broken(Collator):
@@ -62,7 +62,7 @@ def _rank(rank, store, folder, kind, workers, told):
         collator = (Broken if kind == "defect" else Killed)(0, folder, TRANSFORM)
     seen = []
     try:
-        for batch in batches(data, folder, 2, rank, collator, workers=workers):
+        for batch in batches(data, folder, 2, rank, collator, num_workers=workers):
             seen += batch["record"].tolist()
         told.send((seen, None))
     except Refusal as refusal:
@@ -90,8 +90,9 @@ def two_ranks(folder, tmp_path, kind, workers):
             one.kill()
 
 
+# R7: an error in a loader process
 @pytest.mark.parametrize("workers", [0, 2])
-def test_every_rank_names_the_record_of_one(image_folder, tmp_path, workers):  # R7
+def test_every_rank_names_the_record_of_one(image_folder, tmp_path, workers):
     (image_folder / "broken.png").write_bytes((image_folder / "0.png").read_bytes()[:60])
     first, second = two_ranks(image_folder, tmp_path, "image", workers)
     assert first[0] == [0, 2] and second[0] == [1, 3]  # both stopped before the same batch
@@ -117,7 +118,7 @@ def test_whole_epochs_on_two_ranks(image_folder, tmp_path):
 
 
 def test_workers_live_on_and_the_cursor_is_heeded(image_folder):
-    loader = batches(rows(16), image_folder, workers=1, prefetch=3)
+    loader = batches(rows(16), image_folder, num_workers=1, prefetch_factor=3)
     assert loader.persistent_workers and loader.prefetch_factor == 3
     assert [batch["record"].tolist() for batch in loader] == [[k, k + 1] for k in range(0, 16, 2)]
     loader.batch_sampler.start_at(6)
@@ -128,7 +129,7 @@ def _alone(folder, told, prepare, collator, workers):
     """One process that ends as a script does: by leaving Python."""
     distributed.is_initialized = lambda: False
     prepare()
-    loader = batches(rows(64), folder, collator=collator, workers=workers, worker_init=_ignore)
+    loader = batches(rows(64), folder, collator=collator, num_workers=workers, worker_init_fn=_ignore)
     seen = []
     try:
         for batch in loader:
@@ -215,7 +216,7 @@ def _ignore(_worker):
 
 @pytest.mark.parametrize("persistent", [True, False])
 def test_closing_ends_workers_that_ignore_signals(image_folder, persistent):
-    loader = batches(rows(16), image_folder, workers=1, persistent=persistent, worker_init=_ignore)
+    loader = batches(rows(16), image_folder, num_workers=1, persistent_workers=persistent, worker_init_fn=_ignore)
     running = iter(loader)
     next(running)
     assert len(multiprocessing.active_children()) == 1
@@ -236,4 +237,4 @@ def test_default_workers(monkeypatch, launcher, cores, ranks, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv(launcher, str(ranks))
-    assert default_workers() == expected <= MOST_WORKERS
+    assert default_workers() == expected <= MAX_WORKERS

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_moslora.config import DataSettings
 from llava_moslora.data import prepare as module
 from llava_moslora.data import tokenise
 from llava_moslora.data.prepare import check_template, keys_of, prepare, report_of
@@ -26,15 +27,12 @@ def record(text="<image>\nWhat?", answer="A cat.", image="0.png", id="r"):
 
 
 @pytest.fixture
-def build(tiny, write_json, image_folder, tmp_path):
+def build(prepare_files, write_json, image_folder):
     """``build(records, ...)``: prepare them with the tiny ChatML tokenizer and 4 tokens per image."""
 
     def builder(records, name="data.json", **options):
         path = records if isinstance(records, os.PathLike) else write_json(records, name)
-        settings = {"tokenizer": tiny("chatml"), "template": "chatml", "tokens_per_image": 4, "max_length": 200,
-                    "cache_dir": tmp_path / "cache"}  # fmt: skip
-        images = options.pop("image_folder", image_folder)
-        return prepare(path, images, **(settings | options))
+        return prepare_files(path, **{"image_folder": image_folder, "model_max_length": 200} | options)
 
     return builder
 
@@ -74,7 +72,7 @@ def test_cache_is_found_again_and_keyed_by_content(build, monkeypatch):
     others = [
         build([record(answer="A dog.")]),
         build([record()], tokens_per_image=5),
-        build([record()], max_length=199),
+        build([record()], model_max_length=199),
         build([record()], template="vicuna_v1"),
     ]
     monkeypatch.setattr(module, "CODE_VERSION", module.CODE_VERSION + 1)
@@ -116,7 +114,7 @@ def test_truncation_drops_whole_trailing_rounds(build, tiny):
     whole = build([record_])[0]
     ends = [k + 2 for k, label in enumerate(whole["labels"]) if label == tiny("chatml").eos_token_id]
     for limit in range(ends[0], ends[2] + 1):
-        rows = build([record_], max_length=limit)
+        rows = build([record_], model_max_length=limit)
         kept = sum(end <= limit for end in ends)
         assert rows[0]["input_ids"] == whole["input_ids"][: ends[kept - 1]]
         assert rows[0]["labels"] == whole["labels"][: ends[kept - 1]]
@@ -127,7 +125,7 @@ def test_truncation_drops_whole_trailing_rounds(build, tiny):
 def test_a_single_long_round_keeps_its_question_and_some_answer(build, tiny):
     whole = build([rounds(50), record("<image>q", "a")])[0]
     first = next(k for k, label in enumerate(whole["labels"]) if label != IGNORE_INDEX)
-    rows = build([rounds(50), record("<image>q", "a")], max_length=first + 10)
+    rows = build([rounds(50), record("<image>q", "a")], model_max_length=first + 10)
     assert rows[0]["input_ids"] == whole["input_ids"][: first + 10]
     assert rows[0]["labels"][first:] == whole["input_ids"][first : first + 10]
     assert report_of(rows)["answers_cut"] == 1
@@ -135,19 +133,20 @@ def test_a_single_long_round_keeps_its_question_and_some_answer(build, tiny):
 
 def test_a_question_that_does_not_fit_leaves_the_record_out(build, caplog):
     caplog.set_level("INFO")
-    rows = build([record("q" * 300, "a", None), record(id="short")], max_length=100)
+    rows = build([record("q" * 300, "a", None), record(id="short")], model_max_length=100)
     assert rows["id"][:] == ["short"]
     assert rows["record"][:] == [1]
     assert report_of(rows)["left_out"] == 1
     assert "left_out 1" in caplog.text
     with pytest.raises(Refusal, match=r"\[D-NONE\] .*no record is short enough: 0 optimizer steps; found 1 records"):
-        build([record("q" * 300, "a", None)], max_length=100)
+        build([record("q" * 300, "a", None)], model_max_length=100)
 
 
+# D20: a record longer than the limit
 @pytest.mark.parametrize("limit", range(20, 60))
-def test_no_image_is_cut_and_no_row_is_without_labels(build, tiny, limit):  # D20
+def test_no_image_is_cut_and_no_row_is_without_labels(build, tiny, limit):
     try:
-        rows = build([rounds(9, 2, image_at=(0, 1)), rounds(30)], max_length=limit)
+        rows = build([rounds(9, 2, image_at=(0, 1)), rounds(30)], model_max_length=limit)
     except Refusal as refusal:
         assert refusal.code == "D-NONE"
         return
@@ -160,20 +159,20 @@ def test_no_image_is_cut_and_no_row_is_without_labels(build, tiny, limit):  # D2
 @pytest.mark.parametrize("limit", [-7, -1, 0, 3, 4])
 def test_a_limit_that_holds_no_image_is_refused(build, limit):
     with pytest.raises(Refusal, match=rf"C-FLAG\] --model_max_length: out of range; found {limit}; expected above 4"):
-        build([record()], max_length=limit)
+        build([record()], model_max_length=limit)
     if limit > 0:  # text needs no room for an image
-        assert len(build([record("hi", "ho", None)], image_folder=None, max_length=40)) == 1
+        assert len(build([record("hi", "ho", None)], image_folder=None, model_max_length=40)) == 1
     else:
         with pytest.raises(Refusal, match=rf"--model_max_length: out of range; found {limit}; expected at least 1"):
-            build([record("hi", "ho", None)], image_folder=None, max_length=limit)
+            build([record("hi", "ho", None)], image_folder=None, model_max_length=limit)
 
 
 def test_a_limit_above_the_llms_positions_is_refused(build):
     long = [record("q" * 80, "a", None)]
-    assert len(build(long, max_length=100, longest_text=100)) == 1
+    assert len(build(long, model_max_length=100, longest_text=100)) == 1
     what = r"C-FLAG\] --model_max_length: longer than the LLM's positions; found 101; expected at most 100 .*fix: "
     with pytest.raises(Refusal, match=what + "--model_max_length 100, or"):
-        build(long, max_length=101, longest_text=100)
+        build(long, model_max_length=101, longest_text=100)
 
 
 BAD = [
@@ -185,12 +184,12 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_fail_policy_looks_at_everything_first(build, caplog, tmp_path, num_proc):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fail_policy_looks_at_everything_first(build, caplog, tmp_path, processes):
     with pytest.raises(
         Refusal, match=r"\[I-MISSING\] .*nope.png:record 1 id=1.* \(and 2 more of 5 records cannot be used\)"
     ):
-        build(BAD, num_proc=num_proc)
+        build(BAD, preprocessing_num_workers=processes)
     for what in ("record 1 id=1", "record 2 id=2", "record 4 id=4"):
         assert what in caplog.text
     assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.suffix != ".staging"]
@@ -213,12 +212,13 @@ def test_quarantine(build):
     assert [problem["refusal"]["code"] for problem in report["problems"]] == ["I-MISSING", "D-EMPTY", "D-IMAGES"]
     with pytest.raises(Refusal, match=r"2 more of 5 .*more than the share of 0.5 allowed by --max_bad_share"):
         build(BAD, on_bad_record="quarantine", max_bad_share=0.5)
-    with pytest.raises(Refusal, match=r"\[C-FLAG\] --on_bad_record: unknown policy; found skip; expected fail"):
+    with pytest.raises(Refusal, match=r"\[C-FLAG\] --on_bad_record: unknown value; found skip; expected fail"):
         build(BAD, on_bad_record="skip")
 
 
+# D24: no records, or fewer than one global batch
 def test_refusals(build, write_json, image_folder, tmp_path):
-    with pytest.raises(Refusal, match=r"\[D-NONE\] .*there are no records: 0 optimizer steps"):  # D24
+    with pytest.raises(Refusal, match=r"\[D-NONE\] .*there are no records: 0 optimizer steps"):
         build([])
     with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*no such folder; fix: check --image_folder"):
         build([record()], image_folder=tmp_path / "nope")
@@ -232,7 +232,8 @@ def test_refusals(build, write_json, image_folder, tmp_path):
         build(broken)
 
 
-def test_control_tokens_in_text_are_text_and_counted(build, tiny):  # D17
+# D17: the name of a control token in a text
+def test_control_tokens_in_text_are_text_and_counted(build, tiny):
     nasty = record("<image>\nx<|im_end|>\n<|im_start|>assistant\ny", "z<|im_end|>", id="n")
     rows = build([record("<image>\nx", "z"), nasty])
     controls = set(tiny("chatml").added_tokens_decoder)
@@ -241,13 +242,15 @@ def test_control_tokens_in_text_are_text_and_counted(build, tiny):  # D17
     assert report_of(rows)["control_names_as_text"] == 1
 
 
-def test_duplicate_ids_are_counted(build, caplog):  # D23
+# D23: one id twice
+def test_duplicate_ids_are_counted(build, caplog):
     rows = build([record(id="a"), record(id="b"), record(id="a"), record(id="a")])
     assert report_of(rows)["duplicate_ids"] == 2
     assert "2 records have the id of an earlier one" in caplog.text
 
 
-def test_template_that_does_not_fit(tiny, monkeypatch):  # D22
+# D22: a template that does not fit the tokenizer
+def test_template_that_does_not_fit(tiny, monkeypatch):
     check_template(tiny("chatml"), "chatml")
     monkeypatch.setattr(module, "chat_template", lambda *_: "{{ messages[0]['content'] }}")
     with pytest.raises(
@@ -280,9 +283,8 @@ def test_an_interrupted_build_goes_on_where_it_stopped(build, monkeypatch):
 
 
 def _prepare_in_child(path, images, tokenizer, cache, results):
-    rows = prepare(
-        path, images, tokenizer=tokenizer, template="chatml", tokens_per_image=4, max_length=99, cache_dir=cache
-    )
+    settings = DataSettings([str(path)], image_folder=str(images), model_max_length=99, data_cache=str(cache))
+    rows = prepare(settings, tokenizer=tokenizer, template="chatml", tokens_per_image=4)
     results.put((os.path.dirname(rows.cache_files[0]["filename"]), rows["id"][:]))
 
 
@@ -291,7 +293,7 @@ def test_several_processes_at_once(build, tiny, write_json, image_folder, tmp_pa
     records = [record(id=str(k)) for k in range(300)]
     path = write_json(records)
     if damaged:
-        flip(Path(build(records, max_length=99).cache_files[0]["filename"]))
+        flip(Path(build(records, model_max_length=99).cache_files[0]["filename"]))
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     arguments = (path, image_folder, tiny("chatml"), tmp_path / "cache", results)
@@ -309,7 +311,7 @@ def test_several_processes_at_once(build, tiny, write_json, image_folder, tmp_pa
 
 def test_a_part_may_end_up_empty(build, monkeypatch):
     monkeypatch.setattr(tokenise, "PART", 1)
-    rows = build([record("q" * 300, "a", None), record(id="a"), record("q" * 300, "a", None)], max_length=100)
+    rows = build([record("q" * 300, "a", None), record(id="a"), record("q" * 300, "a", None)], model_max_length=100)
     assert rows["id"][:] == ["a"]
 
 
@@ -446,9 +448,9 @@ UNFINISHED = {
 }
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("damage", UNFINISHED)
-def test_a_damaged_part_of_an_unfinished_build_is_built_again(build, monkeypatch, tmp_path, damage, num_proc):
+def test_a_damaged_part_of_an_unfinished_build_is_built_again(build, monkeypatch, tmp_path, damage, processes):
     monkeypatch.setattr(tokenise, "PART", 2)
     records, work = [record(id=str(k)) for k in range(9)], tokenise._work
 
@@ -463,7 +465,7 @@ def test_a_damaged_part_of_an_unfinished_build_is_built_again(build, monkeypatch
     monkeypatch.setattr(tokenise, "_work", work)
     (staging,) = (tmp_path / "cache").glob("*.staging")
     UNFINISHED[damage](staging / "000001")
-    rows = build(records, num_proc=num_proc)
+    rows = build(records, preprocessing_num_workers=processes)
     assert rows["id"][:] == [str(k) for k in range(9)]
     assert report_of(rows)["kept"] == len(rows) == 9
 
@@ -495,7 +497,7 @@ def test_everything_is_on_the_disk_before_it_counts(build, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_proc": 0}, r"--preprocessing_num_workers: out of range; found 0; expected at least 1"),
+        ({"preprocessing_num_workers": 0}, r"--preprocessing_num_workers: out of range; found 0; expected at least 1"),
         ({"max_bad_share": float("nan")}, r"--max_bad_share: out of range; found nan; expected 0 to 1"),
         ({"max_bad_share": -1}, r"--max_bad_share: out of range; found -1; expected 0 to 1"),
     ],
@@ -507,14 +509,14 @@ def test_numbers_out_of_range(build, options, message):
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("call", ["fsync", "replace", "rename", "mkdir"])
-@pytest.mark.parametrize("num_proc", [1, 2])
-def test_a_cache_that_cannot_be_written(build, monkeypatch, error, call, num_proc):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cache_that_cannot_be_written(build, monkeypatch, error, call, processes):
     def fail(*arguments, **options):
         raise OSError(error, os.strerror(error))
 
     with monkeypatch.context() as patched, pytest.raises(Refusal) as refusal:
         patched.setattr(os, call, fail)
-        build([record(id=str(k)) for k in range(3)], num_proc=num_proc)
+        build([record(id=str(k)) for k in range(3)], preprocessing_num_workers=processes)
     assert (refusal.value.code, refusal.value.key) == ("E-DISK", "--data_cache")
     assert refusal.value.found == os.strerror(error)
     assert len(build([record(id=str(k)) for k in range(3)])) == 3
@@ -561,13 +563,13 @@ def report_of_first(rows):
 def test_a_killed_worker_is_told(build, monkeypatch):
     monkeypatch.setattr(tokenise, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(Refusal, match=r"E-WORKER\] .*a process that tokenises was killed; .*fewer processes"):
-        build([record()], num_proc=2)
+        build([record()], preprocessing_num_workers=2)
     monkeypatch.undo()
-    assert len(build([record()], num_proc=2)) == 1
+    assert len(build([record()], preprocessing_num_workers=2)) == 1
 
 
 def test_many_workers_keep_the_order(build, monkeypatch):
     monkeypatch.setattr(tokenise, "PART", 3)
-    rows = build([record(id=str(k)) for k in range(50)], num_proc=3)
+    rows = build([record(id=str(k)) for k in range(50)], preprocessing_num_workers=3)
     assert rows["id"][:] == [str(k) for k in range(50)]
     assert json.loads(json.dumps(report_of(rows)))["kept"] == 50

@@ -1,4 +1,4 @@
-"""The bad-input table of the data files: what is refused, in which words, and what is let through (D1 to D19, D24)."""
+"""The bad-input table of the data files: what is refused, in which words, and what is let through."""
 
 import json
 import tracemalloc
@@ -35,15 +35,17 @@ def read(tmp_path, monkeypatch):
     return reader
 
 
+# D3: JSON lines instead of an array
+# D4: a UTF-8 byte order mark
 @WINDOWS
 @pytest.mark.parametrize("content", [
     f"[{GOOD},{GOOD}]",
     f" [\n {GOOD} ,\r\n\t{GOOD}\n]\n\n",
-    f"{GOOD}\n{GOOD}\n",  # D3: JSONL
+    f"{GOOD}\n{GOOD}\n",  # JSON lines
     f"{GOOD}\r\n{GOOD}",
-    f"\ufeff[{GOOD},{GOOD}]",  # D4: byte order mark
+    f"\ufeff[{GOOD},{GOOD}]",  # byte order mark
 ])  # fmt: skip
-def test_accepted(read, content, window):  # D3, D4
+def test_accepted(read, content, window):
     first, second = read(content, window)
     assert (first.index, second.index) == (0, 1)
     assert first.id == "r"
@@ -51,12 +53,13 @@ def test_accepted(read, content, window):  # D3, D4
     assert first.turns == (Turn("human", "<image>\nWhat?"), Turn("gpt", "A cat."))
 
 
+# D18: emoji, right-to-left text, NUL and other Unicode
 @pytest.mark.parametrize(
     "text", ["👩‍👩‍👧 🏳️‍🌈", "مرحبا \u202eabc", "nul \x00 byte", "日本語 a\u0301", "\u2028 \ud7ff \ue000", "<image> 🎉"]
 )
 @pytest.mark.parametrize("ascii", [True, False])
 @WINDOWS
-def test_unicode_round_trips(read, text, ascii, window):  # D18
+def test_unicode_round_trips(read, text, ascii, window):
     (found,) = read(json.dumps([record(answer=text)], ensure_ascii=ascii), window)
     assert found.turns[1].text == text
 
@@ -70,6 +73,7 @@ def turns(*pairs):
 
 
 NOT_JSON = [
+    # D1: not JSON, or an empty file
     ("D1", "", r"\[D-PARSE\] .*data.json: the file is empty"),
     ("D1", " \n\n ", r"\[D-PARSE\] .*the file is empty"),
     ("D1", '[\n{"id" 1}, {"id": 12345678901234567890}]', r"line 2 column 7: expecting ':' delimiter; found 1},"),
@@ -79,28 +83,37 @@ NOT_JSON = [
     ("D1", f"{GOOD}\n{GOOD[:-1]}\n{GOOD}", r"\[D-PARSE\] .*line 3 column 1: expecting ',' delimiter"),
     ("D1", "[tru]", r"\[D-PARSE\] .*line 1 column 2: expecting value; found tru"),
     ("D1", '[{"id": "a\nb"}]', r"\[D-PARSE\] .*line 1 column 11: invalid control character at"),
+    # D2: JSON that ends too early
     ("D2", f"[{GOOD},\n{GOOD[:40]}", r"\[D-PARSE\] .*the file ends at byte \d+ .*probably an interrupted copy"),
     ("D2", f"[{GOOD},", r"\[D-PARSE\] .*the file ends at byte"),
     ("D2", f"[{GOOD}", r"\[D-PARSE\] .*the file ends at byte"),
     ("D2", f"{GOOD}\n{GOOD[:-1]}", r"\[D-PARSE\] .*the file ends at byte"),
+    # D5: bytes that are not UTF-8
     ("D5", GOOD.replace("What", "Prüf").encode("latin-1"), r"\[D-ENC\] .*not UTF-8 at byte \d+; found 0xfc"),
     ("D5", f"[{GOOD}]".encode("utf-16"), r"\[D-ENC\] .*the file is UTF-16; expected UTF-8"),
     ("D5", f"[{GOOD}]".encode() + b"\xe2\x82", r"\[D-ENC\] .*not UTF-8 at byte"),
+    # D6: a top level or a record of another type
     ("D6", '"text"', r"\[D-TYPE\] .*the top level is neither an array nor one object per line"),
     ("D6", "17", r"\[D-TYPE\] .*the top level is neither"),
     ("D6", '{"data": [], "version": 1}', r"\[D-TYPE\] .*the top level is an object; .*expected a JSON array"),
+    # D9: brackets nested 100,000 deep
     ("D9", "[" * 100_000, r"\[D-PARSE\] .*brackets are nested too deeply"),
     ("D9", '{"a":' * 100_000, r"\[D-PARSE\] .*brackets are nested too deeply"),
 ]  # fmt: skip
 BAD_RECORDS = [
+    # D6: a top level or a record of another type
     ("D6", '["text"]', r"\[D-TYPE\] .*record 0: a record must be an object; found a string"),
     ("D6", "[null, 1]", r"\[D-TYPE\] .*record 0: a record must be an object; found null"),
+    # D7: one key twice in an object
     ("D7", '[{"id": 1, "id": 2}]', r"\[D-JSON\] .*record 0 id=2: the key 'id' occurs twice in one object"),
     ("D7", f"[{GOOD[:-1]}, \"x\": {{\"y\": 1, \"y\": 1}}}}]", r"\[D-JSON\] .*the key 'y' occurs twice"),
+    # D8: NaN, Infinity, or a number of thousands of digits
     ("D8", '[{"id": NaN}]', r"\[D-JSON\] .*NaN is not a JSON value"),
     ("D8", '[{"x": -Infinity}]', r"\[D-JSON\] .*-Infinity is not a JSON value"),
     ("D8", f'[{{"id": {"9" * 5000}}}]', r"\[D-JSON\] .*a number of 5000 digits"),
+    # D10: no conversations
     ("D10", '[{"id": "a"}]', r"\[D-SCHEMA\] .*record 0 id=a:conversations: .*found no such key"),
+    # D11: conversations, id or image of another type
     ("D11", bad(conversations=[]), r"\[D-SCHEMA\] .*found an empty list"),
     ("D11", bad(conversations=None), r"\[D-SCHEMA\] .*found null"),
     ("D11", bad(conversations="hi"), r"\[D-SCHEMA\] .*found a string"),
@@ -112,6 +125,7 @@ BAD_RECORDS = [
     ("D11", bad(image=""), r"\[D-SCHEMA\] .*image: must be a file name"),
     ("D11", bad(image=["0.png", None]), r"\[D-SCHEMA\] .*image: must be a file name"),
     ("D11", json.dumps([{"images": ["x"], "conversations": []}]), r"\[D-SCHEMA\] .*images: the key is spelled 'image'"),
+    # D12: turns out of order, or an unknown role
     ("D12", turns(("gpt", "x"), ("human", "x")), r"\[D-ROLE\] .*not in order; found gpt, human"),
     ("D12", turns(("human", "x"), ("human", "x"), ("gpt", "x")), r"\[D-ROLE\] .*found human, human, gpt"),
     ("D12", turns(("human", "<image>")), r"\[D-ROLE\] .*found human; expected .*ending with gpt"),
@@ -119,8 +133,10 @@ BAD_RECORDS = [
     ("D12", turns(("bot", "x")), r"\[D-ROLE\] .*\[0\].from: unknown role; found bot; expected system"),
     ("D12", turns(("human", "x"), ("system", "x"), ("gpt", "x")), r"\[D-ROLE\] .*not in order"),
     ("D12", turns(("system", "x")), r"\[D-ROLE\] .*not in order"),
+    # D13: an empty turn
     ("D13", turns(("human", "<image>"), ("gpt", " \n ")), r"\[D-EMPTY\] .*\[1\].value: the gpt turn is empty"),
     ("D13", turns(("human", ""), ("gpt", "x")), r"\[D-EMPTY\] .*the human turn is empty"),
+    # D14: more or fewer images than <image>, or a video
     ("D14", bad(image=["0.png", "1.png"]), r"\[D-IMAGES\] .*found 1 <image>; expected 2 for 2 images"),
     ("D14", json.dumps([record("<image><image>")]), r"\[D-IMAGES\] .*found 2 <image>; expected 1 for 1 images"),
     ("D14", json.dumps([record(image=None)]), r"\[D-IMAGES\] .*but no image; found 1 <image>, 0 im"),
@@ -129,8 +145,10 @@ BAD_RECORDS = [
     ("D14", bad(videos=["a.mp4"]), r"\[D-VIDEO\] .*:videos: videos are not"),
     ("D14", json.dumps([record("<video>\nwhat?", image=None)]), r"\[D-VIDEO\] .*place for a video.*; found <video>"),
     ("D14", json.dumps([record("<image>\nwhat?\n<video>")]), r"\[D-VIDEO\]"),
+    # D15: an image without <image>
     ("D15", json.dumps([record("What?")]), r"\[D-IMAGES\] .*found 0 <image>; expected 1 for 1 images"),
     ("D15", json.dumps([record("What?", "<image>")]), r"\[D-IMAGES\] .*found 0 <image>"),
+    # D19: half of a surrogate pair
     ("D19", json.dumps([record(answer="\ud83d")]), r"\[D-UNICODE\] .*half of a surrogate pair .*found \\ud83d"),
     ("D19", json.dumps([record(image="\udc00")]), r"\[D-UNICODE\] .*half of a surrogate pair"),
 ]  # fmt: skip
@@ -155,7 +173,8 @@ def test_a_bad_record_is_named_by_index_and_id(read):
         read(json.dumps(records))
 
 
-def test_image_in_running_text_is_text(read):  # D16
+# D16: <image> in running text
+def test_image_in_running_text_is_text(read):
     (found,) = read(json.dumps([record("what does <image> mean in HTML?", "<image>\nis a tag", image=None)]))
     assert found.images == ()
     (found,) = read(json.dumps([record("<image>\nWhat?", "it says <image>")]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_moslora.data.prepare import prepare
+from llava_moslora.config import DataSettings
 from llava_moslora.data.report import data_report, histogram, padding_waste, write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
@@ -24,20 +24,23 @@ def talk(question, answer, image=None, id="r"):
 
 
 @pytest.fixture
-def dataset(tiny, write_json, image_folder, tmp_path):
+def dataset(prepare_files, write_json, image_folder):
     (image_folder / "coco").mkdir()
     (image_folder / "coco/a.png").write_bytes((image_folder / "1.png").read_bytes())
     records = [talk("<image>\nWhat?", "x" * k, "coco/a.png", k) for k in range(1, 7)]
     records += [talk("<image>\nWhat?", "<script>alert(1)</script>", "2.png", "<b>"), talk("hi", "y" * 60, id="t")]
     records += [talk("<image>\nWhat?", "no", "gone.png"), talk("q" * 300, "a")]
-    return prepare(
-        write_json(records), image_folder, tokenizer=tiny("chatml"), template="chatml", tokens_per_image=4,
-        max_length=100, cache_dir=tmp_path / "cache", on_bad_record="quarantine", max_bad_share=0.5,
-    )  # fmt: skip
+    quarantine = {"on_bad_record": "quarantine", "max_bad_share": 0.5}
+    return prepare_files(write_json(records), image_folder, model_max_length=100, **quarantine)
 
 
-def test_report(dataset):
-    report = data_report(dataset, batch_size=2)
+@pytest.fixture
+def settings(image_folder):
+    return DataSettings(["data.json"], image_folder=str(image_folder))
+
+
+def test_report(dataset, settings):
+    report = data_report(dataset, settings=settings, batch_size=2)
     assert {k: report[k] for k in ("records", "kept", "with_images", "images", "left_out", "batch_size")} == {
         "records": 10, "kept": 8, "with_images": 7, "images": 7, "left_out": 1, "batch_size": 2
     }  # fmt: skip
@@ -81,11 +84,12 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_page(dataset, tiny, image_folder, tmp_path):
+def test_page(dataset, settings, tiny, tmp_path):
     path = write_report(
-        tmp_path / "report", dataset, tokenizer=tiny("chatml"), image_folder=image_folder, batch_size=2, title="T & T"
+        tmp_path / "report", dataset, settings=settings, tokenizer=tiny("chatml"), batch_size=2, title="T & T"
     )
-    assert json.loads((tmp_path / "report/report.json").read_text()) == data_report(dataset, batch_size=2)
+    expected = data_report(dataset, settings=settings, batch_size=2)
+    assert json.loads((tmp_path / "report/report.json").read_text()) == expected
     content = path.read_text()
     page = Page()
     page.feed(content)

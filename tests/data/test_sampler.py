@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_moslora.data import sampler
+from llava_moslora.config import DATA_ORDERS
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
 
@@ -37,7 +37,7 @@ def interleaved(world, accumulation, batch, epoch=1, start=0, **options):
     return [list(chain.from_iterable(zip(*micro, strict=True))) for micro in zip(*samplers, strict=True)]
 
 
-@pytest.mark.parametrize("order", sampler.ORDERS)
+@pytest.mark.parametrize("order", DATA_ORDERS)
 @pytest.mark.parametrize("split", ["1 1 16", "2 1 8", "4 1 4", "8 1 2", "1 4 4", "2 4 2", "4 2 2", "1 16 1", "16 1 1"])
 def test_same_ids_in_the_same_order_for_every_split(order, split):
     world, accumulation, batch = map(int, split.split())
@@ -48,7 +48,7 @@ def test_same_ids_in_the_same_order_for_every_split(order, split):
     assert len(split) == len(make(world, 0, accumulation, batch, order=order)) == 209 * accumulation
 
 
-@pytest.mark.parametrize("order", sampler.ORDERS)
+@pytest.mark.parametrize("order", DATA_ORDERS)
 def test_every_record_once_and_the_last_batch_filled_from_the_start(order):
     one = make(order=order)
     ids = one.epoch_order().tolist()
@@ -174,11 +174,12 @@ def test_any_position_of_a_million_records_in_a_second():
     assert time.perf_counter() - begin < 1
 
 
-def test_refusals():  # D24
+# D24: no records, or fewer than one global batch
+def test_refusals():
     with pytest.raises(
         Refusal, match=r"\[D-FEW\] .*0 optimizer steps; found 3331; expected at least 4096 = 64 per device"
     ):
-        make(world=8, accumulation=8, batch=64)  # D24
+        make(world=8, accumulation=8, batch=64)
     with pytest.raises(Refusal, match=r"\[D-FEW\] .*found 0"):
         make(lengths=[], imaged=[])
     with pytest.raises(Refusal, match=r"\[C-ORDER\] .*found random; expected modality_length \| shuffle \| sequential"):

@@ -2,14 +2,16 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from llava_moslora.config import DataSettings
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
-from llava_moslora.data.prepare import keys_of, prepare, report_of, reports_of
+from llava_moslora.data.image_transform import ImageTransform
+from llava_moslora.data.prepare import keys_of, report_of, reports_of
 from llava_moslora.data.report import data_report, write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal
@@ -37,10 +39,9 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def build(tiny, tmp_path, image_folder):
+def build(prepare_files, image_folder):
     def builder(sources, **options):
-        settings = {"tokenizer": tiny("chatml"), "template": "chatml", "tokens_per_image": 4, "max_length": 60}
-        return prepare(sources, image_folder, cache_dir=tmp_path / "cache", **(settings | options))
+        return prepare_files(sources, image_folder, **{"model_max_length": 60} | options)
 
     return builder
 
@@ -119,13 +120,12 @@ def test_a_bad_record_in_the_second_file(build, files):
 
 def test_report_of_several_files(build, files, tiny, image_folder, tmp_path):
     rows = build(files)
-    report = data_report(rows, batch_size=2, weights=[1, 0.4, 2], group=2)
+    settings = DataSettings(list(map(str, files)), image_folder=str(image_folder))
+    report = data_report(rows, settings=replace(settings, data_weights=[1, 0.4, 2], data_group=2), batch_size=2)
     assert [(os.path.basename(one["file"]), one["records"], one["seen_per_epoch"]) for one in report["files"]] == [
         ("a.json", 6, 6), ("b.jsonl", 5, 2), ("c.parquet", 4, 8)
     ]  # fmt: skip
-    page = write_report(
-        tmp_path / "r", rows, tokenizer=tiny("chatml"), image_folder=image_folder, batch_size=2, title="t"
-    ).read_text()
+    page = write_report(tmp_path / "r", rows, settings=settings, tokenizer=tiny("chatml"), batch_size=2).read_text()
     assert "seen per epoch" in page and "record 1 · b1 · b.jsonl" in page
 
 

@@ -4,13 +4,13 @@ import sys
 from types import ModuleType
 
 import pytest
-from export_runs import trained_run
 
 from llava_moslora.data.images import load_image
 from llava_moslora.evaluation.vlmevalkit import LETTER, SHORT, model_class, prompt, question
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load
 from llava_moslora.text.conversation import Turn
+from support.export_runs import trained_run
 
 
 @pytest.fixture

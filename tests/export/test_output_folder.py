@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-from export_runs import reopen_here, trained_run
 from safetensors.torch import load_file, save_file
 
 from llava_moslora.errors import Refusal
 from llava_moslora.export import export as export_module
 from llava_moslora.export import verify
 from llava_moslora.export.export import export
-from llava_moslora.files.manifest import read_manifest, write_manifest
+from llava_moslora.files.manifest import verify_manifest, write_manifest
+from support.export_runs import probe_here, trained_run
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_an_old_export_stays_until_the_new_one_is_whole(run, out, monkeypatch):
         export(run, out, overwrite=True)
     assert everything(out) == before
     export(run, out, dtype=torch.bfloat16, overwrite=True, prove=False)
-    assert [p.name for p in out.parent.iterdir()] == ["out"] and read_manifest(out)
+    assert [p.name for p in out.parent.iterdir()] == ["out"] and verify_manifest(out)
     assert load_file(out / "model.safetensors")["language_model.lm_head.weight"].dtype == torch.bfloat16
 
 
@@ -86,11 +86,11 @@ def test_files_that_come_while_the_export_runs_are_kept(run, out, monkeypatch):
         return {"proof": "passed"}
 
     monkeypatch.setattr(verify, "prove", comes)
-    monkeypatch.setattr(export_module, "summary", str)
+    monkeypatch.setattr(export_module, "proof_in_one_line", str)
     monkeypatch.setattr(export_module, "write_card", lambda *_: None)
     with pytest.raises(Refusal, match=r"files that no export wrote are not deleted; found notes\.md"):
         export(run, out, overwrite=True)
-    assert (out / "notes.md").read_text() == "mine" and read_manifest(out)
+    assert (out / "notes.md").read_text() == "mine" and verify_manifest(out)
 
 
 @pytest.mark.parametrize("part", [".", "base"])
@@ -162,9 +162,9 @@ def test_a_killed_replacement_is_finished(run, out, killed):
         (old / "model.safetensors").unlink()
     with pytest.raises(Refusal, match="already exists"):
         export(run, out, prove=False)
-    assert read_manifest(out)
+    assert verify_manifest(out)
     export(run, out, overwrite=True, prove=False)
-    assert read_manifest(out) and [p.name for p in out.parent.iterdir()] == ["out"]
+    assert verify_manifest(out) and [p.name for p in out.parent.iterdir()] == ["out"]
 
 
 def newer(run, step: int) -> None:
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile(run, tmp_path, monkeypatch, targe
         write(*arguments)
 
     monkeypatch.setattr(export_module, "write_weights", later)
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     folder = export(copy, tmp_path / "out", [target])[target]
     assert json.loads((folder / "export.json").read_text())["checkpoint"] == "checkpoint-1"
     monkeypatch.setattr(export_module, "write_weights", write)

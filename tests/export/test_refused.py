@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from export_runs import internlm2, reopen_here, trained_run
 from safetensors.torch import load_file, save_file
-from tiny import write_clip, write_llm
 
 from llava_moslora.errors import Refusal
 from llava_moslora.export import export as export_module
 from llava_moslora.export import mapped_weights, verify, writer
 from llava_moslora.export.export import export
 from llava_moslora.files.manifest import write_manifest
+from support.export_runs import internlm2, probe_here, trained_run
+from support.tiny import write_clip, write_llm
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +33,7 @@ def refused(run, output, match: str, formats=("hf",), **settings) -> None:
     assert sorted(output.parent.iterdir()) == before  # neither the folder nor staging
 
 
+# K7: an adapter of another base
 def test_another_base(run, parts, tmp_path):
     """Of the same shape: names and sizes fit, and only the content tells."""
     other = write_llm(tmp_path / "llm")
@@ -99,6 +100,7 @@ def test_existing_folder(run, tmp_path):
     assert (tmp_path / "out" / "mine.txt").is_file()
 
 
+# C14: a disk that is too small
 def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
     usage, memory = namedtuple("usage", "free"), namedtuple("memory", "available")
     monkeypatch.setattr(export_module.shutil, "disk_usage", lambda _: usage(10**6))
@@ -111,29 +113,29 @@ def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
 def test_a_disk_that_fills_up_and_the_export_that_goes_on(run, tmp_path, monkeypatch, capsys):
     """Shards of 100 kB; the disk is full in the fourth. What is finished is not written again."""
     monkeypatch.setattr(writer, "SHARD_BYTES", 100_000)
-    written, merged = [], writer.merged
+    written, merged_blocks = [], writer.merged_blocks
 
     def full_after(limit):
         def stops(planned, dtype):
             if len(written) >= limit:
                 raise OSError(errno.ENOSPC, "No space left on device")
             written.append(planned.name)
-            yield from merged(planned, dtype)
+            yield from merged_blocks(planned, dtype)
 
         return stops
 
-    monkeypatch.setattr(writer, "merged", full_after(25))
+    monkeypatch.setattr(writer, "merged_blocks", full_after(25))
     with pytest.raises(
-        Refusal, match=r"E-DISK\] .*model-0000\d-of-.*the disk is full; .*goes on where this one stopped"
+        Refusal, match=r"E-DISK\] .*model-0000\d-of-.*the disk is full; .*continues where this one stopped"
     ):
         export(run, tmp_path / "out", prove=False)
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.partial"))
     finished = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.staging").glob("*.safetensors")}
     assert finished
     again = len(written)
-    monkeypatch.setattr(writer, "merged", full_after(10**9))
+    monkeypatch.setattr(writer, "merged_blocks", full_after(10**9))
     folder = export(run, tmp_path / "out", prove=False)["hf"]
-    assert f"going on: {len(finished)} of" in capsys.readouterr().out
+    assert f"continuing an unfinished export: {len(finished)} of" in capsys.readouterr().out
     assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
     assert len(written) < again + 25 + 60
     monkeypatch.setattr(writer, "SHARD_BYTES", 2 * 1024**3)
@@ -215,7 +217,7 @@ def test_a_proof_without_finite_numbers_is_none(run, tmp_path, monkeypatch, valu
                 tensor.fill_(value)
 
     copy = resealed(run, tmp_path / "run", change)
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     monkeypatch.setattr(writer, "check_finite", lambda *_: None, raising=False)
     match = r"K-PROOF\] .*logits: the values to compare are not finite, or all zero; found .* from the run as trained"
     with pytest.raises(Refusal, match=match):
@@ -226,13 +228,13 @@ def test_a_proof_without_finite_numbers_is_none(run, tmp_path, monkeypatch, valu
 @pytest.mark.parametrize(("program", "match"), [
     ("raise OSError(28, 'No space left on device')", r"E-DISK\] .*the disk is full"),
     ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"E-MEMORY\] .*was killed.*fix: --no_proof"),
-    ("raise KeyError('x')", r"K-PROOF\] .*stock libraries cannot open the export; found KeyError: 'x'"),
+    ("raise KeyError('x')", r"K-PROOF\] .*stock libraries cannot load the export; found KeyError: 'x'"),
 ])  # fmt: skip
 def test_ends_of_the_proofs_process(tmp_path, program, match):
     (tmp_path / "probe").mkdir()
     (tmp_path / "probe" / "probe.py").write_text(program)
     with pytest.raises(Refusal, match=match):
-        verify._reopened(tmp_path)
+        verify._run_probe(tmp_path)
 
 
 FLAGS = {
@@ -251,7 +253,7 @@ def test_flags(run, tmp_path, case):
 
 def test_an_export_that_answers_otherwise_is_not_published(run, tmp_path, monkeypatch):
     """The proof can fail: one row of the written head is changed behind its back."""
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     write = writer.write_weights
 
     def spoiled(root, weights):

@@ -1,21 +1,15 @@
-"""Fixtures of the fault tests: the server of lives, and parts with whole epochs of records."""
+"""Parts of the fault tests: with whole epochs of records."""
 
 from types import SimpleNamespace
 
 import pytest
-from faults.campaign import RECORDS
-from lives import Lives
 
-
-@pytest.fixture(scope="session")
-def lives():
-    with Lives() as server:
-        yield server
+from support.campaign import RECORDS
 
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory) -> SimpleNamespace:
-    from tiny import write_clip, write_data, write_llm, write_projector
+    from support.tiny import write_clip, write_data, write_llm, write_projector
 
     folder = tmp_path_factory.mktemp("parts")
     return SimpleNamespace(

@@ -1,9 +1,10 @@
 """A disk that fills up inside a save: exit 4, nothing published is lost, and the run goes on once there is space."""
 
 import pytest
-from faults.campaign import Campaign
 
-from llava_moslora.files import publish
+from llava_moslora.runs.checkpoints import newest_valid
+from llava_moslora.training import trainer
+from support.campaign import Campaign
 
 pytestmark = pytest.mark.faults
 
@@ -12,7 +13,7 @@ def limit_file_size(*, size: int, save: int) -> None:
     """A hook: from the ``save``-th save on, no file of this process may grow beyond ``size`` bytes."""
     import resource
 
-    save_all, saves = publish.publish, []
+    save_all, saves = trainer.publish_checkpoint, []
 
     def publishing(*arguments) -> None:
         saves.append(1)
@@ -23,9 +24,10 @@ def limit_file_size(*, size: int, save: int) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    publish.publish = publishing
+    trainer.publish_checkpoint = publishing
 
 
+# R4: a disk full inside a save
 @pytest.mark.parametrize("world", [0, 2])
 def test_disk_full(lives, parts, tmp_path, world):
     campaign = Campaign("disk", lives, parts, tmp_path, world=world, zero=2 if world else None)
@@ -38,6 +40,6 @@ def test_disk_full(lives, parts, tmp_path, world):
         assert "E-DISK" in full.said() and "what was published before is untouched" in full.said()
         names = {p.name for p in (tmp_path / run).iterdir() if "checkpoint" in p.name}
         assert names == {"checkpoint-2", "checkpoint-4"}
-        assert publish.newest_valid(tmp_path / run)[0].name == "checkpoint-4"
+        assert newest_valid(tmp_path / run)[0].name == "checkpoint-4"
         assert campaign.live(run, 1).ended_well
         assert campaign.state_of(tmp_path / run) == campaign.final

@@ -11,8 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from faults.campaign import Campaign, Tally
-from launching import ROOT
+
+from support.campaign import Campaign, Tally
+from support.launching import ROOT
 
 pytestmark = pytest.mark.faults
 SEED = 6
@@ -30,6 +31,7 @@ def test_one_process(lives, parts, tmp_path):
     clean(Campaign("one process", lives, parts, tmp_path).run(KILLS, SEED), KILLS)
 
 
+# R2: one rank killed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks(lives, parts, tmp_path, stage):
     kills = max(1, KILLS * 2 // 5)
@@ -46,12 +48,13 @@ def test_optimizers_of_eight_bits(lives, parts, tmp_path, optim, zero, world):
     clean(campaign.run(kills, SEED), kills)
 
 
+# R3: killed inside a save
 def test_inside_a_save(lives, parts, tmp_path):
     """Before, after and within every file operation of a save that also prunes."""
     campaign = Campaign("inside a save", lives, parts, tmp_path)
     record = tmp_path / "operations"
     armed = {"nth": -1, "when": "before", "save": 4, "record": str(record)}
-    counted = campaign.live("counted", 0, hooks=[["faults.failpoints:arm", armed]])
+    counted = campaign.live("counted", 0, hooks=[["support.failpoints:arm", armed]])
     assert counted.ended_well, counted.said()[-2000:]
     operations = record.read_text().splitlines()
     assert len(operations) > 20 and operations.count("rename") == 2  # published, and pruned
@@ -88,7 +91,7 @@ def test_figures(lives, parts, tmp_path):
     ours = {tally.name: tally for tally in TALLIES}
     if "one process" not in ours:
         pytest.skip("needs test_one_process in the same call")
-    stock = Campaign("stock Trainer, one process", lives, parts, tmp_path, main="faults.stock:main")
+    stock = Campaign("stock Trainer, one process", lives, parts, tmp_path, main="support.stock:main")
     theirs = stock.run(KILLS, SEED)
     print(theirs.line())
     assert theirs.kills >= KILLS

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_moslora.files import publish
+from llava_moslora.runs.checkpoints import newest_valid, publish_checkpoint
 
 
 def write(content: bytes):
@@ -58,10 +58,10 @@ def disk_after(events: list[tuple], renamed: bool, kept: dict[Path, bytes]) -> d
 @pytest.mark.parametrize("renamed", [True, False])
 def test_a_valid_checkpoint_at_every_instant(tmp_path, monkeypatch, renamed):
     run = tmp_path / "run"
-    publish.publish(run / "checkpoint-1", write(b"first"), lambda: {"step": 1})
+    publish_checkpoint(run / "checkpoint-1", write(b"first"), lambda: {"step": 1})
     old = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     disk = Disk(monkeypatch)
-    publish.publish(run / "checkpoint-2", write(b"second"), lambda: {"step": 2})
+    publish_checkpoint(run / "checkpoint-2", write(b"second"), lambda: {"step": 2})
     events = disk.events
     monkeypatch.undo()
     assert [e[0] for e in events].count("rename") == 1 and len(events) > 6
@@ -71,8 +71,8 @@ def test_a_valid_checkpoint_at_every_instant(tmp_path, monkeypatch, renamed):
         for path, data in content.items():
             (replay / path.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
             (replay / path.relative_to(run)).write_bytes(data)
-        newest, passed_over = publish.newest_valid(replay)
-        assert newest is not None and passed_over == [], f"after {instant} of {len(events)} operations"
+        newest, skipped = newest_valid(replay)
+        assert newest is not None and skipped == [], f"after {instant} of {len(events)} operations"
         expected = b"second" if newest.name == "checkpoint-2" else b"first"
         assert (newest / "adapter" / "w.bin").read_bytes() == expected
     assert newest.name == ("checkpoint-2" if renamed else "checkpoint-1")
@@ -80,5 +80,5 @@ def test_a_valid_checkpoint_at_every_instant(tmp_path, monkeypatch, renamed):
 
 def test_the_rename_is_synced(tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
-    publish.publish(tmp_path / "checkpoint-1", write(b"first"), lambda: {"step": 1})
+    publish_checkpoint(tmp_path / "checkpoint-1", write(b"first"), lambda: {"step": 1})
     assert disk.events[-2][0] == "rename" and disk.events[-1] == ("fsync", tmp_path, None)

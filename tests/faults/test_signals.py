@@ -3,11 +3,13 @@
 import signal
 
 import pytest
-from faults.campaign import Campaign
+
+from support.campaign import Campaign
 
 pytestmark = pytest.mark.faults
 
 
+# R1: SIGTERM and SIGINT
 @pytest.mark.parametrize("world", [0, 2])
 def test_a_signal_pauses_and_the_next_life_goes_on(lives, parts, tmp_path, world):
     """At start-up, while training, towards the end; on two ranks, only one of them hears it."""

@@ -56,6 +56,8 @@ def refused(folder) -> Refusal:
     return caught.value
 
 
+# K1: a missing shard
+# K2: a truncated safetensors file
 @KINDS
 def test_a_missing_a_truncated_and_an_emptied_shard(tmp_path, kind):
     folder = write(tmp_path / "m", kind, 2)

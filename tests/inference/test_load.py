@@ -5,12 +5,12 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from export_runs import trained_run
 from safetensors.torch import load_file, save_file
-from tiny import write_clip, write_llm
 
 from llava_moslora.errors import Refusal
 from llava_moslora.inference.load import load, load_run
+from support.export_runs import trained_run
+from support.tiny import write_clip, write_llm
 
 
 @pytest.fixture

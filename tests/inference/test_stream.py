@@ -5,8 +5,6 @@ import sys
 
 import pytest
 import torch
-from export_runs import trained_run
-from launching import ROOT
 from PIL import Image
 
 from llava_moslora.errors import Refusal
@@ -15,6 +13,8 @@ from llava_moslora.inference.generate import answer, first_logits
 from llava_moslora.inference.load import load
 from llava_moslora.inference.stream import stream
 from llava_moslora.text.conversation import Turn
+from support.export_runs import trained_run
+from support.launching import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -7,20 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from internlm2_reference import write_internlm2
+
+from support.internlm2_reference import write_internlm2
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import sys, torch, deepspeed
 from transformers.integrations import HfDeepSpeedConfig
-from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from llava_moslora.config import ModelSettings
+from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.models.assemble import assemble
 llm, clip, projector, tokenizer = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)
 
 def build():
-    image = image_token_id(tokenizer)
-    return assemble(llm, clip, projector, tokenizer=tokenizer, image_token_id=image, dtype=torch.float32)[0]
+    return assemble(ModelSettings(llm, clip, projector), tokenizer=tokenizer, dtype=torch.float32)[0]
 
 whole = {name: p.detach().clone() for name, p in build().named_parameters()}
 deepspeed.init_distributed()

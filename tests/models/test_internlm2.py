@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from internlm2_reference import CONFIG, logits, write_internlm2
 from transformers import LlamaForCausalLM
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.internlm2 import llama_config
 from llava_moslora.models.llm import load_llm, read_llm_config
+from support.internlm2_reference import CONFIG, logits, write_internlm2
 
 
 def ids(length: int = 20) -> torch.Tensor:

@@ -20,11 +20,12 @@ from transformers import (
 )
 
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.images import ImageTransform
+from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 from llava_moslora.models import attention
 from llava_moslora.models.attention import MASKLESS, set_attention
-from llava_moslora.models.llava import IGNORE_INDEX, Llava
+from llava_moslora.models.llava import Llava
+from llava_moslora.text.conversation import IGNORE_INDEX
 
 IMAGE, PATCHES, LENGTHS = 60, 4, (23, 17, 9)
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -301,7 +302,7 @@ def test_gpu_variable_length_kernel(window, dtype, tolerance):
     (expected * weights.double()).sum().backward()
     there = [x.cuda().requires_grad_() for x in inputs]
     settings = {"scaling": 0.125, "sliding_window": window, "cu_seq_lens_q": starts.cuda(), "max_length_q": 120}
-    found, _ = attention.attend(torch.nn.Module(), *there, attention.no_mask(there[0]), **settings)
+    found, _ = attention.attention_forward(torch.nn.Module(), *there, attention.empty_mask(there[0]), **settings)
     (found * weights.cuda()).sum().backward()
     pairs = [(found, expected), *((ours.grad, right.grad) for ours, right in zip(there, exact, strict=True))]
     for ours, right in pairs:
@@ -332,15 +333,15 @@ def test_gpu_flash_attention_and_no_wait(family, packed):
 
 
 @pytest.mark.parametrize("trained_head", [False, True])
-def test_many_labels_are_a_loss_in_pieces(monkeypatch, trained_head):
-    """The same sum and gradients as all logits at once, and the logits of no more than a piece at a time."""
-    monkeypatch.setattr("llava_moslora.models.llava.LOSS_ROWS", 4)
+def test_many_labels_are_a_loss_in_chunks(monkeypatch, trained_head):
+    """The same sum and gradients as all logits at once, and the logits of one chunk at a time."""
+    monkeypatch.setattr("llava_moslora.models.llava.LOSS_CHUNK", 4)
     torch.manual_seed(0)
     hidden, targets = torch.randn(10, 32, requires_grad=True), torch.randint(0, 50, (10,))  # (S, D), (S)
     head, seen = torch.nn.Linear(32, 50, bias=False).requires_grad_(trained_head), []
     head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     model = SimpleNamespace(lm_head=head)
-    model._piece_of_loss = lambda *piece: Llava._piece_of_loss(model, *piece)
+    model._chunk_loss = lambda *chunk: Llava._chunk_loss(model, *chunk)
     wanted = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     loss = Llava._summed_loss(model, hidden, targets)
     gradients = torch.autograd.grad(loss, wanted)

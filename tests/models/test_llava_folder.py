@@ -7,16 +7,18 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import assemble
-from llava_moslora.models.llava_folder import starting_parts
+from llava_moslora.models.llava_folder import name_parts, starting_parts
 from llava_moslora.models.llm import load_llm, read_llm_config
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import load_vision_tower
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.settings import parts_of
+from support.tiny import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +71,7 @@ def test_the_whole_computes_what_transformers_computes(complete, tmp_path, spell
     folder, stock = complete
     folder = rename(folder, tmp_path / "m", SPELLINGS[spelling])
     tokenizer = load_tokenizer(folder)
-    model, _ = assemble(
-        *starting_parts(folder), tokenizer=tokenizer, image_token_id=image_token_id(tokenizer), dtype=torch.float32
-    )
+    model, _ = assemble(name_parts(ModelSettings(str(folder))), tokenizer=tokenizer, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 250, (1, 30), generator=generator)
     ids[:, 1:17] = image_token_id(tokenizer)
@@ -146,8 +146,7 @@ def test_an_original_llava_with_its_own_tower_is_a_vision_source(complete, parts
     tiny_tokenizer().save_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     image = image_token_id(tokenizer)
-    model, settings = assemble(*map(str, starting_parts(folder)), tokenizer=tokenizer, image_token_id=image,
-                               dtype=torch.float32)  # fmt: skip
+    model, settings = assemble(name_parts(ModelSettings(str(folder))), tokenizer=tokenizer, dtype=torch.float32)
     assert settings["crop_size"] == {"height": 32, "width": 32}
     ids = torch.randint(3, 250, (1, 30), generator=torch.Generator().manual_seed(0))
     pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -156,7 +155,7 @@ def test_an_original_llava_with_its_own_tower_is_a_vision_source(complete, parts
     ids[:, 1:17] = stock.config.image_token_id
     torch.testing.assert_close(found, stock(input_ids=ids, pixel_values=pixels).logits, rtol=1e-5, atol=1e-6)
     with pytest.raises(Refusal, match=r"--vision_tower: another vision tower than the one .*leave --vision_tower out"):
-        assemble(folder, str(parts.clip), folder, tokenizer=tokenizer, image_token_id=image, dtype=torch.float32)
+        assemble(parts_of(folder, parts.clip, folder), tokenizer=tokenizer, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(

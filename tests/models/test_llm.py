@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import write_llm
 from transformers import (
     AutoModelForCausalLM,
     MistralConfig,
@@ -23,6 +22,7 @@ from transformers import (
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llm import load_llm, longest_text, read_llm_config, read_llm_tensors, with_old_rope
+from support.tiny import write_llm
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -125,7 +125,7 @@ WRITE = """
 import json, sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests")
-from internlm2_reference import CONFIG
+from support.internlm2_reference import CONFIG
 from llava_moslora.models.internlm2 import llama_config
 folder, dtype = Path(sys.argv[1]), getattr(torch, sys.argv[2])
 folder.mkdir()
@@ -150,7 +150,8 @@ for n in range(16):
 ASSEMBLE = """
 import sys, threading, time, torch
 from llava_moslora.models.assemble import assemble
-from llava_moslora.text.tokenizer import load_tokenizer, image_token_id
+from llava_moslora.config import ModelSettings
+from llava_moslora.text.tokenizer import load_tokenizer
 llm, clip, projector, tokenizer = sys.argv[1:]
 tokenizer = load_tokenizer(tokenizer)
 
@@ -166,8 +167,7 @@ def watch():
         time.sleep(0.01)
 thread = threading.Thread(target=watch)
 thread.start()
-image = image_token_id(tokenizer)
-model, _ = assemble(llm, clip, projector, tokenizer=tokenizer, image_token_id=image, dtype=torch.bfloat16)
+model, _ = assemble(ModelSettings(llm, clip, projector), tokenizer=tokenizer, dtype=torch.bfloat16)
 running = False
 thread.join()
 kept = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
@@ -184,7 +184,7 @@ def test_assembly_holds_the_weights_once(parts, tmp_path, dtype):
     subprocess.run([sys.executable, "-c", WRITE, folder, dtype], check=True, cwd=ROOT)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "bos_token_id"}))
-    from tiny import write_projector
+    from support.tiny import write_projector
 
     projector = write_projector(tmp_path / "p.safetensors", llm=2048)
     command = [sys.executable, "-c", ASSEMBLE, folder, parts.clip, projector, parts.llm]

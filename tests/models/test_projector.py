@@ -1,15 +1,14 @@
 import json
 import sys
 from collections import OrderedDict
-from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.projector import KEYS, LAYOUTS, read_projector
+from support.mmengine_log import save_with_log
 
 E, D = 6, 10
 
@@ -50,6 +49,7 @@ def test_folder_and_file_are_the_same(tmp_path):
     assert all(torch.equal(folder[k], file[k]) for k in KEYS)
 
 
+# K8: a projector of another shape
 def test_other_towers_are_named(tmp_path):
     file = tmp_path / "p.safetensors"
     save_file(tensors("model.", ("0", "2")), file)
@@ -59,6 +59,7 @@ def test_other_towers_are_named(tmp_path):
         read_projector(file, E, 12)
 
 
+# K8: a projector of another shape
 def test_no_matching_key_is_an_error(tmp_path):
     file = tmp_path / "p.safetensors"
     save_file({"unrelated.weight": torch.zeros(2)}, file)
@@ -99,6 +100,7 @@ class Payload:
         return eval, ("open('SENTINEL', 'w').close()",)
 
 
+# K5: a pickle with code
 def test_pickled_code_does_not_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model.0.weight": Payload()}, tmp_path / "p.pth")
@@ -134,25 +136,10 @@ def test_deepspeed_directory(tmp_path):
         read_projector(folder, E, D)
 
 
-def test_trainers_log_beside_the_weights_is_no_obstacle(tmp_path, monkeypatch):
+def test_the_trainers_log_next_to_the_weights_is_no_obstacle(tmp_path):
     """mmengine stores its log as objects of a class of its own; it is neither imported nor needed."""
-
-    class HistoryBuffer:
-        def __init__(self):
-            self.values = np.arange(4.0)
-            self.last = np.float64(3)
-
-    module = ModuleType("mmengine.logging.history_buffer")
-    module.HistoryBuffer = HistoryBuffer
-    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
-    for name in ("mmengine", "mmengine.logging"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
     content = tensors("projector.model.", ("0", "2"))
-    log = {"log_scalars": OrderedDict(loss=HistoryBuffer()), "runtime_info": OrderedDict(iter=2181)}
-    torch.save({"meta": {"seed": 1}, "state_dict": content, "message_hub": log}, tmp_path / "iter_2181.pth")
-    for name in ("mmengine", "mmengine.logging", module.__name__):
-        monkeypatch.delitem(sys.modules, name)
+    save_with_log(content, tmp_path / "iter_2181.pth")
     read = read_projector(tmp_path / "iter_2181.pth", E, D)
     assert torch.equal(read["linear_1.weight"], content["projector.model.0.weight"])
     assert "mmengine" not in sys.modules

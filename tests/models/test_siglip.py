@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer, write_projector, write_siglip
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -18,12 +17,16 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from llava_moslora.config import ModelSettings, TowerAdapter
 from llava_moslora.errors import Refusal
-from llava_moslora.models.assemble import TowerAdapter, add_adapters, assemble, model_on_meta, tokens_per_image
-from llava_moslora.models.llava_folder import starting_parts
+from llava_moslora.models.adapt import add_adapters
+from llava_moslora.models.assemble import assemble, model_on_meta, tokens_per_image
+from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from support.settings import adapters, parts_of
+from support.tiny import tiny_tokenizer, write_projector, write_siglip
 
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
 SO400M |= {"image_size": 384, "patch_size": 14}
@@ -102,8 +105,8 @@ def test_preprocessing_is_the_folders(parts, tmp_path):
 
 def build(parts, **changes):
     tokenizer = load_tokenizer(parts.llm)
-    model, _ = assemble(parts.llm, changes.get("tower", parts.siglip), parts.projector, tokenizer=tokenizer,
-                        image_token_id=image_token_id(tokenizer), dtype=torch.float32)  # fmt: skip
+    settings = parts_of(parts.llm, changes.get("tower", parts.siglip), parts.projector)
+    model, _ = assemble(settings, tokenizer=tokenizer, dtype=torch.float32)
     return model, tokenizer
 
 
@@ -154,7 +157,7 @@ def test_what_is_never_read_is_not_in_memory(parts):
 
 def test_one_step_trains_the_adapters_of_both_towers(parts):
     model, tokenizer = build(parts)
-    model = add_adapters(model, TowerAdapter(4, 8, 0.0), TowerAdapter(2, 4, 0.0))
+    model = add_adapters(model, adapters(TowerAdapter(4, 8, 0.0), TowerAdapter(2, 4, 0.0)))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adapted = {name.split(".lora_")[0].rpartition("vision_tower.")[2] for name in trained if "vision_tower" in name}
     linears = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
@@ -187,7 +190,8 @@ def test_sizes_on_paper_of_so400m():
     """google/siglip-so400m-patch14-384: 729 patches, 27 layers of which 26 are computed; no head in memory."""
     vision = SiglipVisionConfig(**SO400M)
     assert tokens_per_image(vision) == 27 * 27 == 729
-    model = model_on_meta(LlamaConfig(num_hidden_layers=1), vision, TowerAdapter(8, 8), TowerAdapter(64, 16))
+    towers = adapters(TowerAdapter(8, 8), TowerAdapter(64, 16))
+    model = model_on_meta(LlamaConfig(num_hidden_layers=1), vision, towers)
     tower = {name: p.numel() for name, p in model.named_parameters() if "vision_tower" in name}
     e, f = vision.hidden_size, vision.intermediate_size
     layer = 4 * (e * e + e) + 2 * e * f + e + f + 4 * e
@@ -218,9 +222,7 @@ def test_a_complete_llava_is_a_start(complete):
     folder, stock = complete
     tokenizer = load_tokenizer(folder)
     image = image_token_id(tokenizer)
-    model, settings = assemble(
-        *map(str, starting_parts(folder)), tokenizer=tokenizer, image_token_id=image, dtype=torch.float32
-    )
+    model, settings = assemble(name_parts(ModelSettings(str(folder))), tokenizer=tokenizer, dtype=torch.float32)
     assert settings["image_processor_type"] == "SiglipImageProcessor"
     assert torch.equal(model.eval()(**asked(image)).logits, stock(**asked(image)).logits)
 

@@ -269,6 +269,7 @@ def test_a_truncated_safetensors_file_is_named(tower_folder, size):
     assert (refusal.code, refusal.file) == ("K-DAMAGED", file)
 
 
+# K4: a truncated torch file
 def test_truncated_and_poisoned_torch_files_are_named_and_run_nothing(tower_folder, tmp_path):
     tensors = load_file(tower_folder / "model.safetensors")
     (tower_folder / "model.safetensors").unlink()
@@ -287,6 +288,7 @@ def test_truncated_and_poisoned_torch_files_are_named_and_run_nothing(tower_fold
         assert not (tmp_path / "sentinel").exists()
 
 
+# K13: paths and links out of the folder
 def test_a_missing_shard_is_named(tower_folder):
     (tower_folder / "model.safetensors").unlink()
     index = {"weight_map": {"embeddings.class_embedding": "model-00001-of-00002.safetensors"}}

@@ -10,14 +10,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from internlm2_reference import write_internlm2
 from safetensors.torch import load_file, save_file
-from tiny import tiny_tokenizer, write_projector
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import assemble
-from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
+from llava_moslora.text.tokenizer import load_tokenizer
+from support.internlm2_reference import write_internlm2
+from support.settings import parts_of
+from support.tiny import tiny_tokenizer, write_projector
 
 
 class Payload:
@@ -150,7 +151,8 @@ WRONG = {
     "tokenizer: of a larger vocabulary": (enlarge, "K-TOKENIZER", "llm"),
     "tokenizer: begins with another token": (
         lambda g: (edit(g.llm, bos_token_id=9), put(g, bos="is")), "K-TOKENIZER", "llm"),
-    "tokenizer: no such placeholder": (lambda g: put(g, image=5000), "K-TOKENIZER", "llm"),
+    "tokenizer: no placeholder": (
+        lambda g: put(g, tokenizer=AutoTokenizer.from_pretrained(g.llm)), "K-TOKENIZER", "llm"),
     "tower: path that does not exist": (lambda g: put(g, clip=g.clip / "nowhere"), "K-MISSING", "clip/nowhere"),
     "tower: code of its own": (lambda g: edit(g.clip, auto_map={"AutoModel": "c.M"}), "K-CODE", "clip/config.json"),
     "tower: NaFlex": (lambda g: edit(g.clip, model_type="siglip2_vision_model"), "K-TOWER", "clip/config.json"),
@@ -194,17 +196,13 @@ def good(parts, tmp_path) -> SimpleNamespace:
         clip=shutil.copytree(parts.clip, tmp_path / "clip"),
         projector=shutil.copy(parts.projector, tmp_path / "projector" / "p.safetensors"),
         tokenizer=load_tokenizer(parts.llm),
-        image=None,
         bos=None,
     )
 
 
 def build(good):
-    image = image_token_id(good.tokenizer) if good.image is None else good.image
     good.tokenizer.bos_token = good.bos
-    return assemble(
-        good.llm, str(good.clip), good.projector, tokenizer=good.tokenizer, image_token_id=image, dtype=torch.float32
-    )
+    return assemble(parts_of(good.llm, good.clip, good.projector), tokenizer=good.tokenizer, dtype=torch.float32)
 
 
 def test_the_parts_are_good(good):
@@ -214,6 +212,10 @@ def test_the_parts_are_good(good):
     assert Payload.sentinel.exists()  # the poison works
 
 
+# C17: code in a model's folder
+# K5: a pickle with code
+# K9: a tokenizer of another vocabulary
+# K14: a file in place of a folder
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input(good, tmp_path, case):
     breaking, code, file = WRONG[case]

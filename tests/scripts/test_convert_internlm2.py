@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 from convert_internlm2 import convert  # noqa: E402
-from internlm2_reference import write_internlm2  # noqa: E402
-from tiny import tiny_tokenizer  # noqa: E402
+
+from support.internlm2_reference import write_internlm2  # noqa: E402
+from support.tiny import tiny_tokenizer  # noqa: E402
 
 
 def checkpoint(folder: Path, shards: int, kind: str) -> Path:

@@ -4,11 +4,11 @@ import json
 import sys
 
 import pytest
-from export_runs import trained_run
 from safetensors.torch import load_file
 
 from llava_moslora.errors import Refusal
 from scripts import evaluate
+from support.export_runs import trained_run
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from internlm2_reference import CONFIG as INTERNLM2
-from launching import ROOT
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_moslora.models.assemble import HEAD, LLM, PROJECTOR, VISION, model_on_meta
+from llava_moslora.errors import Refusal
+from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.llm import read_llm_config
+from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.training.arguments import parse, tower_adapters
+from llava_moslora.training.arguments import TrainingArguments, accumulation_steps, parse
+from support.internlm2_reference import CONFIG as INTERNLM2
+from support.launching import ROOT
 
 # Started instead of the launcher: says how it was called.
 LAUNCHER = f"""#!{sys.executable}
@@ -41,6 +43,7 @@ TABLE_8 = {
     "llama3_8b_qmoslora_24gb": (*LLAMA3, KAIMING, 4, (4, 16)),  # the same global batch on one GPU
     "llama3_8b_moslora_two_hosts": (*LLAMA3, KAIMING, 16, (8, 1)),  # and on eight
 }
+RUN = "playground/runs/llama3-8b-moslora"
 STAGE_1 = ["llama3_8b_pretrain", "internlm2_7b_pretrain"]
 RECIPES = [*TABLE_8, *STAGE_1, "vicuna_7b_moslora"]
 
@@ -81,7 +84,18 @@ def start(folders: Path, recipe: str, *more: str, **variables: str) -> list[str]
 
 def arguments(folders: Path, recipe: str, *more: str, **variables: str):
     command = start(folders, recipe, *more, **variables)
-    return parse(command[command.index("scripts/train_vit_llm.py") + 1 :])
+    *settings, training = parse(command[command.index("scripts/train_vit_llm.py") + 1 :])
+    return *settings, TrainingArguments(**training)
+
+
+def batches(folders: Path, recipe: str, *more: str, **variables: str) -> tuple[int, int]:
+    """Records per GPU and micro-batch, and micro-batches per step, on as many GPUs as the recipe starts."""
+    command = start(folders, recipe, *more, **variables)
+    gpus = 8 if recipe.endswith("two_hosts") else int(command[command.index("--num_gpus") + 1])
+    *_, training = parse(command[command.index("scripts/train_vit_llm.py") + 1 :])
+    assert training["gradient_accumulation_steps"] is None
+    per_device = training["per_device_train_batch_size"]
+    return per_device, accumulation_steps(training["global_batch_size"], per_device, gpus)
 
 
 @pytest.fixture(autouse=True)
@@ -96,8 +110,7 @@ def trained(model, part: str, kind: str = "") -> int:
 def sketch(model_args, adapter_args):
     """The recipe's model: every tensor in its place and size, none in memory."""
     config = read_llm_config(model_args.model_name_or_path)
-    towers = (None, None) if adapter_args.tune_mm_mlp_adapter else tower_adapters(adapter_args)
-    return model_on_meta(config, read_vision_config(model_args.vision_tower), *towers)
+    return model_on_meta(config, read_vision_config(model_args.vision_tower), adapter_args)
 
 
 @pytest.mark.parametrize("recipe", TABLE_8)
@@ -105,8 +118,8 @@ def test_recipe_is_the_papers_table_8(folders, recipe):
     rate, llm, vision, mixer, bits, batch = TABLE_8[recipe]
     model_args, data_args, adapter_args, args = arguments(folders, recipe)
     assert (args.learning_rate, model_args.bits) == (rate, bits)
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == batch
-    for tower, (rank, alpha) in zip(tower_adapters(adapter_args), (llm, vision), strict=True):
+    assert batches(folders, recipe) == batch
+    for tower, (rank, alpha) in zip((adapter_args.llm, adapter_args.vision), (llm, vision), strict=True):
         assert (tower.r, tower.lora_alpha, tower.lora_dropout) == (rank, alpha, 0.05)
         assert (tower.mixer_init, tower.train_mixer) == mixer
     assert (args.num_train_epochs, args.warmup_steps, args.lr_scheduler_type) == (1, 0.03, "cosine")
@@ -119,20 +132,20 @@ def test_recipe_is_the_papers_table_8(folders, recipe):
     assert trained(model, LLM, "lora_A") == LAYERS * llm[0] * (4096 * 6 + 14336)
     mixers = LAYERS * 7 * llm[0] ** 2 if mixer[1] else 0
     assert trained(model, LLM, "lora_mixer") == mixers
-    assert trained(model, VISION, "lora_mixer") == (23 * 6 * 64**2 if mixer[1] else 0)
-    assert trained(model, HEAD) == 0
+    assert trained(model, VISION_TOWER, "lora_mixer") == (23 * 6 * 64**2 if mixer[1] else 0)
+    assert trained(model, LM_HEAD) == 0
 
 
 @pytest.mark.parametrize("recipe", ["internlm2_7b_qlora", "internlm2_7b_qmoslora", "internlm2_7b_qmoslora_orthogonal"])
 def test_the_authors_own_values(folders, recipe):
     """Learning rate 2e-4, the LM head adapted, no mixer in the vision tower: their published config file."""
     model_args, _, adapter_args, args = arguments(folders, recipe, HYPER="authors")
-    llm, vision = tower_adapters(adapter_args)
+    llm, vision = adapter_args.llm, adapter_args.vision
     assert args.learning_rate == 2e-4
     assert (llm.mixer_init, llm.train_mixer) == TABLE_8[recipe][3] and not vision.train_mixer
     model = sketch(model_args, adapter_args)
-    assert trained(model, HEAD, "lora_A") + trained(model, HEAD, "lora_B") == 512 * (4096 + 92544)
-    assert trained(model, VISION, "lora_mixer") == 0 and trained(model, VISION, "lora_A") > 0
+    assert trained(model, LM_HEAD, "lora_A") + trained(model, LM_HEAD, "lora_B") == 512 * (4096 + 92544)
+    assert trained(model, VISION_TOWER, "lora_mixer") == 0 and trained(model, VISION_TOWER, "lora_A") > 0
 
 
 @pytest.mark.parametrize("recipe", STAGE_1)
@@ -140,7 +153,7 @@ def test_stage_1_trains_the_projector_alone(folders, recipe):
     model_args, data_args, adapter_args, args = arguments(folders, recipe)
     assert adapter_args.tune_mm_mlp_adapter and model_args.pretrain_mm_mlp_adapter is None
     assert args.learning_rate == 1e-3
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 4 == 256
+    assert args.global_batch_size == 256 and batches(folders, recipe) == (32, 2)
     assert (data_args.image_aspect_ratio, data_args.data_order) == ("crop", "shuffle")
     model = sketch(model_args, adapter_args)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained(model, PROJECTOR) == 20_979_712
@@ -148,17 +161,30 @@ def test_stage_1_trains_the_projector_alone(folders, recipe):
 
 def test_vicuna_is_llava_1_5s_lora_run(folders):
     model_args, _, adapter_args, args = arguments(folders, "vicuna_7b_moslora")
-    llm, vision = tower_adapters(adapter_args)
+    llm, vision = adapter_args.llm, adapter_args.vision
     assert (llm.r, llm.lora_alpha, vision, model_args.version) == (128, 256, None, "vicuna_v1")
     assert (args.learning_rate, args.mm_projector_lr) == (2e-4, 2e-5)
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 128
+    assert args.global_batch_size == 128 and batches(folders, "vicuna_7b_moslora") == (16, 1)
     model = sketch(model_args, adapter_args)
-    assert trained(model, VISION) == 0 and trained(model, LLM, "lora_A") == LAYERS * 128 * (4096 * 6 + 11008)
+    assert trained(model, VISION_TOWER) == 0 and trained(model, LLM, "lora_A") == LAYERS * 128 * (4096 * 6 + 11008)
 
 
 def test_more_flags_and_other_folders_win(folders):
     *_, args = arguments(folders, "llama3_8b_moslora", "--learning_rate", "1e-4", RUN="elsewhere", GPUS="8")
-    assert (args.learning_rate, args.output_dir, args.gradient_accumulation_steps) == (1e-4, "elsewhere", 1)
+    assert (args.learning_rate, args.output_dir) == (1e-4, "elsewhere")
+    assert batches(folders, "llama3_8b_moslora", GPUS="8") == (8, 1)
+
+
+@pytest.mark.parametrize("gpus", range(1, 9))
+@pytest.mark.parametrize("recipe", ["llama3_8b_moslora", "internlm2_7b_qmoslora", "llama3_8b_pretrain"])
+def test_the_global_batch_is_the_same_on_any_number_of_gpus_or_refused(folders, recipe, gpus):
+    n = 256 if recipe.endswith("pretrain") else 64
+    per_device = {"llama3_8b_moslora": 8, "internlm2_7b_qmoslora": 16, "llama3_8b_pretrain": 32}[recipe]
+    if n % (per_device * gpus):
+        with pytest.raises(Refusal, match="--global_batch_size: not a multiple"):
+            batches(folders, recipe, GPUS=str(gpus))
+    else:
+        assert batches(folders, recipe, GPUS=str(gpus)) == (per_device, n // (per_device * gpus))
 
 
 @pytest.mark.parametrize(
@@ -181,11 +207,15 @@ def test_what_slurm_starts_on_a_host(folders):
     subprocess.run(line, check=True, env=os.environ | there | {"SLURM_NNODES": "2", "SLURM_NODEID": "1"})
     command = json.loads((folders / "there.json").read_text())
     torchrun = "torchrun --nnodes 2 --node_rank 1 --nproc_per_node 4 --master_addr 10.0.0.1 --master_port 29500"
-    assert " ".join(command).startswith(torchrun + " scripts/train_vit_llm.py") and command[-2:] == ["--resume", "True"]
+    assert " ".join(command).startswith(torchrun + " scripts/train_vit_llm.py") and command[-2:] == [
+        "--output_dir",
+        RUN,
+    ]
+    assert "--resume True" in " ".join(command)
 
 
 def test_every_recipe_is_tested():
-    written = {path.stem for path in (ROOT / "scripts").glob("*.sh")} - {"demo"}
+    written = {path.stem for path in (ROOT / "scripts").glob("*.sh")} - {"demo", "recipe_defaults"}
     assert written == set(RECIPES)
 
 

@@ -11,8 +11,6 @@ import time
 
 import psutil
 import pytest
-from export_runs import trained_run
-from launching import ROOT, free_port
 from PIL import Image
 
 from llava_moslora.errors import Refusal
@@ -20,6 +18,8 @@ from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load, load_run
 from llava_moslora.text.conversation import Turn
 from scripts import serve
+from support.export_runs import trained_run
+from support.launching import ROOT, free_port
 
 SCREENSHOT = os.environ.get("SERVE_SCREENSHOT")  # a file to look at
 

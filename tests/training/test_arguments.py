@@ -3,7 +3,15 @@ import json
 import pytest
 
 from llava_moslora.errors import Refusal
-from llava_moslora.training.arguments import parse, tower_adapters
+from llava_moslora.models.llava_folder import name_parts
+from llava_moslora.training import arguments
+from llava_moslora.training.arguments import TrainingArguments, accumulation_steps
+
+
+def parse(argv):
+    """As the script does it, without a process group."""
+    *settings, training = arguments.parse(argv)
+    return *settings, TrainingArguments(**training)
 
 
 def required(tmp_path) -> list[str]:
@@ -27,10 +35,9 @@ def test_defaults_are_the_papers_table_8(tmp_path):
 
 def test_towers_follow_each_other_unless_told(tmp_path):
     _, _, adapter, _ = parse([*required(tmp_path), "--mixer_init", "orthogonal", "--vision_train_mixer", "False"])
-    llm, vision = tower_adapters(adapter)
-    assert (llm.mixer_init, llm.train_mixer) == ("orthogonal", True)
-    assert (vision.mixer_init, vision.train_mixer) == ("orthogonal", False)
-    assert tower_adapters(parse([*required(tmp_path), "--vision_lora_r", "0"])[2])[1] is None
+    assert (adapter.llm.mixer_init, adapter.llm.train_mixer) == ("orthogonal", True)
+    assert (adapter.vision.mixer_init, adapter.vision.train_mixer) == ("orthogonal", False)
+    assert parse([*required(tmp_path), "--vision_lora_r", "0"])[2].vision is None
 
 
 def test_command_line_wins_over_the_file(tmp_path):
@@ -41,20 +48,36 @@ def test_command_line_wins_over_the_file(tmp_path):
     assert (args.bf16, args.learning_rate) == (True, 1e-4)
 
 
+# C1: an unknown key
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--lora_rr", "8"], r"--lora_rr: unknown flag; fix: did you mean --lora_r\?"),
         (["--learnin_rate=1"], r"--learnin_rate: unknown flag; fix: did you mean --learning_rate\?"),
         (["--lora_r", "many"], "invalid int value: 'many'"),
-        (["--bits", "5"], "--bits: unknown base precision; found 5"),
+        (["--bits", "5"], r"--bits: invalid choice: 5 \(choose from 16, 4\)"),
+        (["--loss_average", "batch"], r"--loss_average: invalid choice: .*tokens.*micro_batch"),
+        (["--recompute", "some"], r"--recompute: unknown way to recompute; found some; expected none \| full"),
+        (["--resume", "True", "--overwrite", "True"], "--resume, --overwrite: a run is either continued or deleted"),
+        (["--ddp_timeout", "0"], r"--ddp_timeout: out of range; found 0; expected at least 1 second"),
+        (["--ddp_timeout", str(10**30)], r"--ddp_timeout: out of range"),
         (["--bf16", "True", "--fp16", "True"], "do not go together"),
         (["stray"], "a value without a flag; found stray"),
     ],
 )
 def test_wrong_flags_are_answered(tmp_path, extra, message):
-    with pytest.raises(Refusal, match=message):
+    with pytest.raises(Refusal, match=message) as refused:
         parse([*required(tmp_path), *extra])
+    assert refused.value.code == "C-FLAG"
+
+
+@pytest.mark.parametrize(
+    "extra", [["--bits", "5"], ["--loss_average", "batch"], ["--recompute", "some"], ["--ddp_timeout", "0"]]
+)
+def test_a_bad_flag_is_refused_before_anything_looks_for_devices(tmp_path, extra):
+    """So also before the ranks of a run meet."""
+    with pytest.raises(Refusal, match="C-FLAG"):
+        arguments.parse([*required(tmp_path), *extra])
 
 
 def test_missing_flags_are_named():
@@ -67,8 +90,9 @@ def test_without_a_vision_tower_a_complete_llava_is_asked_for(tmp_path):
     (tmp_path / "llm" / "config.json").write_text('{"model_type": "llama"}')
     words = required(tmp_path)
     words = words[:2] + words[4:]
+    model = parse([*words, "--model_name_or_path", str(tmp_path / "llm")])[0]
     with pytest.raises(Refusal, match=r"--vision_tower: missing flag; found .* is not a complete LLaVA"):
-        parse([*words, "--model_name_or_path", str(tmp_path / "llm")])
+        name_parts(model)
 
 
 def test_missing_output_dir_is_named(tmp_path):
@@ -76,6 +100,7 @@ def test_missing_output_dir_is_named(tmp_path):
         parse(required(tmp_path)[:-2])
 
 
+# C1: an unknown key
 def test_unknown_key_in_a_file(tmp_path):
     file = tmp_path / "c.json"
     file.write_text(json.dumps({"vision_lora_rank": 4}))
@@ -154,6 +179,7 @@ def test_a_file_with_a_byte_order_mark(tmp_path):
     assert parse([*required(tmp_path), "--config", str(tmp_path / "c.yaml")])[2].lora_r == 4
 
 
+# C16: YAML that builds objects
 def test_yaml_that_builds_objects_is_refused(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("lora_r: !!python/object/apply:os.getpid []\n")
@@ -161,6 +187,7 @@ def test_yaml_that_builds_objects_is_refused(tmp_path):
         parse(["--config", str(file), *required(tmp_path)])
 
 
+# C8: a DeepSpeed file that is missing or broken
 def test_deepspeed_file_is_looked_at_first(tmp_path):
     with pytest.raises(Refusal, match=r"nowhere\.json:--deepspeed: no such file"):
         parse([*required(tmp_path), "--deepspeed", "nowhere.json"])
@@ -168,3 +195,38 @@ def test_deepspeed_file_is_looked_at_first(tmp_path):
     file.write_text('{"zero_optimization": {"stage": 2,}}')
     with pytest.raises(Refusal, match=r"ds\.json:--deepspeed: not JSON; found line 1"):
         parse([*required(tmp_path), "--deepspeed", str(file)])
+
+
+@pytest.mark.parametrize(("n", "per_device", "ranks", "steps"), [(64, 8, 4, 2), (64, 8, 8, 1), (64, 4, 1, 16)])
+def test_accumulation_follows_from_the_global_batch(n, per_device, ranks, steps):
+    assert accumulation_steps(n, per_device, ranks) == steps
+
+
+@pytest.mark.parametrize(
+    ("n", "per_device", "ranks", "message"),
+    [
+        (64, 8, 3, r"found 64; expected a multiple of 24 = 8 per device × 3 ranks; fix: --global_batch_size 48 or 72$"),
+        (64, 8, 6, r"fix: --global_batch_size 48 or 96$"),
+        (64, 16, 8, r"fix: --global_batch_size 128, or --per_device_train_batch_size 8$"),
+        (40, 16, 2, r"fix: --global_batch_size 32 or 64, or --per_device_train_batch_size 10$"),
+        (0, 8, 1, r"found 0; .*fix: --global_batch_size 8$"),
+        (-64, 8, 1, r"found -64"),
+    ],
+)
+def test_a_global_batch_that_does_not_divide_is_refused(n, per_device, ranks, message):
+    with pytest.raises(Refusal, match=r"C-FLAG\] --global_batch_size: not a multiple .*" + message):
+        accumulation_steps(n, per_device, ranks)
+
+
+def test_the_global_batch_and_its_parts_agree(tmp_path):
+    words = [*required(tmp_path), "--per_device_train_batch_size", "2"]
+    args = parse(words)[3]
+    assert (args.gradient_accumulation_steps, args.global_batch_size) == (1, 2)
+    args = parse([*words, "--gradient_accumulation_steps", "3"])[3]
+    assert (args.gradient_accumulation_steps, args.global_batch_size) == (3, 6)
+    args = parse([*words, "--global_batch_size", "8"])[3]
+    assert (args.gradient_accumulation_steps, args.global_batch_size) == (4, 8)
+    assert parse([*words, "--global_batch_size", "8", "--gradient_accumulation_steps", "4"])[3] == args
+    contradicting = r"--global_batch_size, --gradient_accumulation_steps: .*found 8 and 1; expected 8 = 2 .* × 4 accum"
+    with pytest.raises(Refusal, match=contradicting):
+        parse([*words, "--global_batch_size", "8", "--gradient_accumulation_steps", "1"])

@@ -97,6 +97,7 @@ WRONG = {
 }
 
 
+# K12: missing, extra or damaged tensors
 @pytest.mark.parametrize("case", WRONG)
 @pytest.mark.parametrize("file", [PROJECTOR_FILE, OPTIMIZER_FILE])
 def test_wrong_tensors_are_named(folder, model, case, file):

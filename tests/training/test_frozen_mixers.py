@@ -4,18 +4,17 @@ import shutil
 
 import pytest
 import torch
-from export_runs import reopen_here
 from safetensors.torch import load_file, save_file
-from test_zero import configuration, lived_well, settings
-from test_zero import lives as lives  # a fixture
-from training_runs import adapter, losses, train
 
 import scripts.train_vit_llm as script
 from llava_moslora.export.export import export
-from llava_moslora.files.manifest import read_manifest, write_manifest
+from llava_moslora.files.manifest import verify_manifest, write_manifest
 from llava_moslora.inference.load import load_run
-from llava_moslora.models.assemble import add_adapters
+from llava_moslora.models.adapt import add_adapters
 from llava_moslora.training.optimizer_state import frozen_mixers
+from support.export_runs import probe_here
+from support.training_runs import adapter, losses, train
+from support.zero_runs import configuration, lived_well, settings
 
 STARTS = ["butterfly", "orthogonal", "kaiming_uniform", "normal"]
 FILES = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json"]
@@ -23,7 +22,7 @@ FILES = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "position
 
 def is_exported(run, folder, monkeypatch) -> None:
     """With its proof: the export computes what the run does."""
-    reopen_here(monkeypatch)
+    probe_here(monkeypatch)
     assert (export(run, folder)["hf"] / "config.json").is_file()
 
 
@@ -67,14 +66,14 @@ def test_a_run_of_the_first_versions_gets_its_mixers_back(parts, tmp_path, capsy
     shutil.copytree(run, old)
     shutil.rmtree(old / "checkpoint-4")
     checkpoint = old / "checkpoint-2"
-    facts = {k: v for k, v in read_manifest(checkpoint).items() if k not in ("schema", "files", "sha256")}
+    facts = {k: v for k, v in verify_manifest(checkpoint).items() if k not in ("schema", "files", "sha256")}
     for file, dropped in (FILES[0], "lora_mixer"), (FILES[1], ".step"):
         tensors = {n: t for n, t in load_file(checkpoint / file).items() if dropped not in n}
         save_file(tensors, checkpoint / file, metadata={"format": "pt"})
     (checkpoint / FILES[2]).write_text('{"adam_steps": 2, "scheduler_steps": 2, "loss_scale": null}')
     write_manifest(checkpoint, facts)
     train(parts, old, **same)
-    assert "of a version that kept no frozen mixers" in capsys.readouterr().out
+    assert "of a version that saved no frozen mixers" in capsys.readouterr().out
     for file in FILES:
         assert (old / "checkpoint-4" / file).read_bytes() == (run / "checkpoint-4" / file).read_bytes(), file
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, free_port, run
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
@@ -16,6 +15,7 @@ from transformers import TrainingArguments as HfTrainingArguments
 from llava_moslora.training.checkpoint import read_optimizer, write_optimizer
 from llava_moslora.training.optimizer_state import TrainState
 from llava_moslora.training.validate import PER_PARAMETER, PER_WEIGHT
+from support.launching import ROOT, free_port, run
 
 STEPS = 6
 # Every stage with an optimizer of each kind that it can save; (stage, --optim, steps before the save)
@@ -57,7 +57,7 @@ class Plain:
     def __init__(self, name: str, seed: int):
         self.model = Net(seed)
         self.optimizer = optimizer_of(name, self.model)
-        self.holder = TrainState(self.model, self.optimizer)
+        self.train_state = TrainState(self.model, self.optimizer)
 
     def train(self, steps: range) -> None:
         for step in steps:
@@ -80,8 +80,8 @@ class InDeepSpeed:
         self.model = Net(seed).bfloat16()
         optimizer = optimizer_of(name, self.model)
         self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
-        self.holder = TrainState(self.model, optimizer, self.engine)
-        self.holder.begin()
+        self.train_state = TrainState(self.model, optimizer, self.engine)
+        self.train_state.undo_initial_step()
 
     def train(self, steps: range) -> None:
         for step in steps:
@@ -97,16 +97,16 @@ def check_resumes(start, folder: Path, stop: int) -> None:
     """A run that was saved at a step and put into another process' objects goes on as the one that was not stopped."""
     whole, again = start(seed=0), start(seed=1)
     whole.train(range(stop))
-    masters, state = whole.holder.masters(), whole.holder.optimizer_state()
+    masters, state = whole.train_state.masters(), whole.train_state.optimizer_state()
     write_optimizer(folder, whole.model, state, {})
-    again.holder.make_optimizer_state()
-    read, _ = read_optimizer(folder, again.holder.optimizer_state())
-    again.holder.restore(masters, read, None)
-    same_state(whole.holder, again.holder)
+    again.train_state.create_optimizer_state()
+    read, _ = read_optimizer(folder, again.train_state.optimizer_state())
+    again.train_state.restore(masters, read, None)
+    same_state(whole.train_state, again.train_state)
     whole.train(range(stop, STEPS))
     again.train(range(stop, STEPS))
-    same_state(whole.holder, again.holder)
-    assert any(not torch.equal(masters[name], tensor) for name, tensor in again.holder.masters().items())
+    same_state(whole.train_state, again.train_state)
+    assert any(not torch.equal(masters[name], tensor) for name, tensor in again.train_state.masters().items())
 
 
 def same_state(one: TrainState, other: TrainState) -> None:
@@ -128,7 +128,7 @@ def test_eight_bits_are_kept_in_eight_bits(tmp_path):
     pytest.importorskip("bitsandbytes")
     plain = Plain("adamw_bnb_8bit", 0)
     plain.train(range(3))
-    state = plain.holder.optimizer_state()
+    state = plain.train_state.optimizer_state()
     assert state["wide.weight.state1"].dtype == torch.uint8 and state["wide.weight.state1"].any()
     assert len(state["wide.weight.absmax1"]) == 32 * 160 / 256 and len(state["wide.weight.qmap1"]) == 256
     assert state["narrow.weight.state1"].dtype == torch.float32  # too small to be worth it

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import LAUNCHER, ROOT, flags, free_port, launch, run
-from training_runs import losses
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training.process_group import is_loopback, tcp_store
+from support.launching import LAUNCHER, ROOT, flags, free_port, launch, run
+from support.training_runs import losses
 
 LISTENING = """
 import json, os, re, sys
@@ -22,7 +22,7 @@ import torch
 from torch import distributed
 from llava_moslora.training import process_group
 
-rendezvous.join()
+process_group.join()
 value = torch.ones(1, device="cuda" if torch.cuda.is_available() else "cpu")
 distributed.all_reduce(value)
 assert value.item() == 2
@@ -46,6 +46,7 @@ def test_loopback_is_known():
     assert not is_loopback("10.0.0.1") and not is_loopback("node-a")
 
 
+# R6: a port in use
 def test_a_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from collections import namedtuple
+from dataclasses import fields, replace
 
 import pytest
 
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
 from llava_moslora.errors import Refusal, defect
-from llava_moslora.files import publish
+from llava_moslora.files import disk
 from llava_moslora.inference.load import newest_checkpoint
-from llava_moslora.runs.record import RUN, fingerprint, read_run, write_run
+from llava_moslora.runs.checkpoints import checkpoints, lock_run, prune, publish_checkpoint
+from llava_moslora.runs.fingerprint import fingerprint
+from llava_moslora.runs.record import RUN, RunSettings, read_run, write_run
 from llava_moslora.training.output_dir import check_output, has_begun
 from llava_moslora.training.run_folder import (
     begin_run,
@@ -20,29 +25,39 @@ from llava_moslora.training.run_folder import (
     checkpoint_bytes,
     only_differing,
     open_run,
-    reopen_run,
 )
 
-MODEL = {"model_name_or_path": "llm", "vision_tower": "clip", "pretrain_mm_mlp_adapter": None, "version": "chatml"}
 FILE = "optimizer.safetensors"
 FACTS = {"llm": {"config.json": "aa"}, "data": {"data.json": "bb"}}
 
 
-def settings(**training) -> dict:
-    return {
-        "model": MODEL | {"bits": 16},
-        "data": {"data_path": "a.json", "data_cache": "here", "image_aspect_ratio": "pad"},
-        "adapter": {"lora_r": 4, "vision_lora_r": 2},
-        "training": {"seed": 42, "learning_rate": 1e-3} | training,
-        "global_batch_size": 4,
-    }
+def settings(**training) -> RunSettings:
+    return RunSettings(
+        ModelSettings("llm", "clip", version="chatml"),
+        DataSettings(["a.json"], data_cache="here"),
+        AdapterSettings(lora_r=4, vision_lora_r=2),
+        {"seed": 42, "learning_rate": 1e-3} | training,
+        global_batch_size=4,
+    )
+
+
+def check(run, inputs=(), data_cache=None, **flags) -> None:
+    data = None if data_cache is None else DataSettings(["a.json"], data_cache=str(data_cache))
+    check_output(TrainingSettings(output_dir=str(run), **flags), inputs, data)
+
+
+def open_new(run, **flags):
+    """The lock of a folder that a new run is to begin in."""
+    lock, checkpoint = open_run(TrainingSettings(output_dir=str(run), **flags), settings(), FACTS)
+    assert checkpoint is None
+    return lock
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run with checkpoints 1 and 2, whose process has ended."""
     folder = tmp_path / "run"
-    open_run(folder, overwrite=False).release()
+    open_new(folder).release()
     write_run(folder, settings())
     for step in (1, 2):
         save(folder, step)
@@ -53,11 +68,12 @@ def save(folder, step, **facts):
     def write(staging):
         (staging / FILE).write_bytes(b"weights")
 
-    publish.publish(folder / f"checkpoint-{step}", write, lambda: {"step": step, "seed": 42, **FACTS, **facts})
+    publish_checkpoint(folder / f"checkpoint-{step}", write, lambda: {"step": step, "seed": 42, **FACTS, **facts})
 
 
 def reopen(run, now=None, facts=FACTS, allow=()):
-    lock, checkpoint = reopen_run(run, now or settings(), facts, list(allow))
+    training = TrainingSettings(output_dir=str(run), resume=True, allow_change=list(allow))
+    lock, checkpoint = open_run(training, now or settings(), facts)
     lock.release()
     return checkpoint
 
@@ -87,6 +103,7 @@ DAMAGES = {
 }
 
 
+# K3: a flipped bit
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_without_a_valid_checkpoint_nothing_is_resumed_and_nothing_touched(run, damage):
     """To begin at step 1 would write over the metrics and, one by one, over the checkpoints."""
@@ -98,9 +115,10 @@ def test_without_a_valid_checkpoint_nothing_is_resumed_and_nothing_touched(run, 
         reopen(run)
     assert refusal.value.code == "K-NONE" and refusal.value.exit_status == 3
     assert content(run) == before
-    publish.lock_run(run, patience=0).release()
+    lock_run(run, patience=0).release()
 
 
+# K6: decoys, and what a kill left
 def test_a_checkpoint_under_another_step_is_refused(run):
     (run / "checkpoint-2").rename(run / "checkpoint-6")
     for opens in (reopen, newest_checkpoint):  # a resume; an export, a chat
@@ -108,6 +126,7 @@ def test_a_checkpoint_under_another_step_is_refused(run):
             opens(run)
 
 
+# K6: decoys, and what a kill left
 def test_a_checkpoint_of_another_seed_is_refused(run):
     save(run, 3, seed=7)
     for opens in (reopen, newest_checkpoint):
@@ -124,6 +143,7 @@ def test_a_seed_that_was_allowed_to_change_is_the_runs_own(run):
     assert reopen(run, changed).name == "checkpoint-3"
 
 
+# K6: decoys, and what a kill left
 def test_leftovers_and_decoys_do_not_hinder(run):
     (run / "checkpoint-999999").mkdir()
     (run / ".checkpoint-3.0badcafe.staging").mkdir()
@@ -131,6 +151,7 @@ def test_leftovers_and_decoys_do_not_hinder(run):
     assert not (run / ".checkpoint-3.0badcafe.staging").exists()
 
 
+# R9: clocks that jump
 def test_nothing_in_it_uses_file_times(run):
     for name, time in (("checkpoint-1", 2e9), ("checkpoint-2", 0)):  # the clock jumped back in between
         os.utime(run / name, (time, time))
@@ -138,8 +159,8 @@ def test_nothing_in_it_uses_file_times(run):
     for step in (3, 4):
         save(run, step)
         os.utime(run / f"checkpoint-{step}", (0, 0))
-    publish.prune(run, keep=2)
-    assert [p.name for p in publish.checkpoints(run)] == ["checkpoint-4", "checkpoint-3"]
+    prune(run, keep=2)
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-4", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("folder", ["missing", "empty", "killed before run.json"])
@@ -157,10 +178,15 @@ CHANGED = {
     "setting": ({"now": settings(learning_rate=1.0)}, "learning_rate", "found learning_rate 1.0; expected .* 0.001"),
     "seed": ({"now": settings(seed=1)}, "seed", "found seed 1; expected seed 42"),
     "other base": ({"facts": FACTS | {"llm": {"config.json": "cc"}}}, "llm", "'cc'.*expected llm .*'aa'"),
-    "global batch": ({"now": settings() | {"global_batch_size": 8}}, "global_batch_size", "found global_batch_size 8"),
+    "global batch": (
+        {"now": replace(settings(), global_batch_size=8)},
+        "global_batch_size",
+        "found global_batch_size 8",
+    ),
 }
 
 
+# K10: resumed with another configuration
 @pytest.mark.parametrize("case", CHANGED)
 def test_what_changed_is_refused_unless_allowed(run, case):
     changes, name, message = CHANGED[case]
@@ -173,18 +199,74 @@ def test_what_changed_is_refused_unless_allowed(run, case):
 
 def test_what_may_change_does(run):
     now = settings(save_steps=7, logging_steps=5)
-    now["data"]["data_cache"] = "there"
-    now["model"] = now["model"] | {"model_name_or_path": "moved/llm", "vision_tower": "moved/clip"}
+    now.data.data_cache = "there"
+    now.model = replace(now.model, model_name_or_path="moved/llm", vision_tower="moved/clip")
     assert reopen(run, now).name == "checkpoint-2"
 
 
-def test_a_run_from_before_a_flag_did_what_is_now_its_default(run):
-    now = settings()
-    now["model"]["attn_implementation"] = "sdpa"
-    assert reopen(run, now).name == "checkpoint-2"
-    now["model"]["attn_implementation"] = "eager"
-    with pytest.raises(Refusal, match="found attn_implementation eager; expected attn_implementation sdpa"):
-        reopen(run, now)
+# setting → what runs did that were begun before there was one
+BEFORE = {
+    "model.attn_implementation": ("sdpa", "eager"),
+    "data.data_group": (50, 100),
+    "data.image_engine": ("pil", "torch"),
+    "data.data_weights": ([], [1.0]),
+    "training.dropout_masks": ("cpu generator", "philox"),
+    "training.loss_average": ("tokens", "micro_batch"),
+    "training.packing": (False, True),
+}
+
+
+def with_value(settings: RunSettings, key: str, value: object) -> RunSettings:
+    group, _, name = key.partition(".")
+    group = getattr(settings, group)
+    group.update({name: value}) if isinstance(group, dict) else setattr(group, name, value)
+    return settings
+
+
+@pytest.mark.parametrize("key", BEFORE)
+def test_a_run_from_before_a_flag_is_resumed_with_what_it_did(run, key):
+    """And read back so."""
+    did, other = BEFORE[key]
+    group, _, name = key.partition(".")
+    edit_record(run, lambda record: record["settings"][group].pop(name, None))
+    if group != "training":
+        assert getattr(getattr(read_run(run), group), name) == did
+    assert reopen(run, with_value(settings(), key, did)).name == "checkpoint-2"
+    with pytest.raises(Refusal, match=re.escape(f"found {name} {other}; expected {name} {did}")):
+        reopen(run, with_value(settings(), key, other))
+
+
+def edit_record(run, edit) -> None:
+    record = json.loads((run / RUN).read_text())
+    edit(record)
+    (run / RUN).write_text(json.dumps(record))
+
+
+def test_one_data_file_as_the_first_versions_recorded_it(run):
+    edit_record(run, lambda record: record["settings"]["data"].update(data_path="a.json"))
+    assert read_run(run).data.data_path == ["a.json"] and reopen(run).name == "checkpoint-2"
+
+
+def test_a_setting_of_a_later_version_is_not_ignored(run):
+    edit_record(run, lambda record: record["settings"]["adapter"].update(mixer_blocks=4, mixer_note=None))
+    assert read_run(run).unknown == {"mixer_blocks": 4, "mixer_note": None}  # exports and answers do without
+    with pytest.raises(Refusal, match=r"K-CHANGED.*found mixer_blocks None; expected mixer_blocks 4"):
+        reopen(run)
+
+
+def test_a_value_of_a_later_version_is_refused(run):
+    edit_record(run, lambda record: record["settings"]["model"].update(bits=8))
+    with pytest.raises(Refusal, match=r"K-RUN.*run.json:--bits: .*found 8; expected 16 \| 4"):
+        read_run(run)
+
+
+def test_what_is_written_is_read_back(run):
+    written = settings(bf16=True)
+    written.preprocessor = {"size": {"shortest_edge": 32}, "image_mean": [0.5, 0.5, 0.5]}
+    write_run(run, written)
+    record = read_run(run)
+    assert {f.name: getattr(record, f.name) for f in fields(written)} == vars(written)
+    assert (record.seeds, record.command, record.unknown) == ([42], sys.argv, {})
 
 
 @pytest.mark.parametrize("name", ["checkpoint-2", "tokenizer", "metrics.jsonl", "MANIFEST.json", "export.json"])
@@ -203,11 +285,11 @@ def test_a_jobs_log_does_not_hinder_a_start(tmp_path, flags):
     for name in LOGS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    check_output(tmp_path, **{"resume": False, "overwrite": False} | flags)
+    check(tmp_path, **flags)
     if flags.get("resume"):
         assert reopen(tmp_path) is None
     else:
-        open_run(tmp_path, overwrite=flags.get("overwrite", False)).release()
+        open_new(tmp_path, **flags).release()
     assert all((tmp_path / name).is_file() for name in LOGS)
 
 
@@ -218,8 +300,8 @@ def test_the_report_of_a_defect_does_not_hinder_a_run(run, tmp_path, monkeypatch
         monkeypatch.setattr(sys, "argv", ["train_vit_llm.py", "--output_dir", str(folder)])
         defect(KeyError("exp_avg"))
     assert reopen(run).name == "checkpoint-2"
-    open_run(new, overwrite=False).release()
-    open_run(run, overwrite=True).release()
+    open_new(new).release()
+    open_new(run, overwrite=True).release()
     begin(run)
     assert all(len(list(folder.glob(".defect-*.txt"))) == 1 for folder in (run, new))
 
@@ -229,14 +311,14 @@ def test_resume_begins_beside_files_that_are_no_runs(tmp_path):
     (tmp_path / "recipe.yaml").touch()
     assert reopen(tmp_path) is None
     with pytest.raises(Refusal, match=r"the folder is not empty; found recipe.yaml; fix: choose another folder"):
-        check_output(tmp_path, resume=False, overwrite=False)
+        check(tmp_path)
 
 
 def test_a_data_cache_in_the_run_folder_is_refused(tmp_path):
     for cache in (tmp_path / "run" / "cache", tmp_path / "run", tmp_path / "x" / ".." / "run" / "cache"):
         with pytest.raises(Refusal, match=r"--data_cache: the data cache lies in the run folder"):
-            check_output(tmp_path / "run", resume=True, overwrite=False, data_cache=cache)
-    check_output(tmp_path / "run", resume=True, overwrite=False, data_cache=tmp_path / "runcache")
+            check(tmp_path / "run", resume=True, data_cache=cache)
+    check(tmp_path / "run", resume=True, data_cache=tmp_path / "runcache")
 
 
 def test_a_run_that_never_took_a_step_can_be_begun_again(tmp_path):
@@ -244,22 +326,23 @@ def test_a_run_that_never_took_a_step_can_be_begun_again(tmp_path):
     run = tmp_path / "run"
     begin(run)
     (run / "metrics.jsonl").write_text('{"unfinished')
-    check_output(run, resume=False, overwrite=False)
-    open_run(run, overwrite=False).release()
+    check(run)
+    open_new(run).release()
     assert reopen(run, settings(learning_rate=1.0)) is None
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     assert has_begun(run)
     with pytest.raises(Refusal, match="the folder is not empty"):
-        check_output(run, resume=False, overwrite=False)
+        check(run)
     with pytest.raises(Refusal, match="K-CHANGED"):
         reopen(run, settings(learning_rate=1.0))
 
 
 def begin(run, fail=False, **training):
     """As the script does it."""
-    staged = run.parent / "staged"
-    staged.mkdir()
-    (staged / "report.html").write_text("new")
+
+    def report(folder):
+        folder.mkdir()
+        (folder / "report.html").write_text("new")
 
     def record(run):
         write_run(run, settings(**training))
@@ -268,7 +351,7 @@ def begin(run, fail=False, **training):
             raise OSError("disk full")
 
     run.mkdir(exist_ok=True)
-    begin_run(run, record, staged)
+    begin_run(run, record, report)
 
 
 def test_a_run_is_replaced_at_the_end(run):
@@ -276,12 +359,12 @@ def test_a_run_is_replaced_at_the_end(run):
     (run / "notes.md").write_text("mine")
     (run / "eval").mkdir()
     (run / "eval" / "results.csv").write_text("mine")
-    check_output(run, resume=False, overwrite=True)
+    check(run, overwrite=True)
     begin(run, learning_rate=1.0)
     names = {path.name for path in run.iterdir()} - {".lock", ".locked_by"}
     assert names == {"run.json", "tokenizer", "data", "notes.md", "eval"}
     assert (run / "eval" / "results.csv").read_text() == "mine" == (run / "notes.md").read_text()
-    assert read_run(run)["settings"]["training"]["learning_rate"] == 1.0
+    assert read_run(run).training["learning_rate"] == 1.0
 
 
 def test_a_run_that_cannot_be_replaced_is_put_back(run):
@@ -307,12 +390,12 @@ def test_a_kill_while_a_run_is_replaced_loses_nothing(run, monkeypatch, when):
             os, "rename", lambda *paths: rename(*paths) if not calls.append(1) and len(calls) < 3 else kill()
         )
     else:
-        monkeypatch.setattr(publish, "delete", kill)
+        monkeypatch.setattr(disk, "delete", kill)
     with pytest.raises((Killed, OSError)):
         begin(run, fail=True, learning_rate=1.0)
     monkeypatch.undo()
     assert content(run) != before
-    open_run(run, overwrite=True).release()
+    open_new(run, overwrite=True).release()
     assert content(run) == before
 
 
@@ -323,16 +406,17 @@ INPUTS = ["llm", "checkpoint-2/projector", "sub/data.json", "mix/*.tar", "."]
 def test_an_input_inside_the_run_is_not_deleted(run, place):
     inputs = [("--model_name_or_path", run.parent), ("--data_path", run / place)]
     with pytest.raises(Refusal, match=r"--data_path: an input lies in the run folder that is to be replaced"):
-        check_output(run, resume=False, overwrite=True, inputs=inputs)
-    check_output(run, resume=True, overwrite=False, inputs=inputs)  # nothing is deleted
+        check(run, overwrite=True, inputs=inputs)
+    check(run, resume=True, inputs=inputs)  # nothing is deleted
 
 
 def test_an_input_reached_by_a_link_is_not_deleted(run):
     (run.parent / "link").symlink_to(run)
     with pytest.raises(Refusal, match=r"--image_folder: an input lies in"):
-        check_output(run, resume=False, overwrite=True, inputs=[("--image_folder", run.parent / "link" / "images")])
+        check(run, overwrite=True, inputs=[("--image_folder", run.parent / "link" / "images")])
 
 
+# C12: an output folder that is not empty
 @pytest.mark.parametrize(
     "file", ["checkpoint-2/notes.md", "tokenizer/mine.txt", "data/train.json", "tensorboard/a.png"]
 )
@@ -342,7 +426,7 @@ def test_a_file_among_a_runs_own_is_named_and_kept(run, file):
     with pytest.raises(
         Refusal, match=f"files that no run writes lie among those to be deleted; found {file}; fix: move"
     ):
-        open_run(run, overwrite=True)
+        open_new(run, overwrite=True)
     assert (run / file).is_file()
 
 
@@ -361,7 +445,7 @@ def test_another_tools_record_is_no_run(run, case):
         read_run(run)
     for flags in ({"overwrite": True}, {"resume": True}, {}):
         with pytest.raises(Refusal, match=r"C-OUTPUT.*run.json is not the record of a run of this package"):
-            check_output(run, **{"resume": False, "overwrite": False} | flags)
+            check(run, **flags)
 
 
 @pytest.mark.parametrize("value", ["missing", 5.5])
@@ -395,10 +479,11 @@ def test_the_record_is_replaced_at_once(run, monkeypatch):
     """A kill while it is written leaves the old one."""
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        write_run(run, {"settings": "new"})
-    assert read_run(run)["settings"] == settings()
+        write_run(run, settings(learning_rate=1.0))
+    assert read_run(run).training == settings().training
 
 
+# C14: a disk that is too small
 @pytest.mark.parametrize(("checkpoints", "free"), [(2, 2), (1, 1)])
 def test_too_little_disk_is_refused_before_the_start(tmp_path, monkeypatch, checkpoints, free):
     usage = namedtuple("usage", "total used free")
@@ -412,38 +497,41 @@ def test_too_little_disk_is_refused_before_the_start(tmp_path, monkeypatch, chec
     assert not (tmp_path / "new").exists()
 
 
+# C13: an output folder that cannot be written
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Refusal, match=r"C-OUTPUT.*not a folder"):
-        open_run(tmp_path / "file", overwrite=False)
+        open_new(tmp_path / "file")
     with pytest.raises(Refusal, match=r"C-OUTPUT.*cannot be written to"):
-        open_run(tmp_path / "file" / "run", overwrite=False)
+        open_new(tmp_path / "file" / "run")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_without_the_right_to_write(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(Refusal, match=r"C-OUTPUT.*cannot be written to"):
-        check_output(tmp_path / "run", resume=False, overwrite=False)
+        check(tmp_path / "run")
     tmp_path.chmod(0o700)
 
 
+# C12: an output folder that is not empty
 def test_what_is_no_run_is_never_deleted(tmp_path):
     """Such as the folder of the images, given by mistake."""
     (tmp_path / "image.jpg").touch()
     (tmp_path / "more").mkdir()
     with pytest.raises(Refusal, match=r"--output_dir: not a run: .*found image.jpg, more; expected run.json in it"):
-        check_output(tmp_path, resume=False, overwrite=True)
+        check(tmp_path, overwrite=True)
     with pytest.raises(Refusal, match="not a run"):
-        open_run(tmp_path, overwrite=True)
+        open_new(tmp_path, overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"image.jpg", "more"}
 
 
+# C12: an output folder that is not empty
 def test_a_run_is_deleted_where_it_is_asked_for(run):
     with pytest.raises(Refusal, match=r"the folder is not empty.*--resume True to go on.*--overwrite True to delete"):
-        check_output(run, resume=False, overwrite=False)
+        check(run)
     before = content(run)
-    open_run(run, overwrite=True).release()
+    open_new(run, overwrite=True).release()
     assert content(run) == before  # not yet
     begin(run)
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {"run.json", "tokenizer", "data"}
@@ -456,11 +544,12 @@ def test_one_process_sees_its_own_folder(tmp_path):
 
 
 def test_a_rank_that_sees_another_disk_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(publish, "from_all_ranks", lambda value: [value, False])
+    monkeypatch.setattr("llava_moslora.training.run_folder.from_all_ranks", lambda value: [value, False])
     with pytest.raises(Refusal, match=r"C-SHARED.*not every process sees this folder; found nothing on ranks 1"):
         check_shared(tmp_path, patience=0)
 
 
+# K7: an adapter of another base
 def test_models_of_one_shape_have_different_fingerprints(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
@@ -499,9 +588,7 @@ def test_an_open_clip_tower_is_its_file(tmp_path):
 
 
 def test_a_record_without_a_batch_size_is_another(run):
-    record = json.loads((run / RUN).read_text())
-    del record["settings"]["global_batch_size"]
-    (run / RUN).write_text(json.dumps(record))
+    edit_record(run, lambda record: record["settings"].pop("global_batch_size"))
     with pytest.raises(Refusal, match=r"K-CHANGED.*found global_batch_size 4; expected global_batch_size None"):
         reopen(run)
 

@@ -7,13 +7,13 @@ import sys
 
 import pytest
 import torch
-from training_runs import train
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training import validate
-from llava_moslora.training.arguments import parse
+from llava_moslora.training.arguments import TrainingArguments, parse
 from llava_moslora.training.validate import check, check_launch
 from scripts import prepare_data
+from support.training_runs import train
 
 PARTS = "--model_name_or_path llm --vision_tower clip --data_path d.json --image_folder i".split()
 
@@ -32,8 +32,8 @@ def asked(tmp_path):
         if whole is not None:
             (tmp_path / "ds.json").write_text(json.dumps(whole))
             words += ["--deepspeed", str(tmp_path / "ds.json")]
-        model_args, _, adapter_args, args = parse([*words, *more])
-        check(model_args, adapter_args, args)
+        model, _, adapter, training = parse([*words, *more])
+        check(model, adapter, TrainingArguments(**training))
 
     return ask
 
@@ -43,6 +43,9 @@ def test_the_defaults_pass(asked):
     asked("--bf16", "True", deepspeed={"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}})
 
 
+# C2: an impossible rank
+# C3: alpha 0 or NaN
+# C11: rates out of range
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -54,13 +57,13 @@ def test_the_defaults_pass(asked):
         ("--gradient_accumulation_steps 0", r"--gradient_accumulation_steps: out of range; found 0"),
         ("--num_train_epochs 0", r"--num_train_epochs: nothing to train; found 0.0; expected above 0"),
         ("--warmup_steps -1", r"warmup_steps = -1.0"),
-        ("--loss_average batch", r"--loss_average: unknown average; found batch; expected tokens or micro_batch"),
+        ("--loss_average batch", r"--loss_average: invalid choice: .*batch.*tokens.*micro_batch"),
         ("--lora_r -4", r"--lora_r: out of range; found -4; expected at least 0"),
         ("--vision_lora_alpha 0", r"--vision_lora_alpha: out of range; found 0.0; expected above 0"),
         ("--lora_alpha nan", r"--lora_alpha: out of range; found nan"),
         ("--lora_dropout 1", r"--lora_dropout: out of range; found 1.0; expected a probability below 1"),
         ("--bf16 True", r"--bf16: without DeepSpeed there are no float32 masters.*zero2.json"),
-        ("--attn_implementation flash", r"--attn_implementation: unknown value; found flash; expected sdpa | eager"),
+        ("--attn_implementation flash", r"--attn_implementation: invalid choice: 'flash' .*sdpa.*eager"),
         ("--sample_steps 0", r"--sample_steps: out of range"),
         ("--adam_beta1 2", r"--adam_beta1: out of range; found 2.0; expected below 1"),
         ("--adam_epsilon -1", r"--adam_epsilon: out of range; found -1.0; expected above 0"),
@@ -97,6 +100,7 @@ def test_float16_needs_a_stage_that_saves_its_loss_scale(asked, monkeypatch):
         asked("--fp16", "True", deepspeed={"zero_optimization": {"stage": 0}})
 
 
+# C6: two precisions, or float16 on a CPU
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_what_a_cpu_cannot_do(asked):
     with pytest.raises(Refusal, match=r"--fp16: float16 cannot be trained on a CPU; fix: --bf16 True"):
@@ -128,6 +132,7 @@ def test_optimizers_that_can_be_saved(asked):
     asked("--optim", "adamw_torch", deepspeed={"zero_optimization": OFFLOAD})
 
 
+# C6: two precisions, or float16 on a CPU
 def test_both_precisions_at_once(asked):
     with pytest.raises(Refusal, match=r"C-FLAG\] .*fp16.*bf16|C-FLAG\] .*bf16.*fp16"):
         asked("--fp16", "True", "--bf16", "True")
@@ -199,6 +204,8 @@ def test_what_liger_cannot_do(asked, monkeypatch):
         asked("--use_liger_kernel", "True", "--lora_target_modules", "q_proj")
 
 
+# C9: a DeepSpeed file that contradicts the flags
+# C10: batch sizes that do not multiply
 def test_deepspeeds_file_against_the_flags_every_difference_at_once(asked):
     file = {
         "train_micro_batch_size_per_gpu": 4,
@@ -216,6 +223,7 @@ def test_deepspeeds_file_against_the_flags_every_difference_at_once(asked):
     assert "bf16.enabled True against False (--bf16)" in line
 
 
+# C8: a DeepSpeed file that is missing or broken
 @pytest.mark.parametrize(
     ("file", "more", "message"),
     [
@@ -239,16 +247,17 @@ def test_deepspeed_needs_a_launcher(tmp_path, monkeypatch):
     words = [*PARTS]
     words += ["--output_dir", str(tmp_path / "run"), "--deepspeed", str(tmp_path / "ds.json")]
     monkeypatch.delenv("RANK", raising=False)
-    *_, args = parse(words)
+    *_, training = parse(words)
     with pytest.raises(Refusal, match=r"E-LAUNCH\] --deepspeed: DeepSpeed needs a launcher; fix: deepspeed scripts/"):
-        check_launch(args)
+        check_launch(training["deepspeed"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(Refusal, match="more processes than GPUs on this host; found process 3; expected 2"):
-        check_launch(args)
+        check_launch(training["deepspeed"])
 
 
+# C16: YAML that builds objects
 def test_yaml_with_aliases_is_not_read(tmp_path):
     """Ten lines of aliases can stand for a billion values."""
     (tmp_path / "c.yaml").write_text("lora_target_modules: &a [q_proj, q_proj]\nvision_lora_target_modules: *a\n")

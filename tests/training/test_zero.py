@@ -7,49 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, flags
-from lives import Life, Lives
 from safetensors.torch import load_file
-from tiny import write_llm, write_projector
+
+from support.lives import Life
+from support.tiny import write_llm, write_projector
+from support.zero_runs import STEPS, configuration, lived_well, settings
 
 pytestmark = pytest.mark.slow
-STEPS = 24
 NAMES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 # Clipping off: DeepSpeed rounds the factor by which it clips in another place than torch.
 EXACT = {"lora_dropout": 0, "vision_lora_dropout": 0, "max_grad_norm": 0, "learning_rate": 1e-3}
 EXACT |= {"mm_projector_lr": 1e-4}  # a group of parameters of its own
 BOUND = 5e-6  # relative, of a loss in float32: sums in another order
 STATE = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json"]
-
-
-def configuration(name: str, folder: Path) -> Path:
-    """A file of zero_configs/, with buckets for tiny models and every parameter really partitioned."""
-    config = json.loads((ROOT / "zero_configs" / f"{name}.json").read_text())
-    zero = config["zero_optimization"]
-    zero["reduce_bucket_size"] = 5e5
-    if zero["stage"] == 3:
-        zero["stage3_param_persistence_threshold"] = 0
-    (folder / f"{name}.json").write_text(json.dumps(config))
-    return folder / f"{name}.json"
-
-
-@pytest.fixture(scope="module")
-def lives():
-    with Lives() as server:
-        yield server
-
-
-def settings(parts, run: Path, **changes) -> list[str]:
-    """Every third record is text only, in random order: ranks meet batches with and without images."""
-    same = {"max_steps": STEPS, "save_steps": STEPS, "data_order": "shuffle", "vision_lora_r": 3, "report_to": "none"}
-    same |= {"dataloader_num_workers": 0}
-    return flags(parts, run, **(same | changes))
-
-
-def lived_well(lives: Lives, arguments: list[str], output: Path, **how) -> Life:
-    life = lives.live(arguments, output, **how)
-    assert life.ended_well, life.said()[-3000:]
-    return life
 
 
 def losses(run: Path, steps: int = STEPS) -> list[float]:
@@ -164,6 +134,7 @@ def test_stage_0_in_16_bits_learns_as_zero2(lives, parts, tmp_path, world):
             torch.testing.assert_close(tensor, found["zero2"][1][name], rtol=1e-5, atol=1e-7)
 
 
+# K11: resumed on another number of ranks or ZeRO stage
 def test_other_stages_and_world_sizes_go_on_where_one_stopped(lives, parts, plain, tmp_path):
     """ZeRO-3 on two ranks, plain PyTorch on one, ZeRO-2 on two, ZeRO-1 on one: the plain run's records and losses."""
     go_on_by_turns(lives, parts, plain, tmp_path, [("zero3", 2), (None, 0), ("zero2", 2), ("zero1", 1)])
@@ -195,6 +166,7 @@ def go_on_by_turns(lives, parts, plain, tmp_path, stages: list[tuple[str | None,
     assert losses(run) == pytest.approx(losses(plain[0]), rel=BOUND)
 
 
+# R12: text on one rank, images on another
 def test_text_and_images_on_different_ranks_do_not_wait_for_each_other(lives, parts, tmp_path):
     """ZeRO-3, every step one rank with images and one without, in turn: 50 steps."""
     rows = json.loads(parts.data.read_text())
@@ -220,7 +192,7 @@ def test_qmoslora_leaves_its_base_alone_and_learns(lives, parts, tmp_path, name)
         run = tmp_path / f"{bits} bits"
         changes = {"bf16": True, "learning_rate": 1e-2, "max_steps": steps, "save_steps": steps}
         arguments = settings(parts, run, bits=bits, deepspeed=configuration(name, tmp_path), **changes)
-        hooks = [["training.frozen:digest_around_training", {}]]
+        hooks = [["support.frozen:digest_around_training", {}]]
         life = lived_well(lives, arguments, tmp_path / f"life-{bits}", world=2, hooks=hooks)
         before, after = re.findall(r"^frozen (.*)$", life.said(), re.MULTILINE)
         assert before == after and ("Params4bit" in before) == (bits == 4)

@@ -1,7 +1,8 @@
 """``hf``: the merged model as one ``LlavaForConditionalGeneration`` folder, in the layout that every reader knows.
 
 Tensors carry the names of transformers 4.36–4.51 (``language_model.model.…``, ``vision_tower.vision_model.…``), which
-later versions and vLLM rename on loading; names are made here, never taken from a live model.
+later versions and vLLM rename on loading; names are made here, never taken from a live model. The processor's files
+are written for transformers 4 and 5: images and prompts are made as in training.
 """
 
 from __future__ import annotations
@@ -9,29 +10,67 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlavaConfig
+from torch import Tensor
+from transformers import LlavaConfig, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_moslora.export.processor import write_processor
-from llava_moslora.export.target import Layout, llm_config, renamed, save_config, vision_config
-from llava_moslora.export.trained_run import TrainedRun, plan_tensors
-from llava_moslora.export.writer import PlannedTensor, WeightFiles
+from llava_moslora.export.target import ExportPlan, Target
+from llava_moslora.export.trained_run import TrainedRun
+from llava_moslora.export.writer import (
+    PlannedTensor,
+    WeightFiles,
+    known_to_transformers_4,
+    plan_tensors,
+    renamed,
+    save_config,
+)
+from llava_moslora.files.json import read_json, write_json
 from llava_moslora.models.assemble import tokens_per_image
+from llava_moslora.models.names import PARTS
+from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.tokenizer import image_token_id
 
+PROCESSORS = {CLIP_PROCESSOR: CLIPImageProcessorPil, SIGLIP_PROCESSOR: SiglipImageProcessorPil}
 
-def layout(trained: TrainedRun, dtype: torch.dtype) -> Layout:
-    return Layout(
+
+def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
+    return ExportPlan(
         weights=[WeightFiles("", tensors(trained), dtype)],
-        finish=lambda folder: write_files(trained, folder, dtype),
-        reopen={"llava": "."},
-        merged=True,
-        rounded=("llm", "vision", "projector"),
+        write_files=lambda folder: write_files(trained, folder, dtype),
+        load_from={"llava": "."},
+        rounded=tuple(PARTS),
     )
 
 
-def tensors(trained: TrainedRun, projector: dict | None = None, *, merged: bool = True) -> list[PlannedTensor]:
-    """All tensors under the legacy names; with ``projector`` in the place of the trained one."""
+TARGET = Target(
+    name="hf",
+    summary="the merged model as one `LlavaForConditionalGeneration` with its processor: transformers 4.49 to 5, "
+    "vLLM, lmms-eval, llama.cpp's converters",
+    usage="""from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # scales images as training did
+model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
+turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
+prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
+image = Image.open("photo.jpg").convert("RGB")
+inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.dtype)
+answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1]:]
+print(processor.decode(answer, skip_special_tokens=True))""",
+    plan=plan,
+)
+
+
+def tensors(
+    trained: TrainedRun, projector: dict[str, Tensor] | None = None, *, merged: bool = True
+) -> list[PlannedTensor]:
+    """All tensors under their published names.
+
+    Args:
+        projector: in place of the trained one. merged: False: LLM and vision tower without the adapters.
+    """
     return [
         *renamed(trained.llm_tensors(merged=merged), ("", "language_model.")),
         *renamed(trained.vision_tensors(merged=merged), ("", "vision_tower.vision_model.")),
@@ -42,16 +81,14 @@ def tensors(trained: TrainedRun, projector: dict | None = None, *, merged: bool 
 def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
     save_config(llava_config(trained, dtype), folder)
     trained.generation_config().save_pretrained(folder)
-    write_processor(
-        folder, trained.tokenizer, trained.template, trained.preprocessor, trained.vision_config, pad=trained.pads
-    )
+    write_processor(trained, folder)
 
 
 def llava_config(trained: TrainedRun, dtype: torch.dtype) -> LlavaConfig:
     """As llava-hf publishes it: the feature layer counted from the end, over a complete tower; the head untied."""
     return LlavaConfig(
-        text_config=llm_config(trained.llm_config, trained.vocabulary, dtype),
-        vision_config=vision_config(trained.vision_config, dtype),
+        text_config=trained.exported_llm_config(dtype),
+        vision_config=trained.exported_vision_config(dtype),
         image_token_index=image_token_id(trained.tokenizer),
         image_seq_length=tokens_per_image(trained.vision_config),
         vision_feature_layer=-2,
@@ -62,3 +99,43 @@ def llava_config(trained: TrainedRun, dtype: torch.dtype) -> LlavaConfig:
         architectures=["LlavaForConditionalGeneration"],
         dtype=dtype,
     )
+
+
+def write_processor(trained: TrainedRun, folder: Path) -> None:
+    """Tokenizer, ``chat_template.jinja``, ``processor_config.json`` and ``preprocessor_config.json``.
+
+    Images are padded to a square first where training did so; otherwise the centre is cropped. The image processor
+    that pads came with transformers 4.49; earlier versions stop at its name instead of cropping.
+    """
+    settings = {k: v for k, v in trained.preprocessor.items() if k not in ("image_processor_type", "processor_class")}
+    own_type = trained.preprocessor["image_processor_type"]
+    if not settings["do_center_crop"] and "height" in settings["size"]:
+        settings["crop_size"] = settings["size"]  # from which a server computes the number of an image's tokens
+    if trained.pads:
+        image_processor = LlavaImageProcessorPil(**settings, do_pad=True)
+    else:
+        image_processor = PROCESSORS[own_type](**settings)
+    tower = kind_of(trained.vision_config)
+    tokenizer = trained.tokenizer_with_template()
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=trained.vision_config.patch_size,
+        vision_feature_select_strategy=tower.strategy,
+        # A class token: the tower returns it, "default" drops it again. Left at 0 there, an image would get one
+        # placeholder too few.
+        num_additional_image_tokens=tower.class_tokens,
+        chat_template=tokenizer.chat_template,
+    )
+    processor.save_pretrained(folder)
+    known_to_transformers_4(folder)
+    # transformers 5 writes the image's settings into processor_config.json, where 4.49 stumbles over them. All
+    # versions and XTuner read them from preprocessor_config.json, under the name of the class without its backend.
+    file = folder / "processor_config.json"
+    write_json(file, {key: value for key, value in read_json(file).items() if key != "image_processor"})
+    settings |= {"do_pad": True} if trained.pads else {}
+    settings |= {
+        "image_processor_type": "LlavaImageProcessor" if trained.pads else own_type,
+        "processor_class": "LlavaProcessor",
+    }
+    write_json(folder / "preprocessor_config.json", settings)

@@ -1,7 +1,7 @@
 """``llava``: the original LLaVA's layout, ``LlavaLlamaForCausalLM`` with the tuned tower and the projector inside.
 
-LLaVA makes the tower from ``mm_vision_tower`` and, told that it was unfrozen, then loads the weights of this folder
-into it. It stops at the tokenizer's end token and has its templates in its own code.
+LLaVA makes the vision tower from ``mm_vision_tower`` and, told that it was unfrozen, then loads the weights of this
+folder into it. It stops at the tokenizer's end token and has its templates in its own code.
 """
 
 from __future__ import annotations
@@ -11,27 +11,25 @@ from pathlib import Path
 import torch
 
 from llava_moslora.errors import Refusal
-from llava_moslora.export.target import Layout, check_clip, renamed
-from llava_moslora.export.targets.components import write_llm
-from llava_moslora.export.trained_run import TrainedRun, plan_tensors
-from llava_moslora.export.writer import WeightFiles
-from llava_moslora.files.manifest import write_json
-from llava_moslora.files.tensors import read_json
+from llava_moslora.export.target import ExportPlan, Target, check_clip
+from llava_moslora.export.targets import llm
+from llava_moslora.export.trained_run import TrainedRun
+from llava_moslora.export.writer import WeightFiles, plan_tensors, renamed
+from llava_moslora.files.json import read_json, write_json
+from llava_moslora.models.names import PARTS
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
-TOWER = "model.vision_tower.vision_tower.vision_model."
 
-
-def layout(trained: TrainedRun, dtype: torch.dtype) -> Layout:
+def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     """
     Raises:
-        Refusal: C-FORMAT, the original LLaVA has no class for this LLM or this tower, or no way to name it.
+        Refusal: C-FORMAT, the original LLaVA has no class for this LLM or this vision tower, or no way to name it.
     """
-    kind = trained.llm_config.model_type
-    if kind != "llama":
+    llm_type = trained.llm_config.model_type
+    if llm_type != "llama":
         raise Refusal(
             "C-FORMAT", "the original LLaVA's class is a Llama", file=trained.llm_folder, key="--format llava",
-            found=kind, expected="llama (InternLM2 becomes one)", fix="--format hf takes every LLM",
+            found=llm_type, expected="llama (InternLM2 becomes one)", fix="--format hf takes every LLM",
         )  # fmt: skip
     if trained.vision_spec.startswith(OPEN_CLIP):
         raise Refusal(
@@ -39,28 +37,32 @@ def layout(trained: TrainedRun, dtype: torch.dtype) -> Layout:
             found=trained.vision_spec, fix="--format hf, or train on the tower as --format vision writes it",
         )  # fmt: skip
     check_clip(trained, "llava")
+    projector = ("linear_1.", "model.mm_projector.0."), ("linear_2.", "model.mm_projector.2.")
     tensors = [
         *trained.llm_tensors(),
-        *renamed(trained.vision_tensors(), ("", TOWER)),
-        *renamed(
-            plan_tensors(trained.projector),
-            ("linear_1.", "model.mm_projector.0."),
-            ("linear_2.", "model.mm_projector.2."),
-        ),
+        *renamed(trained.vision_tensors(), ("", "model.vision_tower.vision_tower.vision_model.")),
+        *renamed(plan_tensors(trained.projector), *projector),
     ]
     tower = str(Path(trained.vision_spec).resolve())
-    return Layout(
+    return ExportPlan(
         weights=[WeightFiles("", tensors, dtype)],
-        finish=lambda folder: write_files(trained, folder, dtype, tower),
-        reopen={"original_llava": ".", "vision": tower},
-        merged=True,
-        rounded=("llm", "vision", "projector"),
+        write_files=lambda folder: write_files(trained, folder, dtype, tower),
+        load_from={"original_llava": ".", "vision": tower},
+        rounded=tuple(PARTS),
     )
 
 
+TARGET = Target(
+    name="llava",
+    summary="the merged model as the original LLaVA's `LlavaLlamaForCausalLM`, with the tuned vision tower inside",
+    usage="""from llava.model.builder import load_pretrained_model
+tokenizer, model, image_processor, _ = load_pretrained_model(FOLDER, None, "llava-tuned")""",
+    plan=plan,
+)
+
+
 def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype, tower: str) -> None:
-    write_llm(trained, folder, dtype)
-    config = read_json(folder / "config.json")
+    llm.write_files(trained, folder, dtype)
     multimodal = {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
@@ -72,9 +74,9 @@ def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype, tower: st
         "mm_vision_select_feature": "patch",
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
-        "unfreeze_mm_vision_tower": True,  # else the tower's weights in this folder are passed over
+        "unfreeze_mm_vision_tower": True,  # otherwise the tower's weights in this folder are ignored
         "use_mm_proj": True,
         "tokenizer_padding_side": "right",
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-    write_json(folder / "config.json", config | multimodal)
+    write_json(folder / "config.json", read_json(folder / "config.json") | multimodal)

@@ -1,149 +1,70 @@
-"""``peft``: the folded adapters for stock PEFT, each over the part it was trained on, and the projector.
+"""``peft``: plain LoRA adapters for stock PEFT, each over the part it was trained on, and the projector.
 
 ``llm_adapter/`` lies over the original LLM's folder (an InternLM2 converted by ``scripts/convert_internlm2.py``),
-``vision_adapter/`` over the original tower's, ``projector/`` is whole. transformers 5.6 took a level away from the
-tower's names, and PEFT would leave adapters out with no more than a warning: ``vision_adapter_transformers4/`` has it.
-
-With ``with_base`` there is instead one adapter
-over a complete LLaVA that is written beside it::
-
-    base = AutoModelForImageTextToText.from_pretrained("export/base")
-    model = PeftModel.from_pretrained(base, "export/adapter")
-
-Inside a LLaVA the level is in the names: there PEFT drops it where it is gone.
+``vision_adapter/`` over the original vision tower's, ``projector/`` is whole. transformers 5.6 took a level away from
+the tower's names, and PEFT would leave adapters out with no more than a warning: ``vision_adapter_transformers4/`` has
+that level.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 
-from llava_moslora.adapters.fold import LowRank
 from llava_moslora.errors import Refusal
-from llava_moslora.export import peft_format
-from llava_moslora.export.target import Layout
-from llava_moslora.export.targets import components, hf
+from llava_moslora.export.peft_format import AdapterFolder
+from llava_moslora.export.target import ExportPlan, Target, check_adapters
+from llava_moslora.export.targets import projector
 from llava_moslora.export.trained_run import TrainedRun
-from llava_moslora.export.writer import WeightFiles
-from llava_moslora.files.tensors import read_json
-from llava_moslora.models.assemble import LLM, VISION
-from llava_moslora.models.internlm2 import MODEL_TYPE
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
-from llava_moslora.models.projector import read_projector
-
-# A part standing alone -> the same part in LlavaForConditionalGeneration, transformers 4.52 and later
-INSIDE = {LLM: ("model.", "model.language_model."), VISION: ("", "model.vision_tower.vision_model.")}
 
 
-def per_tower(trained: TrainedRun, _: torch.dtype) -> Layout:
+def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
     """
     Raises:
-        Refusal: C-FORMAT, a tower that has no folder of its own, or a run without adapters.
+        Refusal: C-FORMAT, a vision tower that has no folder of its own, or a run without adapters.
     """
     if trained.vision_spec.startswith(OPEN_CLIP):
         raise Refusal(
             "C-FORMAT", "the tower has no transformers folder for PEFT to load", key="--format peft",
             found=trained.vision_spec, fix="--format peft --with_base",
         )  # fmt: skip
-    _refuse_without(trained)
-    weights = [components.projector_weights(trained, "projector")]
-    reopen = {"llm": str(trained.llm_folder.resolve()), "vision": str(Path(trained.vision_spec).resolve())}
-    reopen["projector"] = "projector"
-    configs: dict[str, LoraConfig] = {}
-    llm_depth, depth = trained.llm_config.num_hidden_layers, trained.vision_config.num_hidden_layers
-    for folder, tower, base, level, layers_there, task in (
-        ("llm_adapter", LLM, "llm", "", llm_depth, "CAUSAL_LM"),
-        ("vision_adapter", VISION, "vision", "", depth, None),
-        ("vision_adapter_transformers4", VISION, "vision", "vision_model.", depth, None),
-    ):
-        if layers := {level + name: layer for name, layer in trained.updates_of_original(tower).items()}:
-            weights.append(peft_format.adapter_weights(layers, folder))
-            configs[folder] = peft_format.adapter_config(layers, reopen[base], depth=layers_there, task=task)
-            reopen.setdefault(f"{base}_adapter", folder)
-    if read_json(trained.llm_folder / "config.json").get("model_type") == MODEL_TYPE:
-        del reopen["llm"]  # no stock library loads an InternLM2; reopened over the same weights as a Llama
+    check_adapters(trained, "peft")
+    llm, vision = str(trained.llm_folder.resolve()), str(Path(trained.vision_spec).resolve())
+    layers, tower_layers = trained.loras("llm", "lm_head"), trained.loras("vision_tower")
+    old_names = {f"vision_model.{name}": layer for name, layer in tower_layers.items()}
+    depth, tower_depth = trained.llm_config.num_hidden_layers, trained.vision_config.num_hidden_layers
+    adapters = [
+        AdapterFolder("llm_adapter", layers, llm, depth=depth, task="CAUSAL_LM"),
+        AdapterFolder("vision_adapter", tower_layers, vision, depth=tower_depth),
+        AdapterFolder("vision_adapter_transformers4", old_names, vision, depth=tower_depth),
+    ]
+    adapters = [adapter for adapter in adapters if adapter.layers]
+    load_from = {"vision": vision, "projector": "projector"}
+    load_from |= {a.name: a.name for a in adapters if a.name in ("llm_adapter", "vision_adapter")}
+    if not trained.is_internlm2:  # no stock library loads one: the proof loads the same weights as a Llama
+        load_from["llm"] = llm
 
-    def finish(folder: Path) -> None:
-        for name, config in configs.items():
-            peft_format.save_config(config, folder / name)
-        components.write_projector(trained, folder / "projector")
+    def write_files(folder: Path) -> None:
+        for adapter in adapters:
+            adapter.write_config(folder)
+        projector.write_files(trained, folder / "projector")
 
-    return Layout(weights, finish, reopen, merged=False)
-
-
-def with_base(trained: TrainedRun, dtype: torch.dtype) -> Layout:
-    """One adapter, projector included, over ``base/``: the LLaVA that the run began from, in ``dtype``.
-
-    Raises:
-        Refusal: C-FORMAT, a run without adapters.
-    """
-    _refuse_without(trained)
-    start = trained.settings["model"]["pretrain_mm_mlp_adapter"]
-    widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
-    projector = None if start is None else read_projector(start, *widths)
-    layers = {}
-    for tower, (old, new) in INSIDE.items():
-        for name, layer in trained.updates(tower).items():
-            name = name.removesuffix(".weight")
-            layers[name if name == "lm_head" else new + name.removeprefix(old)] = layer.read()
-    saved = {f"model.multi_modal_projector.{name}": tensor for name, tensor in trained.projector.items()}
-
-    def finish(folder: Path) -> None:
-        hf.write_files(trained, folder / "base", dtype)
-        peft_format.save_config(_over_both(layers), folder / "adapter")
-
-    return Layout(
-        weights=[
-            WeightFiles("base", hf.tensors(trained, projector, merged=False), dtype),
-            peft_format.adapter_weights(layers, "adapter", saved),
-        ],
-        finish=finish,
-        reopen={"llava": "base", "adapter": "adapter"},
-        merged=False,
-        rounded=("base",),
+    return ExportPlan(
+        weights=[projector.weights(trained, "projector"), *(adapter.weights for adapter in adapters)],
+        write_files=write_files,
+        load_from=load_from,
     )
 
 
-def _refuse_without(trained: TrainedRun) -> None:
-    if trained.adapter is None:
-        raise Refusal(
-            "C-FORMAT", "stage 1 trains the projector and no adapters", file=trained.run, key="--format peft",
-            fix="--format projector",
-        )  # fmt: skip
-
-
-def _over_both(layers: dict[str, LowRank]) -> LoraConfig:
-    """Settings per tower and targets as patterns: the towers share the names of their linears, not ranks or numbers."""
-    vision = {name: layer for name, layer in layers.items() if ".vision_tower." in name}
-    llm = {name: layer for name, layer in layers.items() if name not in vision}
-    config = peft_format.adapter_config(llm or vision, "base", depth=None, task=None)
-    if llm and vision:
-        own = peft_format.adapter_config(vision, "base", depth=None, task=None)
-        assert not own.rank_pattern and not own.alpha_pattern, "one rank in the whole tower"
-        config.rank_pattern[r".*vision_tower\..*"] = own.r
-        config.alpha_pattern[r".*vision_tower\..*"] = own.lora_alpha
-    config.target_modules = "|".join(_patterns(layers))
-    config.modules_to_save = ["multi_modal_projector"]
-    return config
-
-
-def _patterns(names: Iterable[str]) -> list[str]:
-    """Regular expressions that match ``names`` and nothing else, the tower's also without its level."""
-    grid: dict[str, dict[str, dict[str, None]]] = {}
-    rest = []
-    for name in names:
-        if found := re.fullmatch(r"(.+\.layers\.)(\d+)\.(.+)", name):
-            grid.setdefault(found[1], {}).setdefault(found[3], {})[found[2]] = None
-        else:
-            rest.append(re.escape(name))
-    for block, linears in grid.items():
-        block = re.escape(block).replace(r"vision_model\.", r"(?:vision_model\.)?")
-        by_layers: dict[str, list[str]] = {}
-        for linear, numbers in linears.items():
-            by_layers.setdefault("|".join(numbers), []).append(re.escape(linear))
-        rest += [f"{block}(?:{numbers})\\.(?:{'|'.join(found)})" for numbers, found in by_layers.items()]
-    return rest
+TARGET = Target(
+    name="peft",
+    summary="plain LoRA adapters for stock PEFT over the original LLM and vision tower, and the projector",
+    usage="""from peft import PeftModel
+from transformers import AutoModelForCausalLM, VISION_CLASS
+llm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("LLM"), FOLDER + "/llm_adapter")
+tower = PeftModel.from_pretrained(VISION_CLASS.from_pretrained("TOWER"), FOLDER + "/vision_adapter")""",
+    plan=plan,
+    merges=False,
+)

@@ -10,14 +10,14 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-FILE, FOLDER = "metrics.jsonl", "tensorboard"
+METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
 
-class Metrics(TrainerCallback):
+class MetricsWriter(TrainerCallback):
     """Writes what is logged, on the main process.
 
-    A run that goes on from a checkpoint has logged steps that it now takes again: their rows are taken out first, and
-    TensorBoard is told to forget them.
+    A resumed run repeats the steps after its checkpoint: their rows are deleted first, and TensorBoard is told to
+    discard them.
 
     Args:
         run: the run folder.
@@ -25,20 +25,20 @@ class Metrics(TrainerCallback):
     """
 
     def __init__(self, run: Path, *, tensorboard: bool):
-        self.file, self.tensorboard = run / FILE, tensorboard
+        self.file, self.tensorboard = run / METRICS_FILE, tensorboard
         self.writer: SummaryWriter | None = None
 
     def on_train_begin(self, args, state, control, **_):
         if not state.is_world_process_zero:
             return
-        keep_until(self.file, state.global_step)
+        delete_rows_after(self.file, state.global_step)
         if self.tensorboard:
-            self.writer = SummaryWriter(self.file.parent / FOLDER, purge_step=state.global_step + 1)
+            self.writer = SummaryWriter(self.file.parent / TENSORBOARD_FOLDER, purge_step=state.global_step + 1)
 
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or "train_runtime" in logs:  # the Trainer's closing summary is of no step
             return
-        append(self.file, {"step": state.global_step, **logs})
+        append_row(self.file, {"step": state.global_step, **logs})
         if self.writer is not None:
             for name, value in logs.items():
                 self.writer.add_scalar(name if "/" in name else f"train/{name}", value, state.global_step)
@@ -49,8 +49,8 @@ class Metrics(TrainerCallback):
             self.writer.close()
 
 
-def append(file: Path, row: dict) -> None:
-    """One row, in one write, so that a kill leaves at most one unfinished line at the end.
+def append_row(file: Path, row: dict) -> None:
+    """Append one row in one write, so that a kill leaves at most one unfinished line, at the end.
 
     JSON has no NaN and no Inf (fp16's search for a loss scale logs gradient norms of Inf): they are written as text.
     """
@@ -59,8 +59,8 @@ def append(file: Path, row: dict) -> None:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def read(file: Path) -> list[dict]:
-    """The rows of a file that :func:`append` wrote. A line that a kill left unfinished is not among them, nor is a
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a file that :func:`append_row` wrote. A line that a kill left unfinished is skipped, and so is a
     damaged one: a log that lost a line stops nothing."""
     return _read(file)[0]
 
@@ -70,11 +70,11 @@ def _read(file: Path) -> tuple[list[dict], int]:
     if not file.is_file():
         return [], 0
     *lines, _unfinished = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = [row for line in lines if (row := _row(line)) is not None]
+    rows = [row for line in lines if (row := _parse(line)) is not None]
     return rows, len(lines) - len(rows)
 
 
-def _row(line: str) -> dict | None:
+def _parse(line: str) -> dict | None:
     try:
         row = json.loads(line)
     except ValueError:
@@ -82,14 +82,14 @@ def _row(line: str) -> dict | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def keep_until(file: Path, step: int) -> None:
-    """Take out the rows of later steps, at once: a kill leaves the old file or the new one."""
+def delete_rows_after(file: Path, step: int) -> None:
+    """Delete the rows of later steps, all at once: a kill leaves the old file or the new one."""
     if not file.is_file():
         return
     rows, damaged = _read(file)
     if damaged:
-        print(f"{file}: {damaged} damaged lines left out", flush=True)
-    kept = [row for row in rows if row["step"] <= step]
+        print(f"{file}: {damaged} damaged lines skipped", flush=True)
+    rows = [row for row in rows if row["step"] <= step]
     unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(unfinished, file)

@@ -1,7 +1,7 @@
-"""SIGTERM and SIGINT: the step is finished, a checkpoint published, and every process leaves with status 75.
+"""Preemption: on SIGTERM or SIGINT the step is finished, a checkpoint published, and every rank exits with status 75.
 
 DeepSpeed's and torch's launchers pass SIGTERM on to the processes they started, one after the other and with 30 seconds
-of grace; so whichever rank hears a signal first stops all ranks after the same step.
+of grace; so whichever rank receives a signal first stops all ranks after the same step.
 """
 
 from __future__ import annotations
@@ -22,31 +22,32 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Preemption(TrainerCallback):
-    """Listens from :meth:`listen` on; give it to the Trainer as a callback, and call :meth:`leave` after training."""
+    """A callback that handles signals once :meth:`install` was called; :meth:`refuse_if_interrupted` ends the run."""
 
     def __init__(self):
-        self.heard: str | None = None  # the signal this process was sent
-        self.heard_at = 0.0
-        self.training = self.stopping = self.paused = False
-        self._group = None  # of all ranks, on the CPU: asking one another never waits for a GPU
+        self.received: str | None = None  # the signal this process was sent
+        self.received_at = 0.0
+        self.training = self.stopping = self.interrupted = False
+        self._group = None  # all ranks, on the CPU: asking one another never waits for a GPU
 
-    def listen(self) -> None:
+    def install(self) -> None:
+        """Handle :data:`SIGNALS` from now on."""
         for number in SIGNALS:
-            signal.signal(number, self._hear)
+            signal.signal(number, self._handle)
 
-    def _hear(self, number: int, _frame) -> None:
+    def _handle(self, number: int, _frame) -> None:
         name = signal.Signals(number).name
-        if self.paused:  # leaving already; a launcher ends the other ranks when the first has left
+        if self.interrupted:  # exiting already; a launcher ends the other ranks when the first has exited
             raise SystemExit(EXIT_STATUS["P"])
         if not self.training:
-            _say(f"{name} outside the training loop: leaving at once; start again with --resume True")
+            _print_from_handler(f"{name} outside the training loop: exiting at once; start again with --resume True")
             raise SystemExit(EXIT_STATUS["P"])
-        if self.heard is None:
-            self.heard, self.heard_at = name, time.monotonic()
-            _say(f"{name}: finishing the step and publishing a checkpoint; {name} again ends at once")
-        elif name == self.heard and time.monotonic() > self.heard_at + 1:
-            # The same one again: someone is out of patience. (Ctrl-C reaches a process twice: from the terminal, and
-            # as SIGTERM from the launcher.) A checkpoint that is being written is not lost: it does not exist yet.
+        if self.received is None:
+            self.received, self.received_at = name, time.monotonic()
+            _print_from_handler(f"{name}: finishing the step and publishing a checkpoint; {name} again ends at once")
+        elif name == self.received and time.monotonic() > self.received_at + 1:
+            # The same one again: the user does not want to wait. (Ctrl-C reaches a process twice: from the terminal,
+            # and as SIGTERM from the launcher.) A checkpoint that is being written is not lost: it does not exist yet.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -57,23 +58,23 @@ class Preemption(TrainerCallback):
         self.training = True
 
     def on_step_end(self, args, state, control, **_):
-        asked = torch.tensor(self.heard is not None, dtype=torch.int32)
+        received = torch.tensor(self.received is not None, dtype=torch.int32)
         if self._group is not None:
-            distributed.all_reduce(asked, distributed.ReduceOp.MAX, self._group)
-        if asked:
+            distributed.all_reduce(received, distributed.ReduceOp.MAX, self._group)
+        if received:
             self.stopping = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **_):
         self.training = False
-        self.paused = self.stopping and state.global_step < state.max_steps
+        self.interrupted = self.stopping and state.global_step < state.max_steps
 
-    def leave(self, run: object) -> None:
-        """After training; nothing where it ran to its end.
+    def refuse_if_interrupted(self, run: object) -> None:
+        """To be called after training; does nothing for a run that reached its last step.
 
         Raises:
             Refusal: P-PAUSED, with exit status 75: start the same command again with ``--resume True``.
         """
-        if self.paused:
+        if self.interrupted:
             raise Refusal(
                 "P-PAUSED",
                 "stopped by a signal after a checkpoint was published",
@@ -83,11 +84,11 @@ class Preemption(TrainerCallback):
 
 
 @contextmanager
-def contact(gone: Callable[[], str] = str) -> Iterator[None]:
-    """A rank that dies takes the others with it; they say so in one line.
+def catch_lost_ranks(dead_ranks: Callable[[], str] = str) -> Iterator[None]:
+    """A rank that dies makes the collectives of the others fail; each of those reports it in one line.
 
     Args:
-        gone: names the dead ranks, as far as they can be known (:meth:`llava_moslora.training.watchdog.Watchdog.gone`).
+        dead_ranks: names those that are known (:meth:`llava_moslora.training.watchdog.Watchdog.dead_on_this_host`).
 
     Raises:
         Refusal: P-RANK, in place of a communication library's error.
@@ -100,16 +101,17 @@ def contact(gone: Callable[[], str] = str) -> Iterator[None]:
         raise Refusal(
             "P-RANK",
             "lost contact with another process of this run",
-            found="; ".join(filter(None, (gone(), str(error).splitlines()[0]))),
+            found="; ".join(filter(None, (dead_ranks(), str(error).splitlines()[0]))),
             fix="see why it ended, then start the same command again with --resume True",
         ) from error
 
 
 def ignore_signals(_worker: int) -> None:
-    """For loader processes, which get the signals too: the step that waits for their batches is to be finished."""
+    """For the workers of the data loader, which receive the signals too: the step that waits for their batches is to be
+    finished."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _say(line: str) -> None:
+def _print_from_handler(line: str) -> None:
     os.write(2, f"{line}\n".encode())  # a signal may arrive in the middle of a print, which cannot be entered twice

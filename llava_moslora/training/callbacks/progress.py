@@ -1,11 +1,12 @@
-"""The progress bar: loss, learning rate, speed, memory and time left; and the epoch as our data order counts it."""
+"""The progress bar: loss, learning rate, throughput, memory and time left."""
 
 from __future__ import annotations
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-SHOWN = (
+# what the bar shows besides loss and learning rate: label, key in the log, format
+FIGURES = (
     ("tok/s", "tokens_per_second", "{:.0f}"),
     ("rec/s", "samples_per_second", "{:.2f}"),
     ("MFU", "mfu", "{:.1%}"),
@@ -13,11 +14,10 @@ SHOWN = (
 )
 
 
-class Progress(TrainerCallback):
-    """Drives the data order from the Trainer's step count, and shows on the main process where the run stands."""
+class ProgressBar(TrainerCallback):
+    """A bar on the main process, in place of the Trainer's own."""
 
-    def __init__(self, trainer):
-        self.trainer = trainer
+    def __init__(self):
         self.bar: tqdm | None = None
 
     def on_train_begin(self, args, state, control, **_):
@@ -30,23 +30,14 @@ class Progress(TrainerCallback):
                 disable=args.disable_tqdm,
             )
 
-    def on_epoch_begin(self, args, state, control, **_):
-        # the order is a function of the step alone: a resumed run starts in the middle of its epoch, reading nothing
-        steps = self.trainer.sampler.global_batches
-        self.trainer.sampler.set_epoch(state.global_step // steps)
-        self.trainer.sampler.start_at(state.global_step % steps)
-
     def on_step_end(self, args, state, control, **_):
-        state.epoch = state.global_step / self.trainer.sampler.global_batches
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **_):
         if self.bar is not None and logs and "loss" in logs:
             shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.1e}"}
-            for name, figure, form in SHOWN:
-                if figure in logs:
-                    shown[name] = form.format(logs[figure])
+            shown |= {label: form.format(logs[key]) for label, key, form in FIGURES if key in logs}
             self.bar.set_postfix(shown, refresh=True)
 
     def on_train_end(self, args, state, control, **_):

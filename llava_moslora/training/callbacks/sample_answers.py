@@ -1,10 +1,8 @@
-"""What the model says while it is trained: fixed questions, answered every so many steps into one growing page."""
+"""Sample answers: fixed questions that the model answers every so many steps of training, collected on one page."""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from llava_moslora import pages
 from llava_moslora.data.images import load_image
 from llava_moslora.data.records import read_records
 from llava_moslora.errors import Refusal
@@ -23,11 +22,11 @@ from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.text.conversation import Turn
 from llava_moslora.training.callbacks import metrics
-from llava_moslora.training.optimizer_state import kept_random_state
+from llava_moslora.training.random_state import preserved_random_state
 
-FILE, PAGE = "samples.jsonl", "samples.html"
-MOST = 64
-THUMBNAIL = 256
+ANSWERS_FILE, ANSWERS_PAGE = "samples.jsonl", "samples.html"
+MAX_QUESTIONS = 64
+THUMBNAIL_SIZE = 256  # pixels of the longer side
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,19 @@ class Sample:
 
 
 def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Sample]:
-    """The records of a LLaVA-format file as questions: the last answer of each is what is asked for.
+    """The records of a LLaVA-format file as questions: the model answers in place of the last answer of each.
 
     Raises:
         Refusal: as :func:`~llava_moslora.data.records.read_records` and
-            :func:`~llava_moslora.data.images.load_image`; D-MANY, more than :data:`MOST` records.
+            :func:`~llava_moslora.data.images.load_image`; D-MANY, more than :data:`MAX_QUESTIONS` records.
     """
     if not Path(file).is_file():
         raise Refusal("D-FILE", "there is no such file", file=file, key="--sample_questions")
-    records = list(islice(read_records(file), MOST + 1))
-    if len(records) > MOST:
+    records = list(islice(read_records(file), MAX_QUESTIONS + 1))
+    if len(records) > MAX_QUESTIONS:
         raise Refusal(
             "D-MANY", "too many questions to answer them again and again", file=file, key="--sample_questions",
-            found=f"more than {MOST}", expected=f"at most {MOST}", fix="take a few of them into a file of their own",
+            found=f"more than {MAX_QUESTIONS}", expected=f"at most {MAX_QUESTIONS}", fix="a file with a few of them",
         )  # fmt: skip
     if image_folder is None and any(record.images for record in records):
         raise Refusal("I-FOLDER", "images without a folder", file=file, key="--sample_image_folder")
@@ -69,11 +68,11 @@ def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Samp
 class SampleAnswers(TrainerCallback):
     """Answers ``samples`` at the start, every ``steps`` steps and at the end, greedily, on the main process.
 
-    Into the log, ``samples.jsonl`` and ``samples.html`` (images included, readable without a network). The training
-    is not touched: random streams, modes and gradients stay as they were.
+    Prints them and writes ``samples.jsonl`` and ``samples.html`` (images included, readable without a network).
+    Training is not affected: random states, modes and gradients stay as they were.
 
     Args:
-        chat_model: the live model with its tokenizer, template and image transform.
+        chat_model: the model in training with its tokenizer, template and image transform.
         run: the run folder.
     """
 
@@ -83,30 +82,30 @@ class SampleAnswers(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         if state.is_world_process_zero:
-            metrics.keep_until(self.run / FILE, state.global_step)
-            rows = metrics.read(self.run / FILE)
+            metrics.delete_rows_after(self.run / ANSWERS_FILE, state.global_step)
+            rows = metrics.read_rows(self.run / ANSWERS_FILE)
             if not rows or rows[-1]["step"] != state.global_step:  # a resumed run may have them already
-                self.ask(state.global_step)
+                self.answer_samples(state.global_step)
 
     def on_step_end(self, args, state, control, **_):
         step = state.global_step
         if state.is_world_process_zero and (step % self.steps == 0 or step == state.max_steps):
-            self.ask(step)
+            self.answer_samples(step)
 
-    def ask(self, step: int) -> None:
+    def answer_samples(self, step: int) -> None:
         questions = [(sample.images, sample.turns) for sample in self.samples]
-        with kept_random_state(), answering(self.chat_model.model):
+        with preserved_random_state(), eval_mode(self.chat_model.model):
             answers = list(answer(self.chat_model, questions, max_new_tokens=self.max_new_tokens))
         for sample, text in zip(self.samples, answers, strict=True):
             tqdm.write(f"step {step} · {sample.turns[-1].text.strip()!r} → {text!r}")
-        metrics.append(self.run / FILE, {"step": step, "answers": answers})
-        rows = metrics.read(self.run / FILE)
-        (self.run / PAGE).write_text(page(self.samples, rows, str(self.run)), encoding="utf-8")
+        metrics.append_row(self.run / ANSWERS_FILE, {"step": step, "answers": answers})
+        rows = metrics.read_rows(self.run / ANSWERS_FILE)
+        write_page(self.run / ANSWERS_PAGE, self.samples, rows, str(self.run))
 
 
 @contextmanager
-def answering(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and afterwards every module in the mode that it was in."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model is in eval mode inside; afterwards every module is in the mode it was in before."""
     modes = [(module, module.training) for module in model.modules()]
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in place
@@ -119,41 +118,24 @@ def answering(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def page(samples: Sequence[Sample], rows: list[dict], title: str) -> str:
-    """HTML: one section per question with its images, and the answers by step, the newest last."""
+def write_page(file: Path, samples: Sequence[Sample], rows: list[dict], title: str) -> None:
+    """One section per question with its images, its answers by step, the newest last, and the reference."""
     sections = []
     for number, sample in enumerate(samples):
-        images = "".join(_thumbnail(image) for image in sample.images)
+        images = "".join(pages.thumbnail(image, THUMBNAIL_SIZE) for image in sample.images)
         turns = "".join(f"<p class={turn.role}>{html.escape(turn.text)}</p>" for turn in sample.turns)
-        answers = "".join(
-            f"<tr><td>{row['step']}</td><td>{html.escape(row['answers'][number])}</td></tr>" for row in rows
-        )
-        reference = f"<tr class=reference><td>reference</td><td>{html.escape(sample.reference)}</td></tr>"
-        table = f"<table>{answers}{reference}</table>"
+        answers = [(row["step"], row["answers"][number]) for row in rows]
+        table = pages.table([*answers, ("reference", sample.reference)])
         sections.append(f"<article><div class=images>{images}</div><div>{turns}{table}</div></article>")
-    return f"""<!doctype html>
-<html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>
-<h1>{html.escape(title)}</h1><p>{len(samples)} questions, answered at {len(rows)} steps.</p>{"".join(sections)}</html>
-"""
-
-
-def _thumbnail(image: Image.Image) -> str:
-    image = image.copy()
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" width={image.width} height={image.height} alt="">'
+    body = f"<p>{len(samples)} questions, answered at {len(rows)} steps.</p>{''.join(sections)}"
+    file.write_text(pages.page(title, body, STYLE), encoding="utf-8")
 
 
 STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; }
-h1 { font-size: 1.3em; } p { white-space: pre-wrap; margin: 0 0 .4em; }
-article { display: flex; gap: 1.5em; border-top: 1px solid #8884; padding: 1em 0; }
+p { white-space: pre-wrap; margin: 0 0 .4em; } article { display: flex; gap: 1.5em; padding: 1em 0; }
 .images { flex: 0 0 256px; } .images img { display: block; margin-bottom: .5em; }
 .human { font-weight: 600; } .gpt, .system { color: #777; }
 td { padding: .1em .8em .1em 0; vertical-align: top; white-space: pre-wrap; }
-td:first-child { text-align: right; color: #777; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.reference td { color: #2f7d5b; border-top: 1px solid #8884; }
+td:first-child { text-align: right; color: #777; white-space: nowrap; }
+tr:last-child td { color: var(--a); border-top: 1px solid var(--line); }
 """

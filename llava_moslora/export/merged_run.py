@@ -1,0 +1,128 @@
+"""The run's side of the proof: the run as training left it, and then merged in memory as an export has it.
+
+The merge is PEFT's own, so that it shares no code with the one that the export writes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llava_moslora.export import mapped_weights, probe
+from llava_moslora.export.target import ExportPlan, Target
+from llava_moslora.export.trained_run import DEQUANTIZED, TrainedRun
+from llava_moslora.inference.generate import Question, batch
+from llava_moslora.inference.load import ChatModel, load_run
+from llava_moslora.models.llava import Llava
+from llava_moslora.models.names import part_of
+from llava_moslora.models.towers import kind_of
+from llava_moslora.text.conversation import stop_token_ids
+
+MAX_NEW_TOKENS = 16
+
+# Of one question: ids [T], logits of the last token [V], answer [new tokens], and with images features [N, P, E] and
+# projected [N, P, D]; float32
+RunAnswer = dict[str, Tensor]
+
+
+def answers_of_run(
+    trained: TrainedRun,
+    target: Target,
+    plan: ExportPlan,
+    questions: list[Question],
+    features: Tensor | None,
+    dtype: torch.dtype,
+    mapped: bool,
+) -> tuple[list[RunAnswer], list[Tensor]]:
+    """What the run computes for each question once it is merged and rounded as ``plan`` has it, and its logits before.
+
+    Args:
+        features: [1, P, E], which only the projector is given, where an export holds nothing else.
+        mapped: :func:`llava_moslora.export.mapped_weights.needed`.
+    """
+    chat_model = _load(trained, trained.bits, mapped)
+    as_trained = [_logits(chat_model, question) for question in questions]
+    if another_llm := trained_over_another_llm(trained, target):
+        del chat_model  # one model in memory at a time
+        chat_model = _load(trained, 16, mapped)
+    if target.merges and trained.adapter is not None:
+        if mapped:
+            mapped_weights.merge_where_used(_base_model(chat_model), dtype)
+        elif trained.bits == 4 and not another_llm:
+            from llava_moslora.adapters.bnb import merge_over_4bit
+
+            chat_model.model, _ = merge_over_4bit(chat_model.model)
+        else:
+            chat_model.model = chat_model.model.merge_and_unload()
+    _round(chat_model, target, plan, dtype)
+    return [_answer(trained, chat_model, question, features) for question in questions], as_trained
+
+
+def trained_over_another_llm(trained: TrainedRun, target: Target) -> bool:
+    """Adapters trained over NF4 weights are exported over the original ones, unless merged into the former."""
+    return trained.bits == 4 and not (target.merges and trained.merge_base == DEQUANTIZED)
+
+
+def _load(trained: TrainedRun, bits: int, mapped: bool) -> ChatModel:
+    stored_dtype = trained.llm_config.dtype if mapped and bits == 16 else None
+    chat_model = load_run(
+        trained.run,
+        checkpoint=trained.checkpoint,
+        llm=trained.llm_folder,
+        vision_tower=trained.vision_spec,
+        bits=bits,
+        llm_dtype=stored_dtype,
+    )
+    if stored_dtype is not None:
+        model = _base_model(chat_model)
+        for part in (model.model.language_model, model.lm_head):
+            probe.compute_in_float32(part)
+    return chat_model
+
+
+def _base_model(chat_model: ChatModel) -> Llava:
+    model = chat_model.model
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def _round(chat_model: ChatModel, target: Target, plan: ExportPlan, dtype: torch.dtype) -> None:
+    """Round the parameters that the export holds in ``dtype``; adapters saved apart and their projector are float32."""
+    apart = ("lora_",) if target.merges else ("lora_", "modules_to_save")
+    for name, parameter in chat_model.model.named_parameters():
+        if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4; mapped, as it is stored
+            continue
+        if part_of(name) in plan.rounded and not any(word in name for word in apart):
+            parameter.data = parameter.data.to(dtype).float()
+
+
+@torch.inference_mode()
+def _logits(chat_model: ChatModel, question: Question) -> Tensor:
+    return chat_model.model(**batch(chat_model, [question])).logits[0, -1].float()
+
+
+@torch.inference_mode()
+def _answer(trained: TrainedRun, chat_model: ChatModel, question: Question, features: Tensor | None) -> RunAnswer:
+    inputs, model = batch(chat_model, [question]), _base_model(chat_model)
+    ids = inputs["input_ids"][0]
+    answer = {"ids": ids, "logits": chat_model.model(**inputs).logits[0, -1].float()}
+    output = chat_model.model.generate(
+        **inputs,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        eos_token_id=stop_token_ids(trained.tokenizer, trained.template),
+        pad_token_id=trained.tokenizer.pad_token_id,
+    )
+    answer["answer"] = output[0, len(ids) :]
+    if "pixel_values" in inputs:
+        answer["features"] = _features(model, inputs["pixel_values"])
+        answer["projected"] = model.model.multi_modal_projector(answer["features"])
+    if features is not None:
+        answer["projected"] = model.model.multi_modal_projector(features)
+    return answer
+
+
+def _features(model: Llava, pixels: Tensor) -> Tensor:
+    """The projector's input [N, P, E]: the training model's last layer is the one before the complete tower's last."""
+    layer, skipped = model.config.vision_feature_layer, kind_of(model.config.vision_config).class_tokens
+    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[layer][:, skipped:]

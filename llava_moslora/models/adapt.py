@@ -1,0 +1,140 @@
+"""What of an assembled LLaVA is trained: MoSLoRA adapters in the LLM and the vision tower and the projector, or in
+stage 1 the projector alone."""
+
+from __future__ import annotations
+
+import re
+
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from llava_moslora.adapters.config import MosLoraConfig
+from llava_moslora.config import AdapterSettings, TowerAdapter
+from llava_moslora.errors import Refusal
+from llava_moslora.models.llava import Llava
+from llava_moslora.models.names import ADAPTER_NAME, LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of
+
+FLAG_PREFIX = {LLM: "--", VISION_TOWER: "--vision_"}
+
+
+def add_adapters(model: Llava, settings: AdapterSettings) -> PeftModel:
+    """One MoSLoRA adapter over the whole model, the vision tower's settings as patterns, the projector trained whole.
+
+    Layers whose output is never used (the vision tower's last) are not in the model, so no adapter is ever without
+    gradient. All trainable tensors get the model's dtype: ZeRO-3 asserts a single one.
+
+    Raises:
+        Refusal: C-FLAG, no adapter asked for; C-TARGET, a target that matches no linear; C-RANK, a rank above a
+            linear's smaller side; whatever :class:`MosLoraConfig` refuses.
+    """
+    llm, vision = settings.llm, settings.vision
+    towers = {tower: adapter for tower, adapter in ((LLM, llm), (VISION_TOWER, vision)) if adapter is not None}
+    for tower, adapter in towers.items():
+        _check_rank(model, tower, adapter)
+    if not towers:
+        raise Refusal("C-FLAG", "no adapter asked for", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
+    main = llm or vision
+    own = {f"{re.escape(VISION_TOWER)}\\..*": vision} if main is llm and vision is not None else {}
+    config = MosLoraConfig(
+        r=main.r,
+        lora_alpha=main.lora_alpha,
+        lora_dropout=main.lora_dropout,
+        mixer_init=main.mixer_init,
+        train_mixer=main.train_mixer,
+        target_modules="|".join(_target_regex(model, tower, adapter) for tower, adapter in towers.items()),
+        modules_to_save=[PROJECTOR],
+        rank_pattern={key: adapter.r for key, adapter in own.items()},
+        alpha_pattern={key: adapter.lora_alpha for key, adapter in own.items()},
+        dropout_pattern={key: adapter.lora_dropout for key, adapter in own.items()},
+        mixer_init_pattern={key: adapter.mixer_init for key, adapter in own.items()},
+        train_mixer_pattern={key: adapter.train_mixer for key, adapter in own.items()},
+    )
+    if vision is not None and is_deepspeed_zero3_enabled():
+        # ZeRO-3 frees an adapted layer's weights by a backward hook on its inputs. The images ask for no gradient,
+        # and on inputs without one torch fires that hook before the layer's backward instead of after it.
+        model.model.vision_tower.enable_input_require_grads()
+    return get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+
+
+def train_projector_only(model: Llava) -> Llava:
+    """Stage 1: everything frozen but the projector."""
+    model.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    return model
+
+
+def linear_suffixes(model: nn.Module, tower: str) -> list[str]:
+    """Names of the linears inside the layers of ``tower``, without the layer: ``self_attn.q_proj``, ``mlp.fc1`` …"""
+    pattern = re.compile(rf"{re.escape(tower)}\.(?:encoder\.)?layers\.\d+\.(.+)")
+    found = {
+        m[1]: None
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (m := pattern.fullmatch(name))
+    }
+    return list(found)
+
+
+def _check_rank(model: nn.Module, tower: str, adapter: TowerAdapter) -> None:
+    """A rank above a linear's smaller side adds parameters and no ΔW that a lower one would not reach."""
+    wanted = [re.compile(rf"(?:.*\.)?{re.escape(name)}") for name in adapter.target_modules]
+    for name, module in model.named_modules():
+        if not (isinstance(module, nn.Linear) and name.startswith(tower + ".")):
+            continue
+        smaller = min(module.in_features, module.out_features)
+        if adapter.r > smaller and (not wanted or any(pattern.fullmatch(name) for pattern in wanted)):
+            raise Refusal(
+                "C-RANK",
+                f"the rank is above the smaller side of {name}",
+                key=f"{FLAG_PREFIX[tower]}lora_r",
+                found=f"{adapter.r} for {module.in_features} → {module.out_features}",
+                expected=f"at most {smaller}",
+                fix="lower it, or name other linears: --lora_target_modules, --vision_lora_target_modules",
+            )
+
+
+def _target_regex(model: nn.Module, tower: str, adapter: TowerAdapter) -> str:
+    """Which modules get the adapter, as PEFT's ``target_modules`` takes it."""
+    available = linear_suffixes(model, tower)
+    wanted = list(adapter.target_modules) or available
+    regexes, chosen = [], []
+    if tower == LLM and LM_HEAD in wanted:
+        wanted.remove(LM_HEAD)
+        regexes = [LM_HEAD]
+    for name in wanted:
+        matches = [suffix for suffix in available if suffix == name or suffix.endswith("." + name)]
+        if not matches:
+            raise Refusal(
+                "C-TARGET", "no linear of this tower has that name", key=f"{FLAG_PREFIX[tower]}lora_target_modules",
+                found=name, expected="some of " + ", ".join(available),
+            )  # fmt: skip
+        chosen += matches
+    if chosen:
+        names = "|".join(re.escape(name) for name in dict.fromkeys(chosen))
+        regexes.insert(0, rf"{re.escape(tower)}\.(?:encoder\.)?layers\.\d+\.(?:{names})")
+    return "|".join(regexes)
+
+
+def parameter_table(model: nn.Module) -> str:
+    """A line per part: its parameters, how many are trained, and of those in mixers; also right under ZeRO-3."""
+    titles = {"llm": "LLM", "vision_tower": "vision tower", "projector": "projector", "lm_head": "LM head"}
+    count = {part: [0, 0, 0] for part in titles}
+    for name, parameter in model.named_parameters():
+        if "original_module" in name:  # PEFT keeps the projector as it was loaded, next to the trained copy
+            continue
+        part = part_of(name)
+        size = parameter_size(parameter)
+        count[part][0] += size
+        count[part][1] += size if parameter.requires_grad else 0
+        count[part][2] += size if parameter.requires_grad and "lora_mixer" in name else 0
+    rows = [f"{'part':<14}{'parameters':>16}{'trained':>14}{'of it mixers':>14}"]
+    rows += [f"{titles[part]:<14}{n:>16,}{trained:>14,}{mixers:>14,}" for part, (n, trained, mixers) in count.items()]
+    total, trained, mixers = (sum(column) for column in zip(*count.values(), strict=True))
+    return "\n".join([*rows, f"{'all':<14}{total:>16,}{trained:>14,}{mixers:>14,}"])
+
+
+def parameter_size(parameter: nn.Parameter) -> int:
+    """Number of weights a parameter stands for: whole under ZeRO-3, unpacked where two 4-bit weights share a byte."""
+    if hasattr(parameter, "quant_state") and parameter.quant_state is not None:
+        return parameter.quant_state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())

@@ -1,0 +1,64 @@
+"""Floating-point operations of training a LLaVA, counted from its parameters: what MFU is a share of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from llava_moslora.models.adapt import parameter_size
+from llava_moslora.models.assemble import tokens_per_image
+from llava_moslora.models.names import part_of
+from llava_moslora.models.towers import kind_of
+
+
+@dataclass(frozen=True)
+class Flops:
+    """What training one token or image takes; a multiplication and an addition are two operations.
+
+    What activation checkpointing recomputes is not counted, nor what padding costs: it is the model's work, as in the
+    MFU of PaLM (Chowdhery et al. 2022, appendix B), whose attention term is not halved for causality either.
+
+    Args:
+        token: per token in the LLM, without attention.
+        pair: per pair of tokens of the same record, in either order: attention.
+        trained_token: per token with a label: the LM head.
+        image: per image: vision tower and projector.
+    """
+
+    token: float
+    pair: float
+    trained_token: float
+    image: float
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Flops:
+        """Per weight two in forward, two for the gradient of its input, two for its own if it is trained. Nothing goes
+        backward through a vision tower without adapters."""
+        config = model.config
+        text, vision = config.text_config, config.vision_config
+        weights = dict.fromkeys(("llm", "vision_tower", "projector", "lm_head"), 0.0)  # per token or patch
+        adapted = any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vision_tower")
+        for name, parameter in model.named_parameters():
+            part = part_of(name)
+            if len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or "original_module" in name:
+                continue  # norms and biases: no product of matrices
+            if "embed" in name and "patch" not in name:
+                continue  # looked up
+            per_weight = 2 + 2 * parameter.requires_grad
+            if (part != "vision_tower" or adapted) and not (part == "projector" and not adapted and "linear_1" in name):
+                per_weight += 2 if "patch_embedding" not in name else 0
+            weights[part] += per_weight * parameter_size(parameter)
+        if not weights["lm_head"]:  # tied to the word embeddings, which were skipped above
+            weights["lm_head"] = 4.0 * parameter_size(model.get_output_embeddings().weight)
+        patches = tokens_per_image(vision)
+        tower_tokens = patches + kind_of(vision).class_tokens  # the projector does not see the class token
+        layers = config.vision_feature_layer
+        head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        tower_attention = (12 if adapted else 4) * layers * vision.hidden_size * tower_tokens**2
+        return cls(
+            token=weights["llm"],
+            pair=12 * text.num_hidden_layers * text.num_attention_heads * head_width,
+            trained_token=weights["lm_head"],
+            image=weights["vision_tower"] * tower_tokens + tower_attention + weights["projector"] * patches,
+        )

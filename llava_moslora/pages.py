@@ -1,0 +1,46 @@
+"""HTML pages in one file each, readable without a network: images are inside, nothing is fetched or run."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable, Sequence
+
+from PIL import Image
+
+STYLE = """
+:root { color-scheme: light dark; --a: #2f7d5b; --b: #c9803a; --line: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.5em; } small, figcaption { color: #777; }
+article { border-top: 1px solid var(--line); } td { font-variant-numeric: tabular-nums; }
+"""
+
+
+def page(title: str, body: str, style: str = "") -> str:
+    """A complete document; ``body`` is HTML, ``style`` is CSS after what all pages share (``STYLE``)."""
+    title = html.escape(title)
+    return f"""<!doctype html>
+<html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}{style}</style>
+<h1>{title}</h1>{body}</html>
+"""
+
+
+def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
+    """A table of texts or numbers, escaped here."""
+    lines = [_row("th", head)] if head else []
+    return f"<table>{''.join([*lines, *(_row('td', row) for row in rows)])}</table>"
+
+
+def thumbnail(image: Image.Image, side: int) -> str:
+    """An ``<img>`` with the image in it, at most ``side`` pixels wide and high."""
+    image = image.copy()
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img src="data:image/jpeg;base64,{data}" width={image.width} height={image.height} alt="">'
+
+
+def _row(tag: str, values: Iterable[object]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{html.escape(str(value))}</{tag}>' for value in values)}</tr>"

@@ -1,0 +1,126 @@
+"""The ``checkpoint-N`` folders of a run: published, listed, verified, pruned; and the lock of the run's folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from llava_moslora.errors import Refusal
+from llava_moslora.files.manifest import MANIFEST, read_facts, verify_manifest
+from llava_moslora.files.publish import discard, publish
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def publish_checkpoint(folder: Path, write: Callable[[Path], None], facts: Callable[[], dict]) -> None:
+    """:func:`llava_moslora.files.publish.publish` for a ``checkpoint-N`` folder; ``facts`` has its ``step``, N."""
+    publish(folder, write, facts, is_valid)
+
+
+def is_valid(folder: Path) -> bool:
+    """Whether the manifest and every hash verify, and the folder has the name of its step."""
+    try:
+        _check_step(folder, verify_manifest(folder))
+    except Refusal:
+        return False
+    return True
+
+
+def _check_step(folder: Path, manifest: dict) -> None:
+    if manifest.get("step") != step_of(folder):
+        raise Refusal(
+            "K-STEP", "a checkpoint under the name of another step: renamed or copied", file=folder,
+            found=f"step {manifest.get('step')} in its {MANIFEST}", expected=f"step {step_of(folder)}",
+            fix=f"rename it to checkpoint-{manifest.get('step')}, or move it out of the run folder",
+        )  # fmt: skip
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """``checkpoint-N`` folders of a run, newest (largest N) first, valid or not."""
+    found = [p for p in run.glob("checkpoint-*") if p.is_dir() and CHECKPOINT.fullmatch(p.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    assert match, f"{checkpoint} is no checkpoint folder"
+    return int(match[1])
+
+
+def newest_valid(run: Path) -> tuple[Path | None, list[Refusal]]:
+    """The newest checkpoint whose manifest and hashes verify, or None; and why newer ones, which stay, were skipped.
+
+    Raises:
+        Refusal: K-STEP, the newest one that verifies has the name of another step. Somebody renamed or copied it;
+            silently using an older one would be a surprise.
+    """
+    skipped = []
+    for folder in checkpoints(run):
+        try:
+            manifest = verify_manifest(folder)
+        except Refusal as refusal:
+            skipped.append(refusal)
+        else:
+            _check_step(folder, manifest)
+            return folder, skipped
+    return None, skipped
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` valid checkpoints, at least two: the newest may still turn out damaged.
+
+    A damaged checkpoint does not count as kept, and one whose manifest cannot be read (damaged, or written by another
+    version of this package) stays.
+    """
+    finished = [folder for folder in checkpoints(run) if _has_manifest(folder)]
+    if len(finished) <= max(keep, 2):
+        return  # nothing to delete, so nothing to hash
+    kept = 0
+    for folder in finished:
+        if kept == max(keep, 2):
+            discard(folder)
+        elif is_valid(folder):
+            kept += 1
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether the manifest itself is undamaged and of the step in the folder's name."""
+    try:
+        _check_step(folder, read_facts(folder))
+    except Refusal:
+        return False
+    return True
+
+
+def lock_run(run: Path, patience: float = 15) -> FileLock:
+    """The run folder's lock, held until it is released or this process ends, however it ends.
+
+    Args:
+        patience: seconds to wait for it. Data loader processes of a killed run hold its lock for up to 5 s.
+
+    Raises:
+        Refusal: C-LOCKED, another process trains into this folder; C-OUTPUT, the folder cannot be written to.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run / ".lock")
+        lock.acquire(timeout=patience)
+        (run / ".locked_by").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout as error:
+        holder = run / ".locked_by"
+        raise Refusal(
+            "C-LOCKED",
+            "another process is training into this folder",
+            file=run,
+            key="--output_dir",
+            found=holder.read_text() if holder.is_file() else None,
+            fix="wait for it, stop it, or choose another --output_dir",
+        ) from error
+    except OSError as error:
+        raise Refusal("C-OUTPUT", "cannot be written to", file=run, key="--output_dir", found=error) from error
+    return lock

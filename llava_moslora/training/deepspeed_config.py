@@ -1,0 +1,124 @@
+"""The file of ``--deepspeed``: read, and its values compared with the flags, where ``"auto"`` stands for the flag's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_moslora.errors import Refusal
+
+if TYPE_CHECKING:  # which reads the file by this module
+    from llava_moslora.training.arguments import TrainingArguments
+
+STAGES = (0, 1, 2, 3)
+
+
+def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
+    """
+    Raises:
+        Refusal: C-PATH, no such file; C-PARSE, not JSON in UTF-8; C-DEEPSPEED, something else where a mapping belongs.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise Refusal("C-PATH", "no such file", file=path, key="--deepspeed", fix="the package's are in zero_configs/")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise Refusal("C-PARSE", "not UTF-8", file=path, key="--deepspeed", found=error.reason) from error
+    except json.JSONDecodeError as error:
+        place = f"line {error.lineno} column {error.colno}: {error.msg}"
+        raise Refusal("C-PARSE", "not JSON", file=path, key="--deepspeed", found=place) from error
+    blocks = {"--deepspeed": config}
+    if isinstance(config, dict):
+        blocks = {name: config.get(name, {}) for name in ("zero_optimization", "bf16", "fp16")}
+    for name, block in blocks.items():
+        if not isinstance(block, dict):
+            raise Refusal("C-DEEPSPEED", "not a mapping", file=path, key=name, found=block, expected="{…}")
+    return config
+
+
+def zero_stage(config: dict[str, Any]) -> int:
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    return config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
+    """
+    Args:
+        config: the content of ``args.deepspeed``.
+
+    Raises:
+        Refusal: C-DEEPSPEED, a file that cannot be used, or that differs from the flags (every difference at once);
+            C-FLAG, a flag that its stage cannot do.
+    """
+    _check_blocks(config, Path(args.deepspeed))
+    _check_stage(zero_stage(config), args)
+    if clashes := [
+        f"{key} {value} against {flag}"
+        for key, (wanted, flag) in _flags_in_file(args).items()
+        if (value := _look_up(config, key)) not in ("auto", wanted)
+    ]:
+        raise Refusal(
+            "C-DEEPSPEED", "the file and the flags disagree", file=args.deepspeed, key="--deepspeed",
+            found="; ".join(clashes), fix='"auto" in the file takes the flags\' values',
+        )  # fmt: skip
+
+
+def _check_blocks(config: dict[str, Any], file: Path) -> None:
+    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys():
+        raise Refusal(
+            "C-DEEPSPEED", "DeepSpeed must be told the batch size", file=file, key="train_micro_batch_size_per_gpu",
+            found="neither it nor train_batch_size", fix='"train_micro_batch_size_per_gpu": "auto"',
+        )  # fmt: skip
+    if (stage := zero_stage(config)) not in STAGES:
+        raise Refusal(
+            "C-DEEPSPEED", "unknown stage", file=file, key="zero_optimization.stage", found=stage, expected="0 to 3"
+        )
+    for block in ("optimizer", "scheduler"):
+        if block in config:
+            raise Refusal(
+                "C-DEEPSPEED", "would replace the optimizer that has a learning rate per part", file=file, key=block,
+                fix=f"take {block} out of the file and give flags: --learning_rate, --optim, --lr_scheduler_type, …",
+            )  # fmt: skip
+
+
+def _check_stage(stage: int, args: TrainingArguments) -> None:
+    if stage == 0 and args.fp16:
+        raise Refusal(
+            "C-FLAG", "DeepSpeed's stage 0 keeps the loss scale of float16 where it is not saved from", key="--fp16",
+            fix="--bf16 True, or zero_configs/zero1.json",
+        )  # fmt: skip
+    if stage == 3 and args.sample_questions:
+        raise Refusal(
+            "C-FLAG", "under ZeRO-3 no rank holds the model that would answer, and gathering it for every token takes "
+            "too long", key="--sample_questions",
+            fix="zero_configs/zero2.json, or ask the checkpoints with scripts/evaluate.py",
+        )  # fmt: skip
+
+
+def _flags_in_file(args: TrainingArguments) -> dict[str, tuple[object, str]]:
+    """Key of the file → the value that the flags ask for, and how a message states it."""
+    micro, steps, world = args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size
+    product = f"{micro * steps * world} = {micro} per device × {steps} accumulated × {world} ranks"
+    return {
+        "train_micro_batch_size_per_gpu": (micro, f"{micro} (--per_device_train_batch_size)"),
+        "gradient_accumulation_steps": (steps, f"{steps} (--gradient_accumulation_steps)"),
+        "train_batch_size": (micro * steps * world, product),
+        "gradient_clipping": (args.max_grad_norm, f"{args.max_grad_norm} (--max_grad_norm)"),
+        "bf16.enabled": (args.bf16, f"{args.bf16} (--bf16)"),
+        "fp16.enabled": (args.fp16, f"{args.fp16} (--fp16)"),
+    }
+
+
+def _look_up(config: dict[str, Any], key: str) -> object:
+    """The value of ``bf16.enabled`` and the like; ``"auto"`` where it is not given."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part, "auto")
+        if value == "auto":
+            break
+    return value

@@ -1,0 +1,15 @@
+# What the recipes next to this file share; each sources it. Every variable can be set from outside.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."  # paths are relative to the repository
+
+TOWER=${TOWER:-playground/models/clip-vit-large-patch14-336}
+DATA=${DATA:-playground/data/llava_v1_5_mix665k.json}
+IMAGES=${IMAGES:-playground/data}
+
+# Both stages: schedule, precision, memory, loading, and that the same command resumes an interrupted run.
+COMMON=(
+    --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 --max_grad_norm 1 --num_train_epochs 1 --seed 1024
+    --bf16 True --recompute full --model_max_length 2048 --dataloader_num_workers 4 --preprocessing_num_workers 16
+    --save_total_limit 2 --resume True
+)
+# Stage 2, on the 665K records of LLaVA-1.5.
+STAGE_2=("${COMMON[@]}" --image_aspect_ratio pad --data_order modality_length --save_steps 1000)

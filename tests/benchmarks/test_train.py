@@ -1,0 +1,191 @@
+"""The training benchmark: how it reads, runs and keeps its rows; with tiny parts; and itself where there is a GPU."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llava_moslora.errors import Refusal
+from support.launching import ROOT, run
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import train_row
+from train_meter import PROFILED, figures, kernel_table
+from train_parts import record_sizes
+from train_process import measure
+from train_report import Results, read_rows, roofline, table
+from train_row import Job, Row, ours_command, write_result
+
+
+@pytest.fixture
+def job(tmp_path):
+    settings = {"steps": 3, "warm_up": 1, "lengths": "uniform", "layers": None, "tiny": True, "profile": False}
+    settings |= {"workers": 0, "folder": str(tmp_path), "data": "data.json", "records": 6, "port": 0}
+    return Job(row="zero2+full", batch=2, run=str(tmp_path / "run"), **settings)
+
+
+def test_rows_are_read():
+    assert Row.parse("stock-bf16") == Row("stock-bf16")
+    assert Row.parse("zero2") == Row("zero2", recompute="full")
+    whole = Row("zero2_offload", recompute="every:2", liger=True, kernel="torch", bits=4, batch=16)
+    assert Row.parse("zero2_offload+every:2+4bit+torch+liger@16") == whole
+    assert Row.parse(whole.name) == replace(whole, batch=None)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "peft", "stock+liger", "zero2+half", "zero2+every:0", "zero2+none+full", "zero2@0", "zero2@", "@4"]
+)
+def test_what_is_no_row_is_refused(text):
+    with pytest.raises(Refusal, match=r"C-FLAG.*--rows"):
+        Row.parse(text)
+
+
+def test_a_row_says_every_setting_that_it_stands_for(job):
+    arguments, environment = ours_command(job, Row.parse("zero2+selective+liger+torch+4bit@2"))
+    said = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert said["--recompute"] == "selective" and said["--bits"] == "4" and said["--use_liger_kernel"] == "True"
+    assert said["--deepspeed"].endswith("zero_configs/zero2.json")
+    assert environment == {"LLAVA_MOSLORA_KERNEL": "torch"}
+    arguments, environment = ours_command(job, Row.parse("zero2"))
+    said = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert said["--recompute"] == "full" and said["--bits"] == "16" and said["--use_liger_kernel"] == "False"
+    assert environment == {}
+
+
+def test_each_row_is_on_disk_when_it_has_ended_and_one_that_dies_stops_no_other(job, tmp_path, monkeypatch):
+    def be(job):
+        time.sleep(60 * (job.row == "slow"))
+        job.beside("gate").touch()
+        if job.row == "hanging":
+            time.sleep(60)
+        if job.row == "dying":
+            os.write(2, b"its last words")
+            os.kill(os.getpid(), signal.SIGKILL)
+        steps = {"ms_per_step": 1.0, "tokens_per_second": 5.0, "losses": [2.0]}
+        write_result(job, {"status": "ok", **steps, "startup_seconds": {"until_first_step": 1.0}})
+
+    monkeypatch.setattr(train_row, "run_row", be)
+    file = tmp_path / "out" / "result.json"
+    results = Results(file, {"device": "cpu", "tiny": True}, [])
+    seen = []
+
+    def add(row):
+        results.add(row)
+        seen.append([row["row"] for row in json.loads(file.read_text())["rows"]])
+
+    names = ["dying", "stock", "hanging", "zero2+full"]
+    jobs = [replace(job, row=name, run=str(tmp_path / f"run-{name}")) for name in names]
+    measure(jobs, add, by_fork=True, limit=1)
+    assert seen == [names[:1], names[:2], names[:3], names]
+    dying, stock, hanging, last = results.rows
+    assert dying["status"] == "died" and "its last words" in dying["message"]
+    assert hanging["status"] == "stopped: out of time"
+    assert stock["status"] == last["status"] == "ok"
+    begin = time.time()
+    measure([replace(job, row="slow"), job], add, by_fork=True, deadline=time.time() + 1)
+    assert time.time() - begin < 10
+    assert [row["row"] for row in results.rows[4:]] == ["slow"]  # killed before it had the GPU; the other never begun
+
+
+def test_rows_are_appended_to_those_of_the_same_device(tmp_path):
+    file = tmp_path / "result.json"
+    assert read_rows(file, "H100") == []
+    row = {"row": "stock", "batch": 8, "lengths": "uniform", "layers": None, "status": "out of memory", "message": "!"}
+    Results(file, {"device": "H100", "tiny": False}, []).add(row)
+    kept = read_rows(file, "H100")
+    assert kept[0]["row"] == "stock" and kept[0]["roofline"]["ms_at_least"] > 0
+    Results(file, {"device": "H100", "tiny": False}, kept).add(row | {"row": "stock-bf16"})
+    assert [row["row"] for row in read_rows(file, "H100")] == ["stock", "stock-bf16"]
+    with pytest.raises(Refusal, match="another device's"):
+        read_rows(file, "A100")
+
+
+def test_what_a_roofline_says_is_found_for_the_same_work_alone():
+    row = {"row": "stock", "batch": 8, "lengths": "uniform", "layers": None}
+    assert roofline(row, tiny=False) == {"ms_at_least": 2405, "peak_allocated_gib": 46.2}
+    ours = [roofline(row | {"row": f"zero{stage}+full+liger"}, tiny=False)["ms_at_least"] for stage in (1, 2)]
+    assert ours == [1450, 1500]  # Triton's kernels, as on a GPU by default
+    assert roofline(row | {"row": "zero3+full+liger"}, tiny=False) is None
+    assert roofline(row | {"batch": 2}, tiny=False) is roofline(row | {"layers": 2}, tiny=False) is None
+
+
+def test_ratios_are_to_stock_at_the_same_size():
+    size = {"lengths": "uniform", "layers": None, "status": "ok"}
+    rows = [{"row": "stock", "batch": 8, "tokens_per_second": 100.0, **size}]
+    rows += [{"row": "zero2+full", "batch": 8, "tokens_per_second": 150.0, **size}]
+    rows += [{"row": "zero2+none", "batch": 4, "tokens_per_second": 180.0, **size}]
+    lines = table(rows).splitlines()
+    assert re.search(r"\b1\.50$", lines[2]) and re.search(r"\b180$", lines[3].rstrip())
+
+
+def test_figures_are_medians():
+    steps = [{"ms": ms, "tokens": 1000, "flops": 2e12} for ms in (10.0, 20.0, 90.0)]
+    assert figures(steps, 4e14) == {
+        "ms_per_step": 20.0,
+        "tokens_per_second": 50000.0,
+        "model_tflop_per_step": 2.0,
+        "mfu": 0.25,
+    }
+    assert figures([], None) == {}
+
+
+def test_a_profile_is_grouped_and_per_step():
+    x = torch.randn(64, 64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(3 * PROFILED):
+            torch.mm(x, x)
+    found = kernel_table(profiler, wall_ms=1e3)
+    product = next(kernel for kernel in found["kernels"] if kernel["name"] == "aten::mm")
+    assert product["group"] == "product" and product["calls"] == 3
+    assert found["wall_ms"] == 1e3 / PROFILED and 0 < found["busy_ms"] < found["wall_ms"]
+    assert product["ms"] > 0
+    in_groups = sum(group["ms"] for group in found["groups"].values())
+    assert in_groups >= product["ms"] - 0.005  # groups are rounded to 0.01 ms, kernels to 0.001
+
+
+def test_more_ragged_records_begin_with_the_same_ones():
+    few, many = (record_sizes("ragged", count, 576, tiny=False) for count in (8, 64))
+    assert many[:8] == few and len(set(many)) > 40
+    assert all(labels < tokens <= 2048 for _, tokens, labels in many)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_it_refuses():
+    done = run([sys.executable, "benchmarks/train.py"])
+    assert done.returncode == 4 and "needs a GPU" in done.stderr and "--tiny" in done.stderr
+
+
+@pytest.mark.slow
+def test_tiny_parts_on_a_cpu(tmp_path):
+    rows = ["stock", "stock-bf16", "zero2+full", "zero2+none+4bit@1", "zero7+full"]
+    sizes = ["--tiny", "--steps", 3, "--warm-up", 1, "--batch", 2, "--workers", 1, "--profile"]
+    command = [sys.executable, "benchmarks/train.py", *sizes, "--rows", *rows, "--output", tmp_path / "r.json"]
+    done = run(command, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["tiny"] and [row["row"] for row in result["rows"]] == [row.partition("@")[0] for row in rows]
+    *ran, refused = result["rows"]
+    assert refused["status"] == "refused" and "zero7.json" in refused["message"]
+    for row in ran:
+        assert row["status"] == "ok" and row["tokens_per_second"] > 0 and len(row["losses"]) == 3 + PROFILED
+        assert row["profile"]["kernels"]
+    # B is 0 at first, so the same records have the same loss under stock and under ours
+    stock, ours = ran[0], ran[2]
+    assert ours["losses"][0] == pytest.approx(stock["losses"][0], abs=0.01)
+    assert "aten::mm" in (tmp_path / "r-profile.txt").read_text()
+
+
+@pytest.mark.gpu
+def test_real_shapes_on_a_gpu(tmp_path):
+    rows = ["--rows", "stock", "zero2+full", "--layers", "2", "--steps", "6", "--output", tmp_path / "r.json"]
+    done = run([sys.executable, "benchmarks/train.py", *rows])
+    assert done.returncode == 0, done.stderr
+    for row in json.loads((tmp_path / "r.json").read_text())["rows"]:
+        assert row["status"] == "ok" and row["mfu"] > 0 and row["peak_allocated_gib"] > 1

@@ -1,0 +1,267 @@
+"""Kill a training run again and again, resume it unattended, and compare it with the run that nobody killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+import statistics
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_moslora.files.manifest import sha256
+from llava_moslora.runs.checkpoints import newest_valid
+from support.launching import ROOT, flags
+from support.lives import Life, Lives
+
+STEPS, BATCH, ACCUMULATION, RECORDS = 24, 4, 2, 24  # 6 steps an epoch: 4 epochs
+LIMIT = 240  # seconds after which a life counts as stuck; one takes a few
+STATE = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json")
+
+
+@dataclass
+class Tally:
+    """What a campaign found; the field names are those of the printed figure line."""
+
+    name: str
+    kills: int = 0
+    resumes_ok: int = 0
+    stuck: int = 0
+    divergent_steps: int = 0
+    compared_steps: int = 0
+    final_sha: str = "equal"
+    lost_steps: list[int] = field(default_factory=list)
+    resume_s: list[float] = field(default_factory=list)
+    survivors_exit_max_s: float = 0.0
+    instants_without_valid_checkpoint: int = 0
+    survivors_untyped: int = 0  # that did not say in one line that they lost contact
+    dead_named: int = 0  # of the survivors that said so, those that named the dead rank
+    survivors: int = 0
+    stale_staging_left: int = 0
+    samples_missing: int = 0
+    samples_repeated: int = 0
+    curves: list[dict] = field(default_factory=list)  # of the run with most lives: losses per life, for the plot
+    trouble: str = ""  # what the first life that was not killed and failed said last
+
+    @property
+    def clean(self) -> bool:
+        bad = self.stuck + self.divergent_steps + self.samples_missing + self.samples_repeated
+        bad += self.instants_without_valid_checkpoint + self.stale_staging_left + self.survivors_untyped
+        return bad == 0 and self.resumes_ok == self.kills and self.final_sha == "equal"
+
+    def line(self) -> str:
+        lost, resume = self.lost_steps or [0], sorted(self.resume_s or [0.0])
+        return (
+            f"{self.name}: kills={self.kills} resumes_ok={self.resumes_ok} stuck={self.stuck} "
+            f"divergent_steps={self.divergent_steps}/{self.compared_steps} final_sha={self.final_sha} "
+            f"lost_steps_mean={statistics.mean(lost):.1f} max={max(lost)} "
+            f"resume_s_p50={resume[len(resume) // 2]:.1f} p95={resume[int(len(resume) * 0.95)]:.1f} "
+            f"survivors_exit_max_s={self.survivors_exit_max_s:.1f} survivors_untyped={self.survivors_untyped} "
+            f"dead_named={self.dead_named}/{self.survivors} "
+            f"no_valid_checkpoint={self.instants_without_valid_checkpoint} "
+            f"stale_staging_left={self.stale_staging_left} "
+            f"samples_missing={self.samples_missing} samples_repeated={self.samples_repeated}"
+        )
+
+
+class Campaign:
+    """Kills under one way of training.
+
+    Args:
+        name: shown in the figures.
+        lives: the server.
+        parts: tiny parts with ``RECORDS`` records.
+        folder: where the runs go.
+        world: ranks; 0 is a process without a launcher.
+        zero: stage of a DeepSpeed configuration, or None.
+        optim: the optimizer, as ``--optim`` names it.
+        main: None for ours, or ``MODULE:FUNCTION`` of another trainer, whose checkpoints are not looked into.
+        mutant: a function of ``mutants.py`` that breaks ours.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        lives: Lives,
+        parts,
+        folder: Path,
+        *,
+        world: int = 0,
+        zero: int | None = None,
+        optim: str = "adamw_torch_fused",
+        main: str | None = None,
+        mutant: str | None = None,
+    ):
+        self.lives, self.parts, self.folder, self.world, self.main = lives, parts, folder, world, main
+        self.optim = optim
+        self.hooks = [[f"support.mutants:{mutant}", {}]] if mutant else []
+        self.tally = Tally(name)
+        self.ranks = max(world, 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config = None if zero is None else write_config(folder, zero)
+        self.whole = self.live("whole", 0)
+        assert self.whole.ended_well, self.whole.said()[-3000:]
+        self.expected = steps_of([self.whole])
+        self.final = self.state_of(folder / "whole")
+        self._account([self.whole])
+
+    def arguments(self, run: Path) -> list[str]:
+        return flags(
+            self.parts,
+            run,
+            deepspeed=self.config,
+            per_device_train_batch_size=BATCH // ACCUMULATION // self.ranks,
+            gradient_accumulation_steps=ACCUMULATION,
+            lora_dropout=0.1,
+            max_steps=STEPS,
+            save_steps=2,
+            save_total_limit=2,
+            report_to="none",
+            optim=self.optim,
+            resume=True,
+            data_cache=self.folder / "cache",
+            dataloader_num_workers=0,
+        )
+
+    def live(self, run: str, number: int, hooks: list | None = None, **kill) -> Life:
+        how = kill | ({"main": self.main} if self.main else {})
+        return self.lives.live(
+            self.arguments(self.folder / run),
+            self.folder / f"{run}-life{number}",
+            world=self.world,
+            hooks=self.hooks + (hooks or []),
+            limit=LIMIT,
+            **how,
+        )
+
+    def state_of(self, run: Path) -> list[str]:
+        last = run / f"checkpoint-{STEPS}"
+        if self.main:
+            return [sha256(last / "adapter_model.safetensors")]
+        ranks = [f"random-{rank}.json" for rank in range(self.ranks)]
+        return [sha256(last / name) for name in (*STATE, *ranks)]
+
+    def run(self, kills: int, seed: int, per_run: int = 5, in_save: list[dict] | None = None) -> Tally:
+        """Runs with up to ``per_run`` random kills each, resumed to their end, until there were ``kills``.
+
+        Args:
+            in_save: instead of random times, the failpoints to die at, one kill each (``failpoints.arm``).
+
+        A run that is stuck is given up; ours ends the campaign then.
+        """
+        chance, number = random.Random(seed), 0
+        points = list(in_save or [])
+        while self.tally.kills < kills and not (self.tally.stuck and not self.main):
+            number += 1
+            self._one_run(f"run{number}", min(per_run, kills - self.tally.kills), chance, points)
+        return self.tally
+
+    def _one_run(self, run: str, kills: int, chance: random.Random, points: list[dict]) -> None:
+        tally, lived, failures = self.tally, [], 0
+        while True:
+            kill = {}
+            if kills > 0 and points:
+                kill = {"hooks": [["support.failpoints:arm", points.pop(0)]]}
+            elif kills > 0:
+                kill = {"kill": chance.uniform(0.05, self.whole.seconds)}
+                if self.ranks > 1 and chance.random() < 0.5:
+                    kill["ranks"] = [chance.randrange(self.ranks)]
+            life = self.live(run, len(lived), **kill)
+            lived.append(life)
+            if life.ended_well:
+                break
+            if -9 in life.status and not life.stuck:
+                kills -= 1
+                tally.kills += 1
+                tally.survivors_exit_max_s = max(tally.survivors_exit_max_s, life.outlived if self.ranks > 1 else 0)
+                for rank, status in enumerate(life.status):  # 0: it was at its end already
+                    untyped = status not in (-9, 0) and "error[P-RANK]" not in life.said(rank)
+                    tally.survivors_untyped += untyped and not self.main
+                    if "lost contact" in life.said(rank):
+                        tally.survivors += 1
+                        tally.dead_named += (
+                            re.search(r"lost contact.*rank \d+ \(process \d+ on", life.said(rank)) is not None
+                        )
+                self._look_for_valid(self.folder / run, lived)
+                continue
+            failures += 1
+            tally.trouble = tally.trouble or life.said()[-1500:].replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
+            if failures == 2:  # failed, and failed again: only a human helps
+                tally.stuck += 1
+                return
+        self._compare(run, lived)
+
+    def _look_for_valid(self, run: Path, lived: list[Life]) -> None:
+        """Once a checkpoint has been published, a valid one must be there at every instant."""
+        if self.main:
+            return
+        published = any(row["step"] > 2 for life in lived for row in life.watched())
+        if published and newest_valid(run)[0] is None:
+            self.tally.instants_without_valid_checkpoint += 1
+
+    def _compare(self, run: str, lived: list[Life]) -> None:
+        tally = self.tally
+        for before, after in itertools.pairwise(lived):
+            steps, first = [row["step"] for row in before.watched()], after.watched()[:1]
+            tally.resumes_ok += -9 in before.status
+            if steps and first:
+                tally.lost_steps.append(max(0, max(steps) - first[0]["step"] + 1))
+            if first:
+                tally.resume_s.append(first[0]["time"] - after.began)
+        found = steps_of(lived)
+        tally.compared_steps += len(self.expected)
+        tally.divergent_steps += sum(found.get(step) != rows for step, rows in self.expected.items())
+        if self.state_of(self.folder / run) != self.final:
+            tally.final_sha = "different"
+        tally.stale_staging_left += len(
+            [*(self.folder / run).glob(".*.staging"), *(self.folder / run).glob(".*.trash")]
+        )
+        self._account(lived)
+        curves = [curve(life) for life in [self.whole, *lived] if life.watched()]
+        if len(curves) > len(tally.curves):
+            tally.curves = curves
+
+    def _account(self, lived: list[Life]) -> None:
+        """Every record exactly once an epoch, over all lives."""
+        per_epoch = RECORDS // BATCH
+        steps = steps_of(lived)
+        for epoch in range(STEPS // per_epoch):
+            rows = [steps.get(step, ()) for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1)]
+            seen = [record for row in rows for _, records, _ in row for record in records]
+            self.tally.samples_missing += len(set(range(RECORDS)) - set(seen))
+            self.tally.samples_repeated += len(seen) - len(set(seen))
+
+
+def curve(life: Life) -> dict:
+    """The losses of a life, and how many optimizer steps were done at each."""
+    rows, seen = life.watched(), Counter()
+    steps = []
+    for row in rows:
+        seen[row["step"]] += 1
+        steps.append(row["step"] - 1 + seen[row["step"]] / ACCUMULATION)
+    return {"steps": steps, "losses": [float.fromhex(row["loss"]) for row in rows]}
+
+
+def steps_of(lived: list[Life]) -> dict[int, tuple]:
+    """Step → its micro-batches as (rank, records, loss bits); of a step that was computed twice, the last time."""
+    steps: dict[int, tuple] = {}
+    for life in lived:
+        mine: dict[int, list] = {}
+        for rank in range(life.world):
+            for row in life.watched(rank):
+                mine.setdefault(row["step"], []).append((rank, tuple(row["records"]), row["loss"]))
+        steps |= {step: tuple(sorted(rows)) for step, rows in mine.items()}
+    return steps
+
+
+def write_config(folder: Path, stage: int) -> Path:
+    """A file of zero_configs/ for tiny models: small buckets, and every parameter really partitioned."""
+    config = json.loads((ROOT / "zero_configs" / f"zero{stage}.json").read_text())
+    config["zero_optimization"]["reduce_bucket_size"] = 5e5
+    if stage == 3:
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / f"zero{stage}.json").write_text(json.dumps(config))
+    return folder / f"zero{stage}.json"
