@@ -68,7 +68,7 @@ class Comparison:
     @property
     def sentence(self) -> str:
         """What the reader takes home."""
-        names = {verdict: [] for verdict in ("B is better", "A is better", "inside the noise")}
+        names: dict[str, list[str]] = {verdict: [] for verdict in ("B is better", "A is better", "inside the noise")}
         for name, difference in self.differences.items():
             names[difference.verdict].append(name)
         noise = names.pop("inside the noise")

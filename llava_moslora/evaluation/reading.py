@@ -180,4 +180,4 @@ def _right_number(row: Mapping[str, str], value: str) -> int | float | None:
 
 
 def _choices(row: Mapping[str, str]) -> dict[str, str]:
-    return {chr(ord("A") + k): str(text) for k, text in enumerate(literal_list(row["choices"]))}
+    return {chr(ord("A") + k): str(text) for k, text in enumerate(literal_list(row["choices"]) or [])}

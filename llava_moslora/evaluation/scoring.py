@@ -9,7 +9,7 @@ the images of MME. The formulas are VLMEvalKit's: ``dataset/utils/multiple_choic
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from llava_moslora.evaluation.reading import (
@@ -31,12 +31,12 @@ CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # of MM-Vet
 
 @dataclass(frozen=True)
 class Outcome:
-    """One answer: what was read, by which rule, and how right it is, in [0, 1]; None where nobody judged it."""
+    """One answer: what was read, by which rule, and how right it is, in [0, 1]."""
 
     index: str
     read: str | None
     rule: str
-    right: float | None
+    right: float
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,10 @@ def score_circular(rows: Sequence[Row], answers: Mapping[str, str], rules: Rules
     outcomes = _outcomes_of_options(rows, answers, rules)
     groups = defaultdict(list)
     for row, outcome in zip(rows, outcomes, strict=True):
-        groups[str(question_of(row))].append(outcome.right)
-    questions = [row for row in rows if row["index"] in groups]
+        groups[question_of(row)].append(outcome.right)
+    questions = [row for row in rows if int(row["index"]) == question_of(row)]
     assert len(questions) == len(groups), "a rotation without its question"
-    units = tuple(Unit(row["index"], 100.0 * min(groups[row["index"]])) for row in questions)
+    units = tuple(Unit(unit_of(row, "circular"), 100.0 * min(groups[question_of(row)])) for row in questions)
     by = _by_column(questions, units, ("split", "l2-category", "category"))
     return Score(_mean([unit.value for unit in units]), rules.name, outcomes, units, by)
 
@@ -163,7 +163,7 @@ def score_yes_no(rows: Sequence[Row], answers: Mapping[str, str], rules: Rules) 
 def score_vqa(rows: Sequence[Row], answers: Mapping[str, str], rules: Rules) -> Score:
     """TextVQA: mean of :func:`~llava_moslora.evaluation.reading.vqa_accuracy`; every answer can be read."""
     outcomes = tuple(
-        Outcome(row["index"], answer, "short", vqa_accuracy(answer, literal_list(row["answer"]), rules))
+        Outcome(row["index"], answer, "short", vqa_accuracy(answer, literal_list(row["answer"]) or [], rules))
         for row, answer in ((row, answers[row["index"]]) for row in rows)
     )
     return _mean_score(rows, outcomes, rules, ("split", "category"))
@@ -195,16 +195,16 @@ def score_mmvet(rows: Sequence[Row], answers: Mapping[str, str], rules: Rules, j
     def outcome(row: Row) -> Outcome:
         answer = answers[row["index"]]
         if row["index"] not in judged:
-            return Outcome(row["index"], answer, "unjudged", None)
+            return Outcome(row["index"], answer, "unjudged", 0.0)
         grade = read_grade(judged[row["index"]])
         return Outcome(row["index"], answer, "unread" if grade is None else "judge", grade or 0.0)
 
     outcomes = tuple(map(outcome, rows))
-    if open_ := sum(outcome.right is None for outcome in outcomes):
+    if open_ := sum(outcome.rule == "unjudged" for outcome in outcomes):
         note = "needs a judge" if open_ == len(rows) else f"needs a judge for {open_} of {len(rows)} answers"
         return Score(None, rules.name, outcomes, (), {}, note)
     result = _mean_score(rows, outcomes, rules, ())
-    capabilities = defaultdict(list)
+    capabilities: dict[str, list[float]] = defaultdict(list)
     for row, unit in zip(rows, result.units, strict=True):
         for name in CAPABILITIES:
             # A question of this capability alone counts twice: the kit adds capabilities and their sets in one table.
@@ -261,7 +261,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-KINDS = {
+KINDS: dict[str, Callable[..., Score]] = {
     "multiple-choice": score_multiple_choice,
     "circular": score_circular,
     "yes-no": score_yes_no,

@@ -22,7 +22,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -91,11 +91,11 @@ class Table:
             images.append(load_bytes(data, str(self.path), **self._where(holder)))
         return images
 
-    def refusal(self, number: int, column: str, what: str, *, code: str = "D-SCHEMA", **parts: object) -> Refusal:
+    def refusal(self, number: int, column: str, what: str, *, code: str = "D-SCHEMA", **parts: Any) -> Refusal:
         """A refusal that names the file, row ``number`` and ``column``."""
         return Refusal(code, what, file=self.path, key=column, **self._where(number), **parts)
 
-    def _where(self, number: int) -> dict:
+    def _where(self, number: int) -> dict[str, Any]:
         return {"record": self._records[number], "record_id": self.rows[number]["index"]}
 
     def _read(self) -> list[str | None]:
@@ -146,7 +146,7 @@ class Table:
 
     def _row(self, number: int, fields: list[str], image: int | None) -> tuple[Row, str | None]:
         """A record as a dict, and its ``image`` field apart from it."""
-        where = {"file": self.path, "record": number}
+        where: dict[str, Any] = {"file": self.path, "record": number}
         if len(fields) != len(self.columns):
             column = self.columns[min(len(fields), len(self.columns) - 1)]
             raise Refusal(
@@ -229,7 +229,7 @@ def _list_of_base64(text: str) -> list[str]:
     return [part.strip().strip("'\"") for part in text[1:-1].split(",")]  # base64 has neither commas nor quotes
 
 
-def _records(file: BinaryIO, path: Path, digest: object = None) -> Iterator[tuple[int, list[str]]]:
+def _records(file: BinaryIO, path: Path, digest: Any = None) -> Iterator[tuple[int, list[str]]]:
     """Byte offset and fields of every record from the file's position on; blank lines are left out, as by pandas.
 
     Bytes that are no UTF-8 come as surrogates.
@@ -257,7 +257,7 @@ class _Lines:
     """Lines for ``csv.reader``, which asks for one after another until a record is whole: ``position`` is then the
     byte offset of that record's end."""
 
-    def __init__(self, file: BinaryIO, path: Path, digest: object):
+    def __init__(self, file: BinaryIO, path: Path, digest: Any):
         self.file, self.path, self.digest = file, path, digest
         self.position, self.number = file.tell(), 0
 

@@ -2,8 +2,8 @@
 
     python -m venv kit && kit/bin/pip install ms-vlmeval==0.0.20
     git clone https://github.com/open-compass/VLMEvalKit
-    cd tests/evaluation
-    kit/bin/python make_golden.py --repository VLMEvalKit --output golden/vlmevalkit.json
+    PYTHONPATH=tests kit/bin/python tests/evaluation/make_golden.py --repository VLMEvalKit \\
+        --output tests/evaluation/golden/vlmevalkit.json
 
 The readings and prompts of 2024 come from the functions of that commit, taken out of its files with ``git show``.
 """
@@ -23,7 +23,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from golden_cases import mathvista_cases, option_cases, packed, short_answers, tiny_files, yes_no_answers
+from support.golden_cases import mathvista_cases, option_cases, packed, short_answers, tiny_files, yes_no_answers
 
 COMMIT = "ab638e4a36b0a2cf18b03f656e6b94203ed9e369"  # 2024-06-18, the week the MoSLoRA paper appeared
 

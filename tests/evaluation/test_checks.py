@@ -5,7 +5,6 @@ import random
 from dataclasses import replace
 
 import pytest
-from golden_cases import SUBTASKS, image, tiny_files, tsv
 
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.benchmarks import ABILITIES, BENCHMARKS, PAPER
@@ -13,6 +12,7 @@ from llava_moslora.evaluation.checks import ROW_CHECKS, check, open_benchmark
 from llava_moslora.evaluation.reading import RULES
 from llava_moslora.evaluation.scoring import KINDS, score
 from llava_moslora.evaluation.tsv import Table
+from support.golden_cases import SUBTASKS, image, tiny_files, tsv
 
 FILES = tiny_files(random.Random(0))
 CHOICE = {"index": "1", "image": image(1), "question": "q?", "A": "red", "B": "blue", "C": "", "answer": "B"}

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden_cases import unpacked
 
 from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.checks import check
@@ -24,6 +23,7 @@ from llava_moslora.evaluation.reading import (
 )
 from llava_moslora.evaluation.scoring import score
 from llava_moslora.evaluation.tsv import Table
+from support.golden_cases import unpacked
 
 HERE = Path(__file__).parent
 KINDS = {benchmark.file: benchmark for benchmark in BENCHMARKS.values()}
@@ -163,7 +163,9 @@ def test_the_installed_kit_still_agrees(tmp_path):
         pytest.skip("VLMEvalKit is not installed here, and VLMEVALKIT_PYTHON names no Python that has it")
     output = tmp_path / "golden.json"
     command = [python, str(HERE / "make_golden.py"), "--output", str(output), "--seed", "4711"]
-    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE)})
+    subprocess.run(
+        command, check=True, capture_output=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(HERE.parent)}
+    )
     fresh, rules = json.loads(output.read_text(encoding="utf-8")), RULES["rules"]
     for check_one in (test_options, test_yes_and_no, test_short_answers, test_mathvista):
         check_one(fresh, 0, rules)

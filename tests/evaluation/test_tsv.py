@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import pytest
-from golden_cases import image, tsv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,6 +16,7 @@ from PIL import Image
 import llava_moslora.evaluation.tsv as reader
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.tsv import PANDAS_MISSING, Table, hidden_by_pandas
+from support.golden_cases import image, tsv
 
 COLUMNS = ["index", "image", "question", "A", "B", "answer"]
 
