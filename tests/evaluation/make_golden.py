@@ -48,7 +48,17 @@ def main() -> None:
             name: file_scores(name, text, predictions, Path(folder), old)
             for name, (text, predictions) in tiny_files(random_).items()
         }
-    Path(args.output).write_text(json.dumps(golden, ensure_ascii=False, indent=0) + "\n", encoding="utf-8")
+    Path(args.output).write_text(json_lines(golden) + "\n", encoding="utf-8")
+
+
+def json_lines(value: object, depth: int = 2) -> str:
+    """JSON with a line for every case."""
+    if depth and isinstance(value, dict):
+        items = (f"{json.dumps(key)}: {json_lines(item, depth - 1)}" for key, item in value.items())
+        return "{\n" + ",\n".join(items) + "\n}"
+    if depth and isinstance(value, list):
+        return "[\n" + ",\n".join(json_lines(item, depth - 1) for item in value) + "\n]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def functions_now() -> dict:
