@@ -1,17 +1,17 @@
-"""What the adapter costs beside PEFT's LoRA: time, FLOPs and the bytes that backward keeps, for two whole layers.
+"""What the adapter costs compared with PEFT's LoRA: time, FLOPs and the bytes kept for backward, in two whole layers.
 
     python benchmarks/adapter.py [--device cuda] [--repeats 3] [--quick]
 
 Four methods are measured side by side in one run, in a LLaMA decoder layer and a CLIP layer with all linears adapted:
-the frozen linears alone, stock PEFT's LoRA, the mixer's plain formula x·Aᵀ·Wᵀ·Bᵀ on PEFT's layers, and ours. On a GPU
-the shapes are LLaMA-3-8B's and CLIP-L/336's, the base is in bfloat16, and a fifth method, "torch", is ours with plain
-torch operations instead of Triton's; on a CPU the decoder layer is half as wide.
+the frozen linears alone, stock PEFT's LoRA, the mixer's plain formula x·Aᵀ·Wᵀ·Bᵀ on PEFT's layers, and this package's.
+On a GPU the shapes are LLaMA-3-8B's and CLIP-L/336's, the base is in bfloat16, and a fifth method, "torch", is this
+package's with plain torch operations instead of Triton's; on a CPU the decoder layer is half as wide.
 
 - time: forward and backward, the best of the repeats, which take the methods in turn. On a CPU it is the processor
   time of one thread, so that a busy machine does not count.
 - FLOPs: torch's counter on meta tensors at LLaMA-3-8B's and CLIP-L/336's shapes and 16,384 rows, minus the frozen
-  layer's. What backward makes again is read_facts separately.
-- bytes: what autograd keeps for backward besides parameters, each storage counted once, minus the frozen layer's.
+  layer's. What backward recomputes is counted separately.
+- bytes: what autograd keeps for backward without parameters, each storage counted once, minus the frozen layer's.
 
 It prints one table of ratios to PEFT's LoRA and writes benchmarks/results/adapter-DEVICE.json.
 """
@@ -92,7 +92,7 @@ class Clip(nn.Module):
 
 
 class Naive(MosLoraVariant):
-    """The plain formula, as the authors' PEFT has it, in the place of the kernel."""
+    """The plain formula, as in the authors' PEFT, instead of the kernel."""
 
     @staticmethod
     def forward(module, active_adapter, x, result, **kwargs):
@@ -115,13 +115,13 @@ def build(method: str, layer: str, shape: dict, precision: str, rank: int, devic
         for module in model.modules():
             if isinstance(module, MosLoraLayer):
                 module.lora_variant["default"] = Naive()
-                module.fused_base_layers = ()  # the frozen linear by itself, as PEFT has it
+                module.fused_base_layers = ()  # the frozen linear is called on its own, as in PEFT
     return model.train()
 
 
 @contextmanager
 def kernel_of(method: str):
-    """The environment in which a step of ``method`` is taken; the adapters look at it in every step."""
+    """The environment for a step of ``method``; the adapters read it in every step."""
     before = os.environ.get(KERNEL)
     if method == "torch":
         os.environ[KERNEL] = "torch"
@@ -150,7 +150,7 @@ def seconds(model: nn.Module, x: torch.Tensor, checkpointed: bool) -> float:
 
 
 def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of the storages that autograd keeps for backward, parameters and the layer's own input left out."""
+    """Bytes of the storages that autograd keeps for backward, without parameters and the layer's own input."""
     storages = {}
 
     def keep(tensor):
@@ -167,7 +167,7 @@ def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
 
 
 def measure(device: str, layer: str, precision: str, rank: int, checkpointed: bool, repeats: int) -> dict:
-    """Method → seconds, and bytes above the frozen layer where nothing is checkpointed."""
+    """Method → seconds, and without checkpointing also bytes, minus the frozen layer's."""
     shape, size = SHAPES[device][layer]
     x = torch.randn(*size, shape["hidden_size"], device=device, dtype=PRECISIONS[precision][0], requires_grad=True)
     methods = ON_GPU if device == "cuda" else METHODS
@@ -187,7 +187,7 @@ def measure(device: str, layer: str, precision: str, rank: int, checkpointed: bo
 
 
 def count_flops(layer: str, rank: int) -> dict:
-    """Method → FLOPs of the adapters in forward and backward, and which of ours are spent on making things again."""
+    """Method → FLOPs of the adapters in forward and backward, and how many of this package's are recomputation."""
     shape, size = SHAPES["meta"][layer]
     x = torch.empty(*size, shape["hidden_size"], device="meta", requires_grad=True)
     total = {}
@@ -198,16 +198,16 @@ def count_flops(layer: str, rank: int) -> dict:
         total[method] = counter.get_total_flops()
     linears = [m for m in model.modules() if isinstance(m, MosLoraLayer)]
     rows = size[0] * size[1]
-    again = sum(computed_again(rows, m.in_features, m.out_features, rank) for m in linears)
+    recomputed = sum(recomputed_flops(rows, m.in_features, m.out_features, rank) for m in linears)
     flops = {method: {"flops": total[method] - total["frozen"]} for method in METHODS[1:]}
-    flops["ours"] = {"flops": flops["ours"]["flops"] - again, "flops_again": again}
+    flops["ours"] = {"flops": flops["ours"]["flops"] - recomputed, "flops_again": recomputed}
     return {"rows": rows, **flops}
 
 
-def computed_again(rows: int, i: int, o: int, rank: int) -> int:
-    """FLOPs that ours spends in backward on what forward computed: not on the r-wide activation where it is kept."""
-    again = kernel.flops(rows, i, o, rank, True)["recomputed"]
-    return again - 2 * rows * rank * i * linear.keeps_u(rank, i)
+def recomputed_flops(rows: int, i: int, o: int, rank: int) -> int:
+    """FLOPs that backward spends on recomputing what forward computed: u = D(x)·Aᵀ only if it was not kept."""
+    recomputed = kernel.flops(rows, i, o, rank, True)["recomputed"]
+    return recomputed - 2 * rows * rank * i * linear.keeps_u(rank, i)
 
 
 def machine(device: str) -> str:
@@ -222,23 +222,23 @@ def machine(device: str) -> str:
 
 
 def targets(device: str, rows: list[dict], flops: list[dict]) -> list[dict]:
-    """Each promise with what was found: the worst of the cases that it speaks of, as a ratio to PEFT's LoRA."""
+    """Each claim with its measurement: the worst of the cases that it covers, as a ratio to PEFT's LoRA."""
 
     def worst(quantity: str, of: list[dict], **which) -> float:
         fitting = [r for r in of if all(r[key] == value for key, value in which.items())]
         return max(r["ours"][quantity] / r["lora"][quantity] for r in fitting)
 
     kept = [row for row in rows if not row["checkpointed"]]
-    promises = {"adapter FLOPs, LLaMA-3-8B, r 512": (1.015, worst("flops", flops, layer="decoder", rank=512))}
-    promises["bytes kept, PEFT's default fp32 adapter"] = (0.25, worst("bytes", kept, precision="bf16, fp32 adapter"))
+    claims = {"adapter FLOPs, LLaMA-3-8B, r 512": (1.015, worst("flops", flops, layer="decoder", rank=512))}
+    claims["bytes kept, PEFT's default fp32 adapter"] = (0.25, worst("bytes", kept, precision="bf16, fp32 adapter"))
     if device == "cpu":
-        promises["bytes kept, fp32"] = (0.35, worst("bytes", kept, precision="fp32"))
-        promises["time, fp32 (an aim)"] = (1.05, worst("seconds", rows, precision="fp32"))
-        promises["time, bf16 (an aim)"] = (1.05, worst("seconds", rows, precision="bf16"))
+        claims["bytes kept, fp32"] = (0.35, worst("bytes", kept, precision="fp32"))
+        claims["time, fp32 (an aim)"] = (1.05, worst("seconds", rows, precision="fp32"))
+        claims["time, bf16 (an aim)"] = (1.05, worst("seconds", rows, precision="bf16"))
     else:
-        promises["bytes kept, bf16"] = (0.42, worst("bytes", kept, precision="bf16"))
-        promises["time, decoder, bf16, 8,192 rows"] = (0.8, worst("seconds", kept, precision="bf16", layer="decoder"))
-    return [{"what": what, "at_most": bound, "found": round(ratio, 4)} for what, (bound, ratio) in promises.items()]
+        claims["bytes kept, bf16"] = (0.42, worst("bytes", kept, precision="bf16"))
+        claims["time, decoder, bf16, 8,192 rows"] = (0.8, worst("seconds", kept, precision="bf16", layer="decoder"))
+    return [{"what": what, "at_most": bound, "found": round(ratio, 4)} for what, (bound, ratio) in claims.items()]
 
 
 def cases(ranks: tuple[int, ...], device: str):
@@ -280,7 +280,7 @@ def main() -> None:
         if not checkpointed:
             line += "{:13.2f} {:6.2f}".format(*ratios(row, "bytes", "naive", "ours"))
         print(line, flush=True)
-    print("\nlayer      r   rows | FLOPs: naive    ours  made again")
+    print("\nlayer      r   rows | FLOPs: naive    ours  recomputed")
     flops = []
     for layer, rank in itertools.product(LINEARS, RANKS):
         row = {"layer": layer, "rank": rank, **count_flops(layer, rank)}
@@ -294,13 +294,13 @@ def main() -> None:
     if arguments.quick:
         return
 
-    promises = targets(device, rows, flops)
-    print("\n" + "\n".join("{what}: {found:.3f} × PEFT's LoRA, at most {at_most}".format(**p) for p in promises))
+    claims = targets(device, rows, flops)
+    print("\n" + "\n".join("{what}: {found:.3f} × PEFT's LoRA, at most {at_most}".format(**p) for p in claims))
     result = {
         "machine": machine(device),
         "versions": {"torch": torch.__version__, "peft": peft.__version__, "transformers": transformers.__version__},
         "repeats": repeats,
-        "targets": promises,
+        "targets": claims,
         "shapes": {layer: {"shape": shape, "input": size} for layer, (shape, size) in SHAPES[device].items()},
         "layers": rows,
         "flops": flops,

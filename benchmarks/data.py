@@ -30,12 +30,12 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from llava_moslora.config import DATA_GROUP, XTUNER_DATA_GROUP, DataSettings
 from llava_moslora.data.collate import Collator
+from llava_moslora.data.formats import read_records
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.images import load_image
 from llava_moslora.data.prepare import prepare
-from llava_moslora.data.records import read_records
 from llava_moslora.data.sampler import GlobalBatchSampler
-from llava_moslora.text.conversation import encode
+from llava_moslora.text.conversation import ConversationEncoder
 from llava_moslora.text.tokenizer import load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
@@ -113,11 +113,10 @@ def records_per_second(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict
     path = folder / "some.json"
     write_records(path, 2000, images=False)
 
+    encoder = ConversationEncoder(tokenizer, "chatml")
+
     def ours() -> int:
-        return sum(
-            len(encode(record.turns, tokenizer=tokenizer, template="chatml").input_ids) > 0
-            for record in read_records(path)
-        )
+        return sum(len(encoder.encode(record.turns).input_ids) > 0 for record in read_records(path))
 
     def naive() -> int:
         return sum(len(encode_naively(r["conversations"], tokenizer)) > 0 for r in json.loads(path.read_text()))
@@ -176,8 +175,8 @@ def torchvision_rate(root: Path, names: list[str], size: dict) -> dict:
 def peak_of_reading(path: Path) -> dict:
     """Peak memory of a new process that reads the whole file, beside one that only imports, and beside json.load."""
     codes = {
-        "imports": "import llava_moslora.data.records",
-        "ours": "from llava_moslora.data.records import read_records\nprint(sum(1 for _ in read_records(sys.argv[1])))",
+        "imports": "import llava_moslora.data.formats",
+        "ours": "from llava_moslora.data.formats import read_records\nprint(sum(1 for _ in read_records(sys.argv[1])))",
         "json_load": "import json\nprint(len(json.load(open(sys.argv[1]))))",
     }
     peaks = {}

@@ -36,6 +36,7 @@ from llava_moslora.files.tensors import LazyTensor
 from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.llm import llm_on_meta
 from llava_moslora.models.names import ADAPTER_NAME
+from llava_moslora.models.vision import read_image_settings
 from llava_moslora.runs.checkpoints import publish_checkpoint
 from llava_moslora.runs.fingerprint import base_fingerprints
 from llava_moslora.runs.record import TOKENIZER, RunSettings, write_run
@@ -126,7 +127,8 @@ def write_run_folder(run: Path, llm: Path, tower: Path, rank: int) -> None:
             trained[name] = torch.randn(parameter.shape, generator=generator) * 0.02
     run.mkdir()
     parts = ModelSettings(str(llm), vision_tower=str(tower), version="chatml")
-    write_run(run, RunSettings(parts, DataSettings(data_path=[]), adapter, training={}))
+    processor = read_image_settings(tower)
+    write_run(run, RunSettings(parts, DataSettings(data_path=[]), adapter, training={}, preprocessor=processor))
     load_tokenizer(llm).save_pretrained(run / TOKENIZER)
 
     def save(folder: Path) -> None:

@@ -2,20 +2,20 @@
 
     python benchmarks/train.py [--rows stock zero2+full zero1+selective zero1+none@4] [--batch 8]
 
-A row is a run of its own over the same batches as the others, with adapters of rank 64 in both towers and a trained
+A row of the table is one run. All runs train on the same batches, with adapters of rank 64 in both towers and a trained
 projector:
 
 - stock: stock PEFT's LoRA on stock LlavaForConditionalGeneration under a plain Hugging Face Trainer in bf16 with full
   gradient checkpointing; its adapters are in float32, as they are by default; stock-bf16: in bf16;
-- ours, scripts/train_vit_llm.py in bf16 with a trained mixer everywhere: a file of zero_configs, then what backward
-  recomputes (none, full, every:2, selective), liger in place of our fused layers, the kernels (torch, triton) and 4bit,
-  an NF4 LLM; "@4" sets the records per step of a row.
+- scripts/train_vit_llm.py in bf16 with a trained mixer everywhere, joined with "+": a file of zero_configs, what
+  backward recomputes (none, full, every:2, selective), liger for its kernels in place of this package's fused layers,
+  the adapters' kernels (torch, triton), 4bit for an NF4 LLM; "@4" sets the records per step of the row.
 
-Each row is written to --output when it has ended, one that fails with its message. The table shows tokens per second
-(padding not counted) and MFU, medians after the warm-up, and the peak memory of a step; the file holds every step's
-time and loss and, where there is one, what a roofline says beforehand. --profile adds two steps under torch's
-profiler. --tiny runs the same code with tiny parts, on a CPU too, and writes nothing unless --output names a file: its
-figures mean nothing.
+Each row is written to --output when its run has ended, one that failed with its message. The table shows tokens per
+second (without padding) and MFU, medians after the warm-up, and the peak memory of a step; the file also holds every
+step's time and loss and, where one was computed, the lower bound of a roofline. --profile adds two steps under torch's
+profiler. --tiny runs the same code with tiny models, also on a CPU; its figures mean nothing, and nothing is written
+unless --output names a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA: rows are forked
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA: runs are forked
 
 import argparse
 import json
@@ -63,11 +63,11 @@ def main() -> None:
             print("\n".join(described(job) for job in jobs))
             return
         preparing = subprocess.Popen([sys.executable, __file__, "--child", json.dumps({"prepare": asdict(jobs[0])})])
-        by_fork = not args.fresh and can_fork()  # seconds of imports, while the parts are made
+        by_fork = not args.fresh and can_fork()  # imports for seconds, while the models are made
         result = prepared(preparing, folder, args)
         results = Results(args.output, result, read_rows(args.output, result["device"]) if args.append else [])
         before = len(results.rows)
-        print(f"parts, data and imports: {time.monotonic() - begin:.0f} s", flush=True)
+        print(f"models, data and imports: {time.monotonic() - begin:.0f} s", flush=True)
         deadline = args.deadline - (time.monotonic() - begin) + time.time()
         measure(jobs, results.add, by_fork=by_fork, alone=args.alone, limit=args.limit, deadline=deadline)
     finally:
@@ -77,14 +77,14 @@ def main() -> None:
     if args.output is not None:
         print(f"written: {args.output}")
     if not any(row["status"] == "ok" for row in results.rows[before:]):
-        raise Refusal("E-RUN", "no row ran to its end", found="see above")
+        raise Refusal("E-RUN", "no run has finished", found="see above")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=ROWS)
-    parser.add_argument("--steps", type=int, default=12, help="of each row, warm-up included")
-    parser.add_argument("--warm-up", type=int, default=4, help="steps that are not counted")
+    parser.add_argument("--steps", type=int, default=12, help="steps of each run, warm-up included")
+    parser.add_argument("--warm-up", type=int, default=4, help="first steps, which are not timed")
     parser.add_argument("--batch", type=int, default=8, help="records per step, where the row does not say")
     parser.add_argument(
         "--lengths",
@@ -92,28 +92,28 @@ def parse() -> argparse.Namespace:
         choices=["uniform", "ragged", "text"],
         help="uniform: 2,048 tokens with an image, 200 of them trained; ragged: as LLaVA's; text: 4,096, no image",
     )
-    parser.add_argument("--layers", type=int, help="of the LLM, the first so many")
+    parser.add_argument("--layers", type=int, help="use only the first so many layers of the LLM")
     parser.add_argument("--profile", action="store_true", help="two more steps under torch's profiler")
     parser.add_argument("--workers", type=int, default=4, help="processes that read images")
-    parser.add_argument("--keep", type=Path, help="make the parts in this folder, or use those that are there")
+    parser.add_argument("--keep", type=Path, help="folder of models and data, kept and reused; default: temporary")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/train-DEVICE.json")
-    parser.add_argument("--append", action="store_true", help="keep the rows that --output holds")
-    parser.add_argument("--limit", type=float, default=150, help="seconds that a row may take once it has the GPU")
+    parser.add_argument("--append", action="store_true", help="keep the rows that are in --output already")
+    parser.add_argument("--limit", type=float, default=150, help="seconds that a run may take once it has the GPU")
     parser.add_argument(
-        "--deadline", type=float, default=float("inf"), help="seconds from now until whatever still runs is stopped"
+        "--deadline", type=float, default=float("inf"), help="seconds from now after which everything is stopped"
     )
-    parser.add_argument("--alone", action="store_true", help="load a row's weights only when the row before has ended")
-    parser.add_argument("--fresh", action="store_true", help="a new interpreter for each row, instead of a fork")
-    parser.add_argument("--tiny", action="store_true", help="tiny parts, on a CPU too: the code, not the cost")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run")
+    parser.add_argument("--alone", action="store_true", help="load a run's weights only when the one before has ended")
+    parser.add_argument("--fresh", action="store_true", help="a new interpreter for each run, instead of a fork")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, also on a CPU: to test the code")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         run_child(args.child)
     if args.warm_up >= args.steps:
-        raise Refusal("C-FLAG", "no step is counted", key="--warm-up", found=args.warm_up, expected="less than --steps")
+        raise Refusal("C-FLAG", "no step is timed", key="--warm-up", found=args.warm_up, expected="less than --steps")
     if args.append and args.output is None:
-        raise Refusal("C-FLAG", "appends to what?", key="--append", fix="name the file with --output")
+        raise Refusal("C-FLAG", "there is no file to append to", key="--append", fix="name the file with --output")
     return args
 
 
@@ -150,9 +150,9 @@ def described(job: Job) -> str:
 
 
 def prepared(preparing: subprocess.Popen, folder: Path, args: argparse.Namespace) -> dict:
-    """The device and the versions, when a process of its own has made parts and data: this one must not start CUDA."""
+    """The device and the versions, from the process that has made models and data: this one must not start CUDA."""
     if status := preparing.wait():
-        raise Refusal("E-RUN", "the parts could not be made", found=f"status {status}", fix="see above")
+        raise Refusal("E-RUN", "the models and data could not be made", found=f"status {status}", fix="see above")
     result = json.loads((folder / "facts.json").read_text())
     if args.output is None and not args.tiny:
         name = result["device"].lower().replace(" ", "-")
@@ -161,15 +161,15 @@ def prepared(preparing: subprocess.Popen, folder: Path, args: argparse.Namespace
 
 
 def run_child(text: str) -> None:
-    """What the processes do that are not forked."""
+    """The main of a process that is not forked."""
     resume_cuda()
     words = json.loads(text)
     if "prepare" in words:
-        from train_parts import facts, make_data, make_parts
+        from train_parts import facts, make_data, make_models
 
         job = Job(**words["prepare"])
         folder = Path(job.folder)
-        make_parts(folder, tiny=job.tiny, layers=job.layers)
+        make_models(folder, tiny=job.tiny, layers=job.layers)
         make_data(Path(job.data), folder, job.lengths, job.records, tiny=job.tiny)
         (folder / "facts.json").write_text(json.dumps(facts()))
     else:

@@ -1,4 +1,4 @@
-"""The callback that times every step of benchmarks/train.py's rows, ours and stock alike, and profiles some of them."""
+"""The callback that times every step of a run of benchmarks/train.py, this package's or stock, and profiles some."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import wraps
 
 import torch
 from torch.autograd import DeviceType
@@ -18,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 from llava_moslora.training.throughput import Throughput
 
 GIB = 2**30
-KEPT = 40  # kernels of a profile
+LISTED_KERNELS = 40  # of a profile, the slowest
 # first match counts; kernels' names as cuBLAS, cuDNN, ATen, Triton and NCCL have them
 GROUPS = {
     "attention": r"fmha|flash|attention|sdpa",
@@ -34,40 +35,41 @@ GROUPS = {
 
 
 @contextmanager
-def metered(wait: Callable[[], float], meters: list[Meter], job: Job, begin: float):
-    """Every Trainer that is made here waits for the GPU first and gets a :class:`Meter`, which sees its batches.
+def timed_trainers(wait: Callable[[], float], timers: list[StepTimer], job: Job, begin: float):
+    """Every Trainer that is created inside waits for the GPU first, and gets a :class:`StepTimer`.
 
     Args:
-        wait: returns the seconds that it took.
-        meters: where the meters are put.
+        wait: waits, and returns the seconds that it took.
+        timers: the timers are appended to it.
         begin: ``time.monotonic()`` when the process began.
     """
     init, get_batch_samples = Trainer.__init__, Trainer.get_batch_samples
 
-    def metered_init(self, *args, **kwargs):
+    def timed_init(self, *args, **kwargs):
         waited = wait()
         init(self, *args, **kwargs)
-        meters.append(Meter(self, job, waited, begin))
-        self.add_callback(meters[-1])
+        timers.append(StepTimer(self, job, waited, begin))
+        self.add_callback(timers[-1])
 
+    @wraps(get_batch_samples)  # so that the package recognises the method
     def counted_batches(self, *args):
         batches, tokens = get_batch_samples(self, *args)
         for batch in batches:
             lengths, images = batch["lengths"].tolist(), len(batch.get("pixel_values", ()))
-            meters[-1].throughput.add(lengths, len(batch["label_positions"]), images)
+            timers[-1].throughput.add(lengths, len(batch["label_positions"]), images)
         return batches, tokens
 
-    Trainer.__init__, Trainer.get_batch_samples = metered_init, counted_batches
+    Trainer.__init__, Trainer.get_batch_samples = timed_init, counted_batches
     try:
         yield
     finally:
         Trainer.__init__, Trainer.get_batch_samples = init, get_batch_samples
 
 
-class Meter(TrainerCallback):
+class StepTimer(TrainerCallback):
     """Times the steps of one Trainer on the host's clock, with the device synchronised at the end of each.
 
-    The last ``PROFILED`` steps of a job with ``profile`` are not among those that are counted.
+    The last ``PROFILED`` steps of a job with ``profile`` are not among those that count.
     """
 
     def __init__(self, trainer: Trainer, job: Job, waited: float, begin: float):
@@ -95,7 +97,7 @@ class Meter(TrainerCallback):
         if self.job.profile and state.global_step == self.job.steps:
             kinds = torch.profiler.ProfilerActivity
             self.profiler = torch.profiler.profile(activities=[kinds.CUDA if self.cuda else kinds.CPU])
-            write_result(self.job, {"status": "ok", **self.result()})  # should the profiler end the process
+            write_result(self.job, {"status": "ok", **self.result()})  # in case the profiler ends the process
             self.before = self.now()
             self.profiler.start()
 
@@ -180,5 +182,5 @@ def kernel_table(profiler, wall_ms: float) -> dict[str, object]:
             group: {"calls": calls / PROFILED, "ms": round(ms / PROFILED, 2)}
             for group, (calls, ms) in sorted(groups.items(), key=lambda item: -item[1][1])
         },
-        "kernels": rows[:KEPT],
+        "kernels": rows[:LISTED_KERNELS],
     }

@@ -1,7 +1,7 @@
-"""Random parts and records for benchmarks/train.py, made once and read by every row as real ones would be.
+"""Random models and records for benchmarks/train.py, made once and read by every run like real ones.
 
-LLaMA-3-8B is drawn on the GPU and copied straight into mapped files, several at a time: 16 GB in seconds on a memory
-disk. Every character of a record that is not a control token is one token, so that lengths are exact.
+LLaMA-3-8B is drawn on the GPU and copied into memory-mapped files, several at a time: 16 GB in seconds on a RAM disk.
+Every character of a record outside of control tokens is one token, so that lengths are exact.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_moslora.config import DataSettings
 from llava_moslora.data.prepare import prepare
-from llava_moslora.models.assemble import tokens_per_image
+from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.text.conversation import IGNORE_INDEX, Turn, encode
 from llava_moslora.text.tokenizer import load_tokenizer
@@ -37,14 +37,14 @@ TINY |= {"num_key_value_heads": 2, "vocab_size": 400, "bos_token_id": None}
 LENGTHS = ("uniform", "ragged", "text")
 # tokens of a record, labels included, and labels
 SIZES = {"uniform": (2048, 200), "text": (4096, 200), "tiny": (96, 12)}
-IMAGES = 8  # distinct ones; more would only fill the disk
-SIDE = 336
+IMAGES = 8  # different ones; more would only fill the disk
+IMAGE_SIZE = 336
 LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")  # the tokenizer merges none of them
 TEMPLATE = "chatml"
 THREADS = 8
 
 
-def make_parts(folder: Path, *, tiny: bool, layers: int | None) -> None:
+def make_models(folder: Path, *, tiny: bool, layers: int | None) -> None:
     """``llm/ clip/ projector.safetensors images/`` in ``folder``, unless they are there; with ``layers`` an
     ``llm-N/`` of the first N layers too, which shares the files of ``llm/``."""
     if not (folder / "done").exists():
@@ -69,7 +69,7 @@ def make_parts(folder: Path, *, tiny: bool, layers: int | None) -> None:
 
 
 def write_random_llm(config: LlamaConfig, folder: Path, device: str) -> None:
-    """One file per layer and one for the rest: the whole model is never in the GPU's memory."""
+    """One file per layer and one for the rest: the GPU never holds the whole model."""
     folder.mkdir(exist_ok=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -122,7 +122,7 @@ def write_images(folder: Path) -> None:
     random = np.random.default_rng(0)
     for index in range(IMAGES):  # blurred: noise would take longer to decode than a photograph
         noise = Image.fromarray(random.integers(0, 255, (24, 24, 3), dtype=np.uint8))
-        noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
+        noise.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).save(folder / f"{index}.jpg")
 
 
 def max_length(lengths: str) -> int:
@@ -162,8 +162,8 @@ def record_sizes(lengths: str, count: int, patches: int, tiny: bool) -> list[tup
     for _ in range(count):
         image = bool(random.random() >= 0.06)
         text = float(random.lognormal(math.log(230 if image else 1000), 0.8)) / (20 if tiny else 1)
-        most = SIZES["uniform"][0] - patches * image
-        text = int(min(max(text, 50), most))
+        longest = SIZES["uniform"][0] - patches * image
+        text = int(min(max(text, 50), longest))
         sizes.append((image, text + patches * image, max(8, int(0.4 * text))))
     return sizes
 
@@ -171,10 +171,10 @@ def record_sizes(lengths: str, count: int, patches: int, tiny: bool) -> list[tup
 def records(sizes: list[tuple[bool, int, int]], tokenizer, patches: int) -> list[dict]:
     """LLaVA's JSON of records with exactly those sizes."""
     random = np.random.default_rng(1)
-    frame = {image: _frame(image, tokenizer, patches) for image in (True, False)}
+    fixed_sizes = {image: _fixed_size(image, tokenizer, patches) for image in (True, False)}
     rows = []
     for index, (image, tokens, labels) in enumerate(sizes):
-        fixed, fixed_labels = frame[image]
+        fixed, fixed_labels = fixed_sizes[image]
         answer = labels - fixed_labels
         question = tokens - fixed - answer
         assert answer > 0 and question > 0, f"a record of {tokens} tokens and {labels} labels is too short"
@@ -188,15 +188,15 @@ def records(sizes: list[tuple[bool, int, int]], tokenizer, patches: int) -> list
     return rows
 
 
-def _frame(image: bool, tokenizer, patches: int) -> tuple[int, int]:
-    """Tokens and labels of a record besides its question's and answer's characters."""
+def _fixed_size(image: bool, tokenizer, patches: int) -> tuple[int, int]:
+    """Tokens and labels of a record without the characters of its question and answer."""
     turns = [Turn("human", "<image>\nQ" if image else "Q"), Turn("gpt", "A")]
-    made = encode(turns, tokenizer=tokenizer, template=TEMPLATE, image_tokens=[patches] * image)
-    return len(made.input_ids) - 2, sum(label != IGNORE_INDEX for label in made.labels) - 1
+    encoded = encode(turns, tokenizer=tokenizer, template=TEMPLATE, image_tokens=[patches] * image)
+    return len(encoded.input_ids) - 2, sum(label != IGNORE_INDEX for label in encoded.labels) - 1
 
 
 def facts() -> dict:
-    """The device and the versions that a result names."""
+    """The device and the versions that a result states."""
     packages = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "liger_kernel", "triton")
     versions = {}
     for name in packages:

@@ -1,7 +1,7 @@
-"""Starts the rows of benchmarks/train.py one after the other, with as little time between them as can be.
+"""Starts the runs of benchmarks/train.py one after the other, with as little time between them as possible.
 
-What all rows import is imported once, and a row is a fork of this process; and while a row is measured, the next one
-loads its weights and waits for the GPU.
+What all runs import is imported once, and a run is a fork of this process; while one is measured, the next one loads
+its weights and waits for the GPU.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ _capability = torch.cuda.get_device_capability
 
 
 def postpone_cuda() -> None:
-    """Let imports ask for the GPU's compute capability, as bitsandbytes does, without starting CUDA: a process that has
-    started it cannot be forked. Before anything else of the package is imported."""
+    """Make imports that ask for the GPU's compute capability, as bitsandbytes does, not start CUDA: a process that has
+    started it cannot be forked. To be called before the package is imported."""
     if not torch.cuda.is_available() or shutil.which("nvidia-smi") is None:
         return
     ask = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    told = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
-    capability = tuple(int(number) for number in told.split("."))
+    output = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()[0]
+    capability = tuple(int(number) for number in output.split("."))
     torch.cuda.get_device_capability = lambda *_: capability
 
 
 def resume_cuda() -> None:
-    """The end of :func:`postpone_cuda`."""
+    """Undo :func:`postpone_cuda`."""
     torch.cuda.get_device_capability = _capability
 
 
 def can_fork() -> bool:
-    """Import what all rows import; False where an import has started CUDA."""
+    """Import what all runs import; False if an import has started CUDA."""
     for name in PRELOADED:
         importlib.import_module(name)
     resume_cuda()
@@ -66,13 +66,13 @@ def can_fork() -> bool:
             torch.ones(8, device="cuda").sum().item()
             os._exit(0)
         except BaseException as error:
-            print(f"CUDA does not start after a fork, so every row gets a new interpreter: {error}", flush=True)
+            print(f"CUDA does not start after a fork, so every run gets a new interpreter: {error}", flush=True)
             os._exit(1)
     return os.waitpid(child, 0)[1] == 0
 
 
-class Process:
-    """A row's process: a fork of this one, or a new interpreter; its output goes to a log beside the run folder.
+class RowProcess:
+    """A row's process: a fork of this one, or a new interpreter; its output goes to a log next to the run folder.
 
     Args:
         limit: seconds that it may have the GPU.
@@ -85,14 +85,14 @@ class Process:
             self.job = replace(job, port=probe.getsockname()[1])
         self.limit, self.deadline, self.stopped, self.opened = limit, deadline, False, None
         shutil.rmtree(job.run, ignore_errors=True)
-        for name in ("gate", "result.json", "log"):
+        for name in ("has-gpu", "result.json", "log"):
             job.beside(name).unlink(missing_ok=True)
         log = os.open(job.beside("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if by_fork:
             sys.stdout.flush()
             self.id = os.fork()
             if self.id == 0:
-                be_row(self.job, log)
+                run_forked_row(self.job, log)
         else:
             command = [sys.executable, Path(__file__).with_name("train.py"), "--child", json.dumps(asdict(self.job))]
             self.opened = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
@@ -101,12 +101,12 @@ class Process:
 
     @property
     def has_gpu(self) -> bool:
-        return self.job.beside("gate").exists()
+        return self.job.beside("has-gpu").exists()
 
     def ended(self) -> bool:
-        """Asked again and again until it is True. A process that is over its time is killed."""
+        """To be called until it is True. A process that is over its time is killed."""
         now, over = time.time(), False
-        over = now > self.deadline or (self.has_gpu and now - self.job.beside("gate").stat().st_mtime > self.limit)
+        over = now > self.deadline or (self.has_gpu and now - self.job.beside("has-gpu").stat().st_mtime > self.limit)
         if over:
             self.stopped = True
             os.killpg(self.id, signal.SIGKILL)
@@ -122,7 +122,7 @@ class Process:
         return ended
 
     def result(self) -> dict:
-        """What the row measured, or the end of its log where it did not live to write that."""
+        """What the row measured, or the end of its log if it did not get to write that."""
         job = self.job
         facts = {"row": job.row, "batch": job.batch, "lengths": job.lengths, "layers": job.layers}
         facts |= {"steps": job.steps, "warm_up": job.warm_up}
@@ -132,8 +132,8 @@ class Process:
         return facts | {"status": "stopped: out of time" if self.stopped else "died", "message": end}
 
 
-def be_row(job: Job, log: int) -> None:
-    """The rest of a forked process's life."""
+def run_forked_row(job: Job, log: int) -> None:
+    """Run a row in this process, which was just forked, and exit."""
     try:
         os.setpgid(0, 0)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a row must not keep the GPU when this is killed
@@ -161,7 +161,7 @@ def measure(
     Args:
         alone: a row starts when the one before it has ended; else when that one has the GPU.
         limit: seconds that a row may have the GPU.
-        deadline: on the clock ``time.time``; what runs then is killed, what has not begun is left out.
+        deadline: on the clock ``time.time``; what runs then is killed, what has not begun is skipped.
     """
     waiting, running = deque(jobs), deque()
     while waiting or running:
@@ -171,5 +171,5 @@ def measure(
             print("out of time, not started: " + ", ".join(job.row for job in waiting), flush=True)
             waiting.clear()
         elif waiting and (not running or (not alone and len(running) == 1 and running[0].has_gpu)):
-            running.append(Process(waiting.popleft(), by_fork, limit, deadline))
+            running.append(RowProcess(waiting.popleft(), by_fork, limit, deadline))
         time.sleep(0.02)

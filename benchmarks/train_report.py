@@ -1,4 +1,4 @@
-"""The rows of benchmarks/train.py on disk and as a table, beside what a roofline says of them."""
+"""The rows of benchmarks/train.py on disk and as a table, with the lower bounds of a roofline."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from train_row import STOCK, Row
 
 from llava_moslora.errors import Refusal
 
-# (row, batch) → (milliseconds per step, peak GiB) on an H100 as a roofline has them: the sum over operations of the
-# larger of FLOPs / 700 TFLOP/s and bytes / 3.0 TB/s, a lower bound, at 2,048 tokens and 200 labels a record; ours under
-# ZeRO-2. "~": from figures for an H200, split into products and memory traffic and brought to these two rates. None:
-# not computed.
+# (row, batch) → (milliseconds per step, peak GiB) on an H100 from a roofline: the sum over operations of the larger of
+# FLOPs / 700 TFLOP/s and bytes / 3.0 TB/s, a lower bound, at 2,048 tokens and 200 labels per record; ours with ZeRO-2.
+# "~": from figures for an H200, split into products and memory traffic and converted to these two rates. None: not
+# computed.
 ROOFLINE = {
     ("stock", 8): (2405, 46.2),
     ("stock-bf16", 8): (2053, 44.9),
@@ -32,25 +32,29 @@ ROOFLINE = {
     ("selective+liger+triton", 8): (1080, 73.9),  # ~
     ("none+liger+triton", 8): (1050, 93.6),  # ~
 }
-ENGINE = {"zero0": (50, 1.7), "zero1": (50, 1.7), "zero2": (0, 0.0)}  # what of ZeRO-2's cost is not there
+WITHOUT_ZERO_2 = {
+    "zero0": (50, 1.7),
+    "zero1": (50, 1.7),
+    "zero2": (0, 0.0),
+}  # (ms, GiB) less than ZeRO-2
 
 
 def roofline(row: dict, tiny: bool) -> dict | None:
-    """What was computed beforehand for this row; the adapters' kernel is Triton's unless it says otherwise."""
+    """The bounds computed for this row, or None; the adapters' kernel is Triton's unless the row names one."""
     if tiny or row["layers"] or row["lengths"] != "uniform":
         return None
     parsed = Row.parse(row["row"])
     if parsed.base not in STOCK and parsed.kernel is None:
         parsed = replace(parsed, kernel="triton")
     ms, peak = ROOFLINE.get((parsed.name.removeprefix(f"{parsed.base}+"), row["batch"]), (None, None))
-    if (ms is peak is None) or (parsed.base not in STOCK and parsed.base not in ENGINE):
+    if (ms is peak is None) or (parsed.base not in STOCK and parsed.base not in WITHOUT_ZERO_2):
         return None
-    spared, spared_peak = ENGINE.get(parsed.base, (0, 0.0))
-    return {"ms_at_least": ms and ms - spared, "peak_allocated_gib": round(peak - spared_peak, 1)}
+    saved_ms, saved_gib = WITHOUT_ZERO_2.get(parsed.base, (0, 0.0))
+    return {"ms_at_least": ms and ms - saved_ms, "peak_allocated_gib": round(peak - saved_gib, 1)}
 
 
 class Results:
-    """The rows, on disk after every one of them."""
+    """The rows, written to disk whenever one is added."""
 
     def __init__(self, output: Path | None, facts: dict, rows: list[dict]):
         self.output, self.facts, self.rows = output, facts, rows
@@ -76,14 +80,14 @@ def read_rows(output: Path, device: str) -> list[dict]:
     """The rows that ``output`` holds.
 
     Raises:
-        Refusal: they are another device's.
+        Refusal: they were measured on another device.
     """
     if not output.exists():
         return []
     found = json.loads(output.read_text())
     if found["device"] != device:
         raise Refusal(
-            "C-FLAG", "the file is another device's", file=output, key="--append", found=found["device"],
+            "C-FLAG", "the file holds rows of another device", file=output, key="--append", found=found["device"],
             expected=device, fix="another --output",
         )  # fmt: skip
     return found["rows"]
@@ -94,7 +98,7 @@ def setting(row: dict) -> tuple:
 
 
 def table(rows: list[dict], last: bool = False) -> str:
-    """A line per row, or of the last row alone with more in it; ratios are to the last ``stock`` of the same size."""
+    """A line per row, or a longer one for the last row only; ratios are to the last ``stock`` of the same size."""
     base = {setting(r): r["tokens_per_second"] for r in rows if r["row"] == "stock" and r["status"] == "ok"}
     lines = [f"{'':<36}{'tokens/s':>9}{'MFU':>7}{'GiB':>7}{'reserved':>9}{'× stock':>8}"] if not last else []
     for row in rows[-1:] if last else rows:

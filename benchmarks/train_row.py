@@ -1,8 +1,8 @@
-"""One row of benchmarks/train.py, in a process of its own: a run that is timed step by step.
+"""One row of benchmarks/train.py: a run in a process of its own, timed step by step.
 
-Ours is scripts/train_vit_llm.py as a user starts it. Stock is PEFT's LoRA on ``LlavaForConditionalGeneration`` under a
-plain Hugging Face Trainer, over the same batches, from the same collator, with the same optimizer and loader settings.
-Both are measured by the same callback (train_meter.py).
+This package's is scripts/train_vit_llm.py as a user starts it. Stock is PEFT's LoRA on
+``LlavaForConditionalGeneration`` under a plain Hugging Face Trainer, over the same batches, from the same collator,
+with the same optimizer and loader settings. The same callback (train_meter.py) measures both.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pathlib import Path
 from llava_moslora.errors import Refusal
 
 ROOT = Path(__file__).parents[1]
-STOCK = {"stock": True, "stock-bf16": False}  # name → PEFT's adapters in float32, as it has them by default
+STOCK = {"stock": True, "stock-bf16": False}  # name → whether PEFT's adapters are in float32, its default
 RECOMPUTE = re.compile(r"none|full|selective|every:[1-9]\d*")
-KERNELS = ("torch", "triton")
+ADAPTER_KERNELS = ("torch", "triton")
 PROFILED = 2  # steps
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is measured: ``stock``, ``stock-bf16``, or ours under a file of zero_configs, such as
+    """What is run: ``stock``, ``stock-bf16``, or this package under a file of zero_configs, such as
     ``zero2+selective+liger+triton@4``.
 
     Args:
@@ -61,7 +61,7 @@ class Row:
         for word in words:
             if RECOMPUTE.fullmatch(word):
                 key, value = "recompute", word
-            elif word in KERNELS:
+            elif word in ADAPTER_KERNELS:
                 key, value = "kernel", word
             elif word in ("liger", "4bit"):
                 key, value = ("liger", True) if word == "liger" else ("bits", 4)
@@ -86,7 +86,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Job:
-    """A row and everything its process needs to know; JSON between processes."""
+    """A row and everything that its process needs; sent between processes as JSON."""
 
     row: str
     batch: int
@@ -97,10 +97,10 @@ class Job:
     tiny: bool
     profile: bool
     workers: int
-    folder: str  # the parts
+    folder: str  # of the models
     data: str
     records: int  # in it
-    run: str  # the run folder, made by the row; result.json, log and the gate's mark lie beside it
+    run: str  # the run folder, made by the row; result.json, log and the mark that it has the GPU lie next to it
     port: int
 
     @property
@@ -115,42 +115,42 @@ class Job:
         return Path(self.folder) / ("llm" if self.layers is None else f"llm-{self.layers}")
 
 
-class Gate:
-    """One row at a time on the GPU: the next one may load its weights while this one is measured."""
+class GpuLock:
+    """One run at a time on the GPU: the next one may load its weights while this one is measured."""
 
     def __init__(self, job: Job):
         self.job, self.waited = job, None
         self.lock = os.open(Path(job.folder) / "gpu.lock", os.O_RDWR | os.O_CREAT)
 
-    def enter(self) -> float:
+    def acquire(self) -> float:
         """Returns the seconds that this took."""
         if self.waited is not None:
             return self.waited
         before = time.monotonic()
         fcntl.flock(self.lock, fcntl.LOCK_EX)  # until this process ends
         self.waited = time.monotonic() - before
-        self.job.beside("gate").touch()
+        self.job.beside("has-gpu").touch()
         return self.waited
 
 
 def run_row(job: Job) -> None:
-    """Measure, and write ``result.json`` beside the run folder whatever happens."""
+    """Measure, and write ``result.json`` next to the run folder whatever happens."""
     begin = time.monotonic()
-    from train_meter import metered
+    from train_meter import timed_trainers
 
-    gate, row = Gate(job), Row.parse(job.row)
+    gpu, row = GpuLock(job), Row.parse(job.row)
     result: dict[str, object] = {"status": "ok"}
-    meters: list = []
+    timers: list = []
     try:
         if row.bits == 4:
-            gate.enter()  # weights are quantised on the GPU while they are loaded
-        with metered(gate.enter, meters, job, begin):
+            gpu.acquire()  # weights are quantised on the GPU while they are loaded
+        with timed_trainers(gpu.acquire, timers, job, begin):
             train_stock(job, row) if row.base in STOCK else train_ours(job, row)
     except (Exception, SystemExit) as error:
         result = {"status": status_of(error), "message": message_of(error)}
         traceback.print_exc()
-    for meter in meters:
-        result |= meter.result()
+    for timer in timers:
+        result |= timer.result()
     write_result(job, result)
 
 
@@ -201,7 +201,7 @@ def longest(job: Job) -> int:
 
 
 def common_settings(job: Job) -> dict[str, object]:
-    """What the Trainers of all rows are given; a constant rate makes their losses comparable step by step."""
+    """Settings of the Trainers of all rows; with a constant learning rate their losses are comparable step by step."""
     return {
         "output_dir": job.run,
         "per_device_train_batch_size": job.batch,
@@ -229,7 +229,7 @@ def train_ours(job: Job, row: Row) -> None:
 
 
 def stock_batch(batch: dict) -> dict:
-    """Of a batch what the stock model takes, with the mask that stock processors make."""
+    """The part of a batch that the stock model takes, with the mask that stock processors make."""
     import torch
 
     kept = {name: batch[name] for name in ("input_ids", "labels", "pixel_values") if name in batch}
@@ -250,8 +250,9 @@ def train_stock(job: Job, row: Row) -> None:
     from llava_moslora.data.image_transform import ImageTransform
     from llava_moslora.data.prepare import prepare
     from llava_moslora.models.adapt import linear_suffixes
-    from llava_moslora.models.assemble import assemble, tokens_per_image
+    from llava_moslora.models.assemble import assemble
     from llava_moslora.models.names import LLM, PROJECTOR, VISION_TOWER
+    from llava_moslora.models.towers import tokens_per_image
     from llava_moslora.text.tokenizer import load_tokenizer
 
     folder, rank = Path(job.folder), 4 if job.tiny else 64

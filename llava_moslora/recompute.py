@@ -8,7 +8,7 @@ full       every layer whole: slowest, needs the least memory
 
 Losses and gradients are the same in all of them: dropout's masks are functions of a seed that recomputation restores.
 
-Selective is torch's checkpoint with a list of saved outputs beside it. The adapted linears save theirs there and load
+Selective is torch's checkpoint with a list of saved outputs next to it. The adapted linears save theirs there and load
 them themselves (adapters/linear.py); for attention and other linears a dispatch mode does so, which is on only around
 them. torch's own ``create_selective_checkpoint_contexts`` uses a mode that is on all the time, which takes more of the
 host's time than everything else in a layer.

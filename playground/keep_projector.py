@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_moslora.inference.load import newest_checkpoint
+from llava_moslora.runs.checkpoints import newest_checkpoint
 
 README = """# projector-tiny
 

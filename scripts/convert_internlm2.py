@@ -2,8 +2,8 @@
 
     python scripts/convert_internlm2.py models/internlm2-chat-7b --output_dir models/internlm2-chat-7b-llama
 
-Training, export and evaluation read InternLM2 folders as they are; this is for other tools, none of which then needs
-the code that came with the model. Memory holds one shard; the folder appears whole or not at all.
+Training, export and evaluation read InternLM2 folders as they are. This is for other tools, which then do not need the
+code that came with the model. Memory holds one shard; the folder appears whole or not at all.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def main() -> None:
 def convert(folder: Path, output: Path) -> None:
     config = read_llm_config(folder)
     if (found := read_json(folder / "config.json").get("model_type")) != MODEL_TYPE:
-        what, fix = "not an InternLM2", "nothing to do: give it as --model_name_or_path as it is"
+        what, fix = "not an InternLM2", "give it as --model_name_or_path: nothing needs to be converted"
         raise Refusal("C-MODEL", what, file=folder, key="model_type", found=found, expected=MODEL_TYPE, fix=fix)
     if output.exists():
         raise Refusal("C-OUTPUT", "already exists", file=output, key="--output_dir", fix="choose another, or delete it")

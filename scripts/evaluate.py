@@ -22,7 +22,8 @@ from llava_moslora.files.disk import fsync
 from llava_moslora.files.json import replace_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.inference.generate import first_logits
-from llava_moslora.inference.load import load_run, newest_checkpoint
+from llava_moslora.inference.load import load_run
+from llava_moslora.runs.checkpoints import newest_checkpoint
 
 
 def main() -> None:

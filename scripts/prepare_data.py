@@ -16,11 +16,11 @@ from llava_moslora.config import DataSettings, ModelSettings, Settings, setting
 from llava_moslora.data.prepare import prepare, report_of
 from llava_moslora.data.report import write_report
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
+from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.text.conversation import recognise_template
+from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training.arguments import FlagParser, some_fields
 

@@ -27,23 +27,24 @@ from llava_moslora.distributed import from_rank_0
 from llava_moslora.errors import run_script
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
-from llava_moslora.models.assemble import assemble, tokens_per_image
+from llava_moslora.models.assemble import assemble
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
+from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_image_settings, read_vision_config
 from llava_moslora.recompute import set_recompute
 from llava_moslora.runs.fingerprint import base_fingerprints
+from llava_moslora.runs.folder import check_shared, check_space, open_run, write_first_files
+from llava_moslora.runs.output_dir import check_output
 from llava_moslora.runs.record import RunSettings
-from llava_moslora.text.conversation import recognise_template
+from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training import process_group
-from llava_moslora.training.arguments import TrainingArguments, config_file, parse
+from llava_moslora.training.arguments import TrainingArguments, input_paths, parse
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
 from llava_moslora.training.optimizer_state import trained_count
-from llava_moslora.training.output_dir import check_output, input_paths
-from llava_moslora.training.run_folder import check_shared, check_space, open_run, write_first_files
 from llava_moslora.training.trainer import MosLoraTrainer
 from llava_moslora.training.validate import check, check_launch
 
@@ -64,7 +65,7 @@ def main() -> None:
     check(model_settings, adapter_settings, args)
     run, main_process = Path(args.output_dir), args.process_index == 0
     say = print if main_process else (lambda *_: None)
-    inputs = input_paths(model_settings, data_settings, args, config_file(argv))
+    inputs = input_paths(model_settings, data_settings, args, argv)
     if main_process:
         check_output(args, inputs, data_settings)
 

@@ -283,10 +283,8 @@ def _draw_mask(shape: torch.Size, seed: Tensor, drop: int, device: torch.device)
     """int16[shape]: 0 with probability ``drop`` / DROPOUT_STEPS, else all bits set. By seed, shape and device."""
     generator = torch.Generator(device).manual_seed(seed.item())
     if device.type != "cpu":
-        kept = torch.empty(shape, dtype=torch.int16, device=device).bernoulli_(
-            1 - drop / DROPOUT_STEPS, generator=generator
-        )
-        return kept.neg_()
+        keep = 1 - drop / DROPOUT_STEPS
+        return torch.empty(shape, dtype=torch.int16, device=device).bernoulli_(keep, generator=generator).neg_()
     # The CPU's generator is serial: draw as few numbers as possible.
     count = shape.numel()
     draws = torch.empty((count + 3) // 4, dtype=torch.int64)

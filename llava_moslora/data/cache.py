@@ -1,8 +1,8 @@
 """A data cache on disk: the arrow files of its parts, and a report with what was counted and a checksum of each file.
 
-A cache lives for months on disks that fill up, lose power and are copied, so nothing in it is believed unread: a folder
-with a damaged file is damaged, and is built again (:mod:`llava_moslora.data.prepare`). Every file is on the disk before
-the rename that makes it count.
+A cache lives for months on disks that fill up, lose power and are copied, so every byte is verified when it is
+opened; a folder with a damaged file is built again (:mod:`llava_moslora.data.prepare`). Every file is flushed to the
+disk before the rename that publishes it.
 """
 
 from __future__ import annotations
@@ -10,21 +10,67 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
 
+from llava_moslora.config import DataSettings
+from llava_moslora.data.sources.source import Source
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import fsync, replace_file, replace_folder
+from llava_moslora.text.templates import TOKENIZER_TEMPLATE, get_template
 
+CODE_VERSION = 3  # raise it whenever ids, labels or columns of the same data would change
 REPORT = "report.json"
-CHECKSUM = "crc32"  # key of a checksum of all the others, in the report and in what was counted in a part
+CHECKSUM = "crc32"  # key of a checksum of all other keys, in the report and in a part's JSON
+FORMER_NAMES = {"with_pictures": "with_images"}  # of counts, in caches and unfinished builds of version 0.1
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """One source, with everything else that decides what its rows are."""
+
+    source: Source
+    settings: DataSettings
+    tokenizer: PreTrainedTokenizerFast
+    template: str
+    tokens_per_image: int
+
+
+def cache_key(preparation: Preparation) -> str:
+    """The name of the cache folder: equal for equal data, tokenizer, template, image tokens and length limit.
+
+    Raises:
+        Refusal: D-FILE; C-TEMPLATE, no such template.
+    """
+    source, settings, tokenizer = preparation.source, preparation.settings, preparation.tokenizer
+    digest = hashlib.sha256()
+    for block in source.version():
+        digest.update(block)
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    # A name does not say what a tokenizer's own template writes. Its source is part of the key too: the template was
+    # derived from a few conversations, and two sources must never share a cache.
+    template = [preparation.template, _template_text(preparation)]
+    template += [tokenizer.chat_template] if preparation.template == TOKENIZER_TEMPLATE else []
+    rest = [tokenizer.special_tokens_map, template, preparation.tokens_per_image, settings.model_max_length]
+    digest.update(json.dumps([*rest, CODE_VERSION], default=str, sort_keys=True).encode())
+    name = re.sub(r"[^\w.-]", "_", Path(source.name).stem)[:40]
+    return f"{name}-{digest.hexdigest()[:20]}"
+
+
+def _template_text(preparation: Preparation) -> str:
+    """The template as a text, with the names that version 0.1 had, so that its caches are found."""
+    text = repr(get_template(preparation.template, preparation.tokenizer))
+    return text.replace("images_only=", "pictures_only=").replace("<Variable.", "<Slot.")
 
 
 def arrow_files(folder: Path) -> list[Path]:
@@ -35,8 +81,8 @@ def arrow_files(folder: Path) -> list[Path]:
 def describe_file(path: Path) -> dict[str, int]:
     """Size in bytes and CRC-32 of a file.
 
-    All of a cache is read so each time it is opened. That costs 0.2 s per GB on one core (measured: read from the page
-    cache in blocks of 1 MB; SHA-256 0.5 s), once per process, and training is about to read the same bytes.
+    All of a cache is read like this each time it is opened. That costs 0.2 s per GB on one core (measured: read from
+    the page cache in blocks of 1 MB; SHA-256 0.5 s), once per process, and training is about to read the same bytes.
     """
     size = checksum = 0
     with path.open("rb") as file:
@@ -46,7 +92,7 @@ def describe_file(path: Path) -> dict[str, int]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """``content`` with a checksum of it, whole or not at all."""
+    """Write ``content`` with a checksum of it, whole or not at all."""
     text = json.dumps(content | {CHECKSUM: zlib.crc32(_canonical(content))}, indent=1)
     replace_file(path, text.encode())
 
@@ -65,29 +111,32 @@ def _canonical(content: dict) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
 
 
+def current_names(counts: dict) -> dict:
+    """``counts``, a part's or a report's, under today's names."""
+    return {FORMER_NAMES.get(name, name): count for name, count in counts.items()}
+
+
 def read_report(folder: Path) -> dict | None:
     """The report of ``folder`` if it is whole."""
     report = read_json(folder / REPORT)
-    if report is not None and "with_pictures" in report:  # as version 0.1 called it
-        report["with_images"] = report.pop("with_pictures")
-    return report
+    return None if report is None else current_names(report)
 
 
 def report_in(folder: Path) -> dict:
     """The report of a cache in use.
 
     Raises:
-        Refusal: D-CACHE, it is damaged, or no longer there.
+        Refusal: D-CACHE, it is damaged or missing.
     """
     if (report := read_report(folder)) is None:
         what = "the data cache was changed by something else while it is in use"
-        raise Refusal("D-CACHE", what, file=folder, fix="start again: what is damaged is built again")
+        raise Refusal("D-CACHE", what, file=folder, fix="start again: damaged files are built again")
     return report
 
 
 def reports_of(dataset: Dataset) -> list[dict]:
-    """What was counted while each source of ``dataset`` was prepared: file, records, kept, left_out, turns_dropped,
-    answers_cut, problems, ..."""
+    """What was counted while each source of ``dataset`` was prepared: file, records, kept, left_out (skipped: not even
+    the question fits), turns_dropped, answers_cut, problems, ..."""
     return [report_in(folder) for folder in _folders(dataset)]
 
 
@@ -107,8 +156,8 @@ def report_of(dataset: Dataset) -> dict:
 def keys_of(dataset: Dataset) -> list[str]:
     """The key of each source: equal keys, equal rows.
 
-    It is the name of the cache folder and a digest of which records are in it, because a record that is left out for
-    its images comes back when they can be used.
+    It is the name of the cache folder and a digest of which records are in it, because a record that was skipped for
+    its images is in it again when they can be used.
     """
     sources, records = (np.asarray(dataset[name][:]) for name in ("source", "record"))
     digests = [hashlib.sha256(records[sources == k].tobytes()).hexdigest()[:8] for k in range(len(_folders(dataset)))]
@@ -133,7 +182,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def publish(staging: Path, target: Path) -> None:
-    """Make the finished folder ``staging`` the cache ``target``, in place of what may be there."""
+    """Rename the finished folder ``staging`` to ``target``; replaces an existing cache."""
     fsync(staging)
     old = target.with_name(f"{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)  # of a process that was killed
@@ -141,7 +190,7 @@ def publish(staging: Path, target: Path) -> None:
 
 
 def copy_parts(target: Path, staging: Path) -> None:
-    """Begin ``staging`` with the files of a finished cache, which stays as it is."""
+    """Start ``staging`` with the files of a finished cache, which is left as it is."""
     half = staging.with_name(f"{staging.name}.half")
     shutil.rmtree(half, ignore_errors=True)
     shutil.copytree(target, half, copy_function=_link, ignore=shutil.ignore_patterns(REPORT))
@@ -157,7 +206,7 @@ def _link(source: str, destination: str) -> None:
 
 @contextmanager
 def using(folder: Path) -> Iterator[None]:
-    """What the operating system refuses while ``folder`` is read or written becomes a refusal.
+    """Raise errors of the operating system while ``folder`` is read or written as refusals.
 
     Raises:
         Refusal: E-DISK
@@ -168,5 +217,5 @@ def using(folder: Path) -> Iterator[None]:
         raise Refusal(
             "E-DISK", "the data cache cannot be used", file=error.filename or folder, key="--data_cache",
             found=error.strerror or error, expected="a folder that can be written, with space",
-            fix="free space, mend its rights, or name another folder",
+            fix="free space, correct its permissions, or name another folder",
         ) from error  # fmt: skip

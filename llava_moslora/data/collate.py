@@ -1,6 +1,8 @@
-"""Rows of the prepared data set to one padded batch, images read and transformed on the way.
+"""Records of the prepared data set to one padded batch; their images are read and transformed here.
 
-Shapes: B lines, T the longest line's tokens, N images of all rows in order, H and W the vision tower's input size.
+A row of a batch holds one record, or several with packing.
+Shapes: B rows, T the longest row's tokens, S tokens with a label, N images of all records in order, P placeholders per
+image, H and W the vision tower's input size.
 """
 
 from __future__ import annotations
@@ -17,35 +19,36 @@ from transformers import PreTrainedTokenizerFast
 from llava_moslora.config import DataSettings
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.images import load_bytes, load_image
-from llava_moslora.data.sources.shards import ImageRef, read_image
+from llava_moslora.data.sources.container import ImageRef
+from llava_moslora.data.sources.source import read_image
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import IGNORE_INDEX
 from llava_moslora.text.tokenizer import image_token_id
 
-PACKINGS = 32  # lengths of packed lines that are tried
+PACKED_LENGTHS = 32  # lengths of packed rows that are tried
 
 
 @dataclass
 class Collator:
-    """Makes a batch of rows (dictionaries with ``input_ids labels images shard record id number``).
+    """Makes a batch of records (dictionaries with ``input_ids labels images shard record id number``).
 
-    With ``pack_to``, several records share a line of at most that many tokens (or of the longest record's), so that
-    less is padded. Positions restart at 0 with each record: that is how transformers recognises packed lines (with
-    ``use_cache=False``; a cache switches it off in silence), and lets no record see another; kernels for sequences of
-    unlike length go by the lengths instead, and no mask is made. The records of the batch, and so its loss, are as
+    With ``pack_to``, several records share a row of at most that many tokens (or of the longest record's), so that
+    there is less padding. Positions restart at 0 with each record: transformers recognises packed rows from that (with
+    ``use_cache=False``; with a cache it silently does not), and no record attends to another; kernels for sequences of
+    different lengths use the lengths instead, and no mask is made. The records of the batch, and so its loss, are as
     without packing.
 
     There is never an ``attention_mask``: padding comes after every token, so causal attention never sees it, and it has
     no label. With a mask torch could not use its causal flash attention.
 
     Args:
-        pad_token_id: fills the right side of shorter lines; nothing attends to it and no label is trained.
-        image_folder: where the rows' image names start; needed when a row has images.
+        pad_token_id: fills the right side of shorter rows; nothing attends to it and no label is trained.
+        image_folder: that the records' image names are relative to; needed when a record has images.
         transform: the vision tower's.
         follow_links: see :func:`~llava_moslora.data.images.load_image`.
-        pack_to: tokens per line; ``None``: one record per line.
-        image_token_id: the placeholder's; with it a batch says where its images' features go.
-        data_files: the sources that rows count their ``source`` by; named in refusals where there are several.
+        pack_to: tokens per row; ``None``: one record per row.
+        image_token_id: the placeholder's; with it a batch has ``image_positions``.
+        data_files: the sources that a record's ``source`` is a position in; named in refusals if there are several.
     """
 
     pad_token_id: int
@@ -64,7 +67,7 @@ class Collator:
         transform: ImageTransform,
         packing: bool = False,
     ) -> Collator:
-        """The collator of a data set that was prepared with these settings; ``packing``: rows of
+        """The collator of a data set that was prepared with these settings; ``packing``: several records in a row of
         ``settings.model_max_length`` tokens."""
         return cls(
             tokenizer.pad_token_id,
@@ -76,117 +79,126 @@ class Collator:
             data_files=tuple(settings.data_path),
         )
 
-    def __call__(self, rows: Sequence[dict]) -> dict[str, torch.Tensor | int]:
-        """``input_ids labels`` int64[B, T], packed also what :func:`_sequences` gives, ``record`` and ``lengths``
-        int64[rows] (the rows' ``number`` and tokens, in their order in the lines) and, if any row has images,
-        ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders. Counted in the flattened B·T, so that the
-        model need not ask the device how many there are: ``label_positions`` int64[S], the tokens with a label that
-        have one before them, and with images ``image_positions`` int64[N·P], the placeholders.
+    def __call__(self, records: Sequence[dict]) -> dict[str, torch.Tensor | int]:
+        """A batch.
+
+        Returns:
+            ``input_ids labels`` int64[B, T]; with packing also what :func:`_packed_positions` returns; ``record`` and
+            ``lengths`` int64[records], the records' ``number`` and tokens, in their order in the rows; if any record
+            has images, ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders. And, so that the model
+            need not ask the device how many there are, indices into the flattened B·T: ``label_positions`` int64[S], of
+            tokens that have a label and a token before them, and with images ``image_positions`` int64[N·P], of
+            placeholders.
 
         Raises:
             Refusal: I-..., an image that cannot be used; D-LABELS, no token is trained. Both name the record.
         """
-        for row in rows:
-            if all(label == IGNORE_INDEX for label in row["labels"]):
-                raise Refusal("D-LABELS", "no token of this record is trained", **self._where(row))
-        lines = [[row] for row in rows] if self.pack_to is None else pack(rows, self.pack_to)
-        rows = list(chain.from_iterable(lines))
+        for record in records:
+            if all(label == IGNORE_INDEX for label in record["labels"]):
+                raise Refusal("D-LABELS", "no token of this record is trained", **self._where(record))
+        rows = [[record] for record in records] if self.pack_to is None else pack(records, self.pack_to)
+        records = list(chain.from_iterable(rows))
         batch = {
-            "input_ids": _pad([_joined(line, "input_ids") for line in lines], self.pad_token_id),
-            "labels": _pad([_joined(line, "labels") for line in lines], IGNORE_INDEX),
-            "record": torch.tensor([row["number"] for row in rows]),
-            "lengths": torch.tensor([len(row["input_ids"]) for row in rows]),
+            "input_ids": _pad([_joined(row, "input_ids") for row in rows], self.pad_token_id),
+            "labels": _pad([_joined(row, "labels") for row in rows], IGNORE_INDEX),
+            "record": torch.tensor([record["number"] for record in records]),
+            "lengths": torch.tensor([len(record["input_ids"]) for record in records]),
         }
         trained = batch["labels"] != IGNORE_INDEX
         trained[:, 0] = False  # nothing comes before it that could predict it
-        batch["label_positions"] = _places(trained)
+        batch["label_positions"] = _true_positions(trained)
         if self.pack_to is not None:
-            batch |= _sequences(lines, batch["input_ids"].shape[1])
-        images = [self._image(name, row) for row in rows for name in row["images"]]
+            batch |= _packed_positions(rows, batch["input_ids"].shape[1])
+        images = [self._image(name, record) for record in records for name in record["images"]]
         if images:
             batch["pixel_values"] = torch.stack(images)
             if self.image_token_id is not None:
-                batch["image_positions"] = _places(batch["input_ids"] == self.image_token_id)
+                batch["image_positions"] = _true_positions(batch["input_ids"] == self.image_token_id)
         return batch
 
-    def _image(self, name: str, row: dict) -> torch.Tensor:
-        return self.transform(read_row_image(row, name, self.image_folder, self.follow_links, **self._where(row)))
+    def _image(self, name: str, record: dict) -> torch.Tensor:
+        where = self._where(record)
+        return self.transform(read_record_image(record, name, self.image_folder, self.follow_links, where))
 
-    def _where(self, row: dict) -> dict:
+    def _where(self, record: dict) -> dict:
         several = len(self.data_files) > 1
-        return {
-            "record": row["record"],
-            "record_id": (f"{row['id']} of {self.data_files[row['source']]}" if several else row["id"]) or None,
-        }
+        record_id = f"{record['id']} of {self.data_files[record['source']]}" if several else record["id"]
+        return {"record": record["record"], "record_id": record_id or None}
 
 
-def read_row_image(
-    row: dict, name: str, folder: str | Path | None, follow_links: bool, *, record: int, record_id: str | None
+def read_record_image(
+    record: dict, name: str, folder: str | Path | None, follow_links: bool, where: dict
 ) -> Image.Image:
-    """One of a row's ``images``, out of its shard or the image folder, in RGB.
+    """One of a record's ``images``, out of its shard or the image folder, in RGB.
+
+    Args:
+        where: ``record`` and ``record_id``, for refusals.
 
     Raises:
         Refusal: I-...
     """
-    if not row["shard"]:
-        assert folder is not None, "rows with images need an image folder; prepare refuses them without"
-        return load_image(name, folder, record=record, record_id=record_id, follow_links=follow_links)
-    place = ImageRef.parse(name)
-    data = read_image(row["shard"], place, record=record, record_id=record_id)
-    return load_bytes(data, f"{row['shard']}:{place.name}", record=record, record_id=record_id)
+    if not record["shard"]:
+        assert folder is not None, "records with images need an image folder; prepare refuses them without"
+        return load_image(name, folder, follow_links=follow_links, **where)
+    ref = ImageRef.parse(name)
+    data = read_image(record["shard"], ref, **where)
+    return load_bytes(data, f"{record['shard']}:{ref.name}", **where)
 
 
-def pack(rows: Sequence[dict], limit: int) -> list[list[dict]]:
-    """The rows dealt to lines of at most ``limit`` tokens (a longer row has a line of its own), with little padding.
+def pack(records: Sequence[dict], limit: int) -> list[list[dict]]:
+    """The records in rows of at most ``limit`` tokens (a longer record has a row of its own), with little padding.
 
-    First-fit decreasing for several lengths of line, of which the one counts that leaves the fewest tokens, padding
-    included; the shorter one where two do, as attention grows with the square. Never more padding than unpacked.
+    First-fit decreasing for several row lengths, of which the one counts that leaves the fewest tokens, padding
+    included; the shorter one if two do, as attention grows with the square. Never more padding than unpacked.
     """
-    rows = sorted(rows, key=lambda row: -len(row["input_ids"]))  # stable, so the same rows give the same lines
-    longest = len(rows[0]["input_ids"])
-    step = max(1, (limit - longest) // PACKINGS)
-    packings = [_first_fit(rows, room) for room in (*range(longest, limit, step), max(longest, limit))]
-    return min(packings, key=lambda lines: len(lines) * max(map(_length, lines)))
+    records = sorted(records, key=lambda record: -len(record["input_ids"]))  # stable: equal records give equal rows
+    longest = len(records[0]["input_ids"])
+    step = max(1, (limit - longest) // PACKED_LENGTHS)
+    packings = [_first_fit(records, length) for length in (*range(longest, limit, step), max(longest, limit))]
+    return min(packings, key=lambda rows: len(rows) * max(map(_length, rows)))
 
 
-def _first_fit(rows: list[dict], limit: int) -> list[list[dict]]:
-    lines: list[list[dict]] = []
-    room: list[int] = []
-    for row in rows:
-        length = len(row["input_ids"])
-        line = next((k for k, free in enumerate(room) if free >= length), None)
-        if line is None:
-            lines.append([])
-            room.append(limit)
-            line = -1
-        lines[line].append(row)
-        room[line] -= length
-    return lines
+def _first_fit(records: list[dict], limit: int) -> list[list[dict]]:
+    rows: list[list[dict]] = []
+    free: list[int] = []  # tokens left in each row
+    for record in records:
+        length = len(record["input_ids"])
+        number = next((k for k, tokens in enumerate(free) if tokens >= length), None)
+        if number is None:
+            rows.append([])
+            free.append(limit)
+            number = -1
+        rows[number].append(record)
+        free[number] -= length
+    return rows
 
 
-def _places(mask: torch.Tensor) -> torch.Tensor:
+def _true_positions(mask: torch.Tensor) -> torch.Tensor:
     """int64[n]: where a bool[B, T] is true, counted in the flattened B·T."""
     return mask.flatten().nonzero().squeeze(1)
 
 
-def _length(line: list[dict]) -> int:
-    return sum(len(row["input_ids"]) for row in line)
+def _length(row: list[dict]) -> int:
+    return sum(len(record["input_ids"]) for record in row)
 
 
-def _joined(line: list[dict], name: str) -> list[int]:
-    return [number for row in line for number in row[name]]
+def _joined(row: list[dict], name: str) -> list[int]:
+    return [number for record in row for number in record[name]]
 
 
-def _sequences(lines: list[list[dict]], longest: int) -> dict[str, torch.Tensor | int]:
-    """Where the records of packed lines are, a line's padding being a record of its own, under transformers' names:
-    ``position_ids`` int64[B, T] count from 0 in each, ``cu_seq_lens_q`` and ``_k`` int32[R+1] are where each begins in
-    the flattened B·T, and the end, ``max_length_q`` and ``_k`` the longest one's tokens."""
+def _packed_positions(rows: list[list[dict]], longest: int) -> dict[str, torch.Tensor | int]:
+    """Where the records of packed rows are, a row's padding being a record of its own, under transformers' names.
+
+    Returns:
+        ``position_ids`` int64[B, T], from 0 in each record; ``cu_seq_lens_q`` and ``_k`` int32[R+1], where each of the
+        R records begins in the flattened B·T, and the end; ``max_length_q`` and ``_k``, the longest one's tokens.
+    """
     lengths = []
-    for line in lines:
-        records = [len(row["input_ids"]) for row in line]
+    for row in rows:
+        records = [len(record["input_ids"]) for record in row]
         lengths += [length for length in (*records, longest - sum(records)) if length]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    positions = torch.cat([torch.arange(length) for length in lengths]).view(len(lines), longest)
+    positions = torch.cat([torch.arange(length) for length in lengths]).view(len(rows), longest)
     return {
         "position_ids": positions,
         "cu_seq_lens_q": starts,
@@ -197,7 +209,7 @@ def _sequences(lines: list[list[dict]], longest: int) -> dict[str, torch.Tensor 
 
 
 def pad_left_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Prompts of unlike length for batched generation: ``input_ids``, ``attention_mask`` int64[B, T], padded left."""
+    """Prompts of different lengths for generation: ``input_ids``, ``attention_mask`` int64[B, T], padded left."""
     return {
         "input_ids": _pad(prompts, pad_token_id, left=True),
         "attention_mask": _pad([[1] * len(prompt) for prompt in prompts], 0, left=True),
@@ -205,9 +217,9 @@ def pad_left_prompts(prompts: Sequence[Sequence[int]], pad_token_id: int) -> dic
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> torch.Tensor:
-    """int64[B, T] of rows with unlike length."""
+    """int64[B, T] of rows of different lengths."""
     longest = max(len(row) for row in rows)
     padded = torch.full((len(rows), longest), value, dtype=torch.int64)  # (B, T)
-    for line, row in zip(padded, rows, strict=True):
-        line[longest - len(row) if left else 0 : longest if left else len(row)] = torch.as_tensor(row)
+    for target, row in zip(padded, rows, strict=True):
+        target[longest - len(row) if left else 0 : longest if left else len(row)] = torch.as_tensor(row)
     return padded

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 from llava_moslora.config import ASPECT_RATIOS, DataSettings
 from llava_moslora.errors import Refusal
 
-STRIP = 16_000_000  # pixels of background that are laid around a tall image at once
+STRIP = 16_000_000  # pixels of a tall image's padded square that exist at once
 TORCH_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's number, torch's name
 
 
@@ -49,12 +49,12 @@ class ImageTransform:
 
     @classmethod
     def from_settings(cls, processor: dict, settings: DataSettings) -> ImageTransform:
-        """As :meth:`from_processor`, padded or cropped and computed as the data settings have it."""
+        """As :meth:`from_processor`, with the data settings' ``image_aspect_ratio`` and ``image_engine``."""
         return cls.from_processor(processor, settings.image_aspect_ratio, settings.image_engine)
 
     @classmethod
     def from_processor(cls, processor: dict, aspect_ratio: str = "pad", engine: str = "pil") -> ImageTransform:
-        """From a tower's processor settings, complete and checked (``models/preprocessing.py``).
+        """From the settings of a tower's image processor, as ``models/preprocessing.py`` completes and checks them.
 
         Raises:
             Refusal: C-MODE, unknown ``aspect_ratio``, or a filter that the engine lacks.
@@ -93,7 +93,7 @@ class ImageTransform:
         return values.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
 
     def blank(self) -> torch.Tensor:
-        """An image of nothing: the tower's mean colour, float32[3, H, W] (close to zero)."""
+        """An empty image: the tower's mean colour, float32[3, H, W] (close to zero)."""
         return self(Image.new("RGB", (self.size[1], self.size[0]), self.background))
 
     @property
@@ -101,11 +101,11 @@ class ImageTransform:
         return tuple(int(value * 255) for value in self.mean)
 
     def _pad(self, image: Image.Image) -> Image.Image:
-        """On a square of the mean colour, scaled.
+        """``image`` on a square of the mean colour, scaled.
 
-        Pillow scales rows first, then columns, with 8 bits in between. Doing the two passes ourselves gives the same
-        pixels, but the rows of pure background above and below a wide image are never scaled, and of a tall image
-        only a strip is ever as wide as the square (20,000 × 100 pixels would make a square of 1.2 GB).
+        Pillow scales rows first, then columns, with 8 bits in between. Doing the two passes here gives the same pixels,
+        but the rows of background above and below a wide image are never scaled, and of a tall image only a strip at a
+        time is as wide as the square (20,000 × 100 pixels would make a square of 1.2 GB).
         """
         width, height = image.size
         side = max(width, height)
@@ -121,7 +121,7 @@ class ImageTransform:
         return narrow.resize((to_width, to_height), self.resample)
 
     def _by_torch(self, image: Image.Image) -> torch.Tensor:
-        """What torchvision's processor computes, with its kernels but without torchvision."""
+        """What transformers' torchvision processor computes, with the same kernels but without torchvision."""
         pixels = np.array(image)  # uint8 (h, w, 3)
         height, width = pixels.shape[:2]
         if self.aspect_ratio == "pad" and height != width:
@@ -129,7 +129,7 @@ class ImageTransform:
             top, left = (side - height) // 2, (side - width) // 2
             row = np.full((side, 3), self.background, dtype=np.uint8)
             square = np.empty((side, side, 3), dtype=np.uint8)
-            # whole rows are copied far faster than the three numbers of a colour
+            # copying whole rows is far faster than assigning the three numbers of a colour
             square[:top] = square[top + height :] = row
             square[top : top + height, :left] = row[:left]
             square[top : top + height, left + width :] = row[left + width :]

@@ -1,8 +1,8 @@
-"""Images: one loader for training, evaluation and chat.
+"""Opening images: one loader for training, evaluation and chat.
 
-An image's name comes out of a data file and its bytes from the internet, so both are treated as hostile: names stay
-inside the image folder, sizes are judged by the header, formats come from a short list, and whatever Pillow raises
-becomes a :class:`Refusal` that names the record.
+An image's name comes from a data file and its bytes from the internet, so both are treated as hostile: names must stay
+inside the image folder, sizes are checked in the header, only a few formats are read, and whatever Pillow raises is
+turned into a :class:`Refusal` that names the record.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from llava_moslora.errors import Refusal
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
-MAX_ASPECT = 200  # beyond it the short side is less than two of a tower's 336 pixels
+MAX_ASPECT = 200  # with more, the short side is less than two of a tower's 336 pixels
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
-# A URL's beginning, or an image inside a data: URL; any other name with a colon, as vg:1.png, is a file's.
+# The start of a URL, or an image inside a data: URL; any other name with a colon, such as vg:1.png, is a file's.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:[^,]*[/;][^,]*,", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def load_image(
 
 
 def load_bytes(data: bytes, name: str, *, record: int | None = None, record_id: str | None = None) -> Image.Image:
-    """As :func:`load_image`, of an image's bytes; ``name`` says in refusals where they come from."""
+    """As :func:`load_image`, from an image's bytes; ``name`` is what refusals call them."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     with _open(io.BytesIO(data), name, where) as image:
         return _decode(image, name, where)
@@ -72,7 +72,7 @@ def check_image(
     record_id: str | None = None,
     follow_links: bool = False,
 ) -> tuple[int, int]:
-    """Everything :func:`load_image` can refuse without decoding; returns (width, height) as stored."""
+    """Whatever :func:`load_image` can refuse without decoding; returns (width, height) as stored."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     path = _resolve(name, root, where, follow_links)
     with _open(path, path, where) as image:
@@ -80,7 +80,7 @@ def check_image(
 
 
 def check_bytes(data: bytes, name: str, *, record: int | None = None, record_id: str | None = None) -> tuple[int, int]:
-    """As :func:`check_image`, of an image's bytes; ``name`` says in refusals where they come from."""
+    """As :func:`check_image`, from an image's bytes; ``name`` is what refusals call them."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     with _open(io.BytesIO(data), name, where) as image:
         return _size(image, name, where)
@@ -195,7 +195,7 @@ def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Ima
         image.close()
         raise Refusal(
             "I-SHAPE",
-            "the image is a line",
+            "the image is too narrow",
             file=path,
             found=f"{width}×{height}",
             expected=f"sides no more than 1:{MAX_ASPECT}",
@@ -235,4 +235,4 @@ def _note_animation(image: Image.Image, path: str | Path) -> None:
     global _animated_seen
     if getattr(image, "is_animated", False) and not _animated_seen:
         _animated_seen = True
-        log.warning("%s is an animation; of animations the first frame is used (said once)", path)
+        log.warning("%s is an animation; the first frame of animations is used (logged once)", path)

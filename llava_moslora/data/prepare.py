@@ -1,22 +1,17 @@
 """Data files to a tokenised Arrow data set in a cache, every record and every image's header checked on the way.
 
 Each source (a data file, or a set of shards) has a cache folder of its own, named by everything that decides its
-content: the file's bytes, the tokenizer, what the template writes, the tokens per image, the length limit and
-``CODE_VERSION``. It is built part by part (:mod:`llava_moslora.data.tokenise`) in a staging folder under a file lock,
-and published by one rename, so several ranks may call :func:`prepare` at once without talking to each other, and an
-interrupted build continues where it stopped. What lies there is verified each time it is opened
-(:mod:`llava_moslora.data.cache`), and images that could not be used are looked at again.
+content (``cache_key``). It is built part by part (:mod:`llava_moslora.data.tokenise`) in a staging folder under a file
+lock, and published by one rename, so several ranks may call :func:`prepare` at once without communication, and an
+interrupted build continues where it stopped. The cache is verified each time it is opened, and images that could not be
+used are checked again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-import re
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +22,9 @@ from transformers import PreTrainedTokenizerFast
 from llava_moslora.config import DataSettings
 from llava_moslora.data.cache import (
     REPORT,
+    Preparation,
     arrow_files,
+    cache_key,
     copy_parts,
     find_damage,
     keys_of,
@@ -40,17 +37,14 @@ from llava_moslora.data.cache import (
     write_json,
 )
 from llava_moslora.data.images import check_image
-from llava_moslora.data.sources.shards import find_shards, is_sharded, version_of
-from llava_moslora.data.tokenise import PART, Job, as_problem, build_parts, check_image_files
+from llava_moslora.data.sources.source import Source
+from llava_moslora.data.tokenise import RECORDS_PER_PART, as_problem, build_parts, check_image_files
 from llava_moslora.errors import Refusal
-from llava_moslora.text.conversation import Turn, chat_template, encode_prompt
-from llava_moslora.text.templates import OWN, get_template
-from llava_moslora.text.tokenizer import IMAGE_TOKEN
+from llava_moslora.text.template_check import check_template
 
-__all__ = ["check_template", "keys_of", "prepare", "report_of", "reports_of"]
+__all__ = ["keys_of", "prepare", "report_of", "reports_of"]
 
-CODE_VERSION = 3  # raise it whenever ids, labels or columns of the same data would change
-SHOWN = 20  # problems that are logged; all of them are in the report
+LOGGED_PROBLEMS = 20  # all of them are in the report
 
 log = logging.getLogger(__name__)
 
@@ -88,34 +82,29 @@ def prepare(
             twice), E-DISK (the cache cannot be written).
     """
     _check_ranges(settings)
-    sources = settings.data_path
-    folder = None if settings.image_folder is None else Path(settings.image_folder)
-    if folder is not None and not folder.is_dir():
-        raise Refusal("I-FOLDER", "there is no such folder", file=folder, fix="check --image_folder")
-    images = tokens_per_image if folder is not None or any(map(is_sharded, sources)) else 0
-    _check_length(settings.model_max_length, images, longest_text)
-    job = Job(
-        "", folder, tokenizer, template, tokens_per_image, settings.model_max_length, settings.follow_image_links,
-        settings.decode_images,
-    )  # fmt: skip
+    if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
+        raise Refusal("I-FOLDER", "there is no such folder", file=settings.image_folder, fix="check --image_folder")
+    sources = [Source(name) for name in settings.data_path]
+    has_images = settings.image_folder is not None or any(source.is_sharded for source in sources)
+    _check_length(settings.model_max_length, tokens_per_image if has_images else 0, longest_text)
     cache = Path(settings.data_cache)
     with using(cache):
         cache.mkdir(parents=True, exist_ok=True)
-    datasets, seen, before = [], [], 0
+    datasets, digests, records_before = [], [], 0
     for position, source in enumerate(sources):
-        folder = _prepare_source(replace(job, file=source), cache, settings)
+        folder = _prepare_source(Preparation(source, settings, tokenizer, template, tokens_per_image), cache)
         digest = folder.name.rpartition("-")[2]
-        if digest in seen:
-            first = sources[seen.index(digest)]
-            fix = "name it once, and say with --data_weights how often it is to be seen"
-            raise Refusal("D-TWICE", f"the same data as {first}", file=source, fix=fix)
-        seen.append(digest)
+        if digest in digests:
+            first = sources[digests.index(digest)].name
+            fix = "name it once, and set how often it is seen with --data_weights"
+            raise Refusal("D-TWICE", f"the same data as {first}", file=source.name, fix=fix)
+        digests.append(digest)
         rows = concatenate_datasets([Dataset.from_file(str(part)) for part in arrow_files(folder)])
         rows = rows.add_column("source", np.full(len(rows), position, dtype=np.int32))
-        datasets.append(rows.add_column("number", before + _numbers(folder, rows)))
+        datasets.append(rows.add_column("number", records_before + _count_through_shards(folder, rows)))
         report = report_in(folder)
         assert len(rows) == report["kept"], f"{folder} holds {len(rows)} rows, its report counts {report['kept']}"
-        before += report["records"]
+        records_before += report["records"]
     return concatenate_datasets(datasets)
 
 
@@ -144,40 +133,41 @@ def _check_length(max_length: int, image: int, longest_text: int | None) -> None
         )  # fmt: skip
 
 
-def _prepare_source(job: Job, cache: Path, settings: DataSettings) -> Path:
-    target = cache / _key(job)
-    if _why_build(target, job):
+def _prepare_source(preparation: Preparation, cache: Path) -> Path:
+    """The cache folder of a source, with every image in it checked in today's image folder."""
+    target, settings, name = cache / cache_key(preparation), preparation.settings, preparation.source.name
+    if _reason_to_build(target, preparation):
         with _lock(target):
-            if why := _why_build(target, job):  # another rank may have built it while this one waited
+            if reason := _reason_to_build(target, preparation):  # another rank may have built it while this one waited
                 if target.exists():
-                    log.warning("%s: its data cache is built again: %s", job.file, why)
-                _build(job, target, settings)
-    if _image_folder(job) != report_in(target)["image_folder"]:
+                    log.warning("%s: its data cache is built again: %s", name, reason)
+                _build(preparation, target)
+    if _image_folder(settings) != report_in(target)["image_folder"]:
         with _lock(target):
-            _check_in_this_folder(job, target, settings)
+            _check_images_in_new_folder(preparation, target)
     report = report_in(target)
     problems = report["problems"]
     if settings.on_bad_record == "fail":  # the refusal is about the first of them: as it is today
-        problems = _look_again(problems[:1], job)[0] + problems[1:]
-    _judge(problems, report["records"], settings)
+        problems = _recheck_images(problems[:1], preparation)[0] + problems[1:]
+    _apply_policy(problems, report["records"], settings)
     return target
 
 
-def _why_build(target: Path, job: Job) -> str | None:
-    """What has to be built, or ``None`` where the cache can be used as it is."""
+def _reason_to_build(target: Path, preparation: Preparation) -> str | None:
+    """Why the cache has to be built, or ``None`` where it can be used as it is."""
     with using(target):
-        damage = find_damage(target) if target.is_dir() else "it is not there"
+        damage = find_damage(target) if target.is_dir() else "it does not exist"
     if damage:
         return damage
     report = report_in(target)
-    if job.decode_images and not report["decoded"]:
+    if preparation.settings.decode_images and not report["decoded"]:
         return "its images have not been decoded"
-    if usable := _look_again(report["problems"], job)[1]:
+    if usable := _recheck_images(report["problems"], preparation)[1]:
         return f"{usable} records whose images could not be used can be used now"
     return None
 
 
-def _look_again(problems: list[dict], job: Job) -> tuple[list[dict], int]:
+def _recheck_images(problems: list[dict], preparation: Preparation) -> tuple[list[dict], int]:
     """The problems as they are today, and how many records' images can be used now.
 
     An image that was missing may have been copied since, or be missing in another folder today.
@@ -187,7 +177,7 @@ def _look_again(problems: list[dict], job: Job) -> tuple[list[dict], int]:
         if "images" in problem:
             where = {name: problem["refusal"].get(name) for name in ("record", "record_id")}
             try:
-                check_image_files(problem["images"], job, **where)
+                check_image_files(problem["images"], preparation, **where)
                 usable += 1
             except Refusal as refusal:
                 problem = problem | as_problem(refusal)
@@ -195,43 +185,50 @@ def _look_again(problems: list[dict], job: Job) -> tuple[list[dict], int]:
     return today, usable
 
 
-def _check_in_this_folder(job: Job, target: Path, settings: DataSettings) -> None:
+def _check_images_in_new_folder(preparation: Preparation, target: Path) -> None:
     """The cache fits the data, but its images were checked in another folder: check them in this one, once.
 
     Raises:
         Refusal: I-..., the first image that cannot be used, with the number of the others.
     """
-    report, here = report_in(target), _image_folder(job)
+    settings, name = preparation.settings, preparation.source.name
+    report, here = report_in(target), _image_folder(settings)
     if report["image_folder"] == here:  # another rank has done it while this one waited
         return
-    if job.image_folder is None and report["with_images"] and not report["shards"]:
+    if settings.image_folder is None and report["with_images"] and not report["shards"]:
         what = "the records have images but no image folder was given"
-        raise Refusal("I-FOLDER", what, file=job.file, fix="give --image_folder")
-    log.info("%s: its images were checked in %s; checking them in %s", job.file, report["image_folder"], here)
+        raise Refusal("I-FOLDER", what, file=name, fix="give --image_folder")
+    log.info("%s: its images were checked in %s; checking them in %s", name, report["image_folder"], here)
+    first, bad = _check_images_of_rows(target, settings)
+    if first is not None and settings.on_bad_record == "fail":
+        more = f" (and {bad - 1} more images cannot be used)" if bad > 1 else ""
+        raise Refusal(**(vars(first) | {"what": first.what + more}))
+    if first is not None:  # other records are skipped here
+        _build(preparation, target)
+        return
+    with using(target.parent):
+        problems = _recheck_images(report["problems"], preparation)[0]
+        write_json(target / REPORT, report | {"problems": problems, "image_folder": here})
+
+
+def _check_images_of_rows(target: Path, settings: DataSettings) -> tuple[Refusal | None, int]:
+    """The refusal of the first image file of a cache that cannot be used, and how many cannot."""
     first, bad = None, 0
     for part in arrow_files(target):
         rows = Dataset.from_file(str(part)).select_columns(["images", "shard", "record", "id"])
         for row in (row for row in rows if not row["shard"]):
+            where = {"record": row["record"], "record_id": row["id"]}
             for name in row["images"]:
                 try:
-                    check_image(
-                        name, job.image_folder, record=row["record"], record_id=row["id"], follow_links=job.follow_links
-                    )
+                    check_image(name, settings.image_folder, follow_links=settings.follow_image_links, **where)
                 except Refusal as refusal:
                     first, bad = first or refusal, bad + 1
-    if first is not None and settings.on_bad_record == "fail":
-        more = f" (and {bad - 1} more images cannot be used)" if bad > 1 else ""
-        raise Refusal(**(vars(first) | {"what": first.what + more}))
-    if first is not None:  # other records are left out here
-        _build(job, target, settings)
-        return
-    with using(target.parent):
-        problems = _look_again(report["problems"], job)[0]
-        write_json(target / REPORT, report | {"problems": problems, "image_folder": here})
+    return first, bad
 
 
-def _image_folder(job: Job) -> str:
-    return str(job.image_folder and job.image_folder.resolve())
+def _image_folder(settings: DataSettings) -> str:
+    """As reports name it."""
+    return str(None if settings.image_folder is None else Path(settings.image_folder).resolve())
 
 
 def _lock(target: Path) -> AcquireReturnProxy:
@@ -240,8 +237,8 @@ def _lock(target: Path) -> AcquireReturnProxy:
         return FileLock(f"{target}.lock").acquire()
 
 
-def _numbers(folder: Path, rows: Dataset) -> np.ndarray:
-    """int64[rows]: the records counted through a source; a shard counts its own from 0."""
+def _count_through_shards(folder: Path, rows: Dataset) -> np.ndarray:
+    """int64[rows]: the record's number in its source; ``record`` is counted from 0 in each shard."""
     shards, records = np.asarray(rows["shard"][:]), np.asarray(rows["record"][:], dtype=np.int64)
     before = 0
     for shard, count in report_in(folder)["shards"].items():
@@ -250,115 +247,74 @@ def _numbers(folder: Path, rows: Dataset) -> np.ndarray:
     return records
 
 
-def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
-    """Prove that template and tokenizer fit: our prompt is the stock tokenizer's reading of the exported chat template.
+def _build(preparation: Preparation, target: Path) -> None:
+    """Build the cache ``target`` in a staging folder and publish it.
 
     Raises:
-        Refusal: C-TEMPLATE
+        Refusal: a problem that the policy does not allow; D-NONE, no record is left; C-TEMPLATE, E-DISK.
     """
-    turns = [Turn("human", f"{IMAGE_TOKEN}\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Sure?")]
-    if template == "plain":
-        turns = turns[:1]
-    ours = encode_prompt(turns, tokenizer=tokenizer, template=template, image_tokens=[1]).input_ids
-    roles = {"human": "user", "gpt": "assistant"}
-    text = tokenizer.apply_chat_template(
-        [{"role": roles[turn.role], "content": turn.text} for turn in turns],
-        chat_template=chat_template(template, tokenizer),
-        add_generation_prompt=True,
-        tokenize=False,
-    )
-    stock = tokenizer(text, add_special_tokens=False).input_ids
-    if ours != stock:
-        at = next((k for k, (a, b) in enumerate(zip(ours, stock, strict=False)) if a != b), min(len(ours), len(stock)))
-        raise Refusal(
-            "C-TEMPLATE",
-            f"the tokenizer reads the {template} prompt in another way at token {at}",
-            found=tokenizer.decode(stock[at : at + 5]),
-            expected=tokenizer.decode(ours[at : at + 5]),
-        )
-
-
-def _key(job: Job) -> str:
-    digest = hashlib.sha256()
-    try:
-        if is_sharded(job.file):
-            digest.update(json.dumps([version_of(shard) for shard in find_shards(job.file)], default=str).encode())
-        elif not os.path.isfile(job.file):
-            raise Refusal("D-FILE", "there is no such file", file=job.file, fix="check --data_path")
-        else:
-            with open(job.file, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-    except OSError as error:
-        what, found = "the file cannot be read", error.strerror or error
-        raise Refusal("D-FILE", what, file=job.file, found=found, fix="mend its rights, or copy it again") from None
-    digest.update(job.tokenizer.backend_tokenizer.to_str().encode())
-    # A name does not say what a tokenizer's own template writes. Its source too: what was read off it is what a few
-    # conversations showed, and two sources are never taken for one.
-    written = repr(get_template(job.template, job.tokenizer))
-    template = [job.template, written.replace("images_only=", "pictures_only=")]  # the field's name in earlier caches
-    template += [job.tokenizer.chat_template] if job.template == OWN else []
-    rest = [job.tokenizer.special_tokens_map, template, job.tokens_per_image, job.max_length]
-    digest.update(json.dumps([*rest, CODE_VERSION], default=str, sort_keys=True).encode())
-    name = re.sub(r"[^\w.-]", "_", Path(job.file).stem)[:40]
-    return f"{name}-{digest.hexdigest()[:20]}"
-
-
-def _build(job: Job, target: Path, settings: DataSettings) -> None:
-    check_template(job.tokenizer, job.template)
-    staging = _begin_staging(job, target)
+    settings, name = preparation.settings, preparation.source.name
+    check_template(preparation.tokenizer, preparation.template)
+    staging = _open_staging(preparation, target)
     counts: Counter = Counter(records=0, kept=0)
     problems: list[dict] = []
     shards: dict[str, int] = {}
     parts: list[dict] = []
-    for part in build_parts(job, staging, settings.preprocessing_num_workers):
+    for part in build_parts(preparation, staging, settings.preprocessing_num_workers):
         counts.update(part["counts"])
         shards |= {part["shard"]: part["counts"]["records"]} if part["shard"] else {}
         problems += part["problems"]
         parts.append({"name": part["name"], "file": part["file"]})
     if counts["kept"]:
-        files = [str(staging / f"{part['name']}.arrow") for part in parts]
-        ids = Counter(name for file in files for name in Dataset.from_file(file)["id"][:])
-        counts["duplicate_ids"] = sum(times - 1 for name, times in ids.items() if name)
+        counts["duplicate_ids"] = _count_duplicate_ids([staging / f"{part['name']}.arrow" for part in parts])
     if counts["duplicate_ids"]:
-        log.warning("%s: %d records have the id of an earlier one", job.file, counts["duplicate_ids"])
+        log.warning("%s: %d records have the id of an earlier one", name, counts["duplicate_ids"])
     if len(problems) > 1 or settings.on_bad_record == "quarantine":  # a single one is the refusal itself
-        for problem in problems[:SHOWN]:
+        for problem in problems[:LOGGED_PROBLEMS]:
             log.error("%s", problem["line"])
     with using(target.parent):
-        for number in {problem["part"] for problem in problems}:  # looked at again in the next build
+        for number in {problem["part"] for problem in problems}:  # checked again in the next build
             (staging / f"{number:06d}.json").unlink()
-    _judge(problems, counts["records"], settings)
+    _apply_policy(problems, counts["records"], settings)
     if not counts["kept"]:
         what = "no record is short enough" if counts["records"] else "there are no records"
-        raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=job.file, found=f"{counts['records']} records")
-    report = {"file": job.file, **counts, "shards": shards, "problems": problems, "decoded": job.decode_images,
-              "image_folder": _image_folder(job), "parts": parts}  # fmt: skip
+        raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=name, found=f"{counts['records']} records")
+    report = {"file": name, **counts, "shards": shards, "problems": problems, "decoded": settings.decode_images,
+              "image_folder": _image_folder(settings), "parts": parts}  # fmt: skip
     with using(target.parent):
         for stray in set(arrow_files(staging)) - {staging / f"{part['name']}.arrow" for part in parts}:
             stray.unlink()
         write_json(staging / REPORT, report)
         publish(staging, target)
-    log.info("prepared %s: %s", job.file, ", ".join(f"{name} {count}" for name, count in sorted(counts.items())))
+    log.info("prepared %s: %s", name, ", ".join(f"{key} {count}" for key, count in sorted(counts.items())))
 
 
-def _begin_staging(job: Job, target: Path) -> Path:
-    """The folder in which a build begins or goes on; of a published cache the parts that are good are taken over."""
-    checked = hashlib.sha256(f"{_image_folder(job)} {job.decode_images} {PART}".encode()).hexdigest()[:8]
-    staging = target.with_name(f"{target.name}.{checked}.staging")  # parts checked otherwise are not taken over
+def _open_staging(preparation: Preparation, target: Path) -> Path:
+    """The folder in which a build begins or continues, with the good parts of a published cache."""
+    here, decoded = _image_folder(preparation.settings), preparation.settings.decode_images
+    # parts whose images were checked in another folder, or otherwise, are not used
+    checked = hashlib.sha256(f"{here} {decoded} {RECORDS_PER_PART}".encode()).hexdigest()[:8]
+    staging = target.with_name(f"{target.name}.{checked}.staging")
     with using(target.parent):
         report = read_report(target)
-        alike = report is not None and (report["image_folder"], report["decoded"]) == (
-            _image_folder(job), job.decode_images
-        )  # fmt: skip
+        alike = report is not None and (report["image_folder"], report["decoded"]) == (here, decoded)
         if alike and not staging.exists():
             copy_parts(target, staging)
         staging.mkdir(exist_ok=True)
     return staging
 
 
-def _judge(problems: list[dict], records: int, settings: DataSettings) -> None:
-    """Refuse the data if the policy does not allow its problems."""
+def _count_duplicate_ids(files: list[Path]) -> int:
+    """How many records have the id of an earlier one; records without an id have none."""
+    ids: Counter = Counter()
+    for file in files:
+        ids.update(Dataset.from_file(str(file))["id"][:])
+    del ids[""]
+    return ids.total() - len(ids)
+
+
+def _apply_policy(problems: list[dict], records: int, settings: DataSettings) -> None:
+    """Refuse the data if the policy for bad records does not allow its problems."""
     quarantine, share = settings.on_bad_record == "quarantine", settings.max_bad_share
     if not problems or (quarantine and len(problems) <= share * records):
         return

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_moslora import pages
 from llava_moslora.config import DataSettings
-from llava_moslora.data.collate import read_row_image
+from llava_moslora.data.collate import read_record_image
 from llava_moslora.data.prepare import report_of, reports_of
 from llava_moslora.data.sampler import GlobalBatchSampler
-from llava_moslora.data.sources.shards import ImageRef
-from llava_moslora.text.conversation import label_runs
+from llava_moslora.data.sources.container import ImageRef
+from llava_moslora.text.labels import label_runs
 
 BARS = 40
 THUMBNAIL = 192
@@ -129,8 +129,9 @@ def write_report(
 def _sample(row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, settings: DataSettings) -> str:
     """One record: its images and its text, trained parts marked."""
     images, folder, links = "", settings.image_folder, settings.follow_image_links
+    where = {"record": row["record"], "record_id": row["id"]}
     for name in row["images"]:
-        image = read_row_image(row, name, folder, links, record=row["record"], record_id=row["id"])
+        image = read_record_image(row, name, folder, links, where)
         shown = html.escape(ImageRef.parse(name).name if row["shard"] else name)
         images += f"<figure>{pages.thumbnail(image, THUMBNAIL)}<figcaption>{shown}</figcaption></figure>"
     text = "".join(

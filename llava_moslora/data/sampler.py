@@ -1,8 +1,8 @@
 """The order of the records: a pure function of (seed, epoch, global batch), the same on any number of ranks.
 
-One global batch is what one optimizer step sees. The epoch's order is cut into global batches, and each of those is
-dealt to micro-batches and ranks, so changing the number of ranks, the accumulation or the batch per device (with the
-same product) changes who computes a record, never when it is seen.
+A global batch is the records of one optimizer step. The epoch's order is split into global batches, and each of those
+into micro-batches and ranks, so changing the number of ranks, the accumulation or the batch per device (with the same
+product) changes which rank computes a record, never at which step.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ class GlobalBatchSampler:
     """A batch sampler for one rank; give it to ``DataLoader(batch_sampler=...)``.
 
     ``order="modality_length"`` is the grouping of XTuner's ``LengthGroupedSampler``, from the same random numbers:
-    groups of ``group`` global batches (XTuner's: 50), of one modality each (the last group of either is merged into one
-    mixed group at the end), in random order, sorted by falling length inside, so that a batch holds records of like
-    length. The longest record comes first, so that a lack of memory shows at the first step; unlike XTuner, it changes
-    places only with a record of its own modality, so that no batch but the last ones is mixed.
+    groups of ``group`` global batches (XTuner's: 50), of one modality each (the last group of each modality is merged
+    into one mixed group at the end), in random order, sorted by decreasing length inside, so that a batch holds records
+    of similar length. The longest record comes first, so that out of memory shows at the first step; unlike in XTuner,
+    it is swapped only with a record of its own modality, so that no batch but the last ones is mixed.
 
-    The last global batch is filled up from the start of the order.
+    The last global batch is filled with records from the start of the order.
 
     Args:
         lengths: int[n], tokens per record.
         has_image: bool[n].
         per_device_batch_size: records per micro-batch and rank.
         accumulation: micro-batches per optimizer step.
-        group: global batches that are sorted together; more means less padding and less random batches.
-        source, weights: ``source[record]`` is a position in ``weights``, which says how often a record of that source
-            is seen in an epoch: with 2.5 each is seen twice, and half of them, drawn anew in every epoch, once more.
+        group: global batches that are sorted together; more: less padding and less random batches.
+        source, weights: ``source[record]`` is a position in ``weights``, which are how often a record of that source
+            is seen in an epoch: with 2.5 each is seen twice, and half of them, drawn again in every epoch, once more.
 
     Raises:
         Refusal: D-FEW, fewer records than one global batch; C-ORDER, unknown order, no group or no usable weights.
@@ -124,7 +124,7 @@ class GlobalBatchSampler:
         self.epoch = epoch
 
     def start_at(self, global_batch: int) -> None:
-        """Let the next iteration (that one only) begin at this global batch of the epoch."""
+        """Let the next iteration (only that one) begin at this global batch of the epoch."""
         assert 0 <= global_batch <= self.global_batches, f"global batch {global_batch} of {self.global_batches}"
         self._cursor = global_batch
 
@@ -135,7 +135,7 @@ class GlobalBatchSampler:
             yield order[start : start + share][self.rank :: self.world_size].tolist()
 
     def epoch_order(self) -> np.ndarray:
-        """int[global_batches · global_batch_size]: the record indices of the current epoch, for all ranks together."""
+        """int64[global_batches · global_batch_size]: the record indices of the current epoch, of all ranks together."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         seen = self._seen_records(generator)
         if self.order == "sequential":
@@ -148,15 +148,15 @@ class GlobalBatchSampler:
         return np.resize(order, self.global_batches * self.global_batch_size)  # np.resize repeats from the start
 
     def _seen_records(self, generator: torch.Generator) -> np.ndarray:
-        """The records of one epoch, rising; without weights, each once and no random number drawn."""
+        """The records of one epoch in increasing order; without weights, each once, and no random number is drawn."""
         if self.weights is None:
             return np.arange(len(self.lengths))
         times = np.zeros(len(self.lengths), dtype=np.int64)
         for number, weight in enumerate(self.weights):
             mine = np.flatnonzero(self.source == number)
             times[mine] = int(weight)
-            more = round((weight - int(weight)) * len(mine))
-            times[mine[torch.randperm(len(mine), generator=generator)[:more].numpy()]] += 1
+            once_more = round((weight - int(weight)) * len(mine))
+            times[mine[torch.randperm(len(mine), generator=generator)[:once_more].numpy()]] += 1
         return np.repeat(np.arange(len(times)), times)
 
 
@@ -173,32 +173,33 @@ def _check_weights(weights: Sequence[float] | None, source: Sequence[int] | None
         if not 0 < weight < float("inf"):
             raise Refusal(
                 "C-ORDER", "not a weight", key="--data_weights", found=weight, expected="a number above 0",
-                fix="how often a file's records are seen in an epoch; take a file that is not wanted out",
+                fix="how often a file's records are seen in an epoch; leave out a file that is not wanted",
             )  # fmt: skip
 
 
 def _modality_length_order(
     lengths: np.ndarray, has_image: np.ndarray, group_size: int, generator: torch.Generator
 ) -> np.ndarray:
-    imaged, text = np.flatnonzero(has_image), np.flatnonzero(~has_image)
-    if len(imaged) == 0 or len(text) == 0:
+    """int64[n]: the order of n records, see :class:`GlobalBatchSampler`."""
+    with_images, text_only = np.flatnonzero(has_image), np.flatnonzero(~has_image)
+    if len(with_images) == 0 or len(text_only) == 0:
         groups = _groups(np.arange(len(lengths)), lengths, group_size, generator)
     else:
-        by_image = _groups(imaged, lengths, group_size, generator)
-        by_text = _groups(text, lengths, group_size, generator)
-        mixed = np.concatenate([by_image[-1], by_text[-1]])
-        pure = by_image[:-1] + by_text[:-1]
+        image_groups = _groups(with_images, lengths, group_size, generator)
+        text_groups = _groups(text_only, lengths, group_size, generator)
+        mixed = np.concatenate([image_groups[-1], text_groups[-1]])
+        pure = image_groups[:-1] + text_groups[:-1]
         shuffled = torch.randperm(len(pure), generator=generator).tolist()
         groups = [pure[k] for k in shuffled] + [mixed[np.argsort(-lengths[mixed], kind="stable")]]
     order = np.concatenate(groups)
-    like_first = np.flatnonzero(has_image[order] == has_image[order[0]])
-    longest = like_first[np.argmax(lengths[order[like_first]])]
+    same_modality = np.flatnonzero(has_image[order] == has_image[order[0]])  # as the first record
+    longest = same_modality[np.argmax(lengths[order[same_modality]])]
     order[[0, longest]] = order[[longest, 0]]
     return order
 
 
 def _groups(indices: np.ndarray, lengths: np.ndarray, size: int, generator: torch.Generator) -> list[np.ndarray]:
-    """``indices`` shuffled and cut into groups of ``size``, each sorted by falling length."""
+    """``indices`` shuffled and split into groups of ``size``, each sorted by decreasing length."""
     shuffled = indices[torch.randperm(len(indices), generator=generator).numpy()]
-    cut = (shuffled[start : start + size] for start in range(0, len(shuffled), size))
-    return [group[np.argsort(-lengths[group], kind="stable")] for group in cut]
+    groups = (shuffled[start : start + size] for start in range(0, len(shuffled), size))
+    return [group[np.argsort(-lengths[group], kind="stable")] for group in groups]

@@ -1,7 +1,7 @@
-"""The work of :mod:`llava_moslora.data.prepare`: a data file part by part, checked and tokenised by several processes.
+"""A source checked and tokenised part by part, by several processes, for :mod:`llava_moslora.data.prepare`.
 
-A part is a few thousand records of a file, or one shard of a sharded source. ``NUMBER.arrow`` holds its rows and
-``NUMBER.json``, written last, what was counted and the rows' checksum, so a part whose two files are whole is done.
+A part is a few thousand records of a data file, or one shard. ``NUMBER.arrow`` holds its rows and ``NUMBER.json``,
+written last, what was counted and the rows' checksum, so a part whose two files are whole is finished.
 """
 
 from __future__ import annotations
@@ -20,25 +20,23 @@ from pathlib import Path
 import pyarrow as pa
 from datasets import Features, List, Value
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.cache import describe_file, read_json, using, write_json
+from llava_moslora.data.cache import Preparation, current_names, describe_file, read_json, using, write_json
+from llava_moslora.data.formats import Record, check_record
 from llava_moslora.data.images import check_bytes, check_image, load_bytes, load_image
-from llava_moslora.data.records import Record, check_record, open_stream
-from llava_moslora.data.sources.json import JsonStream
-from llava_moslora.data.sources.parquet import ParquetStream
-from llava_moslora.data.sources.shards import CheckedImage, find_shards, is_sharded, read_shard
+from llava_moslora.data.sources.container import CheckedImage, RawRecord
+from llava_moslora.data.sources.source import container_of
 from llava_moslora.errors import Refusal, printable
 from llava_moslora.files.disk import replace_file
-from llava_moslora.text.conversation import IGNORE_INDEX, encode
+from llava_moslora.text.conversation import IGNORE_INDEX, ConversationEncoder
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
-PART = 2048  # records per part: what is lost by an interruption, and what a worker holds in memory
+RECORDS_PER_PART = 2048  # what is lost by an interruption, and what a worker holds in memory
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
         "labels": List(Value("int32")),
-        "images": List(Value("string")),  # file names, or in a shard places (shards.ImageRef)
+        "images": List(Value("string")),  # file names, or in a shard ImageRefs
         "shard": Value("string"),  # "" where the images are files
         "record": Value("int64"),
         "id": Value("string"),
@@ -50,218 +48,219 @@ FEATURES = Features(
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a worker needs besides the records."""
+class Part:
+    """Records that one process tokenises at a time.
 
-    file: str
-    image_folder: Path | None
-    tokenizer: PreTrainedTokenizerFast
-    template: str
-    tokens_per_image: int
-    max_length: int
-    follow_links: bool
-    decode_images: bool
+    Attributes:
+        path: of its files in the cache, without suffix.
+        records: with their index in the file; or
+        shard: the file to read them from.
+        result: of a part that an earlier build finished.
+    """
 
-
-@dataclass(frozen=True)
-class Task:
     number: int
-    path: Path  # without its suffix
-    records: list[tuple[int, object, str | None]] = ()  # index, raw record, JSON problem
-    shard: str = ""  # or else where they are read from
-    result: dict | None = None  # of a part that is done
+    path: Path
+    records: Sequence[tuple[int, RawRecord]] = ()
+    shard: str = ""
+    result: dict | None = None
 
 
-def build_parts(job: Job, staging: Path, num_proc: int) -> Iterator[dict]:
-    """Build the parts that are missing in ``staging``; yields what :func:`_work` returned for each, in order.
+def build_parts(preparation: Preparation, staging: Path, processes: int) -> Iterator[dict]:
+    """Build the parts that are missing in ``staging``; yields what :func:`_build_part` returned for each, in order.
 
     Raises:
         Refusal: D-PARSE and the like, of the file as a whole; E-DISK; E-WORKER, a process was killed.
     """
-    name = printable(Path(job.file).name)
-    if is_sharded(job.file):
-        shards = find_shards(job.file)
-        paths = ((staging / f"{number:06d}", shard) for number, shard in enumerate(shards))
-        tasks = (Task(k, path, shard=shard, result=_result(path)) for k, (path, shard) in enumerate(paths))
-        with tqdm(total=len(shards), unit="shard", desc=f"preparing {name}") as bar:
-            for result in _map_in_order(tasks, job, num_proc):
+    source = preparation.source
+    name = f"preparing {printable(Path(source.name).name)}"
+    if source.is_sharded:
+        paths = ((staging / f"{number:06d}", shard) for number, shard in enumerate(source.shards))
+        parts = (Part(k, path, shard=shard, result=_finished(path)) for k, (path, shard) in enumerate(paths))
+        with tqdm(total=len(source.shards), unit="shard", desc=name) as bar:
+            for result in _map_in_order(parts, preparation, processes):
                 bar.update()
                 yield result
         return
-    stream = open_stream(job.file)
-    with tqdm(total=os.path.getsize(job.file), unit="B", unit_scale=True, desc=f"preparing {name}") as bar:
-        for result in _map_in_order(_tasks(stream, staging), job, num_proc):
-            bar.update(stream.bytes_read - bar.n)
+    records = container_of(source.name).read(source.name, None)
+    with tqdm(total=os.path.getsize(source.name), unit="B", unit_scale=True, desc=name) as bar:
+        for result in _map_in_order(_parts_of_file(records, staging, bar), preparation, processes):
             yield result
 
 
-def _map_in_order(tasks: Iterator[Task], job: Job, num_proc: int) -> Iterator[dict]:
-    if num_proc == 1:
-        _start_worker(job)
-        yield from map(_work, tasks)
+def _map_in_order(parts: Iterator[Part], preparation: Preparation, processes: int) -> Iterator[dict]:
+    if processes == 1:
+        _start_worker(preparation)
+        yield from map(_build_part, parts)
         return
     try:
-        with ProcessPoolExecutor(num_proc, get_context("fork"), _start_worker, (job,)) as pool:
+        with ProcessPoolExecutor(processes, get_context("fork"), _start_worker, (preparation,)) as pool:
             waiting: deque[Future] = deque()
-            for task in tasks:
-                waiting.append(pool.submit(_work, task))
-                if len(waiting) >= 2 * num_proc:  # a window, or the whole file would be read ahead of the workers
+            for part in parts:
+                waiting.append(pool.submit(_build_part, part))
+                if len(waiting) >= 2 * processes:  # a window, or the whole file would be read ahead of the workers
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
     except BrokenProcessPool:
         raise Refusal(
-            "E-WORKER", "a process that tokenises was killed", file=job.file, key="--preprocessing_num_workers",
-            found=num_proc, fix="most often memory ran out: fewer processes; the parts that are done are kept",
+            "E-WORKER", "a process that tokenises was killed", file=preparation.source.name,
+            key="--preprocessing_num_workers", found=processes,
+            fix="most often memory ran out: fewer processes; the parts that are finished are kept",
         ) from None  # fmt: skip
 
 
-def _tasks(stream: JsonStream | ParquetStream, staging: Path) -> Iterator[Task]:
-    numbered = ((index, raw, problem) for index, (raw, problem) in enumerate(stream))
+def _parts_of_file(records: Iterator[RawRecord], staging: Path, bar: tqdm) -> Iterator[Part]:
+    numbered = enumerate(records)
     for number in count():
-        records = list(islice(numbered, PART))
-        if not records:
+        chunk = list(islice(numbered, RECORDS_PER_PART))
+        if not chunk:
             return
+        bar.update(chunk[-1][1].bytes_read - bar.n)
         path = staging / f"{number:06d}"
-        result = _result(path)
-        yield Task(number, path, records if result is None else [], result=result)
+        result = _finished(path)
+        yield Part(number, path, chunk if result is None else (), result=result)
 
 
-def _result(path: Path) -> dict | None:
-    """What :func:`_work` returned for a part, if the part is done and its files are whole."""
+def _finished(path: Path) -> dict | None:
+    """What :func:`_build_part` returned for a part, if the part is finished and its files are whole."""
     if (result := read_json(path.with_suffix(".json"))) is None or not path.with_suffix(".arrow").is_file():
         return None
-    return result if describe_file(path.with_suffix(".arrow")) == result["file"] else None
+    if describe_file(path.with_suffix(".arrow")) != result["file"]:
+        return None
+    return result | {"counts": current_names(result["counts"])}
 
 
-def _start_worker(job: Job) -> None:
-    global _job, _controls
-    _job = job
-    names = {token.content for token in job.tokenizer.added_tokens_decoder.values() if token.special} - {IMAGE_TOKEN}
-    _controls = re.compile("|".join(map(re.escape, sorted(names))) or "(?!)")
+_worker: _Worker  # of this process
 
 
-def _work(task: Task) -> dict:
-    """Check and encode one part, if it is not done."""
-    if task.result is not None:
-        return task.result
-    counts: Counter = Counter(records=0)
-    problems: list[dict] = []
-    columns: dict[str, list] = {name: [] for name in FEATURES}
-    for index, raw, problem, images in _records(task):
-        counts["records"] += 1
-        record = None
-        try:
-            record = check_record(raw, index, task.shard or _job.file, problem)
-            counts["control_names_as_text"] += any(_controls.search(turn.text) for turn in record.turns)
-            row = _encode(record, _check_images(record, images, task.shard), task.shard, counts)
-        except Refusal as refusal:
-            problem = {"part": task.number, **as_problem(refusal)}
-            if record is not None and refusal.code.startswith("I-") and not task.shard:  # shards do not change
-                problem["images"] = record.images
-            problems.append(problem)
-        else:
-            for name, value in (row or {}).items():
-                columns[name].append(value)
-    counts.update(
-        kept=len(columns["length"]),
-        with_images=sum(columns["has_image"]),
-        tokens=sum(columns["length"]),
-    )
+def _start_worker(preparation: Preparation) -> None:
+    global _worker
+    _worker = _Worker(preparation)
+
+
+def _build_part(part: Part) -> dict:
+    """Check and tokenise one part and write its files, if it is not finished."""
+    return part.result or _worker.build(part)
+
+
+class _Worker:
+    """What a process needs besides the records."""
+
+    def __init__(self, preparation: Preparation):
+        self.preparation, self.settings = preparation, preparation.settings
+        self.encoder = ConversationEncoder(preparation.tokenizer, preparation.template)
+        added = preparation.tokenizer.added_tokens_decoder.values()
+        controls = sorted({token.content for token in added if token.special} - {IMAGE_TOKEN})
+        self.control_names = re.compile("|".join(map(re.escape, controls)) or "(?!)")
+
+    def build(self, part: Part) -> dict:
+        counts: Counter = Counter(records=0)
+        problems: list[dict] = []
+        columns: dict[str, list] = {name: [] for name in FEATURES}
+        file = part.shard or self.preparation.source.name
+        for index, raw in self._records(part):
+            counts["records"] += 1
+            record = None
+            try:
+                record = check_record(raw.value, index, file, raw.problem)
+                counts["control_names_as_text"] += any(self.control_names.search(turn.text) for turn in record.turns)
+                row = self._row(record, self._check_images(record, raw.images, part.shard), part.shard, counts)
+            except Refusal as refusal:
+                problem = {"part": part.number, **as_problem(refusal)}
+                if record is not None and refusal.code.startswith("I-") and not part.shard:  # shards do not change
+                    problem["images"] = record.images
+                problems.append(problem)
+            else:
+                for name, value in (row or {}).items():
+                    columns[name].append(value)
+        counts.update(
+            kept=len(columns["length"]),
+            with_images=sum(columns["has_image"]),
+            tokens=sum(columns["length"]),
+        )
+        return _write_part(part, columns, {"counts": dict(counts), "problems": problems})
+
+    def _records(self, part: Part) -> Iterator[tuple[int, RawRecord]]:
+        if not part.shard:
+            return iter(part.records)
+        check = load_bytes if self.settings.decode_images else check_bytes
+        return enumerate(container_of(part.shard).read(part.shard, check))
+
+    def _check_images(self, record: Record, images: dict[str, CheckedImage], shard: str) -> list[str]:
+        """The record's images as its row names them, each of which is usable."""
+        where = {"record": record.index, "record_id": record.id or None}
+        if shard:
+            return [str(_usable(name, images, shard, where).ref) for name in record.images]
+        check_image_files(record.images, self.preparation, **where)
+        return list(record.images)
+
+    def _row(self, record: Record, images: list[str], shard: str, counts: Counter) -> dict | None:
+        """The record's row, shortened to ``model_max_length``; ``None`` if not even its first question fits."""
+        limit = self.settings.model_max_length
+        encoded = self.encoder.encode(record.turns, [self.preparation.tokens_per_image] * len(images))
+        ids, labels = encoded.input_ids, encoded.labels
+        if len(ids) > limit:
+            fitting = [end for end in encoded.ends if end <= limit]
+            cut = fitting[-1] if fitting else limit
+            ids, labels = ids[:cut], labels[:cut]
+            if labels.count(IGNORE_INDEX) == len(labels):
+                counts["left_out"] += 1
+                return None
+            rounds = max(len(fitting), 1)
+            counts["turns_dropped" if fitting else "answers_cut"] += 1
+            human = [turn.text for turn in record.turns if turn.role == "human"][:rounds]
+            images = images[: sum(text.count(IMAGE_TOKEN) for text in human)]
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "images": images,
+            "shard": shard,
+            "record": record.index,
+            "id": record.id,
+            "length": len(ids),
+            "trained": len(labels) - labels.count(IGNORE_INDEX),
+            "has_image": bool(images),
+        }
+
+
+def _write_part(part: Part, columns: dict[str, list], found: dict) -> dict:
+    """The part's two files; returns the content of its JSON."""
     table = pa.Table.from_pydict(columns, schema=FEATURES.arrow_schema)
     buffer = pa.BufferOutputStream()
     with pa.ipc.new_stream(buffer, table.schema) as writer:
         writer.write_table(table)
-    arrow = task.path.with_suffix(".arrow")
+    arrow = part.path.with_suffix(".arrow")
     with using(arrow.parent):
         replace_file(arrow, memoryview(buffer.getvalue()))
-        result = {"name": task.path.name, "shard": task.shard, "counts": dict(counts), "problems": problems}
-        result["file"] = describe_file(arrow)
-        write_json(task.path.with_suffix(".json"), result)
+        result = {"name": part.path.name, "shard": part.shard, **found, "file": describe_file(arrow)}
+        write_json(part.path.with_suffix(".json"), result)
     return result
 
 
-def _records(task: Task) -> Iterator[tuple[int, object, str | None, dict[str, CheckedImage]]]:
-    if not task.shard:
-        yield from ((index, raw, problem, {}) for index, raw, problem in task.records)
-        return
-    look = load_bytes if _job.decode_images else check_bytes
-    for index, (raw, problem, images) in enumerate(read_shard(task.shard, look)):
-        yield index, raw, problem, images
-
-
-def _check_images(record: Record, images: dict[str, CheckedImage], shard: str) -> list[str]:
-    """How the row names the record's images, each of which was looked at."""
-    where = {"record": record.index, "record_id": record.id or None}
-    if shard:
-        return [str(_find(name, images, shard, where).place) for name in record.images]
-    check_image_files(record.images, _job, **where)
-    return list(record.images)
-
-
-def check_image_files(names: Sequence[str], job: Job, *, record: int, record_id: str | None) -> None:
-    """Check a record's image files; decode them if the job asks for it.
+def check_image_files(names: Sequence[str], preparation: Preparation, *, record: int, record_id: str | None) -> None:
+    """Check a record's image files; decode them if the settings ask for it.
 
     Raises:
         Refusal: I-..., the first that cannot be used.
     """
-    where = {"record": record, "record_id": record_id}
-    if names and job.image_folder is None:
-        raise Refusal(
-            "I-FOLDER",
-            "the record has an image but no image folder was given",
-            file=job.file,
-            fix="give --image_folder",
-            **where,
-        )
-    look = load_image if job.decode_images else check_image
+    settings, where = preparation.settings, {"record": record, "record_id": record_id}
+    if names and settings.image_folder is None:
+        what, fix = "the record has an image but no image folder was given", "give --image_folder"
+        raise Refusal("I-FOLDER", what, file=preparation.source.name, fix=fix, **where)
+    check = load_image if settings.decode_images else check_image
     for name in names:
-        look(name, job.image_folder, follow_links=job.follow_links, **where)
+        check(name, settings.image_folder, follow_links=settings.follow_image_links, **where)
 
 
-def _find(name: str, images: dict[str, CheckedImage], shard: str, where: dict) -> CheckedImage:
-    if (held := images.get(name)) is None:
+def _usable(name: str, images: dict[str, CheckedImage], shard: str, where: dict) -> CheckedImage:
+    if (image := images.get(name)) is None:
         raise Refusal(
             "I-MISSING", "the shard holds no such image", file=shard, key="image", found=name,
-            expected="the name of a member beside the record", **where,
+            expected="the name of a member next to the record", **where,
         )  # fmt: skip
-    if held.refusal is not None:
-        raise Refusal(**{**vars(held.refusal), **where})
-    return held
-
-
-def _encode(record: Record, images: list[str], shard: str, counts: Counter) -> dict | None:
-    """The record's row, shortened to ``max_length``; ``None`` if not even its first question fits."""
-    limit = _job.max_length
-    encoded = encode(
-        record.turns,
-        tokenizer=_job.tokenizer,
-        template=_job.template,
-        image_tokens=[_job.tokens_per_image] * len(images),
-    )
-    ids, labels = encoded.input_ids, encoded.labels
-    if len(ids) > limit:
-        fitting = [end for end in encoded.ends if end <= limit]
-        cut = fitting[-1] if fitting else limit
-        ids, labels = ids[:cut], labels[:cut]
-        if labels.count(IGNORE_INDEX) == len(labels):
-            counts["left_out"] += 1
-            return None
-        rounds = max(len(fitting), 1)
-        counts["turns_dropped" if fitting else "answers_cut"] += 1
-        human = [turn.text for turn in record.turns if turn.role == "human"][:rounds]
-        images = images[: sum(text.count(IMAGE_TOKEN) for text in human)]
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "images": images,
-        "shard": shard,
-        "record": record.index,
-        "id": record.id,
-        "length": len(ids),
-        "trained": len(labels) - labels.count(IGNORE_INDEX),
-        "has_image": bool(images),
-    }
+    if image.refusal is not None:
+        raise Refusal(**{**vars(image.refusal), **where})
+    return image
 
 
 def as_problem(refusal: Refusal) -> dict:

@@ -43,10 +43,8 @@ from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun, 
 from llava_moslora.export.writer import write_weights
 from llava_moslora.files.json import write_json
 from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
-from llava_moslora.inference.load import EXPORT
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
-from llava_moslora.runs.fingerprint import fingerprint
-from llava_moslora.runs.record import read_run
+from llava_moslora.runs.record import EXPORT, read_run
 
 # Values of --format
 TARGETS: dict[str, Target] = {
@@ -110,7 +108,7 @@ def export(
             stack.enter_context(lock_output(place))
             check_output_folder(place, overwrite)  # as the last holder of the lock left it
         checkpoint = stack.enter_context(pinned_checkpoint(Path(run), next(iter(places.values()))))
-        trained = open_trained(run, checkpoint=checkpoint, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
+        trained = open_trained(run, checkpoint, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
         dtype = dtype or trained.llm_config.dtype or torch.float32
         plans = {}
         for name in formats:
@@ -209,8 +207,8 @@ def _resume_key(trained: TrainedRun, target: Target, plan: ExportPlan, dtype: to
         "dtype": str(dtype),
         "merge_base": trained.merge_base,
         "checkpoint": sha256(trained.checkpoint / MANIFEST),
-        "llm": fingerprint(trained.llm_folder),
-        "vision_tower": fingerprint(trained.vision_spec),
+        "llm": trained.manifest["llm"],  # fingerprints, which the base was compared with
+        "vision_tower": trained.manifest["vision_tower"],
         "files": {
             f"{weights.folder}/{file}": [planned.name for planned in tensors]
             for weights in plan.weights

@@ -16,7 +16,7 @@ from llava_moslora.inference.load import ChatModel, load_run
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.names import part_of
 from llava_moslora.models.towers import kind_of
-from llava_moslora.text.conversation import stop_token_ids
+from llava_moslora.text.templates import stop_token_ids
 
 MAX_NEW_TOKENS = 16
 

@@ -12,7 +12,7 @@ from llava_moslora._version import __version__
 from llava_moslora.export.target import Target
 from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun
 from llava_moslora.models.towers import kind_of
-from llava_moslora.text.templates import OWN
+from llava_moslora.text.templates import TOKENIZER_TEMPLATE
 
 XTUNER_TEMPLATES = {  # our templates' names in XTuner's PROMPT_TEMPLATE; None: questions are not wrapped in a template
     "chatml": "qwen_chat",
@@ -22,7 +22,7 @@ XTUNER_TEMPLATES = {  # our templates' names in XTuner's PROMPT_TEMPLATE; None: 
     "plain": None,
     "vicuna": "vicuna",
     "vicuna_v1": "vicuna",
-    OWN: None,
+    TOKENIZER_TEMPLATE: None,
 }
 MERGED_INTO = {
     ORIGINAL: "the original 16-bit weights",

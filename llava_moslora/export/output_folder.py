@@ -20,9 +20,9 @@ from llava_moslora.errors import Refusal, few
 from llava_moslora.files.disk import fsync
 from llava_moslora.files.json import replace_json
 from llava_moslora.files.manifest import MANIFEST, read_facts, sha256
-from llava_moslora.inference.load import EXPORT, newest_checkpoint
-from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints
+from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints, newest_checkpoint
 from llava_moslora.runs.fingerprint import WEIGHTS
+from llava_moslora.runs.record import EXPORT
 
 RESUME_FILE = ".plan.json"  # in staging: what must be the same for an unfinished export to be continued
 # Errors of file systems without locks, and without hard links between the two places

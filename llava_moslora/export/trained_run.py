@@ -24,16 +24,14 @@ from llava_moslora.export.writer import PlannedTensor
 from llava_moslora.files.json import read_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor
-from llava_moslora.inference.load import newest_checkpoint
-from llava_moslora.models.assemble import mean_row
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
-from llava_moslora.models.llm import llm_on_meta, read_llm_config, read_llm_tensors
+from llava_moslora.models.llm import llm_on_meta, mean_row, read_llm_config, read_llm_tensors
 from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of, standalone_name
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import TOKENIZER, RunRecord, read_run
-from llava_moslora.text.conversation import chat_template, stop_token_ids
+from llava_moslora.text.templates import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"
@@ -175,21 +173,21 @@ def _quantise_and_dequantise(weight: Tensor) -> Tensor:
 
 def open_trained(
     run: str | Path,
+    checkpoint: Path,
     *,
-    checkpoint: Path | None = None,
     llm: str | Path | None = None,
     vision_tower: str | None = None,
     merge_base: str = ORIGINAL,
 ) -> TrainedRun:
-    """Open a checkpoint of ``run``, a training's ``--output_dir``.
+    """Open ``checkpoint`` of ``run``, a training's ``--output_dir``.
 
     Args:
-        checkpoint: whose files were verified; None: the newest valid one.
+        checkpoint: whose files were verified.
         llm, vision_tower: where the base is now, if not where it was when the run was trained.
         merge_base: for a run over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
 
     Raises:
-        Refusal: no run or no valid checkpoint; the base is gone, damaged, quantised, changed since, or another one;
+        Refusal: no run; the base is gone, damaged, quantised, changed since, or another one;
             the checkpoint lacks the projector.
     """
     run = Path(run)
@@ -199,7 +197,6 @@ def open_trained(
             "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
             expected=ORIGINAL, fix="leave the flag out",
         )  # fmt: skip
-    checkpoint = checkpoint or newest_checkpoint(run)
     manifest = read_facts(checkpoint)
     llm_folder, spec = Path(llm or record.model.model_name_or_path), str(vision_tower or record.model.vision_tower)
     llm_config = read_llm_config(llm_folder)

@@ -31,7 +31,8 @@ from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import write_weights
 from llava_moslora.files.json import write_json
 from llava_moslora.inference.generate import Question
-from llava_moslora.text.conversation import Turn, stop_token_ids
+from llava_moslora.text.conversation import Turn
+from llava_moslora.text.templates import stop_token_ids
 from llava_moslora.text.tokenizer import image_token_id
 
 PROBE, QUESTIONS, FEATURES = "probe", "questions.json", "features.safetensors"

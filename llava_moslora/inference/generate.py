@@ -9,7 +9,8 @@ from PIL import Image
 
 from llava_moslora.data.collate import pad_left_prompts
 from llava_moslora.inference.load import ChatModel
-from llava_moslora.text.conversation import Turn, encode_prompt, stop_token_ids
+from llava_moslora.text.conversation import Turn, encode_prompt
+from llava_moslora.text.templates import stop_token_ids
 
 ImageInput = Image.Image | torch.Tensor  # RGB, or float[3, H, W] as the tower takes it
 Question = tuple[Sequence[ImageInput], Sequence[Turn]]  # the images, and turns of which the last is human

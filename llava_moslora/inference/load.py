@@ -14,20 +14,19 @@ from llava_moslora.config import ModelSettings
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 from llava_moslora.files.json import read_json
-from llava_moslora.files.manifest import MANIFEST, read_facts
-from llava_moslora.models.assemble import assemble, tokens_per_image
+from llava_moslora.files.manifest import MANIFEST
+from llava_moslora.models.assemble import assemble
 from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
+from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.runs.checkpoints import checkpoints, newest_valid
+from llava_moslora.runs.checkpoints import checkpoints, newest_checkpoint
 from llava_moslora.runs.fingerprint import check_base
-from llava_moslora.runs.record import RUN, TOKENIZER, check_seed, read_run
-from llava_moslora.text.conversation import recognise_template
+from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, read_run
+from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
-
-EXPORT = "export.json"  # beside an export's weights: what it is an export of
 
 
 @dataclass
@@ -42,25 +41,6 @@ class ChatModel:
     @property
     def tokens_per_image(self) -> int:
         return tokens_per_image(self.model.config.vision_config)
-
-
-def newest_checkpoint(run: Path) -> Path:
-    """The newest valid checkpoint of a run.
-
-    Raises:
-        Refusal: the run has none, or the newest is not this run's own: renamed, or of another seed.
-    """
-    checkpoint, skipped = newest_valid(run)
-    if checkpoint is None:
-        raise Refusal(
-            "K-NONE",
-            "the run has no valid checkpoint",
-            file=run,
-            found="; ".join(r.line() for r in skipped) or "none at all",
-            fix="let the training reach its first --save_steps, or its end",
-        )
-    check_seed(read_run(run), checkpoint, read_facts(checkpoint))
-    return checkpoint
 
 
 def load_run(

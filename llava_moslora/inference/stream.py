@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from llava_moslora.errors import Refusal
 from llava_moslora.inference.generate import Question, batch
 from llava_moslora.inference.load import ChatModel
-from llava_moslora.text.conversation import stop_token_ids
+from llava_moslora.text.templates import stop_token_ids
 
 
 def stream(

@@ -24,9 +24,9 @@ from llava_moslora.models.adapt import add_adapters, train_projector_only
 from llava_moslora.models.attention import set_attention
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.llava_folder import check_tower_is_taken
-from llava_moslora.models.llm import llm_on_meta, load_llm, read_llm_config
+from llava_moslora.models.llm import llm_on_meta, load_llm, mean_row, read_llm_config
 from llava_moslora.models.projector import read_projector
-from llava_moslora.models.towers import drop_unused, kind_of
+from llava_moslora.models.towers import drop_unused, kind_of, tokens_per_image
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
 from llava_moslora.text.tokenizer import image_token_id
 
@@ -34,11 +34,6 @@ APPENDED_TOKENS = 2  # the image placeholder and a padding token, where the toke
 
 # What PEFT and the Trainer look for on the outermost model to know that a part of it is quantised.
 _QUANTISATION_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
-
-
-def tokens_per_image(vision_config) -> int:
-    """Placeholders per image: patches without the class token."""
-    return (vision_config.image_size // vision_config.patch_size) ** 2
 
 
 def assemble(
@@ -158,11 +153,6 @@ def _add_token_rows(llm: PreTrainedModel, vocabulary: int) -> None:
     for weight in weights.values():
         with gathered(weight), torch.no_grad():
             weight[rows:] = mean_row(weight[:rows])
-
-
-def mean_row(weight: torch.Tensor) -> torch.Tensor:
-    """The mean of all rows of [V, D] as [1, D], summed in float64 so that a later export computes the same row."""
-    return weight.double().mean(dim=0, keepdim=True).to(weight.dtype)
 
 
 def gathered(*parameters: nn.Parameter):

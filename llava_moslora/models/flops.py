@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from llava_moslora.models.adapt import parameter_size
-from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.names import part_of
-from llava_moslora.models.towers import kind_of
+from llava_moslora.models.towers import kind_of, tokens_per_image
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -154,6 +155,12 @@ def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, 
         found.pop(HEAD_WEIGHT, None)  # some folders hold it twice
     check_tensors(found, expected, folder)
     return found
+
+
+def mean_row(weight: Tensor) -> Tensor:
+    """The mean of all rows of [V, D] as [1, D], which appended tokens get; summed in float64, so that training and a
+    later export compute the same."""
+    return weight.double().mean(dim=0, keepdim=True).to(weight.dtype)
 
 
 def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrainedModel:

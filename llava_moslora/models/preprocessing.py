@@ -1,7 +1,7 @@
-"""How images become a vision tower's input, in full and in today's spelling, as ``preprocessor_config.json`` has it.
+"""The settings of a vision tower's image processor, complete and as today's ``preprocessor_config.json`` has them.
 
-Mean, standard deviation, size and interpolation come from where the tower came from; nothing is guessed, and what
-training would not do as the settings have it is refused by name.
+Mean, standard deviation, size and interpolation come with the tower; nothing is guessed. What the image transform
+(``data/image_transform.py``) would not do as the settings have it is refused here by name, for training and export.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files.json import read_json
 
 BICUBIC, BILINEAR = 3, 2  # Pillow's numbers, as preprocessor_config.json writes them
-# CLIP's processor scales the short side and crops, unless it is told otherwise; SigLIP's scales straight to a square.
+# By default CLIP's processor scales the short side and crops; SigLIP's scales to a square.
 CLIP_PROCESSOR, SIGLIP_PROCESSOR = "CLIPImageProcessor", "SiglipImageProcessor"
 PROCESSOR_NAMES = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil")
 # Both under all their names; LLaVA's is CLIP's with padding to a square, which is a flag of the run here.
-KINDS = {
+KNOWN_PROCESSORS = {
     **{f"CLIP{name}": CLIP_PROCESSOR for name in (*PROCESSOR_NAMES, "FeatureExtractor")},
     **{f"Llava{name}": CLIP_PROCESSOR for name in PROCESSOR_NAMES},
     **{f"Siglip{name}": SIGLIP_PROCESSOR for name in PROCESSOR_NAMES},
@@ -44,12 +44,12 @@ def _is_size(value: object) -> bool:
     return set(sides) in ({"shortest_edge"}, {"height", "width"}) and all(map(_is_side, sides.values()))
 
 
-ON = "true, as training does it in any case"
+ALWAYS_ON = "true, as training always does it"
 SIZES = f"side lengths in whole pixels up to {LARGEST_SIDE}"
 RULES: dict[str, tuple[Callable[[object], bool], str]] = {
-    "do_resize": (lambda v: v is True, ON),
-    "do_rescale": (lambda v: v is True, ON),
-    "do_normalize": (lambda v: v is True, ON),
+    "do_resize": (lambda v: v is True, ALWAYS_ON),
+    "do_rescale": (lambda v: v is True, ALWAYS_ON),
+    "do_normalize": (lambda v: v is True, ALWAYS_ON),
     "do_center_crop": (lambda v: isinstance(v, bool), "true or false"),
     "do_convert_rgb": (lambda v: isinstance(v, bool), "true or false"),
     "size": (_is_size, f"shortest_edge, or height and width: {SIZES}"),
@@ -64,7 +64,7 @@ RULES: dict[str, tuple[Callable[[object], bool], str]] = {
 def processor_settings(
     size: dict, crop: dict | None, mean: list | None, std: list | None, resample: int, kind: str = CLIP_PROCESSOR
 ) -> dict[str, Any]:
-    """The settings of an image processor of ``kind``; without ``crop`` nothing is cut off."""
+    """The settings of an image processor of ``kind``; without ``crop`` nothing is cropped."""
     return {
         "image_processor_type": kind,
         "do_convert_rgb": True,
@@ -82,11 +82,11 @@ def processor_settings(
 
 
 def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
-    """The preprocessing that ``folder`` holds; it must yield images of ``image_size`` × ``image_size``.
+    """The processor settings in ``folder``; they must yield images of ``image_size`` × ``image_size`` pixels.
 
     Raises:
-        Refusal: K-MISSING, K-JSON; K-PROCESSOR, neither CLIP's nor SigLIP's preprocessing, incomplete, of another
-            size, or something that training would not do.
+        Refusal: K-MISSING, K-JSON; K-PROCESSOR, neither CLIP's nor SigLIP's processor, incomplete, of another size, or
+            something that training would not do.
     """
     file = folder / "preprocessor_config.json"
     if file.is_file():
@@ -98,11 +98,11 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
             raise Refusal("K-PROCESSOR", "not an object", file=file, key="image_processor", found=raw, fix=FIX)
     else:
         fix = "copy the file from where the tower came from; mean, std and size are not guessed"
-        raise Refusal("K-MISSING", "the tower's preprocessing is not there", file=file, fix=fix)
+        raise Refusal("K-MISSING", "the tower's image processor settings are missing", file=file, fix=fix)
     named = raw.get("image_processor_type", raw.get("feature_extractor_type", CLIP_PROCESSOR))
-    if (kind := KINDS.get(named) if isinstance(named, str) else None) is None:
+    if (kind := KNOWN_PROCESSORS.get(named) if isinstance(named, str) else None) is None:
         where = {"file": file, "key": "image_processor_type", "fix": FIX}
-        what = "neither CLIP's nor SigLIP's preprocessing"
+        what = "neither CLIP's nor SigLIP's image processor"
         raise Refusal("K-PROCESSOR", what, **where, found=named, expected=f"{CLIP_PROCESSOR} or {SIGLIP_PROCESSOR}")
     processor = _complete(raw, kind)
     check_settings(processor, file)
@@ -115,7 +115,7 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
 
 
 def _complete(raw: dict[str, Any], kind: str) -> dict[str, Any]:
-    """``raw`` in today's spelling, with CLIP's and SigLIP's defaults; its values are not yet checked."""
+    """``raw`` with today's keys, with CLIP's and SigLIP's defaults; its values are not yet checked."""
     crops = kind == CLIP_PROCESSOR if raw.get("do_center_crop") is None else raw["do_center_crop"]
     size, crop = (raw.get("size") or 224), (raw.get("crop_size") or 224) if crops else None
     if isinstance(size, int):

@@ -55,6 +55,11 @@ def kind_of(config: PreTrainedConfig) -> TowerKind:
     return KINDS[kind_name(config.model_type)]
 
 
+def tokens_per_image(config: PreTrainedConfig) -> int:
+    """Placeholders per image of a tower with this configuration: its patches, without a class token."""
+    return (config.image_size // config.patch_size) ** 2
+
+
 def drop_unused(tower: PreTrainedModel, layers: int) -> None:
     """Keep the first ``layers`` layers; with them goes SigLIP's pooling head.
 

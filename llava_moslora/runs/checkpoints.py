@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from llava_moslora.errors import Refusal
 from llava_moslora.files.manifest import MANIFEST, read_facts, verify_manifest
 from llava_moslora.files.publish import discard, publish
+from llava_moslora.runs.record import check_seed, read_run
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -69,6 +70,25 @@ def newest_valid(run: Path) -> tuple[Path | None, list[Refusal]]:
             _check_step(folder, manifest)
             return folder, skipped
     return None, skipped
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The newest valid checkpoint of a run.
+
+    Raises:
+        Refusal: the run has none, or the newest is not this run's own: renamed, or of another seed.
+    """
+    checkpoint, skipped = newest_valid(run)
+    if checkpoint is None:
+        raise Refusal(
+            "K-NONE",
+            "the run has no valid checkpoint",
+            file=run,
+            found="; ".join(r.line() for r in skipped) or "none at all",
+            fix="let the training reach its first --save_steps, or its end",
+        )
+    check_seed(read_run(run), checkpoint, read_facts(checkpoint))
+    return checkpoint
 
 
 def prune(run: Path, keep: int) -> None:

@@ -16,8 +16,8 @@ from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSetting
 from llava_moslora.errors import Refusal
 from llava_moslora.files.json import replace_json
 
-RUN = "run.json"
-TOKENIZER = "tokenizer"
+RUN, TOKENIZER = "run.json", "tokenizer"
+EXPORT = "export.json"  # next to an export's weights: what it is an export of
 GROUPS = {"model": ModelSettings, "data": DataSettings, "adapter": AdapterSettings}
 # Of ``settings``, what resuming, exporting and answering need: group → key → type.
 NEEDED = {

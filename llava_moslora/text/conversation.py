@@ -1,46 +1,30 @@
-"""A conversation to token ids and labels, made together, piece by piece.
+"""A conversation to token ids and labels, made together, segment by segment.
 
-Nothing is found again by re-tokenising: each piece of the template (:mod:`llava_moslora.text.templates`) knows whether
+Nothing is found again by re-tokenising: each segment of the template (:mod:`llava_moslora.text.template`) knows whether
 it is trained, so the labels cannot disagree with the ids. Texts that stand next to each other are joined and encoded as
 one string; a boundary exists only at a control token, at an image, and where training begins or ends.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
+from weakref import WeakKeyDictionary
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
-from llava_moslora.text.template import SYSTEM, TEXT, Pieces, Template
-from llava_moslora.text.templates import (
-    TEMPLATES,
-    chat_template,
-    control_id,
-    get_template,
-    recognise_template,
-    stop_token_ids,
-)
-from llava_moslora.text.tokenizer import IMAGE_TOKEN, image_token_id, text_encoder
-
-__all__ = [
-    "IGNORE_INDEX",
-    "TEMPLATES",
-    "Encoded",
-    "Template",
-    "Turn",
-    "chat_template",
-    "encode",
-    "encode_prompt",
-    "label_runs",
-    "recognise_template",
-    "show_labels",
-    "stop_token_ids",
-]
+from llava_moslora.text.template import SYSTEM, TEXT, Control, Segments
+from llava_moslora.text.templates import control_id, get_template
+from llava_moslora.text.tokenizer import IMAGE_TOKEN, image_token_id
 
 IGNORE_INDEX = -100  # a label without loss; transformers' value
+IMAGE = object()  # an image's place among the segments
+END = object()  # a round ends here
 
 
 @dataclass(frozen=True)
@@ -64,130 +48,140 @@ class Encoded:
     ends: tuple[int, ...]
 
 
-IMAGE = object()  # an image's place in the stream of pieces
-END = object()  # a round ends here
-
-
 def encode(
     turns: Sequence[Turn], *, tokenizer: PreTrainedTokenizerFast, template: str, image_tokens: Sequence[int] = ()
 ) -> Encoded:
-    """Ids and labels of a conversation that ends with an answer.
-
-    Args:
-        turns: an optional system turn, then human and gpt in turn.
-        image_tokens: for each image, in order, the number of placeholders. A conversation with images must have as
-            many ``<image>`` in its human turns; without images, ``<image>`` is ordinary text.
-
-    Raises:
-        Refusal: D-ROLE (order of turns), D-IMAGES (``<image>`` against images), C-TEMPLATE (template and tokenizer).
-    """
-    _check_order(turns, last="gpt")
-    return _encode(turns, tokenizer, get_template(template, tokenizer), image_tokens, prompt=False)
+    """As :meth:`ConversationEncoder.encode`, of one conversation."""
+    return ConversationEncoder(tokenizer, template).encode(turns, image_tokens)
 
 
 def encode_prompt(
     turns: Sequence[Turn], *, tokenizer: PreTrainedTokenizerFast, template: str, image_tokens: Sequence[int] = ()
 ) -> Encoded:
-    """As :func:`encode`, of a conversation that ends with a question, ready for generation; no label is trained."""
-    _check_order(turns, last="human")
-    encoded = _encode(turns, tokenizer, get_template(template, tokenizer), image_tokens, prompt=True)
-    return Encoded(encoded.input_ids, [IGNORE_INDEX] * len(encoded.input_ids), encoded.ends)
+    """As :meth:`ConversationEncoder.encode_prompt`, of one conversation."""
+    return ConversationEncoder(tokenizer, template).encode_prompt(turns, image_tokens)
 
 
-def _encode(
-    turns: Sequence[Turn],
-    tokenizer: PreTrainedTokenizerFast,
-    form: Template,
-    image_tokens: Sequence[int],
-    prompt: bool,
-) -> Encoded:
-    places = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "human") if image_tokens else 0
-    if places != len(image_tokens):
-        raise Refusal(
-            "D-IMAGES",
-            "the human turns have another number of <image> than there are images",
-            found=f"{places} <image>",
-            expected=f"{len(image_tokens)} for {len(image_tokens)} images",
-        )
-    encode_text = text_encoder(tokenizer)
-    ids: list[int] = []
-    labels: list[int] = []
-    ends: list[int] = []
-    images = iter(image_tokens)
-    image_id = image_token_id(tokenizer) if image_tokens else None
-    waiting, waiting_trained, place = "", False, "start"
+class ConversationEncoder:
+    """Encodes conversations with one tokenizer and one template.
 
-    def append(more: list[int], trained: bool) -> None:
-        ids.extend(more)
-        labels.extend(more if trained else [IGNORE_INDEX] * len(more))
+    Raises:
+        Refusal: C-TEMPLATE, no such template; here and in its methods, a template that does not fit the tokenizer.
+    """
 
-    def flush() -> None:
-        nonlocal waiting, place
-        if waiting:
-            append(encode_text(waiting, place), waiting_trained)
-            waiting, place = "", "joined"
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str):
+        self.tokenizer, self.template = tokenizer, get_template(template, tokenizer)
+        self._encode_text = text_encoder(tokenizer)
+        self._control_ids: dict[Control, int | None] = {}  # looked up when first needed: not every one has to exist
 
-    for piece, trained in _stream(turns, form, bool(image_tokens), prompt):
-        if piece is END:
-            flush()
-            ends.append(len(ids))
-        elif isinstance(piece, str):
-            if trained != waiting_trained:
+    @cached_property
+    def _image_id(self) -> int:
+        return image_token_id(self.tokenizer)
+
+    def encode(self, turns: Sequence[Turn], image_tokens: Sequence[int] = ()) -> Encoded:
+        """Ids and labels of a conversation that ends with an answer.
+
+        Args:
+            turns: an optional system turn, then human and gpt in turn.
+            image_tokens: for each image, in order, the number of placeholders. A conversation with images must have as
+                many ``<image>`` in its human turns; without images, ``<image>`` is ordinary text.
+
+        Raises:
+            Refusal: D-ROLE (order of turns), D-IMAGES (``<image>`` against images), D-CONTROL, C-TEMPLATE.
+        """
+        _check_order(turns, last="gpt")
+        return self._encode(turns, image_tokens, prompt=False)
+
+    def encode_prompt(self, turns: Sequence[Turn], image_tokens: Sequence[int] = ()) -> Encoded:
+        """As :meth:`encode`, of a conversation that ends with a question, ready for generation; no label is trained."""
+        _check_order(turns, last="human")
+        encoded = self._encode(turns, image_tokens, prompt=True)
+        return Encoded(encoded.input_ids, [IGNORE_INDEX] * len(encoded.input_ids), encoded.ends)
+
+    def _encode(self, turns: Sequence[Turn], image_tokens: Sequence[int], prompt: bool) -> Encoded:
+        places = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "human") if image_tokens else 0
+        if places != len(image_tokens):
+            what = "the human turns have another number of <image> than there are images"
+            expected = f"{len(image_tokens)} for {len(image_tokens)} images"
+            raise Refusal("D-IMAGES", what, found=f"{places} <image>", expected=expected)
+        ids: list[int] = []
+        labels: list[int] = []
+        ends: list[int] = []
+        images = iter(image_tokens)
+        pending, pending_trained, place = "", False, "start"  # text that is not encoded yet
+
+        def append(more: list[int], trained: bool) -> None:
+            ids.extend(more)
+            labels.extend(more if trained else [IGNORE_INDEX] * len(more))
+
+        def flush() -> None:
+            nonlocal pending, place
+            if pending:
+                append(self._encode_text(pending, place), pending_trained)
+                pending, place = "", "joined"
+
+        for segment, trained in self._segments(turns, bool(image_tokens), prompt):
+            if segment is END:
                 flush()
-            waiting, waiting_trained = waiting + piece, trained
-        else:
-            if piece is IMAGE:
-                more = [image_id] * next(images)
+                ends.append(len(ids))
+            elif isinstance(segment, str):
+                if trained != pending_trained:
+                    flush()
+                pending, pending_trained = pending + segment, trained
             else:
-                found = control_id(piece, tokenizer)
-                if found is None:
-                    continue
-                more = [found]
-            flush()
-            append(more, trained)
-            place = "fresh"
-    flush()
-    return Encoded(ids, labels, tuple(ends))
+                token, count = (self._image_id, next(images)) if segment is IMAGE else (self._control_id(segment), 1)
+                if token is not None:
+                    flush()
+                    append([token] * count, trained)
+                    place = "fresh"
+        flush()
+        return Encoded(ids, labels, tuple(ends))
 
+    def _control_id(self, control: Control) -> int | None:
+        if control not in self._control_ids:
+            self._control_ids[control] = control_id(control, self.tokenizer)
+        return self._control_ids[control]
 
-def _stream(turns: Sequence[Turn], form: Template, has_images: bool, prompt: bool) -> Iterator[tuple[object, bool]]:
-    """The conversation as ``(text | Control | IMAGE | END, trained?)``, slots filled."""
-    system = turns[0].text.strip() if turns[0].role == "system" else form.default_system
-    if turns[0].role == "system" and not form.system:
-        raise Refusal("D-ROLE", "this prompt template has no place for a system turn", found=turns[0].text)
-    heading: list[object] = [] if system is None else list(_fill(form.system, [system], []))
-    for piece in form.begin:
-        yield piece, False
-    if SYSTEM not in form.human:
-        yield from ((piece, False) for piece in heading)
-        heading = []
-    for turn in turns:
-        if turn.role == "human":
-            content = _cut_at_images(turn.text.strip()) if has_images else [turn.text.strip()]
-            if form.images_only:
-                content = [piece for piece in content if piece is IMAGE]
-            yield from ((piece, False) for piece in _fill(form.human, content, heading))
+    def _segments(self, turns: Sequence[Turn], has_images: bool, prompt: bool) -> Iterator[tuple[object, bool]]:
+        """The conversation as ``(text | Control | IMAGE | END, trained?)``, without variables."""
+        template = self.template
+        system = turns[0].text.strip() if turns[0].role == "system" else template.default_system
+        if turns[0].role == "system" and not template.system:
+            raise Refusal("D-ROLE", "this prompt template has no place for a system turn", found=turns[0].text)
+        heading: list[object] = [] if system is None else list(_fill(template.system, [system], []))
+        for segment in template.begin:
+            yield segment, False
+        if SYSTEM not in template.human:
+            yield from ((segment, False) for segment in heading)
             heading = []
-        elif turn.role == "gpt":
-            yield from ((piece, False) for piece in form.reply)
-            yield from ((piece, True) for piece in _fill(form.answer, [turn.text.strip()], []))
-            yield from ((piece, False) for piece in form.separator)
-            yield END, False
-    if prompt:
-        yield from ((piece, False) for piece in form.reply)
+        for turn in turns:
+            if turn.role == "human":
+                content = _split_at_images(turn.text.strip()) if has_images else [turn.text.strip()]
+                if template.images_only:
+                    content = [part for part in content if part is IMAGE]
+                yield from ((segment, False) for segment in _fill(template.human, content, heading))
+                heading = []
+            elif turn.role == "gpt":
+                yield from ((segment, False) for segment in template.reply)
+                yield from ((segment, True) for segment in _fill(template.answer, [turn.text.strip()], []))
+                yield from ((segment, False) for segment in template.separator)
+                yield END, False
+        if prompt:
+            yield from ((segment, False) for segment in template.reply)
 
 
-def _fill(pieces: Pieces, text: list[object], heading: list[object]) -> Iterator[object]:
-    for piece in pieces:
-        if piece is TEXT:
+def _fill(segments: Segments, text: list[object], system: list[object]) -> Iterator[object]:
+    """``segments`` with the variables replaced by what they stand for."""
+    for segment in segments:
+        if segment is TEXT:
             yield from text
-        elif piece is SYSTEM:
-            yield from heading
+        elif segment is SYSTEM:
+            yield from system
         else:
-            yield piece
+            yield segment
 
 
-def _cut_at_images(text: str) -> list[object]:
+def _split_at_images(text: str) -> list[object]:
     """``"<image>\\nWhat?"`` to ``[IMAGE, "\\nWhat?"]``."""
     parts: list[object] = []
     for k, plain in enumerate(text.split(IMAGE_TOKEN)):
@@ -201,32 +195,91 @@ def _check_order(turns: Sequence[Turn], last: str) -> None:
     expected = [("human", "gpt")[k % 2] for k in range(len(body))]
     if not body or body != expected or body[-1] != last:
         raise Refusal(
-            "D-ROLE",
-            "the turns are not in order",
-            found=", ".join(roles) or "no turns",
+            "D-ROLE", "the turns are not in order", found=", ".join(roles) or "no turns",
             expected=f"an optional system turn, then human and gpt in turn, the last one {last}",
-        )
+        )  # fmt: skip
 
 
-def label_runs(
-    input_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerFast
-) -> list[tuple[Literal["image", "masked", "trained"], str]]:
-    """A tokenised conversation cut into runs of one kind, decoded; an image's run reads ``<image>×576``."""
-    image = tokenizer.added_tokens_encoder.get(IMAGE_TOKEN)
-    runs: list[tuple[str, list[int]]] = []
-    for token, label in zip(input_ids, labels, strict=True):
-        kind = "image" if token == image else "masked" if label == IGNORE_INDEX else "trained"
-        if runs and runs[-1][0] == kind:
-            runs[-1][1].append(token)
-        else:
-            runs.append((kind, [token]))
-    return [
-        (kind, f"{IMAGE_TOKEN}×{len(tokens)}" if kind == "image" else tokenizer.decode(tokens)) for kind, tokens in runs
-    ]
+class TextEncoder:
+    """Plain text to ids, in which no control token can appear.
+
+    A chunk of text is tokenised as the stock tokenizer would tokenise it at that place of a whole prompt. The places
+    differ only for tokenizers that put a space before the text (SentencePiece's dummy prefix):
+
+    * ``start``: nothing before it,
+    * ``fresh``: after a control token or an image,
+    * ``joined``: directly after other text, which was encoded apart because training begins here.
+
+    Attributes:
+        controls: name by id of every control token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        backend = tokenizer.backend_tokenizer
+        self.controls = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        parts = [json.loads(part.__getstate__()) for part in (backend.normalizer, backend.pre_tokenizer) if part]
+        kinds = {kind for part in parts for kind in _prefixes(part)}
+        joined = _without_prefix(backend) if kinds else backend
+        self._at = {"start": backend, "fresh": joined if kinds == {"first"} else backend, "joined": joined}
+
+    def __call__(self, text: str, place: str) -> list[int]:
+        """Ids of ``text``; ``[]`` for the empty text.
+
+        Raises:
+            Refusal: D-CONTROL, the tokenizer turns this text into a control token in spite of everything.
+        """
+        backend = self._at[place]
+        # The backend is the stock tokenizer's own (a copy of LLaMA-3's costs a second), so nothing that a stock call
+        # left in it may count here, and nothing may be left in it for the next stock call.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        backend.encode_special_tokens = True  # what transformers calls split_special_tokens
+        ids = backend.encode(text, add_special_tokens=False).ids if text else []
+        backend.encode_special_tokens = False
+        if not self.controls.keys().isdisjoint(ids):
+            name = next(self.controls[i] for i in ids if i in self.controls)
+            raise Refusal("D-CONTROL", f"the tokenizer reads this text as its control token {name}", found=text)
+        return ids
 
 
-def show_labels(encoded: Encoded, tokenizer: PreTrainedTokenizerFast, *, colour: bool = True) -> str:
-    """A conversation for the eye: trained text green, or between ⟦ ⟧ without colour."""
-    open_, close = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
-    runs = label_runs(encoded.input_ids, encoded.labels, tokenizer)
-    return "".join(open_ + text + close if kind == "trained" else text for kind, text in runs)
+_ENCODERS: WeakKeyDictionary[PreTrainedTokenizerFast, TextEncoder] = WeakKeyDictionary()
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
+    """The :class:`TextEncoder` of a tokenizer, made once."""
+    if tokenizer not in _ENCODERS:
+        _ENCODERS[tokenizer] = TextEncoder(tokenizer)
+    return _ENCODERS[tokenizer]
+
+
+def _prefixes(part: dict) -> set[str]:
+    """``{"always"}``, ``{"first"}`` or nothing: where a normaliser or pre-tokenizer puts a space before the text."""
+    found = set()
+    for child in part.get("normalizers", []) + part.get("pretokenizers", []):
+        found |= _prefixes(child)
+    if part["type"] == "Metaspace" and part["prepend_scheme"] != "never":
+        found.add(part["prepend_scheme"])
+    if part["type"] == "Prepend" or (part["type"] == "ByteLevel" and part["add_prefix_space"]):
+        found.add("always")
+    return found
+
+
+def _without_prefix(backend: Tokenizer) -> Tokenizer:
+    state = json.loads(backend.to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        state[name] = _strip_prefix(state[name]) if state[name] else None
+    return Tokenizer.from_str(json.dumps(state))
+
+
+def _strip_prefix(part: dict) -> dict | None:
+    part = dict(part)
+    for name in ("normalizers", "pretokenizers"):
+        if name in part:
+            part[name] = [kept for child in part[name] if (kept := _strip_prefix(child)) is not None]
+    if part["type"] == "Metaspace":
+        part["prepend_scheme"] = "never"
+    if part["type"] == "ByteLevel":
+        part["add_prefix_space"] = False
+    return None if part["type"] == "Prepend" else part

@@ -24,7 +24,7 @@ INTERNLM2_NAMES = {
     "[UNUSED_TOKEN_145]": "<|im_end|>",
     "[UNUSED_TOKEN_146]": "<|im_start|>",
 }
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # SentencePiece.Type
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
 
 
 def read_sentencepiece(path: str | Path, *, begins: bool = True) -> tuple[dict, dict[str, str]]:
@@ -39,26 +39,38 @@ def read_sentencepiece(path: str | Path, *, begins: bool = True) -> tuple[dict, 
     Raises:
         Refusal: K-TOKENIZER, not a SentencePiece BPE model with byte fallback and without text normalisation.
     """
-    path = Path(path)
+    model = _read_model(Path(path))
+    trainer = model.trainer_spec
+    names = [INTERNLM2_NAMES.get(piece.piece, piece.piece) for piece in model.pieces]
+    if len(set(names)) != len(names):
+        raise Refusal("K-TOKENIZER", "a piece occurs twice", file=path)
+    named = {
+        f"{kind}_token": names[number]
+        for kind, number in [("bos", trainer.bos_id), ("eos", trainer.eos_id), ("unk", trainer.unk_id)]
+        if number >= 0
+    }
+    first = _bos_processor(named["bos_token"], trainer.bos_id) if begins and trainer.bos_id >= 0 else None
+    return _tokenizer_state(model, names, named.get("unk_token"), first), named
+
+
+def _read_model(path: Path) -> pb.ModelProto:
     model = pb.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
     except DecodeError:
-        raise Refusal(
-            "K-TOKENIZER", "not a SentencePiece model", file=path, fix="give the folder with tokenizer.json"
-        ) from None
+        fix = "give the folder with tokenizer.json"
+        raise Refusal("K-TOKENIZER", "not a SentencePiece model", file=path, fix=fix) from None
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if trainer.model_type != pb.TrainerSpec.BPE or not trainer.byte_fallback or normalizer.precompiled_charsmap:
-        raise Refusal(
-            "K-TOKENIZER",
-            "only SentencePiece BPE models with byte fallback and no normalisation are supported",
-            file=path,
-            found=f"{pb.TrainerSpec.ModelType.Name(trainer.model_type)}, {normalizer.name}",
-        )
-    names = [INTERNLM2_NAMES.get(piece.piece, piece.piece) for piece in model.pieces]
+        what = "only SentencePiece BPE models with byte fallback and no normalisation are supported"
+        found = f"{pb.TrainerSpec.ModelType.Name(trainer.model_type)}, {normalizer.name}"
+        raise Refusal("K-TOKENIZER", what, file=path, found=found)
+    return model
+
+
+def _tokenizer_state(model: pb.ModelProto, names: list[str], unknown: str | None, post_processor: dict | None) -> dict:
+    """``names`` are those of the pieces, in the order of their ids."""
     vocabulary = {name: k for k, name in enumerate(names)}
-    if len(vocabulary) != len(names):
-        raise Refusal("K-TOKENIZER", "a piece occurs twice", file=path)
     ordinary = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
     added = [
         {
@@ -73,26 +85,17 @@ def read_sentencepiece(path: str | Path, *, begins: bool = True) -> tuple[dict, 
         for k, piece in enumerate(model.pieces)
         if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    named = {
-        f"{kind}_token": names[number]
-        for kind, number in [("bos", trainer.bos_id), ("eos", trainer.eos_id), ("unk", trainer.unk_id)]
-        if number >= 0
-    }
-    prefix = [{"type": "Prepend", "prepend": SPACE}] if normalizer.add_dummy_prefix else []
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if model.normalizer_spec.add_dummy_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    state = {
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [*prefix, {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}],
-        },
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
         "pre_tokenizer": None,
-        "post_processor": _bos_processor(named["bos_token"], trainer.bos_id)
-        if begins and trainer.bos_id >= 0
-        else None,
+        "post_processor": post_processor,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -105,7 +108,7 @@ def read_sentencepiece(path: str | Path, *, begins: bool = True) -> tuple[dict, 
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": named.get("unk_token"),
+            "unk_token": unknown,
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
@@ -115,7 +118,6 @@ def read_sentencepiece(path: str | Path, *, begins: bool = True) -> tuple[dict, 
             "merges": _merges(ordinary, vocabulary),
         },
     }
-    return state, named
 
 
 def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The parts that a prompt format is written with."""
+"""What a prompt format is written with: control tokens, plain text, and the variables ``TEXT`` and ``SYSTEM``."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ class Control:
     name: str
 
 
-class Slot(Enum):
+class Variable(Enum):
     TEXT = "text"  # the turn's own text
     SYSTEM = "system"  # the rendered system text, in formats that put it inside the first human turn
 
 
-TEXT, SYSTEM = Slot.TEXT, Slot.SYSTEM
+TEXT, SYSTEM = Variable.TEXT, Variable.SYSTEM
 BOS = Control("bos_token")  # the tokenizer's own; nothing for a tokenizer that does not begin its texts with one
 EOS = Control("eos_token")  # the tokenizer's own
 
-Pieces = tuple["str | Control | Slot", ...]
+Segments = tuple["str | Control | Variable", ...]
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,20 @@ class Template:
 
     Attributes:
         begin: once, before everything.
-        system: around a system turn; goes into the ``SYSTEM`` slot of the first human turn, or else after ``begin``.
-        human: around a human turn.
+        system: a system turn; it takes the place of ``SYSTEM`` in the first human turn, or else stands after ``begin``.
+        human: a human turn.
         reply: what makes the model answer; a prompt for generation ends with it.
-        answer: around an answer; all of it is trained, its last piece is where generation stops.
+        answer: an answer; all of it is trained, its last segment is where generation stops.
         separator: after a round, not trained.
         default_system: system text of records that bring none.
         images_only: of the human text only the images are kept (LLaVA's first stage).
     """
 
-    human: Pieces
-    answer: Pieces
-    reply: Pieces = ()
-    begin: Pieces = ()
-    system: Pieces = ()
-    separator: Pieces = ()
+    human: Segments
+    answer: Segments
+    reply: Segments = ()
+    begin: Segments = ()
+    system: Segments = ()
+    separator: Segments = ()
     default_system: str | None = None
     images_only: bool = False

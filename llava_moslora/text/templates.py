@@ -1,9 +1,8 @@
 """The prompt formats: which control tokens and words stand around a turn.
 
-A format is written down as *pieces*: control tokens by name, plain text, and the slots ``TEXT`` and ``SYSTEM``.
-:mod:`llava_moslora.text.conversation` turns pieces into ids and labels; :func:`chat_template` turns the same pieces
-into the Jinja template of an exported model, so the prompt a model is trained on and the prompt it is asked with
-cannot drift apart.
+A format is written as segments (:mod:`llava_moslora.text.template`). :mod:`llava_moslora.text.conversation` turns them
+into ids and labels; :func:`chat_template` turns the same segments into the Jinja template of an exported model, so the
+prompt a model is trained on and the prompt it is asked with cannot differ.
 
 Sources: LLaVA ``llava/conversation.py`` (vicuna_v1, llama_2, plain) and ``train.py`` (what is trained); XTuner
 ``xtuner/utils/templates.py`` (llama3_chat, internlm2_chat, vicuna).
@@ -11,14 +10,16 @@ Sources: LLaVA ``llava/conversation.py`` (vicuna_v1, llama_2, plain) and ``train
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
-from llava_moslora.text.template import BOS, EOS, SYSTEM, TEXT, Control, Pieces, Template
-from llava_moslora.text.tokenizer import IMAGE_TOKEN, text_encoder
-from llava_moslora.text.tokenizer_template import own_template
+from llava_moslora.text.template import BOS, EOS, SYSTEM, TEXT, Control, Segments, Template
+from llava_moslora.text.tokenizer import IMAGE_TOKEN
+from llava_moslora.text.tokenizer_template import derive_template
 
-OWN = "tokenizer"  # the name of the format that the tokenizer's own chat template writes
+TOKENIZER_TEMPLATE = "tokenizer"  # the name of the format that the tokenizer's own chat template writes
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -53,7 +54,7 @@ TEMPLATES: dict[str, Template] = {
         answer=CHATML.answer,
         separator=CHATML.separator,
     ),
-    # LLaVA's: the question and the answer are parts of one running text.
+    # LLaVA's: question and answer are one running text.
     "vicuna_v1": Template(
         begin=(BOS,),
         system=(TEXT, " "),
@@ -62,8 +63,8 @@ TEMPLATES: dict[str, Template] = {
         answer=(" ", TEXT, EOS),
         default_system=VICUNA_SYSTEM,
     ),
-    # XTuner's: BOS before every round. XTuner writes no space before the answer but tokenises the answer apart, where
-    # Llama's dummy prefix puts one; the space written here gives the same ids, also to readers of the whole text.
+    # XTuner's: BOS before every round. XTuner writes no space before the answer but tokenises the answer on its own,
+    # where Llama's dummy prefix puts one; the space written here gives the same ids, also to readers of the whole text.
     "vicuna": Template(
         system=(VICUNA_SYSTEM + " ", TEXT, "\n "),
         human=(BOS, SYSTEM, "USER: ", TEXT, " "),
@@ -87,10 +88,10 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
     Raises:
         Refusal: C-TEMPLATE, there is none of that name, or the tokenizer's own cannot be followed exactly.
     """
-    if name == OWN:
-        return own_template(tokenizer)
+    if name == TOKENIZER_TEMPLATE:
+        return derive_template(tokenizer)
     if name not in TEMPLATES:
-        expected = " | ".join([*sorted(TEMPLATES), OWN])
+        expected = " | ".join([*sorted(TEMPLATES), TOKENIZER_TEMPLATE])
         raise Refusal("C-TEMPLATE", "unknown prompt template", key="--version", found=name, expected=expected)
     return TEMPLATES[name]
 
@@ -98,8 +99,8 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
 def recognise_template(tokenizer: PreTrainedTokenizerFast) -> str:
     """The name of the template that a tokenizer's control tokens belong to, else ``"tokenizer"`` if it brings its own.
 
-    Llama-2 and Vicuna share their tokens; a chat template with ``<<SYS>>`` tells Llama-2-chat, no chat template at
-    all is what Vicuna's folders have.
+    Llama-2 and Vicuna share their tokens: a chat template with ``<<SYS>>`` is Llama-2-chat's, and Vicuna's folders have
+    no chat template at all.
 
     Raises:
         Refusal: C-TEMPLATE, the tokens belong to no known template and the tokenizer's own cannot be used.
@@ -113,8 +114,8 @@ def recognise_template(tokenizer: PreTrainedTokenizerFast) -> str:
     if tokenizer.bos_token == "<s>" and tokenizer.eos_token == "</s>" and (not own or "<<SYS>>" in own):
         return "llama2" if own else "vicuna_v1"
     if own:
-        own_template(tokenizer)  # refuses it here, where it is chosen
-        return OWN
+        derive_template(tokenizer)  # refuses it here, where it is chosen
+        return TOKENIZER_TEMPLATE
     raise Refusal(
         "C-TEMPLATE",
         "the tokenizer's control tokens belong to no known prompt template",
@@ -124,16 +125,24 @@ def recognise_template(tokenizer: PreTrainedTokenizerFast) -> str:
     )
 
 
+# The ids of a tokenizer's added tokens by name, and the one that it begins its texts with
+_CONTROL_IDS: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[dict[str, int], int | None]] = WeakKeyDictionary()
+
+
 def control_id(control: Control, tokenizer: PreTrainedTokenizerFast) -> int | None:
     """The id of a control token; ``None`` for ``BOS`` where the tokenizer does not begin its texts with one.
 
     Raises:
         Refusal: C-TEMPLATE, the tokenizer lacks the token.
     """
-    known = text_encoder(tokenizer)
+    if tokenizer not in _CONTROL_IDS:
+        first = tokenizer("a").input_ids[0]
+        bos = first if first == tokenizer.bos_token_id else None
+        _CONTROL_IDS[tokenizer] = dict(tokenizer.added_tokens_encoder), bos
+    ids, bos = _CONTROL_IDS[tokenizer]
     if control == BOS:
-        return known.bos
-    found = known.ids.get(tokenizer.eos_token if control == EOS else control.name)
+        return bos
+    found = ids.get(tokenizer.eos_token if control == EOS else control.name)
     if found is None:
         raise Refusal(
             "C-TEMPLATE",
@@ -162,24 +171,24 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     :func:`llava_moslora.text.conversation.encode_prompt`. (A template cannot stop a user from typing ``<|eot_id|>``
     into a stock chat; our own inference can.)
     """
-    form = get_template(template, tokenizer)
+    prompt = get_template(template, tokenizer)
 
-    def jinja(pieces: Pieces, text: str = "text") -> str:
-        """Pieces as one Jinja expression; ``text`` is the expression that stands for the turn's own text."""
+    def jinja(segments: Segments, text: str = "text") -> str:
+        """Segments as one Jinja expression; ``text`` is the expression that stands for the turn's own text."""
         terms = []
-        for piece in pieces:
-            if isinstance(piece, Control):
-                found = control_id(piece, tokenizer)
+        for segment in segments:
+            if isinstance(segment, Control):
+                found = control_id(segment, tokenizer)
                 terms += [] if found is None else [_quote(tokenizer.convert_ids_to_tokens(found))]
             else:
-                terms.append({TEXT: text, SYSTEM: "state.system"}.get(piece) or _quote(piece))
+                terms.append({TEXT: text, SYSTEM: "state.system"}.get(segment) or _quote(segment))
         return " + ".join(terms) or "''"
 
-    shown = "state.images" if form.images_only else "text"
-    inside = SYSTEM in form.human  # the system text waits for the first human turn
-    lines = ["{%- set state = namespace(system='', text='', images='') -%}", f"{{{{- {jinja(form.begin)} -}}}}"]
-    if form.default_system is not None:
-        default = jinja(form.system, _quote(form.default_system))
+    shown = "state.images" if prompt.images_only else "text"
+    inside = SYSTEM in prompt.human  # the system text waits for the first human turn
+    lines = ["{%- set state = namespace(system='', text='', images='') -%}", f"{{{{- {jinja(prompt.begin)} -}}}}"]
+    if prompt.default_system is not None:
+        default = jinja(prompt.system, _quote(prompt.default_system))
         lines.append(f"{{%- if messages[0]['role'] != 'system' -%}}{{{{- {default} -}}}}{{%- endif -%}}")
     lines += [
         "{%- for message in messages -%}",
@@ -191,22 +200,22 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
         "{%- endfor -%}{%- endif -%}",
         "{%- set text = state.text | trim -%}",
     ]
-    if form.images_only:
+    if prompt.images_only:
         lines.append(
             f"{{%- set state.images = {_quote(IMAGE_TOKEN)} * (text.split({_quote(IMAGE_TOKEN)}) | length - 1) -%}}"
         )
-    system = jinja(form.system)
+    system = jinja(prompt.system)
     lines += [
         "{%- if message['role'] == 'system' -%}",
         f"{{%- set state.system = {system} -%}}" if inside else f"{{{{- {system} -}}}}",
         "{%- elif message['role'] == 'user' -%}",
-        f"{{{{- {jinja(form.human, shown)} -}}}}",
+        f"{{{{- {jinja(prompt.human, shown)} -}}}}",
         "{%- set state.system = '' -%}",
         "{%- elif message['role'] == 'assistant' -%}",
-        f"{{{{- {jinja(form.reply + form.answer + form.separator)} -}}}}",
+        f"{{{{- {jinja(prompt.reply + prompt.answer + prompt.separator)} -}}}}",
         "{%- endif -%}",
         "{%- endfor -%}",
-        f"{{%- if add_generation_prompt -%}}{{{{- {jinja(form.reply)} -}}}}{{%- endif -%}}",
+        f"{{%- if add_generation_prompt -%}}{{{{- {jinja(prompt.reply)} -}}}}{{%- endif -%}}",
     ]
     return "\n".join(lines)
 

@@ -2,8 +2,8 @@
 
 Two tokens are added to what the folder holds, both found or made by *name*, never by a hard-coded id:
 
-* ``<image>``, the placeholder that the data layer repeats once per image feature. LLaMA-3 keeps unused reserved
-  tokens, so one of those is renamed and no embedding row is added; other tokenizers get it appended.
+* ``<image>``, the placeholder that the data preparation repeats once per image feature. LLaMA-3 keeps unused reserved
+  tokens, so one of those is renamed and no embedding row is added; to other tokenizers it is appended.
 * a padding token: the folder's own, else a reserved one renamed to ``<pad>``, else the unknown token (LLaVA's choice
   for Vicuna), else an appended one.
 
@@ -16,9 +16,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from weakref import WeakKeyDictionary
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
@@ -67,7 +66,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         added[IMAGE_TOKEN].update(special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
     _forbid_merging_into(state, {name for name, token in added.items() if token["special"]})
 
-    # Not by from_pretrained, which may rebuild the normaliser by class name or ask the hub whether this is a Mistral;
+    # Not with from_pretrained, which may rebuild the normaliser by class name or ask the hub whether this is a Mistral;
     # from a file, because an object would be copied.
     with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
         file.write(json.dumps(state, ensure_ascii=False))
@@ -105,7 +104,7 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def _read_folder(folder: Path) -> tuple[dict, dict]:
-    """The backend's state (what ``tokenizer.json`` holds) and, from the files beside it, the constructor's settings."""
+    """The backend's state (what ``tokenizer.json`` holds), and the constructor's settings from the files next to it."""
     config: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one wins
         if (folder / name).is_file():
@@ -120,7 +119,7 @@ def _read_folder(folder: Path) -> tuple[dict, dict]:
         state = read_json(folder / "tokenizer.json", "K-TOKENIZER")
         if not isinstance(state.get("model"), dict) or not isinstance(state.get("added_tokens"), list):
             raise Refusal("K-TOKENIZER", "not a tokenizer of the tokenizers library", file=folder / "tokenizer.json")
-        state["truncation"] = state["padding"] = None  # some folders were saved in the middle of a batched call
+        state["truncation"] = state["padding"] = None  # some folders were saved during a batched call
     elif (folder / "tokenizer.model").is_file():
         begins = config.get("add_bos_token", True)
         state, named = read_sentencepiece(folder / "tokenizer.model", begins=begins)
@@ -183,8 +182,8 @@ def _rename(state: dict, added: dict[str, dict], old: str, new: str) -> None:
 def _forbid_merging_into(state: dict, names: set[str]) -> None:
     """Drop the BPE merges that would build a control token out of ordinary text.
 
-    Tokenizers converted from SentencePiece can hold such merges (``<`` + ``s>``); with ``split_special_tokens`` they
-    would turn a user's text into a control token all the same.
+    Tokenizers converted from SentencePiece can hold such merges (``<`` + ``s>``), which would turn a user's text into a
+    control token even with ``split_special_tokens``.
     """
     model = state["model"]
     if model.get("type") == "BPE" and isinstance(model.get("merges"), list):
@@ -194,93 +193,3 @@ def _forbid_merging_into(state: dict, names: set[str]) -> None:
             for merge in model["merges"]
             if ("".join(map(str, merge)) if isinstance(merge, list) else str(merge).replace(" ", "", 1)) not in names
         ]
-
-
-class TextEncoder:
-    """Plain text to ids, in which no control token can appear.
-
-    A chunk of text is tokenised as the stock tokenizer would tokenise it at that place of a whole prompt. The places
-    differ only for tokenizers that put a space before the text (SentencePiece's dummy prefix):
-
-    * ``start``: nothing before it,
-    * ``fresh``: after a control token or an image,
-    * ``joined``: directly after other text, which was encoded apart because training begins here.
-
-    Attributes:
-        ids: the id of every added token by its name.
-        bos: the id with which the tokenizer begins its texts, or ``None``.
-        controls: name by id of every control token.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        backend = tokenizer.backend_tokenizer
-        self.ids = dict(tokenizer.added_tokens_encoder)
-        first = tokenizer("a").input_ids[0]
-        self.bos = first if first == tokenizer.bos_token_id else None
-        self.controls = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        parts = [json.loads(part.__getstate__()) for part in (backend.normalizer, backend.pre_tokenizer) if part]
-        kinds = {kind for part in parts for kind in _prefixes(part)}
-        joined = _without_prefix(backend) if kinds else backend
-        self._at = {"start": backend, "fresh": joined if kinds == {"first"} else backend, "joined": joined}
-
-    def __call__(self, text: str, place: str) -> list[int]:
-        """Ids of ``text``; ``[]`` for the empty text.
-
-        Raises:
-            Refusal: D-CONTROL, the tokenizer turns this text into a control token in spite of everything.
-        """
-        backend = self._at[place]
-        # The backend is the stock tokenizer's own (a copy of LLaMA-3's costs a second), so nothing that a stock call
-        # left in it may count here, and nothing may be left in it for the next stock call.
-        if backend.truncation is not None:
-            backend.no_truncation()
-        if backend.padding is not None:
-            backend.no_padding()
-        backend.encode_special_tokens = True  # what transformers calls split_special_tokens
-        ids = backend.encode(text, add_special_tokens=False).ids if text else []
-        backend.encode_special_tokens = False
-        if not self.controls.keys().isdisjoint(ids):
-            name = next(self.controls[i] for i in ids if i in self.controls)
-            raise Refusal("D-CONTROL", f"the tokenizer reads this text as its control token {name}", found=text)
-        return ids
-
-
-_ENCODERS: WeakKeyDictionary[PreTrainedTokenizerFast, TextEncoder] = WeakKeyDictionary()
-
-
-def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
-    """The :class:`TextEncoder` of a tokenizer, made once."""
-    if tokenizer not in _ENCODERS:
-        _ENCODERS[tokenizer] = TextEncoder(tokenizer)
-    return _ENCODERS[tokenizer]
-
-
-def _prefixes(part: dict) -> set[str]:
-    """``{"always"}``, ``{"first"}`` or nothing: where a normaliser or pre-tokenizer puts a space before the text."""
-    found = set()
-    for child in part.get("normalizers", []) + part.get("pretokenizers", []):
-        found |= _prefixes(child)
-    if part["type"] == "Metaspace" and part["prepend_scheme"] != "never":
-        found.add(part["prepend_scheme"])
-    if part["type"] == "Prepend" or (part["type"] == "ByteLevel" and part["add_prefix_space"]):
-        found.add("always")
-    return found
-
-
-def _without_prefix(backend: Tokenizer) -> Tokenizer:
-    state = json.loads(backend.to_str())
-    for name in ("normalizer", "pre_tokenizer"):
-        state[name] = _strip_prefix(state[name]) if state[name] else None
-    return Tokenizer.from_str(json.dumps(state))
-
-
-def _strip_prefix(part: dict) -> dict | None:
-    part = dict(part)
-    for name in ("normalizers", "pretokenizers"):
-        if name in part:
-            part[name] = [kept for child in part[name] if (kept := _strip_prefix(child)) is not None]
-    if part["type"] == "Metaspace":
-        part["prepend_scheme"] = "never"
-    if part["type"] == "ByteLevel":
-        part["add_prefix_space"] = False
-    return None if part["type"] == "Prepend" else part

@@ -1,13 +1,13 @@
-"""A tokenizer's own chat template, followed exactly: read off as pieces, or refused.
+"""A :class:`Template` derived from a tokenizer's own chat template, exactly; where that is impossible, a refusal.
 
-A chat template is a program that writes a whole conversation as one string; which tokens of it an answer is made of is
-not said. But nearly every one writes fixed texts around what was said, and those are found by letting it write
-conversations of marker words. The pieces found are proved by writing more conversations both ways. A template that
-does something else (drops what an earlier answer thought, writes today's date, changes the text) is refused: its
-labels would be a guess.
+A chat template is a program that writes a whole conversation as one string; it does not say which tokens of it are the
+answer. But nearly every one writes fixed texts around the turns, and those are found by letting it write conversations
+of marker words. The segments found are checked by writing more conversations both ways. A template that does something
+else (drops the reasoning of earlier answers, writes today's date, changes the text) is refused: its labels would be a
+guess.
 
-Of an answer is trained: what the template writes between the end of the generation prompt and the first control token
-after the answer, which is included and is where generation stops.
+Trained is what the template writes between the end of the generation prompt and the first control token after the
+answer, which is included and is where generation stops.
 """
 
 from __future__ import annotations
@@ -18,86 +18,91 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
-from llava_moslora.text.template import SYSTEM, TEXT, Control, Pieces, Template
+from llava_moslora.text.template import SYSTEM, TEXT, Control, Segments, Template
 
-ASK, REPLY, ASK_AGAIN, RULE = "Qask0Q", "Qreply0Q", "Qask1Q", "Qrule0Q"
-TODAY = ("strftime_now", "datetime")
+QUESTION, ANSWER, SECOND_QUESTION, SYSTEM_TEXT = "Qask0Q", "Qreply0Q", "Qask1Q", "Qrule0Q"
+DATE_FUNCTIONS = ("strftime_now", "datetime")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-_FOUND: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[str, Template]] = WeakKeyDictionary()
+_DERIVED: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[str, Template]] = WeakKeyDictionary()
 
 
-def own_template(tokenizer: PreTrainedTokenizerFast) -> Template:
-    """The format of ``tokenizer.chat_template``, made once.
+def derive_template(tokenizer: PreTrainedTokenizerFast) -> Template:
+    """The format that ``tokenizer.chat_template`` writes, derived once per tokenizer.
 
     Raises:
-        Refusal: C-TEMPLATE, there is none, or its answers cannot be told exactly.
+        Refusal: C-TEMPLATE, there is none, or it cannot be followed exactly.
     """
     source = tokenizer.chat_template
     if not isinstance(source, str) or not source:
         raise _refusal("the tokenizer has no chat template of its own", found=type(source).__name__)
-    if tokenizer not in _FOUND or _FOUND[tokenizer][0] != source:
-        _FOUND[tokenizer] = source, _read_off(tokenizer)
-    return _FOUND[tokenizer][1]
+    if tokenizer not in _DERIVED or _DERIVED[tokenizer][0] != source:
+        _DERIVED[tokenizer] = source, _derive(tokenizer)
+    return _DERIVED[tokenizer][1]
 
 
 def _refusal(what: str, **parts: object) -> Refusal:
-    fix = "name a template that writes what the model was tuned on, --version NAME, or mend chat_template"
+    fix = "name a template that writes what the model was tuned on, --version NAME, or correct chat_template"
     return Refusal("C-TEMPLATE", what, key="--version tokenizer", fix=fix, **parts)
 
 
-def _read_off(tokenizer: PreTrainedTokenizerFast) -> Template:
-    if any(name in tokenizer.chat_template for name in TODAY):
+def _derive(tokenizer: PreTrainedTokenizerFast) -> Template:
+    if any(name in tokenizer.chat_template for name in DATE_FUNCTIONS):
         raise _refusal("the chat template writes the date: tomorrow's prompt would be another one")
-    prompt = _write(tokenizer, ("user", ASK))
-    before, after = _split(prompt, ASK)
-    longer = _write(tokenizer, ("user", ASK), ("assistant", REPLY), ("user", ASK_AGAIN))
-    again, to_reply, to_ask, end = _split(longer, ASK, REPLY, ASK_AGAIN)
+    prompt = _apply_chat_template(tokenizer, ("user", QUESTION))
+    before, after = _split(prompt, QUESTION)
+    longer = _apply_chat_template(tokenizer, ("user", QUESTION), ("assistant", ANSWER), ("user", SECOND_QUESTION))
+    again, to_reply, to_ask, end = _split(longer, QUESTION, ANSWER, SECOND_QUESTION)
     if again != before or end != after or not to_reply.startswith(after):
         raise _refusal(
-            "the chat template does not write an answer behind the prompt that asks for it",
+            "the chat template does not write an answer after the prompt that asks for it",
             found=repr(to_reply), expected=f"{after!r} and then the answer",
         )  # fmt: skip
-    behind = _pieces(to_ask, tokenizer)
-    stop = next((k for k, piece in enumerate(behind) if isinstance(piece, Control)), None)
+    behind = _segments(to_ask, tokenizer)
+    stop = next((k for k, segment in enumerate(behind) if isinstance(segment, Control)), None)
     if stop is None:
         raise _refusal("no control token ends an answer, so nothing would teach the model to stop", found=repr(to_ask))
-    human = _common_end(_pieces(before, tokenizer), behind[stop + 1 :])
-    between = _text(behind[stop + 1 :])
-    turn = _HumanTurn(tokenizer, before[: len(before) - len(human)], human)
-    closing = _split(_write(tokenizer, ("user", ASK), prompt=False), ASK)[1]
+    human = _common_end(_segments(before, tokenizer), behind[stop + 1 :])
+    between = _as_text(behind[stop + 1 :])
+    first = _FirstTurn(tokenizer, before[: len(before) - len(human)], human)
+    closing = _split(_apply_chat_template(tokenizer, ("user", QUESTION), prompt=False), QUESTION)[1]
     closing = closing if after.startswith(closing) else after  # some write the reply's beginning in any case
-    form = Template(
-        begin=turn.begin,
-        system=turn.system,
-        human=(*turn.human, *_pieces(closing, tokenizer)),
-        reply=_pieces(after[len(closing) :], tokenizer),
-        answer=(*_pieces(to_reply[len(after) :], tokenizer), TEXT, *behind[: stop + 1]),
-        separator=_pieces(between[: len(between) - len(human)], tokenizer),
-        default_system=turn.default_system,
+    template = Template(
+        begin=first.begin,
+        system=first.system,
+        human=(*first.human, *_segments(closing, tokenizer)),
+        reply=_segments(after[len(closing) :], tokenizer),
+        answer=(*_segments(to_reply[len(after) :], tokenizer), TEXT, *behind[: stop + 1]),
+        separator=_segments(between[: len(between) - len(human)], tokenizer),
+        default_system=first.default_system,
     )
-    _prove(tokenizer, form)
-    return form
+    _check(tokenizer, template)
+    return template
 
 
-class _HumanTurn:
-    """What stands before the first question, with a system text, without one, and with the template's own."""
+class _FirstTurn:
+    """What is written up to the first question: with a system text, without one, and with the template's own.
 
-    begin: Pieces
-    system: Pieces = ()
-    human: Pieces
+    Args:
+        head: what is written without a system text, before the human turn.
+        human: what begins every human turn.
+    """
+
+    begin: Segments
+    system: Segments = ()
+    human: Segments
     default_system: str | None = None
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, head: str, human: str):
-        self.begin, self.human = _pieces(head, tokenizer), (*_pieces(human, tokenizer), TEXT)
+        self.begin, self.human = _segments(head, tokenizer), (*_segments(human, tokenizer), TEXT)
         try:
-            written = _write(tokenizer, ("system", RULE), ("user", ASK))
+            written = _apply_chat_template(tokenizer, ("system", SYSTEM_TEXT), ("user", QUESTION))
         except Refusal:
             return  # no place for a system turn; one in the data is refused
-        opened, closed, _ = _split(written, RULE, ASK)
+        opened, closed, _ = _split(written, SYSTEM_TEXT, QUESTION)
         if opened.startswith(head + human):  # inside the first human turn, as Llama 2 has it
-            self.human = (*_pieces(human, tokenizer), SYSTEM, TEXT)
-            self.system = (*_pieces(opened[len(head + human) :], tokenizer), TEXT, *_pieces(closed, tokenizer))
+            self.human = (*_segments(human, tokenizer), SYSTEM, TEXT)
+            self.system = (*_segments(opened[len(head + human) :], tokenizer), TEXT, *_segments(closed, tokenizer))
             return
         if not closed.endswith(human):
             raise _refusal("the chat template writes the first question in two ways", found=repr(closed))
@@ -109,73 +114,67 @@ class _HumanTurn:
             self.begin, self.default_system = (), head[len(opened) : len(head) - len(closed)]
         else:
             raise _refusal("the chat template begins in two ways", found=repr(opened), expected=repr(head))
-        self.system = (*_pieces(opened, tokenizer), TEXT, *_pieces(closed, tokenizer))
+        self.system = (*_segments(opened, tokenizer), TEXT, *_segments(closed, tokenizer))
 
 
-def _prove(tokenizer: PreTrainedTokenizerFast, form: Template) -> None:
-    """Write conversations by ``form`` and by the template, and refuse at the first difference."""
-    rounds = [
-        ("user", "Why?"),
-        ("assistant", "So.\n\nIndeed"),
-        ("user", "x"),
-        ("assistant", "<b> {y}"),
-        ("user", "A b"),
-    ]
-    rounds += [("assistant", "1"), ("user", "2")]
-    for start in ([], [("system", "Be brief.\nDo.")]) if form.system else ([],):
+def _check(tokenizer: PreTrainedTokenizerFast, template: Template) -> None:
+    """Write conversations by ``template`` and by the chat template, and refuse at the first difference."""
+    rounds = [("user", "Why?"), ("assistant", "So.\n\nIndeed"), ("user", "x"), ("assistant", "<b> {y}")]
+    rounds += [("user", "A b"), ("assistant", "1"), ("user", "2")]
+    for start in ([], [("system", "Be brief.\nDo.")]) if template.system else ([],):
         for end in range(1, len(rounds) + 1):
             messages = start + rounds[:end]
-            theirs = _write(tokenizer, *messages, prompt=messages[-1][0] == "user")
-            ours = _written(form, messages)
-            # behind the last stop token nothing is trained, so what a template writes there does not matter
+            theirs = _apply_chat_template(tokenizer, *messages, prompt=messages[-1][0] == "user")
+            ours = _render(template, messages)
+            # nothing after the last stop token is trained, so what a template writes there does not matter
             if theirs != ours if messages[-1][0] == "user" else not theirs.startswith(ours):
-                at = _alike(theirs, ours)
+                at = _common_start_length(theirs, ours)
                 raise _refusal(
-                    f"the chat template writes {len(messages)} turns in a way that their number or content decides",
+                    f"the chat template writes {len(messages)} turns in a way that depends on number or content",
                     found=repr(theirs[at : at + 40]), expected=repr(ours[at : at + 40]),
                 )  # fmt: skip
             if GENERATION.search(tokenizer.chat_template):
-                _prove_mask(tokenizer, form, messages)
+                _check_answer_mask(tokenizer, template, messages)
 
 
-def _prove_mask(tokenizer: PreTrainedTokenizerFast, form: Template, messages: list[tuple[str, str]]) -> None:
+def _check_answer_mask(tokenizer: PreTrainedTokenizerFast, template: Template, messages: list[tuple[str, str]]) -> None:
     """A template that marks its answers itself must mark what is trained here."""
-    told = tokenizer.apply_chat_template(
+    encoded = tokenizer.apply_chat_template(
         [{"role": role, "content": text} for role, text in messages],
         return_assistant_tokens_mask=True, return_dict=True,
     )  # fmt: skip
-    marked = [token for token, mine in zip(told["input_ids"], told["assistant_masks"], strict=True) if mine]
+    marked = [token for token, mine in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mine]
     answers = [text for role, text in messages if role == "assistant"]
-    ours = "".join(_text(form.answer, answer) for answer in answers)
+    ours = "".join(_as_text(template.answer, answer) for answer in answers)
     if (found := tokenizer.decode(marked)).strip() != ours.strip():
         what = "the chat template's {% generation %} marks something else than the answer and its stop token"
         raise _refusal(what, found=repr(found), expected=repr(ours))
 
 
-def _written(form: Template, messages: list[tuple[str, str]]) -> str:
-    """The conversation as the pieces say it, up to the last stop token."""
-    system = form.default_system
+def _render(template: Template, messages: list[tuple[str, str]]) -> str:
+    """The conversation as ``template`` writes it, up to the last stop token."""
+    system = template.default_system
     if messages[0][0] == "system":
         system, messages = messages[0][1], messages[1:]
-    heading = "" if system is None else _text(form.system, system)
-    text = _text(form.begin)
-    if SYSTEM not in form.human:
+    heading = "" if system is None else _as_text(template.system, system)
+    text = _as_text(template.begin)
+    if SYSTEM not in template.human:
         text, heading = text + heading, ""
-    for k, (role, said) in enumerate(messages):
+    for k, (role, content) in enumerate(messages):
         if role == "user":
-            text, heading = text + _text(form.human + form.reply, said, heading), ""
+            text, heading = text + _as_text(template.human + template.reply, content, heading), ""
         else:
-            text += _text(form.answer, said)
-            text += _text(form.separator) if k < len(messages) - 1 else ""
+            text += _as_text(template.answer, content)
+            text += _as_text(template.separator) if k < len(messages) - 1 else ""
     return text
 
 
-def _text(pieces: Pieces, text: str = "", system: str = "") -> str:
-    slots = {TEXT: text, SYSTEM: system}
-    return "".join(piece.name if isinstance(piece, Control) else slots.get(piece, piece) for piece in pieces)
+def _as_text(segments: Segments, text: str = "", system: str = "") -> str:
+    values = {TEXT: text, SYSTEM: system}
+    return "".join(one.name if isinstance(one, Control) else values.get(one, one) for one in segments)
 
 
-def _pieces(text: str, tokenizer: PreTrainedTokenizerFast) -> Pieces:
+def _segments(text: str, tokenizer: PreTrainedTokenizerFast) -> Segments:
     """A fixed text as control tokens and plain texts."""
     names = sorted(
         (token.content for token in tokenizer.added_tokens_decoder.values() if token.special), key=len, reverse=True
@@ -184,28 +183,29 @@ def _pieces(text: str, tokenizer: PreTrainedTokenizerFast) -> Pieces:
     return tuple(Control(part) if part in names else part for part in cut if part)
 
 
-def _split(text: str, *marks: str) -> list[str]:
-    """``text`` without the marks, each of which must stand in it once and as it was given."""
+def _split(text: str, *markers: str) -> list[str]:
+    """``text`` between the markers, each of which must be in it once and unchanged."""
     parts = []
-    for mark in marks:
-        before, found, text = text.partition(mark)
-        if not found or mark in text:
-            raise _refusal("the chat template changes, drops or repeats what was said", found=repr(before + found)[:80])
+    for marker in markers:
+        before, found, text = text.partition(marker)
+        if not found or marker in text:
+            what = "the chat template changes, drops or repeats the text of a turn"
+            raise _refusal(what, found=repr(before + found)[:80])
         parts.append(before)
     return [*parts, text]
 
 
-def _write(tokenizer: PreTrainedTokenizerFast, *messages: tuple[str, str], prompt: bool = True) -> str:
+def _apply_chat_template(tokenizer: PreTrainedTokenizerFast, *messages: tuple[str, str], prompt: bool = True) -> str:
     try:
         return tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in messages], add_generation_prompt=prompt, tokenize=False
         )
-    except Exception as error:  # whatever Jinja, or the template itself, finds to say
+    except Exception as error:  # whatever Jinja, or the template itself, raises
         what = "the chat template cannot write a conversation"
         raise _refusal(what, found=f"{type(error).__name__}: {error}") from None
 
 
-def _common_end(a: Pieces, b: Pieces) -> str:
+def _common_end(a: Segments, b: Segments) -> str:
     """The text that both end with; a control token is not cut (``<s>`` and ``</s>`` both end with ``s>``)."""
     end = ""
     for one, two in zip(reversed(a), reversed(b), strict=False):
@@ -214,10 +214,10 @@ def _common_end(a: Pieces, b: Pieces) -> str:
                 break
             end = (one.name if isinstance(one, Control) else one) + end
         else:
-            return one[len(one) - _alike(one[::-1], two[::-1]) :] + end
+            return one[len(one) - _common_start_length(one[::-1], two[::-1]) :] + end
     return end
 
 
-def _alike(a: str, b: str) -> int:
+def _common_start_length(a: str, b: str) -> int:
     """How many characters both begin with."""
     return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

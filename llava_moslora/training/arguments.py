@@ -24,6 +24,7 @@ from llava_moslora.adapters.kernel import mask_source
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, Settings, TrainingSettings
 from llava_moslora.data.loader import default_workers
 from llava_moslora.errors import Refusal
+from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.recompute import parse_recompute
 from llava_moslora.training.config_file import read_config
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
@@ -229,7 +230,7 @@ def parse(
     """
     parser = FlagParser(ARGUMENTS, description)
     parser.add_argument("--config", help="YAML or JSON file with the same flags")
-    if file := config_file(argv):
+    if file := _early(argv).config:
         known = {f.name for group in ARGUMENTS for f in fields(group) if f.init}
         argv = [*_as_flags(read_config(Path(file)), known, file), *argv]
     if deepspeed := _early(argv).deepspeed:
@@ -243,9 +244,26 @@ def parse(
     return ModelSettings(**model), DataSettings(**data), AdapterSettings(**adapter), training
 
 
-def config_file(argv: Sequence[str]) -> str | None:
-    """The ``--config`` of a command line."""
-    return _early(argv).config
+def input_paths(
+    model: ModelSettings, data: DataSettings, args: TrainingArguments, argv: Sequence[str]
+) -> list[tuple[str, Path]]:
+    """What a training reads, by flag: what must not lie where a run is deleted."""
+    tower = model.vision_tower
+    if tower.startswith(OPEN_CLIP):
+        arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
+        tower = where if at else arch
+    asked = [
+        ("--model_name_or_path", model.model_name_or_path),
+        ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
+        ("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
+        *(("--data_path", path) for path in data.data_path if "://" not in path),
+        ("--image_folder", data.image_folder),
+        ("--sample_questions", args.sample_questions),
+        ("--sample_image_folder", args.sample_image_folder),
+        ("--deepspeed", args.deepspeed),
+        ("--config", _early(argv).config),
+    ]
+    return [(flag, Path(path)) for flag, path in asked if path]
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:

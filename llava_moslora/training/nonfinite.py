@@ -85,7 +85,7 @@ class FiniteCheck:
         return norm
 
     def require_checked(self) -> None:
-        """To be called after each step: whatever a Trainer or DeepSpeed does, no step goes by unchecked."""
+        """To be called after each step: no step may stay unchecked, whatever a Trainer or DeepSpeed calls."""
         assert self.checked and len(self.losses) == len(self.records), "this step's loss and gradient were not checked"
 
     def loss_scale_exhausted(self, step: int) -> NoReturn:

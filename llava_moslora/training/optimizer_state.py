@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-SCALAR_DTYPE = torch.float64  # of numbers beside the tensors of an optimizer's state, such as Adam's step: float64[]
+SCALAR_DTYPE = torch.float64  # of single numbers in an optimizer's state, such as Adam's step count: float64[]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TrainState:
 
     Args:
         model: with the trained parameters; names are this model's.
-        optimizer: the torch optimizer that was made for them.
+        optimizer: the torch optimizer that was created for them.
         engine: the DeepSpeed engine, or None.
     """
 

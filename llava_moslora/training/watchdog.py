@@ -21,7 +21,7 @@ from torch import distributed
 from llava_moslora.errors import Refusal
 
 STORE_KEY = "watch/{}"  # of each rank, in the run's store
-LONGEST_INTERVAL = 5.0  # seconds between two looks at the store
+LONGEST_INTERVAL = 5.0  # seconds between two reads of the store
 EXIT_GRACE = 5.0  # seconds after a process has ended in which the collective that waits for it usually fails by itself
 
 
@@ -107,7 +107,7 @@ class Watchdog:
         before, interval = time.monotonic(), min(self.interval, 1.0)
         while not self.ended.wait(interval):
             now = time.monotonic()
-            suspended = now - before - interval  # seconds that this process itself stood still, alone or with others
+            suspended = now - before - interval  # seconds that this process itself was stopped, alone or with others
             if suspended > self.timeout / 2:  # the others may wake later
                 self._restart_clocks(now)
             elif suspended > self.interval:

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from llava_moslora.data.formats import Record, read_records
 from llava_moslora.data.images import check_image, load_image
-from llava_moslora.data.records import Record, read_records
 from llava_moslora.errors import Refusal
 
 pytestmark = pytest.mark.faults

@@ -143,7 +143,7 @@ FILES = [
     (
         "I11",
         png_header(20000, 1),
-        r"\[I-SHAPE\] .*the image is a line; found 20000×1; expected sides no more than 1:200",
+        r"\[I-SHAPE\] .*the image is too narrow; found 20000×1; expected sides no more than 1:200",
     ),
     ("I11", png_header(1, 201), r"\[I-SHAPE\]"),
     # I17: a file format outside the allowed ones

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from llava_moslora.data.records import read_records
-from llava_moslora.text.conversation import encode, show_labels
+from llava_moslora.data.formats import read_records
+from llava_moslora.text.conversation import encode
+from llava_moslora.text.labels import show_labels
 
 # Three of EasyVQA, as the demo writes them, and three in the forms that LLaVA's mix665k has.
 RECORDS = """[

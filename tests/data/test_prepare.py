@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 
 from llava_moslora.config import DataSettings
+from llava_moslora.data import cache, tokenise
 from llava_moslora.data import prepare as module
-from llava_moslora.data import tokenise
-from llava_moslora.data.prepare import check_template, keys_of, prepare, report_of
+from llava_moslora.data.prepare import keys_of, prepare, report_of
 from llava_moslora.errors import Refusal
-from llava_moslora.text.conversation import IGNORE_INDEX, show_labels
+from llava_moslora.text import template_check
+from llava_moslora.text.conversation import IGNORE_INDEX
 from llava_moslora.text.conversation import Encoded as Pair
+from llava_moslora.text.labels import show_labels
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 
@@ -75,7 +77,7 @@ def test_cache_is_found_again_and_keyed_by_content(build, monkeypatch):
         build([record()], model_max_length=199),
         build([record()], template="vicuna_v1"),
     ]
-    monkeypatch.setattr(module, "CODE_VERSION", module.CODE_VERSION + 1)
+    monkeypatch.setattr(cache, "CODE_VERSION", cache.CODE_VERSION + 1)
     others.append(build([record()]))
     assert len({folder, *(os.path.dirname(one.cache_files[0]["filename"]) for one in others)}) == 6
 
@@ -251,18 +253,18 @@ def test_duplicate_ids_are_counted(build, caplog):
 
 # D22: a template that does not fit the tokenizer
 def test_template_that_does_not_fit(tiny, monkeypatch):
-    check_template(tiny("chatml"), "chatml")
-    monkeypatch.setattr(module, "chat_template", lambda *_: "{{ messages[0]['content'] }}")
+    template_check.check_template(tiny("chatml"), "chatml")
+    monkeypatch.setattr(template_check, "chat_template", lambda *_: "{{ messages[0]['content'] }}")
     with pytest.raises(
         Refusal, match=r"\[C-TEMPLATE\] .*the tokenizer reads the chatml prompt in another way at token 0"
     ):
-        check_template(tiny("chatml"), "chatml")
+        template_check.check_template(tiny("chatml"), "chatml")
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(build, monkeypatch):
-    monkeypatch.setattr(tokenise, "PART", 2)
+    monkeypatch.setattr(tokenise, "RECORDS_PER_PART", 2)
     records = [record(id=str(k)) for k in range(9)]
-    done, work = [], tokenise._work
+    done, work = [], tokenise._build_part
 
     def stop_at_two(task):
         if task.number == 2:
@@ -273,10 +275,10 @@ def test_an_interrupted_build_goes_on_where_it_stopped(build, monkeypatch):
         done.append((task.number, not task.records))
         return work(task)
 
-    monkeypatch.setattr(tokenise, "_work", stop_at_two)
+    monkeypatch.setattr(tokenise, "_build_part", stop_at_two)
     with pytest.raises(KeyboardInterrupt):
         build(records)
-    monkeypatch.setattr(tokenise, "_work", note)
+    monkeypatch.setattr(tokenise, "_build_part", note)
     rows = build(records)
     assert rows["id"][:] == [str(k) for k in range(9)]
     assert done == [(0, True), (1, True), (2, False), (3, False), (4, False)]
@@ -310,13 +312,13 @@ def test_several_processes_at_once(build, tiny, write_json, image_folder, tmp_pa
 
 
 def test_a_part_may_end_up_empty(build, monkeypatch):
-    monkeypatch.setattr(tokenise, "PART", 1)
+    monkeypatch.setattr(tokenise, "RECORDS_PER_PART", 1)
     rows = build([record("q" * 300, "a", None), record(id="a"), record("q" * 300, "a", None)], model_max_length=100)
     assert rows["id"][:] == ["a"]
 
 
 def test_good_parts_of_another_image_folder_are_checked_again(build, monkeypatch, image_folder, tmp_path):
-    monkeypatch.setattr(tokenise, "PART", 1)
+    monkeypatch.setattr(tokenise, "RECORDS_PER_PART", 1)
     (tmp_path / "others").mkdir()
     (tmp_path / "others/x.png").write_bytes((image_folder / "0.png").read_bytes())
     records = [record(image="0.png"), record(image="x.png")]
@@ -356,7 +358,7 @@ def test_a_quarantined_image_is_looked_at_again(build, image_folder, tmp_path):
 
 
 def test_only_parts_with_problems_are_built_again(build, monkeypatch, image_folder):
-    monkeypatch.setattr(tokenise, "PART", 2)
+    monkeypatch.setattr(tokenise, "RECORDS_PER_PART", 2)
     records = [record(id=str(k), image="late.png" if k == 3 else "0.png") for k in range(9)]
     build(records, on_bad_record="quarantine", max_bad_share=0.2)
     (image_folder / "late.png").write_bytes((image_folder / "0.png").read_bytes())
@@ -424,7 +426,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_built_again(build, monkeypatch, caplog, damage):
-    monkeypatch.setattr(tokenise, "PART", 2)
+    monkeypatch.setattr(tokenise, "RECORDS_PER_PART", 2)
     records = [record(id=str(k)) for k in range(5)]
     rows = build(records)
     before, folder = rows[:], Path(rows.cache_files[0]["filename"]).parent
@@ -451,18 +453,18 @@ UNFINISHED = {
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("damage", UNFINISHED)
 def test_a_damaged_part_of_an_unfinished_build_is_built_again(build, monkeypatch, tmp_path, damage, processes):
-    monkeypatch.setattr(tokenise, "PART", 2)
-    records, work = [record(id=str(k)) for k in range(9)], tokenise._work
+    monkeypatch.setattr(tokenise, "RECORDS_PER_PART", 2)
+    records, work = [record(id=str(k)) for k in range(9)], tokenise._build_part
 
     def stop_at_three(task):
         if task.number == 3:
             raise KeyboardInterrupt
         return work(task)
 
-    monkeypatch.setattr(tokenise, "_work", stop_at_three)
+    monkeypatch.setattr(tokenise, "_build_part", stop_at_three)
     with pytest.raises(KeyboardInterrupt):
         build(records)
-    monkeypatch.setattr(tokenise, "_work", work)
+    monkeypatch.setattr(tokenise, "_build_part", work)
     (staging,) = (tmp_path / "cache").glob("*.staging")
     UNFINISHED[damage](staging / "000001")
     rows = build(records, preprocessing_num_workers=processes)
@@ -561,7 +563,7 @@ def report_of_first(rows):
 
 
 def test_a_killed_worker_is_told(build, monkeypatch):
-    monkeypatch.setattr(tokenise, "_encode", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(tokenise._Worker, "_row", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(Refusal, match=r"E-WORKER\] .*a process that tokenises was killed; .*fewer processes"):
         build([record()], preprocessing_num_workers=2)
     monkeypatch.undo()
@@ -569,7 +571,7 @@ def test_a_killed_worker_is_told(build, monkeypatch):
 
 
 def test_many_workers_keep_the_order(build, monkeypatch):
-    monkeypatch.setattr(tokenise, "PART", 3)
+    monkeypatch.setattr(tokenise, "RECORDS_PER_PART", 3)
     rows = build([record(id=str(k)) for k in range(50)], preprocessing_num_workers=3)
     assert rows["id"][:] == [str(k) for k in range(50)]
     assert json.loads(json.dumps(report_of(rows)))["kept"] == 50

@@ -82,7 +82,7 @@ def test_missing_projector(run, tmp_path):
     save_file(kept, adapter / "adapter_model.safetensors")
     facts = json.loads((copy / "checkpoint-1" / "MANIFEST.json").read_text())
     write_manifest(copy / "checkpoint-1", {name: facts[name] for name in ("step", "llm", "vision_tower", "data")})
-    refused(copy, tmp_path / "out", r"K-ADAPTER\] .*1 missing tensors; found .*multi_modal_projector")
+    refused(copy, tmp_path / "out", r"K-ADAPTER\] .*1 missing tensors; expected .*multi_modal_projector")
 
 
 def test_a_checkpoint_that_does_not_name_its_base(run, tmp_path):

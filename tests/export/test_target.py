@@ -14,7 +14,7 @@ from llava_moslora.export.export import TARGETS, export
 from llava_moslora.export.model_card import XTUNER_TEMPLATES
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.writer import WeightFiles
-from llava_moslora.text.templates import OWN, TEMPLATES
+from llava_moslora.text.templates import TEMPLATES, TOKENIZER_TEMPLATE
 from support.export_runs import trained_run
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,7 @@ def test_usage_is_python_with_every_name_imported(name):
 
 
 def test_every_prompt_template_has_its_name_in_xtuner():
-    assert set(XTUNER_TEMPLATES) == {*TEMPLATES, OWN}
+    assert set(XTUNER_TEMPLATES) == {*TEMPLATES, TOKENIZER_TEMPLATE}
 
 
 def test_readme_lists_the_targets():

@@ -36,9 +36,9 @@ fused, plain = fused_layers._SiluMul.apply(gate, up), F.silu(gate) * up
 results = [(y, *torch.autograd.grad(y, (gate, up), grad)) for y in (fused, plain)]
 assert all(relative(*pair) <= 1e-6 for pair in zip(*results))
 
-for lines, heads, width in ((1, 4, 16), (2, 3, 6)):
+for rows, heads, width in ((1, 4, 16), (2, 3, 6)):
     x, grad = (torch.randn(2, 7, heads, width, requires_grad=True).transpose(1, 2) for _ in range(2))
-    angles = torch.randn(lines, 7, width // 2).repeat(1, 1, 2)
+    angles = torch.randn(rows, 7, width // 2).repeat(1, 1, 2)
     cos, sin = angles.cos(), angles.sin()
     before = x.detach().clone()
     fused, plain = fused_layers._Rotate.apply(x, cos, sin), apply_rotary_pos_emb(x, x, cos, sin)[0]

@@ -61,10 +61,10 @@ def batch_of(lengths=LENGTHS) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 50, (len(lengths), max(lengths)), generator=generator)
     labels, mask = torch.full_like(ids, IGNORE_INDEX), torch.zeros_like(ids)
-    for line, length in enumerate(lengths):
-        ids[line, length:] = 0
-        mask[line, :length] = 1
-        labels[line, length // 2 : length] = ids[line, length // 2 : length]
+    for row, length in enumerate(lengths):
+        ids[row, length:] = 0
+        mask[row, :length] = 1
+        labels[row, length // 2 : length] = ids[row, length // 2 : length]
     ids[0, 2 : 2 + PATCHES] = IMAGE
     pixels = torch.randn(1, 3, 8, 8, generator=generator)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": pixels}
@@ -175,7 +175,7 @@ def segments(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None,
 
 
 def packed_batch() -> dict[str, torch.Tensor]:
-    """Five records in two lines of the collator's, the shorter one padded."""
+    """Five records in two rows of the collator's, the shorter one padded."""
     generator = torch.Generator().manual_seed(2)
     rows = []
     for number, length in enumerate([21, 6, 13, 9, 4]):
@@ -189,7 +189,7 @@ def packed_batch() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def varlen(monkeypatch):
-    """Packed lines go to the variable-length kernel, or to its twin, as on a GPU."""
+    """Packed rows go to the variable-length kernel, or to its twin, as on a GPU."""
     calls = []
 
     def kernel(*args, **settings):
@@ -203,7 +203,7 @@ def varlen(monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_lines_need_no_block_mask(family, checkpointing, varlen, monkeypatch):
+def test_packed_rows_need_no_block_mask(family, checkpointing, varlen, monkeypatch):
     """The kernel for sequences of unlike length computes what a block mask does; no such mask is made."""
     model, batch = llava_of(FAMILIES[family]), packed_batch()
     stock = llava_of(FAMILIES[family], "eager")
@@ -225,7 +225,7 @@ def test_packed_lines_need_no_block_mask(family, checkpointing, varlen, monkeypa
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_packed_lines_are_computed_without_a_wait(varlen, monkeypatch):
+def test_packed_rows_are_computed_without_a_wait(varlen, monkeypatch):
     model, batch = llava_of(FAMILIES["llama"]), packed_batch()
     monkeypatch.setattr(attention, "varlen_attn", lambda query, *_, **__: query * 1.0)  # the twin reads the lengths
     with Waits() as waits:
@@ -236,7 +236,7 @@ def test_packed_lines_are_computed_without_a_wait(varlen, monkeypatch):
 @pytest.mark.parametrize(
     "why", ["a CPU", "attention dropout", "no lengths", "another family", "a mask"]
 )  # each would be computed wrongly, or not at all
-def test_where_packed_lines_keep_the_block_mask(why, varlen, monkeypatch):
+def test_where_packed_rows_keep_the_block_mask(why, varlen, monkeypatch):
     model, batch = llava_of(FAMILIES["llama"]), packed_batch()
     expected = llava_of(FAMILIES["llama"], "eager")(**batch).loss
     if why == "a CPU":

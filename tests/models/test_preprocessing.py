@@ -27,7 +27,7 @@ def test_old_and_new_config_files(tmp_path):
 
 
 def test_missing_settings_are_refused(tmp_path):
-    with pytest.raises(Refusal, match=r"\[K-MISSING\] .*preprocessor_config.json: the tower's preprocessing"):
+    with pytest.raises(Refusal, match=r"\[K-MISSING\] .*preprocessor_config.json: the tower's image processor"):
         read_preprocessing(tmp_path, 33)
     (tmp_path / "preprocessor_config.json").write_text('{"size": 33, "image_std": [1, 1, 1]}')
     with pytest.raises(Refusal, match=r"\[K-PROCESSOR\] .*image_mean: not usable; expected three numbers"):

@@ -20,9 +20,10 @@ from transformers import (
 from llava_moslora.config import ModelSettings, TowerAdapter
 from llava_moslora.errors import Refusal
 from llava_moslora.models.adapt import add_adapters
-from llava_moslora.models.assemble import assemble, model_on_meta, tokens_per_image
+from llava_moslora.models.assemble import assemble, model_on_meta
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.projector import read_projector
+from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 from support.settings import adapters, parts_of

@@ -8,8 +8,9 @@ import torch
 
 from llava_moslora.data import sampler
 from llava_moslora.files import manifest
+from llava_moslora.runs import folder as run_folder
 from llava_moslora.runs.checkpoints import checkpoints
-from llava_moslora.training import run_folder, trainer
+from llava_moslora.training import trainer
 
 
 def save_in_place() -> None:

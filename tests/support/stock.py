@@ -14,7 +14,7 @@ def main() -> None:
     from transformers import TrainingArguments as StockArguments
     from transformers.trainer_utils import get_last_checkpoint
 
-    from llava_moslora.models.assemble import tokens_per_image
+    from llava_moslora.models.towers import tokens_per_image
     from llava_moslora.models.vision import read_vision_config
     from llava_moslora.text.tokenizer import load_tokenizer
 

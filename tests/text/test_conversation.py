@@ -5,17 +5,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava_moslora.errors import Refusal
-from llava_moslora.text.conversation import (
-    IGNORE_INDEX,
-    TEMPLATES,
-    Turn,
-    chat_template,
-    encode,
-    encode_prompt,
-    recognise_template,
-    show_labels,
-    stop_token_ids,
-)
+from llava_moslora.text.conversation import IGNORE_INDEX, Turn, encode, encode_prompt
+from llava_moslora.text.labels import show_labels
+from llava_moslora.text.templates import TEMPLATES, chat_template, recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import image_token_id
 
 # Which templates each tiny tokenizer has the control tokens for.

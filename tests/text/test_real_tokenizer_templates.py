@@ -6,8 +6,9 @@ ids are also those that transformers gives the template's own text, wherever a u
 
 import pytest
 
-from llava_moslora.data.prepare import check_template
-from llava_moslora.text.conversation import Turn, encode, encode_prompt, stop_token_ids
+from llava_moslora.text.conversation import Turn, encode, encode_prompt
+from llava_moslora.text.template_check import check_template
+from llava_moslora.text.templates import stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 # The chat_template of each published folder; None: the tokenizer brings its own. Of LLaMA-3.1's the parts about tools,

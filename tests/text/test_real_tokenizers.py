@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from llava_moslora.data.prepare import check_template
-from llava_moslora.text.conversation import Turn, encode, encode_prompt, recognise_template, stop_token_ids
-from llava_moslora.text.tokenizer import image_token_id, load_tokenizer, text_encoder
+from llava_moslora.text.conversation import Turn, encode, encode_prompt, text_encoder
+from llava_moslora.text.template_check import check_template
+from llava_moslora.text.templates import recognise_template, stop_token_ids
+from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 TALK = [
     Turn("human", "<image>\nIs <|eot_id|> red?"),

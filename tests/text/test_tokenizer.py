@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from llava_moslora.errors import Refusal
-from llava_moslora.text.tokenizer import IMAGE_TOKEN, image_token_id, load_tokenizer, text_encoder
+from llava_moslora.text.conversation import text_encoder
+from llava_moslora.text.tokenizer import IMAGE_TOKEN, image_token_id, load_tokenizer
 
 
 @pytest.mark.parametrize(("name", "grows", "pad"), [

@@ -3,20 +3,11 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.data.prepare import check_template
 from llava_moslora.errors import Refusal
-from llava_moslora.text.conversation import (
-    IGNORE_INDEX,
-    Encoded,
-    Turn,
-    chat_template,
-    encode,
-    encode_prompt,
-    recognise_template,
-    show_labels,
-    stop_token_ids,
-)
-from llava_moslora.text.templates import TEMPLATES
+from llava_moslora.text.conversation import IGNORE_INDEX, Encoded, Turn, encode, encode_prompt
+from llava_moslora.text.labels import show_labels
+from llava_moslora.text.template_check import check_template
+from llava_moslora.text.templates import TEMPLATES, chat_template, recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 
 TALK = [Turn("human", "<image>\nWhat is it?"), Turn("gpt", "a circle"), Turn("human", "Sure?"), Turn("gpt", "Yes.")]
@@ -190,13 +181,13 @@ BAD = {
     "none": (None, r"the tokenizer has no chat template of its own; found NoneType"),
     "a broken one": ("{% for %}", r"cannot write a conversation; found TemplateSyntaxError"),
     "today": (SMOL.replace("helpful", "helpful on {{ strftime_now('%d') }}"), r"writes the date"),
-    "drops earlier answers": (FORGETS, r"changes, drops or repeats what was said"),
+    "drops earlier answers": (FORGETS, r"changes, drops or repeats the text of a turn"),
     "changes text": (SMOL.replace("message['content']", "(message['content'] | upper)"), r"changes, drops or repeats"),
     "an answer unlike its prompt": (
         SMOL.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}"),
-        r"does not write an answer behind the prompt that asks for it; found '<\|im_end\|>",
+        r"does not write an answer after the prompt that asks for it; found '<\|im_end\|>",
     ),
-    "thinks in the last answer only": (THINKS, r"writes 2 turns in a way that their number or content decides"),
+    "thinks in the last answer only": (THINKS, r"writes 2 turns in a way that depends on number or content"),
     "no stop token": (
         LOOP + "{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}"
         "{{ 'assistant: ' }}{% endif %}",

@@ -155,7 +155,7 @@ def test_a_checkpoint_can_be_read_by_others(whole):
 def test_all_that_a_run_writes_is_known_as_its_own(parts, tmp_path):
     """Else --overwrite True would refuse the run's own files, or leave them for the next run."""
     from llava_moslora.config import TrainingSettings
-    from llava_moslora.training.output_dir import check_output, of_a_run
+    from llava_moslora.runs.output_dir import check_output, of_a_run
 
     questions = tmp_path / "questions.json"
     questions.write_text(json.dumps(json.loads(parts.data.read_text())[:1]))

@@ -71,8 +71,8 @@ def test_eager_attention_learns_the_same(parts, tmp_path, monkeypatch):
     assert losses(tmp_path / "eager") == pytest.approx(losses(tmp_path / "sdpa"), rel=1e-5)
 
 
-def test_packed_lines_learn_what_padded_ones_do(parts, tmp_path):
-    """Through the Trainer, at a batch of four: the same records, fewer lines, the same losses and gradient norms."""
+def test_packed_rows_learn_what_padded_ones_do(parts, tmp_path):
+    """Through the Trainer, at a batch of four: the same records, fewer rows, the same losses and gradient norms."""
     same = {"per_device_train_batch_size": 4, "model_max_length": 64, "learning_rate": 1e-3, **EXACT}
     train(parts, tmp_path / "padded", **same)
     train(parts, tmp_path / "packed", packing=True, **same)

@@ -1,7 +1,7 @@
 """A strict JSON reader that holds one value at a time: a JSON array, or JSON values one after the other (JSONL).
 
-A 1 GB array read with ``json.load`` needs about 10 GB; here a window of the file slides along. What ``json`` lets
-through silently (duplicate keys, ``NaN``) is reported with the value it was found in; what is not JSON at all ends the
+A 1 GB array read with ``json.load`` needs about 10 GB; here a sliding window of the file is parsed. What ``json``
+accepts silently (duplicate keys, ``NaN``) is reported with the value it was found in; what is not JSON at all ends the
 reading with the line and column.
 """
 
@@ -11,15 +11,14 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from contextlib import nullcontext
-from pathlib import Path
 from typing import BinaryIO
 
+from llava_moslora.data.sources.container import CheckImage, Container, RawRecord, open_file
 from llava_moslora.errors import Refusal
 
 WINDOW = 1 << 20  # characters read at once
 LONGEST_VALUE = 64 << 20  # characters of one record; a longer one is a missing bracket or quote
-RECORD_KEY = "conversations"  # a file that is one object without it is no JSONL file of one record
+RECORD_KEYS = ("conversations",)  # a file that is one object without any of them is no JSONL file of one record
 EXPECTED = "a JSON array of records, or one record per line"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TYPES = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
@@ -30,12 +29,24 @@ def json_type(value: object) -> str:
     return _TYPES.get(type(value), "null")
 
 
+class Json(Container):
+    """A JSON array of records, or a record per line; whatever no other container reads is taken for it."""
+
+    suffixes = (".json", ".jsonl", "")
+
+    def read(self, file: str, check: CheckImage | None) -> Iterator[RawRecord]:
+        with open_file(file) as content:
+            stream = JsonStream(content, file)
+            for value, problem in stream:
+                yield RawRecord(value, problem, bytes_read=stream.bytes_read)
+
+
 class JsonStream:
     """Iterates over ``(value, problem)``; ``problem`` is ``None`` or a phrase that says why it is not strict JSON.
 
     Args:
-        path: the file, or what to call ``file`` in refusals.
-        file: the opened content, where it is not a file of its own (a member of a tar).
+        file: the content.
+        name: what refusals call it.
 
     Attributes:
         bytes_read: how far into the file the reading is.
@@ -44,12 +55,12 @@ class JsonStream:
         Refusal: D-PARSE (not JSON, truncated, nothing in it), D-ENC (not UTF-8), D-TYPE (not records at the top level).
     """
 
-    def __init__(self, path: str | Path, file: BinaryIO | None = None):
-        self.path, self._given = Path(path) if file is None else path, file
+    def __init__(self, file: BinaryIO, name: str):
+        self._file, self.name = file, name
         self._window = ""
         self._start = 0  # where the next value begins in the window
         self._lines = 0  # newlines before the window
-        self._column = 0  # characters of the window's first line that are gone
+        self._column = 0  # characters of the window's first line that were read before the window
         self.bytes_read = 0
         self._rest = b""  # bytes of a character that is not complete
         self._problem: str | None = None
@@ -58,30 +69,22 @@ class JsonStream:
         )
 
     def __iter__(self) -> Iterator[tuple[object, str | None]]:
-        if self._given is None and not self.path.is_file():
-            raise Refusal("D-FILE", "there is no such file", file=self.path, fix="check --data_path")
-        with self.path.open("rb") if self._given is None else nullcontext(self._given) as self._file:
-            self._more()
-            if not (first := self._peek()):
-                raise Refusal("D-PARSE", "the file is empty", file=self.path)
-            if first == "[":
-                self._start += 1
-                yield from self._array()
-            elif first == "{":
-                value, problem = self._value()
-                if not self._peek() and RECORD_KEY not in value:
-                    raise Refusal(
-                        "D-TYPE",
-                        "the top level is an object",
-                        file=self.path,
-                        found=f"keys {', '.join(value)}",
-                        expected=EXPECTED,
-                    )
-                yield value, problem
-                while self._peek():
-                    yield self._value()
-            else:
-                raise self._broken("the top level is neither an array nor one object per line", self._start, "D-TYPE")
+        self._read_more()
+        if not (first := self._peek()):
+            raise Refusal("D-PARSE", "the file is empty", file=self.name)
+        if first == "[":
+            self._start += 1
+            yield from self._array()
+        elif first == "{":
+            value, problem = self._value()
+            if not self._peek() and not any(key in value for key in RECORD_KEYS):
+                keys = f"keys {', '.join(value)}"
+                raise Refusal("D-TYPE", "the top level is an object", file=self.name, found=keys, expected=EXPECTED)
+            yield value, problem
+            while self._peek():
+                yield self._value()
+        else:
+            raise self._broken("the top level is neither an array nor one object per line", self._start, "D-TYPE")
 
     def _array(self) -> Iterator[tuple[object, str | None]]:
         if self._peek() == "]":
@@ -109,14 +112,14 @@ class JsonStream:
             except RecursionError:
                 raise self._broken("brackets are nested too deeply", self._start) from None
             except json.JSONDecodeError as error:
-                # An error at the window's edge may only mean that the value goes on after it.
+                # An error at the window's edge may only mean that the value continues after it.
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._window) - 16
                 if not cut:
                     raise self._broken(error.msg, error.pos) from None
                 if len(self._window) - self._start > LONGEST_VALUE:
                     raise self._broken("a record has no end; a quote or a bracket is missing", self._start) from None
-                position = error.pos - self._start  # the window is about to slide on
-                if not self._more():
+                position = error.pos - self._start  # the window is about to move
+                if not self._read_more():
                     unfinished = position >= len(self._window.rstrip()) or error.msg.startswith("Unterminated string")
                     raise (self._ended() if unfinished else self._broken(error.msg, position)) from None
             else:
@@ -130,11 +133,15 @@ class JsonStream:
             self._start = _SPACE.match(self._window, self._start).end()
             if self._start < len(self._window):
                 return self._window[self._start]
-            if not self._more():
+            if not self._read_more():
                 return ""
 
-    def _more(self) -> bool:
-        """Slide the window on: forget what is done, read as much again as is pending, at least ``WINDOW``."""
+    def _read_more(self) -> bool:
+        """Move the window forward: drop what was parsed, read at least ``WINDOW`` and at least as much as is pending.
+
+        Returns:
+            Whether there was more.
+        """
         done = self._window[: self._start]
         if newlines := done.count("\n"):
             self._lines += newlines
@@ -149,14 +156,14 @@ class JsonStream:
         if first and raw.startswith(codecs.BOM_UTF8):
             raw, at = raw[len(codecs.BOM_UTF8) :], len(codecs.BOM_UTF8)
         if first and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise Refusal("D-ENC", "the file is UTF-16", file=self.path, expected="UTF-8", fix="convert it to UTF-8")
+            raise Refusal("D-ENC", "the file is UTF-16", file=self.name, expected="UTF-8", fix="convert it to UTF-8")
         try:
             text, used = codecs.utf_8_decode(raw, "strict", not data)
         except UnicodeDecodeError as error:
             raise Refusal(
                 "D-ENC",
                 f"not UTF-8 at byte {at + error.start}",
-                file=self.path,
+                file=self.name,
                 found=f"0x{raw[error.start]:02x}",
                 fix="convert the file to UTF-8",
             ) from None
@@ -170,7 +177,7 @@ class JsonStream:
         return Refusal(
             code,
             f"line {self._lines + newlines + 1} column {column}: {what[0].lower()}{what[1:]}",
-            file=self.path,
+            file=self.name,
             found=self._window[position : position + 30] or None,
             expected=EXPECTED,
         )
@@ -179,11 +186,11 @@ class JsonStream:
         return Refusal(
             "D-PARSE",
             f"the file ends at byte {self.bytes_read} inside a record or array; probably an interrupted copy",
-            file=self.path,
+            file=self.name,
             fix="copy or download it again",
         )
 
-    # What json accepts although it should not; noted, not raised, so that the reading can go on after the record.
+    # What json accepts although it should not: noted, not raised, so that the reading can continue after the record.
 
     def _object(self, pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)

@@ -27,10 +27,9 @@ from llava_moslora.export.writer import (
     save_config,
 )
 from llava_moslora.files.json import read_json, write_json
-from llava_moslora.models.assemble import tokens_per_image
 from llava_moslora.models.names import PARTS
 from llava_moslora.models.preprocessing import CLIP_PROCESSOR, SIGLIP_PROCESSOR
-from llava_moslora.models.towers import kind_of
+from llava_moslora.models.towers import kind_of, tokens_per_image
 from llava_moslora.text.tokenizer import image_token_id
 
 PROCESSORS = {CLIP_PROCESSOR: CLIPImageProcessorPil, SIGLIP_PROCESSOR: SiglipImageProcessorPil}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
+from llava_moslora.runs.log import METRICS_FILE, append_row, delete_rows_after
+
+TENSORBOARD_FOLDER = "tensorboard"
 
 
 class MetricsWriter(TrainerCallback):
@@ -47,49 +46,3 @@ class MetricsWriter(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if self.writer is not None:
             self.writer.close()
-
-
-def append_row(file: Path, row: dict) -> None:
-    """Append one row in one write, so that a kill leaves at most one unfinished line, at the end.
-
-    JSON has no NaN and no Inf (fp16's search for a loss scale logs gradient norms of Inf): they are written as text.
-    """
-    row = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def read_rows(file: Path) -> list[dict]:
-    """The rows of a file that :func:`append_row` wrote. A line that a kill left unfinished is skipped, and so is a
-    damaged one: a log that lost a line stops nothing."""
-    return _read(file)[0]
-
-
-def _read(file: Path) -> tuple[list[dict], int]:
-    """The rows, and the number of damaged lines."""
-    if not file.is_file():
-        return [], 0
-    *lines, _unfinished = file.read_text(encoding="utf-8", errors="replace").split("\n")
-    rows = [row for line in lines if (row := _parse(line)) is not None]
-    return rows, len(lines) - len(rows)
-
-
-def _parse(line: str) -> dict | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def delete_rows_after(file: Path, step: int) -> None:
-    """Delete the rows of later steps, all at once: a kill leaves the old file or the new one."""
-    if not file.is_file():
-        return
-    rows, damaged = _read(file)
-    if damaged:
-        print(f"{file}: {damaged} damaged lines skipped", flush=True)
-    rows = [row for row in rows if row["step"] <= step]
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, file)

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from llava_moslora import pages
+from llava_moslora.data.formats import read_records
 from llava_moslora.data.images import load_image
-from llava_moslora.data.records import read_records
 from llava_moslora.errors import Refusal
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import ChatModel
+from llava_moslora.runs.log import append_row, delete_rows_after, read_rows
 from llava_moslora.text.conversation import Turn
-from llava_moslora.training.callbacks import metrics
 from llava_moslora.training.random_state import preserved_random_state
 
 ANSWERS_FILE, ANSWERS_PAGE = "samples.jsonl", "samples.html"
@@ -42,7 +42,7 @@ def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Samp
     """The records of a LLaVA-format file as questions: the model answers in place of the last answer of each.
 
     Raises:
-        Refusal: as :func:`~llava_moslora.data.records.read_records` and
+        Refusal: as :func:`~llava_moslora.data.formats.read_records` and
             :func:`~llava_moslora.data.images.load_image`; D-MANY, more than :data:`MAX_QUESTIONS` records.
     """
     if not Path(file).is_file():
@@ -50,7 +50,7 @@ def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Samp
     records = list(islice(read_records(file), MAX_QUESTIONS + 1))
     if len(records) > MAX_QUESTIONS:
         raise Refusal(
-            "D-MANY", "too many questions to answer them again and again", file=file, key="--sample_questions",
+            "D-MANY", "too many questions to answer them repeatedly", file=file, key="--sample_questions",
             found=f"more than {MAX_QUESTIONS}", expected=f"at most {MAX_QUESTIONS}", fix="a file with a few of them",
         )  # fmt: skip
     if image_folder is None and any(record.images for record in records):
@@ -82,8 +82,8 @@ class SampleAnswers(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         if state.is_world_process_zero:
-            metrics.delete_rows_after(self.run / ANSWERS_FILE, state.global_step)
-            rows = metrics.read_rows(self.run / ANSWERS_FILE)
+            delete_rows_after(self.run / ANSWERS_FILE, state.global_step)
+            rows = read_rows(self.run / ANSWERS_FILE)
             if not rows or rows[-1]["step"] != state.global_step:  # a resumed run may have them already
                 self.answer_samples(state.global_step)
 
@@ -98,8 +98,8 @@ class SampleAnswers(TrainerCallback):
             answers = list(answer(self.chat_model, questions, max_new_tokens=self.max_new_tokens))
         for sample, text in zip(self.samples, answers, strict=True):
             tqdm.write(f"step {step} · {sample.turns[-1].text.strip()!r} → {text!r}")
-        metrics.append_row(self.run / ANSWERS_FILE, {"step": step, "answers": answers})
-        rows = metrics.read_rows(self.run / ANSWERS_FILE)
+        append_row(self.run / ANSWERS_FILE, {"step": step, "answers": answers})
+        rows = read_rows(self.run / ANSWERS_FILE)
         write_page(self.run / ANSWERS_PAGE, self.samples, rows, str(self.run))
 
 

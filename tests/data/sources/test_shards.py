@@ -20,8 +20,9 @@ from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.prepare import keys_of, report_of
 from llava_moslora.data.report import data_report
 from llava_moslora.data.sampler import GlobalBatchSampler
-from llava_moslora.data.sources import shards
-from llava_moslora.data.sources.shards import ImageRef, find_shards, is_sharded
+from llava_moslora.data.sources import parquet, tar
+from llava_moslora.data.sources.container import ImageRef
+from llava_moslora.data.sources.source import Source
 from llava_moslora.errors import Refusal
 
 
@@ -173,7 +174,7 @@ BAD = {
 
 @pytest.mark.parametrize("code", BAD)
 def test_the_same_checks_per_record(build, tmp_path, images, code, monkeypatch):
-    monkeypatch.setattr(shards, "LARGEST_IMAGE", 4000)
+    monkeypatch.setattr(tar, "LARGEST_IMAGE", 4000)
     bad, more, message = BAD[code]
     write_tar(tmp_path / "s.tar", [record(), bad, record(id="z")], images | more)
     with pytest.raises(Refusal, match=message) as refusal:
@@ -218,7 +219,7 @@ def test_what_cannot_be_read_by_position_is_refused(build, tmp_path, images, mon
     with pytest.raises(Refusal, match=r"\[D-PARSE\] .*cut\.tar"):
         build(tmp_path / "cut.tar")
     write_parquet(tmp_path / "p.parquet", [record()], images)
-    monkeypatch.setattr(shards, "LARGEST_ROW_GROUP", 10)
+    monkeypatch.setattr(parquet, "LARGEST_ROW_GROUP", 10)
     with pytest.raises(Refusal, match=r"\[D-SHARD\] .*p\.parquet:row group 0: .*smaller row_group_size"):
         build(tmp_path / "p.parquet")
 
@@ -262,10 +263,11 @@ def test_which_sources_are_shards(tmp_path, images):
     plain = tmp_path / "plain.parquet"
     pq.write_table(pa.Table.from_pylist([record()]), plain)
     packed = write_parquet(tmp_path / "packed.parquet", [record()], images)
-    assert [is_sharded(str(one)) for one in (plain, packed, "a.json", "b.tar", "s3://b/c.json", "x/*.parquet")] == [
+    names = [str(plain), str(packed), "a.json", "b.tar", "s3://b/c.json", "x/*.parquet"]
+    assert [Source(name).is_sharded for name in names] == [
         False, True, False, True, True, True,
     ]  # fmt: skip
-    assert find_shards(str(packed)) == [str(packed)]
+    assert Source(str(packed)).shards == [str(packed)]
 
 
 @pytest.mark.parametrize("folder", ["data [v2]", "what?", "all*", "[ab]/c"])
@@ -275,13 +277,13 @@ def test_an_existing_file_is_a_file_whatever_its_folders_name(build, tmp_path, i
     (place / "train.json").write_text(json.dumps([record()]))
     (place / "lines [1].jsonl").write_text(json.dumps(record(id="l")))
     for file in (place / "train.json", place / "lines [1].jsonl"):
-        assert not is_sharded(str(file))
+        assert not Source(str(file)).is_sharded
         assert build(file, image_folder)["images"][:] == [["0.png"]]
     pq.write_table(pa.Table.from_pylist([record(id="p")]), place / "plain.parquet")
-    assert not is_sharded(str(place / "plain.parquet"))
+    assert not Source(str(place / "plain.parquet")).is_sharded
     tars = [str(write_tar(place / f"{name}.tar", [record(id=name)], images)) for name in ("s-1", "s-2")]
-    assert is_sharded(tars[0]) and find_shards(tars[0]) == tars[:1]
-    assert find_shards(str(place / "s-*.tar")) == tars
+    assert Source(tars[0]).is_sharded and Source(tars[0]).shards == tars[:1]
+    assert Source(str(place / "s-*.tar")).shards == tars
     assert build(place / "s-*.tar")["id"][:] == ["s-1", "s-2"]
     write_parquet(place / "p.parquet", [record(id="q")], images)
     assert build(place / "p.parquet")["id"][:] == ["q"]
@@ -292,7 +294,7 @@ def test_patterns_over_folders_still_are_patterns(tmp_path, images):
         (tmp_path / name).mkdir()
         write_tar(tmp_path / name / "s.tar", [record()], images)
     expected = [str(tmp_path / name / "s.tar") for name in ("a1", "a2")]
-    assert find_shards(str(tmp_path / "a[12]/*.tar")) == find_shards(str(tmp_path / "a*/s.tar")) == expected
+    assert Source(str(tmp_path / "a[12]/*.tar")).shards == Source(str(tmp_path / "a*/s.tar")).shards == expected
 
 
 def test_report_names_the_images_folders(build, tmp_path, images):

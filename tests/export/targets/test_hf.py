@@ -17,8 +17,8 @@ from transformers import (
 )
 
 from llava_moslora.export.export import export
-from llava_moslora.models.assemble import mean_row
 from llava_moslora.models.llava_folder import starting_parts
+from llava_moslora.models.llm import mean_row
 from llava_moslora.text.tokenizer import image_token_id, load_tokenizer
 from support.export_runs import internlm2, trained_run
 from support.tiny import tiny_tokenizer, write_llm

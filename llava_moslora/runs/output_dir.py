@@ -10,15 +10,12 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava_moslora.config import DataSettings, ModelSettings, TrainingSettings
+from llava_moslora.config import DataSettings, TrainingSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.files.manifest import MANIFEST
-from llava_moslora.inference.load import EXPORT
-from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints
-from llava_moslora.runs.record import RUN, TOKENIZER, is_run
-from llava_moslora.training.arguments import TrainingArguments
-from llava_moslora.training.callbacks import metrics
+from llava_moslora.runs.log import METRICS_FILE, read_rows
+from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, is_run
 
 DATA_REPORT = "data"
 # Everything that a run writes, by its path in the run folder; NAMES are the first parts of these paths, but for
@@ -39,32 +36,6 @@ NAMES = re.compile(
 JOB_LOG = re.compile(r".*\.(out|err|log|[oe]\d+)|log")
 
 
-def input_paths(
-    model: ModelSettings, data: DataSettings, args: TrainingArguments, config: str | None
-) -> list[tuple[str, Path]]:
-    """What a training reads, by flag: what must not lie where a run is deleted.
-
-    Args:
-        config: the file of ``--config``.
-    """
-    tower = model.vision_tower
-    if tower.startswith(OPEN_CLIP):
-        arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
-        tower = where if at else arch
-    asked = [
-        ("--model_name_or_path", model.model_name_or_path),
-        ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
-        ("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
-        *(("--data_path", path) for path in data.data_path if "://" not in path),
-        ("--image_folder", data.image_folder),
-        ("--sample_questions", args.sample_questions),
-        ("--sample_image_folder", args.sample_image_folder),
-        ("--deepspeed", args.deepspeed),
-        ("--config", config),
-    ]
-    return [(flag, Path(path)) for flag, path in asked if path]
-
-
 def check_output(
     training: TrainingSettings, inputs: Iterable[tuple[str, Path]] = (), data: DataSettings | None = None
 ) -> None:
@@ -72,7 +43,7 @@ def check_output(
 
     Args:
         training: its ``output_dir``, and whether a run there is to be resumed or deleted.
-        inputs: by flag, what this training reads (:func:`input_paths`).
+        inputs: by flag, what this training reads (:func:`llava_moslora.training.arguments.input_paths`).
         data: whose cache of tokenised data must not lie in the run folder.
 
     Raises:
@@ -142,7 +113,7 @@ def of_a_run(run: Path) -> list[Path]:
 
 def has_begun(run: Path) -> bool:
     """Whether ``run`` holds a run that saved or logged a step; one that was refused before can be begun again."""
-    return (run / RUN).is_file() and bool(checkpoints(run) or metrics.read_rows(run / metrics.METRICS_FILE))
+    return (run / RUN).is_file() and bool(checkpoints(run) or read_rows(run / METRICS_FILE))
 
 
 def _content(run: Path) -> list[Path]:

@@ -27,8 +27,8 @@ from llava_moslora.files import disk
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.publish import sweep
 from llava_moslora.runs.checkpoints import lock_run, newest_valid
+from llava_moslora.runs.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
 from llava_moslora.runs.record import GROUPS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
-from llava_moslora.training.output_dir import DATA_REPORT, check_output, has_begun, of_a_run
 
 SET_ASIDE = ".aside"  # suffix of folders that a replaced run waits in
 

@@ -2,12 +2,14 @@
 
 import json
 import tracemalloc
+from itertools import chain
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from llava_moslora.data.records import read_records
+from llava_moslora.data import formats
+from llava_moslora.data.formats import read_records
 from llava_moslora.data.sources import json as json_source
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import Turn
@@ -236,3 +238,26 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 6 * json_source.WINDOW
+
+
+def read_pairs(raw):
+    """``{"pairs": [[question, answer], ...], "picture": FILE}``"""
+    turns = [(Turn("human", question), Turn("gpt", answer)) for question, answer in raw["pairs"]]
+    return (raw["picture"],) if "picture" in raw else (), tuple(chain.from_iterable(turns))
+
+
+def test_a_new_format_is_one_function_and_one_row(read, monkeypatch):
+    row = formats.Format(lambda raw: "pairs" in raw, read_pairs, "pairs")
+    monkeypatch.setattr(formats, "FORMATS", (row, *formats.FORMATS))
+    pairs = [["<image>\nWhat?", "A cat."], ["Sure?", "Yes."]]
+    one, two = read(json.dumps([{"id": 7, "pairs": pairs, "picture": "a.png"}, record()]))
+    assert (one.id, one.images, [turn.text for turn in one.turns]) == ("7", ("a.png",), [*pairs[0], *pairs[1]])
+    assert two == formats.check_record(record(), 1, "data.json")
+    for raw, message in [
+        ({"id": 7, "pairs": []}, r"\[D-ROLE\] .*record 0 id=7:pairs: the turns are not in order; found no turns"),
+        ({"pairs": pairs}, r"\[D-IMAGES\] .*record 0: the record has a place for an image but no image"),
+        ({"pairs": [["\ud800", "a"]]}, r"\[D-UNICODE\] .*record 0: half of a surrogate pair"),
+        ({"dialogue": []}, r"\[D-SCHEMA\] .*record 0:conversations: a record needs a list of turns"),
+    ]:
+        with pytest.raises(Refusal, match=message):
+            read(json.dumps([raw]))

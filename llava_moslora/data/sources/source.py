@@ -1,0 +1,140 @@
+"""A source: what one entry of ``--data_path`` names, as data files of one container or several.
+
+It is either one local data file whose images are files of their own in the image folder, or *shards*: files that hold
+records together with their images, on disk or wherever fsspec reaches. Each shard is read once, front to back; every
+record and every image in it is checked then. What stays is the record's tokens and where its images lie
+(:class:`~llava_moslora.data.sources.container.ImageRef`), so from then on the order of training, and the position in it
+after an interruption, are those of any other prepared data set: exact on any number of ranks. Only what cannot be found
+again by its position is refused: a compressed tar, a Parquet file of huge row groups.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from functools import cached_property
+
+from fsspec.core import url_to_fs
+
+from llava_moslora.data.sources.container import Container, ImageRef, RawRecord, open_file
+from llava_moslora.data.sources.json import Json
+from llava_moslora.data.sources.parquet import Parquet
+from llava_moslora.data.sources.tar import Tar
+from llava_moslora.errors import Refusal
+
+CONTAINERS: tuple[Container, ...] = (Tar(), Parquet(), Json())  # the first that has the file's suffix reads it
+WILDCARDS = "*?["
+BLOCK = 1 << 22  # bytes of a file that are hashed at once
+
+
+def container_of(file: str) -> Container:
+    return next(container for container in CONTAINERS if file.endswith(container.suffixes))
+
+
+class Source:
+    """One entry of ``--data_path``: a path, a URL, or a pattern of those."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    @cached_property
+    def is_sharded(self) -> bool:
+        """Whether its images lie in its own files: a URL, a pattern, a tar, Parquet with images."""
+        return "://" in self.name or _is_pattern(self.name) or container_of(self.name).holds_images(self.name)
+
+    @cached_property
+    def shards(self) -> list[str]:
+        """The files of a sharded source, sorted.
+
+        Raises:
+            Refusal: D-FILE, there are none, or their storage cannot be reached; D-SHARD, files that hold no images.
+        """
+        try:
+            system, path = url_to_fs(self.name)
+            if "://" not in self.name:
+                path = _escape_folders(path)
+            found = system.glob(path) if _is_pattern(path) else [path] * system.exists(path)
+        except (ImportError, ValueError, OSError) as error:
+            raise Refusal("D-FILE", "the storage cannot be reached", file=self.name, found=error) from None
+        if not found:
+            raise Refusal("D-FILE", "there is no such file", file=self.name, fix="check --data_path")
+        for file in found:
+            if not container_of(file).can_hold_images:
+                kinds = ", or ".join(container.contents for container in CONTAINERS if container.can_hold_images)
+                fix = "name plain data files one by one"
+                raise Refusal("D-SHARD", "not a shard", file=file, expected=kinds, fix=fix)
+        return [system.unstrip_protocol(file) if "://" in self.name else file for file in sorted(found)]
+
+    def version(self) -> Iterator[bytes]:
+        """Bytes that differ where the source's records do: the file's content, of shards their sizes and versions.
+
+        Raises:
+            Refusal: D-FILE.
+        """
+        try:
+            if self.is_sharded:
+                yield json.dumps([_version_of(shard) for shard in self.shards], default=str).encode()
+                return
+            with open_file(self.name) as file:
+                while block := file.read(BLOCK):
+                    yield block
+        except OSError as error:
+            what, found = "the file cannot be read", error.strerror or error
+            fix = "correct its permissions, or copy it again"
+            raise Refusal("D-FILE", what, file=self.name, found=found, fix=fix) from None
+
+
+def read_raw_records(file: str) -> Iterator[RawRecord]:
+    """The records of a local file whose images are files of their own.
+
+    Raises:
+        Refusal: D-FILE, D-PARSE, D-ENC, D-TYPE; D-SHARD, its images are inside it.
+    """
+    container = container_of(file)
+    if container.holds_images(file):
+        raise Refusal("D-SHARD", "the images are inside this file", file=file, expected="names of images in a folder")
+    return container.read(file, None)
+
+
+def read_image(shard: str, ref: ImageRef, *, record: int, record_id: str | None) -> bytes:
+    """An image of a shard; ``record`` and ``record_id`` are named in refusals.
+
+    Raises:
+        Refusal: I-MISSING, the shard is missing or too short; I-CHANGED, these are not the bytes that were checked.
+    """
+    where = {"file": f"{shard}:{ref.name}", "record": record, "record_id": record_id or None, "key": "image"}
+    try:
+        data = container_of(shard).read_image(shard, ref.at)
+    except (OSError, IndexError) as error:
+        fix = "is the shard still where it was when it was prepared?"
+        raise Refusal("I-MISSING", "the image cannot be read from its shard", found=error, fix=fix, **where) from None
+    if not ref.fits(data):
+        raise Refusal("I-CHANGED", "the shard changed after it was prepared", fix="prepare the data again", **where)
+    return data
+
+
+def _version_of(shard: str) -> list:
+    """Size, and what its storage knows a version by; the shard is not read."""
+    system, path = url_to_fs(shard)
+    info = system.info(path)
+    return [shard, info["size"], info["mtime"] if "mtime" in info else system.ukey(path)]
+
+
+def _is_pattern(name: str) -> bool:
+    """Whether ``name`` stands for several files; an existing file of that very name is itself, also below
+    ``data [v2]/``."""
+    return any(sign in name for sign in WILDCARDS) and not os.path.isfile(name)
+
+
+def _escape_folders(path: str) -> str:
+    """A local pattern in which folders that exist under their own name stand for themselves."""
+    if not _is_pattern(path):
+        return path
+    *folders, name = path.split("/")
+    there, escaped = "", []
+    for folder in folders:
+        there += f"{folder}/"
+        escaped.append(glob.escape(folder) if os.path.isdir(there) else folder)
+    return "/".join([*escaped, name])
