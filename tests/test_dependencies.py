@@ -15,6 +15,7 @@ PACKAGES = {"PIL": "pillow", "yaml": "pyyaml", "google": "protobuf", "open_clip"
 NOT_DECLARED = {
     "triton": "comes with torch where there is a GPU",
     "vlmeval": "VLMEvalKit, which imports our class",
+    "pandas": "comes with VLMEvalKit, whose tables are made of it",
     "matplotlib": "draws one figure when the kill tests are asked for it",
 }
 NOT_IMPORTED = {

@@ -1,0 +1,151 @@
+"""Intervals, tests and verdicts against values of scipy 1.17.1 and statsmodels 0.15.0, and against simulation."""
+
+import numpy as np
+import pytest
+
+from llava_moslora.errors import Refusal
+from llava_moslora.evaluation.compare import (
+    bootstrap,
+    compare,
+    holm,
+    interval,
+    mcnemar,
+    score_interval,
+    sign_flip,
+    wilson,
+)
+from llava_moslora.evaluation.scoring import Score, Unit, score_of
+
+# Differences of 400 graded answers: value → how often.
+GRADED = {-100: 13, -60: 26, -30: 22, 0: 254, 30: 23, 60: 24, 90: 11, 100: 27}
+
+
+def units(values, strata=None):
+    strata = strata or [""] * len(values)
+    return [Unit(str(n), float(value), stratum) for n, (value, stratum) in enumerate(zip(values, strata, strict=True))]
+
+
+def result(values, strata=None, rules="rules"):
+    of = tuple(units(values, strata))
+    return Score(score_of(of), rules, (), of, {})
+
+
+def spread(counts):
+    return [value for value, count in counts.items() for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    "gained, lost, p",  # statsmodels.stats.contingency_tables.mcnemar(table, exact=True)
+    [(0, 0, 1.0), (5, 0, 0.0625), (12, 5, 0.143463134765625), (30, 30, 1.0), (61, 40, 0.046044066929342785),
+     (700, 600, 0.0060157938610449395), (3, 1, 0.625)],
+)  # fmt: skip
+def test_mcnemar(gained, lost, p):
+    assert mcnemar(gained, lost) == mcnemar(lost, gained) == pytest.approx(p, rel=1e-12)
+
+
+def test_mcnemar_of_thousands():
+    assert 0 < mcnemar(7200, 6800) < mcnemar(7100, 6900) < 0.1
+
+
+def test_holm():
+    p = [0.01, 0.04, 0.03, 0.005, 0.2, 0.8, 0.5, 0.001, 0.04]
+    expected = [0.07, 0.2, 0.18, 0.04, 0.6, 1.0, 1.0, 0.009, 0.2]  # multipletests(p, method="holm")
+    assert holm(p) == pytest.approx(expected, abs=1e-12)
+    assert holm([0.3]) == [0.3] and holm([]) == []
+
+
+@pytest.mark.parametrize(
+    "right, total, low, high",  # statsmodels.stats.proportion.proportion_confint(method="wilson")
+    [(0, 10, 0.0, 27.753279986288927), (10, 10, 72.24672001371107, 100.0),
+     (7, 10, 39.677814746114535, 89.2208732593699), (1336, 1784, 72.82354404100228, 76.8452896029914)],
+)  # fmt: skip
+def test_wilson(right, total, low, high):
+    assert wilson(right, total) == pytest.approx((low, high), abs=1e-9)
+    assert score_interval(units([100] * right + [0] * (total - right))) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_bootstrap_and_sign_flips_of_graded_answers():
+    of = units(spread(GRADED))
+    assert score_of(of) == 5.75
+    # scipy.stats.bootstrap((d,), np.mean, n_resamples=200000, method="percentile"): 1.70 to 9.85
+    assert interval(bootstrap(of, np.random.default_rng(0), 100_000)) == pytest.approx((1.70, 9.85), abs=0.1)
+    # scipy.stats.permutation_test((d, 0 * d), mean of x - y, permutation_type="samples", n_resamples=200000): 0.0067
+    assert sign_flip(of, np.random.default_rng(0), 100_000) == pytest.approx(0.0067, abs=0.001)
+    assert sign_flip(units([0] * 50), np.random.default_rng(0)) == 1.0
+    assert sign_flip(units([30] * 50), np.random.default_rng(0)) == pytest.approx(1 / 10_001)
+
+
+def test_strata_are_drawn_apart():
+    """Against a plain bootstrap by index, stratum by stratum."""
+    generator = np.random.default_rng(1)
+    first, second = generator.choice([0, 50, 100], 40), generator.choice([0, 100], 200)
+    of = units([*first, *second], ["x"] * 40 + ["y"] * 200)
+    assert score_of(of) == pytest.approx((first.mean() + second.mean()) / 2)
+    drawn = [(generator.choice(first, 40).mean() + generator.choice(second, 200).mean()) / 2 for _ in range(20_000)]
+    assert interval(bootstrap(of, generator, 100_000)) == pytest.approx(interval(np.array(drawn)), abs=0.15)
+
+
+def test_the_interval_covers_and_the_verdict_keeps_its_level():
+    """200 pairs of models that are equally good: about 95 % of the intervals hold 0, at most about 5 % of the verdicts
+    claim a difference."""
+    generator, covered, claimed = np.random.default_rng(2), 0, 0
+    for _ in range(200):
+        same = generator.random(500) < 0.8  # questions that both answer alike
+        a, b = (np.where(same, 100, 100 * (generator.random(500) < 0.5)) for _ in range(2))
+        difference = compare({"x": result(a)}, {"x": result(b)}).differences["x"]
+        covered += difference.low <= 0 <= difference.high
+        claimed += difference.verdict != "inside the noise"
+    assert covered >= 180 and claimed <= 16
+
+
+def test_what_a_comparison_says():
+    a = {"seed": result([100, 0] * 100), "textvqa": result([30, 60] * 100), "mmvet": Score(None, "rules", (), (), {})}
+    b = {"seed": result([100, 100, 100, 0] * 50), "textvqa": result([60, 30] * 100), "mme": result([0, 100])}
+    found = compare(a, b)
+    assert list(found.differences) == ["seed", "textvqa"]
+    seed, textvqa = found.differences.values()
+    assert (seed.a, seed.b, seed.points) == (50, 75, 25) and (seed.gained, seed.lost, seed.units) == (50, 0, 200)
+    assert seed.low == pytest.approx(19, abs=1) and seed.high == pytest.approx(31, abs=1)
+    assert seed.p == 2 / 2**50 and seed.adjusted == 2 * seed.p and seed.verdict == "B is better"
+    assert (textvqa.points, textvqa.gained, textvqa.lost, textvqa.verdict) == (0, 100, 100, "inside the noise")
+    assert found.points == 12.5 and 8 < found.low < 12.5 < found.high < 17
+    assert found.sentence.startswith(
+        "B is better on seed; the difference is inside the noise on textvqa. Average: +12.5 points, 95 % interval +"
+    )
+    back = compare(b, a)
+    assert back.sentence.startswith("A is better on seed;") and back.points == -12.5
+    assert compare(a, a).sentence == (
+        "The difference is inside the noise on every benchmark. Average: +0.0 points, 95 % interval +0.0 to +0.0, so"
+        " inside the noise."
+    )
+    assert compare({"seed": a["seed"]}, b).sentence == "B is better on seed."
+
+
+def test_mme_is_tested_by_its_images():
+    """More than one stratum: no McNemar, the images of each subtask apart."""
+    a, b = [0, 50, 100] * 20, [100, 50, 100] * 20
+    strata = ["OCR", "count"] * 30
+    difference = compare({"mme": result(a, strata)}, {"mme": result(b, strata)}).differences["mme"]
+    assert difference.points == pytest.approx(100 / 3) and difference.verdict == "B is better"
+    assert difference.p == pytest.approx(1 / 10_001) and (difference.gained, difference.lost) == (20, 0)
+
+
+def test_the_order_of_questions_does_not_matter_and_the_seed_does_not_change():
+    a, b = result([100, 0, 0, 100]), result([0, 100, 100, 100])
+    other = Score(b.value, "rules", (), tuple(reversed(b.units)), {})
+    assert compare({"x": a}, {"x": b}) == compare({"x": a}, {"x": other}) == compare({"x": a}, {"x": b}, seed=0)
+
+
+@pytest.mark.parametrize(
+    "b, message",
+    [
+        ({"y": result([0])}, "no benchmark that both results have"),
+        ({"x": result([100, 0], rules="rules-2024")}, "found rules and rules-2024"),
+        ({"x": result([100])}, "found 1 questions that only one result has"),
+        ({"x": Score(None, "rules", (), (), {})}, "no benchmark that both results have"),
+    ],
+)
+def test_what_cannot_be_compared(b, message):
+    with pytest.raises(Refusal, match=message) as refused:
+        compare({"x": result([100, 0])}, b)
+    assert refused.value.code == "C-COMPARE"
