@@ -91,7 +91,7 @@ def _map_in_order(parts: Iterator[Part], preparation: Preparation, processes: in
             waiting: deque[Future] = deque()
             for part in parts:
                 waiting.append(pool.submit(_build_part, part))
-                if len(waiting) >= 2 * processes:  # a window, or the whole file would be read ahead of the workers
+                if len(waiting) >= 2 * processes:  # a window, or all of the file would be read ahead of the workers
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
