@@ -184,7 +184,7 @@ def test_flash_attention_needs_a_gpu_and_16_bits(asked, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ({"zero_optimization": {"stage": 2}}, r"train_micro_batch_size_per_gpu: DeepSpeed must be told the batch size"),
+        ({"zero_optimization": {"stage": 2}}, r"train_micro_batch_size_per_gpu: DeepSpeed needs the batch size"),
         ({"train_batch_size": "auto", "zero_optimization": True}, r"zero_optimization: not a mapping; found True"),
         ({"train_batch_size": "auto", "bf16": True}, r"bf16: not a mapping; found True"),
         ([], r"--deepspeed: not a mapping; found \[\]"),
