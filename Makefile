@@ -49,7 +49,7 @@ lint: $(STAMP)  ## ruff's rules, its format, and types
 	$(VENV)/bin/ruff format --check --diff .
 	$(VENV)/bin/mypy
 
-bench: $(STAMP)  ## the benchmarks; tables on stdout, JSON in benchmarks/results (status 4: needs a GPU, and says so)
+bench: $(STAMP)  ## the benchmarks; tables on stdout, JSON in benchmarks/results (status 4: needs a GPU)
 	for file in benchmarks/*.py; do $(PY) $$file || [ $$? -eq 4 ] || exit 1; done
 
 clean:  ## remove the environment, caches and everything the demo made

@@ -86,8 +86,8 @@ class RowProcess:
         self.limit, self.deadline, self.stopped, self.opened = limit, deadline, False, None
         shutil.rmtree(job.run, ignore_errors=True)
         for name in ("has-gpu", "result.json", "log"):
-            job.beside(name).unlink(missing_ok=True)
-        log = os.open(job.beside("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            job.file(name).unlink(missing_ok=True)
+        log = os.open(job.file("log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         if by_fork:
             sys.stdout.flush()
             self.id = os.fork()
@@ -101,12 +101,12 @@ class RowProcess:
 
     @property
     def has_gpu(self) -> bool:
-        return self.job.beside("has-gpu").exists()
+        return self.job.file("has-gpu").exists()
 
     def ended(self) -> bool:
         """To be called until it is True. A process that is over its time is killed."""
         now, over = time.time(), False
-        over = now > self.deadline or (self.has_gpu and now - self.job.beside("has-gpu").stat().st_mtime > self.limit)
+        over = now > self.deadline or (self.has_gpu and now - self.job.file("has-gpu").stat().st_mtime > self.limit)
         if over:
             self.stopped = True
             os.killpg(self.id, signal.SIGKILL)
@@ -126,9 +126,9 @@ class RowProcess:
         job = self.job
         facts = {"row": job.row, "batch": job.batch, "lengths": job.lengths, "layers": job.layers}
         facts |= {"steps": job.steps, "warm_up": job.warm_up}
-        if job.beside("result.json").exists():
-            return facts | json.loads(job.beside("result.json").read_text())
-        end = job.beside("log").read_text(errors="replace")[-400:]
+        if job.file("result.json").exists():
+            return facts | json.loads(job.file("result.json").read_text())
+        end = job.file("log").read_text(errors="replace")[-400:]
         return facts | {"status": "stopped: out of time" if self.stopped else "died", "message": end}
 
 

@@ -107,7 +107,7 @@ class Job:
     def total_steps(self) -> int:
         return self.steps + PROFILED * self.profile
 
-    def beside(self, name: str) -> Path:
+    def file(self, name: str) -> Path:
         return Path(f"{self.run}.{name}")
 
     @property
@@ -129,7 +129,7 @@ class GpuLock:
         before = time.monotonic()
         fcntl.flock(self.lock, fcntl.LOCK_EX)  # until this process ends
         self.waited = time.monotonic() - before
-        self.job.beside("has-gpu").touch()
+        self.job.file("has-gpu").touch()
         return self.waited
 
 
@@ -155,9 +155,9 @@ def run_row(job: Job) -> None:
 
 
 def write_result(job: Job, result: dict) -> None:
-    waiting = job.beside("result.json.part")
+    waiting = job.file("result.json.part")
     waiting.write_text(json.dumps(result))
-    os.replace(waiting, job.beside("result.json"))
+    os.replace(waiting, job.file("result.json"))
 
 
 def message_of(error: BaseException) -> str:

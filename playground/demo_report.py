@@ -26,17 +26,17 @@ def main() -> None:
 
     questions = read_questions(args.questions)
     figures = json.loads(args.figures.read_text(encoding="utf-8"))
-    chosen, whole = figures[args.questions.stem], figures["test"]
+    chosen, full = figures[args.questions.stem], figures["test"]
     answers = {name: read(args.folder / f"{name}.json") for name in ("before", "after", "blanked", "merged")}
     rows = [
-        (f"majority answer ({chosen['majority_answer']!r})", chosen["majority"], whole["majority"]),
-        ("question-only prior", chosen["question_only_prior"], whole["question_only_prior"]),
+        (f"majority answer ({chosen['majority_answer']!r})", chosen["majority"], full["majority"]),
+        ("question-only prior", chosen["question_only_prior"], full["question_only_prior"]),
         ("before training", accuracy(questions, answers["before"]), None),
         ("after training", accuracy(questions, answers["after"]), None),
         ("after, image blanked", accuracy(questions, answers["blanked"]), None),
         ("merged, stock transformers", accuracy(questions, answers["merged"]), None),
     ]
-    print(f"\n{'EasyVQA, held-out test split':<32}{len(questions):>6} asked{'all ' + str(whole['questions']):>12}")
+    print(f"\n{'EasyVQA, held-out test split':<32}{len(questions):>6} asked{'all ' + str(full['questions']):>12}")
     for name, share, of_all in rows:
         print(f"{name:<32}{share:>11.1%}{'' if of_all is None else format(of_all, '12.1%')}")
 

@@ -3,7 +3,7 @@
     python playground/easy_vqa.py --packages playground/data/packages --out playground/data/easy_vqa
 
 EasyVQA (MIT) is a public set of 64×64 drawings of one coloured shape, with a training and a test split of its own. The
-folder appears whole or not at all; a second run finds it and does nothing. It holds::
+folder appears complete or not at all; a second run finds it and does nothing. It holds::
 
     images/{train,test}/<id>.png   the images; the paths in the files below start at images/
     train.json      training questions that cannot be guessed, as LLaVA records of up to three turns

@@ -66,7 +66,7 @@ def convert(source: Path, output: Path, form: str, rename: list[str], lora_alpha
         if unused := [prefix for prefix in given if not any(name.startswith(prefix) for name in names)]:
             what, fix = "no name in the adapter begins with it", "use a prefix of these names"
             raise Refusal("C-FLAG", what, file=source, key=key, found=unused[0], expected=few(names), fix=fix)
-    if source.is_file() and adapter.others:  # XTuner saves the whole training in one file
+    if source.is_file() and adapter.others:  # XTuner saves all of a training in one file
         print(f"not written: {few(adapter.others)}, which do not belong to the adapter")
         adapter = Adapter(adapter.config, adapter.layers, {})
     if prefixes:

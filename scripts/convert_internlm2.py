@@ -3,7 +3,7 @@
     python scripts/convert_internlm2.py models/internlm2-chat-7b --output_dir models/internlm2-chat-7b-llama
 
 Training, export and evaluation read InternLM2 folders as they are. This is for other tools, which then do not need the
-code that came with the model. Memory holds one shard; the folder appears whole or not at all.
+code that came with the model. Memory holds one shard; the folder appears complete or not at all.
 """
 
 import argparse

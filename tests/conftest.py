@@ -27,11 +27,11 @@ def parts(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def lives():
-    """The server that starts training commands without importing everything again, see ``support/lives.py``."""
-    from support.lives import Lives
+def warm_server():
+    """The server that starts training commands without importing everything again, see ``support/warm_server.py``."""
+    from support.warm_server import WarmServer
 
-    with Lives() as server:
+    with WarmServer() as server:
         yield server
 
 

@@ -47,13 +47,13 @@ def test_survives_a_process_boundary():
 @pytest.mark.parametrize("letter", sorted(EXIT_STATUS))
 def test_script_ends_with_the_status_and_one_line(letter, capsys):
     def main():
-        raise Refusal(f"{letter}-X", "broken", fix="mend it")
+        raise Refusal(f"{letter}-X", "broken", fix="repair it")
 
     with pytest.raises(SystemExit) as ended:
         run_script(main)
     assert ended.value.code == EXIT_STATUS[letter]
     printed = capsys.readouterr()
-    assert printed.err == f"error[{letter}-X] broken; fix: mend it\n" and printed.out == ""
+    assert printed.err == f"error[{letter}-X] broken; fix: repair it\n" and printed.out == ""
 
 
 def test_traceback_on_demand(monkeypatch, capsys):

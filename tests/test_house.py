@@ -1,5 +1,5 @@
-"""The house keeps its rules: who may import whom, no circles, short files and functions, a README whose file tree is
-true, nothing unsafe, and nothing outside the repository."""
+"""The rules of the source tree: who may import whom, no circular imports, short files and functions, a README whose
+file tree is true, nothing unsafe, and nothing outside the repository."""
 
 import ast
 import io
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_moslora"
-# From below upwards; rooms of one floor are siblings and never import each other.
+# Lowest first; packages of one floor never import each other.
 FLOORS = [
     {"errors", "_version"},
     {"config", "distributed", "pages", "private_api"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"inference"},
     {"training", "export", "evaluation"},
 ]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
 EXCEPTIONS = {("models/assemble.py", "adapters"), ("models/adapt.py", "adapters")}
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 SOURCES = sorted(
@@ -53,24 +53,26 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def room_of(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split("/")[0].removesuffix(".py")
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_keep_to_the_floors(module):
-    rooms = {m[1] for name in imports(PACKAGE / module) if (m := re.match(r"llava_moslora\.(\w+)", name))} & set(FLOOR)
+    packages = {m[1] for name in imports(PACKAGE / module) if (m := re.match(r"llava_moslora\.(\w+)", name))} & set(
+        FLOOR
+    )
     assert not any(name.split(".")[0] in ("scripts", "tests", "support") for name in imports(PACKAGE / module))
-    for imported in rooms - {room_of(module)}:
+    for imported in packages - {package_of(module)}:
         if (module, imported) not in EXCEPTIONS:
-            assert FLOOR[imported] < FLOOR[room_of(module)], f"{module} imports {imported}"
+            assert FLOOR[imported] < FLOOR[package_of(module)], f"{module} imports {imported}"
 
 
-def test_every_room_has_a_floor():
-    assert {room_of(module) for module in MODULES} <= set(FLOOR)
+def test_every_package_has_a_floor():
+    assert {package_of(module) for module in MODULES} <= set(FLOOR)
 
 
-def test_no_import_goes_in_a_circle():
+def test_no_import_is_circular():
     """Imports inside functions count too."""
     named = {f"llava_moslora.{module.removesuffix('.py').replace('/', '.')}": PACKAGE / module for module in MODULES}
     left = {name: (imports(path) & set(named)) - {name} for name, path in named.items()}
@@ -149,7 +151,7 @@ def tracked() -> list[str]:
 
 
 def test_nothing_is_named_outside_the_repository():
-    """Neither a folder beside it nor one of somebody's machine."""
+    """Neither a folder next to it nor one of somebody's machine."""
     outside = re.compile(r"(?<![\w/.])\.\./\w+/|(?<![\w.])/(home|root|work|Users|mnt)/\w")
     for name in tracked():
         if name.endswith((".py", ".sh", ".md", ".json", ".cfg", ".toml", ".txt", "Makefile")):

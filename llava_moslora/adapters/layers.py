@@ -140,7 +140,7 @@ class MosLoraLayer(PeftLayer):
 
     def set_adapter(self, adapter_names, inference_mode=False):
         super().set_adapter(adapter_names, inference_mode)
-        # PEFT calls this on every layer once it has visited the whole model: the first moment at which a target that
+        # PEFT calls this on every layer once it has visited all of the model: the first moment at which a target that
         # matched nothing is known.
         if self._unchecked is not None:
             config, self._unchecked = self._unchecked, None

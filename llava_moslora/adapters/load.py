@@ -106,7 +106,7 @@ def read_adapter(
     if path.is_dir():
         method, config = _stored_config(path, layers)
         _check_others(config, others, path)
-    else:  # XTuner saves the whole training in one file: the caller decides about its other tensors
+    else:  # XTuner saves all of a training in one file: the caller decides about its other tensors
         method, config = METHODS[PEFT_TYPE], _config_from_tensors(layers, lora_alpha, path)
     _check_layers(method, config, layers, path)
     updates = {name: method.update(tensors, config, name) for name, tensors in layers.items()}

@@ -1,6 +1,6 @@
 """A data cache on disk: the arrow files of its parts, and a report with what was counted and a checksum of each file.
 
-A cache lives for months on disks that fill up, lose power and are copied, so every byte is verified when it is
+A cache is kept for months on disks that fill up, lose power and are copied, so every byte is verified when it is
 opened; a folder with a damaged file is built again (:mod:`llava_moslora.data.prepare`). Every file is flushed to the
 disk before the rename that publishes it.
 """
@@ -81,7 +81,7 @@ def arrow_files(folder: Path) -> list[Path]:
 def describe_file(path: Path) -> dict[str, int]:
     """Size in bytes and CRC-32 of a file.
 
-    A whole cache is read like this each time it is opened: 0.2 s per GB on one core (measured on the page cache in
+    The cache is read completely each time it is opened: 0.2 s per GB on one core (measured on the page cache in
     blocks of 1 MB; SHA-256: 0.5 s), once per process, and training is about to read the same bytes.
     """
     size = checksum = 0
@@ -92,7 +92,7 @@ def describe_file(path: Path) -> dict[str, int]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write ``content`` with a checksum of it, whole or not at all."""
+    """Write ``content`` with a checksum of it, atomically."""
     text = json.dumps(content | {CHECKSUM: zlib.crc32(_canonical(content))}, indent=1)
     replace_file(path, text.encode())
 
@@ -117,7 +117,7 @@ def current_names(counts: dict) -> dict:
 
 
 def read_report(folder: Path) -> dict | None:
-    """The report of ``folder`` if it is whole."""
+    """The report of ``folder`` if it is complete."""
     report = read_json(folder / REPORT)
     return None if report is None else current_names(report)
 

@@ -59,7 +59,7 @@ def prepare(
     ``trained`` (tokens with a label), ``has_image``; ``source``, a position in ``data_path``, and ``number``, the
     record counted through all sources: for a single data file its index there.
 
-    A record longer than ``settings.model_max_length`` loses whole trailing rounds; if already the first round is
+    A record longer than ``settings.model_max_length`` loses complete trailing rounds; if already the first round is
     longer, its answer is cut at the end; if not even its question fits, the record is skipped. All three are counted in
     the log and in :func:`~llava_moslora.data.cache.reports_of`. Records are never reordered.
 

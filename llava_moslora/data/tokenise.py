@@ -91,7 +91,7 @@ def _map_in_order(parts: Iterator[Part], preparation: Preparation, processes: in
             waiting: deque[Future] = deque()
             for part in parts:
                 waiting.append(pool.submit(_build_part, part))
-                if len(waiting) >= 2 * processes:  # a window, or the whole file would be read ahead of the workers
+                if len(waiting) >= 2 * processes:  # a window, or all of the file would be read ahead of the workers
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -116,7 +116,7 @@ def _parts_of_file(records: Iterator[RawRecord], staging: Path, bar: tqdm) -> It
 
 
 def _finished(path: Path) -> dict | None:
-    """What :func:`_build_part` returned for a part, if the part is finished and its files are whole."""
+    """What :func:`_build_part` returned for a part, if the part is finished and its files are complete."""
     if (result := read_json(path.with_suffix(".json"))) is None or not path.with_suffix(".arrow").is_file():
         return None
     if describe_file(path.with_suffix(".arrow")) != result["file"]:

@@ -139,7 +139,7 @@ def _check_rotations(table: Table, allow_missing: bool) -> None:
         text = row.get("g_index", row["index"])
         if not (text.isascii() and text.isdecimal() and row["index"].isdecimal()):
             column = "g_index" if "g_index" in row else "index"
-            raise table.refusal(number, column, "no whole number", code="D-INDEX", found=text)
+            raise table.refusal(number, column, "not an integer", code="D-INDEX", found=text)
         groups[int(text) if "g_index" in row else int(text) % ROTATION].append(number)
     for question, numbers in groups.items():
         first = numbers[0]

@@ -32,7 +32,7 @@ def needed(trained: TrainedRun, dtype: torch.dtype) -> bool:
     """
     llm = {planned.name: math.prod(planned.shape) for planned in trained.llm_tensors()}
     rest = sum(math.prod(tensor.shape) for tensor in (*trained.vision.values(), *trained.projector.values()))
-    whole = (sum(llm.values()) + rest) * 4
+    loaded = (sum(llm.values()) + rest) * 4
     stored = trained.llm_config.dtype
     # the tower, one update, and copies of embedding and head where tokens were appended
     mapped = rest * 4 + max(llm.values()) * 4 + 2 * max(llm.values()) * 2
@@ -41,14 +41,14 @@ def needed(trained: TrainedRun, dtype: torch.dtype) -> bool:
     if trained.bits == 4:
         linears = sum(count for name, count in llm.items() if name.endswith("proj.weight"))
         mapped = max(mapped, rest * 4 + linears * 0.6 + (sum(llm.values()) - linears) * 4)
-    whole, mapped = (int(need * 1.2) + OVERHEAD for need in (whole, mapped))
+    loaded, mapped = (int(need * 1.2) + OVERHEAD for need in (loaded, mapped))
     available = psutil.virtual_memory().available
-    if whole <= available:
+    if loaded <= available:
         return False
     mappable = stored in (torch.bfloat16, torch.float16) and dtype == stored
     if mappable and mapped <= available:
         return True
-    needs = ", or ".join(f"{need / 1e9:.1f} GB" for need in ([mapped, whole] if mappable else [whole]))
+    needs = ", or ".join(f"{need / 1e9:.1f} GB" for need in ([mapped, loaded] if mappable else [loaded]))
     raise Refusal(
         "E-MEMORY", "too little memory to prove that the export computes what the run computes",
         found=f"{available / 1e9:.1f} GB available", expected=needs, fix="--no_proof, or export on a larger machine",

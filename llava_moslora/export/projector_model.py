@@ -1,4 +1,4 @@
-"""A projector as a transformers model. This file is copied beside exported projectors, for XTuner and VLMEvalKit.
+"""A projector as a transformers model. This file is copied next to exported projectors, for XTuner and VLMEvalKit.
 
 It imports nothing of the package that wrote it. Shapes: E vision width, D LLM width.
 """

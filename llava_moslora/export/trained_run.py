@@ -134,7 +134,7 @@ class TrainedRun:
         config = copy.deepcopy(self.llm_config)
         config.vocab_size = self.vocabulary
         config.tie_word_embeddings = False
-        # A part's own dtype outranks the whole's on loading, and would round what was just merged in a wider one.
+        # A part's own dtype outranks the model's on loading, and would round what was just merged in a wider one.
         config.dtype = dtype
         return config
 

@@ -1,5 +1,4 @@
-"""JSON objects, read strictly; and files and folders that a crash or a power cut leaves whole: they are written under
-another name, fsynced, then renamed."""
+"""JSON objects, read strictly; files and folders replaced atomically: written under another name, fsynced, renamed."""
 
 from __future__ import annotations
 

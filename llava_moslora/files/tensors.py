@@ -77,7 +77,7 @@ def read_tensor_file(file: Path, *, only_tensors: bool = False) -> dict[str, Laz
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         fix = DOWNLOAD_AGAIN
-        raise Refusal("K-DAMAGED", "not a whole safetensors file", file=file, found=error, fix=fix) from error
+        raise Refusal("K-DAMAGED", "not a complete safetensors file", file=file, found=error, fix=fix) from error
     return {name: LazyTensor(file, shape, partial(_read_one, file, name)) for name, shape in shapes.items()}
 
 

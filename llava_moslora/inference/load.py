@@ -82,7 +82,7 @@ def load_run(
         checkpoint = next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
     if checkpoint is not None:
         _check_bases(model_settings, checkpoint, with_projector=not trained)
-    if trained:  # every checkpoint holds the whole projector
+    if trained:  # every checkpoint has the complete projector
         model_settings.pretrain_mm_mlp_adapter = None
     tokenizer = load_tokenizer(run / TOKENIZER)
     model, processor = assemble(model_settings, tokenizer=tokenizer, dtype=dtype, llm_dtype=llm_dtype)

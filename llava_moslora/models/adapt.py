@@ -125,7 +125,7 @@ def parameter_table(model: nn.Module) -> str:
 
 
 def parameter_size(parameter: nn.Parameter) -> int:
-    """Number of weights a parameter stands for: whole under ZeRO-3, unpacked where two 4-bit weights share a byte."""
+    """Number of weights in a parameter, partitioned by ZeRO-3 or not; two 4-bit weights in one byte are two."""
     if (state := getattr(parameter, "quant_state", None)) is not None:
         return state.shape.numel()
     return getattr(parameter, "ds_numel", parameter.numel())

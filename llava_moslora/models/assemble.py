@@ -159,7 +159,7 @@ def _add_token_rows(llm: PreTrainedModel, vocabulary: int) -> None:
 
 
 def gathered(*parameters: nn.Parameter):
-    """A context in which ZeRO-3's partitioned parameters are whole; rank 0's changes are kept. Otherwise nothing."""
+    """A context in which ZeRO-3's partitioned parameters are gathered; rank 0's changes are kept. Otherwise nothing."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         return contextlib.nullcontext()

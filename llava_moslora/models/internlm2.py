@@ -78,7 +78,7 @@ def llama_config(raw: Mapping[str, Any], file: Path) -> LlamaConfig:
 def llama_tensors(found: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:
     """The tensors of an InternLM2 checkpoint under Llama's names, ``wqkv`` split when read.
 
-    Works on a whole checkpoint and on one shard of it. A name that InternLM2 does not have is kept.
+    Works on a complete checkpoint and on one shard of it. A name that InternLM2 does not have is kept.
 
     Raises:
         Refusal: K-SHAPE, a ``wqkv`` that does not have the configuration's heads.

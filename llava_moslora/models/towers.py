@@ -22,7 +22,7 @@ from transformers import (
 class TowerKind:
     """A kind of vision tower."""
 
-    name: str  # the model_type of a whole model with text; a tower's own is NAME_vision_model
+    name: str  # the model_type of a complete model with text; a tower's own is NAME_vision_model
     config: type[PreTrainedConfig]
     model: type[PreTrainedModel]
     class_tokens: int  # before the patches; the projector does not get them

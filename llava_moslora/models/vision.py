@@ -30,8 +30,8 @@ from llava_moslora.models.preprocessing import read_preprocessing
 from llava_moslora.models.towers import KINDS, kind_name, kind_of
 
 FOLDERS = ", ".join(kind.model.__name__ for kind in KINDS.values())
-SUPPORTED = f"a folder of {FOLDERS} or the whole model around it, {open_clip.SUPPORTED}"
-# Of a whole CLIPModel or SiglipModel, what the vision tower does not use; position_ids was a saved buffer in early
+SUPPORTED = f"a folder of {FOLDERS} or the complete model around it, {open_clip.SUPPORTED}"
+# Of a complete CLIPModel or SiglipModel, what the vision tower does not use; position_ids was a saved buffer in early
 # transformers 4.
 NOT_VISION = re.compile(
     r"text_model\.|logit_(scale|bias)$|(text|visual)_projection\.weight$|.*embeddings\.position_ids$"

@@ -54,7 +54,7 @@ def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None
 def fingerprint(source: str | Path) -> dict[str, str]:
     """File name → hash, of a file or of a model folder of any size within a second; the path is not part of it.
 
-    JSON and SentencePiece files are hashed whole; of each weight file, its size and samples at 64 places, which differ
+    JSON and SentencePiece files are hashed in full; of each weight file, its size and 64 samples, which differ
     between models of the same shape. ``open_clip:ARCH@FILE`` and ``open_clip:FOLDER`` have the fingerprint of the file
     or folder, open_clip's own tags are their own.
     """

@@ -87,7 +87,7 @@ class RunRecord(RunSettings):
 def write_run(folder: Path, settings: RunSettings) -> None:
     """Write ``run.json`` into ``folder``: the settings and how the run was started.
 
-    Of a run that is resumed, the record keeps the seeds that its earlier checkpoints were trained with.
+    On resume the record keeps the seeds that its earlier checkpoints were trained with.
     """
     seeds = read_run(folder).seeds if (folder / RUN).is_file() else []
     record = {

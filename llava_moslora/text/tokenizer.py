@@ -129,10 +129,10 @@ def _read_folder(folder: Path) -> tuple[dict, dict]:
 
 def _added_tokens(state: dict, folder: Path) -> list[dict]:
     for token in state["added_tokens"]:
-        whole = isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
-        if not whole or not isinstance(token.get("special"), bool):
+        complete = isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
+        if not complete or not isinstance(token.get("special"), bool):
             raise Refusal(
-                "K-TOKENIZER", "not a whole token", file=folder / "tokenizer.json", key="added_tokens", found=token,
+                "K-TOKENIZER", "not a complete token", file=folder / "tokenizer.json", key="added_tokens", found=token,
                 expected="an object with id, content and special", fix="download it again",
             )  # fmt: skip
     return state["added_tokens"]

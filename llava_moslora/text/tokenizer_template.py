@@ -1,6 +1,6 @@
 """Derives a :class:`Template` that writes exactly what a tokenizer's own chat template writes, or refuses.
 
-A chat template is a program that writes a whole conversation as one string; it does not say which tokens are the
+A chat template is a program that writes a conversation as one string; it does not tell which tokens are the
 answer. But nearly every one writes fixed texts around the turns, which are found by rendering conversations of marker
 words. The result is checked by rendering more conversations with both. A chat template that does something else (drops
 the reasoning of earlier answers, writes today's date, changes the text) is refused: its labels would be a guess.

@@ -74,7 +74,7 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
 def _check_blocks(config: dict[str, Any], file: Path) -> None:
     if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys():
         raise Refusal(
-            "C-DEEPSPEED", "DeepSpeed must be told the batch size", file=file, key="train_micro_batch_size_per_gpu",
+            "C-DEEPSPEED", "DeepSpeed needs the batch size", file=file, key="train_micro_batch_size_per_gpu",
             found="neither it nor train_batch_size", fix='"train_micro_batch_size_per_gpu": "auto"',
         )  # fmt: skip
     if (stage := zero_stage(config)) not in STAGES:

@@ -1,6 +1,6 @@
 """Stops a run at a step whose loss or gradient is NaN or Inf, and names the records of that step.
 
-By itself the Trainer hides such a step: it logs the loss as 0, and DeepSpeed skips the update and goes on.
+By itself the Trainer hides such a step: it logs the loss as 0, and DeepSpeed skips the update and continues.
 
 Losses stay on the device until the gradient norm is read, once per step: reading each of them before its backward would
 leave the GPU idle while backward is launched. By then DeepSpeed may have updated the weights, but the run ends before

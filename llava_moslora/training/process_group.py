@@ -22,7 +22,7 @@ def join(timeout: timedelta = TIMEOUT) -> None:
     """Start the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, …).
 
     torch's own rendezvous listens on every interface, also where MASTER_ADDR is 127.0.0.1. Here rank 0 hands it a
-    socket that is bound to loopback alone, and gloo and NCCL are told to use loopback too. torchrun holds the
+    socket that is bound to loopback alone, and gloo and NCCL are set to use loopback too. torchrun holds the
     rendezvous in a process of its own that starts before this one; its socket is not ours to bind.
 
     Args:

@@ -80,7 +80,7 @@ def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArgument
         deepspeed_config.check_deepspeed(deepspeed, args)
         if args.sample_questions and deepspeed_config.zero_stage(deepspeed) == 3:
             raise Refusal(
-                "C-FLAG", "under ZeRO-3 answers would need the whole model gathered for every token, which is too slow",
+                "C-FLAG", "under ZeRO-3 answers would need the model gathered for every token, which is too slow",
                 key="--sample_questions",
                 fix="zero_configs/zero2.json, or ask the checkpoints with scripts/evaluate.py",
             )  # fmt: skip

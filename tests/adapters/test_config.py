@@ -168,7 +168,7 @@ def test_combining_adapters_without_their_mixers_is_refused():
 
 
 def test_a_stock_lora_layer_does_not_take_a_mixer():
-    """The layers of a model that was adapted with peft.LoraConfig know nothing of W: they say so."""
+    """The layers of a model that was adapted with peft.LoraConfig have no W, and refuse it."""
     model = adapted(Pair(), plain=True)
     with pytest.raises(ValueError, match="mixer_init"):
         model.add_adapter("second", MosLoraConfig(target_modules=["up", "down"]))

@@ -32,7 +32,7 @@ engine, *_ = deepspeed.initialize(model=model, model_parameters=list(trained.val
     "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
 })
 if stage == 3:
-    assert all(p.numel() == 0 for p in model.parameters()), "a parameter is whole"
+    assert all(p.numel() == 0 for p in model.parameters()), "a parameter is not partitioned"
 for step in range(STEPS):
     ids = batch(step)[2 * rank : 2 * rank + 2]
     loss = engine(input_ids=ids, labels=ids).loss
@@ -77,7 +77,7 @@ def test_zero(stage, tmp_path):
         port = str(probe.getsockname()[1])
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    # The launcher starts `python` by name, and DeepSpeed compiles with the ninja beside it.
+    # The launcher starts `python` by name, and DeepSpeed compiles with the ninja next to it.
     search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     done = subprocess.run(
         [*command, str(tmp_path / "script.py"), str(stage), str(tmp_path)],

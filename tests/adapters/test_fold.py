@@ -35,7 +35,7 @@ assert not any(name.startswith("llava_moslora") for name in sys.modules)
 
 
 def trained(**settings):
-    """A Llama whose adapter is far from its start, with a trained ``lm_head`` beside it."""
+    """A Llama whose adapter is far from its start, with a trained ``lm_head`` next to it."""
     model = get_peft_model(
         llama(),
         MosLoraConfig(

@@ -1,4 +1,4 @@
-"""The kernel against the plain formula, its dropout, what it keeps and costs, and how it lives with torch's tools."""
+"""The kernel against the plain formula, its dropout, what it keeps and costs, and torch's tools over it."""
 
 import pytest
 import torch
@@ -180,7 +180,7 @@ def test_backward_keeps_the_input_alone():
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mixed", [True, False], ids=["mixer", "plain"])
 def test_flops_are_counted(shape, mixed):
-    """torch's counter sees what a run of the same products in plain torch costs, plus what is made again."""
+    """torch's counter sees what a run of the same products in plain torch costs, plus what is recomputed."""
     rows, i, o = shape
     tensors = inputs(*shape, mixed)
     with FlopCounterMode(display=False) as counter:

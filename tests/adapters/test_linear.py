@@ -18,7 +18,7 @@ from llava_moslora.adapters.linear import adapted_linear
 from support.adapter_models import Pair, adapted, hashed, relative
 
 ROOT = Path(__file__).parents[2]
-# rows, in, out, r: u kept, and recomputed where r is large beside in; W folded into B', into A', and not at all
+# rows, in, out, r: u kept, and recomputed where r is large next to in; W folded into B', into A', and not at all
 SHAPES = [(200, 64, 32, 4), (200, 32, 64, 2), (20, 64, 96, 4), (200, 32, 48, 16)]
 
 

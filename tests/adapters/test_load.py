@@ -94,7 +94,7 @@ def test_plain_lora_goes_on_with_an_identity_mixer(tmp_path):
 
 
 def test_xtuner_file_with_both_towers(tmp_path):
-    """Live names with the towers' prefixes, no configuration, a projector beside the adapters, mmengine's wrapping."""
+    """Live names with the towers' prefixes, no configuration, a projector next to the adapters, mmengine's wrapping."""
     model = ours(tmp_path)
     towers = {"up": "llm.base_model.model.model.layers.0", "down": "visual_encoder.base_model.model.vision_model.fc"}
     state = {"projector.model.0.weight": torch.ones(2, 2)}

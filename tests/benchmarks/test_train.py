@@ -62,7 +62,7 @@ def test_a_row_says_every_setting_that_it_stands_for(job):
 def test_each_row_is_on_disk_when_it_has_ended_and_one_that_dies_stops_no_other(job, tmp_path, monkeypatch):
     def be(job):
         time.sleep(60 * (job.row == "slow"))
-        job.beside("has-gpu").touch()
+        job.file("has-gpu").touch()
         if job.row == "hanging":
             time.sleep(60)
         if job.row == "dying":

@@ -241,16 +241,16 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 
 
 def read_pairs(raw):
-    """``{"pairs": [[question, answer], ...], "picture": FILE}``"""
+    """``{"pairs": [[question, answer], ...], "photo": FILE}``"""
     turns = [(Turn("human", question), Turn("gpt", answer)) for question, answer in raw["pairs"]]
-    return (raw["picture"],) if "picture" in raw else (), tuple(chain.from_iterable(turns))
+    return (raw["photo"],) if "photo" in raw else (), tuple(chain.from_iterable(turns))
 
 
 def test_a_new_format_is_one_function_and_one_row(read, monkeypatch):
     row = formats.Format(lambda raw: "pairs" in raw, read_pairs, "pairs")
     monkeypatch.setattr(formats, "FORMATS", (row, *formats.FORMATS))
     pairs = [["<image>\nWhat?", "A cat."], ["Sure?", "Yes."]]
-    one, two = read(json.dumps([{"id": 7, "pairs": pairs, "picture": "a.png"}, record()]))
+    one, two = read(json.dumps([{"id": 7, "pairs": pairs, "photo": "a.png"}, record()]))
     assert (one.id, one.images, [turn.text for turn in one.turns]) == ("7", ("a.png",), [*pairs[0], *pairs[1]])
     assert two == formats.check_record(record(), 1, "data.json")
     for raw, message in [

@@ -342,7 +342,7 @@ def test_a_quarantined_image_is_looked_at_again(build, image_folder, tmp_path):
     rows = build(records)  # under the policy "fail"
     assert rows["id"][:] == [str(k) for k in range(9)]
     assert build(records, **quarantine)[:] == rows[:]
-    assert keys_of(rows) != keys_of(without)  # other rows: a run that goes on must notice
+    assert keys_of(rows) != keys_of(without)  # other rows: a resumed run must notice
     assert report_of(rows)["problems"] == []
 
 

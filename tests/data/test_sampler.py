@@ -136,7 +136,7 @@ def test_weights_per_source():
         assert set(seen[source == 2]) == {1}
         assert [seen[source == k].sum() for k in range(3)] == [2778, 278, 1110]
         counts.append(seen)
-    assert not np.array_equal(*counts)  # the fraction is drawn anew
+    assert not np.array_equal(*counts)  # the fraction is drawn again
     whole = list(chain.from_iterable(interleaved(1, 1, 16, **options)))
     assert list(chain.from_iterable(interleaved(4, 2, 2, **options))) == whole
     assert np.array_equal(make(source=source, weights=[1, 1, 1]).epoch_order()[:3331].sum(), np.arange(3331).sum())

@@ -1,4 +1,4 @@
-"""Several data files in one call: rows one after the other, weights, records that are told apart, decoding."""
+"""Several data files in one call: rows one after the other, weights, records that are kept apart, decoding."""
 
 import json
 import os
@@ -154,5 +154,5 @@ def test_a_decoded_cache_serves_both(build, write_json, image_folder, cut):
     headers = keys_of(build(path))
     rows = build(path, decode_images=True)
     assert len(rows) == 2 and keys_of(rows) == headers and reports_of(rows)[0]["decoded"]
-    (image_folder / "cut.png").unlink()  # not looked at again
+    (image_folder / "cut.png").unlink()  # not opened again
     assert len(build(path, decode_images=True)) == len(build(path)) == 2

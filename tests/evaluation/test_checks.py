@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from llava_moslora.errors import Refusal
-from llava_moslora.evaluation.benchmarks import ABILITIES, BENCHMARKS, PAPER
+from llava_moslora.evaluation.benchmarks import ABILITIES, BENCHMARKS, PAPER, Benchmark
 from llava_moslora.evaluation.checks import ROW_CHECKS, check, open_benchmark
+from llava_moslora.evaluation.prompts import prompt
 from llava_moslora.evaluation.reading import RULES
 from llava_moslora.evaluation.scoring import KINDS, score
 from llava_moslora.evaluation.tsv import Table
@@ -147,6 +148,17 @@ def test_any_damage_to_a_file_is_a_refusal(tmp_path, name):
             score(benchmark.kind, table.rows, answers, RULES["rules"], answers)  # what is not refused can be scored
         except Refusal as refusal:
             assert str(path) in refusal.line()
+
+
+def test_a_new_benchmark_is_one_row(tmp_path, monkeypatch):
+    row = Benchmark("toy", "Toy", "TOY", "multiple-choice", 2, "0" * 32, ("A", "B", "answer"), 5)
+    monkeypatch.setitem(BENCHMARKS, "toy", row)
+    table = opened(tmp_path, "toy", [CHOICE, CHOICE | {"index": "2", "answer": "A"}])
+    assert prompt(table.rows[0], row.kind, "prompts-2024").startswith("q?\nA. red\nB. blue\n")
+    outcomes = score(row.kind, table.rows, {"1": "B", "2": "B"}, RULES["rules"]).outcomes
+    assert [outcome.right for outcome in outcomes] == [1.0, 0.0]
+    with pytest.raises(Refusal, match=r"\[D-ANSWER\] .*TOY\.tsv"):
+        opened(tmp_path, "toy", [CHOICE | {"answer": "C"}])
 
 
 def test_the_table_of_benchmarks():

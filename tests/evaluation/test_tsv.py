@@ -37,9 +37,9 @@ def table(folder, *rows, columns=COLUMNS):
     return Table(written(folder, tsv(columns, list(rows))))
 
 
-def colour(picture):
-    assert picture.mode == "RGB"
-    return picture.getpixel((0, 0))
+def colour(image):
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
 
 
 def expected_colour(number):

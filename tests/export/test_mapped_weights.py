@@ -113,7 +113,7 @@ def test_over_an_internlm2(parts, tmp_path, monkeypatch, kind):
 
 
 def test_mapped_weights_compute_what_float32_ones_do(run):
-    """Against stock transformers in float32, block by block and whole."""
+    """Against stock transformers in float32, block by block and loaded at once."""
     ids = torch.arange(5)[None]
     held = AutoModelForCausalLM.from_pretrained(run.llm, dtype=torch.float32)(ids).logits
     for block in (64, probe.BLOCK):

@@ -143,10 +143,10 @@ def test_two_exports_into_one_folder(run, tmp_path, monkeypatch):
         with pytest.raises(Refusal, match=r"C-LOCKED\] .*out:--output_dir: another process is exporting"):
             export(run, tmp_path / "out", prove=False)
         assert (tmp_path / ".out.staging" / "model.safetensors").is_file()
-        raise Refusal("K-PROOF", "the first went on")
+        raise Refusal("K-PROOF", "the first continued")
 
     monkeypatch.setattr(verify, "prove", meanwhile)
-    with pytest.raises(Refusal, match="the first went on"):
+    with pytest.raises(Refusal, match="the first continued"):
         export(run, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == [".out.staging"]
     export(run, tmp_path / "out", prove=False)

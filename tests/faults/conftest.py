@@ -1,4 +1,4 @@
-"""Parts of the fault tests: with whole epochs of records."""
+"""Tiny parts for the fault tests, with complete epochs of records."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""A thousand damaged checkpoints: each is passed over, or it is what was saved. Never a third result."""
+"""A thousand damaged checkpoints: each is skipped, or it is what was saved. Never a third result."""
 
 import random
 import shutil

@@ -1,4 +1,4 @@
-"""Kills at random times and inside saves: every run goes on by itself and ends in the bits of one that was left alone.
+"""Kills at random times and inside saves: every run resumes, and ends in the bits of an uninterrupted one.
 
 The figures of all campaigns are printed; with ``FIGURES=1`` in the environment they are also written to
 ``benchmarks/results/kills.json`` and drawn in ``kills.png``, with matplotlib, which nothing else here needs.
@@ -27,35 +27,37 @@ def clean(tally: Tally, kills: int) -> None:
     assert tally.clean and tally.kills == kills, f"{tally.line()}\n{tally.trouble}"
 
 
-def test_one_process(lives, parts, tmp_path):
-    clean(Campaign("one process", lives, parts, tmp_path).run(KILLS, SEED), KILLS)
+def test_one_process(warm_server, parts, tmp_path):
+    clean(Campaign("one process", warm_server, parts, tmp_path).run(KILLS, SEED), KILLS)
 
 
 # R2: one rank killed
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks(lives, parts, tmp_path, stage):
+def test_two_ranks(warm_server, parts, tmp_path, stage):
     kills = max(1, KILLS * 2 // 5)
-    campaign = Campaign(f"ZeRO-{stage} on two ranks", lives, parts, tmp_path, world=2, zero=stage)
+    campaign = Campaign(f"ZeRO-{stage} on two ranks", warm_server, parts, tmp_path, world=2, zero=stage)
     tally = campaign.run(kills, SEED + stage)
     clean(tally, kills)
     assert tally.survivors_exit_max_s < 10
 
 
 @pytest.mark.parametrize(("optim", "zero", "world"), [("adamw_bnb_8bit", None, 0), ("paged_adamw_8bit", 0, 2)])
-def test_optimizers_of_eight_bits(lives, parts, tmp_path, optim, zero, world):
+def test_optimizers_of_eight_bits(warm_server, parts, tmp_path, optim, zero, world):
     kills = max(1, KILLS // 5)
-    campaign = Campaign(f"{optim}, {world or 1} ranks", lives, parts, tmp_path, world=world, zero=zero, optim=optim)
+    campaign = Campaign(
+        f"{optim}, {world or 1} ranks", warm_server, parts, tmp_path, world=world, zero=zero, optim=optim
+    )
     clean(campaign.run(kills, SEED), kills)
 
 
 # R3: killed inside a save
-def test_inside_a_save(lives, parts, tmp_path):
+def test_inside_a_save(warm_server, parts, tmp_path):
     """Before, after and within every file operation of a save that also prunes."""
-    campaign = Campaign("inside a save", lives, parts, tmp_path)
+    campaign = Campaign("inside a save", warm_server, parts, tmp_path)
     record = tmp_path / "operations"
     armed = {"nth": -1, "when": "before", "save": 4, "record": str(record)}
-    counted = campaign.live("counted", 0, hooks=[["support.failpoints:arm", armed]])
-    assert counted.ended_well, counted.said()[-2000:]
+    counted = campaign.launch("counted", 0, hooks=[["support.failpoints:arm", armed]])
+    assert counted.succeeded, counted.printed()[-2000:]
     operations = record.read_text().splitlines()
     assert len(operations) > 20 and operations.count("rename") == 2  # published, and pruned
     points = [
@@ -75,9 +77,9 @@ MUTANTS = {
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_mutants_are_caught(lives, parts, tmp_path, mutant):
+def test_mutants_are_caught(warm_server, parts, tmp_path, mutant):
     """The third, a manifest without hashes, is caught in test_fuzz_checkpoints.py."""
-    campaign = Campaign(mutant, lives, parts, tmp_path, mutant=mutant)
+    campaign = Campaign(mutant, warm_server, parts, tmp_path, mutant=mutant)
     if mutant == "save_in_place":
         tally = campaign.run(6, SEED, in_save=[{"nth": 4, "when": "before", "save": 2}] * 6)
     else:
@@ -86,12 +88,12 @@ def test_mutants_are_caught(lives, parts, tmp_path, mutant):
     assert getattr(tally, MUTANTS[mutant]) > 0, tally.line()
 
 
-def test_figures(lives, parts, tmp_path):
-    """The stock Trainer under the same kills, beside ours. Its row is a measurement: nothing is asked of it."""
+def test_figures(warm_server, parts, tmp_path):
+    """The stock Trainer under the same kills, to compare. Its row is a measurement: nothing is required of it."""
     ours = {tally.name: tally for tally in TALLIES}
     if "one process" not in ours:
         pytest.skip("needs test_one_process in the same call")
-    stock = Campaign("stock Trainer, one process", lives, parts, tmp_path, main="support.stock:main")
+    stock = Campaign("stock Trainer, one process", warm_server, parts, tmp_path, main="support.stock:main")
     theirs = stock.run(KILLS, SEED)
     print(theirs.line())
     assert theirs.kills >= KILLS
@@ -107,16 +109,16 @@ def test_figures(lives, parts, tmp_path):
 
 
 def draw(tally: Tally, file: Path) -> None:
-    """The loss of the run that was left alone, and over it every life of a killed one, with a mark where it died."""
+    """The loss of the uninterrupted run, and over it every launch of a killed one, with a mark where it was killed."""
     from matplotlib import pyplot
 
-    whole, *lives_ = tally.curves
+    uninterrupted, *launches = tally.curves
     figure, axes = pyplot.subplots(figsize=(8, 4), dpi=120)
-    axes.plot(whole["steps"], whole["losses"], color="0.75", linewidth=6, label="left alone")
-    for number, life in enumerate(lives_, start=1):
-        axes.plot(life["steps"], life["losses"], linewidth=1.5, label=f"life {number}")
-        if number < len(lives_):
-            axes.plot(life["steps"][-1], life["losses"][-1], "kx", markersize=9)
+    axes.plot(uninterrupted["steps"], uninterrupted["losses"], color="0.75", linewidth=6, label="uninterrupted")
+    for number, launch in enumerate(launches, start=1):
+        axes.plot(launch["steps"], launch["losses"], linewidth=1.5, label=f"launch {number}")
+        if number < len(launches):
+            axes.plot(launch["steps"][-1], launch["losses"][-1], "kx", markersize=9)
     axes.set_xlabel("optimizer steps (two micro-batches each)")
     axes.set_ylabel("loss of the micro-batch")
     axes.set_title("kill -9 (x) and resumed: the same losses, bit for bit")

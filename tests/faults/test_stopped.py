@@ -1,4 +1,4 @@
-"""A rank that stands still (SIGSTOP): the others name it within the timeout instead of waiting for ever."""
+"""A rank that hangs (SIGSTOP): the others name it within the timeout instead of waiting for ever."""
 
 import signal
 
@@ -11,38 +11,38 @@ SECONDS = 8
 SLEEP = 12.0
 
 
-# R11: a rank that stands still
+# R11: a rank that hangs
 @pytest.mark.parametrize(("stage", "stopped"), [(2, 1), (3, 1), (2, 0)])
-def test_a_stopped_rank_is_named(lives, parts, tmp_path, stage, stopped):
-    campaign = Campaign("stopped", lives, parts, tmp_path, world=2, zero=stage)
+def test_a_stopped_rank_is_named(warm_server, parts, tmp_path, stage, stopped):
+    campaign = Campaign("stopped", warm_server, parts, tmp_path, world=2, zero=stage)
     arguments = [*campaign.arguments(tmp_path / "run"), "--ddp_timeout", str(SECONDS)]
-    life = lives.live(
-        arguments, tmp_path / "life", world=2, limit=60,
-        signal=int(signal.SIGSTOP), ranks=[stopped], at_step=5, bury=True,
+    launch = warm_server.launch(
+        arguments, tmp_path / "launch", world=2, limit=60,
+        signal=int(signal.SIGSTOP), ranks=[stopped], at_step=5, kill_stopped=True,
     )  # fmt: skip
     alive = 1 - stopped
-    assert life.status[alive] == 75, life.said(alive)[-2000:]
-    assert life.status[stopped] == -9  # by the test: a stopped process cannot end itself
-    said = life.said(alive)
-    assert "error[P-RANK] the run hangs" in said and "--ddp_timeout" in said
+    assert launch.status[alive] == 75, launch.printed(alive)[-2000:]
+    assert launch.status[stopped] == -9  # by the test: a stopped process cannot end itself
+    printed = launch.printed(alive)
+    assert "error[P-RANK] the run hangs" in printed and "--ddp_timeout" in printed
     if stopped:
-        assert f"no heartbeat for {SECONDS} s from rank 1 (process " in said
+        assert f"no heartbeat for {SECONDS} s from rank 1 (process " in printed
     else:
-        assert "the store, which rank 0 or the launcher serves, has not answered" in said
-    assert life.outlived < 4 * SECONDS
-    assert campaign.live("run", 1).ended_well  # and the run goes on
+        assert "the store, which rank 0 or the launcher serves, has not answered" in printed
+    assert launch.survived < 4 * SECONDS
+    assert campaign.launch("run", 1).succeeded  # and the run resumes
     assert campaign.state_of(tmp_path / "run") == campaign.final
 
 
-# R11: a rank that stands still
+# R11: a rank that hangs
 @pytest.mark.parametrize(("stage", "step"), [(2, 5), (3, 6)])
-def test_a_suspended_run_goes_on(lives, parts, tmp_path, stage, step):
-    """All ranks stopped for longer than the timeout and woken, as a scheduler suspends a job: nobody stood still."""
-    campaign = Campaign("suspended", lives, parts, tmp_path, world=2, zero=stage)
+def test_a_suspended_run_continues(warm_server, parts, tmp_path, stage, step):
+    """All ranks stopped for longer than the timeout, then continued, as a scheduler suspends a job: no rank hung."""
+    campaign = Campaign("suspended", warm_server, parts, tmp_path, world=2, zero=stage)
     arguments = [*campaign.arguments(tmp_path / "run"), "--ddp_timeout", "4"]
-    life = lives.live(
-        arguments, tmp_path / "life", world=2, limit=100, signal=int(signal.SIGSTOP), at_step=step, wake=SLEEP,
+    launch = warm_server.launch(
+        arguments, tmp_path / "launch", world=2, limit=100, signal=int(signal.SIGSTOP), at_step=step, cont_after=SLEEP,
     )  # fmt: skip
-    assert life.ended_well, life.said(0)[-2000:] + life.said(1)[-2000:]
-    assert life.seconds > SLEEP
+    assert launch.succeeded, launch.printed(0)[-2000:] + launch.printed(1)[-2000:]
+    assert launch.seconds > SLEEP
     assert campaign.state_of(tmp_path / "run") == campaign.final

@@ -1,4 +1,4 @@
-"""JSON objects are read strictly; files and folders are replaced whole."""
+"""JSON objects are read strictly; files and folders are replaced atomically."""
 
 import pytest
 
@@ -75,6 +75,6 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path):
     assert list(target.parent.iterdir()) == []
     with new_folder(target) as staging:
         (staging / "sub").mkdir()
-        (staging / "sub" / "file").write_text("whole")
+        (staging / "sub" / "file").write_text("complete")
         assert not target.exists()
-    assert (target / "sub" / "file").read_text() == "whole" and list(target.parent.iterdir()) == [target]
+    assert (target / "sub" / "file").read_text() == "complete" and list(target.parent.iterdir()) == [target]

@@ -1,4 +1,4 @@
-"""Folders are published whole or not at all, with a manifest of their files."""
+"""Folders are published complete or not at all, with a manifest of their files."""
 
 import json
 import os

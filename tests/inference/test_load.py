@@ -40,7 +40,7 @@ def test_an_untrained_run_begins_from_the_same_projector(own, parts, tmp_path):
     projector = shutil.copy(parts.projector, tmp_path / "projector.safetensors")
     trained_run(tmp_path / "other", own.llm, own.clip, projector)
     scaled(projector)
-    load_run(tmp_path / "other")  # every checkpoint holds the whole projector
+    load_run(tmp_path / "other")  # every checkpoint has the complete projector
     with pytest.raises(Refusal, match=r"K-BASE\] .*/projector\.safetensors: not the base that"):
         load_run(tmp_path / "other", trained=False)
 

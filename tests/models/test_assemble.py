@@ -69,7 +69,7 @@ def test_appended_tokens_get_the_mean_row(parts):
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_4_bits_are_the_llms_linears_alone(parts, tower):
-    """NF4 with double quantisation, computing in the model's dtype, as QLoRA; head, tower and projector stay whole."""
+    """NF4 with double quantisation, computing in the model's dtype, as QLoRA; the rest is not NF4."""
     pytest.importorskip("bitsandbytes")
     model, _ = build(parts, clip=vars(parts)[tower], bits=4)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}

@@ -132,11 +132,11 @@ def test_a_tower_that_was_trained_is_not_left_behind(complete, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("place", ["beside", "named"])
+@pytest.mark.parametrize("place", ["next to it", "named"])
 def test_an_original_llava_with_its_own_tower_is_a_vision_source(complete, parts, tmp_path, place):
     """XTuner's ``…-hf`` folders: the tower's weights are inside, how it is built says the tower's own folder."""
     folder, stock = original(complete, tmp_path / "m", vision=True), complete[1]
-    described = tmp_path / ("clip-vit-large-patch14-336" if place == "beside" else "elsewhere")
+    described = tmp_path / ("clip-vit-large-patch14-336" if place == "next to it" else "elsewhere")
     described.mkdir()
     for name in ("config.json", "preprocessor_config.json"):  # no weights
         shutil.copy(parts.clip / name, described)

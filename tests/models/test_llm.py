@@ -14,6 +14,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -31,7 +33,12 @@ SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 @pytest.mark.parametrize(
     ("config_class", "model_class"),
-    [(MistralConfig, MistralForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (Qwen3Config, Qwen3ForCausalLM)],
+    [
+        (MistralConfig, MistralForCausalLM),
+        (Qwen2Config, Qwen2ForCausalLM),
+        (Qwen3Config, Qwen3ForCausalLM),
+        (Olmo2Config, Olmo2ForCausalLM),  # named nowhere in the package: what transformers has needs no row
+    ],
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_native_architectures(tmp_path, config_class, model_class, tied):

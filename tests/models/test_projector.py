@@ -91,7 +91,7 @@ def test_truncated_safetensors_is_named(tmp_path):
     file = tmp_path / "p.safetensors"
     save_file(tensors("model.", ("0", "2")), file)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(Refusal, match=r"p\.safetensors: not a whole safetensors file"):
+    with pytest.raises(Refusal, match=r"p\.safetensors: not a complete safetensors file"):
         read_projector(file, E, D)
 
 

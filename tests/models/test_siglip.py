@@ -65,7 +65,7 @@ def whole(tmp_path_factory, parts):
     return folder, model.vision_model
 
 
-def test_a_whole_model_and_a_tower_in_both_generations_of_names(whole, parts, tmp_path):
+def test_a_complete_model_and_a_tower_in_both_generations_of_names(whole, parts, tmp_path):
     folder, reference = whole
     assert any(name.startswith("text_model.") for name in load_file(folder / "model.safetensors"))
     assert "logit_bias" in load_file(folder / "model.safetensors")

@@ -129,7 +129,7 @@ def steps(run: Path) -> list[int]:
 
 # K3: a flipped bit
 def test_prune_never_counts_a_damaged_checkpoint(tmp_path):
-    """Two damaged ones with the largest numbers: a run that went on below them keeps what it saves."""
+    """Two damaged ones with the largest numbers: a run resumed below them keeps what it saves."""
     for step in (20, 30):
         damage_flip(make(tmp_path, step))
     for step in (3, 6, 9, 12):

@@ -1,4 +1,4 @@
-"""A conversation in the terminal goes on whatever is typed into it."""
+"""A conversation in the terminal continues whatever is typed into it."""
 
 import io
 import sys

@@ -65,7 +65,7 @@ def test_batch_size(run, parts, questions, monkeypatch, size):
 
 
 def test_answers_are_kept_and_gone_on_with(run, parts, questions, monkeypatch, tmp_path, capsys):
-    """Stopped after 5 of 7 in batches of 2: four are taken up, three are asked."""
+    """Stopped after 5 of 7 in batches of 2: four answers are reused, three questions are asked."""
     command = [run, "--questions", questions, "--image_folder", parts.images, "--batch_size", 2]
     evaluated(monkeypatch, *command, "--output", tmp_path / "whole.json", "--probe", tmp_path / "probe.safetensors")
     whole = json.loads((tmp_path / "whole.json").read_text())

@@ -1,4 +1,4 @@
-"""Kill a training run again and again, resume it unattended, and compare it with the run that nobody killed."""
+"""Kills a training run repeatedly, resumes it, and compares it with an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pathlib import Path
 from llava_moslora.files.manifest import sha256
 from llava_moslora.runs.checkpoints import newest_valid
 from support.launching import ROOT, flags
-from support.lives import Life, Lives
+from support.warm_server import Launch, WarmServer
 
 STEPS, BATCH, ACCUMULATION, RECORDS = 24, 4, 2, 24  # 6 steps an epoch: 4 epochs
-LIMIT = 240  # seconds after which a life counts as stuck; one takes a few
+LIMIT = 240  # seconds after which a launch counts as stuck; one takes a few
 STATE = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json")
 
 
@@ -37,14 +37,14 @@ class Tally:
     resume_s: list[float] = field(default_factory=list)
     survivors_exit_max_s: float = 0.0
     instants_without_valid_checkpoint: int = 0
-    survivors_untyped: int = 0  # that did not say in one line that they lost contact
-    dead_named: int = 0  # of the survivors that said so, those that named the dead rank
+    survivors_untyped: int = 0  # that did not print one line about the lost contact
+    dead_named: int = 0  # of the survivors that printed it, those that named the dead rank
     survivors: int = 0
     stale_staging_left: int = 0
     samples_missing: int = 0
     samples_repeated: int = 0
-    curves: list[dict] = field(default_factory=list)  # of the run with most lives: losses per life, for the plot
-    trouble: str = ""  # what the first life that was not killed and failed said last
+    curves: list[dict] = field(default_factory=list)  # of the run with most launches: losses per launch, for the plot
+    trouble: str = ""  # the last output of the first launch that failed without being killed
 
     @property
     def clean(self) -> bool:
@@ -72,20 +72,20 @@ class Campaign:
 
     Args:
         name: shown in the figures.
-        lives: the server.
+        warm_server: starts the training command.
         parts: tiny parts with ``RECORDS`` records.
         folder: where the runs go.
         world: ranks; 0 is a process without a launcher.
         zero: stage of a DeepSpeed configuration, or None.
         optim: the optimizer, as ``--optim`` names it.
-        main: None for ours, or ``MODULE:FUNCTION`` of another trainer, whose checkpoints are not looked into.
+        main: None for ours, or ``MODULE:FUNCTION`` of another trainer, whose checkpoints are not opened.
         mutant: a function of ``mutants.py`` that breaks ours.
     """
 
     def __init__(
         self,
         name: str,
-        lives: Lives,
+        warm_server: WarmServer,
         parts,
         folder: Path,
         *,
@@ -95,18 +95,18 @@ class Campaign:
         main: str | None = None,
         mutant: str | None = None,
     ):
-        self.lives, self.parts, self.folder, self.world, self.main = lives, parts, folder, world, main
+        self.warm_server, self.parts, self.folder, self.world, self.main = warm_server, parts, folder, world, main
         self.optim = optim
         self.hooks = [[f"support.mutants:{mutant}", {}]] if mutant else []
         self.tally = Tally(name)
         self.ranks = max(world, 1)
         folder.mkdir(parents=True, exist_ok=True)
         self.config = None if zero is None else write_config(folder, zero)
-        self.whole = self.live("whole", 0)
-        assert self.whole.ended_well, self.whole.said()[-3000:]
-        self.expected = steps_of([self.whole])
-        self.final = self.state_of(folder / "whole")
-        self._account([self.whole])
+        self.uninterrupted = self.launch("uninterrupted", 0)
+        assert self.uninterrupted.succeeded, self.uninterrupted.printed()[-3000:]
+        self.expected = steps_of([self.uninterrupted])
+        self.final = self.state_of(folder / "uninterrupted")
+        self._account([self.uninterrupted])
 
     def arguments(self, run: Path) -> list[str]:
         return flags(
@@ -126,11 +126,11 @@ class Campaign:
             dataloader_num_workers=0,
         )
 
-    def live(self, run: str, number: int, hooks: list | None = None, **kill) -> Life:
+    def launch(self, run: str, number: int, hooks: list | None = None, **kill) -> Launch:
         how = kill | ({"main": self.main} if self.main else {})
-        return self.lives.live(
+        return self.warm_server.launch(
             self.arguments(self.folder / run),
-            self.folder / f"{run}-life{number}",
+            self.folder / f"{run}-launch{number}",
             world=self.world,
             hooks=self.hooks + (hooks or []),
             limit=LIMIT,
@@ -160,58 +160,60 @@ class Campaign:
         return self.tally
 
     def _one_run(self, run: str, kills: int, chance: random.Random, points: list[dict]) -> None:
-        tally, lived, failures = self.tally, [], 0
+        tally, launches, failures = self.tally, [], 0
         while True:
             kill = {}
             if kills > 0 and points:
                 kill = {"hooks": [["support.failpoints:arm", points.pop(0)]]}
             elif kills > 0:
-                kill = {"kill": chance.uniform(0.05, self.whole.seconds)}
+                kill = {"kill": chance.uniform(0.05, self.uninterrupted.seconds)}
                 if self.ranks > 1 and chance.random() < 0.5:
                     kill["ranks"] = [chance.randrange(self.ranks)]
-            life = self.live(run, len(lived), **kill)
-            lived.append(life)
-            if life.ended_well:
+            launch = self.launch(run, len(launches), **kill)
+            launches.append(launch)
+            if launch.succeeded:
                 break
-            if -9 in life.status and not life.stuck:
+            if -9 in launch.status and not launch.stuck:
                 kills -= 1
                 tally.kills += 1
-                tally.survivors_exit_max_s = max(tally.survivors_exit_max_s, life.outlived if self.ranks > 1 else 0)
-                for rank, status in enumerate(life.status):  # 0: it was at its end already
-                    untyped = status not in (-9, 0) and "error[P-RANK]" not in life.said(rank)
+                tally.survivors_exit_max_s = max(tally.survivors_exit_max_s, launch.survived if self.ranks > 1 else 0)
+                for rank, status in enumerate(launch.status):  # 0: it was at its end already
+                    untyped = status not in (-9, 0) and "error[P-RANK]" not in launch.printed(rank)
                     tally.survivors_untyped += untyped and not self.main
-                    if "lost contact" in life.said(rank):
+                    if "lost contact" in launch.printed(rank):
                         tally.survivors += 1
                         tally.dead_named += (
-                            re.search(r"lost contact.*rank \d+ \(process \d+ on", life.said(rank)) is not None
+                            re.search(r"lost contact.*rank \d+ \(process \d+ on", launch.printed(rank)) is not None
                         )
-                self._look_for_valid(self.folder / run, lived)
+                self._look_for_valid(self.folder / run, launches)
                 continue
             failures += 1
-            tally.trouble = tally.trouble or life.said()[-1500:].replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
-            if failures == 2:  # failed, and failed again: only a human helps
+            tally.trouble = tally.trouble or launch.printed()[-1500:].replace(f"{ROOT}/", "").replace(
+                f"{sys.prefix}/", ""
+            )
+            if failures == 2:  # failed twice in a row: it will not recover by itself
                 tally.stuck += 1
                 return
-        self._compare(run, lived)
+        self._compare(run, launches)
 
-    def _look_for_valid(self, run: Path, lived: list[Life]) -> None:
+    def _look_for_valid(self, run: Path, launches: list[Launch]) -> None:
         """Once a checkpoint has been published, a valid one must be there at every instant."""
         if self.main:
             return
-        published = any(row["step"] > 2 for life in lived for row in life.watched())
+        published = any(row["step"] > 2 for launch in launches for row in launch.micro_batches())
         if published and newest_valid(run)[0] is None:
             self.tally.instants_without_valid_checkpoint += 1
 
-    def _compare(self, run: str, lived: list[Life]) -> None:
+    def _compare(self, run: str, launches: list[Launch]) -> None:
         tally = self.tally
-        for before, after in itertools.pairwise(lived):
-            steps, first = [row["step"] for row in before.watched()], after.watched()[:1]
+        for before, after in itertools.pairwise(launches):
+            steps, first = [row["step"] for row in before.micro_batches()], after.micro_batches()[:1]
             tally.resumes_ok += -9 in before.status
             if steps and first:
                 tally.lost_steps.append(max(0, max(steps) - first[0]["step"] + 1))
             if first:
                 tally.resume_s.append(first[0]["time"] - after.began)
-        found = steps_of(lived)
+        found = steps_of(launches)
         tally.compared_steps += len(self.expected)
         tally.divergent_steps += sum(found.get(step) != rows for step, rows in self.expected.items())
         if self.state_of(self.folder / run) != self.final:
@@ -219,15 +221,15 @@ class Campaign:
         tally.stale_staging_left += len(
             [*(self.folder / run).glob(".*.staging"), *(self.folder / run).glob(".*.trash")]
         )
-        self._account(lived)
-        curves = [curve(life) for life in [self.whole, *lived] if life.watched()]
+        self._account(launches)
+        curves = [curve(launch) for launch in [self.uninterrupted, *launches] if launch.micro_batches()]
         if len(curves) > len(tally.curves):
             tally.curves = curves
 
-    def _account(self, lived: list[Life]) -> None:
-        """Every record exactly once an epoch, over all lives."""
+    def _account(self, launches: list[Launch]) -> None:
+        """Every record exactly once an epoch, over all launches."""
         per_epoch = RECORDS // BATCH
-        steps = steps_of(lived)
+        steps = steps_of(launches)
         for epoch in range(STEPS // per_epoch):
             rows = [steps.get(step, ()) for step in range(epoch * per_epoch + 1, (epoch + 1) * per_epoch + 1)]
             seen = [record for row in rows for _, records, _ in row for record in records]
@@ -235,9 +237,9 @@ class Campaign:
             self.tally.samples_repeated += len(seen) - len(set(seen))
 
 
-def curve(life: Life) -> dict:
-    """The losses of a life, and how many optimizer steps were done at each."""
-    rows, seen = life.watched(), Counter()
+def curve(launch: Launch) -> dict:
+    """The losses of a launch, and how many optimizer steps were done at each."""
+    rows, seen = launch.micro_batches(), Counter()
     steps = []
     for row in rows:
         seen[row["step"]] += 1
@@ -245,13 +247,13 @@ def curve(life: Life) -> dict:
     return {"steps": steps, "losses": [float.fromhex(row["loss"]) for row in rows]}
 
 
-def steps_of(lived: list[Life]) -> dict[int, tuple]:
+def steps_of(launches: list[Launch]) -> dict[int, tuple]:
     """Step → its micro-batches as (rank, records, loss bits); of a step that was computed twice, the last time."""
     steps: dict[int, tuple] = {}
-    for life in lived:
+    for launch in launches:
         mine: dict[int, list] = {}
-        for rank in range(life.world):
-            for row in life.watched(rank):
+        for rank in range(launch.world):
+            for row in launch.micro_batches(rank):
                 mine.setdefault(row["step"], []).append((rank, tuple(row["records"]), row["loss"]))
         steps |= {step: tuple(sorted(rows)) for step, rows in mine.items()}
     return steps

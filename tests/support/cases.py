@@ -87,6 +87,6 @@ CASES = {
     "R8": "NaN or Inf",
     "R9": "clocks that jump",
     "R10": "two runs in one folder",
-    "R11": "a rank that stands still",
+    "R11": "a rank that hangs",
     "R12": "text on one rank, images on another",
 }

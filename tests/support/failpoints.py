@@ -1,4 +1,4 @@
-"""A hook for :mod:`support.lives`: dies at a chosen operation inside a save, like a power cut at that moment."""
+"""A hook for :mod:`support.warm_server`: dies at a chosen operation inside a save, like a power cut at that moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A hook for :mod:`support.lives`: prints a digest of all that is frozen before and after training."""
+"""A hook for :mod:`support.warm_server`: prints a digest of all that is frozen before and after training."""
 
 import contextlib
 import hashlib

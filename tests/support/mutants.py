@@ -1,4 +1,4 @@
-"""Hooks for :mod:`support.lives` that break what the fault tests guard: a test that still passes proves nothing."""
+"""Hooks for :mod:`support.warm_server` that break what the fault tests guard: a test that passes then is no test."""
 
 from __future__ import annotations
 

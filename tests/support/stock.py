@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from support.lives import note
+from support.warm_server import note
 
 
 def main() -> None:

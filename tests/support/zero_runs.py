@@ -1,10 +1,10 @@
-"""Runs under every file of ``zero_configs/``, in processes that :mod:`support.lives` starts."""
+"""Runs under every file of ``zero_configs/``, in processes that :mod:`support.warm_server` starts."""
 
 import json
 from pathlib import Path
 
 from support.launching import ROOT, flags
-from support.lives import Life, Lives
+from support.warm_server import Launch, WarmServer
 
 STEPS = 24
 
@@ -27,7 +27,7 @@ def settings(parts, run: Path, **changes) -> list[str]:
     return flags(parts, run, **(same | changes))
 
 
-def lived_well(lives: Lives, arguments: list[str], output: Path, **how) -> Life:
-    life = lives.live(arguments, output, **how)
-    assert life.ended_well, life.said()[-3000:]
-    return life
+def run_successfully(warm_server: WarmServer, arguments: list[str], output: Path, **how) -> Launch:
+    launch = warm_server.launch(arguments, output, **how)
+    assert launch.succeeded, launch.printed()[-3000:]
+    return launch

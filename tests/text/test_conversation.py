@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from llava_moslora.errors import Refusal
 from llava_moslora.text import conversation
 from llava_moslora.text.conversation import IGNORE_INDEX, Turn, check_template, encode, encode_prompt
+from llava_moslora.text.template import BOS, EOS, TEXT, Template
 from llava_moslora.text.templates import TEMPLATES, chat_template, recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import image_token_id
 from support.labels import show_labels
@@ -199,6 +200,25 @@ def test_refused_templates(tiny):
         encode(TALK, tokenizer=tiny("chatml"), template="llama3", image_tokens=[3])
     with pytest.raises(Refusal, match="no place for a system turn"):
         encode([Turn("system", "x"), *TALK[:2]], tokenizer=tiny("chatml"), template="plain", image_tokens=[3])
+
+
+def test_a_new_template_is_one_row(tiny, monkeypatch):
+    row = Template(
+        begin=(BOS,),
+        system=("Rules: ", TEXT, "\n"),
+        human=("Q: ", TEXT, "\n"),
+        reply=("A:",),
+        answer=(" ", TEXT, EOS),
+        separator=("\n",),
+    )
+    monkeypatch.setitem(TEMPLATES, "quiz", row)
+    tokenizer = tiny("chatml")
+    check_template(tokenizer, "quiz")  # the exported chat template gives the same ids
+    encoded = encode([Turn("system", "Be brief."), *TALK], tokenizer=tokenizer, template="quiz", image_tokens=[3])
+    assert show_labels(encoded.input_ids, encoded.labels, tokenizer) == (
+        "Rules: Be brief.\nQ: <image>×3\nWhat is the shape?\nA:⟦ a circle<|im_end|>⟧\nQ: Sure?\nA:⟦ Yes.<|im_end|>⟧\n"
+    )
+    assert tokenizer.eos_token_id in stop_token_ids(tokenizer, "quiz")
 
 
 def test_every_template_is_tested():

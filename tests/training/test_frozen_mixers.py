@@ -14,7 +14,7 @@ from llava_moslora.models.adapt import add_adapters
 from llava_moslora.training.optimizer_state import frozen_mixers
 from support.export_runs import probe_here
 from support.training_runs import adapter, losses, train
-from support.zero_runs import configuration, lived_well, settings
+from support.zero_runs import configuration, run_successfully, settings
 
 STARTS = ["butterfly", "orthogonal", "kaiming_uniform", "normal"]
 FILES = ["adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json"]
@@ -81,15 +81,15 @@ def test_a_run_of_the_first_versions_gets_its_mixers_back(parts, tmp_path, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("name", ["zero0", "zero2", "zero3"])
-def test_frozen_mixers_under_deepspeed(lives, parts, tmp_path, monkeypatch, name, start):
+def test_frozen_mixers_under_deepspeed(warm_server, parts, tmp_path, monkeypatch, name, start):
     """bf16 on two ranks, killed and resumed: the same bytes, and an export with its proof."""
     same = {"deepspeed": configuration(name, tmp_path), "bf16": True, "max_steps": 6, "save_steps": 3, "resume": True}
     same |= {"mixer_init": start, "train_mixer": False, "vision_lora_r": 2, "data_cache": tmp_path / "cache"}
     whole, again = tmp_path / "run", tmp_path / "again"
-    lived_well(lives, settings(parts, whole, **same), tmp_path / "life", world=2)
-    killed = lives.live(settings(parts, again, **same), tmp_path / "first", world=2, at_step=4)
+    run_successfully(warm_server, settings(parts, whole, **same), tmp_path / "launch", world=2)
+    killed = warm_server.launch(settings(parts, again, **same), tmp_path / "first", world=2, at_step=4)
     assert killed.status == [-9, -9]
-    lived_well(lives, settings(parts, again, **same), tmp_path / "second", world=2)
+    run_successfully(warm_server, settings(parts, again, **same), tmp_path / "second", world=2)
     for file in FILES:
         assert (whole / "checkpoint-6" / file).read_bytes() == (again / "checkpoint-6" / file).read_bytes(), file
     saved = adapter(again, 6)

@@ -56,7 +56,7 @@ def test_a_step_that_is_not_finite_stops_the_run(parts, tmp_path, monkeypatch, w
     ],
 )
 def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, bf16):
-    """It leaves a step with a NaN gradient out, or under ZeRO-2 in bf16 takes it, and goes on."""
+    """It leaves a step with a NaN gradient out, or under ZeRO-2 in bf16 takes it, and continues."""
     (tmp_path / "broken.py").write_text(BROKEN_RUN.replace("{where}", where))
     folder = tmp_path / "run"
     words = flags(parts, folder, deepspeed=f"zero_configs/{zero}.json", max_steps=3, save_steps=1, bf16=bf16)

@@ -94,7 +94,7 @@ def batch(step: int) -> torch.Tensor:
 
 
 def check_resumes(start, folder: Path, stop: int) -> None:
-    """A run that was saved at a step and put into another process' objects goes on as the one that was not stopped."""
+    """A run that was saved at a step and loaded into another process' objects continues as the uninterrupted one."""
     whole, again = start(seed=0), start(seed=1)
     whole.train(range(stop))
     masters, state = whole.train_state.masters(), whole.train_state.optimizer_state()
@@ -139,8 +139,8 @@ def test_eight_bits_are_kept_in_eight_bits(tmp_path):
 def test_in_deepspeed(tmp_path):
     """Also a save before the first step that counts, as of fp16 while its loss scale is still searched for.
 
-    And what a step costs: DeepSpeed looks at every gradient for NaN and Inf by itself unless it is told not to, a dozen
-    kernels a parameter; the norm, which it computes anyway, finds them too.
+    And what a step costs: DeepSpeed checks every gradient for NaN and Inf, a dozen kernels a parameter, unless that is
+    switched off; the norm, which it computes anyway, finds them too.
     """
     pytest.importorskip("bitsandbytes")
     rank = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
@@ -197,7 +197,7 @@ def main(folder: Path) -> None:
         try:
             check_resumes(lambda seed, s=stage, n=name: InDeepSpeed(n, seed, s), folder, stop)
             results[str(case)] = "same"
-        except Exception as error:  # each case is told by itself
+        except Exception as error:  # each case is reported by itself
             results[str(case)] = f"{type(error).__name__}: {error}"
         (folder / "results.json").write_text(json.dumps(results))
 

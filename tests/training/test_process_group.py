@@ -1,4 +1,4 @@
-"""Where ranks meet: on loopback alone, and between two hosts where the launcher is told an address."""
+"""Where ranks meet: on loopback alone, and between two hosts where the launcher is given an address."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A SigLIP tower the whole way through the training script: steps, a checkpoint, an export, and a new run over it."""
+"""A SigLIP tower through the training script: steps, a checkpoint, an export, and a new run over it."""
 
 from types import SimpleNamespace
 

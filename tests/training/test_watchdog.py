@@ -1,4 +1,4 @@
-"""The watchdog: a rank that hangs is told from one that is slow, by a clock that the tests set."""
+"""The watchdog: a hung rank is distinguished from a slow one, by a clock that the tests set."""
 
 import os
 import socket
@@ -35,7 +35,7 @@ def test_slow_ranks_are_no_trouble():
     )  # one of them makes progress
 
 
-# R11: a rank that stands still
+# R11: a rank that hangs
 def test_a_silent_rank_is_named():
     found = watching(rank(5), rank(4), rank(4, heartbeat_at=90)).hung_ranks(101)
     assert found == "no heartbeat for 10 s from rank 2 (process 7 on node-a)"

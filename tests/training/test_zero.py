@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support.lives import Life
 from support.tiny import write_llm, write_projector
-from support.zero_runs import STEPS, configuration, lived_well, settings
+from support.warm_server import Launch
+from support.zero_runs import STEPS, configuration, run_successfully, settings
 
 pytestmark = pytest.mark.slow
 NAMES = ["zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
@@ -27,72 +27,72 @@ def losses(run: Path, steps: int = STEPS) -> list[float]:
     return [row["loss"] for row in state["log_history"] if "loss" in row]
 
 
-def order(life: Life) -> list[set[int]]:
+def order(launch: Launch) -> list[set[int]]:
     """The records of every step, of all ranks."""
     steps: dict[int, set[int]] = {}
-    for rank in range(life.world):
-        for row in life.watched(rank):
+    for rank in range(launch.world):
+        for row in launch.micro_batches(rank):
             steps.setdefault(row["step"], set()).update(row["records"])
     return [steps[step] for step in sorted(steps)]
 
 
 @pytest.fixture(scope="module")
-def plain(lives, parts, tmp_path_factory) -> tuple[Path, Life]:
+def plain(warm_server, parts, tmp_path_factory) -> tuple[Path, Launch]:
     """One process without DeepSpeed, global batches of four, float32, no dropout."""
     folder = tmp_path_factory.mktemp("plain")
     arguments = settings(parts, folder / "run", **EXACT, per_device_train_batch_size=4)
-    return folder / "run", lived_well(lives, arguments, folder / "life")
+    return folder / "run", run_successfully(warm_server, arguments, folder / "launch")
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero1", "zero2"])
-def test_one_rank_computes_the_bits_of_plain_pytorch(lives, parts, plain, tmp_path, name):
+def test_one_rank_computes_the_bits_of_plain_pytorch(warm_server, parts, plain, tmp_path, name):
     """Losses and weights. (Adam's moments of the smallest mixers may differ in their last bit: ZeRO flattens tensors
     into one, and torch rounds the few numbers at a tensor's end in another instruction than those before.)"""
     run = tmp_path / "run"
     config = configuration(name, tmp_path)
     arguments = settings(parts, run, deepspeed=config, **EXACT, per_device_train_batch_size=4)
-    lived_well(lives, arguments, tmp_path / "life", world=1)
+    run_successfully(warm_server, arguments, tmp_path / "launch", world=1)
     assert losses(run) == losses(plain[0])
     last = f"checkpoint-{STEPS}/{STATE[0]}"
     assert (run / last).read_bytes() == (plain[0] / last).read_bytes()
 
 
 @pytest.mark.parametrize(("name", "world"), [("zero3", 1), *((name, 2) for name in NAMES)])
-def test_losses_are_those_of_plain_pytorch(lives, parts, plain, tmp_path, name, world):
+def test_losses_are_those_of_plain_pytorch(warm_server, parts, plain, tmp_path, name, world):
     run = tmp_path / "run"
     arguments = settings(
         parts, run, deepspeed=configuration(name, tmp_path), **EXACT, per_device_train_batch_size=4 // world
     )
-    life = lived_well(lives, arguments, tmp_path / "life", world=world)
-    assert order(life) == order(plain[1])
+    launch = run_successfully(warm_server, arguments, tmp_path / "launch", world=world)
+    assert order(launch) == order(plain[1])
     assert losses(run) == pytest.approx(losses(plain[0]), rel=BOUND)
 
 
-def test_a_siglip_tower_learns_the_same_under_zero3(lives, parts, tmp_path):
+def test_a_siglip_tower_learns_the_same_under_zero3(warm_server, parts, tmp_path):
     """Its pooling head is gone before ZeRO-3 meets it; batches with and without images on either rank."""
     same = EXACT | {"vision_tower": parts.siglip, "max_steps": 8, "save_steps": 8}
     plain, zero3 = tmp_path / "plain" / "run", tmp_path / "zero3" / "run"
-    lived_well(lives, settings(parts, plain, **same, per_device_train_batch_size=4), tmp_path / "life")
+    run_successfully(warm_server, settings(parts, plain, **same, per_device_train_batch_size=4), tmp_path / "launch")
     same |= {"deepspeed": configuration("zero3", tmp_path), "per_device_train_batch_size": 2}
-    lived_well(lives, settings(parts, zero3, **same), tmp_path / "life3", world=2)
+    run_successfully(warm_server, settings(parts, zero3, **same), tmp_path / "launch3", world=2)
     assert losses(zero3, 8) == pytest.approx(losses(plain, 8), rel=BOUND)
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), (1, 4)])
-def test_accumulation_does_not_change_the_losses(lives, parts, plain, tmp_path, batch, accumulation):
+def test_accumulation_does_not_change_the_losses(warm_server, parts, plain, tmp_path, batch, accumulation):
     split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
     arguments = settings(parts, tmp_path / "run", **EXACT, **split)
-    life = lived_well(lives, arguments, tmp_path / "life")
-    assert order(life) == order(plain[1])
+    launch = run_successfully(warm_server, arguments, tmp_path / "launch")
+    assert order(launch) == order(plain[1])
     assert losses(tmp_path / "run") == pytest.approx(losses(plain[0]), rel=BOUND)
 
 
-def test_a_found_cache_changes_nothing(lives, parts, plain, tmp_path):
+def test_a_found_cache_changes_nothing(warm_server, parts, plain, tmp_path):
     cache = plain[0].parent / "cache"
     assert cache.is_dir()
     run = tmp_path / "run"
     arguments = settings(parts, run, **EXACT, per_device_train_batch_size=4, data_cache=cache)
-    lived_well(lives, arguments, tmp_path / "life")
+    run_successfully(warm_server, arguments, tmp_path / "launch")
     for file in STATE[:2]:
         last = f"checkpoint-{STEPS}/{file}"
         assert (run / last).read_bytes() == (plain[0] / last).read_bytes(), file
@@ -102,22 +102,22 @@ def test_a_found_cache_changes_nothing(lives, parts, plain, tmp_path):
     ("name", "optim"),
     [*((n, "adamw_torch_fused") for n in NAMES), ("zero0", "adamw_bnb_8bit"), ("zero2", "lion_32bit")],
 )
-def test_killed_run_ends_in_the_same_bytes(lives, parts, tmp_path, name, optim):
+def test_killed_run_ends_in_the_same_bytes(warm_server, parts, tmp_path, name, optim):
     """bf16 and dropout; killed after its first checkpoint, resumed by the same command."""
     same = {"deepspeed": configuration(name, tmp_path), "bf16": True, "mm_projector_lr": 1e-3, "max_steps": 6}
     same |= {"save_steps": 3, "resume": True, "data_cache": tmp_path / "cache", "optim": optim}
-    lived_well(lives, settings(parts, tmp_path / "run", **same), tmp_path / "life", world=2)
-    killed = lives.live(settings(parts, tmp_path / "again", **same), tmp_path / "first", world=2, at_step=4)
+    run_successfully(warm_server, settings(parts, tmp_path / "run", **same), tmp_path / "launch", world=2)
+    killed = warm_server.launch(settings(parts, tmp_path / "again", **same), tmp_path / "first", world=2, at_step=4)
     assert killed.status == [-9, -9]
-    second = lived_well(lives, settings(parts, tmp_path / "again", **same), tmp_path / "second", world=2)
-    assert second.watched()[0]["step"] == 4
+    second = run_successfully(warm_server, settings(parts, tmp_path / "again", **same), tmp_path / "second", world=2)
+    assert second.micro_batches()[0]["step"] == 4
     for file in [*STATE, "random-0.json", "random-1.json"]:
         last = f"checkpoint-6/{file}"
         assert (tmp_path / "run" / last).read_bytes() == (tmp_path / "again" / last).read_bytes(), file
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_stage_0_in_16_bits_learns_as_zero2(lives, parts, tmp_path, world):
+def test_stage_0_in_16_bits_learns_as_zero2(warm_server, parts, tmp_path, world):
     """DeepSpeed's optimizer of that stage takes a step before the first gradient: Adam's count would be one ahead,
     which its first steps show most."""
     found = {}
@@ -125,7 +125,7 @@ def test_stage_0_in_16_bits_learns_as_zero2(lives, parts, tmp_path, world):
         changes = {**EXACT, "bf16": True, "max_steps": 6, "save_steps": 6, "weight_decay": 0.1, "warmup_steps": 0}
         changes |= {"deepspeed": configuration(name, tmp_path), "per_device_train_batch_size": 4 // world}
         run = tmp_path / name / "run"
-        lived_well(lives, settings(parts, run, **changes), tmp_path / f"life-{name}", world=world)
+        run_successfully(warm_server, settings(parts, run, **changes), tmp_path / f"launch-{name}", world=world)
         found[name] = losses(run, 6), load_file(run / "checkpoint-6" / STATE[0])
     assert found["zero0"][0] == pytest.approx(found["zero2"][0], rel=1e-6 if world == 1 else 2e-3)
     for name, tensor in found["zero0"][1].items():  # float32 masters: bfloat16 would have lost most of their digits
@@ -135,16 +135,16 @@ def test_stage_0_in_16_bits_learns_as_zero2(lives, parts, tmp_path, world):
 
 
 # K11: resumed on another number of ranks or ZeRO stage
-def test_other_stages_and_world_sizes_go_on_where_one_stopped(lives, parts, plain, tmp_path):
+def test_other_stages_and_world_sizes_resume_the_run(warm_server, parts, plain, tmp_path):
     """ZeRO-3 on two ranks, plain PyTorch on one, ZeRO-2 on two, ZeRO-1 on one: the plain run's records and losses."""
-    go_on_by_turns(lives, parts, plain, tmp_path, [("zero3", 2), (None, 0), ("zero2", 2), ("zero1", 1)])
+    resume_in_turn(warm_server, parts, plain, tmp_path, [("zero3", 2), (None, 0), ("zero2", 2), ("zero1", 1)])
 
 
-def test_stage_0_and_zero2_go_on_from_each_other(lives, parts, plain, tmp_path):
-    go_on_by_turns(lives, parts, plain, tmp_path, [("zero0", 2), ("zero2", 1), ("zero0", 1), ("zero2", 2)])
+def test_stage_0_and_zero2_resume_each_other(warm_server, parts, plain, tmp_path):
+    resume_in_turn(warm_server, parts, plain, tmp_path, [("zero0", 2), ("zero2", 1), ("zero0", 1), ("zero2", 2)])
 
 
-def go_on_by_turns(lives, parts, plain, tmp_path, stages: list[tuple[str | None, int]]) -> None:
+def resume_in_turn(warm_server, parts, plain, tmp_path, stages: list[tuple[str | None, int]]) -> None:
     run = tmp_path / "run"
     seen = []
     for number, (name, world) in enumerate(stages, start=1):
@@ -159,15 +159,15 @@ def go_on_by_turns(lives, parts, plain, tmp_path, stages: list[tuple[str | None,
             per_device_train_batch_size=4 // max(world, 1),
         )
         how = {"at_step": 6 * number + 2} if number < len(stages) else {}
-        life = lives.live(arguments, tmp_path / f"life{number}", world=world, **how)
-        assert set(life.status) == ({-9} if how else {0}), life.said()[-3000:]
-        seen[6 * (number - 1) :] = order(life)
+        launch = warm_server.launch(arguments, tmp_path / f"launch{number}", world=world, **how)
+        assert set(launch.status) == ({-9} if how else {0}), launch.printed()[-3000:]
+        seen[6 * (number - 1) :] = order(launch)
     assert seen == order(plain[1])
     assert losses(run) == pytest.approx(losses(plain[0]), rel=BOUND)
 
 
 # R12: text on one rank, images on another
-def test_text_and_images_on_different_ranks_do_not_wait_for_each_other(lives, parts, tmp_path):
+def test_text_and_images_on_different_ranks_do_not_wait_for_each_other(warm_server, parts, tmp_path):
     """ZeRO-3, every step one rank with images and one without, in turn: 50 steps."""
     rows = json.loads(parts.data.read_text())
     imaged, text = [r for r in rows if "image" in r][:5], [r for r in rows if "image" not in r][:5]
@@ -179,12 +179,12 @@ def test_text_and_images_on_different_ranks_do_not_wait_for_each_other(lives, pa
     arguments = settings(
         parts, tmp_path / "run", deepspeed=configuration("zero3", tmp_path), per_device_train_batch_size=1, **changes
     )
-    life = lived_well(lives, arguments, tmp_path / "life", world=2, limit=240)
-    assert len(life.watched(0)) == len(life.watched(1)) == 50
+    launch = run_successfully(warm_server, arguments, tmp_path / "launch", world=2, limit=240)
+    assert len(launch.micro_batches(0)) == len(launch.micro_batches(1)) == 50
 
 
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_qmoslora_leaves_its_base_alone_and_learns(lives, parts, tmp_path, name):
+def test_qmoslora_leaves_its_base_alone_and_learns(warm_server, parts, tmp_path, name):
     """NF4 LLM, bf16 adapters, two ranks: every frozen byte is the same afterwards, and the loss falls no less than
     over the same LLM in 16 bits."""
     steps, fallen = 4 * STEPS, {}
@@ -193,8 +193,8 @@ def test_qmoslora_leaves_its_base_alone_and_learns(lives, parts, tmp_path, name)
         changes = {"bf16": True, "learning_rate": 1e-2, "max_steps": steps, "save_steps": steps}
         arguments = settings(parts, run, bits=bits, deepspeed=configuration(name, tmp_path), **changes)
         hooks = [["support.frozen:digest_around_training", {}]]
-        life = lived_well(lives, arguments, tmp_path / f"life-{bits}", world=2, hooks=hooks)
-        before, after = re.findall(r"^frozen (.*)$", life.said(), re.MULTILINE)
+        launch = run_successfully(warm_server, arguments, tmp_path / f"launch-{bits}", world=2, hooks=hooks)
+        before, after = re.findall(r"^frozen (.*)$", launch.printed(), re.MULTILINE)
         assert before == after and ("Params4bit" in before) == (bits == 4)
         tensors = load_file(run / f"checkpoint-{steps}" / STATE[0])
         assert all(t.any() for n, t in tensors.items() if "lora_B" in n)
@@ -204,21 +204,21 @@ def test_qmoslora_leaves_its_base_alone_and_learns(lives, parts, tmp_path, name)
     assert fallen[4] > 0.9 * fallen[16], fallen
 
 
-def test_same_world_size_is_told_from_another_by_its_random_streams(lives, parts, tmp_path):
+def test_another_world_size_is_noticed_by_its_random_streams(warm_server, parts, tmp_path):
     """A checkpoint of two ranks holds two ranks' random streams; one rank does not take another's."""
     config = configuration("zero2", tmp_path)
     same = {"deepspeed": config, "save_steps": 1, "resume": True, "max_steps": 2}
-    lived_well(lives, settings(parts, tmp_path / "run", **same), tmp_path / "life", world=2)
+    run_successfully(warm_server, settings(parts, tmp_path / "run", **same), tmp_path / "launch", world=2)
     folder = tmp_path / "run" / "checkpoint-2"
     one, other = ((folder / f"random-{rank}.json").read_bytes() for rank in (0, 1))
     assert one and other
     shutil.rmtree(folder)
     alone = settings(parts, tmp_path / "run", **same, per_device_train_batch_size=4)
-    lived_well(lives, alone, tmp_path / "alone", world=1)
+    run_successfully(warm_server, alone, tmp_path / "alone", world=1)
     assert not (folder / "random-1.json").exists()
 
 
-def test_a_checkpoint_is_as_large_as_it_must_be(lives, parts, tmp_path):
+def test_a_checkpoint_is_as_large_as_it_must_be(warm_server, parts, tmp_path):
     """Master and two moments in float32 per trained parameter, and at most a tenth more."""
     wider = {
         "model_name_or_path": write_llm(tmp_path / "llm", hidden_size=256, intermediate_size=512),
@@ -227,7 +227,7 @@ def test_a_checkpoint_is_as_large_as_it_must_be(lives, parts, tmp_path):
     ranks = {"lora_r": 32, "vision_lora_r": 32, "max_steps": 1, "save_steps": 1}
     config = configuration("zero2", tmp_path)
     arguments = settings(parts, tmp_path / "run", deepspeed=config, **ranks, **wider)
-    lived_well(lives, arguments, tmp_path / "life", world=2)
+    run_successfully(warm_server, arguments, tmp_path / "launch", world=2)
     folder = tmp_path / "run" / "checkpoint-1"
     trained = sum(t.numel() for t in load_file(folder / STATE[0]).values())
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

@@ -145,7 +145,7 @@ class JsonStream:
         else:
             self._column += len(done)
         pending = self._window[self._start :]
-        data = self._file.read(max(WINDOW, len(pending), 4))  # 4: a byte order mark whole
+        data = self._file.read(max(WINDOW, len(pending), 4))  # 4: a complete byte order mark
         at = self.bytes_read - len(self._rest)  # the offset in the file of the first byte to decode
         first, self.bytes_read = self.bytes_read == 0, self.bytes_read + len(data)
         raw = self._rest + data

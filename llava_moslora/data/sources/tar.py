@@ -45,7 +45,7 @@ class Tar(Container):
                         images[member.name] = CheckedImage.of(content.read(), file, member.name, at, check)
         except (tarfile.TarError, EOFError) as error:
             raise Refusal(
-                "D-PARSE", "not a whole tar file without compression", file=file, found=error,
+                "D-PARSE", "not a complete uncompressed tar file", file=file, found=error,
                 fix="copy it again; unpack a compressed one (gunzip): an image is read by its position",
             ) from None  # fmt: skip
         for value, problem in records:

@@ -1,9 +1,10 @@
-"""Many lives of one training command for the price of one import: a process that has everything loaded and forks.
+"""Starts a training command many times at the cost of one import: a server that has imported everything, and forks.
 
-A life is the real ``main()`` of scripts/train_vit_llm.py with real arguments, on one rank or several, in processes of
-its own that are killed or left to end. What it computed is in ``OUTPUT-RANK.watch``: one JSON line per micro-batch.
+A launch runs the real ``main()`` of scripts/train_vit_llm.py with real arguments, on one rank or several, in new
+processes that are killed or run to the end. What was computed is in ``OUTPUT-RANK.steps``: one JSON line per
+micro-batch.
 
-``python -m support.lives`` is the server: it reads one JSON request per line and answers with one JSON line.
+``python -m support.warm_server`` is the server: it reads one JSON request per line and answers with one JSON line.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-class Lives:
-    """The server and its client's end. Use as a context manager."""
+class WarmServer:
+    """Starts the server and sends it requests. A context manager."""
 
-    def __enter__(self) -> Lives:
+    def __enter__(self) -> WarmServer:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment = os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "support.lives"],
+            [sys.executable, "-m", "support.warm_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -39,58 +40,58 @@ class Lives:
         return self
 
     def __exit__(self, *_) -> None:
-        self.server.kill()  # every life has ended; it only waits for requests
+        self.server.kill()  # every launch has ended; it only waits for requests
         self.server.wait()
         self.server.stdin.close(), self.server.stdout.close()
 
-    def live(self, arguments: list[str], output: Path, *, world: int = 0, **how) -> Life:
-        """Live once.
+    def launch(self, arguments: list[str], output: Path, *, world: int = 0, **how) -> Launch:
+        """Run the training command once, and wait for its end.
 
         Args:
             arguments: the command line of scripts/train_vit_llm.py.
-            output: stem of the files that the life writes: ``OUTPUT-RANK.out`` and ``OUTPUT-RANK.watch``.
-            world: ranks; 0 is one process that knows of no launcher.
+            output: stem of the files that are written: ``OUTPUT-RANK.out`` and ``OUTPUT-RANK.steps``.
+            world: ranks; 0 is one process without a launcher.
             how: ``kill``: seconds after which ``signal`` (default SIGKILL) is sent to ``ranks`` (default: all);
                 ``at_step``: send it once rank 0 has computed a micro-batch of this step instead; ``hooks``:
                 ``["MODULE:FUNCTION", {argument: value}]``, called in the child before ``main``; ``main``:
                 ``MODULE:FUNCTION`` instead of training's; ``limit``: seconds after which everything left is killed
-                and the life counts as stuck; ``bury``: kill those that were sent the signal once all
-                others have ended (a stopped process cannot); ``wake``: seconds after which SIGCONT follows it.
+                and the launch counts as stuck; ``kill_stopped``: kill the ranks that were sent the signal once all
+                others have ended (a stopped process cannot end); ``cont_after``: seconds until SIGCONT follows.
         """
         request = {"arguments": [str(a) for a in arguments], "output": str(output), "world": world, **how}
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         answer = self.server.stdout.readline()
-        assert answer, f"the server of lives died, status {self.server.poll()}"
-        return Life(Path(output), max(world, 1), **json.loads(answer))
+        assert answer, f"the server died, status {self.server.poll()}"
+        return Launch(Path(output), max(world, 1), **json.loads(answer))
 
 
-class Life:
-    """How a life ended.
+class Launch:
+    """How one run of the training command ended.
 
     Attributes:
         status: int per rank: exit status, or minus the signal that ended it.
-        seconds: of the whole life.
-        outlived: seconds that the last rank lived on after the first was killed.
-        began: when it was forked, on the clock of ``watched``.
+        seconds: from the fork to the end of the last rank.
+        survived: seconds from the end of the first rank to the end of the last.
+        began: when it was forked, on the clock of ``micro_batches``.
         stuck: whether it had to be ended at its time limit.
     """
 
-    def __init__(self, output: Path, world: int, *, status: list[int], seconds, outlived, began, stuck: bool):
+    def __init__(self, output: Path, world: int, *, status: list[int], seconds, survived, began, stuck: bool):
         self.output, self.world, self.status = output, world, status
-        self.seconds, self.outlived, self.began, self.stuck = seconds, outlived, began, stuck
+        self.seconds, self.survived, self.began, self.stuck = seconds, survived, began, stuck
 
     @property
-    def ended_well(self) -> bool:
+    def succeeded(self) -> bool:
         return set(self.status) == {0}
 
-    def said(self, rank: int = 0) -> str:
+    def printed(self, rank: int = 0) -> str:
         file = Path(f"{self.output}-{rank}.out")  # not there yet if it was killed right after the fork
         return file.read_text(errors="replace") if file.exists() else ""
 
-    def watched(self, rank: int = 0) -> list[dict]:
+    def micro_batches(self, rank: int = 0) -> list[dict]:
         """Micro-batches of a rank in order: step, records, loss (hexadecimal float)."""
-        file = Path(f"{self.output}-{rank}.watch")
+        file = Path(f"{self.output}-{rank}.steps")
         lines = file.read_text().splitlines() if file.exists() else []
         return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may cut the last line
 
@@ -103,12 +104,12 @@ def serve() -> None:
     os.dup2(2, 1)  # libraries that print do not disturb the answers
     _import_everything()
     for line in sys.stdin:
-        answers.write(json.dumps(_live(json.loads(line))) + "\n")
+        answers.write(json.dumps(_launch(json.loads(line))) + "\n")
         answers.flush()
 
 
 def _import_everything() -> None:
-    """What a life would import, also late: nothing here may start threads or a process group."""
+    """All that training imports, also late: nothing here may start threads or a process group."""
     sys.path.insert(0, str(ROOT / "scripts"))
     names = (
         "torch torch._dynamo torch.distributed.tensor transformers transformers.models.llama.modeling_llama "
@@ -121,11 +122,11 @@ def _import_everything() -> None:
         importlib.import_module(name)
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
-    with contextlib.suppress(Exception):  # built by the first life where it is not there yet
+    with contextlib.suppress(Exception):  # built by the first launch if it is missing
         ShareMemCommBuilder().load(verbose=False)
 
 
-def _live(request: dict) -> dict:
+def _launch(request: dict) -> dict:
     world, output = request["world"], request["output"]
     port = _free_port()
     begin = time.monotonic()
@@ -138,23 +139,23 @@ def _live(request: dict) -> dict:
     while children:
         now = time.monotonic()
         due = at is not None and now >= at
-        due = due or ("at_step" in request and _began(Path(f"{output}-0.watch"), request["at_step"]))
+        due = due or ("at_step" in request and _began(Path(f"{output}-0.steps"), request["at_step"]))
         if due and not sent:
             for rank in request.get("ranks", range(len(pids))):
                 if pids[rank] in children:
                     os.kill(pids[rank], request.get("signal", signal.SIGKILL))
             sent, first_death = True, now
-            wake = now + request["wake"] if "wake" in request else None
-        if sent and wake is not None and now >= wake:
+            cont_at = now + request["cont_after"] if "cont_after" in request else None
+        if sent and cont_at is not None and now >= cont_at:
             for rank in request.get("ranks", range(len(pids))):
                 if pids[rank] in children:
                     os.kill(pids[rank], signal.SIGCONT)
-            wake = None
+            cont_at = None
         if now > until:
             stuck = True
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
-        if request.get("bury") and sent and children and {*children.values()} <= {*request["ranks"]}:
+        if request.get("kill_stopped") and sent and children and {*children.values()} <= {*request["ranks"]}:
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
         for pid in list(children):
@@ -169,7 +170,7 @@ def _live(request: dict) -> dict:
     return {
         "status": [status[rank] for rank in sorted(status)],
         "seconds": end - begin,
-        "outlived": end - first_death,
+        "survived": end - first_death,
         "began": begin,
         "stuck": stuck,
     }
@@ -192,11 +193,11 @@ def _fork(rank: int, world: int, port: int, request: dict) -> int:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             place |= {"LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()})
-        os.environ["WATCH"] = f"{request['output']}-{rank}.watch"
+        os.environ["STEPS_FILE"] = f"{request['output']}-{rank}.steps"
         sys.argv = ["scripts/train_vit_llm.py", *request["arguments"]]
         import train_vit_llm
 
-        train_vit_llm.MosLoraTrainer = _watching(train_vit_llm.MosLoraTrainer)
+        train_vit_llm.MosLoraTrainer = _recording(train_vit_llm.MosLoraTrainer)
         for hook, named in request.get("hooks", []):
             _resolve(hook)(**named)
         from llava_moslora.errors import run_script
@@ -217,10 +218,10 @@ def _resolve(name: str):
     return getattr(importlib.import_module(module), function)
 
 
-def _watching(trainer: type) -> type:
+def _recording(trainer: type) -> type:
     """A trainer that notes every micro-batch, taken from the batch itself: loaders run ahead."""
 
-    class Watching(trainer):
+    class Recording(trainer):
         def get_batch_samples(self, epoch_iterator, num_batches, device):
             self.seen = []
 
@@ -236,12 +237,12 @@ def _watching(trainer: type) -> type:
             note(self.state.global_step + 1, self.seen.pop(0), loss)
             return loss
 
-    return Watching
+    return Recording
 
 
 def note(step: int, records: list[int], loss) -> None:
     line = json.dumps({"step": step, "records": records, "loss": float(loss).hex(), "time": time.monotonic()})
-    with open(os.environ["WATCH"], "a") as file:
+    with open(os.environ["STEPS_FILE"], "a") as file:
         file.write(line + "\n")
 
 
