@@ -28,6 +28,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 EXIT_STATUS = {
     "C": 2,  # configuration: a flag, a configuration file, a combination of settings
@@ -155,14 +156,15 @@ def run_script(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()  # while a full disk behind it can still change the exit status
     except Refusal as refusal:
-        _leave(refusal)
+        leave(refusal)
     except SystemExit:
         raise
     except BaseException as error:  # the boundary: nothing leaves a script as a traceback
-        _leave(known_failure(error) or defect(error))
+        leave(known_failure(error) or defect(error))
 
 
-def _leave(refusal: Refusal) -> None:
+def leave(refusal: Refusal) -> NoReturn:
+    """Print the refusal as one line on stderr and exit with its status."""
     rank, ranks = (int(text) if (text := os.environ.get(n, "")).isdecimal() else 0 for n in ("RANK", "WORLD_SIZE"))
     if rank > 0:
         # Usually all ranks refuse the same thing at the same time. Rank 0 prints it, and the launcher ends the others

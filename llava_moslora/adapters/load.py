@@ -122,7 +122,7 @@ def _read_tensors(path: Path) -> dict[str, LazyTensor]:
     if not file.is_file():
         raise Refusal("K-ADAPTER", "no adapter weights here", file=path, expected=WEIGHT_FILES[0])
     try:
-        return read_tensor_file(file)
+        return read_tensor_file(file, only_tensors=True)
     except Refusal as refusal:
         what, found = "the weights cannot be read", refusal.found
         raise Refusal("K-ADAPTER", what, file=file, found=found, fix=refusal.fix) from refusal

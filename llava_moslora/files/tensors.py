@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, few
 from llava_moslora.files.disk import DOWNLOAD_AGAIN, read_json
 
 # In the order in which transformers looks for them; each may be sharded, with an index.
@@ -58,16 +58,20 @@ def in_memory(tensors: Mapping[str, Tensor], source: Path) -> dict[str, LazyTens
     return {name: LazyTensor.of(tensor, source) for name, tensor in tensors.items()}
 
 
-def read_tensor_file(file: Path) -> dict[str, LazyTensor]:
+def read_tensor_file(file: Path, *, only_tensors: bool = False) -> dict[str, LazyTensor]:
     """The tensors of one file by name. In a torch file, what is not a tensor is ignored.
 
     Raises:
-        Refusal: K-MISSING; K-DAMAGED, truncated or not of plain tensors.
+        Refusal: K-MISSING; K-DAMAGED, truncated or not of plain tensors, or with ``only_tensors`` something else in it.
     """
     if not file.is_file():
         raise Refusal("K-MISSING", "no such file", file=file, fix=DOWNLOAD_AGAIN)
     if file.suffix != ".safetensors":
-        return in_memory({name: t for name, t in _read_torch(file).items() if isinstance(t, Tensor)}, file)
+        content = _read_torch(file)
+        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        if only_tensors and (others := content.keys() - tensors.keys()):
+            raise Refusal("K-DAMAGED", "not a file of named tensors", file=file, found=few(sorted(map(str, others))))
+        return in_memory(tensors, file)
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118

@@ -24,7 +24,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files import disk
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.publish import sweep
-from llava_moslora.runs.checkpoints import lock_run, newest_valid
+from llava_moslora.runs.checkpoints import checkpoints, lock_run, newest_valid
 from llava_moslora.runs.output_dir import DATA_REPORT, check_output, files_of_run, has_begun
 from llava_moslora.runs.record import GROUPS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
 
@@ -48,14 +48,23 @@ TRAINING = (
 
 
 def check_resume(training: TrainingSettings, settings: RunSettings, fingerprints: dict[str, Any]) -> None:
-    """With ``resume``: whether the run in ``output_dir``, if one has begun, can be resumed by this call. Only reads, so
-    that it can be asked before any weights are loaded; :func:`open_run` asks again under the folder's lock.
+    """With ``resume``: refuse, before any weights are loaded, a call that differs from the run in ``output_dir``.
+
+    Takes no lock and reads no weight: what a damaged or just deleted checkpoint means is left to :func:`open_run`.
 
     Raises:
-        Refusal: as :func:`open_run` about a run that is to be resumed.
+        Refusal: K-CHANGED, as :func:`open_run`; K-RUN, run.json is damaged.
     """
-    if training.resume and has_begun(training.run_folder):
-        _checkpoint_to_resume(training.run_folder, settings, fingerprints, training.allow_change)
+    run = training.run_folder
+    if not (training.resume and has_begun(run)):
+        return
+    facts = None
+    for checkpoint in checkpoints(run)[:1]:
+        try:
+            facts = read_facts(checkpoint)
+        except (Refusal, OSError):
+            continue
+    _refuse_changes(run, changes(read_run(run), settings), facts, fingerprints, training.allow_change)
 
 
 def open_run(
@@ -108,11 +117,21 @@ def _checkpoint_to_resume(
             found="; ".join(refusal.line() for refusal in skipped),
             fix="put a copy of one back, or choose another --output_dir; --overwrite True deletes this run",
         )  # fmt: skip
-    changed = changes(record, settings)
+    facts = None
     if checkpoint is not None:
-        manifest = read_facts(checkpoint)
-        check_seed(record, checkpoint, manifest)
-        changed |= {name: (manifest.get(name), now) for name, now in fingerprints.items() if manifest.get(name) != now}
+        facts = read_facts(checkpoint)
+        check_seed(record, checkpoint, facts)
+    _refuse_changes(run, changes(record, settings), facts, fingerprints, allow_change)
+    return checkpoint, skipped
+
+
+def _refuse_changes(
+    run: Path, changed: dict[str, tuple[Any, Any]], facts: dict[str, Any] | None, fingerprints: dict[str, Any],
+    allow_change: list[str],
+) -> None:  # fmt: skip
+    """Refuse settings that differ, and inputs that differ from the ``facts`` of a checkpoint, unless allowed."""
+    if facts is not None:
+        changed |= {name: (facts.get(name), now) for name, now in fingerprints.items() if facts.get(name) != now}
     changed = {name: both for name, both in changed.items() if name not in allow_change}
     if changed:
         shown = {name: only_differing(*both) for name, both in changed.items()}
@@ -122,7 +141,6 @@ def _checkpoint_to_resume(
             expected="; ".join(f"{name} {then}" for name, (then, _) in shown.items()),
             fix=f"give the run's own values, or --allow_change {' '.join(changed)}",
         )  # fmt: skip
-    return checkpoint, skipped
 
 
 def only_differing(then: object, now: object) -> tuple[object, object]:

@@ -244,7 +244,7 @@ def parse(
     if file := _early(argv).config:
         known = {f.name for group in ARGUMENTS for f in fields(group) if f.init}
         argv = [*_as_flags(read_config(Path(file)), known, file), *argv]
-    if deepspeed := _early(argv).deepspeed:
+    if (deepspeed := _early(argv).deepspeed) is not None:
         read_deepspeed_config(deepspeed)  # the Trainer looks into it while it reads its flags
     values = parser.parse(argv)
     model, data, adapter, training = ({f.name: values[f.name] for f in fields(g) if f.init} for g in ARGUMENTS)

@@ -284,6 +284,14 @@ def test_an_unreadable_folder_is_refused(tmp_path, break_it, message):
         read_adapter(tmp_path)
 
 
+def test_a_mixer_that_is_no_tensor_is_refused(tmp_path):
+    """Ignored, the layer would become a LoRA without a mixer."""
+    tensors = {f"up.lora_{part}.weight": torch.ones(1, 1) for part in ("A", "B")}
+    torch.save(tensors | {"up.lora_AB.weight": [1.0]}, tmp_path / "a.pth")
+    with pytest.raises(Refusal, match=r"K-ADAPTER\] .*a\.pth: the weights cannot be read; found up\.lora_AB\.weight"):
+        read_adapter(tmp_path / "a.pth", lora_alpha=1)
+
+
 # K5: a pickle with code
 def test_a_pickle_runs_nothing(tmp_path):
     class Trap:

@@ -191,6 +191,8 @@ def test_yaml_that_builds_objects_is_refused(tmp_path):
 def test_deepspeed_file_is_looked_at_first(tmp_path):
     with pytest.raises(Refusal, match=r"nowhere\.json:--deepspeed: no such file"):
         parse([*required(tmp_path), "--deepspeed", "nowhere.json"])
+    with pytest.raises(Refusal, match=r"--deepspeed: no such file"):  # "$ZERO" with the variable unset
+        parse([*required(tmp_path), "--deepspeed", ""])
     file = tmp_path / "ds.json"
     file.write_text('{"zero_optimization": {"stage": 2,}}')
     with pytest.raises(Refusal, match=r"ds\.json:--deepspeed: not JSON; found line 1"):
