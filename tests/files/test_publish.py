@@ -51,7 +51,7 @@ def test_an_error_of_our_own_is_not_called_a_full_disk(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_leftovers_of_killed_lives_are_swept(tmp_path):
+def test_leftovers_of_killed_runs_are_deleted(tmp_path):
     make(tmp_path, 1)
     for name in (".checkpoint-2.0badcafe.staging", ".checkpoint-1.0badcafe.trash"):
         (tmp_path / name / "adapter").mkdir(parents=True)

@@ -47,7 +47,7 @@ def test_a_rank_that_never_reported_is_named():
     )
 
 
-def test_a_rank_that_lives_but_stays_behind_is_named():
+def test_a_running_rank_that_falls_behind_is_named():
     found = watching(rank(5, progress_at=90), rank(4, progress_at=89), rank(5, progress_at=90)).hung_ranks(101)
     assert found == "no rank made progress for 10 s; behind the others is rank 1 (process 7 on node-a)"
 
