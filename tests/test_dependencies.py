@@ -37,7 +37,10 @@ def imported(folder: str) -> dict[str, Path]:
     """Packages that are imported anywhere in a folder's files, each with one of them; neither Python's nor our own."""
     own = {"llava_moslora", "scripts", "support"} | {path.stem for path in ROOT.glob("*/*.py")}
     found = {}
+    downloaded = [ROOT / "playground" / name for name in ("data", "models", "runs")]  # by the demo
     for path in (ROOT / folder).rglob("*.py"):
+        if any(path.is_relative_to(other) for other in downloaded):
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
