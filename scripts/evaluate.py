@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("run", nargs="+", help="a run or an export; with --compare two results")
     parser.add_argument("--benchmark", nargs="+", metavar="NAME", help="benchmarks, or all")
     parser.add_argument("--data", help="folder with the benchmarks' TSV files")
-    parser.add_argument("--limit", type=int, help="ask so many questions of each benchmark, spread over its file")
+    parser.add_argument("--limit", type=int, help="ask a sample of so many questions of each benchmark")
     parser.add_argument("--prompts", help=f"set of prompts: {', '.join(PROMPTS)}; the first is the paper's")
     parser.add_argument("--rules", help=f"how answers are read: {', '.join(RULES)}; rules-2024 are the paper's")
     parser.add_argument("--paper", metavar="ROW", help=f"show a row of the paper's Table 5: {', '.join(PAPER_ROWS)}")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,13 +65,9 @@ class Questions:
     def of(
         cls, benchmark: Benchmark, table: Table, *, prompts: str, batch_size: int, limit: int | None = None
     ) -> Questions:
-        """The rows of ``limit`` units, spread evenly over the file; of each unit all rows."""
-        units = [unit_of(row, benchmark.kind) for row in table.rows]
-        names = list(dict.fromkeys(units))
-        if limit is not None and limit < len(names):
-            names = [names[k * len(names) // limit] for k in range(limit)]
-        kept = set(names)
-        numbers = tuple(number for number, unit in enumerate(units) if unit in kept)
+        """The rows of ``limit`` units, a random sample that is always the same; of each unit all rows."""
+        kept = set(sample(table.rows, benchmark.kind)[:limit])
+        numbers = tuple(number for number, row in enumerate(table.rows) if unit_of(row, benchmark.kind) in kept)
         return cls(benchmark, table, numbers, prompts, batch_size, limit)
 
     @property
@@ -102,6 +99,18 @@ class Questions:
     def image_and_prompt(self, number: int) -> Question:
         text = self.prompt(number)
         return self.table.images(number)[:1], [Turn("human", f"<image>\n{text}")]
+
+
+def sample(rows: Sequence[Row], kind: str) -> list[str]:
+    """All units in a random order that their names alone decide; of MME one of every subtask in turn."""
+    subtasks: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        subtasks[row["category"] if kind == "yes-no" else ""].add(unit_of(row, kind))
+    order: list[tuple[int, str, str]] = []
+    for units in subtasks.values():
+        hashed = sorted((hashlib.sha256(unit.encode()).hexdigest(), unit) for unit in units)
+        order += [(turn, digest, unit) for turn, (digest, unit) in enumerate(hashed)]
+    return [unit for _, _, unit in sorted(order)]
 
 
 def source_header(folder: str | Path, checkpoint: Path | None) -> Header:

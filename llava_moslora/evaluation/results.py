@@ -17,7 +17,7 @@ from llava_moslora.evaluation.benchmarks import BENCHMARKS, PAPER
 from llava_moslora.evaluation.compare import Comparison, score_interval
 from llava_moslora.evaluation.prompts import PROMPTS
 from llava_moslora.evaluation.reading import RULES
-from llava_moslora.evaluation.scoring import Outcome, Score, Unit
+from llava_moslora.evaluation.scoring import JUDGED, Outcome, Score, Unit
 from llava_moslora.files.disk import read_json, replace_file, replace_json
 
 SCORE, RESULTS, TABLE = "score.json", "results.json", "results.md"
@@ -42,9 +42,9 @@ class Result:
     @property
     def remarks(self) -> str:
         """What the reader must know about the number, and what differs from how the paper's was made."""
-        limit = self.header.get("limit")
-        sample = f"a sample of {limit}" if limit is not None else ""
-        return "; ".join(filter(None, (self.score.note, sample, BENCHMARKS[self.header["benchmark"]].paper)))
+        benchmark, limit = BENCHMARKS[self.header["benchmark"]], self.header.get("limit")
+        sample = f"a sample of {len(self.score.outcomes)} rows" if limit is not None else ""
+        return "; ".join(filter(None, (self.score.note, sample, benchmark.paper)))
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -133,12 +133,14 @@ def average(results: Mapping[str, Result]) -> float | None:
 
 
 def table(results: Mapping[str, Result], missing: Sequence[str], paper: str = "") -> str:
-    """A line per benchmark as a table in Markdown, then how the numbers were made."""
-    head = ["benchmark", "score", "95 % interval", "unread", *([paper] if paper else []), "remarks"]
+    """A line per benchmark as a table in Markdown, then remarks on each, then how all were made."""
+    head = ["benchmark", "score", "95 % interval", "unread", *([paper] if paper else []), ""]
     rows = [_row(name, result, paper) for name, result in results.items()]
     if (mean := average(results)) is not None:
         rows.append(["average", f"{mean:.1f}", "", "", *([f"{PAPER_ROWS[paper]['average']:.1f}"] if paper else []), ""])
     lines = [_markdown(head, rows), ""]
+    lines += [f"- {BENCHMARKS[name].title}: {result.remarks}" for name, result in results.items() if result.remarks]
+    lines += [""] * (lines[-1] != "")
     rules = sorted({result.score.rules for result in results.values()})
     prompts = sorted({str(result.header["prompts"]) for result in results.values()})
     lines += [f"Answers are greedy, without a judge. Rules: {', '.join(f'{r} ({RULES[r].source})' for r in rules)}."]
@@ -160,7 +162,7 @@ def _row(name: str, result: Result, paper: str) -> list[str]:
     row.append("–" if value is None else f"{result.score.unread:.1%}")
     if paper:
         row.append(f"{PAPER_ROWS[paper][name]:.1f}")
-    return [*row, result.remarks]
+    return [*row, result.score.note if BENCHMARKS[name].kind in JUDGED else ""]
 
 
 def check_comparable(a: Mapping[str, Result], b: Mapping[str, Result]) -> None:

@@ -91,14 +91,16 @@ def test_batches_are_cut_by_length_and_hold_every_row_once(chat_model, data):
     assert lengths == sorted(lengths, reverse=True) and lengths[0] > lengths[-1]
 
 
-def test_a_limit_takes_whole_units_from_the_whole_file(data):
+def test_a_limit_is_a_sample_of_whole_units(data):
     asked = questions(data, "mmbench_cn", limit=5)
     groups = {question_of(row) for row in asked.rows}
-    assert len(groups) == 5 and max(groups) > 20
+    assert len(groups) == 5 and max(groups) > 20 and min(groups) < 20
+    assert groups < {question_of(row) for row in questions(data, "mmbench_cn", limit=6).rows}
     assert len(asked.rows) == sum(question_of(row) in groups for row in asked.table.rows)
     pairs = [row["image_path"] for row in questions(data, "mme", limit=7).rows]
     assert len(pairs) == 14 and all(pairs.count(name) == 2 for name in pairs)
-    assert len(questions(data, "mme", limit=1000).rows) == 140
+    assert len({row["category"] for row in questions(data, "mme", limit=14).rows}) == 14
+    assert len(questions(data, "mme", limit=1000).rows) == len(questions(data, "mme").rows) == 140
 
 
 def test_a_stopped_evaluation_asks_only_what_is_open(chat_model, data, tmp_path, calls):

@@ -60,7 +60,7 @@ def test_all_that_is_there_is_asked_scored_and_compared(runs, data, tmp_path, mo
     printed = capsys.readouterr().out
     assert "| MME " in printed and "60.5" in printed and "missing: AI2D_TEST.tsv (ai2d)." in printed
     assert (
-        "a sample of 2" in printed
+        "a sample of 2 rows" in printed
         and "No average: 7 of 9" in printed
         and printed in (tmp_path / "b/results.md").read_text()
     )
