@@ -14,11 +14,14 @@ in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as i
 """
 
 import argparse
+import fcntl
+import itertools
 import json
 import logging
 import os
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -34,7 +37,7 @@ from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.checks import open_benchmark
 from llava_moslora.evaluation.compare import compare
 from llava_moslora.evaluation.prompts import PROMPTS
-from llava_moslora.evaluation.reading import RULES
+from llava_moslora.evaluation.reading import RULES, Rules
 from llava_moslora.evaluation.results import (
     PAPER_ROWS,
     Result,
@@ -143,29 +146,35 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
                      batch_size=args.batch_size, limit=args.limit)
         for name in wanted
     ]  # fmt: skip
-    checkpoint = from_rank_0(newest_checkpoint(source) if (source / RUN).is_file() else None)
-    header = from_rank_0(source_header(source, checkpoint))
-    # One decision for all ranks, before any of them writes.
-    if open_ := from_rank_0([n for n, q in zip(wanted, asked, strict=True) if not complete(q, header, output / n)]):
-        chat_model = load(source, checkpoint=checkpoint)
-        for name, questions in zip(wanted, asked, strict=True):
-            if name in open_:
-                ask_benchmark(chat_model, questions, header, output / name)
-    from_all_ranks(None)  # wait until the last answer is written
-    if rank() == 0:
-        for name, questions in zip(wanted, asked, strict=True):
-            stored, answers = read_answers(output / name, questions.header() | header)
-            result = Result(stored, score(questions.benchmark.kind, questions.rows, answers, rules))
-            write_result(output / name, result)
-        # Also those that an earlier command scored.
-        alike = {
-            name: result
-            for name, result in read_results(output).items()
-            if result.header.get("model") == header["model"] and result.score.rules == rules.name
-        }
-        print(write_results(output, str(source), alike, [name for name in missing if name not in alike], paper), end="")
+    with locked(output / f".lock-{rank()}"):
+        checkpoint = from_rank_0(newest_checkpoint(source) if (source / RUN).is_file() else None)
+        header = from_rank_0(source_header(source, checkpoint))
+        # One decision for all ranks, before any of them writes.
+        done = from_rank_0([complete(questions, header, output / questions.benchmark.name) for questions in asked])
+        if not all(done):
+            chat_model = load(source, checkpoint=checkpoint)
+            for questions in itertools.compress(asked, [not whole for whole in done]):
+                ask_benchmark(chat_model, questions, header, output / questions.benchmark.name)
+        from_all_ranks(None)  # wait until the last answer is written
+        if rank() == 0:
+            results = scored(output, asked, header, rules)
+            missing = [name for name in missing if name not in results]
+            print(write_results(output, str(source), results, missing, paper), end="")
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def scored(output: Path, asked: list[Questions], header: Header, rules: Rules) -> dict[str, Result]:
+    """Benchmark → result of what was asked, and of what an earlier command asked the same model."""
+    for questions in asked:
+        folder = output / questions.benchmark.name
+        stored, answers = read_answers(folder, questions.header() | header)
+        write_result(folder, Result(stored, score(questions.benchmark.kind, questions.rows, answers, rules)))
+    return {
+        name: result
+        for name, result in read_results(output).items()
+        if result.header.get("model") == header["model"] and result.score.rules == rules.name
+    }
 
 
 def join_ranks() -> None:
@@ -214,6 +223,26 @@ def new_output(folder: str) -> Path:
     except OSError as error:
         what = "nothing can be written in this folder"
         raise Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror) from error
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock: also a worker that outlived its launcher must not write next to a new one.
+
+    Raises:
+        Refusal: C-LOCKED, another process holds it.
+    """
+    with open(file, "w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(
+                "C-LOCKED", "another process is evaluating into this folder", file=file.parent, key="--output",
+                fix="wait for it, or choose another --output",
+            ) from None  # fmt: skip
+        except OSError:  # a file system without locks
+            logging.warning("%s has no locks: run one evaluation into it at a time", file.parent)
+        yield
 
 
 def complete(questions: Questions, header: Header, folder: Path) -> bool:

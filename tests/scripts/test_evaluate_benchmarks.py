@@ -150,6 +150,16 @@ def test_what_cannot_be_used_is_refused_before_loading(runs, data, tmp_path, mon
         evaluated(monkeypatch, tmp_path, tmp_path, "--compare")
 
 
+def test_one_evaluation_at_a_time(runs, data, tmp_path, monkeypatch):
+    words = [runs / "moslora", "--benchmark", "seed", "--data", data, "--limit", 1, "--output", tmp_path]
+    with (
+        evaluate.locked(tmp_path / ".lock-0"),
+        pytest.raises(Refusal, match=r"C-LOCKED\] .*:--output: another process is evaluating into this folder"),
+    ):
+        evaluated(monkeypatch, *words)
+    evaluated(monkeypatch, *words)
+
+
 def test_neither_a_run_nor_an_export(data, tmp_path, monkeypatch):
     with pytest.raises(Refusal, match=r"C-PATH\] .*: no such folder"):
         evaluated(monkeypatch, tmp_path / "no", "--benchmark", "seed", "--data", data, "--output", tmp_path / "out")
