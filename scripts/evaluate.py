@@ -1,49 +1,264 @@
-"""Short-answer accuracy of a training run on a question file, with the image shown or blanked.
+"""How good a model is: on the paper's benchmarks, on a question file, or next to another model.
 
+    python scripts/evaluate.py runs/demo --benchmark all --data benchmarks --output results/demo
+    python scripts/evaluate.py results/a results/b --compare
     python scripts/evaluate.py runs/demo --questions test.json --image_folder images --output answers.json
 
-The question file is a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``; each question is asked
-in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as it is made: the same command continues
-where it was stopped.
+**Benchmarks**: the nine of the paper's Table 5 (mmbench_en mmbench_cn seed ai2d sciqa textvqa mathvista mmvet mme),
+from VLMEvalKit's TSV files in --data; nothing is downloaded. Several GPUs: torchrun --nproc_per_node N in place of
+python. Every answer is kept in --output as it is made: the same command continues where it was stopped, and scores
+answers that are complete without loading the model.
+
+**Question file**: a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``; each question is asked
+in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as it is made.
 """
 
 import argparse
+import fcntl
+import itertools
 import json
+import logging
 import os
 import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import distributed
 
+from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
 from llava_moslora.errors import Refusal, run_script
+from llava_moslora.evaluation.ask import Header, Questions, read_answers, source_header
+from llava_moslora.evaluation.ask import ask as ask_benchmark
+from llava_moslora.evaluation.benchmarks import BENCHMARKS
+from llava_moslora.evaluation.checks import open_benchmark
+from llava_moslora.evaluation.compare import compare
+from llava_moslora.evaluation.prompts import PROMPTS
+from llava_moslora.evaluation.reading import RULES, Rules
+from llava_moslora.evaluation.results import (
+    PAPER_ROWS,
+    Result,
+    check_comparable,
+    comparison_table,
+    read_results,
+    write_result,
+    write_results,
+)
+from llava_moslora.evaluation.scoring import score
 from llava_moslora.evaluation.vqa import accuracy, ask, read_questions, with_images
 from llava_moslora.files.disk import fsync, replace_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.inference.generate import first_logits
-from llava_moslora.inference.load import load_run
+from llava_moslora.inference.load import load, load_run
 from llava_moslora.runs.checkpoints import newest_checkpoint
+from llava_moslora.runs.record import RUN
+from llava_moslora.training.process_group import is_loopback
+
+# Mode → the flags it needs, and those it may have besides.
+FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "benchmark": (("data", "output"), ("batch_size", "limit", "prompts", "rules", "paper")),
+    "questions": (("image_folder",), ("untrained", "blank", "output", "probe", "batch_size")),
+    "compare": ((), ()),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="the --output_dir of a training")
-    parser.add_argument("--questions", required=True, help="JSON array of questions")
-    parser.add_argument("--image_folder", required=True)
+    parser.add_argument("run", nargs="+", help="a run or an export; with --compare two results")
+    parser.add_argument("--benchmark", nargs="+", metavar="NAME", help="benchmarks, or all")
+    parser.add_argument("--data", help="folder with the benchmarks' TSV files")
+    parser.add_argument("--limit", type=int, help="ask a sample of so many questions of each benchmark")
+    parser.add_argument("--prompts", help=f"set of prompts: {', '.join(PROMPTS)}; the first is the paper's")
+    parser.add_argument("--rules", help=f"how answers are read: {', '.join(RULES)}; rules-2024 are the paper's")
+    parser.add_argument("--paper", metavar="ROW", help=f"show a row of the paper's Table 5: {', '.join(PAPER_ROWS)}")
+    parser.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
+    parser.add_argument("--questions", help="JSON array of questions")
+    parser.add_argument("--image_folder", help="images of --questions")
     parser.add_argument("--untrained", action="store_true", help="the model as it was before the first training step")
     parser.add_argument("--blank", action="store_true", help="blank the images: how much is guessed from the questions")
-    parser.add_argument("--output", help="write accuracy and answers to this JSON file")
+    parser.add_argument("--output", help="folder for a benchmark's answers and results; JSON file for --questions")
     parser.add_argument("--probe", metavar="FILE", help="write the first-token logits of the first 32 questions there")
-    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, help="16 by default")
     args = parser.parse_args()
+    mode = check_flags(args)
+    args.batch_size = 16 if args.batch_size is None else args.batch_size
+    {"benchmark": evaluate_benchmarks, "questions": evaluate_questions, "compare": compare_results}[mode](args)
 
-    if args.batch_size < 1:
-        raise Refusal("C-FLAG", "out of range", key="--batch_size", found=args.batch_size, expected="at least 1")
+
+def check_flags(args: argparse.Namespace) -> str:
+    """The mode that the flags ask for.
+
+    Raises:
+        Refusal: C-FLAG, none or several modes, a flag too few or too many, or a number out of range.
+    """
+    given = {name for name, value in vars(args).items() if name != "run" and value is not None and value is not False}
+    modes = [name for name in FLAGS if name in given]
+    if len(modes) != 1:
+        raise Refusal(
+            "C-FLAG", "exactly one of these flags is needed", found=" ".join(f"--{name}" for name in modes) or "none",
+            expected=" | ".join(f"--{name}" for name in FLAGS),
+        )  # fmt: skip
+    needed, allowed = FLAGS[modes[0]]
+    if lacking := [name for name in needed if name not in given]:
+        raise Refusal("C-FLAG", f"missing: --{modes[0]} needs it", key=f"--{lacking[0]}")
+    if other := sorted(given - {modes[0], *needed, *allowed}):
+        raise Refusal("C-FLAG", f"has no effect with --{modes[0]}", key=f"--{other[0]}", fix="leave it out")
+    for name in ("batch_size", "limit"):
+        if name in given and getattr(args, name) < 1:
+            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=getattr(args, name), expected="at least 1")
+    expected = 2 if modes[0] == "compare" else 1
+    if len(args.run) != expected:
+        what = "two results are compared" if expected == 2 else "one run or export is evaluated"
+        raise Refusal("C-FLAG", what, key=f"--{modes[0]}", found=" ".join(args.run))
+    return modes[0]
+
+
+def one_of(value: str | None, known: Collection[str], flag: str, default: str = "") -> str:
+    """A flag's value, which must be known; of a flag that is not given its default."""
+    if value is not None and value not in known:
+        raise Refusal("C-FLAG", "unknown", key=flag, found=value, expected=" | ".join(known))
+    return default if value is None else value
+
+
+def compare_results(args: argparse.Namespace) -> None:
+    """Print whether the second result is better than the first, question by question."""
+    a, b = map(read_results, args.run)
+    check_comparable(a, b)
+    print(f"A: {args.run[0]}\nB: {args.run[1]}\n")
+    scores = [{name: result.score for name, result in results.items()} for results in (a, b)]
+    print(comparison_table(compare(*scores)), end="")
+
+
+def evaluate_benchmarks(args: argparse.Namespace) -> None:
+    """Ask what is open, score everything, write and print the results."""
+    join_ranks()
+    logging.basicConfig(level=logging.WARNING if rank() == 0 else logging.ERROR, format="%(message)s")
+    prompts = one_of(args.prompts, PROMPTS, "--prompts", "prompts-2024")
+    rules = RULES[one_of(args.rules, RULES, "--rules", "rules-2024")]
+    paper = one_of(args.paper, PAPER_ROWS, "--paper")
+    wanted, missing = benchmarks_of(args.benchmark, Path(args.data))
+    output, source = new_output(args.output), Path(args.run[0])
+    asked = [
+        Questions.of(BENCHMARKS[name], open_benchmark(BENCHMARKS[name], args.data), prompts=prompts,
+                     batch_size=args.batch_size, limit=args.limit)
+        for name in wanted
+    ]  # fmt: skip
+    with locked(output / f".lock-{rank()}"):
+        checkpoint = from_rank_0(newest_checkpoint(source) if (source / RUN).is_file() else None)
+        header = from_rank_0(source_header(source, checkpoint))
+        # One decision for all ranks, before any of them writes.
+        done = from_rank_0([complete(questions, header, output / questions.benchmark.name) for questions in asked])
+        if not all(done):
+            chat_model = load(source, checkpoint=checkpoint)
+            for questions in itertools.compress(asked, [not whole for whole in done]):
+                ask_benchmark(chat_model, questions, header, output / questions.benchmark.name)
+        from_all_ranks(None)  # wait until the last answer is written
+        if rank() == 0:
+            results = scored(output, asked, header, rules)
+            missing = [name for name in missing if name not in results]
+            print(write_results(output, str(source), results, missing, paper), end="")
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def scored(output: Path, asked: list[Questions], header: Header, rules: Rules) -> dict[str, Result]:
+    """Benchmark → result of what was asked, and of what an earlier command asked the same model."""
+    for questions in asked:
+        folder = output / questions.benchmark.name
+        stored, answers = read_answers(folder, questions.header() | header)
+        write_result(folder, Result(stored, score(questions.benchmark.kind, questions.rows, answers, rules)))
+    return {
+        name: result
+        for name, result in read_results(output).items()
+        if result.header.get("model") == header["model"] and result.score.rules == rules.name
+    }
+
+
+def join_ranks() -> None:
+    """Start the process group that torchrun's environment describes; gloo, as only Python values are exchanged."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if is_loopback(os.environ.get("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    # A rank waits for the slowest one; torchrun ends it if another one dies.
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))
+
+
+def benchmarks_of(names: list[str], data: Path) -> tuple[list[str], list[str]]:
+    """Benchmarks to evaluate; of ``all`` those whose file is there, and the names of the others.
+
+    Raises:
+        Refusal: C-FLAG, unknown; D-FILE, no file of any is there.
+    """
+    names = [name for word in names for name in word.split(",") if name]
+    for name in names:
+        one_of(name, [*BENCHMARKS, "all"], "--benchmark")
+    if "all" not in names:
+        return list(dict.fromkeys(names)), []
+    there = [name for name, benchmark in BENCHMARKS.items() if (data / f"{benchmark.file}.tsv").is_file()]
+    if not there:
+        raise Refusal(
+            "D-FILE", "no benchmark's file is there", file=data, key="--data",
+            expected=", ".join(f"{benchmark.file}.tsv" for benchmark in BENCHMARKS.values()),
+            fix="put VLMEvalKit's TSV files there; nothing is downloaded",
+        )  # fmt: skip
+    return there, [name for name in BENCHMARKS if name not in there]
+
+
+def new_output(folder: str) -> Path:
+    """The output folder, made if it is missing.
+
+    Raises:
+        Refusal: C-OUTPUT, it cannot be, or is not a folder.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    except OSError as error:
+        what = "nothing can be written in this folder"
+        raise Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror) from error
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock: also a worker that outlived its launcher must not write next to a new one.
+
+    Raises:
+        Refusal: C-LOCKED, another process holds it.
+    """
+    with open(file, "w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(
+                "C-LOCKED", "another process is evaluating into this folder", file=file.parent, key="--output",
+                fix="wait for it, or choose another --output",
+            ) from None  # fmt: skip
+        except OSError:  # a file system without locks
+            logging.warning("%s has no locks: run one evaluation into it at a time", file.parent)
+        yield
+
+
+def complete(questions: Questions, header: Header, folder: Path) -> bool:
+    """Whether every row has an answer."""
+    answers = read_answers(folder, questions.header() | header)[1]
+    return all(row["index"] in answers for row in questions.rows)
+
+
+def evaluate_questions(args: argparse.Namespace) -> None:
+    """Ask a question file and print the accuracy."""
+    (run,) = args.run
     examples = read_questions(args.questions)
     output, probe = (writable(file, flag) for file, flag in ((args.output, "--output"), (args.probe, "--probe")))
-    checkpoint = None if args.untrained else newest_checkpoint(Path(args.run))
+    checkpoint = None if args.untrained else newest_checkpoint(Path(run))
     facts = {
-        "run": str(Path(args.run).resolve()),
+        "run": str(Path(run).resolve()),
         "checkpoint": None if checkpoint is None else checkpoint.name,
         "questions": sha256(Path(args.questions)),
         "image_folder": str(Path(args.image_folder).resolve()),
@@ -52,7 +267,7 @@ def main() -> None:
     }
     unfinished = None if output is None else output.with_name(output.name + ".unfinished")
     answers = [] if unfinished is None else earlier_answers(unfinished, facts, args.batch_size)
-    chat_model = load_run(args.run, trained=not args.untrained, checkpoint=checkpoint)
+    chat_model = load_run(run, trained=not args.untrained, checkpoint=checkpoint)
     chat_model.model.to("cuda" if torch.cuda.is_available() else "cpu")
     questions = with_images(chat_model, examples, args.image_folder, blank=args.blank)
     if unfinished is not None:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.benchmarks import Benchmark
+from llava_moslora.evaluation.rows import LETTERS, literal_list
 from llava_moslora.evaluation.scoring import COGNITION, PERCEPTION, ROTATION, options_of
-from llava_moslora.evaluation.tsv import LETTERS, Table, hidden_by_pandas, literal_list
+from llava_moslora.evaluation.tsv import Table, hidden_by_pandas
 
 QUESTION_TYPES = ("multi_choice", "free_form")
 ANSWER_TYPES = ("text", "integer", "float", "list")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
+from llava_moslora.evaluation.rows import Row
 from llava_moslora.evaluation.scoring import options_of
-from llava_moslora.evaluation.tsv import Row
 
 PROMPTS = {  # name → source
     "prompts-2024": "VLMEvalKit ab638e4a (2024-06-18), class LLaVA_XTuner",

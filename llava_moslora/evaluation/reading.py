@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llava_moslora.evaluation.tsv import literal_list
+from llava_moslora.evaluation.rows import literal_list
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from llava_moslora.evaluation.reading import (
     read_yes_no,
     vqa_accuracy,
 )
-from llava_moslora.evaluation.tsv import LETTERS, Row, literal_list
+from llava_moslora.evaluation.rows import LETTERS, Row, literal_list
 
 ROTATION = 1_000_000  # the k-th rotation of question n has the index n + k · ROTATION
 PERCEPTION = tuple("OCR artwork celebrity color count existence landmark position posters scene".split())

@@ -14,7 +14,6 @@ Source: VLMEvalKit's ``vlmeval/dataset/image_base.py``.
 
 from __future__ import annotations
 
-import ast
 import base64
 import csv
 import hashlib
@@ -28,19 +27,17 @@ from PIL import Image
 
 from llava_moslora.data.images import load_bytes, load_image
 from llava_moslora.errors import Refusal
+from llava_moslora.evaluation.rows import LETTERS, Row, literal_list
 
 MAX_REFERENCE = 64  # characters of an `image` field that is an index and no image
 MAX_FIELD = 32 * 2**20  # characters of one field, so of an image of 24 MB
 MAX_TEXT = 2**20  # characters of a field that is no image
-LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")  # columns of options
 # What pandas.read_csv takes for a missing value besides the empty field.
 PANDAS_MISSING = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split("|")
 )
 
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")  # NUL, and bytes that are no UTF-8
-
-Row = dict[str, str]  # column → text, without the empty fields and without `image`
 
 log = logging.getLogger(__name__)
 
@@ -212,15 +209,6 @@ def hidden_by_pandas(table: Table) -> list[int]:
     """
     shown = [column for column in table.columns if column in LETTERS or column in ("hint", "answer", "question")]
     return [n for n, row in enumerate(table.rows) if any(row.get(column) in PANDAS_MISSING for column in shown)]
-
-
-def literal_list(text: str) -> list | None:
-    """A Python list literal, as some columns hold it; None where ``text`` is none."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return None
-    return value if isinstance(value, list) else None
 
 
 def _list_of_base64(text: str) -> list[str]:

@@ -10,8 +10,12 @@ Start VLMEvalKit's ``run.py`` with this file's lines before it::
     supported_VLM["my-llava"] = partial(model_class(), "merged/llama3-8b-moslora")
     runpy.run_path("run.py", run_name="__main__")     # python this.py --model my-llava --data MMBench_DEV_EN MME
 
-Prompts are made by the function that made the training ids, and images by the transform that training used. Answers
-are greedy, so that a score can be repeated. XTuner's class samples with beams, always pads and has no system text.
+``pip install ms-vlmeval`` installs the kit. Importing it switches the verification of TLS certificates off for the
+whole process.
+
+The wordings are those of :mod:`llava_moslora.evaluation.prompts`, which the paper used. Prompts are made by the
+function that made the training ids, and images by the transform that training used. Answers are greedy, so that a score
+can be repeated. XTuner's class samples with beams, always pads and has no system text.
 """
 
 from __future__ import annotations
@@ -20,14 +24,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llava_moslora.data.images import load_image
+from llava_moslora.evaluation import prompts
+from llava_moslora.evaluation.rows import LETTERS
 from llava_moslora.inference.generate import Question, answer
 from llava_moslora.inference.load import load
 from llava_moslora.text.conversation import Turn
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
-OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."  # LLaVA-1.5's own instruction
-SHORT_INSTRUCTION = "Answer the question using a single word or phrase."
+ROW_KINDS = {"MCQ": "multiple-choice", "Y/N": "yes-no"}  # the kit's type of a dataset → kind of its rows here
+SHORT_ANSWER = 5  # tokens for a letter, yes or no, as the paper's class allows
 
 
 def model_class() -> type:
@@ -45,30 +50,29 @@ def model_class() -> type:
             self.max_new_tokens = max_new_tokens
 
         def use_custom_prompt(self, dataset: str) -> bool:
-            return DATASET_TYPE(dataset) in ("MCQ", "Y/N")
+            return DATASET_TYPE(dataset) in ROW_KINDS
 
         def build_prompt(self, line: Mapping, dataset: str | None = None) -> list[dict[str, str]]:
             images = [{"type": "image", "value": file} for file in self.dump_image(line, dataset)]
             return [*images, {"type": "text", "value": prompt(line, DATASET_TYPE(dataset))}]
 
         def generate_inner(self, message: Sequence[Mapping[str, str]], dataset: str | None = None) -> str:
-            return next(answer(self.chat_model, [question(message)], max_new_tokens=self.max_new_tokens))
+            short = dataset is not None and self.use_custom_prompt(dataset)
+            tokens = min(SHORT_ANSWER, self.max_new_tokens) if short else self.max_new_tokens
+            return next(answer(self.chat_model, [question(message)], max_new_tokens=tokens))
 
     return LlavaMoslora
 
 
 def prompt(line: Mapping, kind: str) -> str:
-    """A row of a benchmark as LLaVA-1.5 was evaluated: hint, question, options and instruction, each on a line.
+    """A row of the kit's as the paper's class asks it.
 
     Args:
         line: with ``question``, and perhaps ``hint`` and ``A``, ``B`` …; missing values are NaN in VLMEvalKit's tables.
         kind: ``MCQ`` or ``Y/N``.
     """
-    hint = [line["hint"]] if isinstance(line.get("hint"), str) else []
-    options = [
-        f"{letter}. {line[letter]}" for letter in OPTION_LETTERS if letter in line and line[letter] == line[letter]
-    ]
-    return "\n".join([*hint, line["question"], *options, LETTER_INSTRUCTION if kind == "MCQ" else SHORT_INSTRUCTION])
+    names = [name for name in ("question", "hint", *LETTERS) if name in line and line[name] == line[name]]
+    return prompts.prompt({name: str(line[name]) for name in names}, ROW_KINDS[kind], "prompts")
 
 
 def question(message: Sequence[Mapping[str, str]]) -> Question:

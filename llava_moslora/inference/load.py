@@ -138,11 +138,12 @@ def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Ch
     return ChatModel(model.eval(), tokenizer, template, transform)
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ChatModel:
+def load(folder: str | Path, *, dtype: torch.dtype | None = None, checkpoint: Path | None = None) -> ChatModel:
     """A run or an export, whichever ``folder`` is, on the GPU if there is one.
 
     Args:
         dtype: None: bfloat16 on a GPU that has it, else float32.
+        checkpoint: of a run, whose files were verified; None: the newest valid one.
 
     Raises:
         Refusal: C-PATH, neither of them; whatever :func:`load_run` and :func:`load_export` refuse.
@@ -151,7 +152,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ChatModel:
     gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32)
     if (folder / RUN).is_file():
-        chat_model = load_run(folder, dtype=dtype)
+        chat_model = load_run(folder, dtype=dtype, checkpoint=checkpoint)
     elif is_llava_folder(folder):
         chat_model = load_export(folder, dtype=dtype)
     else:

@@ -6,7 +6,8 @@ from types import ModuleType
 import pytest
 
 from llava_moslora.data.images import load_image
-from llava_moslora.evaluation.vlmevalkit import LETTER_INSTRUCTION, SHORT_INSTRUCTION, model_class, prompt, question
+from llava_moslora.evaluation.prompts import LETTER, LETTER_CHINESE
+from llava_moslora.evaluation.vlmevalkit import model_class, prompt, question
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load
 from llava_moslora.text.conversation import Turn
@@ -33,13 +34,20 @@ def test_a_row_is_asked_as_the_run_was_trained(vlmeval, parts, tmp_path, tower):
     row = {"question": "what colour?", "A": "red", "B": "blue", "C": float("nan"), "file": str(parts.images / "0.png")}
     assert model.use_custom_prompt("MMBench") and not model.use_custom_prompt("MMVet")
     found = model.generate_inner(model.build_prompt(row, "MMBench"), "MMBench")
-    turns = [Turn("human", f"<image>\nwhat colour?\nA. red\nB. blue\n{LETTER_INSTRUCTION}")]
+    turns = [Turn("human", f"<image>\nwhat colour?\nA. red\nB. blue\n{LETTER}")]
     asked = [([load_image("0.png", parts.images)], turns)]
-    assert found == next(answer(load(tmp_path / "run"), asked, max_new_tokens=8))
+    assert found == next(answer(load(tmp_path / "run"), asked, max_new_tokens=5))
+    free = model.generate_inner(model.build_prompt(row, "MMBench"), "MMVet")
+    assert free == next(answer(load(tmp_path / "run"), asked, max_new_tokens=8)) != found
 
 
 def test_prompts_and_messages(parts):
-    assert prompt({"question": "is it?", "hint": "look"}, "Y/N") == f"look\nis it?\n{SHORT_INSTRUCTION}"
+    assert prompt({"question": "Is it red? Please answer yes or no."}, "Y/N") == "Is it red? Please answer yes or no."
+    numbers = {"question": "how many?", "hint": float("nan"), "A": 1, "B": 2.5, "C": float("nan")}
+    assert prompt(numbers, "MCQ") == f"how many?\nA. 1\nB. 2.5\n{LETTER}"
+    assert prompt({"question": "q?", "hint": "look", "A": "红", "B": "blue"}, "MCQ") == (
+        f"look\nq?\nA. 红\nB. blue\n{LETTER_CHINESE}"
+    )
     file = str(parts.images / "0.png")
     message = [
         {"type": "text", "value": "<image>first"},

@@ -1,0 +1,165 @@
+"""Benchmarks by one command, alone and on two ranks, and the comparison of two results."""
+
+import json
+import random
+import sys
+
+import pytest
+
+from llava_moslora.errors import Refusal
+from scripts import evaluate
+from support.export_runs import trained_run
+from support.golden_cases import tiny_files
+from support.launching import free_port, run
+
+FILES = tiny_files(random.Random(0))
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1",
+    "--master_port",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(parts, tmp_path_factory):
+    """Two runs, of other methods."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    for name in ("moslora", "lora"):
+        trained_run(folder / name, parts.llm, parts.clip, parts.projector, method=name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """All benchmarks but AI2D."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, (text, _) in FILES.items():
+        (folder / f"{name}.tsv").write_text(text, encoding="utf-8")
+    return folder
+
+
+def evaluated(monkeypatch, *words) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+
+
+def loaded(*_, **__):
+    raise AssertionError("the model was loaded")
+
+
+def answers(folder) -> list[tuple[str, str, str]]:
+    """(benchmark, index, answer) of every line, sorted."""
+    rows = [
+        (file.parent.name, json.loads(line)) for file in folder.glob("*/answers-*.jsonl") for line in file.open("rb")
+    ]
+    return sorted((name, row["index"], row["answer"]) for name, row in rows if "header" not in row)
+
+
+def test_all_that_is_there_is_asked_scored_and_compared(runs, data, tmp_path, monkeypatch, capsys):
+    words = ["--benchmark", "all", "--data", data, "--limit", 2, "--paper", "llama-3-moslora-kaiming"]
+    evaluated(monkeypatch, runs / "moslora", *words, "--output", tmp_path / "b")
+    printed = capsys.readouterr().out
+    assert "| MME " in printed and "60.5" in printed and "missing: AI2D_TEST.tsv (ai2d)." in printed
+    assert (
+        "a sample of 2 rows" in printed
+        and "No average: 7 of 9" in printed
+        and printed in (tmp_path / "b/results.md").read_text()
+    )
+    content = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert len(content["benchmarks"]) == 8 and content["benchmarks"]["mmbench_en"]["units"] == 2
+    assert content["benchmarks"]["mmbench_en"]["answers"] > 2 and content["benchmarks"]["mme"]["answers"] == 4
+    evaluated(monkeypatch, runs / "lora", *words, "--output", tmp_path / "a")
+    capsys.readouterr()
+    evaluated(monkeypatch, tmp_path / "a", tmp_path / "b", "--compare")
+    printed = capsys.readouterr().out
+    assert "| SEED-Bench image" in printed and "inside the noise" in printed and "MM-Vet" not in printed
+
+
+def test_complete_answers_are_scored_without_the_model(runs, data, tmp_path, monkeypatch, capsys):
+    words = [runs / "moslora", "--data", data, "--limit", 3, "--output", tmp_path / "out"]
+    evaluated(monkeypatch, *words, "--benchmark", "seed")
+    evaluated(monkeypatch, *words, "--benchmark", "sciqa,textvqa")
+    printed = capsys.readouterr().out.split("| benchmark")[-1]
+    assert all(title in printed for title in ("SEED-Bench", "SciQA", "TextVQA"))
+    before = answers(tmp_path / "out")
+    assert len(before) == 9
+    monkeypatch.setattr(evaluate, "load", loaded)
+    evaluated(monkeypatch, *words, "--benchmark", "seed", "sciqa", "--rules", "rules")
+    printed = capsys.readouterr().out
+    assert "Rules: rules (ms-vlmeval 0.0.20" in printed and "TextVQA" not in printed
+    assert answers(tmp_path / "out") == before
+    with pytest.raises(Refusal, match=r"C-ANSWERS\] .*seed/answers-0.jsonl:model: answers of another evaluation"):
+        evaluated(monkeypatch, runs / "lora", *words[1:], "--benchmark", "seed")
+
+
+def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
+    """Their answers are those of one rank; what is missing in one rank's file is asked again, and nothing else."""
+    words = ["--benchmark", "seed", "mme", "--data", data, "--batch_size", 4, "--limit", 18]
+    evaluated(monkeypatch, runs / "moslora", *words, "--output", tmp_path / "one")
+    command = ["scripts/evaluate.py", runs / "moslora", *words, "--output", tmp_path / "two"]
+    done = run([*TORCHRUN, free_port(), *command])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("| SEED-Bench image") == 1
+    assert answers(tmp_path / "two") == answers(tmp_path / "one") and len(answers(tmp_path / "two")) == 18 + 36
+    file = tmp_path / "two" / "mme" / "answers-1.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    others = {p: p.read_bytes() for p in (tmp_path / "two").glob("*/answers-*.jsonl") if p != file}
+    assert len(others) == 3
+    done = run([*TORCHRUN, free_port(), *command])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert answers(tmp_path / "two") == answers(tmp_path / "one")
+    assert all(p.read_bytes().startswith(content) for p, content in others.items())
+    assert all(p.read_bytes() == content for p, content in others.items() if p.parent.name == "seed")
+
+
+@pytest.mark.parametrize("words, match", [
+    ([], r"C-FLAG\] exactly one of these flags is needed; found none"),
+    (["--compare", "--benchmark", "seed"], r"C-FLAG\] exactly one .* found --benchmark --compare"),
+    (["--benchmark", "seed", "--output", "o"], r"--data: missing: --benchmark needs it"),
+    (["--benchmark", "seed", "--data", "d"], r"--output: missing"),
+    (["--questions", "q.json"], r"--image_folder: missing: --questions needs it"),
+    (["--questions", "q.json", "--image_folder", "i", "--limit", "3"], r"--limit: has no effect with --questions"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--blank"], r"--blank: has no effect with --benchmark"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--limit", "0"], r"--limit: out of range; found 0"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--batch_size", "0"], r"--batch_size: out of range"),
+    (["--benchmark", "vqav2", "--data", "d", "--output", "o"], r"--benchmark: unknown; found vqav2; expected mmb"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--rules", "x"], r"--rules: unknown; found x; expected r"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--prompts", "x"], r"--prompts: unknown"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--paper", "x"], r"--paper: unknown; .* llama-3-lora"),
+    (["--benchmark", "all", "--data", "missing", "--output", "o"], r"D-FILE\] missing:--data: no benchmark's file"),
+    (["--compare"], r"--compare: two results are compared; found run"),
+])  # fmt: skip
+def test_flags_are_refused_before_loading(monkeypatch, tmp_path, words, match):
+    monkeypatch.setattr(evaluate, "load", loaded)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match=match):
+        evaluated(monkeypatch, "run", *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_used_is_refused_before_loading(runs, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", loaded)
+    (tmp_path / "file").touch()
+    words = [runs / "moslora", "--benchmark", "seed", "--data"]
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(Refusal, match=r"C-OUTPUT\] .*:--output: nothing can be written in this folder"):
+            evaluated(monkeypatch, *words, data, "--output", output)
+    with pytest.raises(Refusal, match=r"D-FILE\] .*SEEDBench_IMG.tsv:--data: no file for seed"):
+        evaluated(monkeypatch, *words, tmp_path, "--output", tmp_path / "out")
+    with pytest.raises(Refusal, match=r"C-PATH\] .*: no results"):
+        evaluated(monkeypatch, tmp_path, tmp_path, "--compare")
+
+
+def test_one_evaluation_at_a_time(runs, data, tmp_path, monkeypatch):
+    words = [runs / "moslora", "--benchmark", "seed", "--data", data, "--limit", 1, "--output", tmp_path]
+    with (
+        evaluate.locked(tmp_path / ".lock-0"),
+        pytest.raises(Refusal, match=r"C-LOCKED\] .*:--output: another process is evaluating into this folder"),
+    ):
+        evaluated(monkeypatch, *words)
+    evaluated(monkeypatch, *words)
+
+
+def test_neither_a_run_nor_an_export(data, tmp_path, monkeypatch):
+    with pytest.raises(Refusal, match=r"C-PATH\] .*: no such folder"):
+        evaluated(monkeypatch, tmp_path / "no", "--benchmark", "seed", "--data", data, "--output", tmp_path / "out")
