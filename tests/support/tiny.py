@@ -18,7 +18,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-WORDS = "what colour is the shape red green blue yes no circle square a of in this image user assistant system".split()
+WORDS = (  # the tiny tokenizers' vocabulary: their ids, and what tiny models learn, depend on it
+    "what colour is the shape red green blue yes no circle square a of in this picture user assistant system".split()
+)
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
