@@ -118,13 +118,18 @@ OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
         (
             "adamw_bnb_8bit",
             {"stage": 2},
-            r"cannot partition .*; found adamw_bnb_8bit; .*; fix: zero_configs/zero0.json",
+            r"cannot partition this optimizer's state; found adamw_bnb_8bit; .*; fix: zero_configs/zero0.json",
         ),
-        ("adafactor", {"stage": 3}, r"cannot partition .*state; found adafactor; expected adamw_torch, .*, sgd"),
+        (
+            "adafactor",
+            {"stage": 3},
+            r"cannot partition this optimizer's state; found adafactor; expected adamw_torch, .*, sgd",
+        ),
         (
             "sgd",
             OFFLOAD,
-            r"replaces an offloaded .* Adam; found sgd; expected adamw_torch, adamw_torch_fused; fix: --opt",
+            r"replaces an offloaded optimizer by its Adam; found sgd; expected adamw_torch, adamw_torch_fused; "
+            "fix: --optim",
         ),
     ],
 )
