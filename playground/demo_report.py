@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
-from llava_moslora.evaluation.vqa import VqaExample, accuracy, normalise, read_questions
+from llava_moslora.evaluation.question_file import VqaExample, accuracy, normalise, read_questions
 
 COLUMNS, SIDE, CAPTION = 4, 200, 78
 

@@ -14,45 +14,34 @@ in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as i
 """
 
 import argparse
-import fcntl
 import itertools
-import json
 import logging
 import os
-import tempfile
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import distributed
 
 from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.evaluation.ask import Header, Questions, read_answers, source_header
-from llava_moslora.evaluation.ask import ask as ask_benchmark
+from llava_moslora.evaluation.ask import Questions, ask, source_header
 from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.checks import open_benchmark
 from llava_moslora.evaluation.compare import compare
+from llava_moslora.evaluation.output import complete, locked, new_output, scored
 from llava_moslora.evaluation.prompts import PROMPTS
-from llava_moslora.evaluation.reading import RULES, Rules
+from llava_moslora.evaluation.question_file import evaluate_questions, read_questions
+from llava_moslora.evaluation.reading import RULES
 from llava_moslora.evaluation.results import (
     PAPER_ROWS,
-    Result,
     check_comparable,
     comparison_table,
     read_results,
-    write_result,
     write_results,
 )
-from llava_moslora.evaluation.scoring import score
-from llava_moslora.evaluation.vqa import accuracy, ask, read_questions, with_images
-from llava_moslora.files.disk import fsync, replace_json
-from llava_moslora.files.manifest import sha256
-from llava_moslora.inference.generate import first_logits
-from llava_moslora.inference.load import load, load_run
+from llava_moslora.inference.load import load
 from llava_moslora.runs.checkpoints import newest_checkpoint
 from llava_moslora.runs.record import RUN
 from llava_moslora.training.process_group import is_loopback
@@ -85,7 +74,7 @@ def main() -> None:
     args = parser.parse_args()
     mode = check_flags(args)
     args.batch_size = 16 if args.batch_size is None else args.batch_size
-    {"benchmark": evaluate_benchmarks, "questions": evaluate_questions, "compare": compare_results}[mode](args)
+    {"benchmark": evaluate_benchmarks, "questions": ask_question_file, "compare": compare_results}[mode](args)
 
 
 def check_flags(args: argparse.Namespace) -> str:
@@ -154,7 +143,7 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
         if not all(done):
             chat_model = load(source, checkpoint=checkpoint)
             for questions in itertools.compress(asked, [not whole for whole in done]):
-                ask_benchmark(chat_model, questions, header, output / questions.benchmark.name)
+                ask(chat_model, questions, header, output / questions.benchmark.name)
         from_all_ranks(None)  # wait until the last answer is written
         if rank() == 0:
             results = scored(output, asked, header, rules)
@@ -162,19 +151,6 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
             print(write_results(output, str(source), results, missing, paper), end="")
     if distributed.is_initialized():
         distributed.destroy_process_group()
-
-
-def scored(output: Path, asked: list[Questions], header: Header, rules: Rules) -> dict[str, Result]:
-    """Benchmark → result of what was asked, and of what an earlier command asked the same model."""
-    for questions in asked:
-        folder = output / questions.benchmark.name
-        stored, answers = read_answers(folder, questions.header() | header)
-        write_result(folder, Result(stored, score(questions.benchmark.kind, questions.rows, answers, rules)))
-    return {
-        name: result
-        for name, result in read_results(output).items()
-        if result.header.get("model") == header["model"] and result.score.rules == rules.name
-    }
 
 
 def join_ranks() -> None:
@@ -210,131 +186,13 @@ def benchmarks_of(names: list[str], data: Path) -> tuple[list[str], list[str]]:
     return there, [name for name in BENCHMARKS if name not in there]
 
 
-def new_output(folder: str) -> Path:
-    """The output folder, made if it is missing.
-
-    Raises:
-        Refusal: C-OUTPUT, it cannot be, or is not a folder.
-    """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return Path(folder)
-    except OSError as error:
-        what = "nothing can be written in this folder"
-        raise Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror) from error
-
-
-@contextmanager
-def locked(file: Path) -> Iterator[None]:
-    """Hold a lock: also a worker that outlived its launcher must not write next to a new one.
-
-    Raises:
-        Refusal: C-LOCKED, another process holds it.
-    """
-    with open(file, "w", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(
-                "C-LOCKED", "another process is evaluating into this folder", file=file.parent, key="--output",
-                fix="wait for it, or choose another --output",
-            ) from None  # fmt: skip
-        except OSError:  # a file system without locks
-            logging.warning("%s has no locks: run one evaluation into it at a time", file.parent)
-        yield
-
-
-def complete(questions: Questions, header: Header, folder: Path) -> bool:
-    """Whether every row has an answer."""
-    answers = read_answers(folder, questions.header() | header)[1]
-    return all(row["index"] in answers for row in questions.rows)
-
-
-def evaluate_questions(args: argparse.Namespace) -> None:
+def ask_question_file(args: argparse.Namespace) -> None:
     """Ask a question file and print the accuracy."""
-    (run,) = args.run
-    examples = read_questions(args.questions)
-    output, probe = (writable(file, flag) for file, flag in ((args.output, "--output"), (args.probe, "--probe")))
-    checkpoint = None if args.untrained else newest_checkpoint(Path(run))
-    facts = {
-        "run": str(Path(run).resolve()),
-        "checkpoint": None if checkpoint is None else checkpoint.name,
-        "questions": sha256(Path(args.questions)),
-        "image_folder": str(Path(args.image_folder).resolve()),
-        "blank": args.blank,
-        "batch_size": args.batch_size,
-    }
-    unfinished = None if output is None else output.with_name(output.name + ".unfinished")
-    answers = [] if unfinished is None else earlier_answers(unfinished, facts, args.batch_size)
-    chat_model = load_run(run, trained=not args.untrained, checkpoint=checkpoint)
-    chat_model.model.to("cuda" if torch.cuda.is_available() else "cpu")
-    questions = with_images(chat_model, examples, args.image_folder, blank=args.blank)
-    if unfinished is not None:
-        begun = unfinished.with_name(f".{unfinished.name}")
-        begun.write_text("".join(json.dumps(line) + "\n" for line in (facts, *answers)), encoding="utf-8")
-        os.replace(begun, unfinished)
-    with open(unfinished or os.devnull, "a", encoding="utf-8") as kept:
-        for text in ask(chat_model, questions[len(answers) :], batch_size=args.batch_size):
-            answers.append(text)
-            print(json.dumps(text), file=kept, flush=True)
-    share = accuracy(examples, answers)
-    if output is not None and unfinished is not None:
-        replace_json(output, {"accuracy": share, "answers": answers})
-        unfinished.unlink()
-    print(f"{share:.1%} of {len(examples)} questions answered right")
-    if probe is not None:
-        logits = torch.stack([first_logits(chat_model, question) for question in questions[:32]])
-        partial = probe.with_name(f".{probe.name}.unfinished")
-        save_file({"logits": logits}, partial)
-        fsync(partial)
-        os.replace(partial, probe)
-
-
-def writable(file: str | None, flag: str) -> Path | None:
-    """The file to write, absolute and without links; None where none was asked for.
-
-    Raises:
-        Refusal: C-OUTPUT, it is not a file, or cannot be written.
-    """
-    if file is None:
-        return None
-    path = Path(file).resolve()
-    if path.exists() and not path.is_file():
-        raise Refusal("C-OUTPUT", "not a file", file=path, key=flag, fix="name a file")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        raise Refusal(
-            "C-OUTPUT", "nothing can be written in this folder", file=path.parent, key=flag, found=error.strerror,
-            fix="make it, or choose another",
-        ) from error  # fmt: skip
-
-
-def earlier_answers(file: Path, facts: dict, batch_size: int) -> list[str]:
-    """Answers of complete batches that the same evaluation kept in ``file`` before it was stopped.
-
-    Raises:
-        Refusal: C-OUTPUT, they are of another evaluation.
-    """
-    if not file.is_file():
-        return []
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # the last has no end, or is empty
-    try:
-        earlier, *answers = map(json.loads, lines)
-    except ValueError:
-        earlier, answers = None, []
-    if earlier == facts:
-        answers = answers[: len(answers) // batch_size * batch_size]
-        print(f"continuing after {len(answers)} answers of {file}")
-        return answers
-    if not any(line.strip() for line in lines[1:]):
-        return []  # nothing was answered
-    raise Refusal(
-        "C-OUTPUT", "unfinished answers of another evaluation", file=file, key="--output",
-        fix="move them away or delete them, or choose another --output",
+    share = evaluate_questions(
+        args.run[0], args.questions, args.image_folder, batch_size=args.batch_size, untrained=args.untrained,
+        blank=args.blank, output=args.output, probe=args.probe,
     )  # fmt: skip
+    print(f"{share:.1%} of {len(read_questions(args.questions))} questions answered right")
 
 
 if __name__ == "__main__":

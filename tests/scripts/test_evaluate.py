@@ -7,6 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 from llava_moslora.errors import Refusal
+from llava_moslora.evaluation import question_file
 from scripts import evaluate
 from support.export_runs import trained_run
 
@@ -38,7 +39,7 @@ def loaded(*_, **__):
 @pytest.mark.parametrize("flag", ["--output", "--probe"])
 @pytest.mark.parametrize("place", ["missing/answers.json", ".", "questions.json/answers.json"])
 def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions, monkeypatch, tmp_path, flag, place):
-    monkeypatch.setattr(evaluate, "load_run", loaded)
+    monkeypatch.setattr(question_file, "load_run", loaded)
     with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: (nothing can be written|not a file)"):
         evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images, flag, tmp_path / place)
 
@@ -52,14 +53,14 @@ def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions,
 ])  # fmt: skip
 def test_questions_of_another_kind(run, parts, questions, monkeypatch, content, match):
     questions.write_text(content)
-    monkeypatch.setattr(evaluate, "load_run", loaded)
+    monkeypatch.setattr(question_file, "load_run", loaded)
     with pytest.raises(Refusal, match=match):
         evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images)
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_batch_size(run, parts, questions, monkeypatch, size):
-    monkeypatch.setattr(evaluate, "load_run", loaded)
+    monkeypatch.setattr(question_file, "load_run", loaded)
     with pytest.raises(Refusal, match=r"C-FLAG\] --batch_size: out of range"):
         evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images, "--batch_size", size)
 
@@ -70,7 +71,7 @@ def test_answers_are_kept_and_gone_on_with(run, parts, questions, monkeypatch, t
     evaluated(monkeypatch, *command, "--output", tmp_path / "whole.json", "--probe", tmp_path / "probe.safetensors")
     whole = json.loads((tmp_path / "whole.json").read_text())
     assert len(whole["answers"]) == 7 and load_file(tmp_path / "probe.safetensors")["logits"].shape[0] == 7
-    ask, asked = evaluate.ask, []
+    ask, asked = question_file.ask, []
 
     def stopped(chat_model, questions, *, batch_size):
         for number, text in enumerate(ask(chat_model, questions, batch_size=batch_size)):
@@ -78,7 +79,7 @@ def test_answers_are_kept_and_gone_on_with(run, parts, questions, monkeypatch, t
                 raise KeyboardInterrupt
             yield text
 
-    monkeypatch.setattr(evaluate, "ask", stopped)
+    monkeypatch.setattr(question_file, "ask", stopped)
     with pytest.raises(KeyboardInterrupt):
         evaluated(monkeypatch, *command, "--output", tmp_path / "answers.json")
     assert not (tmp_path / "answers.json").exists()
@@ -89,7 +90,7 @@ def test_answers_are_kept_and_gone_on_with(run, parts, questions, monkeypatch, t
         asked.append(len(questions))
         return ask(chat_model, questions, batch_size=batch_size)
 
-    monkeypatch.setattr(evaluate, "ask", counted)
+    monkeypatch.setattr(question_file, "ask", counted)
     evaluated(monkeypatch, *command, "--output", tmp_path / "answers.json")
     assert asked == [3] and "continuing after 4 answers" in capsys.readouterr().out
     assert json.loads((tmp_path / "answers.json").read_text()) == whole

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from llava_moslora.errors import Refusal
+from llava_moslora.evaluation.output import locked
 from scripts import evaluate
 from support.export_runs import trained_run
 from support.golden_cases import tiny_files
@@ -153,7 +154,7 @@ def test_what_cannot_be_used_is_refused_before_loading(runs, data, tmp_path, mon
 def test_one_evaluation_at_a_time(runs, data, tmp_path, monkeypatch):
     words = [runs / "moslora", "--benchmark", "seed", "--data", data, "--limit", 1, "--output", tmp_path]
     with (
-        evaluate.locked(tmp_path / ".lock-0"),
+        locked(tmp_path / ".lock-0"),
         pytest.raises(Refusal, match=r"C-LOCKED\] .*:--output: another process is evaluating into this folder"),
     ):
         evaluated(monkeypatch, *words)

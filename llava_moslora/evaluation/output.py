@@ -1,0 +1,91 @@
+"""The folder or file that an evaluation writes: made, locked, and read again to continue and to score."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava_moslora.errors import Refusal
+from llava_moslora.evaluation.ask import Header, Questions, read_answers
+from llava_moslora.evaluation.reading import Rules
+from llava_moslora.evaluation.results import Result, read_results, write_result
+from llava_moslora.evaluation.scoring import score
+
+
+def new_output(folder: str) -> Path:
+    """The output folder, made if it is missing.
+
+    Raises:
+        Refusal: C-OUTPUT, it cannot be, or is not a folder.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    except OSError as error:
+        what = "nothing can be written in this folder"
+        raise Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror) from error
+
+
+def writable(file: str | None, flag: str) -> Path | None:
+    """The file to write, absolute and without links; None where none was asked for.
+
+    Raises:
+        Refusal: C-OUTPUT, it is not a file, or cannot be written.
+    """
+    if file is None:
+        return None
+    path = Path(file).resolve()
+    if path.exists() and not path.is_file():
+        raise Refusal("C-OUTPUT", "not a file", file=path, key=flag, fix="name a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        raise Refusal(
+            "C-OUTPUT", "nothing can be written in this folder", file=path.parent, key=flag, found=error.strerror,
+            fix="make it, or choose another",
+        ) from error  # fmt: skip
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Hold a lock: also a worker that outlived its launcher must not write next to a new one.
+
+    Raises:
+        Refusal: C-LOCKED, another process holds it.
+    """
+    with open(file, "w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(
+                "C-LOCKED", "another process is evaluating into this folder", file=file.parent, key="--output",
+                fix="wait for it, or choose another --output",
+            ) from None  # fmt: skip
+        except OSError:  # a file system without locks
+            logging.warning("%s has no locks: run one evaluation into it at a time", file.parent)
+        yield
+
+
+def complete(questions: Questions, header: Header, folder: Path) -> bool:
+    """Whether every row has an answer."""
+    answers = read_answers(folder, questions.header() | header)[1]
+    return all(row["index"] in answers for row in questions.rows)
+
+
+def scored(output: Path, asked: Sequence[Questions], header: Header, rules: Rules) -> dict[str, Result]:
+    """Benchmark → result of what was asked, and of what an earlier command asked the same model."""
+    for questions in asked:
+        folder = output / questions.benchmark.name
+        stored, answers = read_answers(folder, questions.header() | header)
+        write_result(folder, Result(stored, score(questions.benchmark.kind, questions.rows, answers, rules)))
+    return {
+        name: result
+        for name, result in read_results(output).items()
+        if result.header.get("model") == header["model"] and result.score.rules == rules.name
+    }
