@@ -179,6 +179,14 @@ class _Replies:
         self.stopped, self._lock = threading.Event(), threading.Lock()
 
     def judged(self, row: Row, kind: str, answer: str) -> str:
+        """As :meth:`_judged`; after a failure no further request is sent, and what is returned then has no use."""
+        try:
+            return self._judged(row, kind, answer)
+        except BaseException:
+            self.stopped.set()
+            raise
+
+    def _judged(self, row: Row, kind: str, answer: str) -> str:
         """The first reply at rising temperatures that can be used, else the last one.
 
         Raises:
@@ -186,6 +194,8 @@ class _Replies:
         """
         prompt, last = judge_prompt(row, kind, answer), ""
         for temperature in TEMPERATURES:
+            if self.stopped.is_set():
+                return ""
             reply = self._reply(row, prompt, temperature, MAX_TOKENS[kind])
             if kind == "mmvet" and re.fullmatch(r"[01]\.", reply):
                 # To some tokenizers 0.5 is four tokens: cut off after three it would count as 0.
