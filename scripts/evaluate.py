@@ -7,7 +7,7 @@
 **Benchmarks**: the nine of the paper's Table 5 (mmbench_en mmbench_cn seed ai2d sciqa textvqa mathvista mmvet mme),
 from VLMEvalKit's TSV files in --data; nothing is downloaded. Several GPUs: torchrun --nproc_per_node N in place of
 python. Every answer is kept in --output as it is made: the same command continues where it was stopped, and scores
-answers that are complete without loading the model.
+answers that are complete without loading the model. MathVista and MM-Vet need --judge for the paper's kind of score.
 
 **Question file**: a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``; each question is asked
 in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as it is made.

@@ -45,6 +45,7 @@ TEMPERATURES = (0.0, 0.5, 1.0, 1.5, 2.0)
 AT_ONCE = 4  # requests
 MAX_REPLY = 2**20  # bytes
 FIXES = dict.fromkeys((401, 403), f"set {KEY} to a key of this server") | {404: "check the URL and the model's name"}
+FIXES |= {429: "wait, or see the limits of the account"}
 LONGEST_WAIT = 60.0  # seconds that a server may ask for in Retry-After
 
 
@@ -110,10 +111,6 @@ class Judge:
     def host(self) -> str:
         return urlsplit(self.url).netloc
 
-    def header(self) -> Header:
-        """What a result says of its judge."""
-        return {"judge": self.model, "judge_host": self.host, "judge_prompts": JUDGE_PROMPTS}
-
     def request(self, prompt: str, temperature: float, max_tokens: int) -> bytes:
         """The body of one request."""
         content: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": prompt}]}
@@ -143,7 +140,8 @@ class Judge:
             if stopped.wait(max(wait, min(asked_for, LONGEST_WAIT))):
                 break
         found = f"status {status}: {text}" if status else text
-        raise self.refusal("the judge cannot be asked", found, FIXES.get(status, "see that the server runs"))
+        fix = "see what the server says" if 0 < status < 500 else "see that the server runs"
+        raise self.refusal("the judge cannot be asked", found, FIXES.get(status, fix))
 
     def _send(self, body: bytes) -> tuple[int, str, str]:
         """Status and text of what the server answers, and the seconds after which it wants to be asked again."""
@@ -158,8 +156,10 @@ class Judge:
 
     def _content(self, text: str) -> str:
         try:
-            content = json.loads(text)["choices"][0]["message"].get("content") or ""
-            return content.strip().encode("utf-8", "replace").decode()  # without halves of surrogate pairs
+            content = (json.loads(text)["choices"][0]["message"].get("content") or "").strip()
+            if content.startswith("<think>"):  # of a model that thinks first, and would be cut off before it answers
+                return ""
+            return content.encode("utf-8", "replace").decode()  # without halves of surrogate pairs
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             fix = "check the URL: it must be an OpenAI-compatible server's"
             raise self.refusal("not the reply of a chat model", text, fix) from None
@@ -172,10 +172,16 @@ class Judge:
 
 
 class _Replies:
-    """What one judge replies to one benchmark's rows, by row and request, in a file that grows with every reply."""
+    """What one judge replies to one benchmark's rows, by row and request, in a file that grows with every reply.
 
-    def __init__(self, judge: Judge, file: TextIO, known: Mapping[tuple[str, str], str]):
+    Attributes:
+        known: (index, hash of the request) → (reply, host it came from), from an earlier evaluation.
+        hosts: from which the replies in use came.
+    """
+
+    def __init__(self, judge: Judge, file: TextIO, known: Mapping[tuple[str, str], tuple[str, str]]):
         self.judge, self.file, self.known = judge, file, known
+        self.hosts: set[str] = set()
         self.stopped, self._lock = threading.Event(), threading.Lock()
 
     def judged(self, row: Row, kind: str, answer: str) -> str:
@@ -204,7 +210,7 @@ class _Replies:
                 return reply
             last = reply or last
         if not last:
-            what = f"only empty replies to question {row['index']}"
+            what = f"no answer in any reply to question {row['index']}"
             fix = "a judge that does not think first: a reply may have 128 tokens for MathVista, 3 for MM-Vet"
             raise self.judge.refusal(what, "", fix)
         return last
@@ -212,20 +218,21 @@ class _Replies:
     def _reply(self, row: Row, prompt: str, temperature: float, max_tokens: int) -> str:
         body = self.judge.request(prompt, temperature, max_tokens)
         place = row["index"], hashlib.sha256(body).hexdigest()
-        if place in self.known:
-            return self.known[place]
-        reply = self.judge.reply(body, self.stopped)
-        if reply:  # an empty one is a failure, and asked for again by the next command
-            line = {"index": place[0], "request": place[1], "judge": self.judge.model, "host": self.judge.host}
-            with self._lock:
+        reply, host = self.known.get(place, ("", self.judge.host))
+        if place not in self.known:
+            reply = self.judge.reply(body, self.stopped)
+        with self._lock:
+            self.hosts.add(host)
+            if reply and place not in self.known:  # the next command asks again for what is empty
+                line = {"index": place[0], "request": place[1], "judge": self.judge.model, "host": host}
                 append(self.file, [line | {"reply": reply}])
         return reply
 
 
 def judge_answers(
     judge: Judge, questions: Questions, answers: Mapping[str, str], rules: Rules, folder: Path
-) -> dict[str, str]:
-    """Index → reply: MathVista's rows that ``rules`` cannot read, every row of MM-Vet.
+) -> tuple[dict[str, str], Header]:
+    """Index → reply: MathVista's rows that ``rules`` cannot read, every row of MM-Vet. And what a result says of it.
 
     The reply to MM-Vet is no grade where none of the tries brought one; it counts 0, as in the kit.
 
@@ -241,10 +248,10 @@ def judge_answers(
         for row in questions.rows
         if kind != "mathvista" or read_mathvista(row, answers[row["index"]], rules).value is None
     ]
-    known: dict[tuple[str, str], str] = {}
+    known: dict[tuple[str, str], tuple[str, str]] = {}
     if file.is_file():
-        known = {(line["index"], line["request"]): line["reply"]
-                 for line in read_lines(file, ("index", "request", "reply"))[1]}  # fmt: skip
+        _, lines = read_lines(file, ("index", "request", "reply", "host"))
+        known = {(line["index"], line["request"]): (line["reply"], line["host"]) for line in lines}
         drop_unfinished(file)
     judged: dict[str, str] = {}
     bar = tqdm(total=len(rows), desc=f"{questions.benchmark.title}, judge", unit="answer", disable=not rows)
@@ -261,4 +268,5 @@ def judge_answers(
             replies.stopped.set()
             pool.shutdown(cancel_futures=True)  # waits: a reply under way is still kept
             raise
-    return judged
+    host = " and ".join(sorted(replies.hosts)) or judge.host
+    return judged, {"judge": judge.model, "judge_host": host, "judge_prompts": JUDGE_PROMPTS}

@@ -94,8 +94,8 @@ def scored(
         judged = None
         if judge is not None and kind in JUDGED and failure is None:
             try:
-                judged = judge_answers(judge, questions, answers, rules, folder)
-                stored = stored | judge.header()
+                judged, of_judge = judge_answers(judge, questions, answers, rules, folder)
+                stored = stored | of_judge
             except Refusal as refusal:
                 failure = refusal
         write_result(folder, Result(stored, score(kind, questions.rows, answers, rules, judged)))

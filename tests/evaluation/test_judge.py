@@ -13,7 +13,8 @@ import pytest
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.ask import Questions
 from llava_moslora.evaluation.benchmarks import BENCHMARKS
-from llava_moslora.evaluation.judge import Judge, judge_answers
+from llava_moslora.evaluation.judge import Judge
+from llava_moslora.evaluation.judge import judge_answers as judge_and_name
 from llava_moslora.evaluation.judge_prompts import judge_prompt
 from llava_moslora.evaluation.reading import RULES
 from llava_moslora.evaluation.scoring import score
@@ -35,6 +36,10 @@ def no_key(monkeypatch):
 @pytest.fixture(scope="module")
 def golden():
     return json.loads(GOLDEN.read_text(encoding="utf-8"))["judge"]
+
+
+def judge_answers(*arguments) -> dict[str, str]:
+    return judge_and_name(*arguments)[0]
 
 
 def questions_of(name, rows, folder) -> Questions:
@@ -137,6 +142,19 @@ def test_two_judges_never_mix(tmp_path):
     assert [line["judge"] for line in kept(tmp_path)[1:]] == ["gpt-4"] * 6 + ["other"] * 6
 
 
+def test_the_result_names_the_host_that_replied(tmp_path):
+    """Not the one of the last command line, which was asked nothing."""
+    questions, answers = vets(tmp_path)
+    with ChatServer(lambda body: "1.0") as server:
+        first = judge_and_name(judge_at(server), questions, answers, NOW, tmp_path)[1]
+        assert first["judge"] == "gpt-4" and first["judge_host"] == server.url.removeprefix("http://")
+        assert judge_and_name(judge_at("http://elsewhere"), questions, answers, NOW, tmp_path)[1] == first
+        with ChatServer(lambda body: "1.0") as other:
+            mixed = judge_and_name(judge_at(other), questions, answers | {"v0": "x"}, NOW, tmp_path)[1]
+    hosts = sorted(url.removeprefix("http://") for url in (server.url, other.url))
+    assert mixed["judge_host"] == " and ".join(hosts) and len(other.requests) == 1
+
+
 def test_only_what_the_rules_cannot_read_is_judged(tmp_path):
     row = {"question": "?", "answer": "3", "question_type": "free_form", "answer_type": "integer", "task": "t"}
     questions = questions_of("mathvista", [row | {"index": str(k)} for k in range(3)], tmp_path)
@@ -198,10 +216,10 @@ def test_it_waits_as_long_as_the_server_wants(tmp_path):
 
 @pytest.mark.parametrize("made, tries, match", [
     ((500, "out of\nmemory", {}), 3, r"the judge cannot be asked; found status 500: out of\\nmemory; fix: see that "),
-    (BUSY, 3, "found status 429: slow down;"),
+    (BUSY, 3, "found status 429: slow down; fix: wait"),
     ((401, '{"error": "no key"}', {}), 1, "found status 401: .*no key.*; fix: set OPENAI_API_KEY to a key of this"),
     ((404, "no such model", {}), 1, "status 404: no such model; fix: check the URL and the model's name"),
-    ((400, "x" * 5000, {}), 1, f"status 400: {'x' * 188};"),
+    ((400, "x" * 5000, {}), 1, f"status 400: {'x' * 188}; fix: see what"),
     ((307, "", {"Location": "http://127.0.0.1:1/v1"}), 1, "status 307: ;"),
     ((200, "<html>", {}), 1, "not the reply of a chat model; found <html>; fix: check the URL"),
     ((200, "", {}), 1, "not the reply of a chat model; found nothing;"),
@@ -209,8 +227,8 @@ def test_it_waits_as_long_as_the_server_wants(tmp_path):
     ((200, '{"error": {"message": "no"}}', {}), 1, "not the reply of a chat model"),
     ((200, '{"choices": [{"message": {"content": 5}}]}', {}), 1, "not the reply of a chat model"),
     ((200, "[" * 100_000, {}), 1, "not the reply of a chat model"),
-    (completion(None), 5, "only empty replies to question v0; found nothing; fix: a judge that does not think first"),
-    (completion(" \n"), 5, "only empty replies"),
+    (completion(None), 5, "no answer in any reply to question v0; found nothing; fix: a judge that does not think"),
+    (completion(" \n"), 5, "no answer in any reply"), (completion("<think>\nSo"), 5, "no answer in any reply"),
 ])  # fmt: skip
 def test_a_judge_that_fails_is_one_line(tmp_path, made, tries, match):
     questions, answers = vets(tmp_path, 1)
@@ -291,7 +309,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch, stat
         headers = {"Location": f"{other.url}/v1/chat/completions"}
         with ChatServer(lambda body: "1.0" if status == 200 else (status, said, headers)) as server:
             judge = judge_at(server)
-            assert KEY not in repr(judge) and KEY not in str(judge.header())
+            assert KEY not in repr(judge)
             if status == 200:
                 judge_answers(judge, questions, answers, NOW, tmp_path)
             else:
@@ -330,7 +348,6 @@ def test_without_a_key_no_header_is_sent(tmp_path):
 def test_urls(url, expected):
     judge = Judge.of(url, "m")
     assert judge.url == expected and judge.host == expected.split("/")[2]
-    assert judge.header()["judge"] == "m" and judge.header()["judge_host"] == judge.host
 
 
 @pytest.mark.parametrize("url", [
