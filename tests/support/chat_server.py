@@ -31,7 +31,7 @@ class ChatServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 kept.append((self.path, dict(self.headers), body))
                 try:
                     made = reply(json.loads(body))
