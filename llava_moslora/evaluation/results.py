@@ -138,7 +138,7 @@ def table(results: Mapping[str, Result], missing: Sequence[str], paper: str = ""
     rows = [_row(name, result, paper) for name, result in results.items()]
     if (mean := average(results)) is not None:
         rows.append(["average", f"{mean:.1f}", "", "", *([f"{PAPER_ROWS[paper]['average']:.1f}"] if paper else []), ""])
-    lines = [_markdown(head, rows), ""]
+    lines = [markdown(head, rows), ""]
     lines += [f"- {BENCHMARKS[name].title}: {result.remarks}" for name, result in results.items() if result.remarks]
     lines += [""] * (lines[-1] != "")
     rules = sorted({result.score.rules for result in results.values()})
@@ -185,10 +185,10 @@ def comparison_table(comparison: Comparison) -> str:
          f"{d.adjusted:.3g}", str(d.gained), str(d.lost), str(d.units), d.verdict]
         for name, d in comparison.differences.items()
     ]  # fmt: skip
-    return f"{_markdown(head, rows)}\n\n{comparison.sentence}\n"
+    return f"{markdown(head, rows)}\n\n{comparison.sentence}\n"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown whose columns are aligned also as plain text."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     rule = ["-" * width for width in widths]
