@@ -225,7 +225,7 @@ def _text(version: str, asked: Sequence[Questions], comparisons: Mapping[str, Co
         if (found := comparisons.get(questions.benchmark.name)) is None:
             rows.append([title, "–", "–", "VLMEvalKit needs a judge for this"])
             continue
-        verdict = f"{len(found.different)} figures differ" if found.different else "the same"
+        verdict = f"{len(found.different)} of {len(found.ours)} figures differ" if found.different else "the same"
         for name in (name for name in {**found.kit, **found.ours} if name.startswith("Overall")):
             rows.append([title + name.removeprefix("Overall"), *_both(found, name), verdict])
         if found.different:

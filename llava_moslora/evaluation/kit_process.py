@@ -54,9 +54,9 @@ def scores(name: str, file: str, answers: dict, truths: dict) -> list:
         once more. No figure depends on the images."""
         return pd.read_csv(file, sep="\t", usecols=lambda column: column.lower() != "image")
 
+    unique = uuid.uuid4().hex
     image_base.ImageBaseDataset.prepare_tsv = read
     multiple_choice.timestr = lambda: unique  # it names a file in /tmp by the second, and leaves it there
-    unique = uuid.uuid4().hex
     dataset = build_dataset(name)
     data = dataset.data
     indices = pd.Series([str(index) for index in data["index"]], index=data.index)
