@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import uuid
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -54,7 +55,16 @@ def scores(name: str, file: str, answers: dict, truths: dict) -> list:
         once more. No figure depends on the images."""
         return pd.read_csv(file, sep="\t", usecols=lambda column: column.lower() != "image")
 
+    def run_all(function: Callable, tasks: list, save: str, keys: list, **how: object) -> list:
+        """In place of the kit's, which writes every result so far after each one: over 9 minutes for SEED-Bench."""
+        results = [function(**task) for task in tasks]
+        pd.to_pickle({key: results[number] for number, key in enumerate(keys)}, save)
+        return results
+
+    if not hasattr(image_base.ImageBaseDataset, "prepare_tsv"):
+        sys.exit("this version reads its files otherwise, and might download: take ms-vlmeval 0.0.20")
     unique = uuid.uuid4().hex
+    multiple_choice.track_progress_rich = run_all
     image_base.ImageBaseDataset.prepare_tsv = read
     multiple_choice.timestr = lambda: unique  # it names a file in /tmp by the second, and leaves it there
     dataset = build_dataset(name)
