@@ -30,6 +30,7 @@ def main() -> None:
         kind.DATASET_MD5 = {}  # or it downloads
     recorder = Recorder()
     vlmevalkit.load = lambda path: recorder.watch(load(path))
+    vlmevalkit.answer = recorder.answer
     supported_VLM["tiny"] = partial(vlmevalkit.model_class(), run, max_new_tokens=3)
     seen = {}
     for name in names:

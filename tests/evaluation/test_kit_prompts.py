@@ -1,4 +1,4 @@
-"""VLMEvalKit's own run of our model class asks what this package asks: the same ids and images reach the model."""
+"""VLMEvalKit's own run of our model class asks what this package asks: the same text, ids and images."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import pytest
 from llava_moslora.evaluation.ask import Questions
 from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.checks import open_benchmark
-from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load
 from support.export_runs import trained_run
 from support.golden_cases import tiny_files
@@ -50,7 +49,7 @@ def test_the_kits_own_run_asks_the_same(parts, tmp_path):
         assert len(seen[benchmark.file]) == min(LIMIT, len(table))
         recorder.rows.clear()
         for number in asked.numbers[:LIMIT]:
-            list(answer(chat_model, [asked.image_and_prompt(number)], max_new_tokens=TOKENS))
+            list(recorder.answer(chat_model, [asked.image_and_prompt(number)], max_new_tokens=TOKENS))
         ours = {row["index"]: found for row, found in zip(asked.rows[:LIMIT], recorder.rows, strict=True)}
         for index, found in ours.items():
             assert seen[benchmark.file][index] == found, (benchmark.name, index)

@@ -1,8 +1,10 @@
-"""What reaches a model: the ids, pixels and answers of every call of its ``generate``."""
+"""What is asked, and what reaches a model: the text, ids, pixels and answers of every call of its ``generate``."""
 
 import hashlib
 
 import torch
+
+from llava_moslora.inference import generate
 
 
 class Recorder:
@@ -10,16 +12,23 @@ class Recorder:
 
     def __init__(self):
         self.rows = []
+        self.turns = []
+
+    def answer(self, chat_model, questions, **how):
+        """In place of ``generate.answer``: white space at the ends of a turn, say, does not reach the model."""
+        self.turns = [turn.text for _, turns in questions for turn in turns]
+        return generate.answer(chat_model, questions, **how)
 
     def watch(self, chat_model):
-        generate = chat_model.model.generate
+        inner = chat_model.model.generate
 
         def recorded(**inputs):
-            output = generate(**inputs)
+            output = inner(**inputs)
             ids, pixels = inputs["input_ids"], inputs["pixel_values"].to(torch.float32).cpu()
             assert len(ids) == 1, "one question at a time"
             new = output[0, ids.shape[1] :]
             self.rows.append({
+                "turns": self.turns,
                 "text": chat_model.tokenizer.decode(ids[0]),
                 "ids": ids[0].tolist(),
                 "images": len(pixels),
