@@ -31,6 +31,7 @@ from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.checks import open_benchmark
 from llava_moslora.evaluation.compare import compare
 from llava_moslora.evaluation.judge import Judge
+from llava_moslora.evaluation.kit import SCORER, find_kit, score_by_kit
 from llava_moslora.evaluation.output import complete, locked, new_output, scored
 from llava_moslora.evaluation.prompts import PROMPTS
 from llava_moslora.evaluation.question_file import evaluate_questions, read_questions
@@ -50,7 +51,10 @@ from llava_moslora.training.process_group import is_loopback
 
 # Mode → the flags it needs, and those it may have besides.
 FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "benchmark": (("data", "output"), ("batch_size", "limit", "prompts", "rules", "judge", "paper")),
+    "benchmark": (
+        ("data", "output"),
+        ("batch_size", "limit", "prompts", "rules", "judge", "paper", "scorer", "kit_python"),
+    ),
     "questions": (("image_folder",), ("untrained", "blank", "output", "probe", "batch_size")),
     "compare": ((), ()),
 }
@@ -68,6 +72,8 @@ def main() -> None:
         "--judge", nargs=2, metavar=("URL", "MODEL"),
         help="OpenAI-compatible server and its model that judge MathVista and MM-Vet; key: OPENAI_API_KEY",
     )  # fmt: skip
+    parser.add_argument("--scorer", help=f"{SCORER}: let the installed VLMEvalKit score the same answers as well")
+    parser.add_argument("--kit_python", metavar="PATH", help="Python that has VLMEvalKit; this one by default")
     parser.add_argument("--paper", metavar="ROW", help=f"show a row of the paper's Table 5: {', '.join(PAPER_ROWS)}")
     parser.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
     parser.add_argument("--questions", help="JSON array of questions")
@@ -99,6 +105,8 @@ def check_flags(args: argparse.Namespace) -> str:
     needed, allowed = FLAGS[modes[0]]
     if lacking := [name for name in needed if name not in given]:
         raise Refusal("C-FLAG", f"missing: --{modes[0]} needs it", key=f"--{lacking[0]}")
+    if "kit_python" in given and "scorer" not in given:
+        raise Refusal("C-FLAG", "has no effect without --scorer", key="--kit_python", fix=f"--scorer {SCORER}")
     if other := sorted(given - {modes[0], *needed, *allowed}):
         raise Refusal("C-FLAG", f"has no effect with --{modes[0]}", key=f"--{other[0]}", fix="leave it out")
     for name in ("batch_size", "limit"):
@@ -134,6 +142,7 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
     prompts = one_of(args.prompts, PROMPTS, "--prompts", "prompts-2024")
     rules = RULES[one_of(args.rules, RULES, "--rules", "rules-2024")]
     paper = one_of(args.paper, PAPER_ROWS, "--paper")
+    kit = find_kit(args.kit_python) if one_of(args.scorer, [SCORER], "--scorer") else None
     wanted, missing = benchmarks_of(args.benchmark, Path(args.data))
     judge = judge_of(args.judge, wanted)
     output, source = new_output(args.output), Path(args.run[0])
@@ -156,7 +165,9 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
         if rank() == 0:
             results, failure = scored(output, asked, header, rules, judge)
             missing = [name for name in missing if name not in results]
-            print(write_results(output, str(source), results, missing, paper), end="")
+            print(write_results(output, str(source), results, missing, paper), end="", flush=True)
+            if kit is not None:
+                print(f"\n{score_by_kit(kit, output, asked, header)}", end="")
     if distributed.is_initialized():
         distributed.destroy_process_group()
     if failure is not None:

@@ -157,7 +157,7 @@ def table(results: Mapping[str, Result], missing: Sequence[str], paper: str = ""
     if (mean := average(results)) is not None:
         papers = [f"{PAPER_ROWS[paper]['average']:.1f}"] if paper else []
         rows.append(["average", f"{mean:.1f}", "", "", *papers, ", ".join(conditions(results))])
-    lines = [_markdown(head, rows), ""]
+    lines = [markdown(head, rows), ""]
     lines += [f"- {BENCHMARKS[name].title}: {result.remarks}" for name, result in results.items() if result.remarks]
     lines += [""] * (lines[-1] != "")
     rules = sorted({result.score.rules for result in results.values()})
@@ -208,10 +208,10 @@ def comparison_table(comparison: Comparison) -> str:
          f"{d.adjusted:.3g}", str(d.gained), str(d.lost), str(d.units), d.verdict]
         for name, d in comparison.differences.items()
     ]  # fmt: skip
-    return f"{_markdown(head, rows)}\n\n{comparison.sentence}\n"
+    return f"{markdown(head, rows)}\n\n{comparison.sentence}\n"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown whose columns are aligned also as plain text."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     rule = ["-" * width for width in widths]

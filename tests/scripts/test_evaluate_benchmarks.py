@@ -9,11 +9,13 @@ import pytest
 
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation import judge
+from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.output import locked
 from scripts import evaluate
 from support.chat_server import ChatServer
 from support.export_runs import trained_run
 from support.golden_cases import tiny_files
+from support.kit import kit_python
 from support.launching import free_port, run
 
 FILES = tiny_files(random.Random(0))
@@ -136,6 +138,41 @@ def test_a_judge(runs, data, tmp_path, monkeypatch, capsys):
     assert "Answers are greedy, without a judge." in printed and "needs a judge" in printed
 
 
+def test_our_results_are_there_when_the_kit_fails(runs, data, tmp_path, monkeypatch, capsys):
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\n[ $# = 1 ] && echo \'{"kit": "ms-vlmeval 0.0.20"}\' || { echo no memory >&2; exit 1; }'
+    )
+    program.chmod(0o755)
+    words = [runs / "moslora", "--benchmark", "seed", "--data", data, "--limit", 3, "--output", tmp_path / "out"]
+    with pytest.raises(Refusal, match=r"E-KIT\] .*vlmevalkit.log: VLMEvalKit failed; found no memory"):
+        evaluated(monkeypatch, *words, "--scorer", "vlmevalkit", "--kit_python", program)
+    assert "| SEED-Bench image" in capsys.readouterr().out and (tmp_path / "out/results.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_real_kit_scores_the_same(runs, data, tmp_path, monkeypatch, capsys):
+    """Our rules of 2024 next to the kit's of today; answers that score, in the place of a random model's."""
+    words = [runs / "moslora", "--benchmark", "mmbench_cn,seed,textvqa,mme,mathvista", "--data", data, "--limit", 30]
+    words += ["--output", tmp_path / "out"]
+    evaluated(monkeypatch, *words)
+    for name in ("mmbench_cn", "seed", "textvqa", "mme"):
+        file, predictions = tmp_path / "out" / name / "answers-0.jsonl", FILES[BENCHMARKS[name].file][1]
+        header, *rows = map(json.loads, file.read_text().splitlines())
+        rows = [row | {"answer": predictions[row["index"]]} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)))
+    capsys.readouterr()
+    evaluated(monkeypatch, *words, "--scorer", "vlmevalkit", "--kit_python", kit_python())
+    ours, kits = (text.splitlines() for text in capsys.readouterr().out.split("\n| benchmark ", 1))
+    assert sum(line.startswith("| ") for line in ours) == 2 + 5
+    for title in ("MMBench CN (test)", "SEED-Bench image", "TextVQA", "MME"):
+        (line,) = (line for line in kits if line.startswith(f"| {title}"))
+        _, _, kit, own, verdict, _ = (cell.strip() for cell in line.split("|"))
+        assert kit == own and float(kit) > 20 and verdict == "the same"
+    assert any("MathVista" in line and "needs a judge" in line for line in kits)
+    assert "VLMEvalKit" in (tmp_path / "out/results.md").read_text()
+
+
 def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
     """Their answers are those of one rank; what is missing in one rank's file is asked again, and nothing else."""
     words = ["--benchmark", "seed", "mme", "--data", data, "--batch_size", 4, "--limit", 18]
@@ -175,6 +212,11 @@ def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
      r"--judge: has no effect without mathvista or mmvet; fix: leave it out"),
     (["--benchmark", "mmvet", "--data", "d", "--output", "o", "--judge", "h", "m"], r"--judge: no URL of a server"),
     (["--compare", "--judge", "http://h", "m"], r"--judge: has no effect with --compare"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--scorer", "x"], r"--scorer: unknown; .*expected vlmeva"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--kit_python", "p"], r"--kit_python: has no effect with"),
+    (["--compare", "--scorer", "vlmevalkit"], r"--scorer: has no effect with --compare"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--scorer", "vlmevalkit", "--kit_python", "/no/python"],
+     r"--kit_python: no such program; found /no/python"),
     (["--benchmark", "all", "--data", "missing", "--output", "o"], r"D-FILE\] missing:--data: no benchmark's file"),
     (["--compare"], r"--compare: two results are compared; found run"),
 ])  # fmt: skip
