@@ -154,7 +154,8 @@ def _page(report: dict, samples: list[str], title: str) -> str:
     cut = {"lost trailing turns": "turns_dropped", "answer cut": "answers_cut", "left out": "left_out"}
     tables = [
         _table("Files", ["file", "format", "records", "kept", "seen per epoch"],
-               [[Path(row["file"]).name, ", ".join(row["formats"]), *(f"{row[key]:,.0f}" for key in ("records", "kept", "seen_per_epoch"))]
+               [[Path(row["file"]).name, ", ".join(row["formats"]),
+                 *(f"{row[key]:,.0f}" for key in ("records", "kept", "seen_per_epoch"))]
                 for row in report["files"]]),
         _table("Sources", ["source", "records", "tokens", "trained"],
                [[name, *(f"{n:,}" for n in row.values())] for name, row in report["sources"].items()]),
