@@ -132,9 +132,12 @@ def reports_of(dataset: Dataset) -> list[dict]:
 def formats_of(dataset: Dataset) -> str:
     """Which record format each source was read as, a line per source."""
     return "\n".join(
-        f"{report['file']}: " + ", ".join(f"{count:,} records of {name}" for name, count in report["formats"].items())
-        for report in reports_of(dataset)
+        f"record format of {report['file']}: {_names(report['formats'])}" for report in reports_of(dataset)
     )
+
+
+def _names(formats: dict[str, int]) -> str:
+    return " ".join(formats) if len(formats) == 1 else ", ".join(f"{name} ({n:,})" for name, n in formats.items())
 
 
 def _folders(dataset: Dataset) -> list[Path]:
