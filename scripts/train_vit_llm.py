@@ -84,8 +84,8 @@ def main() -> None:
         data_settings, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
         longest_text=longest_text(llm_config),
     )  # fmt: skip
-    print_once(formats_of(dataset))
-    print_once("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
+    counts = ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int))
+    print_once(f"{formats_of(dataset)}\ndata: {counts}")
     sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
