@@ -129,11 +129,11 @@ def reports_of(dataset: Dataset) -> list[dict]:
     return [report_in(folder) for folder in _folders(dataset)]
 
 
-def formats_of(dataset: Dataset) -> str:
-    """Which record format each source was read as, a line per source."""
-    return "\n".join(
-        f"record format of {report['file']}: {_names(report['formats'])}" for report in reports_of(dataset)
-    )
+def summary(dataset: Dataset) -> str:
+    """For people: a line per source with the record format that it was read as, and a line of all counts."""
+    lines = [f"record format of {report['file']}: {_names(report['formats'])}" for report in reports_of(dataset)]
+    counts = {name: count for name, count in report_of(dataset).items() if isinstance(count, int)}
+    return "\n".join([*lines, "data: " + "  ".join(f"{name}: {count:,}" for name, count in counts.items())])
 
 
 def _names(formats: dict[str, int]) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Image, List, Value
 
-from llava_moslora.data.cache import formats_of, keys_of, report_of
+from llava_moslora.data.cache import keys_of, report_of, summary
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.formats import FORMATS, column_names, read_records
 from llava_moslora.data.image_transform import ImageTransform
@@ -169,8 +169,8 @@ def test_ids_labels_and_pixels_are_those_of_llavas_form(compared, image_folder, 
     batch, expected = (Collator(0, image_folder, TRANSFORM)(list(each)) for each in (rows, llava))
     assert batch.keys() == expected.keys()
     assert all(torch.equal(batch[key], expected[key]) for key in batch if key != "record")
-    assert re.fullmatch(rf"record format of \S+: {FILES[name][0]}", formats_of(rows))
-    assert formats_of(llava).endswith("llava.json: LLaVA")
+    assert re.match(rf"record format of \S+: {FILES[name][0]}\ndata: records: {len(rows)}  kept: ", summary(rows))
+    assert "llava.json: LLaVA\n" in summary(llava)
 
 
 def test_one_step_of_training_over_all_files(parts, tmp_path, image_folder):
@@ -397,4 +397,4 @@ def test_refused_columns(prepare_files, write_json, words, message):
 def test_formats_may_be_mixed_in_a_file(prepare_files, write_json, image_folder):
     file = write_json([TALKS[0].llava(), {"messages": chat(TALKS[1])}, TALKS[2].llava()])
     rows = prepare_files(file, image_folder, model_max_length=150)
-    assert formats_of(rows) == f"record format of {file}: LLaVA (2), messages (1)"
+    assert summary(rows).startswith(f"record format of {file}: LLaVA (2), messages (1)\ndata: records: 3  ")
