@@ -31,7 +31,7 @@ from llava_moslora.text.conversation import Turn, check_order
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
 Content = tuple[tuple[str, ...], tuple[Turn, ...]]  # names of images, and turns
-LLAVA_ROLES = ("system", "human", "gpt")
+LLAVA_ROLES = {role: ROLES[role] for role in ("system", "human", "gpt")}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # In a record without images, <image> inside a sentence is text (somebody writes about HTML); on a line of its own at
 # the start or end of a turn it is what LLaVA writes for an image, and the image is missing.
@@ -105,14 +105,13 @@ def check_record(
 
 def read_llava(raw: dict) -> Content:
     """``{"id": ..., "image": FILE or [FILE, ...], "conversations": [{"from": "human", "value": ...}, ...]}``."""
-    return images_and_turns(
-        raw, read_list(raw, "conversations", FROM_VALUE, {role: ROLES[role] for role in LLAVA_ROLES})
-    )
+    return images_and_turns(raw, read_list(raw, "conversations", FROM_VALUE, LLAVA_ROLES))
 
 
 def read_sharegpt(raw: dict) -> Content:
     """As LLaVA's, with ``images``, and with ``user`` and ``assistant`` too; or with ``role`` and ``content``."""
-    names = ROLE_CONTENT if any("role" in turn for turn in _objects(raw["conversations"])) else FROM_VALUE
+    turns = raw["conversations"] if isinstance(raw["conversations"], list) else []
+    names = ROLE_CONTENT if any("role" in turn for turn in turns if isinstance(turn, dict)) else FROM_VALUE
     return images_and_turns(raw, read_list(raw, "conversations", names))
 
 
@@ -158,13 +157,12 @@ def read_alpaca(raw: dict) -> Content:
     return images_and_turns(raw, [*messages, question, said("gpt", raw["output"], "output")])
 
 
-def _objects(turns: object) -> list[dict]:
-    return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-
-
 def _as_sharegpt(raw: dict) -> bool:
-    return "images" in raw or any(
-        "role" in turn or turn.get("from") in ("user", "assistant") for turn in _objects(raw["conversations"])
+    if "images" in raw:
+        return True
+    turns = raw["conversations"] if isinstance(raw["conversations"], list) else []
+    return any(
+        isinstance(turn, dict) and ("role" in turn or turn.get("from") in ("user", "assistant")) for turn in turns
     )
 
 

@@ -21,6 +21,7 @@ ROLES: dict[str, Role] = {"system": "system", "user": "human", "assistant": "gpt
 TOOL_ROLES = ("tool", "tools", "tool_call", "tool_calls", "tool_response", "function", "function_call", "observation")
 CALLS = ("tool_calls", "function_call")  # keys of a message that calls tools
 MARKS = ("train", "loss", "weight")  # keys that say whether a turn is trained on
+RARE = frozenset(CALLS + MARKS)  # nearly no turn has them: they are looked for once
 FROM_VALUE, ROLE_CONTENT = ("from", "value"), ("role", "content")
 WITHOUT_TOOLS = "remove the record, or write the call and its result as ordinary text of the turns"
 WITHOUT_VIDEO = "remove the record, or save frames as images: a list under 'image', one <image> for each"
@@ -58,34 +59,35 @@ def list_under(raw: dict, key: str) -> Iterator[tuple[int, Any]]:
     return enumerate(value)
 
 
-def said(role: Role, text: object, key: str) -> Message:
+def said(role: Role, text: object, key: str, trained: bool = True) -> Message:
     """A turn that is a plain string; ``<image>`` in a human one are places of the record's images."""
     if not isinstance(text, str):
         raise Refusal("D-SCHEMA", "must be a string", key=key, found=json_type(text))
     if not text.strip():
         raise Refusal("D-EMPTY", f"the {role} turn is empty", key=key)
-    return Message(Turn(role, text), (None,) * text.count(IMAGE_TOKEN) if role == "human" else ())
+    return Message(Turn(role, text, trained), (None,) * text.count(IMAGE_TOKEN) if role == "human" else ())
 
 
 def _read_message(message: object, key: str, names: tuple[str, str], roles: Mapping[str, Role]) -> Message:
     name, content = names
     given = message if isinstance(message, dict) else {}
-    if any(given.get(call) not in EMPTY for call in CALLS) or given.get(name) in TOOL_ROLES:
-        found = next((call for call in CALLS if given.get(call) not in EMPTY), given.get(name))
+    is_plain = RARE.isdisjoint(given)
+    call = None if is_plain else next((call for call in CALLS if given.get(call) not in EMPTY), None)
+    if call or given.get(name) in TOOL_ROLES:
+        found = call or given[name]
         raise Refusal("D-ROLE", "calls of tools are not trained on", key=key, found=found, fix=WITHOUT_TOOLS)
-    if not isinstance(given.get(name), str) or not isinstance(given.get(content), str | list):
+    text, images = given.get(content), None
+    if not isinstance(given.get(name), str) or not isinstance(text, (str, list)):
         what = f"a turn must be an object with '{name}', a string, and '{content}', a string or a list of parts"
         found = f"keys {', '.join(given)}" if isinstance(message, dict) else json_type(message)
         raise Refusal("D-SCHEMA", what, key=key, found=found)
     if (role := roles.get(given[name])) is None:
         expected = " | ".join(roles)
         raise Refusal("D-ROLE", "unknown role", key=f"{key}.{name}", found=given[name], expected=expected)
-    text, images = given[content], None
     if isinstance(text, list):
         text, images = _join_parts(text, f"{key}.{content}", role)
-    read = said(role, text, f"{key}.{content}")
-    trained = _is_trained(given, key, role)
-    return Message(replace(read.turn, trained=trained), read.images if images is None else images)
+    read = said(role, text, f"{key}.{content}", trained=is_plain or _is_trained(given, key, role))
+    return read if images is None else read._replace(images=images)
 
 
 def _is_trained(message: dict, key: str, role: Role) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tarfile
 from dataclasses import dataclass
 
 import datasets
@@ -94,6 +95,15 @@ def saved(path, data):
     return path
 
 
+def shard(path, records):
+    """A tar of the records and all images of the folder."""
+    with tarfile.open(path, "w") as archive:
+        for image in (path.parent / "images").iterdir():
+            archive.add(image, f"pics/{image.name}")
+        archive.add(lines(path.with_suffix(".jsonl"), records), "records.jsonl")
+    return path
+
+
 MESSAGE = List({"role": Value("string"), "content": Value("string")})
 IN_PARTS = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 PAIR = List({name: Value("string") for name in ("user", "assistant", "source")})
@@ -116,6 +126,8 @@ FILES = {
         "messages", IN_PARTS)), TALKS)),
     "messages, save_to_disk": ("messages", lambda at: (saved(at / "f", dataset(at, [
         {"messages": chat(talk), "images": talk.images} for talk in TALKS], "messages", MESSAGE)), TALKS)),
+    "messages, a shard": ("messages", lambda at: (shard(at / "o.tar", [
+        {"messages": chat(talk), "images": [f"pics/{n}" for n in talk.images]} for talk in TALKS]), TALKS)),
     "ShareGPT, LLaMA-Factory's": ("ShareGPT", lambda at: (array(at / "g.json", [
         {"conversations": [{"from": role, "value": text} for role, text in talk.turns(("human", "gpt"))
                            if role != "system"], "system": talk.system or "", "tools": "", "images": talk.images}
@@ -152,7 +164,7 @@ def compared(tmp_path, image_folder, prepare_files, write_json):
 
     def prepare_both(name):
         source, talks, *untrained = FILES[name][1](tmp_path)
-        inside = source.suffix in ("", ".parquet") and any(talk.images for talk in talks)
+        inside = source.suffix in ("", ".parquet", ".tar") and any(talk.images for talk in talks)
         rows = prepare_files(source, None if inside else image_folder, model_max_length=150)
         records = [talk.llava(untrained=len(talk.rounds) - 1 if untrained else 0) for talk in talks]
         return rows, prepare_files(write_json(records, "llava.json"), image_folder, model_max_length=150)
