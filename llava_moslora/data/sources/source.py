@@ -107,7 +107,7 @@ def read_image(shard: str, ref: ImageRef, *, record: int, record_id: str | None)
     }
     try:
         data = container_of(shard).read_image(shard, ref.at)
-    except (OSError, IndexError) as error:
+    except (OSError, IndexError, NotImplementedError) as error:  # the last: a folder that is gone is no data set's
         fix = "is the shard still where it was when it was prepared?"
         raise Refusal("I-MISSING", "the image cannot be read from its shard", found=error, fix=fix, **where) from None
     if zlib.crc32(data) != ref.checksum:

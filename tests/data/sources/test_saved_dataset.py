@@ -1,5 +1,6 @@
 """Data sets of the datasets library: folders, the Hub (a stub: nothing is downloaded in a test), columns of images."""
 
+import shutil
 import socket
 import tracemalloc
 
@@ -75,6 +76,11 @@ def test_a_folder_with_images(with_images, prepare_files, write_json, image_fold
     assert torch.equal(batch(again, None), batch(list(plain)[:4], image_folder))
     with pytest.raises(Refusal, match=r"\[I-(CHANGED|MISSING)\] .*saved:"):
         batch(rows, None)
+    shutil.rmtree(tmp_path / "saved")
+    with pytest.raises(
+        Refusal, match=r"\[I-MISSING\] .*saved:0:record 1 id=1:image: the image cannot be read from its"
+    ):
+        batch(again, None)
 
 
 def test_a_folder_with_names_of_images(prepare_files, write_json, image_folder, tmp_path):
