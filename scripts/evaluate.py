@@ -7,7 +7,7 @@
 **Benchmarks**: the nine of the paper's Table 5 (mmbench_en mmbench_cn seed ai2d sciqa textvqa mathvista mmvet mme),
 from VLMEvalKit's TSV files in --data; nothing is downloaded. Several GPUs: torchrun --nproc_per_node N in place of
 python. Every answer is kept in --output as it is made: the same command continues where it was stopped, and scores
-answers that are complete without loading the model.
+answers that are complete without loading the model. MathVista and MM-Vet need --judge for the paper's kind of score.
 
 **Question file**: a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``; each question is asked
 in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as it is made.
@@ -30,6 +30,7 @@ from llava_moslora.evaluation.ask import Questions, ask, source_header
 from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.checks import open_benchmark
 from llava_moslora.evaluation.compare import compare
+from llava_moslora.evaluation.judge import Judge
 from llava_moslora.evaluation.output import complete, locked, new_output, scored
 from llava_moslora.evaluation.prompts import PROMPTS
 from llava_moslora.evaluation.question_file import evaluate_questions, read_questions
@@ -41,6 +42,7 @@ from llava_moslora.evaluation.results import (
     read_results,
     write_results,
 )
+from llava_moslora.evaluation.scoring import JUDGED
 from llava_moslora.inference.load import load
 from llava_moslora.runs.checkpoints import newest_checkpoint
 from llava_moslora.runs.record import RUN
@@ -48,7 +50,7 @@ from llava_moslora.training.process_group import is_loopback
 
 # Mode → the flags it needs, and those it may have besides.
 FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "benchmark": (("data", "output"), ("batch_size", "limit", "prompts", "rules", "paper")),
+    "benchmark": (("data", "output"), ("batch_size", "limit", "prompts", "rules", "judge", "paper")),
     "questions": (("image_folder",), ("untrained", "blank", "output", "probe", "batch_size")),
     "compare": ((), ()),
 }
@@ -62,6 +64,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="ask a sample of so many questions of each benchmark")
     parser.add_argument("--prompts", help=f"set of prompts: {', '.join(PROMPTS)}; the first is the paper's")
     parser.add_argument("--rules", help=f"how answers are read: {', '.join(RULES)}; rules-2024 are the paper's")
+    parser.add_argument(
+        "--judge", nargs=2, metavar=("URL", "MODEL"),
+        help="OpenAI-compatible server and its model that judge MathVista and MM-Vet; key: OPENAI_API_KEY",
+    )  # fmt: skip
     parser.add_argument("--paper", metavar="ROW", help=f"show a row of the paper's Table 5: {', '.join(PAPER_ROWS)}")
     parser.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
     parser.add_argument("--questions", help="JSON array of questions")
@@ -129,6 +135,7 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
     rules = RULES[one_of(args.rules, RULES, "--rules", "rules-2024")]
     paper = one_of(args.paper, PAPER_ROWS, "--paper")
     wanted, missing = benchmarks_of(args.benchmark, Path(args.data))
+    judge = judge_of(args.judge, wanted)
     output, source = new_output(args.output), Path(args.run[0])
     asked = [
         Questions.of(BENCHMARKS[name], open_benchmark(BENCHMARKS[name], args.data), prompts=prompts,
@@ -144,13 +151,16 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
             chat_model = load(source, checkpoint=checkpoint)
             for questions in itertools.compress(asked, [not whole for whole in done]):
                 ask(chat_model, questions, header, output / questions.benchmark.name)
+        failure = None
         from_all_ranks(None)  # wait until the last answer is written
         if rank() == 0:
-            results = scored(output, asked, header, rules)
+            results, failure = scored(output, asked, header, rules, judge)
             missing = [name for name in missing if name not in results]
             print(write_results(output, str(source), results, missing, paper), end="")
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    if failure is not None:
+        raise failure
 
 
 def join_ranks() -> None:
@@ -184,6 +194,19 @@ def benchmarks_of(names: list[str], data: Path) -> tuple[list[str], list[str]]:
             fix="put VLMEvalKit's TSV files there; nothing is downloaded",
         )  # fmt: skip
     return there, [name for name in BENCHMARKS if name not in there]
+
+
+def judge_of(flag: list[str] | None, wanted: Collection[str]) -> Judge | None:
+    """The judge that the flag names.
+
+    Raises:
+        Refusal: C-FLAG, nothing of it can be used, or no benchmark needs it; C-KEY.
+    """
+    if flag is None:
+        return None
+    if not any(BENCHMARKS[name].kind in JUDGED for name in wanted):
+        raise Refusal("C-FLAG", f"has no effect without {' or '.join(JUDGED)}", key="--judge", fix="leave it out")
+    return Judge.of(*flag)
 
 
 def ask_question_file(args: argparse.Namespace) -> None:
