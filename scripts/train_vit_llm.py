@@ -20,7 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.data.cache import keys_of, report_of
+from llava_moslora.data.cache import keys_of, summary
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.prepare import prepare
@@ -84,7 +84,7 @@ def main() -> None:
         data_settings, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
         longest_text=longest_text(llm_config),
     )  # fmt: skip
-    print_once("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
+    print_once(summary(dataset))
     sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
