@@ -119,6 +119,7 @@ def _summary(name: str, result: Result, paper: str) -> dict[str, Any]:
         "rules": score.rules,
         "read_by": score.read_by,
         "by": score.by,
+        "counts": score.counts,
         "paper": PAPER_ROWS[paper][name] if paper else None,
         "remarks": result.remarks,
         "header": result.header,
