@@ -7,6 +7,7 @@ LLaMA-3.1, no row is claimed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,11 @@ class Backbone:
 
     llm: str
     folder: str
-    config: dict[str, int]
+    config: Mapping[str, int]
     rope_theta: float
     bits: int
     methods: tuple[str, str]
-    table_8: dict[str, float]
+    table_8: Mapping[str, float]
 
 
 _SIZES = {
@@ -146,7 +147,7 @@ def _is_named(path: str, folder: str) -> bool:
     return parts[-1:] == [folder]
 
 
-def _agrees(config: PreTrainedConfig, expected: dict[str, int]) -> bool:
+def _agrees(config: PreTrainedConfig, expected: Mapping[str, int]) -> bool:
     return all(getattr(config, name, None) == value for name, value in expected.items())
 
 

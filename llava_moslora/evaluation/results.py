@@ -80,19 +80,27 @@ def read_results(output: str | Path) -> dict[str, Result]:
     results = {name: read_result(file) for name, file in files.items() if file.is_file()}
     if not results:
         raise Refusal(
-            "C-PATH", "no results", file=output, key="--compare", expected=f"a folder with NAME/{SCORE}",
-            fix="give the --output of two evaluations",
+            "C-PATH", "no results", file=output, expected=f"a folder with NAME/{SCORE}",
+            fix="give the --output of an evaluation",
         )  # fmt: skip
     return results
 
 
-def write_results(output: Path, source: str, results: Mapping[str, Result], missing: Sequence[str], paper: str) -> str:
+def write_results(
+    output: Path,
+    source: str,
+    results: Mapping[str, Result],
+    missing: Sequence[str],
+    paper: str,
+    notes: Sequence[str] = (),
+) -> str:
     """Write ``results.json`` and ``results.md``, and return the table as text.
 
     Args:
         source: the run or export that was asked.
         missing: benchmarks that were wanted and have no file.
         paper: the row of Table 5 to stand next to it, a key of :data:`PAPER_ROWS`; "": none.
+        notes: what else to say below the table.
     """
     summary = {
         "llava_moslora": __version__,
@@ -103,7 +111,7 @@ def write_results(output: Path, source: str, results: Mapping[str, Result], miss
         "average": average(results),
     }
     replace_json(output / RESULTS, summary)
-    text = table(results, missing, paper)
+    text = table(results, missing, paper) + "".join(f"{note}\n" for note in notes)
     replace_file(output / TABLE, f"# {source}\n\n{text}".encode())
     return text
 
