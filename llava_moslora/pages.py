@@ -13,12 +13,11 @@ from PIL import Image
 
 STYLE = """
 :root { color-scheme: light dark; --a: #2f7d5b; --b: #c9803a; --line: #8884; }
+@media (prefers-color-scheme: dark) { :root { --a: #6fc59b; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } small, figcaption { color: #777; }
 article { border-top: 1px solid var(--line); } td { font-variant-numeric: tabular-nums; }
 """
-
-
 END = "</html>\n"
 
 

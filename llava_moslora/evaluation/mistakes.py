@@ -22,6 +22,7 @@ from llava_moslora.evaluation.tsv import Table
 # What an answer is, and what one model's answer is next to another's.
 UNREAD, WRONG, PARTLY, RIGHT = "unread", "wrong", "partly right", "right"
 A_BETTER, B_BETTER, ALIKE = "A right, B wrong", "B right, A wrong", "alike"
+UNJUDGED = "needs a judge"
 MISTAKES, DIFFERENCES = (UNREAD, WRONG, PARTLY), (A_BETTER, B_BETTER)
 
 
@@ -62,11 +63,15 @@ class Answered:
         return cls(BENCHMARKS[header["benchmark"]], table, str(header["prompts"]), outcomes, answers)
 
     def states(self) -> dict[int, str]:
-        """Number of a row → what its answers are; without those that need a judge."""
+        """Number of a row that was asked → what its answers are."""
         states = {}
         for number, row in enumerate(self.table.rows):
             outcomes = [of[row["index"]] for of in self.outcomes if row["index"] in of]
-            if len(outcomes) == len(self.outcomes) and all(outcome.rule != "unjudged" for outcome in outcomes):
+            if len(outcomes) < len(self.outcomes):
+                continue
+            if any(outcome.rule == "unjudged" for outcome in outcomes):
+                states[number] = UNJUDGED
+            else:
                 states[number] = _compared(*outcomes) if len(outcomes) == 2 else _state(*outcomes)
         return states
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llava_moslora import pages
 from llava_moslora.errors import Refusal
-from llava_moslora.evaluation.mistakes import ALIKE, DIFFERENCES, MISTAKES, RIGHT, Answered, Chosen
+from llava_moslora.evaluation.mistakes import ALIKE, DIFFERENCES, MISTAKES, RIGHT, UNJUDGED, Answered, Chosen
 from llava_moslora.evaluation.prompts import prompt
 from llava_moslora.evaluation.rows import LETTERS, Row, literal_list
 from llava_moslora.evaluation.scoring import Outcome, options_of
@@ -45,6 +45,7 @@ def _pieces(title: str, chosen: Sequence[Chosen], missing: Sequence[str]) -> Ite
     yield pages.begin(title, STYLE, SCRIPT)
     yield "".join(f"<p>{html.escape(note)}</p>" for note in _notes(chosen, wanted, missing))
     columns = [*wanted, RIGHT if wanted == MISTAKES else ALIKE]
+    columns += [UNJUDGED] * any(one.counts[UNJUDGED] for one in chosen)
     yield pages.table(
         ([one.answered.benchmark.title, *(f"{one.counts[state]:,}" for state in columns), f"{len(one.numbers):,}"]
          for one in chosen),
@@ -61,7 +62,7 @@ def _pieces(title: str, chosen: Sequence[Chosen], missing: Sequence[str]) -> Ite
 
 def _notes(chosen: Sequence[Chosen], wanted: Sequence[str], missing: Sequence[str]) -> Iterator[str]:
     """What is on the page and what is not."""
-    what = "answers that are not right" if wanted == MISTAKES else "questions that one model answered better"
+    what = "answers that are not right" if wanted == MISTAKES else "answers of which one model's is better"
     there, shown = (sum(counts[state] for counts in of for state in wanted) for of in (
         [one.counts for one in chosen], [one.shown for one in chosen]
     ))  # fmt: skip
@@ -179,11 +180,16 @@ form { position: sticky; top: 0; display: flex; flex-wrap: wrap; gap: .6em; alig
 select, input { font: inherit; padding: .2em .4em; max-width: 20em; } output { color: #777; }
 h2 { font-size: 1.05em; margin: 1.5em 0 .4em; } p, td { white-space: pre-wrap; overflow-wrap: anywhere; }
 article { display: flex; gap: 1.5em; padding: 1em 0; content-visibility: auto; contain-intrinsic-size: auto 240px; }
-article p { margin: 0 0 .6em; font-weight: 600; } article > div + div { flex: 1; min-width: 0; }
-.images { flex: 0 0 224px; } .images img { display: block; } .images p { font-weight: 400; font-size: .85em; }
-th, td { padding: .1em 1em .1em 0; text-align: left; vertical-align: top; } th { font-weight: 500; color: #777; }
+article p { margin: 0 0 .6em; } article > div + div { flex: 1; min-width: 0; }
+.images { flex: 0 0 224px; } .images img { display: block; } .images p { font-size: .85em; }
+th, td { padding: .1em 1em .1em 0; text-align: right; vertical-align: top; } th { font-weight: 500; color: #777; }
+th:first-child, td:first-child, article td { text-align: left; }
 article td { unicode-bidi: isolate; } article td:first-child { color: #777; white-space: nowrap; }
-article tr:last-child td:last-child { color: var(--a); }
+article tr:nth-child(odd) td:last-child { font-weight: 600; }
+article tr:last-child td:last-child { color: var(--a); font-weight: 400; }
+@media (max-width: 640px) {
+  form { position: static; } article { flex-direction: column; gap: .6em; } .images { flex: none; }
+}
 """
 
 SCRIPT = """
