@@ -4,7 +4,6 @@ import base64
 import hashlib
 import io
 import json
-import random
 import re
 import tracemalloc
 from collections import Counter
@@ -22,11 +21,10 @@ from llava_moslora.evaluation.mistakes import Answered, answered_by_both, choose
 from llava_moslora.evaluation.mistakes_page import LONGEST_TEXT, SCRIPT, write_page
 from llava_moslora.evaluation.prompts import prompt
 from llava_moslora.evaluation.reading import RULES
-from llava_moslora.evaluation.results import Result, read_results, write_result
+from llava_moslora.evaluation.results import Result, read_results
 from llava_moslora.evaluation.scoring import score
-from support.golden_cases import tiny_files
+from support.evaluations import FILES, evaluated, write_data
 
-FILES = tiny_files(random.Random(0))
 NAMES = ("mmbench_en", "seed", "textvqa", "mathvista", "mmvet", "mme")
 HOSTILE = '</td></table></article><script>alert(1)</script><img src="http://x/y" onerror=alert(1)> & "quoted" \'x\''
 VOID = {"meta", "img", "input"}
@@ -79,33 +77,14 @@ class Page(HTMLParser):
             self.text.append(data)
 
 
-def evaluated(folder, data, changes=None):
-    """The output of an evaluation without a model: answers of the golden file, or ``changes``: (name, index) → text."""
-    for name in NAMES:
-        benchmark = BENCHMARKS[name]
-        table = open_benchmark(benchmark, data)
-        given = FILES[benchmark.file][1]
-        answers = {row["index"]: (changes or {}).get((name, row["index"]), given[row["index"]]) for row in table.rows}
-        header = {"benchmark": name, "data": table.md5, "prompts": "prompts-2024", "limit": None, "model": "m"}
-        lines = [{"header": header}, *({"index": index, "answer": answer} for index, answer in answers.items())]
-        (folder / name).mkdir(parents=True)
-        (folder / name / "answers-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        write_result(folder / name, Result(header, score(benchmark.kind, table.rows, answers, RULES["rules-2024"])))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    for name in NAMES:
-        file = BENCHMARKS[name].file
-        (folder / f"{file}.tsv").write_text(FILES[file][0], encoding="utf-8")
-    return folder
+    return write_data(tmp_path_factory.mktemp("data"), NAMES)
 
 
 @pytest.fixture(scope="module")
 def output(data, tmp_path_factory):
-    return evaluated(tmp_path_factory.mktemp("a") / "out", data)
+    return evaluated(tmp_path_factory.mktemp("a") / "out", data, NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +92,7 @@ def other(data, tmp_path_factory):
     """Another model: right on every third question of SEED, hostile on one."""
     rows = open_benchmark(BENCHMARKS["seed"], data).rows
     changes = {("seed", row["index"]): row["answer"] for row in rows[::3]} | {("seed", rows[1]["index"]): HOSTILE}
-    return evaluated(tmp_path_factory.mktemp("b") / "out", data, changes)
+    return evaluated(tmp_path_factory.mktemp("b") / "out", data, NAMES, changes)
 
 
 def chosen(output, data, limit=10_000, names=NAMES):
@@ -263,7 +242,7 @@ def test_a_limit_is_kept_and_said(output, data, tmp_path):
 
 def test_long_texts_are_cut_and_say_so(data, tmp_path):
     row = open_benchmark(BENCHMARKS["seed"], data).rows[0]
-    output = evaluated(tmp_path / "out", data, {("seed", row["index"]): "<b>" * 14_000})
+    output = evaluated(tmp_path / "out", data, NAMES, {("seed", row["index"]): "<b>" * 14_000})
     (tmp_path / "page").mkdir()
     article = page_of(tmp_path / "page", chosen(output, data, names=["seed"])).articles[0]
     assert article["rows"][0][1] == ("<b>" * 14_000)[:LONGEST_TEXT] + "… (40,000 more characters)"
@@ -343,7 +322,7 @@ def test_another_file_or_lost_answers_are_refused(output, other, data, tmp_path)
     (tmp_path / "data" / "SEEDBench_IMG.tsv").write_text(FILES["SEEDBench_IMG"][0].replace("it, 7", "it, 8"))
     with pytest.raises(Refusal, match=r"C-COMPARE\] .*SEEDBench_IMG.tsv:--data: not the file that was asked"):
         list(answered_by_both(tmp_path / "data", [output, other], both))
-    lost = evaluated(tmp_path / "out", data)
+    lost = evaluated(tmp_path / "out", data, NAMES)
     file = lost / "seed" / "answers-0.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(Refusal, match=r"C-ANSWERS\] .*seed.* a scored answer is missing"):
