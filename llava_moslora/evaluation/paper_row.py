@@ -116,7 +116,10 @@ def _recorded(source: Path) -> tuple[ModelSettings, AdapterSettings]:
             record = read_run(source)
             return record.model, record.adapter
         facts = read_json(source / EXPORT)
-        return _settings(ModelSettings, facts.get("base")), _settings(AdapterSettings, facts.get("adapter"))
+        base = _settings(ModelSettings, facts.get("base"))
+        if not (isinstance(base.model_name_or_path, str) and isinstance(base.vision_tower, str)):
+            raise TypeError("a base without the paths of its parts")
+        return base, _settings(AdapterSettings, facts.get("adapter"))
     except (ValueError, TypeError) as error:  # a Refusal is a ValueError
         raise _Unknown("neither a run nor an export that records its base and its adapters") from error
 

@@ -1,7 +1,7 @@
 """The paper's Figure 5: six abilities of MMBench in Chinese and in English as twelve axes, a curve for each model.
 
-Percentages of questions by default. The figure of the paper is normalised: there every axis is divided by the best of
-its three models. Drawn with Pillow in three times the size and scaled down.
+Percentages of questions by default. The figure of the paper is normalised, its ticks end at 1.00: every axis is divided
+by the best of its models, as far as one can tell. Drawn with Pillow in three times the size and scaled down.
 """
 
 from __future__ import annotations
@@ -70,7 +70,10 @@ def lacking(results: Mapping[str, Result]) -> str:
     for name in SETS:
         if name not in results:
             return f"{name} was not evaluated"
-        counts = results[name].score.counts.get(ABILITY, {})
+        score = results[name].score
+        if ABILITY in score.by and ABILITY not in score.counts:
+            return f"{name} was scored before questions were counted by ability; scoring it again loads no model"
+        counts = score.counts.get(ABILITY, {})
         if missing := [ability for ability in ABILITIES if not counts.get(ability)]:
             return f"{name} has no question of {', '.join(missing)}"
     return ""
