@@ -16,7 +16,7 @@ PACKAGE = ROOT / "llava_moslora"
 # Lowest first; packages of one floor never import each other.
 FLOORS = [
     {"errors", "_version"},
-    {"config", "distributed", "pages", "private_api"},
+    {"config", "distributed", "flags", "noise", "pages", "private_api"},
     {"files", "recompute"},
     {"adapters", "text"},
     {"models", "data"},

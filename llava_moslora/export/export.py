@@ -18,6 +18,7 @@ import torch
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.export import output_folder
+from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.model_card import proof_in_one_line, write_card
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.targets import (
@@ -31,7 +32,7 @@ from llava_moslora.export.targets import (
     xtuner,
     xtuner_adapters,
 )
-from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun, open_trained
+from llava_moslora.export.trained_run import TrainedRun, open_trained
 from llava_moslora.export.writer import write_weights
 from llava_moslora.files.disk import write_json
 from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
@@ -91,6 +92,7 @@ def export(
     places = {name: folder.resolve() for name, folder in folders.items()}  # of a link: what it points to
     inputs = _inputs(Path(run), read_run(run).model, llm, vision_tower)
     for place in places.values():
+        output_folder.check_outside(place, Path(run))
         output_folder.check_output_folder(place, overwrite)
         output_folder.check_inputs(place, inputs)
     with ExitStack() as stack:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from llava_moslora.export import mapped_weights, probe
+from llava_moslora.export.formats import DEQUANTIZED
 from llava_moslora.export.target import ExportPlan, Target
-from llava_moslora.export.trained_run import DEQUANTIZED, TrainedRun
+from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.inference.generate import Question, batch, first_logits, generate
 from llava_moslora.inference.load import ChatModel, load_run
 from llava_moslora.models.llava import Llava

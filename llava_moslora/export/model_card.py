@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from llava_moslora._version import __version__
+from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.target import Target
-from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun
+from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.templates import TOKENIZER_TEMPLATE
 
@@ -95,7 +96,11 @@ def _loss(trained: TrainedRun) -> str:
 
 
 def proof_in_one_line(report: dict) -> str:
-    return "; ".join(["passed", *_findings(report)]) if report["proof"] == "passed" else report["proof"]
+    """For the terminal."""
+    if report["proof"] != "passed":
+        return report["proof"]
+    exact, *others = _findings(report)
+    return "; ".join([f"passed: {exact}", *(f"as expected, {other}" for other in others)])
 
 
 def _proof(report: dict) -> str:
@@ -118,5 +123,5 @@ def _findings(report: dict) -> list[str]:
     findings = [f"the {report['exact']} is exact: stock libraries compute {differences}"]
     if (moved := report["logits_difference_from_the_run_as_trained"]) is not None:
         cause = report["cause_of_that_difference"]
-        findings.append(f"{cause} moves logits by up to {moved:.2g} of {largest['logits']:.3g} from the run as trained")
+        findings.append(f"{cause} alone moves logits by up to {moved:.2g} of {largest['logits']:.3g}")
     return findings

@@ -1,7 +1,8 @@
 """What an export target is (``--format``): an object that plans its folder and shows how it is used.
 
-A new target is one file in ``export/targets/`` with one :class:`Target`, and its row in
-:data:`llava_moslora.export.export.TARGETS`. ``--help``, README's table and the model card are made from the object.
+A new target is one file in ``export/targets/`` with one :class:`Target`, its row in
+:data:`llava_moslora.export.export.TARGETS`, and its summary in :data:`llava_moslora.export.formats.FORMATS`.
+``--help``, docs/export.md and the model card are made from the summary.
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 UNUSED = {
     "eval_strategy": (("no",), "nothing is evaluated while training; ask the checkpoints with scripts/evaluate.py"),
     "save_strategy": (("steps", "epoch", "no"), "no checkpoint is known to be the best without an evaluation"),
-    "label_smoothing_factor": ((0.0,), "the loss has no label smoothing"),
 }
 # Optimizers whose state can be saved. ZeRO flattens and concatenates parameters: it can partition only state with one
 # number per weight, not blocks of 8-bit numbers or factored rows, which belong to a parameter.
@@ -58,11 +57,6 @@ def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArgument
         Refusal: C-FLAG, a value out of its range or flags that exclude each other; C-DEEPSPEED, a DeepSpeed file that
             differs from the flags, every difference at once; E-MISSING, an optional package is not installed.
     """
-    if args.resume_from_checkpoint is not None:
-        raise Refusal(
-            "C-FLAG", "a run resumes from the newest valid checkpoint in its --output_dir, not from a named one",
-            key="--resume_from_checkpoint", found=args.resume_from_checkpoint, fix="use --resume True",
-        )  # fmt: skip
     _check_numbers(args)
     _check_adapters(adapter)
     _check_precision(args)

@@ -10,7 +10,8 @@ import torch
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training import validate
-from llava_moslora.training.arguments import TrainingArguments, parse
+from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.command_line import parse
 from llava_moslora.training.validate import check, check_launch
 from scripts import prepare_data
 from support.training_runs import train

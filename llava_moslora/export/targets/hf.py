@@ -17,6 +17,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_moslora.export import writer
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import PlannedTensor, WeightFiles, plan_tensors, renamed
@@ -40,8 +41,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="hf",
-    summary="the merged model as one `LlavaForConditionalGeneration` with its processor: transformers 4.49 to 5, "
-    "vLLM, lmms-eval, llama.cpp's converters",
+    summary=FORMATS["hf"],
     usage="""from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # scales images as training did

@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from llava_moslora.adapters.fold import Adapter, LowRank, fold_layers, save_config
 from llava_moslora.export import peft_format
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target, check_adapters
 from llava_moslora.export.targets import hf
 from llava_moslora.export.trained_run import TrainedRun
@@ -53,8 +54,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="peft with base",
-    summary="one plain LoRA adapter over a complete base LLaVA that is written next to it; also as "
-    "`--format peft --with_base`",
+    summary=FORMATS["peft_with_base"],
     usage="""from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 base = AutoModelForImageTextToText.from_pretrained(FOLDER + "/base", dtype="auto")
