@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 import transformers.trainer
 import transformers.training_args
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from transformers.integrations import integration_utils
 from transformers.utils import logging as hf_logging
 
 import scripts.train_vit_llm as script
+from llava_moslora.config import LR_SCHEDULES
 from llava_moslora.errors import Refusal
 from llava_moslora.flags import NOT_KNOWN, ScriptParser
 from llava_moslora.training import trainer as trainer_module
@@ -318,6 +320,23 @@ def test_the_optimizers_settings(trained, monkeypatch):
     assert rates[:2] == [0.0, pytest.approx(1e-3)]
     assert trainer.lr_scheduler.get_last_lr() == pytest.approx([1e-4] * len(optimizer.param_groups))
     assert cut == [0.5] * 4
+
+
+@pytest.mark.parametrize("name", LR_SCHEDULES)
+def test_a_schedule_is_restored_from_its_step_alone(name):
+    needed = {"cosine_with_min_lr": {"min_lr": 0.1}, "cosine_warmup_with_min_lr": {"min_lr": 0.1},
+              "warmup_stable_decay": {"num_decay_steps": 2}}.get(name)  # fmt: skip
+
+    def made():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        return transformers.get_scheduler(name, optimizer, 2, 9, scheduler_specific_kwargs=needed)
+
+    one, other = made(), made()
+    for _ in range(5):
+        one.optimizer.step()
+        one.step()
+    trainer_module.set_scheduler_step(other, 5)
+    assert other.get_last_lr() == one.get_last_lr()
 
 
 def test_arguments_of_an_optimizer(trained):
