@@ -23,6 +23,7 @@ FLOORS = [
     {"runs"},
     {"inference"},
     {"training", "export", "evaluation"},
+    {"cli"},
 ]
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
 EXCEPTIONS = {("models/assemble.py", "adapters"), ("models/adapt.py", "adapters")}
