@@ -75,7 +75,9 @@ def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple
         ("written by", f"llava_moslora {__version__}; trained with {versions}"),
     ]
     if trained.bits == 4:
-        rows.insert(-1, ("adapters merged into", MERGED_INTO[trained.merge_base] if "llm" in target.merged else "nothing"))
+        rows.insert(
+            -1, ("adapters merged into", MERGED_INTO[trained.merge_base] if "llm" in target.merged else "nothing")
+        )
     if trained.adapter is None:
         rows.append(("trained", "the projector alone (stage 1)"))
     else:

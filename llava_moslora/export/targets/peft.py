@@ -57,7 +57,8 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="peft",
-    summary="plain LoRA adapters for stock PEFT over the original LLM and vision tower, and the projector",
+    summary="plain LoRA adapters for stock PEFT over the original LLM and vision tower, and the projector; not for a "
+    "LLaVA in vLLM",
     usage="""from peft import PeftModel
 from transformers import AutoModelForCausalLM, VISION_CLASS
 llm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("LLM"), FOLDER + "/llm_adapter")

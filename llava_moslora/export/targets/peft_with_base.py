@@ -52,7 +52,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 TARGET = Target(
     name="peft with base",
     summary="one plain LoRA adapter over a complete base LLaVA that is written next to it; also as "
-    "`--format peft --with_base`",
+    "`--format peft --with_base`; vLLM refuses its projector",
     usage="""from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 base = AutoModelForImageTextToText.from_pretrained(FOLDER + "/base", dtype="auto")
