@@ -42,7 +42,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 TARGET = Target(
     name="hf",
     summary="the merged model as one `LlavaForConditionalGeneration` with its processor: transformers 4.49 to 5, "
-    "vLLM, lmms-eval, llama.cpp's converters",
+    "vLLM, lmms-eval",
     usage="""from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # scales images as training did

@@ -22,7 +22,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="llm",
-    summary="the merged LLM alone, as a causal LM of transformers (an InternLM2 as a Llama)",
+    summary="the merged LLM alone, as a causal LM of transformers (an InternLM2 as a Llama); also for llama.cpp",
     usage="""from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)""",
