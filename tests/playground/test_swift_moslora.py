@@ -35,7 +35,8 @@ def test_swift_trains_moslora_and_resumes(tmp_path):
         --dataset {tmp_path}/rows.jsonl --output_dir {tmp_path}/out --add_version false --save_steps 1 --use_hf true
         --lora_rank 4 --lora_alpha 8 --target_modules all-linear --freeze_vit false --logging_steps 1
         --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --torch_dtype float32 --attn_impl eager
-        --report_to none --use_cpu true --dataset_num_proc 1 --gradient_checkpointing false""".split()
+        --report_to none --use_cpu true --dataset_num_proc 1 --gradient_checkpointing false
+        --learning_rate 1e-3 --lr_scheduler_type constant --warmup_ratio 0""".split()
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     for more in (
         ["--max_steps", "1"],
