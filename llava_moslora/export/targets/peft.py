@@ -64,5 +64,5 @@ from transformers import AutoModelForCausalLM, VISION_CLASS
 llm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("LLM"), FOLDER + "/llm_adapter")
 tower = PeftModel.from_pretrained(VISION_CLASS.from_pretrained("TOWER"), FOLDER + "/vision_adapter")""",
     plan=plan,
-    merges=False,
+    merged=(),
 )

@@ -69,7 +69,7 @@ TARGET = Target(
     usage="""from vlmeval.vlm import LLaVA_XTuner
 model = LLaVA_XTuner(FOLDER, llm_path="LLM", visual_encoder_path="TOWER", prompt_template=TEMPLATE)""",
     plan=plan,
-    merges=False,
+    merged=(),
 )
 
 
