@@ -95,6 +95,12 @@ class DataSettings(Settings):
         help="files of records: LLaVA-format JSON, JSONL or Parquet, or tar shards with the images (mix/*.tar)"
     )
     data_weights: list[float] = setting([], "how often each file of --data_path is seen per epoch; default: once")
+    eval_data_path: list[str] = setting(
+        [], "validation data: files as in --data_path, each FILE or NAME=FILE; default name: the file's"
+    )
+    validation_split: float = setting(
+        0.0, "share of --data_path held out for validation, chosen by each record's content: 0.01 is one in a hundred"
+    )
     image_folder: str | None = setting(None, "folder that image names are relative to")
     image_aspect_ratio: str = setting(
         "pad", "pad to a square, or crop as the tower's image processor does", ASPECT_RATIOS
@@ -204,6 +210,10 @@ class TrainingSettings(Settings):
         f"what backward recomputes instead of keeping it: {RECOMPUTE_MODES}; selective keeps the outputs of linears "
         "and attention; default: full with --gradient_checkpointing, else none",
     )
+    early_stopping_patience: int | None = setting(
+        None, "stop after this many evaluations in a row without a better --metric_for_best_model; default: never"
+    )
+    early_stopping_threshold: float = setting(0.0, "how much better it must become to count as better")
     sample_questions: str | None = setting(None, "LLaVA-format JSON with questions that are answered while training")
     sample_image_folder: str | None = setting(None, "image folder of --sample_questions; default: as --image_folder")
     sample_steps: int = setting(500, "answer --sample_questions every N steps")

@@ -26,8 +26,9 @@ from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training.arguments import FlagParser, some_fields
 
 MODEL_FLAGS = ("model_name_or_path", "vision_tower", "version")
-# Without effect before training: how images become pixels, and in which order records are seen.
+# Without effect before training: how images become pixels, in which order records are seen, what is held out.
 DATA_FLAGS = {f.name for f in fields(DataSettings)} - {"image_aspect_ratio", "image_engine", "data_order"}
+DATA_FLAGS -= {"eval_data_path", "validation_split"}
 
 
 @dataclass

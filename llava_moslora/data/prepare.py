@@ -57,7 +57,8 @@ def prepare(
     Columns: ``input_ids`` and ``labels`` int32[length] with images expanded, ``images`` file names (in a shard
     ImageRefs), ``shard`` (``""`` for images in files), ``record`` index in the data file or shard, ``id``, ``length``,
     ``trained`` (tokens with a label), ``has_image``; ``source``, a position in ``data_path``, and ``number``, the
-    record counted through all sources: for a single data file its index there.
+    record counted through all sources: for a single data file its index there; with ``validation_split`` also ``hash``
+    uint64, of the record's content.
 
     A record longer than ``settings.model_max_length`` loses complete trailing rounds; if already the first round is
     longer, its answer is cut at the end; if not even its question fits, the record is skipped. All three are counted in
@@ -66,7 +67,8 @@ def prepare(
     Args:
         settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after checking all of them;
             ``"quarantine"`` skips bad records and lists them in the report, up to a share of ``max_bad_share``.
-            With ``decode_images`` a cache that was built without is built again.
+            With ``decode_images`` a cache that was built without is built again, with ``validation_split`` one
+            without hashes.
         template: name of the prompt template.
         tokens_per_image: placeholders per image.
         longest_text: tokens up to which the LLM knows positions; ``model_max_length`` may not be above it.
@@ -97,6 +99,8 @@ def prepare(
             raise Refusal("D-TWICE", f"the same data as {first}", file=source.name, fix=fix)
         digests.append(digest)
         rows = concatenate_datasets([Dataset.from_file(str(part)) for part in arrow_files(folder)])
+        if not settings.validation_split:  # which caches of version 0.1 do not have
+            rows = rows.remove_columns([name for name in rows.column_names if name == "hash"])
         rows = rows.add_column("source", np.full(len(rows), position, dtype=np.int32))
         datasets.append(rows.add_column("number", records_before + _count_through_shards(folder, rows)))
         report = report_in(folder)
@@ -159,6 +163,8 @@ def _reason_to_build(target: Path, preparation: Preparation) -> str | None:
     report = report_in(target)
     if preparation.settings.decode_images and not report["decoded"]:
         return "its images have not been decoded"
+    if preparation.settings.validation_split and not report.get("hashed"):
+        return "its records have no hashes to split them by"
     if usable := _recheck_images(report["problems"], preparation)[1]:
         return f"{usable} records whose images could not be used can be used now"
     return None
@@ -278,7 +284,7 @@ def _build(preparation: Preparation, target: Path) -> None:
         what = "no record is short enough" if counts["records"] else "there are no records"
         raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=name, found=f"{counts['records']} records")
     report = {"file": name, **counts, "shards": shards, "problems": problems, "decoded": settings.decode_images,
-              "image_folder": _image_folder(settings), "parts": parts}  # fmt: skip
+              "hashed": True, "image_folder": _image_folder(settings), "parts": parts}  # fmt: skip
     with using(target.parent):
         for stray in set(arrow_files(staging)) - {staging / f"{part['name']}.arrow" for part in parts}:
             stray.unlink()
@@ -291,11 +297,12 @@ def _open_staging(preparation: Preparation, target: Path) -> Path:
     """The folder in which a build begins or continues, with the good parts of a published cache."""
     here, decoded = _image_folder(preparation.settings), preparation.settings.decode_images
     # parts whose images were checked in another folder, or otherwise, are not used
-    checked = hashlib.sha256(f"{here} {decoded} {RECORDS_PER_PART}".encode()).hexdigest()[:8]
+    checked = hashlib.sha256(f"{here} {decoded} {RECORDS_PER_PART} hashed".encode()).hexdigest()[:8]
     staging = target.with_name(f"{target.name}.{checked}.staging")
     with using(target.parent):
         report = read_report(target)
         alike = report is not None and (report["image_folder"], report["decoded"]) == (here, decoded)
+        alike = alike and "hashed" in report
         if alike and not staging.exists():
             copy_parts(target, staging)
         staging.mkdir(exist_ok=True)

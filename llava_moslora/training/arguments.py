@@ -23,12 +23,14 @@ from transformers import TrainingArguments as HfTrainingArguments
 from llava_moslora.adapters.kernel import mask_source
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TrainingSettings, setting
 from llava_moslora.data.loader import default_workers
+from llava_moslora.data.split import eval_files
 from llava_moslora.distributed import world_size
 from llava_moslora.errors import Refusal
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.recompute import parse_recompute
 from llava_moslora.training.config_file import read_config
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
+from llava_moslora.training.evaluation_flags import resolve_evaluation
 
 # The Trainer's switch for full recomputation: transformers renamed it in 5.23.
 CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
@@ -58,6 +60,18 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
     ignore_data_skip: bool = setting(True, "leave it True: the data loader itself starts where the run stopped")
     lr_scheduler_type: str = setting("cosine", "schedule of the learning rate, a name of transformers' SchedulerType")
     warmup_steps: float = setting(0.03, "warmup of the learning rate in steps; below 1: a share of all steps")
+    eval_steps: float | None = setting(
+        None, "evaluate every N steps; below 1: a share of all steps; default: as --save_steps"
+    )
+    per_device_eval_batch_size: int | None = setting(
+        None, "records per rank at a time in an evaluation; default: as --per_device_train_batch_size"
+    )
+    load_best_model_at_end: bool = setting(
+        False, "the run's model is its best checkpoint: what export, chat and evaluate take, in place of the newest"
+    )
+    metric_for_best_model: str | None = setting(
+        None, "loss (default) or token_accuracy, of all validation sets together; NAME_loss, … of one of several"
+    )
 
     def __post_init__(self):
         TrainingSettings.__post_init__(self)
@@ -67,6 +81,7 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
             self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
         self._set_recompute()
         self._set_accumulation()
+        resolve_evaluation(self)
         try:
             HfTrainingArguments.__post_init__(self)
         except Refusal:
@@ -268,6 +283,7 @@ def input_paths(
         ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
         ("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
         *(("--data_path", path) for path in data.data_path if "://" not in path),
+        *(("--eval_data_path", path) for path in eval_files(data).values() if "://" not in path),
         ("--image_folder", data.image_folder),
         ("--sample_questions", args.sample_questions),
         ("--sample_image_folder", args.sample_image_folder),

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from llava_moslora.config import AdapterSettings, ModelSettings
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.training import deepspeed_config
 from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.evaluation_flags import check_evaluation
 
 # flag → smallest value, and whether that value itself is allowed
 RANGES = {
@@ -22,18 +23,22 @@ RANGES = {
          "save_steps", "logging_steps"), (0, False)),
     **dict.fromkeys(
         ("weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2", "health_steps", "seed",
-         "data_seed"), (0, True)),
+         "data_seed", "eval_delay", "early_stopping_threshold"), (0, True)),
     **dict.fromkeys(
         ("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_prefetch_factor", "sample_steps",
-         "sample_max_new_tokens"), (1, True)),
+         "sample_max_new_tokens", "per_device_eval_batch_size", "early_stopping_patience"), (1, True)),
 }  # fmt: skip
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 # The Trainer's own flags that would do nothing here → the values that are accepted, and why no others are
 UNUSED = {
-    "eval_strategy": (("no",), "nothing is evaluated while training; ask the checkpoints with scripts/evaluate.py"),
-    "save_strategy": (("steps", "epoch", "no"), "no checkpoint is known to be the best without an evaluation"),
     "label_smoothing_factor": ((0.0,), "the loss has no label smoothing"),
+    **dict.fromkeys(
+        ("prediction_loss_only", "batch_eval_metrics", "eval_use_gather_object", "bf16_full_eval", "fp16_full_eval"),
+        ((False,), "evaluations compute loss and token accuracy, in the precision of the training"),
+    ),
+    "eval_accumulation_steps": ((None,), "evaluations keep no predictions"),
 }
+UNSAVED_SCHEDULES = ("reduce_lr_on_plateau", "greedy")  # which follow the validation loss
 # Optimizers whose state can be saved. ZeRO flattens and concatenates parameters: it can partition only state with one
 # number per weight, not blocks of 8-bit numbers or factored rows, which belong to a parameter.
 PER_WEIGHT = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "paged_lion_32bit", "sgd",
@@ -51,7 +56,7 @@ FLASH_ATTENTION = {
 }
 
 
-def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArguments) -> None:
+def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, args: TrainingArguments) -> None:
     """Check all flags together.
 
     Raises:
@@ -64,6 +69,7 @@ def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArgument
             key="--resume_from_checkpoint", found=args.resume_from_checkpoint, fix="use --resume True",
         )  # fmt: skip
     _check_numbers(args)
+    check_evaluation(data, args)
     _check_adapters(adapter)
     _check_precision(args)
     _check_packages(model, args)
@@ -102,6 +108,9 @@ def _check_numbers(args: TrainingArguments) -> None:
     if unknown := [name for name in args.reporters if name not in INTEGRATION_TO_CALLBACK]:
         expected = ", ".join(sorted(INTEGRATION_TO_CALLBACK)) + ", or none"
         raise Refusal("C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected)
+    if (schedule := getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) in UNSAVED_SCHEDULES:
+        what, fix = "the state of this schedule is not saved", "another schedule, or --early_stopping_patience"
+        raise Refusal("C-FLAG", what, key="--lr_scheduler_type", found=schedule, fix=fix)
     if args.max_steps == 0 or args.max_steps < -1:
         expected = "at least 1, or -1 for as many as --num_train_epochs makes"
         raise Refusal("C-FLAG", "nothing to train", key="--max_steps", found=args.max_steps, expected=expected)

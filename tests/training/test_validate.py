@@ -32,8 +32,8 @@ def asked(tmp_path):
         if whole is not None:
             (tmp_path / "ds.json").write_text(json.dumps(whole))
             words += ["--deepspeed", str(tmp_path / "ds.json")]
-        model, _, adapter, training = parse([*words, *more])
-        check(model, adapter, TrainingArguments(**training))
+        model, data, adapter, training = parse([*words, *more])
+        check(model, data, adapter, TrainingArguments(**training))
 
     return ask
 
