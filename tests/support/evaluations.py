@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -78,3 +80,33 @@ def write_uneven(folder: Path, parts, records: int = 5) -> Path:
     file = folder / "held_out.json"
     file.write_text(json.dumps(chosen))
     return file
+
+
+def kill_in_evaluation(*, evaluation: int, batch: int) -> None:
+    """A hook for :mod:`support.warm_server`: dies in an evaluation (from 0) before a batch, or with a large number when
+    it has ended and nothing is saved yet."""
+    from llava_moslora.training.evaluating_trainer import EvaluatingTrainer
+    from llava_moslora.training.validation import Validation
+
+    seen = {"evaluations": -1, "batches": 0}
+    evaluate, log = Validation.evaluate, EvaluatingTrainer.evaluate
+
+    def dies(self, model, prepare, before_batch):
+        seen["evaluations"] += 1
+        seen["batches"] = 0
+
+        def before() -> None:
+            if seen["evaluations"] == evaluation and seen["batches"] == batch:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen["batches"] += 1
+            before_batch()
+
+        return evaluate(self, model, prepare, before)
+
+    def dies_after(self, *args, **named):
+        metrics = log(self, *args, **named)
+        if seen["evaluations"] == evaluation:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return metrics
+
+    Validation.evaluate, EvaluatingTrainer.evaluate = dies, dies_after

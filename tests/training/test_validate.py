@@ -100,7 +100,7 @@ def test_values_out_of_range(asked, flags, message):
         ("--eval_on_start True", r"--eval_on_start: there are no validation data; fix: "),
         ("--validation_split 0.1", r"--validation_split: validation data that would never be evaluated; fix: --eval_s"),
         ("--eval_data_path v.json", r"--eval_data_path: validation data that would never be evaluated"),
-        ("--eval_on_start True --validation_split 1.5", r"--validation_split: out of range; found 1.5; expected a shar"),
+        ("--eval_on_start True --validation_split 1.5", r"--validation_split: out of range; found 1.5; expected a sh"),
         ("--eval_on_start True --eval_data_path a/v.json b/v.json", r"two validation sets of one name; found a/v.json"),
         ("--load_best_model_at_end True", r"--load_best_model_at_end: needs evaluations, and --eval_strategy is no; f"),
         ("--early_stopping_patience 3", r"--early_stopping_patience: needs evaluations, .*found 3; fix: --eval_strat"),
@@ -110,17 +110,17 @@ def test_values_out_of_range(asked, flags, message):
         ("--save_strategy best", r"--save_strategy: no checkpoint is known to be the best without an evaluation"),
         (f"{SPLIT} --eval_strategy epoch --eval_steps 5", r"--eval_steps: has no effect with --eval_strategy epoch"),
         (f"{SPLIT} --eval_strategy steps --eval_steps 0", r"--eval_steps: out of range; found 0"),
-        (f"{SPLIT} --eval_strategy steps --metric_for_best_model f1", r"unknown metric; found f1; expected loss, token_"),
+        (f"{SPLIT} --eval_strategy steps --metric_for_best_model f1", r"unknown metric; found f1; expected loss, tok"),
         (f"{SPLIT} --eval_strategy steps --eval_data_path v.json --metric_for_best_model eval_w_loss",
          r"found w_loss; expected loss, token_accuracy, d_loss, d_token_accuracy, v_loss, v_token_accuracy"),
-        (f"{SPLIT} --eval_strategy epoch --load_best_model_at_end True", r"found --eval_strategy epoch, --save_strategy "
-         "steps; fix: --save_strategy epoch"),
+        (f"{SPLIT} --eval_strategy epoch --load_best_model_at_end True", r"found --eval_strategy epoch, --save_strat"
+         "egy steps; fix: --save_strategy epoch"),
         (f"{SPLIT} --eval_strategy steps --eval_steps 40 --save_steps 50 --load_best_model_at_end True",
          r"--load_best_model_at_end: checkpoints would be saved that were not evaluated; found --eval_steps 40, "
          "--save_steps 50; expected .* multiple of --eval_steps; fix: --save_steps 40"),
         (f"{SPLIT} --eval_strategy steps --eval_steps 0.1 --save_steps 50 --load_best_model_at_end True",
          r"found --eval_steps 0.1, --save_steps 50"),
-        (f"{SPLIT} --eval_strategy steps --lr_scheduler_type reduce_lr_on_plateau", r"--lr_scheduler_type: the state of"),
+        (f"{SPLIT} --eval_strategy steps --lr_scheduler_type reduce_lr_on_plateau", r"--lr_scheduler_type: the state"),
     ],
 )  # fmt: skip
 def test_evaluations_that_make_no_sense(asked, flags, message):
