@@ -117,8 +117,9 @@ def model_checkpoint(run: Path, which: str | None = None) -> Path:
     name = f"checkpoint-{best['step']}" if which == BEST else f"checkpoint-{which.removeprefix('checkpoint-')}"
     folder = run / name
     if folder not in checkpoints(run):
+        code = "K-NONE" if which == BEST else "C-FLAG"  # the best may just have been pruned, for a better one
         raise Refusal(
-            "C-FLAG", "there is no such checkpoint", file=run, key="--checkpoint", found=name,
+            code, "there is no such checkpoint", file=run, key="--checkpoint", found=name,
             expected=" ".join(path.name for path in checkpoints(run)), fix=f"one of those, or {NEWEST}",
         )  # fmt: skip
     manifest = verify_manifest(folder)

@@ -63,14 +63,15 @@ def curves_page(rows: Sequence[dict], best: tuple[int, str, float] | None, title
     accuracy = {name: _curve(rows, name) for name in names if name.endswith("token_accuracy")}
     smoothed = smooth([value for _, value in training])
     curves = {"training loss, smoothed": list(zip((step for step, _ in training), smoothed, strict=True))}
-    drawings = [_drawing(curves | validation, training, best)]
+    last_step = max((row["step"] for row in rows), default=0) or 1
+    drawings = [_drawing(curves | validation, training, best, last_step)]
     if accuracy:
-        drawings.append(_drawing(accuracy, [], best))
+        drawings.append(_drawing(accuracy, [], best, last_step))
     body = "".join(drawings)
     if best is not None:
         body += f"<p>best checkpoint: checkpoint-{best[0]}, {html.escape(best[1])} {best[2]:.4f}</p>"
-    last = [(name, f"{curve[-1][1]:.4f}", curve[-1][0]) for name, curve in (validation | accuracy).items() if curve]
-    return pages.page(title, body + (pages.table(last, ("last evaluation", "", "step")) if last else ""), STYLE)
+    newest = [(name, f"{curve[-1][1]:.4f}", curve[-1][0]) for name, curve in (validation | accuracy).items() if curve]
+    return pages.page(title, body + (pages.table(newest, ("last evaluation", "", "step")) if newest else ""), STYLE)
 
 
 def smooth(values: Sequence[float]) -> list[float]:
@@ -87,12 +88,11 @@ def _curve(rows: Sequence[dict], name: str) -> Curve:
     return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
 
-def _drawing(curves: dict[str, Curve], raw: Curve, best: tuple[int, str, float] | None) -> str:
-    """An SVG of the curves with a legend, over the single values ``raw``, which may leave it at its top."""
+def _drawing(curves: dict[str, Curve], raw: Curve, best: tuple[int, str, float] | None, last: int) -> str:
+    """An SVG of the curves up to step ``last`` with a legend, over the single values ``raw``, which it may cut."""
     points = [point for curve in curves.values() for point in curve]
     if not points:
         return "<p>nothing was logged yet</p>"
-    last = max(step for step, _ in points) or 1
     low, high = min(value for _, value in points), max(value for _, value in points)
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
