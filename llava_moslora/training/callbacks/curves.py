@@ -16,6 +16,7 @@ from llava_moslora.runs.log import METRICS_FILE, read_rows
 CURVES_PAGE = "curves.html"
 SMOOTHING = 0.95  # weight of the past in the moving average of the training loss
 MOST_POINTS = 1000  # of a curve; a longer one is thinned
+MOST_DOTS = 200  # of a validation curve; a longer one has none
 WIDTH, HEIGHT = 1040, 420  # of the drawing, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 34  # margins
 COLOURS = ("#c9803a", "#3f6fb5", "#a14fa0", "#b5443f", "#5f8f2f", "#2f8f8f")  # of the validation sets, in turn
@@ -111,7 +112,7 @@ def _drawing(curves: dict[str, Curve], raw: Curve, best: tuple[int, str, float] 
         x, y = place(0, value).split(",")
         parts.append(f"<line class=grid x1={x} x2={WIDTH - RIGHT} y1={y} y2={y} /><text class=left x={LEFT - 8} y={y}>")
         parts.append(f"{value:g}</text>")
-    for step in (tick for tick in _ticks(0, last) if 0 <= tick <= last):
+    for step in (tick for tick in _ticks(0, last) if tick <= last and tick == int(tick)):
         x = place(step, low).split(",")[0]
         parts.append(f"<text class=below x={x} y={HEIGHT - BOTTOM + 20}>{step:g}</text>")
     if best is not None:
@@ -125,10 +126,8 @@ def _drawing(curves: dict[str, Curve], raw: Curve, best: tuple[int, str, float] 
         if curve:
             parts.append(line(curve, "curve", colour))
         if name.startswith("eval_"):
-            parts += [
-                f'<circle r=3 style="fill:{colour}" cx={p[0]} cy={p[1]} />'
-                for p in (place(*q).split(",") for q in curve)
-            ]
+            for x, y in (place(*point).split(",") for point in curve if len(curve) <= MOST_DOTS):
+                parts.append(f'<circle r=3 style="fill:{colour}" cx={x} cy={y} />')
             if best is not None and best[1] == name:
                 x, y = place(best[0], best[2]).split(",")
                 parts.append(f"<circle class=mark r=7 cx={x} cy={y} />")

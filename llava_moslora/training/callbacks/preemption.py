@@ -107,7 +107,7 @@ class Preemption(TrainerCallback):
             Refusal: P-PAUSED, with exit status 75: start the same command again with ``--resume True``.
         """
         if self.interrupted:
-            raise Refusal("P-PAUSED", "stopped by a signal after a checkpoint was published", file=run, fix=RESUME)
+            raise Refusal("P-PAUSED", "stopped by a signal; what was trained is saved", file=run, fix=RESUME)
 
 
 @contextmanager
