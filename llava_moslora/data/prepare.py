@@ -301,8 +301,8 @@ def _open_staging(preparation: Preparation, target: Path) -> Path:
     staging = target.with_name(f"{target.name}.{checked}.staging")
     with using(target.parent):
         report = read_report(target)
-        alike = report is not None and (report["image_folder"], report["decoded"]) == (here, decoded)
-        alike = alike and "hashed" in report
+        facts = {} if report is None else {name: report.get(name) for name in ("image_folder", "decoded", "hashed")}
+        alike = facts == {"image_folder": here, "decoded": decoded, "hashed": True}
         if alike and not staging.exists():
             copy_parts(target, staging)
         staging.mkdir(exist_ok=True)

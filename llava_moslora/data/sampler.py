@@ -140,6 +140,7 @@ class GlobalBatchSampler:
             return self.records
         times = np.zeros(len(self.lengths), dtype=np.int64)
         for number, weight in enumerate(self.weights):
+            assert self.source is not None, "weights are per source"
             mine = self.records[self.source[self.records] == number]
             times[mine] = int(weight)
             once_more = round((weight - int(weight)) * len(mine))

@@ -109,12 +109,14 @@ def model_checkpoint(run: Path, which: str | None = None) -> Path:
         which = BEST if best and read_run(run).training_value("load_best_model_at_end") else NEWEST
     if which == NEWEST:
         return newest
-    if which == BEST and best is None:
-        raise Refusal(
-            "C-FLAG", "no checkpoint of this run was evaluated", file=run, key="--checkpoint", found=BEST,
-            fix=f"--checkpoint {NEWEST}; runs with --eval_strategy have a best checkpoint",
-        )  # fmt: skip
-    name = f"checkpoint-{best['step']}" if which == BEST else f"checkpoint-{which.removeprefix('checkpoint-')}"
+    name = f"checkpoint-{which.removeprefix('checkpoint-')}"
+    if which == BEST:
+        if best is None:
+            raise Refusal(
+                "C-FLAG", "no checkpoint of this run was evaluated", file=run, key="--checkpoint", found=BEST,
+                fix=f"--checkpoint {NEWEST}; runs with --eval_strategy have a best checkpoint",
+            )  # fmt: skip
+        name = checkpoint_of(run, best["step"]).name
     folder = run / name
     if folder not in checkpoints(run):
         code = "K-NONE" if which == BEST else "C-FLAG"  # the best may just have been pruned, for a better one

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import SaveStrategy
 
 from llava_moslora.data.sampler import GlobalBatchSampler
@@ -29,6 +29,7 @@ class EvaluatingTrainer(Trainer):
     """
 
     args: TrainingArguments
+    control: TrainerControl
     sampler: GlobalBatchSampler
     throughput: Throughput
     watchdog: Watchdog

@@ -70,8 +70,11 @@ class Validation:
     def __init__(self, data: ValidationData, collator: Collator, args: TrainingArguments):
         self.names, self.args = list(data.sets), args
         lengths = np.asarray(data.dataset["length"][:])
-        share = {"batch_size": args.per_device_eval_batch_size, "world_size": world_size(), "rank": rank()}
-        self.plan = EvaluationBatches(list(data.sets.values()), lengths, **share)
+        assert args.per_device_eval_batch_size is not None, "filled in with the flags"
+        self.plan = EvaluationBatches(
+            list(data.sets.values()), lengths,
+            batch_size=args.per_device_eval_batch_size, world_size=world_size(), rank=rank(),
+        )  # fmt: skip
         self.loader = TrainDataLoader(
             data.dataset,
             self.plan,
