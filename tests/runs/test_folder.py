@@ -95,7 +95,7 @@ def test_the_best_checkpoint_is_the_model_of_a_run_that_asks_for_it(run):
     assert model_checkpoint(run, "newest").name == model_checkpoint(run, "checkpoint-4").name == "checkpoint-4"
     with pytest.raises(Refusal, match=r"C-FLAG.*no such checkpoint; found checkpoint-3; expected checkpoint-4 checkp"):
         model_checkpoint(run, "3")
-    (run / "checkpoint-2" / FILE).write_bytes(b"damaged")
+    (run / "checkpoint-2" / FILE).write_bytes(b"x")
     with pytest.raises(Refusal, match=r"K-SIZE.*checkpoint-2"):
         model_checkpoint(run)
     shutil.rmtree(run / "checkpoint-2")

@@ -2,13 +2,15 @@
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
+from transformers import DefaultFlowCallback, EarlyStoppingCallback, TrainerControl, TrainerState
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.manifest import read_facts
@@ -38,7 +40,7 @@ def evaluated(parts, held_out, tmp_path_factory):
     return folder
 
 
-def same(run, other, step: int) -> None:
+def same_state(run, other, step: int) -> None:
     for name in STATE:
         files = [folder / f"checkpoint-{step}" / name for folder in (run, other)]
         assert files[0].read_bytes() == files[1].read_bytes(), name
@@ -66,19 +68,15 @@ def test_losses_are_those_of_a_plain_loop(parts, evaluated):
 
 
 def test_a_run_that_is_evaluated_is_the_run_that_is_not(parts, held_out, tmp_path):
-    """Dropout on: one number drawn, or one module left in eval mode, and every later loss is another."""
-    train(parts, tmp_path / "plain", max_steps=3, save_steps=3)
-    train(
-        parts,
-        tmp_path / "evaluated",
-        max_steps=3,
-        save_steps=3,
-        eval_data_path=held_out,
-        eval_on_start=True,
-        **EVERY_STEP,
-    )
-    same(tmp_path / "plain", tmp_path / "evaluated", 3)
+    """Dropout on: one number drawn, or one module left in eval mode, and every later loss is another. The processes
+    that read the images end with each evaluation."""
+    same = {"max_steps": 3, "save_steps": 3}
+    train(parts, tmp_path / "plain", **same)
+    same |= {"eval_data_path": held_out, "eval_on_start": True, "dataloader_num_workers": 1}
+    train(parts, tmp_path / "evaluated", **same, **EVERY_STEP)
+    same_state(tmp_path / "plain", tmp_path / "evaluated", 3)
     assert losses_of(tmp_path / "plain") == losses_of(tmp_path / "evaluated")
+    assert len(evaluations(tmp_path / "evaluated")) == 4 and not multiprocessing.active_children()
 
 
 def losses_of(run) -> list[float]:
@@ -105,6 +103,22 @@ def test_every_record_is_on_one_rank_and_every_rank_computes_equally_often(world
     assert all(1 <= len(batch.rows) <= 2 for batches in ranks for batch in batches)
     assert sum(not batch.counted for batches in ranks for batch in batches) < 2 * world  # at most in a set's last
     assert max(lengths[b.rows].max() for b in ranks[0][:1]) == lengths[:8].max()  # the longest first
+
+
+@pytest.mark.parametrize("strategy", ["no", "steps", "epoch"])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("delay", [0, 2, 4.5])
+def test_evaluations_are_due_when_transformers_evaluates(strategy, every, delay):
+    """In epochs of three steps, of which the last ends after one."""
+    nothing = {"logging_strategy": "no", "logging_first_step": False, "save_strategy": "no"}
+    args, last = SimpleNamespace(eval_strategy=strategy, eval_delay=delay, **nothing), 7
+    for step in range(1, last + 1):
+        state = TrainerState(epoch=step / 3, global_step=step, max_steps=last, eval_steps=every)
+        control, flow = TrainerControl(), DefaultFlowCallback()
+        flow.on_step_end(args, state, control)
+        if step % 3 == 0 or step == last:
+            flow.on_epoch_end(args, state, control)
+        assert validation.is_due(args, state, 3) == control.should_evaluate, step
 
 
 def test_without_improvement_counts_as_transformers_does():
@@ -240,7 +254,7 @@ def test_a_signal_leaves_the_evaluation_to_the_resumed_run(parts, held_out, tmp_
     train(parts, tmp_path / "run", **settings)
     assert evaluations(tmp_path / "run") == evaluations(tmp_path / "plain")
     for number in (2, 4):
-        same(tmp_path / "run", tmp_path / "plain", number)
+        same_state(tmp_path / "run", tmp_path / "plain", number)
         one, other = (read_facts(tmp_path / run / f"checkpoint-{number}") for run in ("run", "plain"))
         assert (one["metrics"], one["best"]) == (other["metrics"], other["best"])
 
@@ -253,7 +267,7 @@ def test_a_killed_run_repeats_its_evaluations(parts, evaluated, held_out, tmp_pa
     settings = EVERY_STEP | {"eval_on_start": True, "eval_data_path": held_out, "validation_split": 0.25}
     settings |= {"data_cache": evaluated.parent / "cache"}
     train(parts, again, max_steps=4, save_steps=2, recompute="selective", resume=True, **settings)
-    same(again, evaluated, 4)
+    same_state(again, evaluated, 4)
     assert evaluations(again) == evaluations(evaluated)
     assert [(row["step"], "loss" in row) for row in rows(again)] == [
         (row["step"], "loss" in row) for row in rows(evaluated)
