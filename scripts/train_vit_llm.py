@@ -123,7 +123,8 @@ def main() -> None:
 
     # 7. Train
     if checkpoint is not None or args.save_strategy == "no":
-        print_once(f"resuming from {checkpoint}" if checkpoint else "--save_strategy no: this run will not be saved")
+        saves = "--save_strategy no: nothing of this run will be saved"
+        print_once(saves if checkpoint is None else f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
     print_once(closing_line(run, trainer.state))
