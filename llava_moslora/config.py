@@ -92,7 +92,11 @@ class DataSettings(Settings):
     _argument_group_name = "the data"
 
     data_path: list[str] = setting(
-        help="files of records: LLaVA-format JSON, JSONL or Parquet, or tar shards with the images (mix/*.tar)"
+        help="files of records: JSON, JSONL or Parquet, tar shards with the images (mix/*.tar), folders of datasets' "
+        "save_to_disk, or hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], which alone downloads"
+    )
+    data_columns: list[str] = setting(
+        [], "NAME=COLUMN: columns of the data that have another name than their record format's: messages=dialog"
     )
     data_weights: list[float] = setting([], "how often each file of --data_path is seen per epoch; default: once")
     eval_data_path: list[str] = setting(

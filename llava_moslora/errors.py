@@ -35,7 +35,7 @@ EXIT_STATUS = {
     "D": 2,  # data: a record or a data file
     "I": 2,  # image
     "K": 3,  # checkpoint or model file
-    "E": 4,  # environment: disk, memory, compiler, device
+    "E": 4,  # environment: disk, memory, compiler, device, a judge's server
     "R": 5,  # the run itself: a non-finite loss
     "P": 75,  # interrupted by a signal, another rank or a device: the same command, started again, resumes
     "X": 70,  # a defect of this package: starting again does not help

@@ -7,7 +7,7 @@
 **Benchmarks**: the nine of the paper's Table 5 (mmbench_en mmbench_cn seed ai2d sciqa textvqa mathvista mmvet mme),
 from VLMEvalKit's TSV files in --data; nothing is downloaded. Several GPUs: torchrun --nproc_per_node N in place of
 python. Every answer is kept in --output as it is made: the same command continues where it was stopped, and scores
-answers that are complete without loading the model.
+answers that are complete without loading the model. MathVista and MM-Vet need --judge for the paper's kind of score.
 
 **Question file**: a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``; each question is asked
 in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as it is made.
@@ -30,6 +30,8 @@ from llava_moslora.evaluation.ask import Questions, ask, source_header
 from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.checks import open_benchmark
 from llava_moslora.evaluation.compare import compare
+from llava_moslora.evaluation.judge import Judge
+from llava_moslora.evaluation.kit import SCORER, find_kit, score_by_kit
 from llava_moslora.evaluation.output import complete, locked, new_output, scored
 from llava_moslora.evaluation.prompts import PROMPTS
 from llava_moslora.evaluation.question_file import evaluate_questions, read_questions
@@ -41,6 +43,7 @@ from llava_moslora.evaluation.results import (
     read_results,
     write_results,
 )
+from llava_moslora.evaluation.scoring import JUDGED
 from llava_moslora.inference.load import load
 from llava_moslora.runs.checkpoints import model_checkpoint
 from llava_moslora.runs.record import RUN
@@ -48,7 +51,10 @@ from llava_moslora.training.process_group import is_loopback
 
 # Mode → the flags it needs, and those it may have besides.
 FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "benchmark": (("data", "output"), ("batch_size", "limit", "prompts", "rules", "paper")),
+    "benchmark": (
+        ("data", "output"),
+        ("batch_size", "limit", "prompts", "rules", "judge", "paper", "scorer", "kit_python"),
+    ),
     "questions": (("image_folder",), ("untrained", "blank", "output", "probe", "batch_size")),
     "compare": ((), ()),
 }
@@ -62,6 +68,12 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="ask a sample of so many questions of each benchmark")
     parser.add_argument("--prompts", help=f"set of prompts: {', '.join(PROMPTS)}; the first is the paper's")
     parser.add_argument("--rules", help=f"how answers are read: {', '.join(RULES)}; rules-2024 are the paper's")
+    parser.add_argument(
+        "--judge", nargs=2, metavar=("URL", "MODEL"),
+        help="OpenAI-compatible server and its model that judge MathVista and MM-Vet; key: OPENAI_API_KEY",
+    )  # fmt: skip
+    parser.add_argument("--scorer", help=f"{SCORER}: let the installed VLMEvalKit score the same answers as well")
+    parser.add_argument("--kit_python", metavar="PATH", help="Python that has VLMEvalKit; this one by default")
     parser.add_argument("--paper", metavar="ROW", help=f"show a row of the paper's Table 5: {', '.join(PAPER_ROWS)}")
     parser.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
     parser.add_argument("--questions", help="JSON array of questions")
@@ -93,6 +105,8 @@ def check_flags(args: argparse.Namespace) -> str:
     needed, allowed = FLAGS[modes[0]]
     if lacking := [name for name in needed if name not in given]:
         raise Refusal("C-FLAG", f"missing: --{modes[0]} needs it", key=f"--{lacking[0]}")
+    if "kit_python" in given and "scorer" not in given:
+        raise Refusal("C-FLAG", "has no effect without --scorer", key="--kit_python", fix=f"--scorer {SCORER}")
     if other := sorted(given - {modes[0], *needed, *allowed}):
         raise Refusal("C-FLAG", f"has no effect with --{modes[0]}", key=f"--{other[0]}", fix="leave it out")
     for name in ("batch_size", "limit"):
@@ -128,7 +142,9 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
     prompts = one_of(args.prompts, PROMPTS, "--prompts", "prompts-2024")
     rules = RULES[one_of(args.rules, RULES, "--rules", "rules-2024")]
     paper = one_of(args.paper, PAPER_ROWS, "--paper")
+    kit = find_kit(args.kit_python) if one_of(args.scorer, [SCORER], "--scorer") else None
     wanted, missing = benchmarks_of(args.benchmark, Path(args.data))
+    judge = judge_of(args.judge, wanted)
     output, source = new_output(args.output), Path(args.run[0])
     asked = [
         Questions.of(BENCHMARKS[name], open_benchmark(BENCHMARKS[name], args.data), prompts=prompts,
@@ -144,13 +160,18 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
             chat_model = load(source, checkpoint=checkpoint)
             for questions in itertools.compress(asked, [not whole for whole in done]):
                 ask(chat_model, questions, header, output / questions.benchmark.name)
+        failure = None
         from_all_ranks(None)  # wait until the last answer is written
         if rank() == 0:
-            results = scored(output, asked, header, rules)
+            results, failure = scored(output, asked, header, rules, judge)
             missing = [name for name in missing if name not in results]
-            print(write_results(output, str(source), results, missing, paper), end="")
+            print(write_results(output, str(source), results, missing, paper), end="", flush=True)
+            if kit is not None:
+                print(f"\n{score_by_kit(kit, output, asked, header)}", end="")
     if distributed.is_initialized():
         distributed.destroy_process_group()
+    if failure is not None:
+        raise failure
 
 
 def join_ranks() -> None:
@@ -184,6 +205,19 @@ def benchmarks_of(names: list[str], data: Path) -> tuple[list[str], list[str]]:
             fix="put VLMEvalKit's TSV files there; nothing is downloaded",
         )  # fmt: skip
     return there, [name for name in BENCHMARKS if name not in there]
+
+
+def judge_of(flag: list[str] | None, wanted: Collection[str]) -> Judge | None:
+    """The judge that the flag names.
+
+    Raises:
+        Refusal: C-FLAG, nothing of it can be used, or no benchmark needs it; C-KEY.
+    """
+    if flag is None:
+        return None
+    if not any(BENCHMARKS[name].kind in JUDGED for name in wanted):
+        raise Refusal("C-FLAG", f"has no effect without {' or '.join(JUDGED)}", key="--judge", fix="leave it out")
+    return Judge.of(*flag)
 
 
 def ask_question_file(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from llava_moslora.config import DataSettings, ModelSettings, Settings, setting
-from llava_moslora.data.cache import report_of
+from llava_moslora.data.cache import summary
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.errors import Refusal, run_script
@@ -85,8 +85,7 @@ def main() -> None:
         tokens_per_image=tokens_per_image(read_vision_config(model.tower)),
         longest_text=longest_text(read_llm_config(llm)) if (llm / "config.json").is_file() else None,
     )
-    counts = {name: value for name, value in report_of(dataset).items() if isinstance(value, int)}
-    print("  ".join(f"{name}: {value:,}" for name, value in counts.items()))
+    print(summary(dataset))
     if report.report_dir:
         page = write_report(
             report.report_dir,

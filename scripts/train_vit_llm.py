@@ -16,18 +16,17 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerState, set_seed
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.data.cache import report_of
+from llava_moslora.data.cache import summary
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
-from llava_moslora.data.split import ValidationData, validation_data
+from llava_moslora.data.split import validation_data
 from llava_moslora.distributed import from_rank_0
 from llava_moslora.errors import run_script
 from llava_moslora.inference.load import ChatModel
@@ -88,7 +87,7 @@ def main() -> None:
     )  # fmt: skip
     dataset = prepare_alike(data_settings)
     trained, validation, keys = validation_data(dataset, data_settings, prepare_alike)
-    print_once(data_lines(dataset, validation))
+    print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
     sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
@@ -122,23 +121,12 @@ def main() -> None:
     checkpoint = from_rank_0(checkpoint)
 
     # 7. Train
-    if checkpoint is not None or args.save_strategy == "no":
-        saves = "--save_strategy no: nothing of this run will be saved"
-        print_once(saves if checkpoint is None else f"resuming from {checkpoint}")
+    print_once(opening_line(args, checkpoint))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
     print_once(closing_line(run, trainer.state))
     if lock is not None:
         lock.release()
-
-
-def data_lines(dataset: Dataset, validation: ValidationData | None) -> str:
-    counts = {name: n for name, n in report_of(dataset).items() if isinstance(n, int)}
-    lines = ["data: " + ", ".join(f"{name} {n:,}" for name, n in counts.items())]
-    if validation is not None:
-        sets = ", ".join(f"{name} {len(rows):,} records" for name, rows in validation.sets.items())
-        lines.append(f"validation, not trained on: {sets}")
-    return "\n".join(lines)
 
 
 def build_model(
@@ -163,6 +151,12 @@ def sample_answers(args: TrainingArguments, chat_model: ChatModel, data: DataSet
     samples = read_samples(str(args.sample_questions), args.sample_image_folder or data.image_folder)
     limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
     return SampleAnswers(samples, chat_model, args.run_folder, **limits)
+
+
+def opening_line(args: TrainingArguments, checkpoint: Path | None) -> str:
+    if args.save_strategy == "no":
+        return "--save_strategy no: nothing of this run will be saved"
+    return f"training into {args.run_folder}" if checkpoint is None else f"resuming from {checkpoint}"
 
 
 def closing_line(run: Path, state: TrainerState) -> str:

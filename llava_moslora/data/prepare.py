@@ -33,6 +33,7 @@ from llava_moslora.data.cache import (
     using,
     write_json,
 )
+from llava_moslora.data.formats import column_names
 from llava_moslora.data.images import check_image
 from llava_moslora.data.sources.source import Source
 from llava_moslora.data.tokenise import RECORDS_PER_PART, as_problem, build_parts, check_image_files
@@ -56,9 +57,8 @@ def prepare(
 
     Columns: ``input_ids`` and ``labels`` int32[length] with images expanded, ``images`` file names (in a shard
     ImageRefs), ``shard`` (``""`` for images in files), ``record`` index in the data file or shard, ``id``, ``length``,
-    ``trained`` (tokens with a label), ``has_image``; ``source``, a position in ``data_path``, and ``number``, the
-    record counted through all sources: for a single data file its index there; with ``validation_split`` also ``hash``
-    uint64, of the record's content.
+    ``trained`` (tokens with a label), ``has_image``, ``hash`` uint64, of the record's content; ``source``, a position
+    in ``data_path``, and ``number``, the record counted through all sources: for a single data file its index there.
 
     A record longer than ``settings.model_max_length`` loses complete trailing rounds; if already the first round is
     longer, its answer is cut at the end; if not even its question fits, the record is skipped. All three are counted in
@@ -67,8 +67,7 @@ def prepare(
     Args:
         settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after checking all of them;
             ``"quarantine"`` skips bad records and lists them in the report, up to a share of ``max_bad_share``.
-            With ``decode_images`` a cache that was built without is built again, with ``validation_split`` one
-            without hashes.
+            With ``decode_images`` a cache that was built without is built again.
         template: name of the prompt template.
         tokens_per_image: placeholders per image.
         longest_text: tokens up to which the LLM knows positions; ``model_max_length`` may not be above it.
@@ -79,6 +78,7 @@ def prepare(
             twice), E-DISK (the cache cannot be written).
     """
     _check_ranges(settings)
+    column_names(settings.data_columns)
     if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
         raise Refusal("I-FOLDER", "there is no such folder", file=settings.image_folder, fix="check --image_folder")
     sources = [Source(name) for name in settings.data_path]
@@ -99,8 +99,6 @@ def prepare(
             raise Refusal("D-TWICE", f"the same data as {first}", file=source.name, fix=fix)
         digests.append(digest)
         rows = concatenate_datasets([Dataset.from_file(str(part)) for part in arrow_files(folder)])
-        if not settings.validation_split:  # which caches of version 0.1 do not have
-            rows = rows.remove_columns([name for name in rows.column_names if name == "hash"])
         rows = rows.add_column("source", np.full(len(rows), position, dtype=np.int32))
         datasets.append(rows.add_column("number", records_before + _count_through_shards(folder, rows)))
         report = report_in(folder)
@@ -163,8 +161,6 @@ def _reason_to_build(target: Path, preparation: Preparation) -> str | None:
     report = report_in(target)
     if preparation.settings.decode_images and not report["decoded"]:
         return "its images have not been decoded"
-    if preparation.settings.validation_split and not report.get("hashed"):
-        return "its records have no hashes to split them by"
     if usable := _recheck_images(report["problems"], preparation)[1]:
         return f"{usable} records whose images could not be used can be used now"
     return None
@@ -261,11 +257,13 @@ def _build(preparation: Preparation, target: Path) -> None:
     check_template(preparation.tokenizer, preparation.template)
     staging = _open_staging(preparation, target)
     counts: Counter = Counter(records=0, kept=0)
+    formats: Counter = Counter()
     problems: list[dict] = []
     shards: dict[str, int] = {}
     parts: list[dict] = []
     for part in build_parts(preparation, staging, settings.preprocessing_num_workers):
         counts.update(part["counts"])
+        formats.update(part["formats"])
         shards |= {part["shard"]: part["counts"]["records"]} if part["shard"] else {}
         problems += part["problems"]
         parts.append({"name": part["name"], "file": part["file"]})
@@ -283,8 +281,8 @@ def _build(preparation: Preparation, target: Path) -> None:
     if not counts["kept"]:
         what = "no record is short enough" if counts["records"] else "there are no records"
         raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=name, found=f"{counts['records']} records")
-    report = {"file": name, **counts, "shards": shards, "problems": problems, "decoded": settings.decode_images,
-              "hashed": True, "image_folder": _image_folder(settings), "parts": parts}  # fmt: skip
+    report = {"file": name, **counts, "formats": dict(formats), "shards": shards, "problems": problems,
+              "decoded": settings.decode_images, "image_folder": _image_folder(settings), "parts": parts}  # fmt: skip
     with using(target.parent):
         for stray in set(arrow_files(staging)) - {staging / f"{part['name']}.arrow" for part in parts}:
             stray.unlink()
@@ -297,12 +295,11 @@ def _open_staging(preparation: Preparation, target: Path) -> Path:
     """The folder in which a build begins or continues, with the good parts of a published cache."""
     here, decoded = _image_folder(preparation.settings), preparation.settings.decode_images
     # parts whose images were checked in another folder, or otherwise, are not used
-    checked = hashlib.sha256(f"{here} {decoded} {RECORDS_PER_PART} hashed".encode()).hexdigest()[:8]
+    checked = hashlib.sha256(f"{here} {decoded} {RECORDS_PER_PART}".encode()).hexdigest()[:8]
     staging = target.with_name(f"{target.name}.{checked}.staging")
     with using(target.parent):
         report = read_report(target)
-        facts = {} if report is None else {name: report.get(name) for name in ("image_folder", "decoded", "hashed")}
-        alike = facts == {"image_folder": here, "decoded": decoded, "hashed": True}
+        alike = report is not None and (report["image_folder"], report["decoded"]) == (here, decoded)
         if alike and not staging.exists():
             copy_parts(target, staging)
         staging.mkdir(exist_ok=True)

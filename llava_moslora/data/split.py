@@ -37,6 +37,10 @@ class ValidationData:
     sets: dict[str, np.ndarray]
     files: tuple[str, ...]
 
+    def summary(self) -> str:
+        """For people."""
+        return "validation: " + "  ".join(f"{name}: {len(rows):,} records" for name, rows in self.sets.items())
+
 
 def eval_files(settings: DataSettings) -> dict[str, str]:
     """Name → file, of ``--eval_data_path``.
@@ -107,7 +111,7 @@ def validation_data(
                     key="--validation_split", found=settings.validation_split,
                     fix="another share, or --eval_data_path with a file of validation data",
                 )  # fmt: skip
-        dataset, rows = dataset.remove_columns("hash"), rows[~held_out]
+        rows = rows[~held_out]
         keys += keys_of(dataset, np.flatnonzero(held_out))
     trained_keys = keys_of(dataset, rows)
     if files:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +29,7 @@ from llava_moslora._version import __version__
 from llava_moslora.distributed import from_rank_0, rank, world_size
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.benchmarks import Benchmark
+from llava_moslora.evaluation.kept import Header, append, drop_unfinished, read_lines
 from llava_moslora.evaluation.prompts import prompt
 from llava_moslora.evaluation.rows import Row
 from llava_moslora.evaluation.scoring import unit_of
@@ -39,8 +39,6 @@ from llava_moslora.inference.generate import Question, answer
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.runs.fingerprint import fingerprint
 from llava_moslora.text.conversation import Turn
-
-Header = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -143,20 +141,11 @@ def read_answers(folder: Path, header: Header) -> tuple[Header, dict[str, str]]:
     stored: Header = header
     answers: dict[str, str] = {}
     for file in sorted(folder.glob("answers-*.jsonl")):
-        for number, line in enumerate(file.read_bytes().split(b"\n")[:-1]):
-            try:
-                row = json.loads(line)
-                content = dict(row["header"]) if number == 0 else {str(row["index"]): str(row["answer"])}
-            except (ValueError, KeyError, TypeError) as error:
-                raise Refusal(
-                    "C-ANSWERS", "a damaged line", file=file, record=number, found=line[:80].decode(errors="replace"),
-                    fix="delete the file: its questions are asked again",
-                ) from error  # fmt: skip
-            if number == 0:
-                _check_header(file, content, header)
-                stored = content
-            else:
-                answers.update(content)
+        found, rows = read_lines(file, ("index", "answer"))
+        if found is not None:
+            _check_header(file, found, header)
+            stored = found
+        answers |= {row["index"]: row["answer"] for row in rows}
     return stored, answers
 
 
@@ -194,7 +183,7 @@ def ask(chat_model: ChatModel, questions: Questions, header: Header, folder: Pat
         _progress(questions.benchmark.title, sum(map(len, own))) as bar,
     ):
         if file.tell() == 0:
-            _append(file, [{"header": header}])
+            append(file, [{"header": header}])
         for batch, asked in zip(own, _prepared(questions, own), strict=True):
             texts = answer(
                 chat_model, asked, max_new_tokens=questions.benchmark.max_new_tokens, batch_size=questions.batch_size
@@ -203,7 +192,7 @@ def ask(chat_model: ChatModel, questions: Questions, header: Header, folder: Pat
                 {"index": rows[number]["index"], "prompt": questions.prompt(number), "answer": text}
                 for number, text in zip(batch, texts, strict=True)
             ]
-            _append(file, [line for line in lines if line["index"] not in answered])
+            append(file, [line for line in lines if line["index"] not in answered])
             bar.update(len(batch))
 
 
@@ -215,7 +204,7 @@ def _answered(folder: Path, header: Header) -> set[str]:
         try:
             result = set(read_answers(folder, header)[1])
             for file in folder.glob("answers-*.jsonl"):
-                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # what a kill left unfinished
+                drop_unfinished(file)
         except Refusal as refusal:
             result = refusal
     result = from_rank_0(result)
@@ -236,11 +225,6 @@ def _prepared(questions: Questions, batches: Sequence[Sequence[int]]) -> Iterato
             ready, waiting = waiting, batch and pool.submit(prepare, batch)
             if ready:
                 yield ready.result()
-
-
-def _append(file, lines: Sequence[dict]) -> None:
-    file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    file.flush()
 
 
 def _progress(title: str, total: int) -> tqdm:

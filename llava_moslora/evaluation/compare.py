@@ -127,7 +127,7 @@ def paired(name: str, a: Score, b: Score) -> tuple[list[Unit], list[Unit]]:
     if a.rules != b.rules:
         raise Refusal(
             "C-COMPARE", "scored by different rules", key=name, found=f"{a.rules} and {b.rules}",
-            fix="score both by the same --scorer: the answers are kept",
+            fix="score both by the same --rules: the answers are kept",
         )  # fmt: skip
     first, second = ({(unit.stratum, unit.id): unit for unit in score.units} for score in (a, b))
     if first.keys() != second.keys():

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llava_moslora.errors import Refusal
-from llava_moslora.evaluation.ask import Header, Questions, read_answers
+from llava_moslora.evaluation.ask import Questions, read_answers
+from llava_moslora.evaluation.judge import Judge, judge_answers
+from llava_moslora.evaluation.kept import Header
 from llava_moslora.evaluation.reading import Rules
 from llava_moslora.evaluation.results import Result, read_results, write_result
-from llava_moslora.evaluation.scoring import score
+from llava_moslora.evaluation.scoring import JUDGED, score
 
 
 def new_output(folder: str) -> Path:
@@ -78,14 +80,28 @@ def complete(questions: Questions, header: Header, folder: Path) -> bool:
     return all(row["index"] in answers for row in questions.rows)
 
 
-def scored(output: Path, asked: Sequence[Questions], header: Header, rules: Rules) -> dict[str, Result]:
-    """Benchmark → result of what was asked, and of what an earlier command asked the same model."""
-    for questions in asked:
-        folder = output / questions.benchmark.name
+def scored(
+    output: Path, asked: Sequence[Questions], header: Header, rules: Rules, judge: Judge | None = None
+) -> tuple[dict[str, Result], Refusal | None]:
+    """Benchmark → result of what was asked, and of what an earlier command asked the same model.
+
+    A judge that fails costs no score but its own: what needs it is scored as without one, and the refusal is returned.
+    """
+    failure: Refusal | None = None
+    for questions in sorted(asked, key=lambda questions: questions.benchmark.kind in JUDGED):  # the judge comes last
+        folder, kind = output / questions.benchmark.name, questions.benchmark.kind
         stored, answers = read_answers(folder, questions.header() | header)
-        write_result(folder, Result(stored, score(questions.benchmark.kind, questions.rows, answers, rules)))
-    return {
+        judged = None
+        if judge is not None and kind in JUDGED and failure is None:
+            try:
+                judged, of_judge = judge_answers(judge, questions, answers, rules, folder)
+                stored = stored | of_judge
+            except Refusal as refusal:
+                failure = refusal
+        write_result(folder, Result(stored, score(kind, questions.rows, answers, rules, judged)))
+    results = {
         name: result
         for name, result in read_results(output).items()
         if result.header.get("model") == header["model"] and result.score.rules == rules.name
     }
+    return results, failure

@@ -24,7 +24,7 @@ SCORE, RESULTS, TABLE = "score.json", "results.json", "results.md"
 # Rows of the paper's Table 5 as the command line names them: llama-3-moslora-kaiming.
 PAPER_ROWS = {"-".join(filter(None, key)).lower(): numbers for key, numbers in PAPER.items()}
 # What two results must have in common to be compared.
-SAME_QUESTIONS = ("data", "prompts", "max_new_tokens", "limit")
+SAME_QUESTIONS = ("data", "prompts", "max_new_tokens", "limit", "judge", "judge_prompts")
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,22 @@ class Result:
         return None if self.score.value is None else score_interval(self.score.units)
 
     @property
+    def complete(self) -> bool:
+        """Whether there is a score, and not only MathVista's lower bound."""
+        kind = BENCHMARKS[self.header["benchmark"]].kind
+        return self.score.value is not None and not (kind in JUDGED and "judge" not in self.header and self.score.note)
+
+    @property
+    def judge(self) -> str:
+        """Who judged, or ""."""
+        return "judge {judge} at {judge_host}".format_map(self.header) if "judge" in self.header else ""
+
+    @property
     def remarks(self) -> str:
         """What the reader must know about the number, and what differs from how the paper's was made."""
         benchmark, limit = BENCHMARKS[self.header["benchmark"]], self.header.get("limit")
         sample = f"a sample of {len(self.score.outcomes)} rows" if limit is not None else ""
-        return "; ".join(filter(None, (self.score.note, sample, benchmark.paper)))
+        return "; ".join(filter(None, (self.score.note, self.judge, sample, benchmark.paper)))
 
 
 def write_result(folder: Path, result: Result) -> None:
@@ -101,6 +112,7 @@ def write_results(output: Path, source: str, results: Mapping[str, Result], miss
         "benchmarks": {name: _summary(name, result, paper) for name, result in results.items()},
         "missing": list(missing),
         "average": average(results),
+        "conditions": conditions(results),
     }
     replace_json(output / RESULTS, summary)
     text = table(results, missing, paper)
@@ -127,9 +139,15 @@ def _summary(name: str, result: Result, paper: str) -> dict[str, Any]:
 
 def average(results: Mapping[str, Result]) -> float | None:
     """Mean of the nine scores; None unless all are there."""
-    values = [result.score.value for result in results.values()]
+    values = [result.score.value for result in results.values() if result.complete]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(BENCHMARKS) else None
+
+
+def conditions(results: Mapping[str, Result]) -> list[str]:
+    """How the scores were made where that differs from the paper's."""
+    sample = ["samples"] if any(result.header.get("limit") is not None for result in results.values()) else []
+    return ["greedy", *sample, *sorted({result.judge for result in results.values() if result.judge})]
 
 
 def table(results: Mapping[str, Result], missing: Sequence[str], paper: str = "") -> str:
@@ -137,21 +155,24 @@ def table(results: Mapping[str, Result], missing: Sequence[str], paper: str = ""
     head = ["benchmark", "score", "95 % interval", "unread", *([paper] if paper else []), ""]
     rows = [_row(name, result, paper) for name, result in results.items()]
     if (mean := average(results)) is not None:
-        rows.append(["average", f"{mean:.1f}", "", "", *([f"{PAPER_ROWS[paper]['average']:.1f}"] if paper else []), ""])
-    lines = [_markdown(head, rows), ""]
+        papers = [f"{PAPER_ROWS[paper]['average']:.1f}"] if paper else []
+        rows.append(["average", f"{mean:.1f}", "", "", *papers, ", ".join(conditions(results))])
+    lines = [markdown(head, rows), ""]
     lines += [f"- {BENCHMARKS[name].title}: {result.remarks}" for name, result in results.items() if result.remarks]
     lines += [""] * (lines[-1] != "")
     rules = sorted({result.score.rules for result in results.values()})
     prompts = sorted({str(result.header["prompts"]) for result in results.values()})
-    lines += [f"Answers are greedy, without a judge. Rules: {', '.join(f'{r} ({RULES[r].source})' for r in rules)}."]
+    judged = [BENCHMARKS[name].title for name, result in results.items() if result.judge]
+    judge = f"with a judge for {' and '.join(judged)}" if judged else "without a judge"
+    lines += [f"Answers are greedy, {judge}. Rules: {', '.join(f'{r} ({RULES[r].source})' for r in rules)}."]
     lines += [f"Prompts: {', '.join(f'{p} ({PROMPTS[p]})' for p in prompts)}."]
-    lines += ["Unread: share of answers that no rule could read; they count as wrong."]
+    lines += ["Unread: share of answers that neither a rule nor a judge could read; they count as wrong."]
     if missing:
         files = ", ".join(f"{BENCHMARKS[name].file}.tsv ({name})" for name in missing)
         lines.append(f"Not evaluated, as their files are missing: {files}.")
     if mean is None:
-        scored = sum(result.score.value is not None for result in results.values())
-        lines.append(f"No average: {scored} of {len(BENCHMARKS)} benchmarks have a score.")
+        complete = sum(result.complete for result in results.values())
+        lines.append(f"No average: {complete} of {len(BENCHMARKS)} benchmarks have a score that is no lower bound.")
     return "\n".join(lines) + "\n"
 
 
@@ -162,17 +183,19 @@ def _row(name: str, result: Result, paper: str) -> list[str]:
     row.append("–" if value is None else f"{result.score.unread:.1%}")
     if paper:
         row.append(f"{PAPER_ROWS[paper][name]:.1f}")
-    return [*row, result.score.note if BENCHMARKS[name].kind in JUDGED else ""]
+    note = result.score.note if BENCHMARKS[name].kind in JUDGED else ""
+    return [*row, "; ".join(filter(None, (note, result.judge)))]
 
 
 def check_comparable(a: Mapping[str, Result], b: Mapping[str, Result]) -> None:
-    """Refuse (C-COMPARE) two results of which a benchmark was not asked in the same way."""
+    """Refuse (C-COMPARE) two results of which a benchmark was not asked or judged in the same way."""
     for name in a.keys() & b.keys():
         for field in SAME_QUESTIONS:
             one, other = a[name].header.get(field), b[name].header.get(field)
             if one != other:
+                how = "judged" if field.startswith("judge") else "asked"
                 raise Refusal(
-                    "C-COMPARE", "not asked in the same way", key=f"{name}.{field}", found=f"{one} and {other}",
+                    "C-COMPARE", f"not {how} in the same way", key=f"{name}.{field}", found=f"{one} and {other}",
                     fix="evaluate both with the same files and flags",
                 )  # fmt: skip
 
@@ -185,10 +208,10 @@ def comparison_table(comparison: Comparison) -> str:
          f"{d.adjusted:.3g}", str(d.gained), str(d.lost), str(d.units), d.verdict]
         for name, d in comparison.differences.items()
     ]  # fmt: skip
-    return f"{_markdown(head, rows)}\n\n{comparison.sentence}\n"
+    return f"{markdown(head, rows)}\n\n{comparison.sentence}\n"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown whose columns are aligned also as plain text."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     rule = ["-" * width for width in widths]

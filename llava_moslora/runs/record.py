@@ -37,6 +37,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 BEFORE: dict[str, dict[str, Any]] = {
     "model": {"attn_implementation": "sdpa"},
     "data": {
+        "data_columns": [],
         "data_weights": [],
         "data_group": XTUNER_DATA_GROUP,
         "image_engine": "pil",

@@ -23,6 +23,7 @@ from transformers import TrainingArguments as HfTrainingArguments
 from llava_moslora.adapters.kernel import mask_source
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TrainingSettings, setting
 from llava_moslora.data.loader import default_workers
+from llava_moslora.data.sources.saved_dataset import is_hub
 from llava_moslora.data.split import eval_files
 from llava_moslora.distributed import world_size
 from llava_moslora.errors import Refusal
@@ -282,8 +283,8 @@ def input_paths(
         ("--model_name_or_path", model.model_name_or_path),
         ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
         ("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
-        *(("--data_path", path) for path in data.data_path if "://" not in path),
-        *(("--eval_data_path", path) for path in eval_files(data).values() if "://" not in path),
+        *(("--data_path", path) for path in data.data_path if "://" not in path and not is_hub(path)),
+        *(("--eval_data_path", path) for path in eval_files(data).values() if "://" not in path and not is_hub(path)),
         ("--image_folder", data.image_folder),
         ("--sample_questions", args.sample_questions),
         ("--sample_image_folder", args.sample_image_folder),

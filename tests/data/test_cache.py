@@ -12,19 +12,20 @@ from llava_moslora.data.cache import Preparation, cache_key
 from llava_moslora.data.sources.source import Source
 from llava_moslora.errors import Refusal
 
-# Computed by version 0.1 (commit 638db0a) for the files and the tokenizer below. With other keys everybody tokenises
-# again, and an old run is not resumed: that needs a new CODE_VERSION and a reason.
+# Of the files and the tokenizer below, with CODE_VERSION 5. With other keys everybody tokenises again, and an old run
+# is resumed only with --allow_change data: that needs a new CODE_VERSION and a reason. (4: since there are several
+# record formats, turns that are not trained and a record's "system" are heeded in LLaVA's too. 5: rows have a hash.)
 FILE_KEYS = {
-    "chatml": "data_v1-8347d1ea8f616485f1a0",
-    "llama3": "data_v1-441496302aec82d4f883",
-    "internlm2": "data_v1-30c106cb71359daa842d",
-    "vicuna_v1": "data_v1-d5cf8f5825dd88ae4ec4",
-    "vicuna": "data_v1-9a11ca9358f1de7e2b9d",
-    "llama2": "data_v1-d4f74b32722179147c33",
-    "plain": "data_v1-f75a49ae7d3e091ad8f6",
-    "tokenizer": "data_v1-036223926f25f2a09023",
+    "chatml": "data_v1-ce9c73e37403dbd0defa",
+    "llama3": "data_v1-b143168b5338b8895868",
+    "internlm2": "data_v1-768894f11a7ed960e9ac",
+    "vicuna_v1": "data_v1-bb539ed122cab132a988",
+    "vicuna": "data_v1-6cf5b515bfb85e640899",
+    "llama2": "data_v1-413858841f96bb71fb68",
+    "plain": "data_v1-ace401e68d40faae1880",
+    "tokenizer": "data_v1-8c4060417c3703d3afb9",
 }
-SHARD_KEYS = {"chatml": "mix-_-aa4b80f634a039ae07b5", "tokenizer": "mix-_-ba461ff0d9fda1610739"}
+SHARD_KEYS = {"chatml": "mix-_-d06cf1775be45a034ef2", "tokenizer": "mix-_-364a56b983d2ec3eeb7f"}
 
 
 class Tokenizer:

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 
 from llava_moslora.config import DataSettings
-from llava_moslora.data import prepare as preparing
-from llava_moslora.data.cache import read_report, write_json
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.split import eval_files, set_names, validation_data
@@ -136,19 +134,3 @@ def test_what_cannot_be_validation_data(parted, write):
         parted(file, eval_data_path=[f"v={file}"])
     with pytest.raises(Refusal, match=r"D-FILE.*nope.json: there is no such file; fix: check --eval_data_path"):
         parted(file, eval_data_path=["nope.json"])
-
-
-def test_a_cache_without_hashes_is_built_again_only_for_a_split(parted, write, tmp_path, monkeypatch):
-    """Caches of version 0.1 stay what they are, and runs on them are resumed."""
-    file = write("a.json", [record(n) for n in range(40)])
-    plain = parted(file)
-    (cache,) = (p for p in (tmp_path / "cache").iterdir() if (p / "report.json").is_file())
-    report = read_report(cache)
-    del report["hashed"]
-    write_json(cache / "report.json", report)
-    built = []
-    build = preparing._build
-    monkeypatch.setattr(preparing, "_build", lambda *args: built.append(args) or build(*args))
-    assert parted(file) == plain and not built
-    assert parted(file, validation_split=0.3)[1]["a"] and len(built) == 1
-    assert parted(file) == plain and len(built) == 1

@@ -11,6 +11,7 @@ The readings and prompts of 2024 come from the functions of that commit, taken o
 import argparse
 import ast
 import copy
+import hashlib
 import json
 import os
 import random
@@ -23,7 +24,15 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from support.golden_cases import mathvista_cases, option_cases, packed, short_answers, tiny_files, yes_no_answers
+from support.golden_cases import (
+    judge_cases,
+    mathvista_cases,
+    option_cases,
+    packed,
+    short_answers,
+    tiny_files,
+    yes_no_answers,
+)
 
 COMMIT = "ab638e4a36b0a2cf18b03f656e6b94203ed9e369"  # 2024-06-18, the week the MoSLoRA paper appeared
 
@@ -47,6 +56,9 @@ def main() -> None:
         golden["files"] = {
             name: file_scores(name, text, predictions, Path(folder), old)
             for name, (text, predictions) in tiny_files(random_).items()
+        }
+        golden["judge"] = {
+            kind: judge_golden(kind, cases, Path(folder), old) for kind, cases in judge_cases(random_).items()
         }
     Path(args.output).write_text(json_lines(golden) + "\n", encoding="utf-8")
 
@@ -81,7 +93,13 @@ def functions_of_2024(repository: str) -> dict:
         "vlmeval/utils/matching_util.py": ("can_infer_option", "can_infer_text", "can_infer"),
         "vlmeval/evaluate/vqa_eval.py": ("_process_digit_article", "process_answer", "process_line"),
         "vlmeval/evaluate/yes_or_no.py": ("YOrN_Extraction",),
-        "vlmeval/evaluate/mathvista_eval.py": ("list_to_dict", "post_check"),
+        "vlmeval/evaluate/mathvista_eval.py": (
+            "list_to_dict",
+            "post_check",
+            "get_gpt4_ICE",
+            "build_mathvista_gpt4_prompt",
+        ),
+        "vlmeval/evaluate/mmvet_eval.py": ("build_mmvet_gpt4_prompt",),
         "vlmeval/utils/dataset.py": ("build_prompt",),
     }
     for file, wanted in sources.items():
@@ -217,15 +235,51 @@ def prompts(dataset: object, name: str, old: dict | None) -> dict[str, list[str]
     return {str(line["index"]): texts(dict(line)) for _, line in dataset.data.iterrows()}
 
 
+class Scripted:
+    """A judge that replies to one try after another, and at last always the same; it keeps what it was sent."""
+
+    def __init__(self, *replies: str):
+        self.replies, self.prompts, self.temperatures = list(replies), set(), []
+
+    def generate(self, prompt: str, temperature: float) -> str:
+        from vlmeval.dataset.utils.mathvista import FAIL_MSG
+
+        self.prompts.add(prompt)
+        self.temperatures.append(temperature)
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        return reply or FAIL_MSG  # as the kit's API does
+
+
+def judge_golden(kind: str, cases: list, folder: Path, old: dict | None) -> dict:
+    """What the kit asks its judge, at which temperatures, and the table that it makes of the replies."""
+    import pandas as pd
+    from vlmeval.dataset.utils import mathvista, mmvet
+
+    evaluate = {"mathvista": mathvista.MathVista_auxeval, "mmvet": mmvet.MMVet_auxeval}[kind]
+    result: dict = {"cases": [], "prompts": {}}
+    lines = []
+    for row, answer, replies in cases:
+        judge, line = Scripted(*replies), row | {"prediction": answer}
+        made = evaluate(judge, line)
+        lines.append(line | made)
+        (prompt,) = judge.prompts or {""}
+        if prompt and old:
+            assert prompt == old[f"build_{kind}_gpt4_prompt"](line), "the prompts of 2024 are others"
+        if prompt and len(result["prompts"]) < 3:
+            result["prompts"][row["index"]] = prompt
+        digest = hashlib.sha256(prompt.encode()).hexdigest()
+        result["cases"].append([row, answer, replies, digest if prompt else None, judge.temperatures])
+    data = pd.DataFrame(lines)
+    data.to_pickle(folder / f"{kind}.pkl")
+    accuracy = {"mathvista": mathvista.MathVista_acc, "mmvet": lambda file: mmvet.MMVet_acc(file)[0]}[kind]
+    return result | {"table": accuracy(str(folder / f"{kind}.pkl")).to_dict("records")}
+
+
 def mathvista_table(data: object, folder: Path) -> object:
     """The kit's table when its judge never answers: what the rules alone decide."""
-    from vlmeval.dataset.utils.mathvista import FAIL_MSG, MathVista_acc, MathVista_auxeval
+    from vlmeval.dataset.utils.mathvista import MathVista_acc, MathVista_auxeval
 
-    class Silent:
-        def generate(self, *_: object, **__: object) -> str:
-            return FAIL_MSG
-
-    results = [MathVista_auxeval(Silent(), data.iloc[k]) for k in range(len(data))]
+    results = [MathVista_auxeval(Scripted(""), data.iloc[k]) for k in range(len(data))]
     data["res"], data["log"] = [[str(result[key]) for result in results] for key in ("res", "log")]
     data.to_pickle(folder / "mathvista.pkl")
     return MathVista_acc(str(folder / "mathvista.pkl"))
@@ -235,15 +289,8 @@ def mmvet_table(data: object, folder: Path) -> object:
     """The kit's table of these replies of a judge, the same one at every attempt."""
     from vlmeval.dataset.utils.mmvet import MMVet_acc, MMVet_auxeval
 
-    class Judge:
-        def __init__(self, reply: str):
-            self.reply = reply
-
-        def generate(self, *_: object, **__: object) -> str:
-            return self.reply
-
     lines = [data.iloc[k] for k in range(len(data))]
-    data["score"] = [MMVet_auxeval(Judge(line["prediction"]), line)["score"] for line in lines]
+    data["score"] = [MMVet_auxeval(Scripted(line["prediction"]), line)["score"] for line in lines]
     data.to_pickle(folder / "mmvet.pkl")
     return MMVet_acc(str(folder / "mmvet.pkl"))[0]
 

@@ -67,7 +67,7 @@ def test_the_table_names_score_interval_unread_share_and_the_papers_number(resul
     )
     text = "\n".join(lines)
     assert "rules-2024 (VLMEvalKit ab638e4a" in text and "greedy, without a judge" in text
-    assert "No average: 5 of 9" in text and "| average" not in text
+    assert "No average: 4 of 9 benchmarks have a score that is no lower bound." in text and "| average" not in text
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
 
 
@@ -83,6 +83,53 @@ def test_an_average_only_of_all_nine(results):
     assert "| average" in table(nine, [], "internlm2-qlora") and "57.8" in table(nine, [], "internlm2-qlora")
     assert average({name: r for name, r in nine.items() if name != "mme"}) is None
     assert average(nine | {"mmvet": results["mmvet"]}) is None
+
+
+def judged(folder, name, model="gpt-4", host="h:80"):
+    """A benchmark's result with a judge that says "1" of every answer."""
+    benchmark = BENCHMARKS[name]
+    text, answers = FILES[benchmark.file]
+    (folder / f"{benchmark.file}.tsv").write_text(text, encoding="utf-8")
+    header = {"benchmark": name, "data": "d", "prompts": "prompts-2024", "max_new_tokens": 5, "limit": None}
+    header |= {"judge": model, "judge_host": host, "judge_prompts": "p"}
+    rows = open_benchmark(benchmark, folder).rows
+    return Result(header, score(benchmark.kind, rows, answers, RULES["rules-2024"], dict.fromkeys(answers, "1")))
+
+
+def test_who_judged_is_named(results, tmp_path):
+    both = results | {name: judged(tmp_path, name) for name in ("mathvista", "mmvet")}
+    lines = table(both, []).splitlines()
+    for title, value in (("MathVista", both["mathvista"].score.value), ("MM-Vet", 100)):
+        line = next(line for line in lines if line.startswith(f"| {title}"))
+        assert line.split("|")[-2].strip() == "judge gpt-4 at h:80" and f"| {value:.1f} " in line
+    assert (
+        "- MM-Vet: judge gpt-4 at h:80; paper: beams of 5 and sampling at temperature 1; judge gpt-4-1106-preview"
+        in lines
+    )
+    text = "\n".join(lines)
+    assert "Answers are greedy, with a judge for MathVista and MM-Vet." in text and "without a judge" not in text
+    assert "No average: 6 of 9" in text
+    one = table(results | {"mmvet": both["mmvet"]}, [])
+    assert "greedy, with a judge for MM-Vet." in one and "| lower bound by rules" in one and "No average: 5 of 9" in one
+
+
+def test_the_average_names_how_it_was_made_and_takes_no_lower_bound(results, tmp_path):
+    vet, maths = judged(tmp_path, "mmvet"), judged(tmp_path, "mathvista", "other", "i")
+    nine = dict.fromkeys(BENCHMARKS, results["seed"]) | {"mmvet": vet, "mathvista": results["mathvista"]}
+    assert average(nine) is None and "No average: 8 of 9" in table(nine, [])
+    nine["mathvista"] = maths
+    assert average(nine) == pytest.approx(sum(result.score.value for result in nine.values()) / 9)
+    line = next(line for line in table(nine, []).splitlines() if line.startswith("| average"))
+    assert line.split("|")[-2].strip() == "greedy, judge gpt-4 at h:80, judge other at i"
+
+
+def test_other_judges_are_not_compared(results, tmp_path):
+    a, b, elsewhere = (judged(tmp_path, "mmvet", *who) for who in (("gpt-4",), ("other",), ("gpt-4", "another:1")))
+    with pytest.raises(Refusal, match=r"C-COMPARE\] mmvet\.judge: not judged in the same way; found gpt-4 and other"):
+        check_comparable({"mmvet": a}, {"mmvet": b})
+    with pytest.raises(Refusal, match=r"not judged in the same way; found None and gpt-4; fix: evaluate both"):
+        check_comparable({"mmvet": results["mmvet"]}, {"mmvet": a})
+    check_comparable({"mmvet": a}, {"mmvet": elsewhere})
 
 
 def test_the_files(results, tmp_path):

@@ -1,5 +1,6 @@
 """Benchmarks by one command, alone and on two ranks, and the comparison of two results."""
 
+import itertools
 import json
 import random
 import sys
@@ -7,10 +8,14 @@ import sys
 import pytest
 
 from llava_moslora.errors import Refusal
+from llava_moslora.evaluation import judge
+from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.output import locked
 from scripts import evaluate
+from support.chat_server import ChatServer
 from support.export_runs import trained_run
 from support.golden_cases import tiny_files
+from support.kit import kit_python
 from support.launching import free_port, run
 
 FILES = tiny_files(random.Random(0))
@@ -62,7 +67,7 @@ def test_all_that_is_there_is_asked_scored_and_compared(runs, data, tmp_path, mo
     assert "| MME " in printed and "60.5" in printed and "missing: AI2D_TEST.tsv (ai2d)." in printed
     assert (
         "a sample of 2 rows" in printed
-        and "No average: 7 of 9" in printed
+        and "No average: 6 of 9" in printed
         and printed in (tmp_path / "b/results.md").read_text()
     )
     content = json.loads((tmp_path / "b" / "results.json").read_text())
@@ -90,6 +95,82 @@ def test_complete_answers_are_scored_without_the_model(runs, data, tmp_path, mon
     assert answers(tmp_path / "out") == before
     with pytest.raises(Refusal, match=r"C-ANSWERS\] .*seed/answers-0.jsonl:model: answers of another evaluation"):
         evaluated(monkeypatch, runs / "lora", *words[1:], "--benchmark", "seed")
+
+
+def test_a_judge(runs, data, tmp_path, monkeypatch, capsys):
+    """It fails in the middle: nothing is lost, the rest is scored. Then it works, and then it is no longer needed."""
+    words = [runs / "moslora", "--benchmark", "mathvista,mmvet,seed", "--data", data, "--output", tmp_path / "out"]
+    limit, counted = ["--limit", 6], itertools.count(1)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr(judge, "AT_ONCE", 1)
+
+    def reply(body):
+        if next(counted) == 9:
+            return 401, "no credit for sk-secret", {}
+        return "0.5" if body["max_tokens"] == 3 else "3"
+
+    with ChatServer(reply) as server:
+        host, flag = server.url.removeprefix("http://"), ["--judge", server.url, "gpt-test"]
+        with pytest.raises(Refusal, match=r"E-JUDGE\] http://127.* found status 401: no credit for …; fix: set OPENAI"):
+            evaluated(monkeypatch, *words, *limit, *flag)
+        printed = capsys.readouterr().out
+        assert "| SEED-Bench image" in printed and "needs a judge" in printed and "sk-secret" not in printed
+        assert len(server.requests) == 9 and len(answers(tmp_path / "out")) == 18
+        monkeypatch.setattr(evaluate, "load", loaded)
+        evaluated(monkeypatch, *words, *limit, *flag)
+        sent = [body["messages"][0]["content"] for body in server.bodies]
+        assert sent.count(sent[8]) == 2 and len(sent) == len(set(sent)) + 1
+    before = {file: file.read_bytes() for file in tmp_path.rglob("judge.jsonl")}
+    first = capsys.readouterr().out
+    evaluated(monkeypatch, *words, *limit, *flag)  # the server is closed
+    assert capsys.readouterr().out == first and len(before) == 2
+    assert {file: file.read_bytes() for file in tmp_path.rglob("judge.jsonl")} == before
+    vet = next(line for line in first.splitlines() if line.startswith("| MM-Vet"))
+    assert "| 50.0 " in vet and f"judge gpt-test at {host}" in vet
+    assert "Answers are greedy, with a judge for MathVista and MM-Vet." in first and "lower bound by" not in first
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert content["benchmarks"]["mmvet"]["header"]["judge"] == "gpt-test" and content["average"] is None
+    assert content["conditions"] == ["greedy", "samples", f"judge gpt-test at {host}"]
+    assert content["benchmarks"]["seed"]["header"].get("judge") is None
+    assert not any(b"sk-secret" in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    evaluated(monkeypatch, *words, *limit)
+    printed = capsys.readouterr().out
+    assert "Answers are greedy, without a judge." in printed and "needs a judge" in printed
+
+
+def test_our_results_are_there_when_the_kit_fails(runs, data, tmp_path, monkeypatch, capsys):
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\n[ $# = 1 ] && echo \'{"kit": "ms-vlmeval 0.0.20"}\' || { echo no memory >&2; exit 1; }'
+    )
+    program.chmod(0o755)
+    words = [runs / "moslora", "--benchmark", "seed", "--data", data, "--limit", 3, "--output", tmp_path / "out"]
+    with pytest.raises(Refusal, match=r"E-KIT\] .*vlmevalkit.log: VLMEvalKit failed; found no memory"):
+        evaluated(monkeypatch, *words, "--scorer", "vlmevalkit", "--kit_python", program)
+    assert "| SEED-Bench image" in capsys.readouterr().out and (tmp_path / "out/results.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_real_kit_scores_the_same(runs, data, tmp_path, monkeypatch, capsys):
+    """Our rules of 2024 next to the kit's of today; answers that score, in the place of a random model's."""
+    words = [runs / "moslora", "--benchmark", "mmbench_cn,seed,textvqa,mme,mathvista", "--data", data, "--limit", 30]
+    words += ["--output", tmp_path / "out"]
+    evaluated(monkeypatch, *words)
+    for name in ("mmbench_cn", "seed", "textvqa", "mme"):
+        file, predictions = tmp_path / "out" / name / "answers-0.jsonl", FILES[BENCHMARKS[name].file][1]
+        header, *rows = map(json.loads, file.read_text().splitlines())
+        rows = [row | {"answer": predictions[row["index"]]} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)))
+    capsys.readouterr()
+    evaluated(monkeypatch, *words, "--scorer", "vlmevalkit", "--kit_python", kit_python())
+    ours, kits = (text.splitlines() for text in capsys.readouterr().out.split("\n| benchmark ", 1))
+    assert sum(line.startswith("| ") for line in ours) == 2 + 5
+    for title in ("MMBench CN (test)", "SEED-Bench image", "TextVQA", "MME"):
+        (line,) = (line for line in kits if line.startswith(f"| {title}"))
+        _, _, kit, own, verdict, _ = (cell.strip() for cell in line.split("|"))
+        assert kit == own and float(kit) > 20 and verdict == "the same"
+    assert any("MathVista" in line and "needs a judge" in line for line in kits)
+    assert "VLMEvalKit" in (tmp_path / "out/results.md").read_text()
 
 
 def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
@@ -127,6 +208,15 @@ def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--rules", "x"], r"--rules: unknown; found x; expected r"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--prompts", "x"], r"--prompts: unknown"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--paper", "x"], r"--paper: unknown; .* llama-3-lora"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--judge", "http://h", "m"],
+     r"--judge: has no effect without mathvista or mmvet; fix: leave it out"),
+    (["--benchmark", "mmvet", "--data", "d", "--output", "o", "--judge", "h", "m"], r"--judge: no URL of a server"),
+    (["--compare", "--judge", "http://h", "m"], r"--judge: has no effect with --compare"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--scorer", "x"], r"--scorer: unknown; .*expected vlmeva"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--kit_python", "p"], r"--kit_python: has no effect with"),
+    (["--compare", "--scorer", "vlmevalkit"], r"--scorer: has no effect with --compare"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--scorer", "vlmevalkit", "--kit_python", "/no/python"],
+     r"--kit_python: no such program; found /no/python"),
     (["--benchmark", "all", "--data", "missing", "--output", "o"], r"D-FILE\] missing:--data: no benchmark's file"),
     (["--compare"], r"--compare: two results are compared; found run"),
 ])  # fmt: skip

@@ -228,6 +228,48 @@ def _mmvet(random_: random.Random, name: str) -> File:
     return tsv(["index", "image", "question", "answer", "category"], rows), predictions
 
 
+def judge_cases(random_: random.Random) -> dict[str, list[tuple[Row, str, list[str]]]]:
+    """(row, answer, what a judge replies to one try after another; "" is nothing), for MathVista and for MM-Vet.
+
+    The first rows are a multiple-choice question, one for an integer and one for a list, each for the judge to read.
+    """
+    hint = "Hint: Please answer the question {}, at the end.\nQuestion: {}"
+    last = {"question_type": "free_form", "choices": "", "answer_option": "", "task": "task 0", "skills": "['x']"}
+    fixed = [
+        last | {"question": hint.format("and provide the correct option letter, e.g., A, B, C, D", "Which is \\alpha?\n"
+                                        "Choices:\n(A) 3/11\n(B) 8/11\n(C) 25°"), "answer_type": "text",
+                "question_type": "multi_choice", "choices": "['3/11', '8/11', '25°']", "answer": "8/11",
+                "answer_option": "B"},
+        last | {"question": hint.format("requiring an integer answer and provide the final value, e.g., 1, 2, 3",
+                                        "How many?"), "answer_type": "integer", "answer": "14"},
+        last | {"question": hint.format("requiring a Python list as an answer and provide the final list, e.g., [1, 2]",
+                                        "Which years?"), "answer_type": "list", "answer": "[2007, 2008]"},
+    ]  # fmt: skip
+    answers = ("It is the middle one.", 'There are "14" of them.\n', "Between 2007 and 2008")
+    maths = [(row, answer, [row["answer"]]) for row, answer in zip(fixed, answers, strict=True)]
+    for number, (row, answer) in enumerate(mathvista_cases(random_, 60)):
+        row |= {"question": f"{hint.format('…', 'How many?')} {number}", "task": f"task {number % 5}"}
+        replies = (row["answer"], row["answer_option"] or row["answer"], f"({row['answer_option']})", "B", "no idea")
+        row["skills"] = repr(["x"] if number % 2 else ["x", "y"])
+        maths.append((row, answer, ["", "", ""][: random_.choice((0, 0, 1, 3))] + [random_.choice(replies)]))
+    grades, others = "0.0|0.5|1.0|1|0.7|0|.3|1e-1".split("|"), "|2|-1|good|0.5/1|1,0|nine|1.1".split("|")
+    vets = []
+    for number in range(30):
+        truth = ("-1<AND>-5", "yes<OR>yeah", "a | b", "No <AND> no<OR>nope", "14")[number % 5]
+        row = {
+            "question": f"What is x, {number}?",
+            "answer": truth,
+            "category": ("rec,know,gen", "ocr,spat,math", "ocr")[number % 3],
+        }
+        replies = random_.choices(others, k=random_.choice((0, 0, 1, 4))) + [random_.choice(grades)]
+        vets.append((row, f"x = {number}, or\n{truth}", ["good", *others[1:4], "nine"] if number % 7 == 6 else replies))
+    cases = {"mathvista": maths, "mmvet": vets}
+    for kind in cases.values():
+        for number, (row, _, _) in enumerate(kind):
+            row["index"] = str(number)
+    return cases
+
+
 def packed(text: str) -> str | dict[str, str]:
     """A long text in few characters, for JSON."""
     return text if len(text) < 1000 else {"zlib": base64.b64encode(zlib.compress(text.encode())).decode()}
