@@ -88,6 +88,17 @@ def test_neither_tokenizer_template_length_nor_id_moves_a_record(parted, write):
     assert len(sets["b"]) == 2 * len(expected[1]["a"])
 
 
+def test_a_record_in_another_format_is_on_the_same_side(parted, write):
+    records = [record(n) for n in range(100)]
+    names = {"human": "user", "gpt": "assistant"}
+    messages = [
+        {"id": one["id"], "messages": [{"role": names[t["from"]], "content": t["value"]} for t in one["conversations"]]}
+        for one in records
+    ]
+    expected = parted(write("a.json", records), validation_split=0.2)
+    assert parted(write("a.json", messages), validation_split=0.2)[:2] == expected[:2]
+
+
 def test_sources_are_split_each_and_weights_are_of_what_is_trained(parted, write):
     a, b = (write(name, [record(n) for n in rows]) for name, rows in (("a.json", range(50)), ("b.json", range(50, 99))))
     trained, sets, _ = parted(a, b, validation_split=0.2, data_weights=[2, 1], data_order="shuffle")
