@@ -19,8 +19,8 @@ from llava_moslora.training import validation
 from llava_moslora.training.callbacks.curves import curves_page, smooth
 from llava_moslora.training.callbacks.early_stopping import without_improvement
 from llava_moslora.training.validation import EvaluationBatches
-from support.evaluations import BOUND, evaluations, reference, write_uneven
 from support.training_runs import rows, train
+from support.validation_losses import BOUND, evaluations, reference, write_uneven
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}
 STATE = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json", "random-0.json")

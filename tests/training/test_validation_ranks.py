@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from llava_moslora.files.manifest import read_facts
-from support.evaluations import BOUND, evaluations, reference, write_uneven
 from support.training_runs import adapter
+from support.validation_losses import BOUND, evaluations, reference, write_uneven
 from support.zero_runs import configuration, run_successfully, settings
 
 pytestmark = pytest.mark.slow
@@ -82,7 +82,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
     same |= {"deepspeed": configuration(name, tmp_path)} if name else {}
     run_successfully(warm_server, evaluating(parts, tmp_path / "plain", held_out, **same), tmp_path / "p", world=world)
     arguments = evaluating(parts, tmp_path / "run", held_out, **same)
-    hook = ["support.evaluations:kill_in_evaluation", {"evaluation": evaluation, "batch": batch}]
+    hook = ["support.validation_losses:kill_in_evaluation", {"evaluation": evaluation, "batch": batch}]
     killed = warm_server.launch(arguments, tmp_path / "killed", world=world, hooks=[hook])
     assert -9 in killed.status and (tmp_path / "run" / "checkpoint-2").is_dir()
     assert not (tmp_path / "run" / "checkpoint-4").exists()
