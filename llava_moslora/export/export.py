@@ -176,6 +176,7 @@ def _write(
         "template": trained.template,
         "image_aspect_ratio": trained.record.data.image_aspect_ratio,
         "base": asdict(trained.record.model),
+        "adapter": asdict(trained.record.adapter),
         "merge_base": trained.merge_base if target.merges else None,
         "merged_layers": len(trained.adapter) if target.merges and trained.adapter else 0,
     }

@@ -192,7 +192,8 @@ def test_a_checkpoint_that_is_pruned_meanwhile(run, tmp_path, monkeypatch, targe
     monkeypatch.setattr(export_module, "write_weights", later)
     probe_here(monkeypatch)
     folder = export(copy, tmp_path / "out", [target])[target]
-    assert json.loads((folder / "export.json").read_text())["checkpoint"] == "checkpoint-1"
+    facts = json.loads((folder / "export.json").read_text())
+    assert facts["checkpoint"] == "checkpoint-1" and facts["adapter"]["mixer_init"] == "kaiming_uniform"
     monkeypatch.setattr(export_module, "write_weights", write)
     expected = export(run, tmp_path / "expected", [target], prove=False)[target]
     for file in expected.rglob("*.safetensors"):
