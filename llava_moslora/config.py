@@ -57,13 +57,15 @@ class Settings:
 
 @dataclass
 class ModelSettings(Settings):
-    """The three parts that a LLaVA is assembled from, and how they are loaded."""
+    """The three parts that a LLaVA is assembled from, or an LLM alone, and how they are loaded."""
 
     _argument_group_name = "the model"
 
     model_name_or_path: str = setting(help="folder of the LLM, or of a complete LLaVA")
     vision_tower: str | None = setting(
-        None, "CLIP or SigLIP folder, or open_clip:ARCH@FILE; default: the one in --model_name_or_path"
+        None,
+        "CLIP or SigLIP folder, or open_clip:ARCH@FILE; default: the one in a complete LLaVA, else none: the LLM is "
+        "trained on text alone",
     )
     pretrain_mm_mlp_adapter: str | None = setting(
         None, "projector from stage 1, file or folder; default: the complete LLaVA's, else random weights"
@@ -73,9 +75,15 @@ class ModelSettings(Settings):
     attn_implementation: str = setting("sdpa", "attention of both towers", ATTENTION_IMPLEMENTATIONS)
 
     @property
+    def text_only(self) -> bool:
+        """Whether there is no vision tower, once that is known
+        (:func:`llava_moslora.models.llava_folder.name_parts`)."""
+        return self.vision_tower is None
+
+    @property
     def tower(self) -> str:
-        """``vision_tower``, once it is known (:func:`llava_moslora.models.llava_folder.name_parts`)."""
-        assert self.vision_tower is not None, "a complete LLaVA whose parts are not named yet"
+        """``vision_tower`` where there is one, as :attr:`text_only` tells."""
+        assert self.vision_tower is not None, "text only, or a complete LLaVA whose parts are not named yet"
         return self.vision_tower
 
     @property
@@ -107,6 +115,9 @@ class DataSettings(Settings):
         "pil", "resizing; pil: as towers were trained; torch: faster, pixels differ by up to 1/256", IMAGE_ENGINES
     )
     model_max_length: int = setting(2048, "tokens per record, image placeholders included")
+    train_on_prompt: bool = setting(
+        False, "text only: the loss of questions too, of every token but the first (LLM-Adapters' train_on_inputs)"
+    )
     data_order: str = setting(
         "modality_length", "modality_length: batches of similar length, with images or without", DATA_ORDERS
     )

@@ -1,5 +1,5 @@
 """Fine-tune a LLaVA: adapters (MoSLoRA) in the LLM and in the vision tower, and the whole projector. With
---tune_mm_mlp_adapter True (stage 1) only the projector is trained.
+--tune_mm_mlp_adapter True (stage 1) only the projector is trained. Without --vision_tower an LLM is trained on text.
 
     deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json \\
         --model_name_or_path LLM --vision_tower CLIP --pretrain_mm_mlp_adapter PROJECTOR \\
@@ -15,6 +15,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, set_seed
@@ -31,7 +32,7 @@ from llava_moslora.errors import run_script
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
 from llava_moslora.models.assemble import assemble
-from llava_moslora.models.llava import Llava
+from llava_moslora.models.llava import Llava, TextLlm
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
 from llava_moslora.models.towers import tokens_per_image
@@ -48,6 +49,7 @@ from llava_moslora.training.arguments import TrainingArguments, input_paths, par
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
 from llava_moslora.training.optimizer_state import trained_count
+from llava_moslora.training.text_only import check_text_only
 from llava_moslora.training.trainer import MosLoraTrainer
 from llava_moslora.training.validate import check, check_launch
 
@@ -59,6 +61,8 @@ def main() -> None:
     # 1. Read the flags, join the other ranks, and check the flags against each other
     model_settings, data_settings, adapter_settings, training = parse(sys.argv[1:], __doc__)
     model_settings = name_parts(model_settings)  # a complete LLaVA: its LLM, vision tower and projector
+    text_only = model_settings.text_only
+    adapter_settings = check_text_only(model_settings, data_settings, adapter_settings, training)
     check_launch(training["deepspeed"])
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
@@ -72,16 +76,14 @@ def main() -> None:
 
     # 2. Read configurations and tokenizer, no weights yet
     llm_config = read_llm_config(model_settings.model_name_or_path)
-    vision_config = read_vision_config(model_settings.tower)
-    processor = read_image_settings(model_settings.tower)
-    transform = ImageTransform.from_settings(processor, data_settings)
-    tokenizer = load_tokenizer(model_settings.model_name_or_path)
+    image_tokens, processor, transform = (0, {}, None) if text_only else read_vision(model_settings, data_settings)
+    tokenizer = load_tokenizer(model_settings.model_name_or_path, images=not text_only)
     template = model_settings.version or recognise_template(tokenizer)
-    print_once(f"conversation template: {template}")
+    print_once(f"conversation template: {template}{'; no vision tower: text only' if text_only else ''}")
 
     # 3. Check and tokenise the data, or find it in --data_cache
     dataset = prepare(
-        data_settings, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
+        data_settings, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens,
         longest_text=longest_text(llm_config),
     )  # fmt: skip
     print_once(summary(dataset))
@@ -124,9 +126,16 @@ def main() -> None:
         print_once("--save_strategy no: nothing of this run will be saved")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
-    print_once(closing_line(run, trainer.state.global_step))
+    print_once(closing_line(run, trainer.state.global_step, " --format llm" if text_only else ""))
     if lock is not None:
         lock.release()
+
+
+def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str, Any], ImageTransform]:
+    """Of the vision tower: placeholders per image, image-processor settings, and the transform that they make."""
+    image_tokens = tokens_per_image(read_vision_config(model.tower))
+    processor = read_image_settings(model.tower)
+    return image_tokens, processor, ImageTransform.from_settings(processor, data)
 
 
 def build_model(
@@ -134,7 +143,7 @@ def build_model(
     adapter_settings: AdapterSettings,
     args: TrainingArguments,
     tokenizer: PreTrainedTokenizerFast,
-) -> PeftModel | Llava:
+) -> PeftModel | Llava | TextLlm:
     """The frozen model, with adapters (a PeftModel), or in stage 1 with a trainable projector."""
     set_seed(args.seed)
     model, _ = assemble(model_settings, tokenizer=tokenizer, dtype=args.dtype)
@@ -153,9 +162,9 @@ def sample_answers(args: TrainingArguments, chat_model: ChatModel, data: DataSet
     return SampleAnswers(samples, chat_model, args.run_folder, **limits)
 
 
-def closing_line(run: Path, step: int) -> str:
+def closing_line(run: Path, step: int, form: str) -> str:
     if (run / f"checkpoint-{step}").is_dir():
-        return f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED"
+        return f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED{form}"
     return f"trained: {run}; its last step, {step}, was not saved: there is nothing to export"
 
 

@@ -46,13 +46,14 @@ def batch(chat_model: ChatModel, questions: Sequence[Question]) -> dict[str, tor
     tokenizer, model = chat_model.tokenizer, chat_model.model
     prompts = []
     for images, turns in questions:
-        counts = [chat_model.tokens_per_image] * len(images)
+        counts = [chat_model.tokens_per_image] * len(images) if images else []
         encoded = encode_prompt(turns, tokenizer=tokenizer, template=chat_model.template, image_tokens=counts)
         prompts.append(encoded.input_ids)
     inputs = pad_left_prompts(prompts, tokenizer.pad_token_id)
     images = [image for images, _ in questions for image in images]
     if images:
-        pixels = [p if isinstance(p, torch.Tensor) else chat_model.transform(p) for p in images]
+        transform = chat_model.require_images()
+        pixels = [p if isinstance(p, torch.Tensor) else transform(p) for p in images]
         inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 

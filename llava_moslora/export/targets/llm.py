@@ -20,13 +20,15 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     )
 
 
+USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)"""
 TARGET = Target(
     name="llm",
     summary="the merged LLM alone, as a causal LM of transformers (an InternLM2 as a Llama)",
-    usage="""from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)""",
+    usage=USAGE,
     plan=plan,
+    text_usage=USAGE,
 )
 
 
