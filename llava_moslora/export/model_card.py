@@ -33,7 +33,8 @@ MERGED_INTO = {
 
 def write_card(trained: TrainedRun, target: Target, dtype: torch.dtype, report: dict, folder: Path) -> None:
     kind, task = ("LLM", "text-generation") if trained.text_only else ("LLaVA", "image-text-to-text")
-    fingerprints = {key: trained.manifest[key] for key in ("llm", "vision_tower", "data")}
+    parts = ("llm", "data") if trained.text_only else ("llm", "vision_tower", "data")
+    fingerprints = {key: trained.manifest[key] for key in parts}
     text = [
         f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [{kind.lower()}, moslora]\n---",
         f"# {folder.name.removeprefix('.').removesuffix('.staging')}",
