@@ -53,11 +53,11 @@ def imported(folder: str) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("llava_moslora", ["quant", "clip", "liger"]),
+        ("llava_moslora", ["quant", "clip", "liger", "commonsense"]),
         ("scripts", ["serve"]),
         ("playground", ["demo"]),
         ("benchmarks", ["dev"]),
-        ("tests", ["dev"]),
+        ("tests", ["dev", "commonsense"]),
     ],
 )
 def test_imports_are_declared(folder, extras):

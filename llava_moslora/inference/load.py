@@ -25,7 +25,7 @@ from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.checkpoints import checkpoints, newest_checkpoint
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, read_run
-from llava_moslora.text.templates import recognise_template
+from llava_moslora.text.templates import recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 
@@ -37,6 +37,11 @@ class ChatModel:
     tokenizer: PreTrainedTokenizerFast
     template: str
     transform: ImageTransform | None  # None: an LLM without a vision tower
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids at which an answer ends: where training stopped."""
+        return stop_token_ids(self.tokenizer, self.template)
 
     @property
     def tokens_per_image(self) -> int:
