@@ -44,6 +44,9 @@ PAPER = {
 }
 
 
+NOTHING_READ = "[invalid]"  # the harness's word for it
+
+
 @dataclass(frozen=True)
 class SetScore:
     """One set: ``right`` of ``asked`` answers, ``unread`` of which hold no option and count as wrong."""
@@ -124,7 +127,8 @@ def language_model(chat_model: ChatModel, batch_size: int) -> Any:
 
 
 def ask(model: Any, name: str, file: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """The harness's samples of the set ``name``: prompts, answers, what was read, whether it is right.
+    """Ask the set ``name``: per record its ``index``, the ``prompt``, what was ``said``, the option that was ``read``
+    in it ("" for none), the right ``answer``.
 
     Args:
         model: of :func:`language_model`.
@@ -134,13 +138,23 @@ def ask(model: Any, name: str, file: Path, limit: int | None = None) -> list[dic
 
     task = task_config(name, file)
     found = simple_evaluate(model, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True)
-    return found["samples"][task["task"]]
+    samples = sorted(found["samples"][task["task"]], key=lambda sample: sample["doc_id"])
+    return [
+        {
+            "index": int(sample["doc_id"]),
+            "prompt": sample["arguments"][0][0],
+            "said": sample["resps"][0][0],
+            "read": sample["filtered_resps"][0].replace(NOTHING_READ, ""),
+            "answer": sample["target"],
+        }
+        for sample in samples
+    ]
 
 
 def score(samples: Sequence[Mapping[str, Any]]) -> SetScore:
-    """Of the harness's samples of one set."""
-    unread = sum(sample["filtered_resps"][0] == "[invalid]" for sample in samples)
-    return SetScore(sum(sample["exact_match"] == 1 for sample in samples), unread, len(samples))
+    """Of what :func:`ask` returned: right is what equals the answer."""
+    right = sum(sample["read"] == sample["answer"] for sample in samples)
+    return SetScore(right, sum(not sample["read"] for sample in samples), len(samples))
 
 
 def table(scores: Mapping[str, SetScore], paper: str) -> str:
