@@ -3,7 +3,7 @@
     llava-moslora COMMAND [FLAGS]
 
 {commands}
-  recipes [NAME]    list the shell recipes; with NAME print its file: bash "$(llava-moslora recipes llama3_8b_moslora)"
+  recipes [NAME]        list the shell recipes; with NAME print its file: bash "$(llava-moslora recipes NAME)"
 
 llava-moslora COMMAND --help shows a command's flags. On several GPUs `train --num_gpus N` starts DeepSpeed's launcher.
 """
@@ -27,6 +27,7 @@ COMMANDS = {
     "chat": ("chat.py", "talk to a model in the terminal"),
     "serve": ("serve.py", "talk to a model in a browser"),
     "evaluate": ("evaluate.py", "benchmarks, a question file, or two results compared"),
+    "evaluate-commonsense": ("evaluate_commonsense.py", "the eight sets of the paper's Table 4, on text alone"),
     "convert-adapter": ("convert_adapter.py", "other people's MoSLoRA adapters to this package's, or to a plain LoRA"),
     "convert-internlm2": ("convert_internlm2.py", "an InternLM2 folder to a Llama folder"),
 }
@@ -45,7 +46,7 @@ def recipes() -> dict[str, Path]:
 
 
 def usage() -> str:
-    lines = (f"  {name:17} {what}" for name, (_, what) in COMMANDS.items())
+    lines = (f"  {name:21} {what}" for name, (_, what) in COMMANDS.items())
     return (__doc__ or "").format(commands="\n".join(lines))
 
 

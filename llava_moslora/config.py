@@ -65,12 +65,12 @@ class Settings:
 
 @dataclass
 class ModelSettings(Settings):
-    """The three parts that a LLaVA is assembled from, and how they are loaded."""
+    """The three parts that a LLaVA is assembled from, or an LLM alone, and how they are loaded."""
 
     heading = MODEL
 
     model_name_or_path: str = setting(help="folder of the LLM, or of a complete LLaVA")
-    vision_tower: str | None = setting(None, "CLIP or SigLIP, or open_clip:ARCH@FILE; default: the LLaVA's")
+    vision_tower: str | None = setting(None, "CLIP or SigLIP, or open_clip:ARCH@FILE; default: the LLaVA's, else none")
     pretrain_mm_mlp_adapter: str | None = setting(None, "stage 1's projector; default: the LLaVA's, or random weights")
     version: str | None = setting(None, "conversation template; default: recognised from the tokenizer")
     bits: int = setting(16, "per weight of the frozen LLM: 16 | 4 (NF4, QMoSLoRA)", BITS)
@@ -79,9 +79,15 @@ class ModelSettings(Settings):
     )
 
     @property
+    def text_only(self) -> bool:
+        """Whether there is no vision tower, once that is known
+        (:func:`llava_moslora.models.llava_folder.name_parts`)."""
+        return self.vision_tower is None
+
+    @property
     def tower(self) -> str:
-        """``vision_tower``, once it is known (:func:`llava_moslora.models.llava_folder.name_parts`)."""
-        assert self.vision_tower is not None, "a complete LLaVA whose parts are not named yet"
+        """``vision_tower`` where there is one, as :attr:`text_only` tells."""
+        assert self.vision_tower is not None, "text only, or a complete LLaVA whose parts are not named yet"
         return self.vision_tower
 
     @property
@@ -97,9 +103,7 @@ class DataSettings(Settings):
 
     heading = DATA
 
-    data_path: list[str] = setting(
-        help="JSON, JSONL or Parquet files, tar shards (mix/*.tar), folders of datasets, or hub:OWNER/NAME: downloads"
-    )
+    data_path: list[str] = setting(help="JSON(L), Parquet, tars, folders of datasets, hub:NAME (downloads)")
     data_columns: list[str] = setting([], "NAME=COLUMN of columns with other names: messages=dialog")
     data_weights: list[float] = setting([], "how often each file is seen per epoch; default: once")
     eval_data_path: list[str] = setting([], "validation data: as --data_path, each FILE or NAME=FILE")
@@ -108,6 +112,7 @@ class DataSettings(Settings):
     image_aspect_ratio: str = setting("pad", "pad to a square, or crop as the tower's processor does", ASPECT_RATIOS)
     image_engine: str = setting("pil", "pil: resized as for the tower's training; torch: faster", IMAGE_ENGINES)
     model_max_length: int = setting(2048, "tokens per record, image placeholders included")
+    train_on_prompt: bool = setting(False, "text only: the loss of every token but the first")
     data_order: str = setting(
         "modality_length", "modality_length (like lengths together) | shuffle | sequential", DATA_ORDERS
     )

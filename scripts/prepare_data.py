@@ -3,7 +3,8 @@
     python scripts/prepare_data.py --model_name_or_path LLM --vision_tower CLIP \\
         --data_path llava_v1_5_mix665k.json --image_folder playground/data --report_dir reports/mix665k
 
-Training with the same settings finds the result in ``--data_cache`` by its content and starts at once.
+Training with the same settings finds the result in ``--data_cache`` by its content and starts at once. Without
+--vision_tower the records are prepared for an LLM alone.
 """
 
 from __future__ import annotations
@@ -82,14 +83,14 @@ def main() -> None:
         make_report_folder(Path(report.report_dir))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     llm = Path(model.model_name_or_path)  # a tokenizer's files alone are enough here
-    tokenizer = load_tokenizer(llm)
+    tokenizer = load_tokenizer(llm, images=not model.text_only)
     template = model.version or recognise_template(tokenizer)
     print(f"conversation template: {template}")
     dataset = prepare(
         data,
         tokenizer=tokenizer,
         template=template,
-        tokens_per_image=tokens_per_image(read_vision_config(model.tower)),
+        tokens_per_image=0 if model.text_only else tokens_per_image(read_vision_config(model.tower)),
         longest_text=longest_text(read_llm_config(llm)) if (llm / "config.json").is_file() else None,
     )
     print(summary(dataset))

@@ -1,4 +1,4 @@
-"""Fine-tune a LLaVA: adapters (MoSLoRA) in the LLM and in the vision tower, and the whole projector.
+"""Fine-tune a LLaVA: adapters in both towers, the whole projector; without --vision_tower an LLM.
 
     deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json --bf16 True \\
         --model_name_or_path LLM --vision_tower CLIP --pretrain_mm_mlp_adapter PROJECTOR \\
@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llava_moslora.errors import run_script
 from llava_moslora.noise import quiet_libraries
@@ -36,7 +37,7 @@ from llava_moslora.distributed import from_rank_0
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
 from llava_moslora.models.assemble import assemble
-from llava_moslora.models.llava import Llava
+from llava_moslora.models.llava import Llava, TextLlm
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
 from llava_moslora.models.towers import tokens_per_image
@@ -53,6 +54,7 @@ from llava_moslora.training.arguments import TrainingArguments, input_paths
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
 from llava_moslora.training.optimizer_state import trained_count
+from llava_moslora.training.text_only import check_text_only
 from llava_moslora.training.trainer import MosLoraTrainer
 from llava_moslora.training.validate import check, check_launch
 
@@ -64,6 +66,8 @@ def main() -> None:
     # 1. Read the flags, join the other ranks, and check the flags against each other
     model_settings, data_settings, adapter_settings, training = parse(sys.argv[1:], __doc__)
     model_settings = name_parts(model_settings)  # a complete LLaVA: its LLM, vision tower and projector
+    text_only = model_settings.text_only
+    adapter_settings = check_text_only(model_settings, data_settings, adapter_settings, training)
     check_launch(training["deepspeed"])
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
@@ -77,16 +81,14 @@ def main() -> None:
 
     # 2. Read configurations and tokenizer, no weights yet
     llm_config = read_llm_config(model_settings.model_name_or_path)
-    vision_config = read_vision_config(model_settings.tower)
-    processor = read_image_settings(model_settings.tower)
-    transform = ImageTransform.from_settings(processor, data_settings)
-    tokenizer = load_tokenizer(model_settings.model_name_or_path)
+    image_tokens, processor, transform = (0, {}, None) if text_only else read_vision(model_settings, data_settings)
+    tokenizer = load_tokenizer(model_settings.model_name_or_path, images=not text_only)
     template = model_settings.version or recognise_template(tokenizer)
-    print_once(f"device: {args.device_name}\nconversation template: {template}")
+    print_once(f"device: {args.device_name}\nconversation template: {template}{'; text only' if text_only else ''}")
 
     # 3. Check and tokenise the data, or find it in --data_cache
     prepare_alike = partial(
-        prepare, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
+        prepare, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens,
         longest_text=longest_text(llm_config),
     )  # fmt: skip
     dataset = prepare_alike(data_settings)
@@ -128,9 +130,16 @@ def main() -> None:
     print_once(opening_line(args, checkpoint))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
-    print_once(closing_line(run, trainer.state))
+    print_once(closing_line(run, trainer.state, " --format llm" if text_only else ""))
     if lock is not None:
         lock.release()
+
+
+def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str, Any], ImageTransform]:
+    """Of the vision tower: placeholders per image, image-processor settings, and the transform that they make."""
+    image_tokens = tokens_per_image(read_vision_config(model.tower))
+    processor = read_image_settings(model.tower)
+    return image_tokens, processor, ImageTransform.from_settings(processor, data)
 
 
 def build_model(
@@ -138,7 +147,7 @@ def build_model(
     adapter_settings: AdapterSettings,
     args: TrainingArguments,
     tokenizer: PreTrainedTokenizerFast,
-) -> PeftModel | Llava:
+) -> PeftModel | Llava | TextLlm:
     """The frozen model, with adapters (a PeftModel), or in stage 1 with a trainable projector."""
     set_seed(args.seed)
     model, _ = assemble(model_settings, tokenizer=tokenizer, dtype=args.dtype)
@@ -163,12 +172,12 @@ def opening_line(args: TrainingArguments, checkpoint: Path | None) -> str:
     return f"training into {args.run_folder}" if checkpoint is None else f"resuming from {checkpoint}"
 
 
-def closing_line(run: Path, state: TrainerState) -> str:
+def closing_line(run: Path, state: TrainerState, form: str) -> str:
     trained, best = f"trained: {run}", state.best_global_step
     if best:
         trained += f"; best of its checkpoints: checkpoint-{best}, {state.best_metric:.4f}"
     if best or (run / f"checkpoint-{state.global_step}").is_dir():
-        return f"{trained}; next: python scripts/export.py {run} --output_dir MERGED"
+        return f"{trained}; next: python scripts/export.py {run} --output_dir MERGED{form}"
     return f"{trained}; its last step, {state.global_step}, was not saved: there is nothing to export"
 
 

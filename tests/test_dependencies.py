@@ -16,6 +16,9 @@ NOT_DECLARED = {
     "triton": "comes with torch where there is a GPU",
     "vlmeval": "VLMEvalKit, which imports our class",
     "pandas": "comes with VLMEvalKit, whose tables are made of it",
+    "trl": "an example for those who use it",
+    "swift": "ms-swift, which loads the example as its plugin",
+    "vllm": "of an environment of its own, which slow tests are given",
     "matplotlib": "draws one figure when the kill tests are asked for it",
 }
 NOT_IMPORTED = {
@@ -53,11 +56,11 @@ def imported(folder: str) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("llava_moslora", ["quant", "clip", "liger"]),
+        ("llava_moslora", ["quant", "clip", "liger", "commonsense"]),
         ("scripts", ["serve"]),
         ("playground", ["demo"]),
         ("benchmarks", ["dev"]),
-        ("tests", ["dev"]),
+        ("tests", ["dev", "commonsense"]),
     ],
 )
 def test_imports_are_declared(folder, extras):

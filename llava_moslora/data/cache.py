@@ -63,6 +63,7 @@ def cache_key(preparation: Preparation) -> str:
     template += [tokenizer.chat_template] if preparation.template == TOKENIZER_TEMPLATE else []
     rest = [tokenizer.special_tokens_map, template, preparation.tokens_per_image, settings.model_max_length]
     rest += [column_names(settings.data_columns)]
+    rest += ["train_on_prompt"] if settings.train_on_prompt else []
     digest.update(json.dumps([*rest, CODE_VERSION], default=str, sort_keys=True).encode())
     name = re.sub(r"[^\w.-]", "_", Path(source.name).stem)[:40]
     return f"{name}-{digest.hexdigest()[:20]}"

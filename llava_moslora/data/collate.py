@@ -43,7 +43,7 @@ class Collator:
 
     pad_token_id: int  # fills the right side of shorter rows
     image_folder: str | Path | None  # that the records' image names are relative to; needed when a record has images
-    transform: ImageTransform  # the vision tower's
+    transform: ImageTransform | None  # the vision tower's; needed when a record has images
     follow_links: bool = False  # see load_image
     pack_to: int | None = None  # tokens per row; None: one record per row
     image_token_id: int | None = None  # the placeholder's; with it a batch has image_positions
@@ -54,7 +54,7 @@ class Collator:
         cls,
         settings: DataSettings,
         tokenizer: PreTrainedTokenizerFast,
-        transform: ImageTransform,
+        transform: ImageTransform | None,
         packing: bool = False,
     ) -> Collator:
         """For a data set prepared with these settings; ``packing``: into rows of ``settings.model_max_length``."""
@@ -64,7 +64,7 @@ class Collator:
             transform,
             follow_links=settings.follow_image_links,
             pack_to=settings.model_max_length if packing else None,
-            image_token_id=image_token_id(tokenizer),
+            image_token_id=None if transform is None else image_token_id(tokenizer),
             data_files=tuple(settings.data_path),
         )
 
@@ -107,6 +107,7 @@ class Collator:
 
     def _image(self, name: str, record: dict) -> torch.Tensor:
         where = self._where(record)
+        assert self.transform is not None, "prepare refuses images without a vision tower"
         return self.transform(read_record_image(record, name, self.image_folder, self.follow_links, where))
 
     def _where(self, record: dict) -> dict:

@@ -61,15 +61,16 @@ def prepare(
     in ``data_path``, and ``number``, the record counted through all sources: for a single data file its index there.
 
     A record longer than ``settings.model_max_length`` loses complete trailing rounds; if already the first round is
-    longer, its answer is cut at the end; if not even its question fits, the record is skipped. All three are counted in
-    the log and in :func:`~llava_moslora.data.cache.reports_of`. Records are never reordered.
+    longer, its answer is cut at the end; if not even its question fits, the record is skipped, or with
+    ``train_on_prompt`` the question is cut like the answer. All three are counted in the log and in
+    :func:`~llava_moslora.data.cache.reports_of`. Records are never reordered.
 
     Args:
         settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after checking all of them;
             ``"quarantine"`` skips bad records and lists them in the report, up to a share of ``max_bad_share``.
             With ``decode_images`` a cache that was built without is built again.
         template: name of the prompt template.
-        tokens_per_image: placeholders per image.
+        tokens_per_image: placeholders per image; 0 without a vision tower: a record with an image is refused.
         longest_text: tokens up to which the LLM knows positions; ``model_max_length`` may not be above it.
 
     Raises:

@@ -191,6 +191,12 @@ class _Worker:
     def _usable_images(self, record: Record, images: dict[str, CheckedImage], shard: str) -> list[str]:
         """The record's images as its row names them. Raises the Refusal of the first that cannot be used."""
         where: dict[str, Any] = {"record": record.index, "record_id": record.id or None}
+        if record.images and not self.preparation.tokens_per_image:
+            raise Refusal(
+                "D-IMAGES", "the record has an image, and there is no vision tower to see it",
+                file=shard or self.preparation.source.name, found=record.images[0],
+                fix="give --vision_tower, or data without images", **where,
+            )  # fmt: skip
         if not shard:
             check_image_files(record.images, self.preparation, **where)
             return list(record.images)
@@ -207,7 +213,8 @@ class _Worker:
     def _row(self, record: Record, images: list[str], shard: str, counts: Counter) -> dict | None:
         """The record's row, shortened to ``model_max_length``; ``None`` if not even its first question fits."""
         limit = self.settings.model_max_length
-        encoded = self.encoder.encode(record.turns, [self.preparation.tokens_per_image] * len(images))
+        places = [self.preparation.tokens_per_image] * len(images)
+        encoded = self.encoder.encode(record.turns, places, train_on_prompt=self.settings.train_on_prompt)
         ids, labels = encoded.input_ids, encoded.labels
         if len(ids) > limit:
             fitting = [end for end in encoded.ends if end <= limit]

@@ -88,7 +88,7 @@ def with_images(
     """
 
     def image(example: VqaExample) -> ImageInput:
-        return chat_model.transform.blank() if blank else load_image(example.image, image_folder)
+        return chat_model.require_images().blank() if blank else load_image(example.image, image_folder)
 
     return [([image(e)], [Turn("human", f"<image>\n{e.question}")]) for e in examples]
 

@@ -20,7 +20,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.export import output_folder
 from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.model_card import proof_in_one_line, write_card
-from llava_moslora.export.target import ExportPlan, Target
+from llava_moslora.export.target import ExportPlan, Target, check_text_only
 from llava_moslora.export.targets import (
     hf,
     llava,
@@ -111,6 +111,7 @@ def export(
             print(f"{pinned.name}; best by {best['metric']} until then: checkpoint-{best['step']}", flush=True)
         dtype = dtype or trained.llm_config.dtype or torch.float32
         targets = {n: TARGETS["peft_with_base" if n == "peft" and with_base else n] for n in formats}
+        check_text_only(trained, targets)
         plans = {name: target.plan(trained, dtype) for name, target in targets.items()}
         _check_disk(list(places.values()), list(plans.values()))
         proof = None

@@ -71,12 +71,12 @@ def trained_over_another_llm(trained: TrainedRun, target: Target) -> bool:
 def _load(trained: TrainedRun, bits: int, mapped: bool) -> ChatModel:
     stored_dtype = trained.llm_config.dtype if mapped and bits == 16 else None
     chat_model = load_run(
-        trained.run, checkpoint=trained.checkpoint, llm=trained.llm_folder, vision_tower=trained.vision_spec,
+        trained.run, checkpoint=trained.checkpoint, llm=trained.llm_folder, vision_tower=trained.vision_spec or None,
         bits=bits, llm_dtype=stored_dtype,
     )  # fmt: skip
     if stored_dtype is not None:
         model = _base_model(chat_model)
-        for part in (model.model.language_model, model.lm_head):
+        for part in (model.model if trained.text_only else model.model.language_model, model.lm_head):
             probe.compute_in_float32(part)
     return chat_model
 

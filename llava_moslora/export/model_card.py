@@ -19,6 +19,7 @@ from llava_moslora.text.templates import TOKENIZER_TEMPLATE
 XTUNER_TEMPLATES = {  # our templates' names in XTuner's PROMPT_TEMPLATE; None: questions are not wrapped in a template
     "chatml": "qwen_chat",
     "internlm2": "internlm2_chat",
+    "llm_adapters": None,
     "llama2": "llama2_chat",
     "llama3": "llama3_chat",
     "plain": None,
@@ -33,11 +34,13 @@ MERGED_INTO = {
 
 
 def write_card(trained: TrainedRun, target: Target, dtype: torch.dtype, report: dict, folder: Path) -> None:
-    fingerprints = {key: trained.manifest[key] for key in ("llm", "vision_tower", "data")}
+    kind, task = ("LLM", "text-generation") if trained.text_only else ("LLaVA", "image-text-to-text")
+    parts = ("llm", "data") if trained.text_only else ("llm", "vision_tower", "data")
+    fingerprints = {key: trained.manifest[key] for key in parts}
     text = [
-        "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [llava, moslora]\n---",
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [{kind.lower()}, moslora]\n---",
         f"# {folder.name.removeprefix('.').removesuffix('.staging')}",
-        "A LLaVA tuned with MoSLoRA (mixture-of-subspaces LoRA), exported as "
+        f"A{'n' if trained.text_only else ''} {kind} tuned with MoSLoRA (mixture-of-subspaces LoRA), exported as "
         f"`{target.name}`: {target.summary}. What it was checked against is in `export_report.json`.",
         f"```python\n{_usage(trained, target)}\n```",
         "## Where it comes from",
@@ -53,6 +56,8 @@ def write_card(trained: TrainedRun, target: Target, dtype: torch.dtype, report: 
 
 def _usage(trained: TrainedRun, target: Target) -> str:
     """The target's Python with its placeholders filled in."""
+    if trained.text_only:
+        return f'FOLDER = "."  # the folder of this page\n{target.text_usage}'
     tower = kind_of(trained.vision_config)
     text = 'FOLDER = "."  # the folder of this page\n' + target.usage
     text = text.replace("TEMPLATE", repr(XTUNER_TEMPLATES[trained.template]))
@@ -63,23 +68,27 @@ def _usage(trained: TrainedRun, target: Target) -> str:
 
 def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple[str, str]]:
     model, adapter = trained.record.model, trained.record.adapter
-    crops = trained.record.preprocessor["do_center_crop"]
     versions = ", ".join(f"{name} {version}" for name, version in trained.record.versions.items() if version)
     rows = [
         ("LLM", f"`{model.model_name_or_path}`{', trained over NF4' if trained.bits == 4 else ''}"),
-        ("vision tower", f"`{model.vision_tower}`"),
-        ("projector began as", f"`{model.pretrain_mm_mlp_adapter}`"),
         ("prompt template", f"`{trained.template}`"),
-        ("images", "padded to a square" if trained.pads else "cropped" if crops else "scaled to a square"),
         ("checkpoint", f"`{trained.checkpoint.name}` of `{trained.run.name}`"),
         ("dtype", str(dtype).removeprefix("torch.")),
         ("written by", f"llava_moslora {__version__}; trained with {versions}"),
     ]
+    if not trained.text_only:
+        crops = trained.record.preprocessor["do_center_crop"]
+        rows[1:1] = [
+            ("vision tower", f"`{model.vision_tower}`"),
+            ("projector began as", f"`{model.pretrain_mm_mlp_adapter}`"),
+            ("images", "padded to a square" if trained.pads else "cropped" if crops else "scaled to a square"),
+        ]
     if trained.bits == 4:
-        rows.insert(
-            -1, ("adapters merged into", MERGED_INTO[trained.merge_base] if "llm" in target.merged else "nothing")
-        )
-    if trained.adapter is None:
+        base = MERGED_INTO[trained.merge_base] if "llm" in target.merged else "nothing"
+        rows.insert(-1, ("adapters merged into", base))
+    if trained.text_only:
+        rows.append(("trained", f"adapters, r {adapter.lora_r}"))
+    elif trained.adapter is None:
         rows.append(("trained", "the projector alone (stage 1)"))
     else:
         rows.append(("trained", f"projector; adapters LLM r {adapter.lora_r}, tower r {adapter.vision_lora_r}"))

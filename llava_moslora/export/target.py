@@ -7,7 +7,7 @@ A new target is one file in ``export/targets/`` with one :class:`Target`, its ro
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class Target:
         summary: what the folder is and who loads it, in one sentence.
         usage: Python that loads the folder, for the model card, which fills in ``FOLDER``, ``TEMPLATE`` (XTuner's name
             of the prompt template), ``VISION_CLASS`` and ``CLASS_TOKENS`` (of the vision tower), ``MAX_LORA_RANK``.
+        text_usage: as ``usage``, of a run on text alone; None for a target that cannot hold one.
         plan: of a run and the dtype of merged weights; raises ``Refusal`` (C-FORMAT) for a run it cannot hold.
         merged: the parts (:mod:`llava_moslora.models.names`) whose training is in the weights; the others' adapters are
             saved as adapters over their original weights.
@@ -59,6 +60,7 @@ class Target:
     usage: str
     plan: Callable[[TrainedRun, torch.dtype], ExportPlan]
     merged: tuple[str, ...] = tuple(PARTS)
+    text_usage: str | None = None
 
 
 def check_clip(trained: TrainedRun, name: str) -> None:
@@ -67,6 +69,16 @@ def check_clip(trained: TrainedRun, name: str) -> None:
         raise Refusal(
             "C-FORMAT", "its readers know CLIP towers only", file=trained.vision_spec, key=f"--format {name}",
             found=kind.model.__name__, expected=CLIP.model.__name__, fix="--format hf takes every tower",
+        )  # fmt: skip
+
+
+def check_text_only(trained: TrainedRun, targets: Mapping[str, Target]) -> None:
+    """Refuse (C-FORMAT) targets that cannot hold a run on text alone, if ``trained`` is one."""
+    unfit = [name for name, target in targets.items() if trained.text_only and target.text_usage is None]
+    if unfit:
+        raise Refusal(
+            "C-FORMAT", "the run is an LLM alone, trained on text", file=trained.run, key=f"--format {unfit[0]}",
+            expected="--format llm (merged) or peft (plain LoRA)", fix="choose one of them",
         )  # fmt: skip
 
 

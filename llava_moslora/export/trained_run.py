@@ -28,7 +28,7 @@ from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
 from llava_moslora.models.llm import HEAD_WEIGHT, llm_on_meta, mean_row, read_llm_config, read_llm_tensors
-from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER, select_parts
+from llava_moslora.models.names import LLM, LLM_ALONE, LM_HEAD, PROJECTOR, VISION_TOWER, select_parts
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
 from llava_moslora.runs.fingerprint import check_base
@@ -48,6 +48,7 @@ class TrainedRun:
         vision: the tensors of the complete vision tower, not read yet.
         adapter: by the names of the composed model, not read yet; None after stage 1.
         projector: ``linear_1.weight`` [D, E], ``linear_1.bias``, ``linear_2.weight`` [D, D], ``linear_2.bias``.
+        vision_spec, vision_config, vision, projector: of a run on text alone "", None, and empty.
         merge_base: which weights the LLM's adapters are added to: the original ones, or NF4 quantised and dequantised.
     """
 
@@ -64,6 +65,10 @@ class TrainedRun:
     adapter: Mapping[str, Update] | None
     projector: dict[str, Tensor]
     merge_base: str
+
+    @property
+    def text_only(self) -> bool:
+        return self.record.model.text_only
 
     @property
     def template(self) -> str:
@@ -195,17 +200,25 @@ def open_trained(
             "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
             expected=ORIGINAL, fix="leave the flag out",
         )  # fmt: skip
-    llm_folder, spec = Path(llm or record.model.model_name_or_path), str(vision_tower or record.model.vision_tower)
+    text_only, llm_folder = record.model.text_only, Path(llm or record.model.model_name_or_path)
+    if text_only and vision_tower:
+        raise Refusal("C-FLAG", "the run has no vision tower", file=run, key="--vision_tower", fix="leave it out")
+    spec = "" if text_only else str(vision_tower or record.model.vision_tower)
     llm_config = read_llm_config(llm_folder)
     check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
-    vision_config = read_vision_config(spec)
-    vision = read_vision_tensors(spec, vision_config)
-    check_base(spec, checkpoint, "vision_tower", "--vision_tower")
-    adapter, projector = _read_checkpoint(checkpoint, vision_config.hidden_size, llm_config.hidden_size)
+    vision_config: PreTrainedConfig | None = None
+    vision: dict[str, LazyTensor] = {}
+    if not text_only:
+        vision_config = read_vision_config(spec)
+        vision = read_vision_tensors(spec, vision_config)
+        check_base(spec, checkpoint, "vision_tower", "--vision_tower")
+    vision_width = None if vision_config is None else vision_config.hidden_size
+    adapter, projector = _read_checkpoint(checkpoint, vision_width, llm_config.hidden_size)
+    tokenizer = load_tokenizer(run / TOKENIZER, images=not text_only)
     return TrainedRun(
         run=run, checkpoint=checkpoint, record=record, manifest=read_facts(checkpoint), llm_folder=llm_folder,
         vision_spec=spec, llm_config=llm_config, vision_config=vision_config, vision=vision,
-        tokenizer=load_tokenizer(run / TOKENIZER), adapter=adapter, projector=projector, merge_base=merge_base,
+        tokenizer=tokenizer, adapter=adapter, projector=projector, merge_base=merge_base,
     )  # fmt: skip
 
 
@@ -227,20 +240,26 @@ def _plan(tensors: dict[str, LazyTensor], updates: dict[str, Update], checkpoint
 
 
 def _read_checkpoint(
-    checkpoint: Path, vision_width: int, llm_width: int
+    checkpoint: Path, vision_width: int | None, llm_width: int
 ) -> tuple[Mapping[str, Update] | None, dict[str, Tensor]]:
-    """The adapter, not read yet, and the projector's four tensors, of a stage-1 or stage-2 checkpoint."""
+    """The adapter, not read yet, and the projector's four tensors, of a stage-1 or stage-2 checkpoint.
+
+    Args:
+        vision_width: None: of a run on text alone, which has no projector.
+    """
     folder = checkpoint / "adapter"
-    if not folder.is_dir():
+    if not folder.is_dir() and vision_width is not None:
         return None, read_projector(checkpoint / "projector", vision_width, llm_width)
     adapter = read_adapter(folder)  # checks every name and shape
-    if adapter.others.keys() != {f"{PROJECTOR}.{key}" for key in KEYS}:
+    expected = set() if vision_width is None else {f"{PROJECTOR}.{key}" for key in KEYS}
+    if adapter.others.keys() != expected:
         raise Refusal(
             "K-ADAPTER", "not the projector next to the adapters", file=folder,
-            found=few(sorted(adapter.others), 8) or "none", expected=f"the four tensors of {PROJECTOR}",
-            fix="use another checkpoint",
+            found=few(sorted(adapter.others), 8) or "none",
+            expected=f"the four tensors of {PROJECTOR}" if expected else "none", fix="use another checkpoint",
         )  # fmt: skip
-    adapted = tuple(f"{module}." for module in (LLM, VISION_TOWER, LM_HEAD))
+    parts = (LLM, VISION_TOWER, LM_HEAD) if expected else (LLM_ALONE, LM_HEAD)
+    adapted = tuple(f"{module}." for module in parts)
     if foreign := [name for name in adapter.layers if not f"{name}.".startswith(adapted)]:
         what, fix = "adapters outside the LLM and the vision tower", "use another checkpoint"
         raise Refusal("K-ADAPTER", what, file=folder, found=few(foreign), fix=fix)

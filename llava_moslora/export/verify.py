@@ -90,7 +90,7 @@ def write_questions(trained: TrainedRun, plan: ExportPlan, folder: Path, mapped:
     ]
     if trained.adapter is None:  # stage 1 saw captions of images and nothing else
         questions = questions[:1]
-    if "llm" in plan.load_from and "projector" not in plan.load_from:
+    if ("llm" in plan.load_from and "projector" not in plan.load_from) or trained.text_only:
         questions = [(names, turns) for names, turns in questions if not names]
     if list(plan.load_from) == ["projector"]:  # there is no vision tower to give it features
         shape = 1, 16, trained.vision_config.hidden_size
@@ -103,7 +103,7 @@ def write_questions(trained: TrainedRun, plan: ExportPlan, folder: Path, mapped:
         "max_new_tokens": MAX_NEW_TOKENS,
         "stop": stop_token_ids(trained.tokenizer, trained.template),
         "pad_token_id": trained.tokenizer.pad_token_id,
-        "image_token_id": image_token_id(trained.tokenizer),
+        "image_token_id": -1 if trained.text_only else image_token_id(trained.tokenizer),  # -1: no token's
         "pads": trained.pads,
         "questions": [
             {"images": names, "turns": [{"role": turn.role, "text": turn.text} for turn in turns]}

@@ -11,7 +11,6 @@ from PIL import Image
 from llava_moslora.data.collate import pad_left_prompts
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.text.conversation import Turn, encode_prompt
-from llava_moslora.text.templates import stop_token_ids
 
 ImageInput: TypeAlias = Image.Image | torch.Tensor  # RGB, or float[3, H, W] as the tower takes it
 Question: TypeAlias = tuple[Sequence[ImageInput], Sequence[Turn]]  # the images, and turns of which the last is human
@@ -36,9 +35,8 @@ def answer(
 
 def generate(chat_model: ChatModel, inputs: dict[str, torch.Tensor], **how) -> torch.Tensor:
     """The model's ``generate``, which stops where training stopped: int64[B, T + new tokens], padded on the right."""
-    tokenizer = chat_model.tokenizer
-    stop = stop_token_ids(tokenizer, chat_model.template)
-    return chat_model.model.generate(**inputs, eos_token_id=stop, pad_token_id=tokenizer.pad_token_id, **how)
+    pad = chat_model.tokenizer.pad_token_id
+    return chat_model.model.generate(**inputs, eos_token_id=chat_model.stop_token_ids, pad_token_id=pad, **how)
 
 
 def batch(chat_model: ChatModel, questions: Sequence[Question]) -> dict[str, torch.Tensor]:
@@ -46,13 +44,14 @@ def batch(chat_model: ChatModel, questions: Sequence[Question]) -> dict[str, tor
     tokenizer, model = chat_model.tokenizer, chat_model.model
     prompts = []
     for images, turns in questions:
-        counts = [chat_model.tokens_per_image] * len(images)
+        counts = [chat_model.tokens_per_image] * len(images) if images else []
         encoded = encode_prompt(turns, tokenizer=tokenizer, template=chat_model.template, image_tokens=counts)
         prompts.append(encoded.input_ids)
     inputs = pad_left_prompts(prompts, tokenizer.pad_token_id)
     images = [image for images, _ in questions for image in images]
     if images:
-        pixels = [p if isinstance(p, torch.Tensor) else chat_model.transform(p) for p in images]
+        transform = chat_model.require_images()
+        pixels = [p if isinstance(p, torch.Tensor) else transform(p) for p in images]
         inputs["pixel_values"] = torch.stack(pixels).to(model.dtype)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 

@@ -25,7 +25,7 @@ from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.checkpoints import checkpoints, model_checkpoint
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, read_run
-from llava_moslora.text.templates import recognise_template
+from llava_moslora.text.templates import recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
 
@@ -36,11 +36,30 @@ class ChatModel:
     model: nn.Module
     tokenizer: PreTrainedTokenizerFast
     template: str
-    transform: ImageTransform
+    transform: ImageTransform | None  # None: an LLM without a vision tower
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """Ids at which an answer ends: where training stopped."""
+        return stop_token_ids(self.tokenizer, self.template)
 
     @property
     def tokens_per_image(self) -> int:
+        self.require_images()
         return tokens_per_image(self.model.config.vision_config)
+
+    def require_images(self) -> ImageTransform:
+        """The transform.
+
+        Raises:
+            Refusal: D-IMAGES, this model sees no images.
+        """
+        if self.transform is None:
+            raise Refusal(
+                "D-IMAGES", "this model was trained on text alone and sees no images", found="a question with an image",
+                fix="ask without images, or another model",
+            )  # fmt: skip
+        return self.transform
 
 
 def load_run(
@@ -72,7 +91,7 @@ def load_run(
     model_settings = replace(
         record.model,
         model_name_or_path=str(llm or record.model.model_name_or_path),
-        vision_tower=vision_tower or record.model.vision_tower,
+        vision_tower=None if record.model.text_only else vision_tower or record.model.vision_tower,
         bits=bits or record.model.bits,
         attn_implementation="sdpa",  # which every machine has, whatever it was trained with
     )
@@ -84,18 +103,20 @@ def load_run(
         _check_bases(model_settings, checkpoint, with_projector=not trained)
     if trained:  # every checkpoint has the complete projector
         model_settings.pretrain_mm_mlp_adapter = None
-    tokenizer = load_tokenizer(run / TOKENIZER)
+    tokenizer = load_tokenizer(run / TOKENIZER, images=not model_settings.text_only)
     model, processor = assemble(model_settings, tokenizer=tokenizer, dtype=dtype, llm_dtype=llm_dtype)
     if trained:
         assert checkpoint is not None  # or it was refused
         model = _with_checkpoint(model, checkpoint, dtype)
-    transform = ImageTransform.from_settings(processor, record.data)
+    transform = None if model_settings.text_only else ImageTransform.from_settings(processor, record.data)
     return ChatModel(model.eval(), tokenizer, record.model.template, transform)
 
 
 def _check_bases(model: ModelSettings, checkpoint: Path, *, with_projector: bool) -> None:
     read_llm_config(model.model_name_or_path)  # a missing folder is refused as one
     check_base(model.model_name_or_path, checkpoint, "llm")
+    if model.text_only:
+        return
     read_vision_config(model.tower)
     check_base(model.tower, checkpoint, "vision_tower")
     if with_projector and model.pretrain_mm_mlp_adapter:
@@ -119,22 +140,27 @@ def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> ChatModel:
-    """A complete LLaVA in ``dtype``, in eval mode: an export of this package, or any that a new run may start from.
+    """A complete LLaVA in ``dtype``, in eval mode: an export of this package, or any that a new run may start from; or
+    an LLM alone, an export of ``--format llm`` or any other.
 
     The prompt template is the one the export was trained with; of another folder, what its tokenizer is recognised as.
 
     Raises:
-        Refusal: not a complete LLaVA, or its template is not known.
+        Refusal: neither of them, or its template is not known.
     """
     folder = Path(folder)
-    tokenizer = load_tokenizer(folder)
-    parts = ModelSettings(str(folder), vision_tower=str(folder), pretrain_mm_mlp_adapter=str(folder))
+    parts, sees = ModelSettings(str(folder)), is_llava_folder(folder)
+    if sees:
+        parts = ModelSettings(str(folder), vision_tower=str(folder), pretrain_mm_mlp_adapter=str(folder))
+    tokenizer = load_tokenizer(folder, images=sees)
     model, processor = assemble(parts, tokenizer=tokenizer, dtype=dtype)
     file = folder / EXPORT
     facts = read_json(file) if file.is_file() else {}
     template = facts.get("template") or recognise_template(tokenizer)
-    pads = read_json(folder / "preprocessor_config.json").get("do_pad", False)
-    transform = ImageTransform.from_processor(processor, "pad" if pads else "crop")
+    transform = None
+    if sees:
+        pads = read_json(folder / "preprocessor_config.json").get("do_pad", False)
+        transform = ImageTransform.from_processor(processor, "pad" if pads else "crop")
     return ChatModel(model.eval(), tokenizer, template, transform)
 
 
@@ -153,13 +179,13 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, checkpoint: Pa
     dtype = dtype or (torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32)
     if (folder / RUN).is_file():
         chat_model = load_run(folder, dtype=dtype, checkpoint=checkpoint)
-    elif is_llava_folder(folder):
+    elif (folder / "config.json").is_file():
         chat_model = load_export(folder, dtype=dtype)
     else:
         raise Refusal(
-            "C-PATH", "neither a run nor a complete LLaVA" if folder.is_dir() else "no such folder", file=folder,
-            expected=f"a folder with {RUN}, or one with the config.json of a LLaVA",
-            fix="give the --output_dir of a training, or an export of --format hf",
+            "C-PATH", "neither a run nor a model" if folder.is_dir() else "no such folder", file=folder,
+            expected=f"a folder with {RUN}, or one with the config.json of a LLaVA or an LLM",
+            fix="give the --output_dir of a training, or an export of --format hf or llm",
         )  # fmt: skip
     chat_model.model.to("cuda" if gpu else "cpu")
     return chat_model

@@ -1,4 +1,4 @@
-"""Makes an assembled LLaVA trainable: adapters in LLM and vision tower and the projector; in stage 1 the projector."""
+"""Makes an assembled model trainable: adapters in LLM and vision tower and the projector; in stage 1 the projector."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig
 from llava_moslora.config import AdapterSettings, TowerAdapter
 from llava_moslora.errors import Refusal
-from llava_moslora.models.llava import Llava
-from llava_moslora.models.names import ADAPTER_NAME, LLM, LM_HEAD, PROJECTOR, VISION_TOWER, part_of
+from llava_moslora.models.llava import Llava, TextLlm
+from llava_moslora.models.names import ADAPTER_NAME, LLM, LLM_ALONE, LM_HEAD, PROJECTOR, VISION_TOWER, part_of
 
-FLAG_PREFIX = {LLM: "--", VISION_TOWER: "--vision_"}
+FLAG_PREFIX = {LLM: "--", LLM_ALONE: "--", VISION_TOWER: "--vision_"}
 
 
-def add_adapters(model: Llava, settings: AdapterSettings) -> PeftModel:
-    """One MoSLoRA adapter over the whole model, the vision tower's settings as patterns; all of the projector.
+def add_adapters(model: Llava | TextLlm, settings: AdapterSettings) -> PeftModel:
+    """One MoSLoRA adapter over the whole model, the vision tower's settings as patterns; all of the projector. Of an
+    LLM alone (``settings.vision`` must be None), its adapter.
 
     The tower's unused last layer is not in the model, so every adapter gets a gradient. All trainable tensors get the
     model's dtype: ZeRO-3 asserts a single one.
@@ -28,7 +29,8 @@ def add_adapters(model: Llava, settings: AdapterSettings) -> PeftModel:
         Refusal: C-FLAG, no adapter asked for; C-TARGET, a target that matches no linear; C-RANK, a rank above a
             linear's smaller side; whatever :class:`MosLoraConfig` refuses.
     """
-    asked = ((LLM, settings.llm), (VISION_TOWER, settings.vision))
+    text_only = isinstance(model, TextLlm)
+    asked = ((LLM_ALONE if text_only else LLM, settings.llm), (VISION_TOWER, settings.vision))
     towers = {tower: adapter for tower, adapter in asked if adapter is not None}
     for tower, adapter in towers.items():
         _check_rank(model, tower, adapter)
@@ -42,12 +44,14 @@ def add_adapters(model: Llava, settings: AdapterSettings) -> PeftModel:
     config = MosLoraConfig(
         **values,
         target_modules="|".join(_target_regex(model, tower, adapter) for tower, adapter in towers.items()),
-        modules_to_save=[PROJECTOR],
+        modules_to_save=None if text_only else [PROJECTOR],
     )
     if VISION_TOWER in towers and is_deepspeed_zero3_enabled():
         # ZeRO-3 frees an adapted layer's weights by a backward hook on its inputs. The images ask for no gradient,
         # and on inputs without one torch fires that hook before the layer's backward instead of after it.
         model.model.vision_tower.enable_input_require_grads()
+    if text_only and is_deepspeed_zero3_enabled():
+        model.enable_input_require_grads()  # as above: here neither do the word embeddings, without a trained projector
     return get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
 
 
@@ -89,7 +93,7 @@ def _target_regex(model: nn.Module, tower: str, adapter: TowerAdapter) -> str:
     available = linear_suffixes(model, tower)
     wanted = list(adapter.target_modules) or available
     regexes, chosen = [], []
-    if tower == LLM and LM_HEAD in wanted:
+    if tower != VISION_TOWER and LM_HEAD in wanted:
         wanted.remove(LM_HEAD)
         regexes = [LM_HEAD]
     for name in wanted:
@@ -119,7 +123,8 @@ def parameter_table(model: nn.Module) -> str:
         count[part][1] += size if parameter.requires_grad else 0
         count[part][2] += size if parameter.requires_grad and "lora_mixer" in name else 0
     rows = [f"{'part':<14}{'parameters':>16}{'trained':>14}{'of it mixers':>14}"]
-    rows += [f"{titles[part]:<14}{n:>16,}{trained:>14,}{mixers:>14,}" for part, (n, trained, mixers) in count.items()]
+    found = {titles[part]: counts for part, counts in count.items() if counts[0]}
+    rows += [f"{title:<14}{n:>16,}{trained:>14,}{mixers:>14,}" for title, (n, trained, mixers) in found.items()]
     total, trained, mixers = (sum(column) for column in zip(*count.values(), strict=True))
     return "\n".join([*rows, f"{'all':<14}{total:>16,}{trained:>14,}{mixers:>14,}"])
 

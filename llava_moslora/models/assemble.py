@@ -1,4 +1,4 @@
-"""LLM folder + vision tower + projector → one LLaVA.
+"""LLM folder + vision tower + projector → one LLaVA; an LLM folder alone → that LLM, for text.
 
 The composed model is built on the meta device and the loaded parts are grafted in, so that every part is loaded by its
 own ``from_pretrained``: that is where DeepSpeed's ZeRO-3 partitions and bitsandbytes quantises.
@@ -22,7 +22,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import read_json
 from llava_moslora.models.adapt import add_adapters, train_projector_only
 from llava_moslora.models.attention import set_attention
-from llava_moslora.models.llava import Llava
+from llava_moslora.models.llava import Llava, TextLlm, text_llm
 from llava_moslora.models.llava_folder import check_tower_is_taken
 from llava_moslora.models.llm import llm_on_meta, load_llm, mean_row, read_llm_config
 from llava_moslora.models.projector import read_projector
@@ -42,8 +42,8 @@ def assemble(
     tokenizer: PreTrainedTokenizerFast,
     dtype: torch.dtype,
     llm_dtype: torch.dtype | None = None,
-) -> tuple[Llava, dict[str, Any]]:
-    """The composed model in ``dtype``, everything frozen.
+) -> tuple[Llava | TextLlm, dict[str, Any]]:
+    """The composed model in ``dtype``, everything frozen; without a vision tower the LLM.
 
     Args:
         settings: LLM, vision tower and projector each by itself, as ``llava_folder.name_parts`` gives them; a complete
@@ -51,17 +51,26 @@ def assemble(
             (:mod:`llava_moslora.models.llm`), the vision tower a CLIP or SigLIP folder or ``open_clip:ARCH@FILE``
             (:mod:`llava_moslora.models.vision`), the projector a file or folder or None for a new one
             (:mod:`llava_moslora.models.projector`). ``bits`` 4: an NF4 LLM (double quantisation, compute in ``dtype``).
-        tokenizer: with the image placeholder; where it has more tokens than the LLM has rows, the LLM gets rows.
+        tokenizer: with the image placeholder, if there is a vision tower; where it has more tokens than the LLM has
+            rows, the LLM gets rows.
         llm_dtype: of the LLM, if not ``dtype``.
 
     Returns:
-        The model and the tower's image-processor settings (what ``preprocessor_config.json`` holds).
+        The model and the tower's image-processor settings (what ``preprocessor_config.json`` holds), or none.
 
     Raises:
         Refusal: a part is missing, damaged, or does not fit the others; before the tower's weights are read.
     """
-    llm_folder, vision_tower = Path(settings.model_name_or_path), settings.tower
-    llm_config, vision_config = read_llm_config(llm_folder), read_vision_config(vision_tower)
+    llm_folder = Path(settings.model_name_or_path)
+    llm_config = read_llm_config(llm_folder)
+    if settings.text_only:
+        _check_tokens(tokenizer, llm_config, llm_folder)
+        text = text_llm(load_llm(llm_folder, llm_dtype or dtype, settings.bits))
+        _add_token_rows(text, len(tokenizer))
+        set_attention(text, settings.attn_implementation)
+        return text.requires_grad_(False), {}
+    vision_tower = settings.tower
+    vision_config = read_vision_config(vision_tower)
     check_tower_is_taken(llm_folder, vision_tower)
     image_token = image_token_id(tokenizer)
     _check_tokens(tokenizer, llm_config, llm_folder)
@@ -86,16 +95,18 @@ def assemble(
 
 def model_on_meta(
     llm_config: PreTrainedConfig,
-    vision_config: PreTrainedConfig,
+    vision_config: PreTrainedConfig | None,
     adapter: AdapterSettings,
     dtype: torch.dtype = torch.bfloat16,
 ) -> PeftModel | Llava:
     """The model that :func:`assemble` makes, ready to be trained, every tensor on the meta device.
 
-    For sizes without weights: takes seconds and no memory, whatever the size.
+    For sizes without weights: takes seconds and no memory, whatever the size. ``vision_config`` None: text only.
     """
     llm = llm_on_meta(llm_config, Path(llm_config.name_or_path))
     with torch.device("meta"):
+        if vision_config is None:
+            return add_adapters(text_llm(llm).requires_grad_(False), adapter).to(dtype)
         tower = kind_of(vision_config).model(vision_config)
         model = _compose(llm, tower, 0, None, dtype).requires_grad_(False)
         trained = train_projector_only(model) if adapter.tune_mm_mlp_adapter else add_adapters(model, adapter)

@@ -31,16 +31,16 @@ GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).par
 
 
 def set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """Set the attention implementation of the LLM and the vision tower of a loaded LLaVA. They were loaded with
-    ``sdpa``; an LLM of a known family then gets ``sdpa_maskless``.
+    """Set the attention implementation of the LLM and the vision tower of a loaded LLaVA, or of an LLM alone. They were
+    loaded with ``sdpa``; an LLM of a known family then gets ``sdpa_maskless``.
 
     Raises:
         Refusal: C-MODEL, a part has no such implementation.
     """
-    text = model.config.text_config
+    text = model.config.get_text_config()
     if implementation == "sdpa":
         if text.model_type in LLM_FAMILIES and text._attn_implementation == "sdpa":
-            model.set_attn_implementation({"text_config": MASKLESS})
+            model.set_attn_implementation(MASKLESS if text is model.config else {"text_config": MASKLESS})
         return
     try:
         model.set_attn_implementation(implementation)

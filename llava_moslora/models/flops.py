@@ -1,4 +1,4 @@
-"""Floating-point operations of training a LLaVA, counted from its parameters, for MFU."""
+"""Floating-point operations of training a LLaVA, or an LLM alone, counted from its parameters, for MFU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Flops:
         token: per token in the LLM, without attention.
         pair: per pair of tokens of the same record, in either order: attention.
         trained_token: per token with a label: the LM head.
-        image: per image: vision tower and projector.
+        image: per image: vision tower and projector; 0 without them.
     """
 
     token: float
@@ -34,8 +34,7 @@ class Flops:
     def of(cls, model: nn.Module) -> Flops:
         """Per weight two in forward, two for the gradient of its input, two for its own if it is trained. Nothing goes
         backward through a vision tower without adapters."""
-        config = model.config
-        text, vision = config.text_config, config.vision_config
+        text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
         weights = dict.fromkeys(("llm", "vision_tower", "projector", "lm_head"), 0.0)  # per token or patch
         adapted = any(p.requires_grad for name, p in model.named_parameters() if part_of(name) == "vision_tower")
         for name, parameter in model.named_parameters():
@@ -50,14 +49,17 @@ class Flops:
             weights[part] += per_weight * parameter_size(parameter)
         if not weights["lm_head"]:  # tied to the word embeddings, which were skipped above
             weights["lm_head"] = 4.0 * parameter_size(model.get_output_embeddings().weight)
-        patches = tokens_per_image(vision)
-        tower_tokens = patches + kind_of(vision).class_tokens  # the projector does not see the class token
-        layers = config.vision_feature_layer
+        image = 0.0
+        if vision is not None:
+            patches = tokens_per_image(vision)
+            tower_tokens = patches + kind_of(vision).class_tokens  # the projector does not see the class token
+            pairs = model.config.vision_feature_layer * vision.hidden_size * tower_tokens**2
+            image = weights["vision_tower"] * tower_tokens + weights["projector"] * patches
+            image += (12 if adapted else 4) * pairs
         head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        tower_attention = (12 if adapted else 4) * layers * vision.hidden_size * tower_tokens**2
         return cls(
             token=weights["llm"],
             pair=12 * text.num_hidden_layers * text.num_attention_heads * head_width,
             trained_token=weights["lm_head"],
-            image=weights["vision_tower"] * tower_tokens + tower_attention + weights["projector"] * patches,
+            image=image,
         )

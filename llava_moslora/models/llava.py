@@ -1,4 +1,4 @@
-"""LLaVA in training: transformers' model, with the loss computed only at the positions that have a label.
+"""LLaVA, and an LLM alone, in training: transformers' models, with the loss computed only where there are labels.
 
 Shapes: B rows of a batch, T tokens, N images, P patches, D LLM width, V vocabulary, S positions with a label in B·T.
 """
@@ -6,23 +6,29 @@ Shapes: B rows of a batch, T tokens, N images, P patches, D LLM width, V vocabul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from llava_moslora.models.attention import can_omit_mask, empty_mask
 from llava_moslora.text.conversation import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Model
+else:
+    _Model = object  # what LabelledForward stands before; transformers would find its configuration in a common base
 
 LOSS_CHUNK = 4096  # positions whose logits are in memory at once: at most 5 GiB with LLaMA-3's vocabulary
 
 
 @dataclass
 class LossOutput(ModelOutput):
-    """What :class:`Llava` returns for a batch with labels.
+    """What :class:`LabelledForward` returns for a batch with labels.
 
     Attributes:
         loss: float32[].
@@ -33,8 +39,9 @@ class LossOutput(ModelOutput):
     correct: Tensor | None = None
 
 
-class Llava(LlavaForConditionalGeneration):
-    """``LlavaForConditionalGeneration`` with its own training forward; without ``labels`` it is the stock model."""
+class LabelledForward(_Model):
+    """The training forward, before a model of transformers among the bases of a class; without ``labels`` it is that
+    model's own."""
 
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, the trained tokens of the global batch
 
@@ -71,18 +78,19 @@ class Llava(LlavaForConditionalGeneration):
             S positions with a label, in LLaVA's data a tenth of them.
         """
         if labels is None:
+            images = {} if pixel_values is None else {"pixel_values": pixel_values}
             return super().forward(
                 input_ids=input_ids,
-                pixel_values=pixel_values,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 logits_to_keep=logits_to_keep,
+                **images,
                 **kwargs,
             )
         embeds = self._embed_inputs(input_ids, pixel_values, image_positions)
         packed = position_ids is not None
         right_padded = attention_mask is None and (not packed or "cu_seq_lens_q" in kwargs)
-        if right_padded and can_omit_mask(self.config.text_config, embeds, packed=packed):
+        if right_padded and can_omit_mask(self.config.get_text_config(), embeds, packed=packed):
             attention_mask = empty_mask(embeds)
         hidden = self.model(
             inputs_embeds=embeds, attention_mask=attention_mask, position_ids=position_ids, use_cache=False, **kwargs
@@ -117,6 +125,14 @@ class Llava(LlavaForConditionalGeneration):
         return loss, (logits.argmax(-1) == targets).sum()
 
     def _embed_inputs(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:
+        """Word embeddings float[B, T, D] of a batch without images."""
+        return self.get_input_embeddings()(input_ids)
+
+
+class Llava(LabelledForward, LlavaForConditionalGeneration):
+    """``LlavaForConditionalGeneration`` with the training forward."""
+
+    def _embed_inputs(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:
         """Word embeddings float[B, T, D] with the images' features at their placeholders.
 
         A batch without images runs the same modules, forward and backward, on a blank image whose features are
@@ -138,3 +154,15 @@ class Llava(LlavaForConditionalGeneration):
             image_positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
         assert len(image_positions) == len(features), f"{len(image_positions)} placeholders, {len(features)} features"
         return embeds.flatten(0, 1).index_copy(0, image_positions, features).view_as(embeds)
+
+
+class TextLlm(LabelledForward):
+    """An LLM without a vision tower, with the training forward (:func:`text_llm`)."""
+
+
+def text_llm(llm: PreTrainedModel) -> TextLlm:
+    """``llm``, a causal LM of transformers, with the training forward: nothing is copied. Its class gets a subclass of
+    the same name, which PEFT records."""
+    stock = type(llm)
+    llm.__class__ = type(stock.__name__, (TextLlm, stock), {"__module__": stock.__module__})
+    return llm

@@ -193,10 +193,10 @@ def read_tensors(folder: Path) -> LlavaTensors:
 
 
 def name_parts(settings: ModelSettings) -> ModelSettings:
-    """``settings`` with all three parts named, if only a complete LLaVA was.
+    """``settings`` with all three parts named, if only a complete LLaVA was; an LLM alone stays one, for text only.
 
     Raises:
-        Refusal: C-FLAG, not a complete LLaVA; C-MODEL, parts of it are adapters that are not merged yet.
+        Refusal: C-MODEL, parts of it are adapters that are not merged yet.
     """
     if settings.vision_tower is not None:
         return settings
@@ -213,10 +213,7 @@ def name_parts(settings: ModelSettings) -> ModelSettings:
     elif is_llava_folder(folder):
         llm = tower = projector = folder
     else:
-        raise Refusal(
-            "C-FLAG", "missing flag", key="--vision_tower", found=f"{folder} is not a complete LLaVA",
-            fix="give the vision tower's folder, or a complete LLaVA as --model_name_or_path",
-        )  # fmt: skip
+        return settings
     own = settings.pretrain_mm_mlp_adapter or str(projector)
     return dataclasses.replace(
         settings, model_name_or_path=str(llm), vision_tower=str(tower), pretrain_mm_mlp_adapter=own

@@ -1,7 +1,8 @@
-"""Names of modules and parameters in the composed model, ``LlavaForConditionalGeneration``, by part."""
+"""Names of modules and parameters by part, in ``LlavaForConditionalGeneration`` and in an LLM alone."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -10,19 +11,22 @@ LLM = "model.language_model"
 VISION_TOWER = "model.vision_tower"
 PROJECTOR = "model.multi_modal_projector"
 LM_HEAD = "lm_head"
+LLM_ALONE = "model"  # the module that is LLM in a causal LM that is trained on text
 ADAPTER_NAME = "default"  # PEFT's own default, and the name of the one adapter over all parts
 
 # part → its module in the composed model
 PARTS = {"llm": LLM, "vision_tower": VISION_TOWER, "projector": PROJECTOR, "lm_head": LM_HEAD}
 # part → its prefix in the model of that part alone, such as LlamaForCausalLM or CLIPVisionModel
 STANDALONE = {"llm": "model.", "vision_tower": "", "projector": "", "lm_head": "lm_head."}
+# What a decoder of transformers has in it; PEFT's own wrapper is called model too.
+_ALONE = re.compile(rf"(?:^|\.){LLM_ALONE}\.((?:embed_tokens|layers|norm|rotary_emb)(?:\.|$).*)")
 
 
 def part_of(name: str) -> str:
     """The part with this module or parameter, a key of :data:`PARTS`, whatever PEFT or DeepSpeed put before the name.
 
     Raises:
-        ValueError: not a name in a composed model.
+        ValueError: not a name in one of these models.
     """
     return _split(name)[0]
 
@@ -31,7 +35,7 @@ def standalone_name(name: str) -> str:
     """The name in the model of the part alone: ``model.language_model.layers.0.mlp`` → ``model.layers.0.mlp``.
 
     Raises:
-        ValueError: not a name in a composed model.
+        ValueError: not a name in one of these models.
     """
     part, rest = _split(name)
     return (STANDALONE[part] + rest).removesuffix(".")
@@ -47,4 +51,6 @@ def _split(name: str) -> tuple[str, str]:
         _, found, rest = f".{name}.".partition(f".{module}.")
         if found:
             return part, rest.removesuffix(".")
-    raise ValueError(f"{name} is not a name of LlavaForConditionalGeneration")
+    if alone := _ALONE.search(name):
+        return "llm", alone[1]
+    raise ValueError(f"{name} is not a name of LlavaForConditionalGeneration or of an LLM")

@@ -14,10 +14,11 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def base_fingerprints(model: ModelSettings) -> dict[str, dict[str, str]]:
-    """Of the three parts that a run begins from, as every checkpoint's manifest records them."""
+    """Of the three parts that a run begins from, as every checkpoint's manifest records them; of a run on text alone,
+    two of them are ``none``."""
     return {
         "llm": fingerprint(model.model_name_or_path),
-        "vision_tower": fingerprint(model.tower),
+        "vision_tower": fingerprint(model.vision_tower or "none"),
         "projector": fingerprint(model.pretrain_mm_mlp_adapter or "none"),
     }
 

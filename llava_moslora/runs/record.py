@@ -23,7 +23,7 @@ GROUPS = {"model": ModelSettings, "data": DataSettings, "adapter": AdapterSettin
 NEEDED: dict[str, dict[str, Any]] = {
     "model": {
         "model_name_or_path": str,
-        "vision_tower": str,
+        "vision_tower": str | None,  # None: text only
         "pretrain_mm_mlp_adapter": str | None,
         "version": str,
         "bits": int,
@@ -44,6 +44,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "decode_images": False,
         "eval_data_path": [],
         "validation_split": 0.0,
+        "train_on_prompt": False,
     },
     "adapter": {},
     "training": {
@@ -66,7 +67,7 @@ class RunSettings:
         model: with ``version``, the conversation template, and the three parts each by itself.
         training: the values of :class:`llava_moslora.training.arguments.TrainingArguments`, and ``dropout_masks``, the
             source of the masks.
-        preprocessor: the vision tower's image-processor settings.
+        preprocessor: the vision tower's image-processor settings; empty for text only.
         global_batch_size: records per optimizer step on all ranks together.
     """
 

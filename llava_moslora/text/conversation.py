@@ -74,19 +74,24 @@ class ConversationEncoder:
     def _image_id(self) -> int:
         return image_token_id(self.tokenizer)
 
-    def encode(self, turns: Sequence[Turn], image_tokens: Sequence[int] = ()) -> Encoded:
+    def encode(
+        self, turns: Sequence[Turn], image_tokens: Sequence[int] = (), *, train_on_prompt: bool = False
+    ) -> Encoded:
         """Ids and labels of a conversation that ends with an answer.
 
         Args:
             turns: an optional system turn, then human and gpt in turn.
             image_tokens: for each image, in order, the number of placeholders. A conversation with images must have as
                 many ``<image>`` in its human turns; without images, ``<image>`` is ordinary text.
+            train_on_prompt: every token but the first has a label, but for rounds whose answer is not trained; without
+                images. Question and answer are then one text to the tokenizer.
 
         Raises:
             Refusal: D-ROLE (order of turns), D-IMAGES (``<image>`` against images), D-CONTROL, C-TEMPLATE.
         """
         check_order(turns, last="gpt")
-        encoded = self._encode(turns, image_tokens, prompt=False)
+        encoded = self._encode(turns, image_tokens, prompt=False, train_all=train_on_prompt)
+        encoded.labels[0] = IGNORE_INDEX  # nothing comes before it; in a packed row another record would
         begin = 0
         for end, turn in zip(encoded.ends, (turn for turn in turns if turn.role == "gpt"), strict=True):
             if not turn.trained:  # the same ids as if it were trained; of a round, only the answer has labels
@@ -100,7 +105,9 @@ class ConversationEncoder:
         encoded = self._encode(turns, image_tokens, prompt=True)
         return Encoded(encoded.input_ids, [IGNORE_INDEX] * len(encoded.input_ids), encoded.ends)
 
-    def _encode(self, turns: Sequence[Turn], image_tokens: Sequence[int], prompt: bool) -> Encoded:
+    def _encode(
+        self, turns: Sequence[Turn], image_tokens: Sequence[int], prompt: bool, train_all: bool = False
+    ) -> Encoded:
         places = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "human") if image_tokens else 0
         if places != len(image_tokens):
             what = "the human turns have another number of <image> than there are images"
@@ -122,7 +129,8 @@ class ConversationEncoder:
                 append(self._encode_text(pending, place), pending_trained)
                 pending, place = "", "joined"
 
-        for segment, trained in self._segments(turns, bool(image_tokens), prompt):
+        for segment, in_answer in self._segments(turns, bool(image_tokens), prompt):
+            trained = in_answer or train_all
             if segment is END:
                 flush()
                 ends.append(len(ids))
@@ -142,7 +150,8 @@ class ConversationEncoder:
     def _segments(self, turns: Sequence[Turn], has_images: bool, prompt: bool) -> Iterator[tuple[object, bool]]:
         """Yields ``(str | Control | IMAGE | END, trained?)``; the template's variables are replaced by their values."""
         template = self.template
-        system = turns[0].text.strip() if turns[0].role == "system" else template.default_system
+        said = [turn.text if template.keeps_space else turn.text.strip() for turn in turns]
+        system = said[0] if turns[0].role == "system" else template.default_system
         if turns[0].role == "system" and not template.system:
             raise Refusal("D-ROLE", "this prompt template has no place for a system turn", found=turns[0].text)
         heading: list[object] = [] if system is None else list(_fill(template.system, [system], []))
@@ -151,16 +160,16 @@ class ConversationEncoder:
         if SYSTEM not in template.human:
             yield from ((segment, False) for segment in heading)
             heading = []
-        for turn in turns:
+        for turn, text in zip(turns, said, strict=True):
             if turn.role == "human":
-                content: list[object] = _split_at_images(turn.text.strip()) if has_images else [turn.text.strip()]
+                content: list[object] = _split_at_images(text) if has_images else [text]
                 if template.images_only:
                     content = [part for part in content if part is IMAGE]
                 yield from ((segment, False) for segment in _fill(template.human, content, heading))
                 heading = []
             elif turn.role == "gpt":
                 yield from ((segment, False) for segment in template.reply)
-                yield from ((segment, True) for segment in _fill(template.answer, [turn.text.strip()], []))
+                yield from ((segment, True) for segment in _fill(template.answer, [text], []))
                 yield from ((segment, False) for segment in template.separator)
                 yield END, False
         if prompt:
@@ -224,10 +233,12 @@ def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     Raises:
         Refusal: C-TEMPLATE
     """
-    turns = [Turn("human", f"{IMAGE_TOKEN}\nWhat is this?"), Turn("gpt", "A cat."), Turn("human", "Sure?")]
+    images = [1] if IMAGE_TOKEN in tokenizer.added_tokens_encoder else []  # an LLM alone has no such token
+    question = f"{IMAGE_TOKEN}\nWhat is this?" if images else "What is this?"
+    turns = [Turn("human", question), Turn("gpt", "A cat."), Turn("human", "Sure?")]
     if template == "plain":
         turns = turns[:1]
-    ours = encode_prompt(turns, tokenizer=tokenizer, template=template, image_tokens=[1]).input_ids
+    ours = encode_prompt(turns, tokenizer=tokenizer, template=template, image_tokens=images).input_ids
     roles = {"human": "user", "gpt": "assistant"}
     text = tokenizer.apply_chat_template(
         [{"role": roles[turn.role], "content": turn.text} for turn in turns],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -37,3 +37,5 @@ class Template:
     separator: Segments = ()  # after a round, not trained
     default_system: str | None = None  # system text of records that have none
     images_only: bool = False  # of the human text only the images are kept (LLaVA's first stage)
+    # White space around a turn's text is kept, not stripped. (Not in repr, which is in the names of data caches.)
+    keeps_space: bool = field(default=False, repr=False)

@@ -5,7 +5,7 @@ and labels, and :func:`chat_template` into the Jinja template of an exported mod
 cannot differ.
 
 Sources: LLaVA ``llava/conversation.py`` (vicuna_v1, llama_2, plain) and ``train.py`` (what is trained); XTuner
-``xtuner/utils/templates.py`` (llama3_chat, internlm2_chat, vicuna).
+``xtuner/utils/templates.py`` (llama3_chat, internlm2_chat, vicuna); LLM-Adapters ``finetune.py`` (llm_adapters).
 """
 
 from __future__ import annotations
@@ -70,6 +70,19 @@ TEMPLATES: dict[str, Template] = {
         system=("<<SYS>>\n", TEXT, "\n<</SYS>>\n\n"),
         human=(BOS, "[INST] ", SYSTEM, TEXT, " [/INST]"),
         answer=(" ", TEXT, " ", EOS),
+    ),
+    # LLM-Adapters' training prompt, white space included (`generate_prompt` of finetune.py, in an indented string). Its
+    # test prompt has other white space: evaluation/commonsense.
+    "llm_adapters": Template(
+        begin=(BOS,),
+        human=(
+            "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+            f"  \n\n{' ' * 16}### Instruction:\n{' ' * 16}",
+            TEXT,
+        ),
+        reply=(f"\n{' ' * 16}\n{' ' * 16}### Response:\n{' ' * 16}",),
+        answer=(TEXT, EOS),
+        keeps_space=True,
     ),
     # LLaVA's first stage: an image, its caption, a newline.
     "plain": Template(begin=(BOS,), human=(TEXT,), answer=(TEXT, "\n"), images_only=True),
@@ -172,6 +185,7 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
         return " + ".join(terms) or "''"
 
     shown = "state.images" if prompt.images_only else "text"
+    trim = "" if prompt.keeps_space else " | trim"
     inside = SYSTEM in prompt.human  # the system text waits for the first human turn
     lines = ["{%- set state = namespace(system='', text='', images='') -%}", f"{{{{- {jinja(prompt.begin)} -}}}}"]
     if prompt.default_system is not None:
@@ -182,10 +196,10 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
         "{%- set state.text = '' -%}{%- set state.images = '' -%}",
         "{%- if message['content'] is string -%}{%- set state.text = message['content'] -%}",
         "{%- else -%}{%- for item in message['content'] -%}",
-        f"{{%- set part = {_quote(IMAGE_TOKEN)} if item['type'] == 'image' else item['text'] | trim -%}}",
+        f"{{%- set part = {_quote(IMAGE_TOKEN)} if item['type'] == 'image' else item['text']{trim} -%}}",
         r"{%- set state.text = state.text + ('' if loop.first else '\n') + part -%}",
         "{%- endfor -%}{%- endif -%}",
-        "{%- set text = state.text | trim -%}",
+        f"{{%- set text = state.text{trim} -%}}",
     ]
     if prompt.images_only:
         image = _quote(IMAGE_TOKEN)

@@ -38,8 +38,11 @@ PAD_NAMES = (PAD_TOKEN, "<|finetune_right_pad_id|>")
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: str | Path, *, images: bool = True) -> PreTrainedTokenizerFast:
     """The tokenizer in ``folder`` with an ``<image>`` token and a pad token; right padding.
+
+    ``images=False`` for an LLM without a vision tower: ``<image>`` is not added, and where nothing else can pad, the
+    end of text does, so that no embedding row is added (padding has no label, and no token attends to it).
 
     ``save_pretrained`` followed by ``load_tokenizer`` (or by stock ``AutoTokenizer``) gives the same ids.
 
@@ -53,7 +56,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
 
     added = {token["content"]: token for token in _added_tokens(state, folder)}
     reserved = [name for name in RESERVED_TOKENS if name in added]
-    if IMAGE_TOKEN not in added and reserved:
+    if images and IMAGE_TOKEN not in added and reserved:
         _rename(state, added, reserved.pop(0), IMAGE_TOKEN)
     if settings["pad_token"] is None:
         settings["pad_token"] = next((name for name in PAD_NAMES if name in added), None)
@@ -61,7 +64,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
         _rename(state, added, reserved.pop(0), PAD_TOKEN)
         settings["pad_token"] = PAD_TOKEN
     if settings["pad_token"] is None:
-        settings["pad_token"] = settings["unk_token"]  # may be None still
+        last_choice = None if images else settings["eos_token"]
+        settings["pad_token"] = settings["unk_token"] or last_choice  # may be None still
     if IMAGE_TOKEN in added:
         added[IMAGE_TOKEN].update(special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
     _forbid_merging_into(state, {name for name, token in added.items() if token["special"]})
@@ -79,7 +83,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
             fix = "download it again; a tokenizer that is newer than the package needs pip install -U tokenizers"
             what = "the tokenizers library cannot read it"
             raise Refusal("K-TOKENIZER", what, file=folder, found=error, fix=fix) from error
-    if IMAGE_TOKEN not in added:
+    if images and IMAGE_TOKEN not in added:
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": AddedToken(PAD_TOKEN, normalized=False, special=True)})

@@ -146,7 +146,7 @@ def input_paths(
     model: ModelSettings, data: DataSettings, args: TrainingArguments, argv: Sequence[str]
 ) -> list[tuple[str, Path]]:
     """Flag and path of everything that a training reads: none of it may lie in a folder that is deleted."""
-    tower = model.tower
+    tower = model.vision_tower or ""
     if tower.startswith(OPEN_CLIP):
         arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
         tower = where if at else arch

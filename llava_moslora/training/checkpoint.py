@@ -24,7 +24,8 @@ def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
     """The trained tensors and the frozen mixers: one adapter over the whole model, the projector included; in stage 1
     the projector alone."""
     if isinstance(model, PeftModel):
-        model.save_pretrained((folder / ADAPTER_FILE).parent, state_dict=masters, selected_adapters=[ADAPTER_NAME])
+        place, what = (folder / ADAPTER_FILE).parent, [ADAPTER_NAME]
+        model.save_pretrained(place, state_dict=masters, selected_adapters=what, save_embedding_layers=False)
         return
     names = {name: f"multi_modal_projector.{standalone_name(name)}" for name in masters}
     (folder / PROJECTOR_FILE).parent.mkdir()

@@ -70,7 +70,7 @@ class MosLoraTrainer(EvaluatingTrainer):
             from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
 
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            fuse_layers(inner.model.language_model)
+            fuse_layers(getattr(inner.model, "language_model", inner.model))  # of an LLM alone, the model itself
         self.finite_check = FiniteCheck(self.args.run_folder)
         self.throughput = Throughput(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # added by callbacks to the next row of the log

@@ -72,8 +72,8 @@ def test_sampling_is_asked_for(folders, parts):
 
 
 def test_neither_a_run_nor_an_export(tmp_path, parts):
-    with pytest.raises(Refusal, match=r"C-PATH\] .*: neither a run nor a complete LLaVA; expected .*run\.json"):
-        load(parts.llm)
+    with pytest.raises(Refusal, match=r"C-PATH\] .*: neither a run nor a model; expected .*run\.json"):
+        load(parts.images)
     with pytest.raises(Refusal, match=r"C-PATH\] .*nowhere: no such folder"):
         load(tmp_path / "nowhere")
 

@@ -11,11 +11,13 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import model_on_meta
+from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.training.arguments import TrainingArguments, accumulation_steps
 from llava_moslora.training.command_line import parse
+from llava_moslora.training.text_only import check_text_only
 from support.internlm2_reference import CONFIG as INTERNLM2
 from support.launching import ROOT
 
@@ -44,9 +46,11 @@ TABLE_8 = {
     "llama3_8b_qmoslora_24gb": (*LLAMA3, KAIMING, 4, (4, 16)),  # the same global batch on one GPU
     "llama3_8b_moslora_two_hosts": (*LLAMA3, KAIMING, 16, (8, 1)),  # and on eight
 }
+# Table 4: parameters in millions, as printed; Table 7's mixer
+TABLE_4 = {"llama3_8b_commonsense_lora": (28.3, NONE), "llama3_8b_commonsense_moslora": (28.4, KAIMING)}
 RUN = "playground/runs/llama3-8b-moslora"
 STAGE_1 = ["llama3_8b_pretrain", "internlm2_7b_pretrain"]
-RECIPES = [*TABLE_8, *STAGE_1, "vicuna_7b_moslora"]
+RECIPES = [*TABLE_8, *TABLE_4, *STAGE_1, "vicuna_7b_moslora"]
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +172,30 @@ def test_vicuna_is_llava_1_5s_lora_run(folders):
     assert args.global_batch_size == 128 and batches(folders, "vicuna_7b_moslora") == (16, 1)
     model = sketch(model_args, adapter_args)
     assert trained(model, VISION_TOWER) == 0 and trained(model, LLM, "lora_A") == LAYERS * 128 * (4096 * 6 + 11008)
+
+
+@pytest.mark.parametrize("recipe", TABLE_4)
+def test_commonsense_is_the_papers_table_7_and_4(folders, recipe):
+    millions, mixer = TABLE_4[recipe]
+    model_args, data_args, adapter_args, args = arguments(folders, recipe)
+    assert model_args.vision_tower is None and model_args.version == "llm_adapters"
+    adapter_args = check_text_only(name_parts(model_args), data_args, adapter_args, vars(args))
+    llm = adapter_args.llm
+    assert (llm.r, llm.lora_alpha, llm.lora_dropout, adapter_args.vision) == (16, 32, 0.05, None)
+    assert (llm.mixer_init, llm.train_mixer) == mixer
+    assert (args.num_train_epochs, args.learning_rate, args.warmup_steps) == (3, 3e-5, 100)
+    assert (args.lr_scheduler_type, args.weight_decay, batches(folders, recipe)) == ("linear", 0, (4, 4))
+    assert data_args.train_on_prompt and (data_args.model_max_length, data_args.data_order) == (256, "shuffle")
+    *_, args = arguments(folders, recipe, LR="3e-4", SEED="2")
+    assert (args.learning_rate, args.seed) == (3e-4, 2)
+
+    config = LlamaConfig(**EIGHT_B | {"num_hidden_layers": 32})  # complete, on the meta device
+    model = model_on_meta(config, None, adapter_args)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert round(count / 1e6, 1) == millions
+    linears = 4096 + 4096, 4096 + 1024, 4096 + 1024, 4096 + 14336, 14336 + 4096
+    mixers = 32 * 5 * 16**2 if mixer[1] else 0
+    assert count == trained(model, "model.layers") == 32 * 16 * sum(linears) + mixers
 
 
 def test_more_flags_and_other_folders_win(folders):

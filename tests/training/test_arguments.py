@@ -6,6 +6,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.training import command_line
 from llava_moslora.training.arguments import TrainingArguments, accumulation_steps
+from llava_moslora.training.text_only import check_text_only
 
 
 def parse(argv):
@@ -85,14 +86,15 @@ def test_missing_flags_are_named():
         parse(["--model_name_or_path", "x", "--output_dir", "y"])
 
 
-def test_without_a_vision_tower_a_complete_llava_is_asked_for(tmp_path):
+def test_without_a_vision_tower_an_llm_is_trained_on_text(tmp_path):
     (tmp_path / "llm").mkdir()
     (tmp_path / "llm" / "config.json").write_text('{"model_type": "llama"}')
     words = required(tmp_path)
     words = words[:2] + words[4:]
-    model = parse([*words, "--model_name_or_path", str(tmp_path / "llm")])[0]
-    with pytest.raises(Refusal, match=r"--vision_tower: missing flag; found .* is not a complete LLaVA"):
-        name_parts(model)
+    model, data, adapter, training = parse([*words, "--model_name_or_path", str(tmp_path / "llm")])
+    assert name_parts(model).text_only
+    with pytest.raises(Refusal, match=r"--image_folder: has no effect without a vision tower.*give --vision_tower"):
+        check_text_only(name_parts(model), data, adapter, training)
 
 
 def test_missing_output_dir_is_named(tmp_path):

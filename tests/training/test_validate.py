@@ -132,7 +132,8 @@ def test_values_out_of_range(asked, flags, message):
          "--save_steps 50; expected .* multiple of --eval_steps; fix: --save_steps 40"),
         (f"{SPLIT} --eval_strategy steps --eval_steps 0.1 --save_steps 50 --load_best_model_at_end True",
          r"found --eval_steps 0.1, --save_steps 50"),
-        (f"{SPLIT} --eval_strategy steps --lr_scheduler_type reduce_lr_on_plateau", r"--lr_scheduler_type: invalid choice: 'reduce_lr"),
+        (f"{SPLIT} --eval_strategy steps --lr_scheduler_type reduce_lr_on_plateau",
+         r"--lr_scheduler_type: invalid choice: 'reduce_lr"),
     ],
 )  # fmt: skip
 def test_evaluations_that_make_no_sense(asked, flags, message):

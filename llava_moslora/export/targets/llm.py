@@ -21,13 +21,15 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     )
 
 
+USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)"""
 TARGET = Target(
     name="llm",
     summary=FORMATS["llm"],
-    usage="""from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)""",
+    usage=USAGE,
     plan=plan,
+    text_usage=USAGE,
 )
 
 

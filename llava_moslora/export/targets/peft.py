@@ -3,7 +3,7 @@
 ``llm_adapter/`` is for the original LLM's folder (an InternLM2 converted by ``scripts/convert_internlm2.py``),
 ``vision_adapter/`` for the original vision tower's; ``projector/`` is complete. transformers 5.6 took a level away from
 the tower's names, and PEFT leaves out adapters of unknown names with no more than a warning: earlier versions need
-``vision_adapter_transformers4/``, whose names have that level.
+``vision_adapter_transformers4/``, whose names have that level. A run on text alone has only ``llm_adapter/``.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
         )  # fmt: skip
     check_adapters(trained, "peft")
     llm, vision = str(trained.llm_folder.resolve()), str(Path(trained.vision_spec).resolve())
+    sees = not trained.text_only
     layers, tower_layers = trained.loras("llm", "lm_head"), trained.loras("vision_tower")
     old_names = {f"vision_model.{name}": layer for name, layer in tower_layers.items()}
-    depth, tower_depth = trained.llm_config.num_hidden_layers, trained.vision_config.num_hidden_layers
+    depth = trained.llm_config.num_hidden_layers
+    tower_depth = trained.vision_config.num_hidden_layers if sees else 0
     adapters = [
         AdapterFolder("llm_adapter", layers, llm, depth=depth, task="CAUSAL_LM"),
         AdapterFolder("vision_adapter", tower_layers, vision, depth=tower_depth),
         AdapterFolder("vision_adapter_transformers4", old_names, vision, depth=tower_depth),
     ]
     adapters = [adapter for adapter in adapters if adapter.layers]
-    load_from = {"vision": vision, "projector": "projector"}
+    load_from = {"vision": vision, "projector": "projector"} if sees else {}
     load_from |= {a.name: a.name for a in adapters if a.name in ("llm_adapter", "vision_adapter")}
     if not trained.is_internlm2:  # no stock library loads one: the proof loads the same weights as a Llama
         load_from["llm"] = llm
@@ -47,10 +49,12 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
     def write_files(folder: Path) -> None:
         for adapter in adapters:
             adapter.write_config(folder)
-        projector.write_files(trained, folder / "projector")
+        if sees:
+            projector.write_files(trained, folder / "projector")
 
+    projectors = [projector.weights(trained, "projector")] if sees else []
     return ExportPlan(
-        weights=[projector.weights(trained, "projector"), *(adapter.weights for adapter in adapters)],
+        weights=[*projectors, *(adapter.weights for adapter in adapters)],
         write_files=write_files,
         load_from=load_from,
     )
@@ -65,4 +69,7 @@ llm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("LLM"), FOL
 tower = PeftModel.from_pretrained(VISION_CLASS.from_pretrained("TOWER"), FOLDER + "/vision_adapter")""",
     plan=plan,
     merged=(),
+    text_usage="""from peft import PeftModel
+from transformers import AutoModelForCausalLM
+llm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("LLM"), FOLDER + "/llm_adapter")""",
 )

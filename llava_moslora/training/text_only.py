@@ -1,0 +1,61 @@
+"""Runs on text alone, which have no ``--vision_tower``: the flags that they refuse, and those that are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, replace
+from typing import Any
+
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TrainingSettings
+from llava_moslora.errors import Refusal
+
+# Flags about images, the vision tower and the projector.
+VISION_FLAGS: dict[type, tuple[str, ...]] = {
+    ModelSettings: ("pretrain_mm_mlp_adapter",),
+    DataSettings: ("image_folder", "image_aspect_ratio", "image_engine", "follow_image_links", "decode_images"),
+    AdapterSettings: (
+        "tune_mm_mlp_adapter",
+        *(f.name for f in fields(AdapterSettings) if f.name.startswith("vision_") and f.name != "vision_lora_r"),
+    ),
+    TrainingSettings: ("vision_lr", "mm_projector_lr", "sample_image_folder"),
+}
+STAGE_1_TEMPLATE = "plain"  # of which nothing is left without images but the answers
+
+
+def check_text_only(
+    model: ModelSettings, data: DataSettings, adapter: AdapterSettings, training: Mapping[str, Any]
+) -> AdapterSettings:
+    """``adapter`` as the run will have it: of a run on text alone without a vision tower's.
+
+    Args:
+        model: whose parts are named. training: values of the training flags by name.
+
+    Raises:
+        Refusal: C-FLAG, without a vision tower a flag about images that is not at its default, or no adapter; with
+            one ``--train_on_prompt``.
+    """
+    if not model.text_only:
+        if data.train_on_prompt:
+            raise Refusal("C-FLAG", "is for an LLM without a vision tower", key="--train_on_prompt", fix="leave it out")
+        return adapter
+    given = asdict(model) | asdict(data) | asdict(adapter) | dict(training)
+    for settings, names in VISION_FLAGS.items():
+        for f in fields(settings):
+            default = [] if f.default is MISSING else f.default  # a list's is made anew
+            if f.name in names and given[f.name] != default:
+                _refuse(f.name, given[f.name])
+    vision_rank = next(f.default for f in fields(AdapterSettings) if f.name == "vision_lora_r")
+    if adapter.vision_lora_r not in (0, vision_rank):
+        _refuse("vision_lora_r", adapter.vision_lora_r)
+    if model.version == STAGE_1_TEMPLATE:
+        _refuse("version", model.version)
+    if adapter.llm is None:
+        raise Refusal("C-FLAG", "nothing to train", key="--lora_r", found=0, expected="above 0")
+    return replace(adapter, vision_lora_r=0)
+
+
+def _refuse(name: str, value: object) -> None:
+    raise Refusal(
+        "C-FLAG", "has no effect without a vision tower: the run would be on text alone", key=f"--{name}", found=value,
+        fix="give --vision_tower, or leave it out",
+    )  # fmt: skip

@@ -1,0 +1,98 @@
+"""The paper's Table 4: a run or a model on the eight commonsense sets, by LLM-Adapters' protocol.
+
+    python scripts/evaluate_commonsense.py runs/commonsense --data LLM-Adapters/dataset --output results/commonsense
+
+FOLDER/test.json of the eight sets are read from --data; nothing is downloaded. lm-evaluation-harness asks and scores:
+pip install 'llava_moslora[commonsense]'. Every set is kept in --output when it is done; the same command continues.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from llava_moslora.errors import Refusal, run_script
+from llava_moslora.evaluation.commonsense_sets import PAPER, SETS
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
+    parser.add_argument("model", help="a run on text alone, or the folder of an LLM: an export of --format llm")
+    parser.add_argument("--data", required=True, help="LLM-Adapters' folder dataset/")
+    parser.add_argument("--output", required=True, help="folder for answers and results")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), metavar="SET", help=" ".join(SETS))
+    parser.add_argument("--batch_size", type=int, default=1, help="1 as in the reference")
+    parser.add_argument("--limit", type=int, help="ask only the first N records of each set")
+    parser.add_argument("--paper", default="moslora", choices=list(PAPER), help="the row of Table 4 to print beside it")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="at least 1")
+    return args
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+from llava_moslora.evaluation.ask import source_header
+from llava_moslora.evaluation.commonsense import (
+    SetScore,
+    as_json,
+    ask,
+    find_files,
+    harness,
+    language_model,
+    score,
+    table,
+)
+from llava_moslora.evaluation.output import locked
+from llava_moslora.files.disk import read_json, replace_file, replace_json
+from llava_moslora.files.manifest import sha256
+from llava_moslora.inference.load import load
+from llava_moslora.runs.checkpoints import newest_checkpoint
+from llava_moslora.runs.record import RUN
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    harness()
+    files = find_files(args.data, args.sets)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with locked(output / ".lock"):
+        scores = evaluate(args, files, output)
+    text = table(scores, args.paper)
+    replace_file(output / "results.md", f"```\n{text}\n```\n".encode())
+    replace_json(output / "results.json", as_json(scores))
+    print(text)
+
+
+def evaluate(args: argparse.Namespace, files: dict[str, Path], output: Path) -> dict[str, SetScore]:
+    """Ask what is not in ``output`` yet; the model is loaded only if anything is asked."""
+    folder = Path(args.model)
+    checkpoint = newest_checkpoint(folder) if (folder / RUN).is_file() else None
+    header = source_header(folder, checkpoint) | {"batch_size": args.batch_size, "limit": args.limit}
+    model, scores = None, {}
+    for name, file in files.items():
+        kept, asked = output / f"{name}.json", header | {"data": sha256(file)}
+        if kept.is_file():
+            stored = read_json(kept)
+            if stored.get("header") != asked:
+                raise Refusal(
+                    "C-ANSWERS", "answers of another model, other data or other flags", file=kept,
+                    fix="choose another --output",
+                )  # fmt: skip
+            scores[name] = score(stored["samples"])
+            continue
+        if model is None:
+            model = language_model(load(folder, checkpoint=checkpoint), args.batch_size)
+        samples = ask(model, name, file, args.limit)
+        replace_json(kept, {"header": asked, "samples": samples})
+        scores[name] = score(samples)
+    return scores
+
+
+if __name__ == "__main__":
+    run_script(main)
