@@ -121,8 +121,11 @@ def write_results(output: Path, source: str, results: Mapping[str, Result], miss
 
 
 def _summary(name: str, result: Result, paper: str) -> dict[str, Any]:
-    score = result.score
+    score, benchmark = result.score, BENCHMARKS[name]
     return {
+        "title": benchmark.title,
+        "file": benchmark.file,
+        "metric": "score" if benchmark.kind in ("mmvet", "yes-no") else "accuracy",
         "score": score.value,
         "interval": result.interval,
         "unread": score.unread,

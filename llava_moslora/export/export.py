@@ -18,6 +18,7 @@ import torch
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.export import output_folder
+from llava_moslora.export.card_data import read_scores
 from llava_moslora.export.model_card import proof_in_one_line, write_card
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.targets import (
@@ -64,6 +65,7 @@ def export(
     with_base: bool = False,
     llm: str | Path | None = None,
     vision_tower: str | None = None,
+    evaluation: str | Path | None = None,
     overwrite: bool = False,
     prove: bool = True,
 ) -> dict[str, Path]:
@@ -76,6 +78,7 @@ def export(
         merge_base: over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
         with_base: ``peft`` as ``peft_with_base``.
         llm, vision_tower: where the base is now, if not where it was when the run was trained.
+        evaluation: the ``--output`` of ``scripts/evaluate.py``, whose scores of this checkpoint the model card states.
         overwrite: replace an existing export, if none of its files changed since it was written.
         prove: load each folder with stock libraries in a fresh process and compare it with the run.
 
@@ -84,7 +87,8 @@ def export(
 
     Raises:
         Refusal: before anything is written: no run, no valid checkpoint, another or changed base, a folder exists,
-            too little disk or memory, a format that cannot hold the run. Later: E-DISK, K-NONFINITE, K-PROOF.
+            too little disk or memory, a format that cannot hold the run, an evaluation of another model. Later:
+            E-DISK, K-NONFINITE, K-PROOF.
     """
     _check_flags(formats, with_base, merge_base)
     folders = {name: Path(output) if len(formats) == 1 else Path(output) / name for name in formats}
@@ -99,6 +103,7 @@ def export(
             output_folder.check_output_folder(place, overwrite)  # as the last holder of the lock left it
         checkpoint = stack.enter_context(output_folder.pinned_checkpoint(Path(run), next(iter(places.values()))))
         trained = open_trained(run, checkpoint, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
+        scores = read_scores(evaluation, trained) if evaluation else None
         dtype = dtype or trained.llm_config.dtype or torch.float32
         targets = {n: TARGETS["peft_with_base" if n == "peft" and with_base else n] for n in formats}
         plans = {name: target.plan(trained, dtype) for name, target in targets.items()}
@@ -109,7 +114,7 @@ def export(
 
             proof = partial(verify.prove, mapped=mapped_weights.needed(trained, dtype))
         for name, target in targets.items():
-            _write(trained, target, plans[name], dtype, places[name], proof)
+            _write(trained, target, plans[name], dtype, places[name], scores, proof)
     return folders
 
 
@@ -150,7 +155,13 @@ def _check_disk(places: list[Path], plans: list[ExportPlan]) -> None:
 
 
 def _write(
-    trained: TrainedRun, target: Target, plan: ExportPlan, dtype: torch.dtype, folder: Path, prove: Callable | None
+    trained: TrainedRun,
+    target: Target,
+    plan: ExportPlan,
+    dtype: torch.dtype,
+    folder: Path,
+    scores: dict | None,
+    prove: Callable | None,
 ) -> None:
     staging = output_folder.open_staging(folder, _resume_key(trained, target, plan, dtype))
     write_weights(staging, plan.weights)
@@ -163,7 +174,7 @@ def _write(
         report = prove(trained, target, plan, staging, dtype)
     print(f"proof of {target.name}: {proof_in_one_line(report)}", flush=True)
     write_json(staging / REPORT, report)
-    write_card(trained, target, dtype, report, staging)
+    write_card(trained, target, dtype, report, staging, scores)
     facts = {
         "format": target.name,
         "run": str(trained.run),

@@ -25,7 +25,11 @@ TARGET = Target(
     summary="the merged LLM alone, as a causal LM of transformers (an InternLM2 as a Llama)",
     usage="""from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)""",
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+turns = [{"role": "user", "content": "What is a llama?"}]
+inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))""",
     plan=plan,
 )
 

@@ -55,10 +55,13 @@ TARGET = Target(
     name="peft with base",
     summary="one plain LoRA adapter over a complete base LLaVA that is written next to it; also as "
     "`--format peft --with_base`",
-    usage="""from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+    usage=f"""from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained(FOLDER + "/base", backend="pil")  # scales images as training did
 base = AutoModelForImageTextToText.from_pretrained(FOLDER + "/base", dtype="auto")
-model = PeftModel.from_pretrained(base, FOLDER + "/adapter")""",
+model = PeftModel.from_pretrained(base, FOLDER + "/adapter")
+{hf.ASK}""",
     plan=plan,
     merges=False,
 )
