@@ -39,7 +39,8 @@ class Base:
 
     Attributes:
         part: ``llm`` or ``vision tower``. folder: where it is; a tower that open_clip downloads has none.
-        hub_id: its name on the Hub. source: what says so.
+        hub_id: its name on the Hub. certain: the Hub's cache says so, and not only a configuration, which may name
+            the model that this one was tuned from.
         license: as the Hub abbreviates it, with ``license_name`` and ``license_link`` where that is ``other``.
     """
 
@@ -47,7 +48,7 @@ class Base:
     name: str
     folder: Path | None
     hub_id: str | None = None
-    source: str = ""
+    certain: bool = False
     license: dict[str, str] | None = None
 
     @property
@@ -83,14 +84,14 @@ def read_base(part: str, place: str) -> Base:
         folder = folder.parent
     if not folder.is_dir():
         return Base(part, name, None)
-    hub_id, source = None, ""
+    hub_id, certain = None, False
     if found := IN_CACHE.search(f"{folder.absolute()}/") or IN_CACHE.search(f"{folder.resolve()}/"):
-        hub_id, source = "/".join(found.groups()), "the folder of the Hub's cache"
+        hub_id, certain = "/".join(found.groups()), True
     elif (file := folder / "config.json").is_file():
         said = read_json(file).get("_name_or_path")
         if isinstance(said, str) and HUB_ID.fullmatch(said) and not Path(said).exists():
-            hub_id, source = said, "_name_or_path in its config.json"
-    return Base(part, hub_id or name, folder, hub_id, source, _license(folder))
+            hub_id = said
+    return Base(part, hub_id or name, folder, hub_id, certain, _license(folder))
 
 
 def _license(folder: Path) -> dict[str, str] | None:
@@ -157,10 +158,10 @@ def front_matter(
     if data.eval_results is None:
         data.pop("model_name")
     comments = [
-        f"# base_model: {base.source} says {base.hub_id}" if base.hub_id else
+        f"# base_model: _name_or_path in the {base.part}'s config.json says {base.hub_id}" if base.hub_id else
         f"# base_model: add the name on the Hub of the {base.part}, here a folder {json.dumps(base.name)}"
         for base in bases
-        if base.source != "the folder of the Hub's cache"
+        if not base.certain
     ]  # fmt: skip
     if bases[0].license is None:
         comments.append(f"# license: that of the {bases[0].part} is not known here: see the section License")

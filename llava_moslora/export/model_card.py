@@ -89,9 +89,9 @@ def _usage(trained: TrainedRun, target: Target) -> str:
     tower = kind_of(trained.vision_config)
     text = f"{FOLDER}\n{target.usage}"
     text = text.replace("TEMPLATE", repr(XTUNER_TEMPLATES[trained.template]))
-    for name, base in (("LLM", read_base("llm", str(trained.llm_folder))), ("TOWER", trained.vision_spec)):
-        place = read_base("vision tower", base) if isinstance(base, str) else base
-        text = text.replace(f'"{name}"', json.dumps(place.hub_id or str(place.folder)))
+    for name, place in (("LLM", str(trained.llm_folder)), ("TOWER", trained.vision_spec)):
+        base = read_base(name, place)
+        text = text.replace(f'"{name}"', json.dumps(base.hub_id if base.certain else str(base.folder)))
     return text.replace("VISION_CLASS", tower.model.__name__).replace("CLASS_TOKENS", str(tower.class_tokens))
 
 

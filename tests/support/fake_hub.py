@@ -18,7 +18,7 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.role, self.repos, self.fails, self.asked = role, {}, {}, []
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
     def add(self, name: str, files: dict[str, bytes], title: str = "by hand", private: bool = False) -> None:
         self.repos[name] = {"private": private, "files": {".gitattributes": b""} | files, "titles": [title]}
