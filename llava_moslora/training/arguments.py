@@ -51,7 +51,7 @@ class TrainingArguments(TrainingSettings, HfTrainingArguments):
     logging_steps: float = setting(1, "log every N steps; below 1: a share of all steps")
     logging_nan_inf_filter: bool = setting(False, "no effect: a loss that is NaN or Inf stops the run")
     report_to: None | str | list[str] = setting(  # noqa: RUF009, RUF036 (the parser needs None first)
-        "tensorboard", "besides metrics.jsonl: tensorboard, wandb, or none"
+        "tensorboard", "besides metrics.jsonl: tensorboard, wandb, mlflow, trackio, or none"
     )
     remove_unused_columns: bool = setting(False, "leave it False: the collator reads columns that would be dropped")
     dataloader_num_workers: int = setting(-1, "processes per rank that read images; -1: as the cores allow, at most 8")
