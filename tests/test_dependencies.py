@@ -16,6 +16,9 @@ NOT_DECLARED = {
     "triton": "comes with torch where there is a GPU",
     "vlmeval": "VLMEvalKit, which imports our class",
     "pandas": "comes with VLMEvalKit, whose tables are made of it",
+    "wandb": "a tracker, for --report_to",
+    "mlflow": "a tracker, for --report_to",
+    "trackio": "a tracker, for --report_to",
     "matplotlib": "draws one figure when the kill tests are asked for it",
 }
 NOT_IMPORTED = {

@@ -65,9 +65,8 @@ def _settings(run: Path) -> dict[str, Any]:
 def _start_wandb(trainer: Trainer, callback: WandbCallback, known: str | None, settings: dict[str, Any]) -> str:
     import wandb
 
-    if known is not None:
-        os.environ.setdefault("WANDB_RUN_ID", known)
-        os.environ.setdefault("WANDB_RESUME", "allow")
+    if known is not None and "WANDB_RUN_ID" not in os.environ:
+        wandb.init(project=os.getenv("WANDB_PROJECT", "huggingface"), id=known, resume="allow")
     callback.setup(trainer.args, trainer.state, trainer.model)
     wandb.run.config.update(settings, allow_val_change=True)
     return wandb.run.id
