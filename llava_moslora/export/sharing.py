@@ -150,5 +150,8 @@ def _one_line(repo: str, fix: str) -> Iterator[None]:
     except Refusal:
         raise
     except Exception as error:  # of huggingface_hub, its HTTP client and hf_xet; they share no base class
-        found = printable(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        errors: list[BaseException] = [error]
+        if isinstance(error, RuntimeError) and error.__cause__:  # it names a file, and its cause says what happened
+            errors.append(error.__cause__)
+        found = printable("; ".join(f"{type(one).__name__}: {' '.join(str(one).split())}" for one in errors))
         raise Refusal("E-HUB", "the Hub failed or refused", file=repo, key=FLAG, found=found, fix=fix) from error

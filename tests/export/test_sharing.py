@@ -15,6 +15,7 @@ from llava_moslora.files.manifest import MANIFEST
 from scripts.export import main
 from support.export_runs import trained_run
 from support.fake_hub import FakeHub
+from support.launching import run as run_script
 
 REPO = "me/llava-tuned"
 
@@ -35,6 +36,7 @@ def exported(run):
 def hub(monkeypatch):
     with FakeHub() as server:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # LFS, which the Hub takes too
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -100,6 +102,24 @@ def test_a_failed_upload_keeps_the_export_and_says_how_to_go_on(hub, run, tmp_pa
     call(monkeypatch, *command)
     assert contents(tmp_path / "out") == before
     assert hub.repos[REPO]["files"].keys() == before.keys() | {".gitattributes"}
+
+
+def test_large_files_that_do_not_arrive(hub, exported, monkeypatch):
+    hub.fails["^/lfs/"] = 403
+    message = r"E-HUB.*Error while uploading 'model\.safetensors' to the Hub\.; HfHubHTTPError: .*403"
+    refused(monkeypatch, message, exported, "--push_to_hub", REPO)
+    assert hub.repos[REPO]["files"].keys() == {".gitattributes"}
+
+
+@pytest.mark.slow
+def test_as_a_user_does_it(hub, run, tmp_path):
+    """In a process of its own, with the proof."""
+    command = [sys.executable, "scripts/export.py", run, "--output_dir", tmp_path / "out", "--push_to_hub", REPO]
+    there = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
+    done = run_script(command, **there)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("proof of hf: passed") < done.stdout.index("exported:") < done.stdout.index("pushed:")
+    assert contents(tmp_path / "out").items() <= hub.repos[REPO]["files"].items()
 
 
 @pytest.mark.parametrize("edit, message", [

@@ -12,11 +12,11 @@ REPO = r"/api/models/(?P<repo>[^/]+/[^/]+)"
 
 class FakeHub(ThreadingHTTPServer):
     """``repos``: name → ``{"private": bool, "files": {path: bytes}, "titles": [newest first]}``; ``fails``: a path's
-    pattern → status to answer it with; ``asked``: the paths of all requests."""
+    pattern → status to answer it with; ``large``: SHA-256 → what came by LFS; ``asked``: the paths of all requests."""
 
     def __init__(self, role: str = "write"):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.role, self.repos, self.fails, self.asked = role, {}, {}, []
+        self.role, self.repos, self.large, self.fails, self.asked = role, {}, {}, {}, []
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -38,6 +38,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub.asked.append(path)
         if status := next((status for pattern, status in hub.fails.items() if re.search(pattern, path)), None):
             return self.answer(status, {"error": "the Hub says no"})
+        if path.startswith("/lfs/"):
+            hub.large[path.removeprefix("/lfs/")] = body
+            return self.answer(200, {})
         if self.headers.get("Authorization") != "Bearer hf_test":
             return self.answer(401, {"error": "Invalid username or password."})
         if path == "/api/whoami-v2":
@@ -49,6 +52,10 @@ class _Handler(BaseHTTPRequestHandler):
             name = f"{asked['organization']}/{asked['name']}"
             hub.add(name, {}, "initial commit", private=asked.get("visibility") == "private")
             return self.answer(200, {"url": f"{hub.url}/{name}"})
+        if path.endswith("/info/lfs/objects/batch"):
+            asked = json.loads(body)["objects"]
+            actions = [one | {"actions": {"upload": {"href": f"{hub.url}/lfs/{one['oid']}"}}} for one in asked]
+            return self.answer(200, {"transfer": "basic", "objects": actions})
         found = re.match(rf"{REPO}|/(?P<other>[^/]+/[^/]+)/resolve/", path)
         repo = hub.repos.get(found["repo"] or found["other"])
         if repo is None:
@@ -57,8 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
             content = repo["files"][path.split("/")[-1]]
             return self.answer(200, content, {"X-Repo-Commit": head(repo), "ETag": hashlib.sha1(content).hexdigest()})
         if "/preupload/" in path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in
-                     json.loads(body)["files"]]  # fmt: skip
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+            files = [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes.items()]
             return self.answer(200, {"files": files})
         if "/commits/" in path:
             rows = [{"id": head(repo), "authors": [], "date": "2026-01-01T00:00:00.000Z", "title": title, "message": ""}
@@ -69,17 +77,20 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in repo["files"]]
         self.answer(200, {"id": found["repo"], "sha": head(repo), "private": repo["private"], "siblings": siblings})
 
-    do_GET = do_POST = do_HEAD = handle_request
+    do_GET = do_POST = do_PUT = do_HEAD = handle_request
 
     def commit(self, name, lines):
         repo = self.server.repos[name]
         if lines[0]["value"]["parentCommit"] != head(repo):
             return self.answer(412, {"error": "A commit has happened since."})
         for line in lines[1:]:
-            if line["key"] == "file":
-                repo["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            value = line["value"]
+            if line["key"] == "deletedFile":
+                del repo["files"][value["path"]]
             else:
-                del repo["files"][line["value"]["path"]]
+                large = line["key"] == "lfsFile"
+                content = self.server.large[value["oid"]] if large else base64.b64decode(value["content"])
+                repo["files"][value["path"]] = content
         repo["titles"].insert(0, lines[0]["value"]["summary"])
         self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{head(repo)}", "commitOid": head(repo)})
 
