@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -55,7 +56,7 @@ def write_card(
         f"# {name}",
         f"A LLaVA tuned with {_method(trained)}, exported as `{target.name}`: {target.summary}. What it was checked "
         "against is in `export_report.json`.",
-        f"## Use\n\n```python\n{_usage(trained, target)}\n```",
+        f"## Use\n\n```python\n{usage(trained, target, folder)}\n```",
         f"## What was trained\n\n{_table(_trained_rows(trained))}",
         f"## Data\n\n{_data(trained)}",
         f"## Measured\n\n{_measured(trained, scores)}",
@@ -84,10 +85,15 @@ def _method(trained: TrainedRun) -> str:
     return "MoSLoRA (mixture-of-subspaces LoRA)" if uses_mixers(trained) else "LoRA"
 
 
-def _usage(trained: TrainedRun, target: Target) -> str:
-    """The target's Python with its placeholders filled in."""
+def usage(trained: TrainedRun, target: Target, folder: Path) -> str:
+    """The target's Python with its placeholders filled in, without lines that load what ``folder`` lacks: the adapter
+    of a tower that was trained without one."""
     tower = kind_of(trained.vision_config)
-    text = f"{FOLDER}\n{target.usage}"
+    lines = [
+        line for line in target.usage.splitlines()
+        if all((folder / name).exists() for name in re.findall(r'FOLDER \+ "/([^"]+)"', line))
+    ]  # fmt: skip
+    text = "\n".join([FOLDER, *lines])
     text = text.replace("TEMPLATE", repr(XTUNER_TEMPLATES[trained.template]))
     for name, place in (("LLM", str(trained.llm_folder)), ("TOWER", trained.vision_spec)):
         base = read_base(name, place)

@@ -14,7 +14,9 @@ from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.results import Result, write_results
 from llava_moslora.evaluation.scoring import Outcome, Score, Unit
 from llava_moslora.export.card_data import read_base
-from llava_moslora.export.export import export
+from llava_moslora.export.export import TARGETS, export
+from llava_moslora.export.model_card import usage
+from llava_moslora.export.trained_run import open_trained
 from llava_moslora.files.manifest import MANIFEST, sha256
 from support.export_runs import trained_run
 
@@ -140,6 +142,12 @@ def test_an_adapter_is_loaded_over_the_base_it_was_trained_on(exported):
     text = (exported("peft") / "README.md").read_text()
     assert 'from_pretrained("meta-llama/Llama-Tiny")' in text and 'from_pretrained("openai/clip-tiny")' not in text
     assert re.search(r'from_pretrained\("/.*/clip"\)', text)
+
+
+def test_its_python_loads_no_adapter_that_is_not_there(run, tmp_path):
+    (tmp_path / "llm_adapter").mkdir()
+    text = usage(open_trained(run, run / "checkpoint-1"), TARGETS["peft"], tmp_path)
+    assert "llm_adapter" in text and "vision_adapter" not in text
 
 
 def results(output, source, model: str, checkpoint: str | None) -> None:
