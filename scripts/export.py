@@ -12,35 +12,36 @@ uploads a finished export; with a run and --output_dir too, the export that was 
 """
 
 import argparse
+import sys
 import textwrap
 from pathlib import Path
 
-import torch
-
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.export.export import TARGETS, export
-from llava_moslora.export.sharing import check_repository, files_to_push, push
-from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL
+from llava_moslora.export.formats import DEQUANTIZED, FORMATS, ORIGINAL
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nformats:\n{format_list()}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = ScriptParser(f"{__doc__}\nformats:\n{format_list()}")
     parser.add_argument("run", help="the --output_dir of a training; with --push_to_hub alone a finished export")
     parser.add_argument("--output_dir", help="the folder to write")
     parser.add_argument(
-        "--format", nargs="+", default=["hf"], choices=list(TARGETS), metavar="FORMAT",
+        "--format", nargs="+", default=["hf"], choices=list(FORMATS), metavar="FORMAT",
         help="one or several of the formats above; default: hf",
     )  # fmt: skip
     parser.add_argument("--with_base", action="store_true", help="with --format peft: peft_with_base in its place")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of merged weights; default: the LLM folder's")
+    parser.add_argument("--dtype", choices=DTYPES, help="of merged weights; default: the LLM folder's")
     parser.add_argument(
         "--merge_base", choices=[ORIGINAL, DEQUANTIZED], default=ORIGINAL,
         help="of a run with --bits 4: merge into the original weights, or into the dequantised ones that training saw",
     )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        help="best (by validation), newest, or a step; default: newest, of a run with --load_best_model_at_end best",
+    )
     parser.add_argument("--model_name_or_path", help="the LLM's folder, if it moved since the training")
     parser.add_argument("--vision_tower", help="the vision tower, if it moved since the training")
     parser.add_argument(
@@ -57,19 +58,12 @@ def main() -> None:
         help="upload the export to this repository of the Hugging Face Hub, which is created",
     )  # fmt: skip
     parser.add_argument("--private", action="store_true", help="with --push_to_hub: visible to its owner only")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_flags(args, parser)
-    repository = {"private": args.private, "overwrite": args.overwrite}
-    if args.output_dir is None:
-        files_to_push(Path(args.run))
-    if args.push_to_hub is not None:
-        check_repository(args.push_to_hub, **repository)
-    folder = Path(args.run) if args.output_dir is None else export_run(args)
-    if args.push_to_hub is not None:
-        print(f"pushed: {push(folder, args.push_to_hub, **repository)}")
+    return args
 
 
-def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def check_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
     if args.private and args.push_to_hub is None:
         raise Refusal("C-FLAG", "belongs to --push_to_hub", key="--private")
     if args.push_to_hub is not None and len(args.format) > 1:
@@ -86,27 +80,50 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         raise Refusal("C-FLAG", what, key=f"--{given[0]}", fix="leave it out, or give a run and --output_dir")
 
 
+def format_list() -> str:
+    width = max(map(len, FORMATS)) + 2
+    return "\n".join(
+        textwrap.fill(
+            summary.replace("`", ""), 100, initial_indent=f"    {name:{width}}",
+            subsequent_indent=" " * (width + 4),
+        )
+        for name, summary in FORMATS.items()
+    )  # fmt: skip
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+import torch
+
+from llava_moslora.export.export import export
+from llava_moslora.export.sharing import check_repository, files_to_push, push
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    repository = {"private": args.private, "overwrite": args.overwrite}
+    if args.output_dir is None:
+        files_to_push(Path(args.run))
+    if args.push_to_hub is not None:
+        check_repository(args.push_to_hub, **repository)
+    folder = Path(args.run) if args.output_dir is None else export_run(args)
+    if args.push_to_hub is not None:
+        print(f"pushed: {push(folder, args.push_to_hub, **repository)}")
+
+
 def export_run(args: argparse.Namespace) -> Path:
     """Returns the folder of the last format."""
+    dtype = getattr(torch, args.dtype) if args.dtype else None
     folders = export(
-        args.run, args.output_dir, args.format, dtype=DTYPES.get(args.dtype), merge_base=args.merge_base,
-        with_base=args.with_base, llm=args.model_name_or_path, vision_tower=args.vision_tower,
-        evaluation=args.evaluation, overwrite=args.overwrite, prove=not args.no_proof,
+        args.run, args.output_dir, args.format, dtype=dtype, merge_base=args.merge_base,
+        with_base=args.with_base, checkpoint=args.checkpoint, llm=args.model_name_or_path,
+        vision_tower=args.vision_tower, evaluation=args.evaluation, overwrite=args.overwrite, prove=not args.no_proof,
     )  # fmt: skip
     for name, folder in folders.items():
         print(f"exported: {folder} ({name})", flush=True)
     return folder
-
-
-def format_list() -> str:
-    width = max(map(len, TARGETS)) + 2
-    return "\n".join(
-        textwrap.fill(
-            target.summary.replace("`", ""), 100, initial_indent=f"    {name:{width}}",
-            subsequent_indent=" " * (width + 4),
-        )
-        for name, target in TARGETS.items()
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

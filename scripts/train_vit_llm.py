@@ -1,13 +1,10 @@
-"""Fine-tune a LLaVA: adapters (MoSLoRA) in the LLM and in the vision tower, and the whole projector. With
---tune_mm_mlp_adapter True (stage 1) only the projector is trained.
+"""Fine-tune a LLaVA: adapters (MoSLoRA) in the LLM and in the vision tower, and the whole projector.
 
-    deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json \\
+    deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json --bf16 True \\
         --model_name_or_path LLM --vision_tower CLIP --pretrain_mm_mlp_adapter PROJECTOR \\
-        --data_path llava_v1_5_mix665k.json --image_folder playground/data --output_dir runs/llama3-moslora --bf16 True
+        --data_path llava_v1_5_mix665k.json --image_folder playground/data --output_dir runs/moslora
 
-LLM and CLIP are model folders in the format of transformers, PROJECTOR a file or folder from stage 1. Complete calls
-with hyper-parameters for published models are in scripts/*.sh. A checkpoint is saved every --save_steps;
-scripts/export.py makes a model of it that transformers loads.
+Complete calls for published models are in scripts/*.sh. scripts/export.py makes a model of the run.
 """
 
 import sys
@@ -16,18 +13,26 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from llava_moslora.errors import run_script
+from llava_moslora.noise import quiet_libraries
+from llava_moslora.training.command_line import parse
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:], __doc__))
+    quiet_libraries()
+
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TrainerState, set_seed
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.data.cache import keys_of, summary
+from llava_moslora.data.cache import summary
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.data.split import validation_data
 from llava_moslora.distributed import from_rank_0
-from llava_moslora.errors import run_script
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
 from llava_moslora.models.assemble import assemble
@@ -44,7 +49,7 @@ from llava_moslora.runs.record import RunSettings
 from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training import process_group
-from llava_moslora.training.arguments import TrainingArguments, input_paths, parse
+from llava_moslora.training.arguments import TrainingArguments, input_paths
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
 from llava_moslora.training.optimizer_state import trained_count
@@ -63,7 +68,7 @@ def main() -> None:
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
     args = TrainingArguments(**training)
-    check(model_settings, adapter_settings, args)
+    check(model_settings, data_settings, adapter_settings, args)
     run, main_process = args.run_folder, args.process_index == 0
     print_once = print if main_process else (lambda *_: None)
     inputs = input_paths(model_settings, data_settings, args, sys.argv[1:])
@@ -77,21 +82,23 @@ def main() -> None:
     transform = ImageTransform.from_settings(processor, data_settings)
     tokenizer = load_tokenizer(model_settings.model_name_or_path)
     template = model_settings.version or recognise_template(tokenizer)
-    print_once(f"conversation template: {template}")
+    print_once(f"device: {args.device_name}\nconversation template: {template}")
 
     # 3. Check and tokenise the data, or find it in --data_cache
-    dataset = prepare(
-        data_settings, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
+    prepare_alike = partial(
+        prepare, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
         longest_text=longest_text(llm_config),
     )  # fmt: skip
-    print_once(summary(dataset))
-    sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
+    dataset = prepare_alike(data_settings)
+    trained, validation, keys = validation_data(dataset, data_settings, prepare_alike)
+    print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
+    sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
     model_settings = replace(model_settings, version=template)
     settings = RunSettings(model_settings, data_settings, adapter_settings, args.as_record(), processor,
                            global_batch_size=args.global_batch_size)  # fmt: skip
-    fingerprints = base_fingerprints(model_settings) | {"data": keys_of(dataset)}
+    fingerprints = base_fingerprints(model_settings) | keys
     if main_process:
         check_resume(args, settings, fingerprints)
 
@@ -100,7 +107,7 @@ def main() -> None:
     print_once(parameter_table(model))
     trainer = MosLoraTrainer(
         model=model, args=args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption],
-        data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing),
+        data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing), eval_dataset=validation,
     )  # fmt: skip
     if args.sample_questions:
         trainer.add_callback(sample_answers(args, ChatModel(model, tokenizer, template, transform), data_settings))
@@ -110,7 +117,7 @@ def main() -> None:
     lock = checkpoint = None
     if main_process:
         lock, checkpoint = open_run(args, settings, fingerprints, inputs)
-        check_space(run, trained_count(model), checkpoints=2 if checkpoint is None else 1)
+        check_space(run, trained_count(model), checkpoints=1 + (checkpoint is None) + (validation is not None))
         report = partial(write_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer,
                          batch_size=args.per_device_train_batch_size)  # fmt: skip
         write_first_files(args, settings, tokenizer, report, inputs)
@@ -118,13 +125,10 @@ def main() -> None:
     checkpoint = from_rank_0(checkpoint)
 
     # 7. Train
-    if checkpoint is not None:
-        print_once(f"resuming from {checkpoint}")
-    if args.save_strategy == "no":
-        print_once("--save_strategy no: nothing of this run will be saved")
+    print_once(opening_line(args, checkpoint))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
-    print_once(closing_line(run, trainer.state.global_step))
+    print_once(closing_line(run, trainer.state))
     if lock is not None:
         lock.release()
 
@@ -153,10 +157,19 @@ def sample_answers(args: TrainingArguments, chat_model: ChatModel, data: DataSet
     return SampleAnswers(samples, chat_model, args.run_folder, **limits)
 
 
-def closing_line(run: Path, step: int) -> str:
-    if (run / f"checkpoint-{step}").is_dir():
-        return f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED"
-    return f"trained: {run}; its last step, {step}, was not saved: there is nothing to export"
+def opening_line(args: TrainingArguments, checkpoint: Path | None) -> str:
+    if args.save_strategy == "no":
+        return "--save_strategy no: nothing of this run will be saved"
+    return f"training into {args.run_folder}" if checkpoint is None else f"resuming from {checkpoint}"
+
+
+def closing_line(run: Path, state: TrainerState) -> str:
+    trained, best = f"trained: {run}", state.best_global_step
+    if best:
+        trained += f"; best of its checkpoints: checkpoint-{best}, {state.best_metric:.4f}"
+    if best or (run / f"checkpoint-{state.global_step}").is_dir():
+        return f"{trained}; next: python scripts/export.py {run} --output_dir MERGED"
+    return f"{trained}; its last step, {state.global_step}, was not saved: there is nothing to export"
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def front_matter(
         name: of the model, in ``model-index``. bases: of :func:`base_models`; the first one's license counts.
         scores: of :func:`read_scores`.
     """
-    adapter = not target.merges or target.name == PROJECTOR
+    adapter = "llm" not in target.merged or target.name == PROJECTOR
     ids = list(dict.fromkeys(base.hub_id for base in bases if base.hub_id))
     paths = trained.record.data.data_path
     sets = [re.split("[@:]", path.removeprefix(HUB))[0] for path in paths if path.startswith(HUB)]
@@ -148,7 +148,7 @@ def front_matter(
         base_model=ids or None,
         base_model_relation=("adapter" if adapter else "finetune") if ids else None,
         datasets=list(dict.fromkeys(sets)) or None,
-        library_name="transformers" if target.merges else "peft",
+        library_name="transformers" if "llm" in target.merged else "peft",
         pipeline_tag=task,
         tags=tags,
         model_name=name,

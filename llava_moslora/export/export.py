@@ -19,6 +19,7 @@ from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.export import output_folder
 from llava_moslora.export.card_data import read_scores
+from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.model_card import proof_in_one_line, write_card
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.targets import (
@@ -29,13 +30,15 @@ from llava_moslora.export.targets import (
     peft_with_base,
     projector,
     vision,
+    vllm,
     xtuner,
     xtuner_adapters,
 )
-from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun, open_trained
+from llava_moslora.export.trained_run import TrainedRun, open_trained
 from llava_moslora.export.writer import write_weights
 from llava_moslora.files.disk import write_json
 from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
+from llava_moslora.models.names import select_parts
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.runs.record import EXPORT, read_run
 
@@ -44,6 +47,7 @@ TARGETS: dict[str, Target] = {
     "hf": hf.TARGET,
     "peft": peft.TARGET,
     "peft_with_base": peft_with_base.TARGET,
+    "vllm": vllm.TARGET,
     "xtuner": xtuner.TARGET,
     "xtuner_adapters": xtuner_adapters.TARGET,
     "llava": llava.TARGET,
@@ -63,13 +67,14 @@ def export(
     dtype: torch.dtype | None = None,
     merge_base: str = ORIGINAL,
     with_base: bool = False,
+    checkpoint: str | None = None,
     llm: str | Path | None = None,
     vision_tower: str | None = None,
     evaluation: str | Path | None = None,
     overwrite: bool = False,
     prove: bool = True,
 ) -> dict[str, Path]:
-    """Write the newest valid checkpoint of ``run`` in every one of ``formats`` (:data:`TARGETS`).
+    """Write a valid checkpoint of ``run`` in every one of ``formats`` (:data:`TARGETS`).
 
     Args:
         run: the ``--output_dir`` of a training.
@@ -77,6 +82,7 @@ def export(
         dtype: of merged weights; None: the dtype of the LLM folder. Adapters and separate projectors are float32.
         merge_base: over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
         with_base: ``peft`` as ``peft_with_base``.
+        checkpoint: which one (:func:`llava_moslora.runs.checkpoints.model_checkpoint`).
         llm, vision_tower: where the base is now, if not where it was when the run was trained.
         evaluation: the ``--output`` of ``scripts/evaluate.py``, whose scores of this checkpoint the model card states.
         overwrite: replace an existing export, if none of its files changed since it was written.
@@ -95,14 +101,18 @@ def export(
     places = {name: folder.resolve() for name, folder in folders.items()}  # of a link: what it points to
     inputs = _inputs(Path(run), read_run(run).model, llm, vision_tower)
     for place in places.values():
+        output_folder.check_outside(place, Path(run))
         output_folder.check_output_folder(place, overwrite)
         output_folder.check_inputs(place, inputs)
     with ExitStack() as stack:
         for place in places.values():
             stack.enter_context(output_folder.lock_output(place))
             output_folder.check_output_folder(place, overwrite)  # as the last holder of the lock left it
-        checkpoint = stack.enter_context(output_folder.pinned_checkpoint(Path(run), next(iter(places.values()))))
-        trained = open_trained(run, checkpoint, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
+        place = next(iter(places.values()))
+        pinned = stack.enter_context(output_folder.pinned_checkpoint(Path(run), place, checkpoint))
+        trained = open_trained(run, pinned, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
+        if best := trained.manifest.get("best"):
+            print(f"{pinned.name}; best by {best['metric']} until then: checkpoint-{best['step']}", flush=True)
         scores = read_scores(evaluation, trained) if evaluation else None
         dtype = dtype or trained.llm_config.dtype or torch.float32
         targets = {n: TARGETS["peft_with_base" if n == "peft" and with_base else n] for n in formats}
@@ -125,7 +135,7 @@ def _check_flags(formats: Sequence[str], with_base: bool, merge_base: str) -> No
         )
     if with_base and "peft" not in formats:
         raise Refusal("C-FLAG", "belongs to --format peft", key="--with_base", found=", ".join(formats))
-    if merge_base == DEQUANTIZED and (unmerged := [name for name in formats if not TARGETS[name].merges]):
+    if merge_base == DEQUANTIZED and (unmerged := [name for name in formats if "llm" not in TARGETS[name].merged]):
         raise Refusal(
             "C-FLAG", "adapters are not merged", key="--merge_base", found=f"--format {unmerged[0]}",
             fix="leave --merge_base out; load the base in 4 bits to have what training saw",
@@ -182,8 +192,9 @@ def _write(
         "template": trained.template,
         "image_aspect_ratio": trained.record.data.image_aspect_ratio,
         "base": asdict(trained.record.model),
-        "merge_base": trained.merge_base if target.merges else None,
-        "merged_layers": len(trained.adapter) if target.merges and trained.adapter else 0,
+        "adapter": asdict(trained.record.adapter),
+        "merge_base": trained.merge_base if "llm" in target.merged else None,
+        "merged_layers": len(select_parts(trained.adapter or {}, target.merged)),
     }
     write_json(staging / EXPORT, facts)
     (staging / output_folder.RESUME_FILE).unlink()

@@ -14,8 +14,10 @@ from llava_moslora._version import __version__
 from llava_moslora.config import TowerAdapter
 from llava_moslora.data.sources.saved_dataset import HUB
 from llava_moslora.export.card_data import Base, base_models, front_matter, license_copies, read_base, uses_mixers
+from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.target import Target
-from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun
+from llava_moslora.export.targets.vllm import max_lora_rank
+from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import MANIFEST, sha256
 from llava_moslora.models.towers import kind_of, tokens_per_image
@@ -98,6 +100,8 @@ def usage(trained: TrainedRun, target: Target, folder: Path) -> str:
     for name, place in (("LLM", str(trained.llm_folder)), ("TOWER", trained.vision_spec)):
         base = read_base(name, place)
         text = text.replace(f'"{name}"', json.dumps(base.hub_id if base.certain else str(base.folder)))
+    if "MAX_LORA_RANK" in text:
+        text = text.replace("MAX_LORA_RANK", str(max_lora_rank(trained.record.adapter.lora_r)))
     return text.replace("VISION_CLASS", tower.model.__name__).replace("CLASS_TOKENS", str(tower.class_tokens))
 
 
@@ -215,12 +219,15 @@ def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple
         ("written by", f"llava_moslora {__version__}; trained with {versions}"),
     ]
     if trained.bits == 4:
-        rows.insert(-1, ("adapters merged into", MERGED_INTO[trained.merge_base] if target.merges else "nothing"))
+        rows.insert(
+            -1, ("adapters merged into", MERGED_INTO[trained.merge_base] if "llm" in target.merged else "nothing")
+        )
     return rows
 
 
 def _loss(trained: TrainedRun) -> str:
-    """First, last and lowest logged training loss, where the checkpoint holds the Trainer's log."""
+    """First and last logged training loss, where the checkpoint holds the Trainer's log; without a validation loss also
+    the lowest, of the batches of one step."""
     file = trained.checkpoint / "trainer_state.json"
     if not file.is_file():
         return "not recorded in the checkpoint"
@@ -229,12 +236,19 @@ def _loss(trained: TrainedRun) -> str:
     if not losses:
         return "none logged"
     (first, first_loss), (last, last_loss) = losses[0], losses[-1]
+    text = f"{first_loss:.4g} at step {first}, {last_loss:.4g} at step {last}"
+    if "metrics" in trained.manifest:
+        return text
     low, lowest = min(losses, key=lambda row: row[1])
-    return f"{first_loss:.4g} at step {first}, {last_loss:.4g} at step {last}, lowest {lowest:.4g} at step {low}"
+    return f"{text}, lowest {lowest:.4g} at step {low}"
 
 
 def proof_in_one_line(report: dict) -> str:
-    return "; ".join(["passed", *_findings(report)]) if report["proof"] == "passed" else report["proof"]
+    """For the terminal."""
+    if report["proof"] != "passed":
+        return report["proof"]
+    exact, *others = _findings(report)
+    return "; ".join([f"passed: {exact}", *(f"as expected, {other}" for other in others)])
 
 
 def _proof(report: dict) -> str:
@@ -257,5 +271,5 @@ def _findings(report: dict) -> list[str]:
     findings = [f"the {report['exact']} is exact: stock libraries compute {differences}"]
     if (moved := report["logits_difference_from_the_run_as_trained"]) is not None:
         cause = report["cause_of_that_difference"]
-        findings.append(f"{cause} moves logits by up to {moved:.2g} of {largest['logits']:.3g} from the run as trained")
+        findings.append(f"{cause} alone moves logits by up to {moved:.2g} of {largest['logits']:.3g}")
     return findings

@@ -22,7 +22,7 @@ from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.runs.checkpoints import checkpoints, newest_checkpoint
+from llava_moslora.runs.checkpoints import checkpoints, model_checkpoint
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, read_run
 from llava_moslora.text.templates import recognise_template
@@ -59,7 +59,7 @@ def load_run(
     Args:
         run: the ``--output_dir`` of a training.
         trained: with ``checkpoint``; False: as it was before the first step.
-        checkpoint: whose files were verified; None: the newest valid one.
+        checkpoint: whose files were verified; None: the run's model (``model_checkpoint``).
         llm, vision_tower: where the base is now, if not where it was.
         bits: 16 or 4; None: as it was trained.
         llm_dtype: of the LLM's own weights, if not ``dtype``; weights that are stored in it stay mapped.
@@ -77,7 +77,7 @@ def load_run(
         attn_implementation="sdpa",  # which every machine has, whatever it was trained with
     )
     if trained:
-        checkpoint = checkpoint or newest_checkpoint(run)
+        checkpoint = checkpoint or model_checkpoint(run)
     elif checkpoint is None:  # any of them: each states which base the run began from
         checkpoint = next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
     if checkpoint is not None:
@@ -143,7 +143,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, checkpoint: Pa
 
     Args:
         dtype: None: bfloat16 on a GPU that has it, else float32.
-        checkpoint: of a run, whose files were verified; None: the newest valid one.
+        checkpoint: of a run, whose files were verified; None: the run's model (``model_checkpoint``).
 
     Raises:
         Refusal: C-PATH, neither of them; whatever :func:`load_run` and :func:`load_export` refuse.
