@@ -5,13 +5,18 @@
 Runs on a CPU with little memory: tensors are merged a block of rows at a time, from the base's files into the export's.
 The proof loads the export with stock libraries in a fresh process and compares it with the run, in float32; --no_proof
 skips it. Several formats are written into folders of their names in --output_dir.
+
+    python scripts/export.py merged/llama3-moslora --push_to_hub OWNER/NAME
+
+uploads a finished export; with a run and --output_dir too, the export that was just written.
 """
 
 import argparse
 import sys
 import textwrap
+from pathlib import Path
 
-from llava_moslora.errors import run_script
+from llava_moslora.errors import Refusal, run_script
 from llava_moslora.export.formats import DEQUANTIZED, FORMATS, ORIGINAL
 from llava_moslora.flags import ScriptParser
 from llava_moslora.noise import quiet_libraries
@@ -21,8 +26,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(f"{__doc__}\nformats:\n{format_list()}")
-    parser.add_argument("run", help="the --output_dir of a training")
-    parser.add_argument("--output_dir", required=True, help="the folder to write")
+    parser.add_argument("run", help="the --output_dir of a training; with --push_to_hub alone a finished export")
+    parser.add_argument("--output_dir", help="the folder to write")
     parser.add_argument(
         "--format", nargs="+", default=["hf"], choices=list(FORMATS), metavar="FORMAT",
         help="one or several of the formats above; default: hf",
@@ -40,10 +45,39 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="the LLM's folder, if it moved since the training")
     parser.add_argument("--vision_tower", help="the vision tower, if it moved since the training")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace the export in --output_dir, if none of its files changed"
-    )
+        "--overwrite", action="store_true",
+        help="replace the export in --output_dir, if none of its files changed; and write to a repository of the Hub "
+        "that holds something else or was changed there, whose earlier commits stay",
+    )  # fmt: skip
     parser.add_argument("--no_proof", action="store_true", help="skip the proof; export_report.json records that")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--evaluation", metavar="RESULTS", help="the --output of scripts/evaluate.py: scores for the model card"
+    )
+    parser.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME",
+        help="upload the export to this repository of the Hugging Face Hub, which is created",
+    )  # fmt: skip
+    parser.add_argument("--private", action="store_true", help="with --push_to_hub: visible to its owner only")
+    args = parser.parse_args(argv)
+    check_flags(args, parser)
+    return args
+
+
+def check_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
+    if args.private and args.push_to_hub is None:
+        raise Refusal("C-FLAG", "belongs to --push_to_hub", key="--private")
+    if args.push_to_hub is not None and len(args.format) > 1:
+        fix = "one --format, or push their folders one by one"
+        raise Refusal("C-FLAG", "a repository holds one format", key="--format", found=", ".join(args.format), fix=fix)
+    if args.output_dir is not None:
+        return
+    if args.push_to_hub is None:
+        raise Refusal("C-FLAG", "missing", key="--output_dir", fix="name the folder to write")
+    pushing = ("run", "output_dir", "push_to_hub", "private", "overwrite")
+    values = {name: value for name, value in vars(args).items() if name not in pushing}
+    if given := [name for name, value in values.items() if value != parser.get_default(name)]:
+        what = "belongs to an export, and a finished one is pushed as it is"
+        raise Refusal("C-FLAG", what, key=f"--{given[0]}", fix="leave it out, or give a run and --output_dir")
 
 
 def format_list() -> str:
@@ -64,18 +98,32 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
 import torch
 
 from llava_moslora.export.export import export
+from llava_moslora.export.sharing import check_repository, files_to_push, push
 
 
 def main() -> None:
     args = parse(sys.argv[1:])
+    repository = {"private": args.private, "overwrite": args.overwrite}
+    if args.output_dir is None:
+        files_to_push(Path(args.run))
+    if args.push_to_hub is not None:
+        check_repository(args.push_to_hub, **repository)
+    folder = Path(args.run) if args.output_dir is None else export_run(args)
+    if args.push_to_hub is not None:
+        print(f"pushed: {push(folder, args.push_to_hub, **repository)}")
+
+
+def export_run(args: argparse.Namespace) -> Path:
+    """Returns the folder of the last format."""
     dtype = getattr(torch, args.dtype) if args.dtype else None
     folders = export(
         args.run, args.output_dir, args.format, dtype=dtype, merge_base=args.merge_base,
         with_base=args.with_base, checkpoint=args.checkpoint, llm=args.model_name_or_path,
-        vision_tower=args.vision_tower, overwrite=args.overwrite, prove=not args.no_proof,
+        vision_tower=args.vision_tower, evaluation=args.evaluation, overwrite=args.overwrite, prove=not args.no_proof,
     )  # fmt: skip
     for name, folder in folders.items():
-        print(f"exported: {folder} ({name})")
+        print(f"exported: {folder} ({name})", flush=True)
+    return folder
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ NOT_DECLARED = {
     "trl": "an example for those who use it",
     "swift": "ms-swift, which loads the example as its plugin",
     "vllm": "of an environment of its own, which slow tests are given",
+    "wandb": "a tracker, for --report_to",
+    "mlflow": "a tracker, for --report_to",
+    "trackio": "a tracker, for --report_to",
     "matplotlib": "draws one figure when the kill tests are asked for it",
 }
 NOT_IMPORTED = {

@@ -130,8 +130,11 @@ def write_results(
 
 
 def _summary(name: str, result: Result, paper: str) -> dict[str, Any]:
-    score = result.score
+    score, benchmark = result.score, BENCHMARKS[name]
     return {
+        "title": benchmark.title,
+        "file": benchmark.file,
+        "metric": "score" if benchmark.kind in ("mmvet", "yes-no") else "accuracy",
         "score": score.value,
         "interval": result.interval,
         "unread": score.unread,

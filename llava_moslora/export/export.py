@@ -18,6 +18,7 @@ import torch
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.export import output_folder
+from llava_moslora.export.card_data import read_scores
 from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.model_card import proof_in_one_line, write_card
 from llava_moslora.export.target import ExportPlan, Target, check_text_only
@@ -69,6 +70,7 @@ def export(
     checkpoint: str | None = None,
     llm: str | Path | None = None,
     vision_tower: str | None = None,
+    evaluation: str | Path | None = None,
     overwrite: bool = False,
     prove: bool = True,
 ) -> dict[str, Path]:
@@ -82,6 +84,7 @@ def export(
         with_base: ``peft`` as ``peft_with_base``.
         checkpoint: which one (:func:`llava_moslora.runs.checkpoints.model_checkpoint`).
         llm, vision_tower: where the base is now, if not where it was when the run was trained.
+        evaluation: the ``--output`` of ``scripts/evaluate.py``, whose scores of this checkpoint the model card states.
         overwrite: replace an existing export, if none of its files changed since it was written.
         prove: load each folder with stock libraries in a fresh process and compare it with the run.
 
@@ -90,7 +93,8 @@ def export(
 
     Raises:
         Refusal: before anything is written: no run, no valid checkpoint, another or changed base, a folder exists,
-            too little disk or memory, a format that cannot hold the run. Later: E-DISK, K-NONFINITE, K-PROOF.
+            too little disk or memory, a format that cannot hold the run, an evaluation of another model. Later:
+            E-DISK, K-NONFINITE, K-PROOF.
     """
     _check_flags(formats, with_base, merge_base)
     folders = {name: Path(output) if len(formats) == 1 else Path(output) / name for name in formats}
@@ -109,6 +113,7 @@ def export(
         trained = open_trained(run, pinned, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
         if best := trained.manifest.get("best"):
             print(f"{pinned.name}; best by {best['metric']} until then: checkpoint-{best['step']}", flush=True)
+        scores = read_scores(evaluation, trained) if evaluation else None
         dtype = dtype or trained.llm_config.dtype or torch.float32
         targets = {n: TARGETS["peft_with_base" if n == "peft" and with_base else n] for n in formats}
         check_text_only(trained, targets)
@@ -120,7 +125,7 @@ def export(
 
             proof = partial(verify.prove, mapped=mapped_weights.needed(trained, dtype))
         for name, target in targets.items():
-            _write(trained, target, plans[name], dtype, places[name], proof)
+            _write(trained, target, plans[name], dtype, places[name], scores, proof)
     return folders
 
 
@@ -161,7 +166,13 @@ def _check_disk(places: list[Path], plans: list[ExportPlan]) -> None:
 
 
 def _write(
-    trained: TrainedRun, target: Target, plan: ExportPlan, dtype: torch.dtype, folder: Path, prove: Callable | None
+    trained: TrainedRun,
+    target: Target,
+    plan: ExportPlan,
+    dtype: torch.dtype,
+    folder: Path,
+    scores: dict | None,
+    prove: Callable | None,
 ) -> None:
     staging = output_folder.open_staging(folder, _resume_key(trained, target, plan, dtype))
     write_weights(staging, plan.weights)
@@ -174,7 +185,7 @@ def _write(
         report = prove(trained, target, plan, staging, dtype)
     print(f"proof of {target.name}: {proof_in_one_line(report)}", flush=True)
     write_json(staging / REPORT, report)
-    write_card(trained, target, dtype, report, staging)
+    write_card(trained, target, dtype, report, staging, scores)
     facts = {
         "format": target.name,
         "run": str(trained.run),

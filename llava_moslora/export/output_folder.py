@@ -88,9 +88,13 @@ def files_of_export(folder: Path) -> list[str]:
     present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_symlink() or not p.is_dir()}
     if not present:
         return []
-    recorded = _listed_files(folder)
+    if (recorded := listed_files(folder)) is None:
+        raise Refusal(
+            "C-OUTPUT", "not an export: nothing is deleted here", file=folder, key="--output_dir",
+            expected=f"{EXPORT} in it, and a {MANIFEST} that lists it", fix="choose another",
+        )  # fmt: skip
     strange = sorted(present.keys() - recorded.keys() - {MANIFEST})
-    changed = sorted(name for name in present.keys() & recorded.keys() if _changed(present[name], recorded[name]))
+    changed = sorted(name for name in present.keys() & recorded.keys() if has_changed(present[name], recorded[name]))
     if strange or changed:
         what = "files that no export wrote" if strange else "files that changed since the export"
         raise Refusal(
@@ -100,8 +104,9 @@ def files_of_export(folder: Path) -> list[str]:
     return sorted(present)
 
 
-def _listed_files(folder: Path) -> dict[str, dict]:
-    """Size and SHA-256 of each file that an export's manifest lists, whichever version of this package wrote it."""
+def listed_files(folder: Path) -> dict[str, dict] | None:
+    """Size and SHA-256 of each file that an export's manifest lists, whichever version of this package wrote it; None
+    if ``folder`` has no manifest of an export."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = manifest["files"]
@@ -110,13 +115,10 @@ def _listed_files(folder: Path) -> dict[str, dict]:
             return {name: {"size": entry["size"], "sha256": entry["sha256"]} for name, entry in files.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         pass
-    raise Refusal(
-        "C-OUTPUT", "not an export: nothing is deleted here", file=folder, key="--output_dir",
-        expected=f"{EXPORT} in it, and a {MANIFEST} that lists it", fix="choose another",
-    )  # fmt: skip
+    return None
 
 
-def _changed(file: Path, recorded: dict) -> bool:
+def has_changed(file: Path, recorded: dict) -> bool:
     """Weight files are compared by size only: hashing them takes longer than writing the new ones."""
     if file.is_symlink() or file.stat().st_size != recorded["size"]:
         return True

@@ -80,7 +80,8 @@ class RunSettings:
 
     def training_value(self, name: str) -> Any:
         """A value of ``training``; of a run older than the setting, what runs did then."""
-        return self.training.get(name, BEFORE["training"].get(name))
+        value = self.training.get(name, BEFORE["training"].get(name))
+        return None if value == "None" else value  # as the Trainer's arguments write it
 
 
 @dataclass

@@ -30,6 +30,7 @@ from llava_moslora.training.callbacks.curves import Curves
 from llava_moslora.training.callbacks.early_stopping import EarlyStopping
 from llava_moslora.training.callbacks.metrics import MetricsWriter, ProgressBar
 from llava_moslora.training.callbacks.preemption import catch_lost_ranks, ignore_signals
+from llava_moslora.training.callbacks.trackers import start_trackers
 from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
 from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingTrainer
 from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
@@ -102,6 +103,7 @@ class MosLoraTrainer(EvaluatingTrainer):
         return self.data_loader
 
     def train(self, resume_from_checkpoint: str | None = None):
+        start_trackers(self, self.args.run_folder)
         try:
             with Watchdog(self.args.ddp_timeout) as self.watchdog, catch_lost_ranks(self.watchdog.dead_on_this_host):
                 return super().train(resume_from_checkpoint)

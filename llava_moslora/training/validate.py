@@ -47,6 +47,14 @@ FLASH_ATTENTION = {
     "flash_attention_3": ("flash_attn_interface", "build FlashAttention-3 from its repository's hopper folder"),
 }
 
+# --report_to → the package that is imported, and what installs it
+TRACKERS = {
+    **{name: (name, name) for name in ("wandb", "mlflow", "trackio", "neptune", "codecarbon", "clearml", "dvclive",
+                                       "swanlab", "dagshub", "comet_ml")},
+    "azure_ml": ("azureml", "azureml-mlflow"),
+    "flyte": ("flytekit", "flytekit flytekitplugins-deck-standard"),
+}  # fmt: skip
+
 
 def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, args: TrainingArguments) -> None:
     """Check all flags together.
@@ -178,8 +186,9 @@ def _check_packages(model: ModelSettings, args: TrainingArguments) -> None:
     wanted = {
         "bitsandbytes": (model.bits == 4 or by_optimizer, flag, "pip install 'llava_moslora[quant]'"),
         "liger_kernel": (args.use_liger_kernel, "--use_liger_kernel", "pip install 'llava_moslora[liger]'"),
-        "wandb": ("wandb" in args.reporters, "--report_to wandb", "pip install wandb"),
     }
+    for name, (package, project) in TRACKERS.items():
+        wanted[package] = (name in args.reporters, f"--report_to {name}", f"pip install {project}")
     for name, (package, fix) in FLASH_ATTENTION.items():
         flag = f"--attn_implementation {name}"
         wanted[package] = (model.attn_implementation == name, flag, f"{fix}, or --attn_implementation sdpa")

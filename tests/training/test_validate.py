@@ -226,6 +226,8 @@ def test_both_precisions_at_once(asked):
         ),
         ("--use_liger_kernel True", "liger_kernel", r"--use_liger_kernel: needs liger_kernel, which is not installed"),
         ("--report_to wandb", "wandb", r"--report_to wandb: needs wandb, which is not .*; fix: pip install wandb"),
+        ("--report_to mlflow", "mlflow", r"E-MISSING\] --report_to mlflow: needs mlflow.*; fix: pip install mlflow"),
+        ("--report_to trackio", "trackio", r"E-MISSING\] --report_to trackio: needs.*; fix: pip install trackio"),
     ],
 )
 def test_packages_that_are_missing(asked, monkeypatch, flags, package, message):

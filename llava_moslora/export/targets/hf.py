@@ -40,19 +40,22 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     )
 
 
-TARGET = Target(
-    name="hf",
-    summary=FORMATS["hf"],
-    usage="""from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # scales images as training did
-model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
-turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
+# Python that asks ``model`` and ``processor``, for the model card
+ASK = """turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
 prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
 image = Image.open("photo.jpg").convert("RGB")
 inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.dtype)
 answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1]:]
-print(processor.decode(answer, skip_special_tokens=True))""",
+print(processor.decode(answer, skip_special_tokens=True))"""
+
+TARGET = Target(
+    name="hf",
+    summary=FORMATS["hf"],
+    usage=f"""from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # scales images as training did
+model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
+{ASK}""",
     plan=plan,
 )
 

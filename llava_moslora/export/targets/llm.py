@@ -23,7 +23,11 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 USAGE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)"""
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+turns = [{"role": "user", "content": "What is a llama?"}]
+inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
 TARGET = Target(
     name="llm",
     summary=FORMATS["llm"],

@@ -53,10 +53,13 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 TARGET = Target(
     name="peft with base",
     summary=FORMATS["peft_with_base"],
-    usage="""from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+    usage=f"""from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+processor = AutoProcessor.from_pretrained(FOLDER + "/base", backend="pil")  # scales images as training did
 base = AutoModelForImageTextToText.from_pretrained(FOLDER + "/base", dtype="auto")
-model = PeftModel.from_pretrained(base, FOLDER + "/adapter")""",
+model = PeftModel.from_pretrained(base, FOLDER + "/adapter")
+{hf.ASK}""",
     plan=plan,
     merged=(),
 )
