@@ -7,13 +7,39 @@ pip install 'llava_moslora[commonsense]'. Every set is kept in --output when it 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from llava_moslora.errors import Refusal, run_script
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
+
+SETS = ("arc_easy", "openbookqa", "social_i_qa", "arc_challenge", "winogrande", "piqa", "boolq", "hellaswag")
+PAPER_ROWS = ("moslora", "lora", "lokr", "loha", "flora", "adalora", "dora", "dora_r32")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
+    parser.add_argument("model", help="a run on text alone, or the folder of an LLM: an export of --format llm")
+    parser.add_argument("--data", required=True, help="LLM-Adapters' folder dataset/")
+    parser.add_argument("--output", required=True, help="folder for answers and results")
+    parser.add_argument("--sets", nargs="+", default=SETS, choices=SETS, metavar="SET", help=" ".join(SETS))
+    parser.add_argument("--batch_size", type=int, default=1, help="1 as in the reference")
+    parser.add_argument("--limit", type=int, help="ask only the first N records of each set")
+    parser.add_argument("--paper", default="moslora", choices=PAPER_ROWS, help="the row of Table 4 to print beside it")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="at least 1")
+    return args
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
 from llava_moslora.evaluation.ask import source_header
 from llava_moslora.evaluation.commonsense import (
-    PAPER,
-    SETS,
     SetScore,
     as_json,
     ask,
@@ -32,18 +58,7 @@ from llava_moslora.runs.record import RUN
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a run on text alone, or the folder of an LLM: an export of --format llm")
-    parser.add_argument("--data", required=True, help="LLM-Adapters' folder dataset/")
-    parser.add_argument("--output", required=True, help="folder for answers and results")
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), metavar="SET", help=" ".join(SETS))
-    parser.add_argument("--batch_size", type=int, default=1, help="1 as in the reference")
-    parser.add_argument("--limit", type=int, help="ask only the first N records of each set")
-    parser.add_argument("--paper", default="moslora", choices=list(PAPER), help="the row of Table 4 to print beside it")
-    args = parser.parse_args()
-    for name in ("batch_size", "limit"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="at least 1")
+    args = parse(sys.argv[1:])
     harness()
     files = find_files(args.data, args.sets)
     output = Path(args.output)

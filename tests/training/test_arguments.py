@@ -4,14 +4,14 @@ import pytest
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
-from llava_moslora.training import arguments
+from llava_moslora.training import command_line
 from llava_moslora.training.arguments import TrainingArguments, accumulation_steps
 from llava_moslora.training.text_only import check_text_only
 
 
 def parse(argv):
     """As the script does it, without a process group."""
-    *settings, training = arguments.parse(argv)
+    *settings, training = command_line.parse(argv)
     return *settings, TrainingArguments(**training)
 
 
@@ -78,7 +78,7 @@ def test_wrong_flags_are_answered(tmp_path, extra, message):
 def test_a_bad_flag_is_refused_before_anything_looks_for_devices(tmp_path, extra):
     """So also before the ranks of a run meet."""
     with pytest.raises(Refusal, match="C-FLAG"):
-        arguments.parse([*required(tmp_path), *extra])
+        command_line.parse([*required(tmp_path), *extra])
 
 
 def test_missing_flags_are_named():
@@ -91,7 +91,8 @@ def test_without_a_vision_tower_an_llm_is_trained_on_text(tmp_path):
     (tmp_path / "llm" / "config.json").write_text('{"model_type": "llama"}')
     words = required(tmp_path)
     words = words[:2] + words[4:]
-    model, data, adapter, training = parse([*words, "--model_name_or_path", str(tmp_path / "llm")])
+    words += ["--model_name_or_path", str(tmp_path / "llm")]
+    model, data, adapter, training = command_line.parse(words)
     assert name_parts(model).text_only
     with pytest.raises(Refusal, match=r"--image_folder: has no effect without a vision tower.*give --vision_tower"):
         check_text_only(name_parts(model), data, adapter, training)
@@ -114,7 +115,7 @@ def test_unknown_key_in_a_file(tmp_path):
 def test_a_text_in_the_file_is_what_is_written(tmp_path, text):
     """YAML 1.1 makes a number, a time or a truth value of most of these."""
     file = tmp_path / "c.yaml"
-    file.write_text(f"output_dir: {text}\nrun_name: '{text}'\ndata_path: [{text}]\n")
+    file.write_text(f"output_dir: {text}\nrun_name: '{text}'\ndata_path: [{text}]\nreport_to: wandb\n")
     _, data, _, args = parse([*required(tmp_path)[:4], "--config", str(file)])
     assert [args.output_dir, args.run_name, data.data_path] == [text, text, [text]]
 
