@@ -1,5 +1,5 @@
-"""Fine-tune a LLaVA: adapters (MoSLoRA) in the LLM and in the vision tower, and the whole projector. Without
---vision_tower: an LLM, on text.
+"""Fine-tune a LLaVA: adapters (MoSLoRA) in the LLM and in the vision tower, and the projector.
+Without --vision_tower: an LLM, on text.
 
     deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json --bf16 True \\
         --model_name_or_path LLM --vision_tower CLIP --pretrain_mm_mlp_adapter PROJECTOR \\
