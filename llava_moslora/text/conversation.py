@@ -154,6 +154,9 @@ class ConversationEncoder:
         system = said[0] if turns[0].role == "system" else template.default_system
         if turns[0].role == "system" and not template.system:
             raise Refusal("D-ROLE", "this prompt template has no place for a system turn", found=turns[0].text)
+        if template.one_round and sum(turn.role == "human" for turn in turns) > 1:
+            fix = "records of one round, or another --version; in a chat, /clear"
+            raise Refusal("D-ROLE", "this prompt template has one round", found=f"{len(turns)} turns", fix=fix)
         heading: list[object] = [] if system is None else list(_fill(template.system, [system], []))
         for segment in template.begin:
             yield segment, False
@@ -236,7 +239,7 @@ def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     images = [1] if IMAGE_TOKEN in tokenizer.added_tokens_encoder else []  # an LLM alone has no such token
     question = f"{IMAGE_TOKEN}\nWhat is this?" if images else "What is this?"
     turns = [Turn("human", question), Turn("gpt", "A cat."), Turn("human", "Sure?")]
-    if template == "plain":
+    if template == "plain" or get_template(template, tokenizer).one_round:
         turns = turns[:1]
     ours = encode_prompt(turns, tokenizer=tokenizer, template=template, image_tokens=images).input_ids
     roles = {"human": "user", "gpt": "assistant"}

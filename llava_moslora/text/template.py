@@ -39,3 +39,4 @@ class Template:
     images_only: bool = False  # of the human text only the images are kept (LLaVA's first stage)
     # White space around a turn's text is kept, not stripped. (Not in repr, which is in the names of data caches.)
     keeps_space: bool = field(default=False, repr=False)
+    one_round: bool = field(default=False, repr=False)  # a conversation with a second question is refused

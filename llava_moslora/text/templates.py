@@ -83,6 +83,7 @@ TEMPLATES: dict[str, Template] = {
         reply=(f"\n{' ' * 16}\n{' ' * 16}### Response:\n{' ' * 16}",),
         answer=(TEXT, EOS),
         keeps_space=True,
+        one_round=True,
     ),
     # LLaVA's first stage: an image, its caption, a newline.
     "plain": Template(begin=(BOS,), human=(TEXT,), answer=(TEXT, "\n"), images_only=True),
@@ -187,7 +188,9 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     shown = "state.images" if prompt.images_only else "text"
     trim = "" if prompt.keeps_space else " | trim"
     inside = SYSTEM in prompt.human  # the system text waits for the first human turn
+    only_one = "{%- if messages | length > 2 -%}{{ raise_exception('this prompt has one question') }}{%- endif -%}"
     lines = ["{%- set state = namespace(system='', text='', images='') -%}", f"{{{{- {jinja(prompt.begin)} -}}}}"]
+    lines += [only_one] if prompt.one_round else []
     if prompt.default_system is not None:
         default = jinja(prompt.system, _quote(prompt.default_system))
         lines.append(f"{{%- if messages[0]['role'] != 'system' -%}}{{{{- {default} -}}}}{{%- endif -%}}")

@@ -71,9 +71,9 @@ def test_sampling_is_asked_for(folders, parts):
     assert len(warm) > 1
 
 
-def test_neither_a_run_nor_an_export(tmp_path, parts):
+def test_neither_a_run_nor_an_export(tmp_path):
     with pytest.raises(Refusal, match=r"C-PATH\] .*: neither a run nor a model; expected .*run\.json"):
-        load(parts.images)
+        load(tmp_path)
     with pytest.raises(Refusal, match=r"C-PATH\] .*nowhere: no such folder"):
         load(tmp_path / "nowhere")
 

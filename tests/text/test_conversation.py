@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
 from llava_moslora.errors import Refusal
 from llava_moslora.text import conversation
@@ -16,13 +17,14 @@ from support.labels import show_labels
 
 # Which templates each tiny tokenizer has the control tokens for.
 FITS = {
-    "chatml": ["chatml", "vicuna_v1", "vicuna", "llama2", "plain"],
-    "llama3": ["llama3", "vicuna_v1", "plain"],
+    "chatml": ["chatml", "vicuna_v1", "vicuna", "llama2", "plain", "llm_adapters"],
+    "llama3": ["llama3", "vicuna_v1", "plain", "llm_adapters"],
     "internlm2": ["internlm2", "chatml"],
-    "llama2-legacy": ["vicuna_v1", "vicuna", "llama2", "plain"],
+    "llama2-legacy": ["vicuna_v1", "vicuna", "llama2", "plain", "llm_adapters"],
     "llama2-always": ["vicuna_v1", "vicuna", "llama2", "plain"],
     "llama2-first": ["vicuna_v1", "vicuna", "llama2", "plain"],
 }
+ONE_ROUND = ("plain", "llm_adapters")
 PAIRS = [(tokenizer, template) for tokenizer, templates in FITS.items() for template in templates]
 TALK = [
     Turn("human", "<image>\nWhat is the shape?"),
@@ -58,7 +60,13 @@ def test_chat_template_gives_the_ids_of_encode_prompt(tiny, name, template):
         ),
     ]
     for turns, messages, images in asked:
-        if template == "plain" and (not images or turns[0].role == "system"):
+        if (template == "plain" and not images) or (turns[0].role == "system" and not TEMPLATES[template].system):
+            continue
+        if template == "llm_adapters" and len(turns) > 1:
+            with pytest.raises(Refusal, match="this prompt template has one round"):
+                encode_prompt(turns, tokenizer=tokenizer, template=template, image_tokens=[3] * images)
+            with pytest.raises(TemplateError, match="one question"):
+                tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in messages], chat_template=jinja)
             continue
         ours = encode_prompt(turns, tokenizer=tokenizer, template=template, image_tokens=[3] * images)
         messages = [{"role": role, "content": content} for role, content in messages]
@@ -93,7 +101,7 @@ def test_what_is_trained(tiny, pair):
 @pytest.mark.parametrize(("name", "template"), PAIRS)
 def test_trained_ids_are_the_answers_and_their_stop_tokens(tiny, name, template):
     tokenizer = tiny(name)
-    turns = TALK[:2] if template == "plain" else TALK
+    turns = TALK[:2] if template in ONE_ROUND else TALK
     encoded = encode(turns, tokenizer=tokenizer, template=template, image_tokens=[3])
     assert len(encoded.input_ids) == len(encoded.labels) == encoded.ends[-1]
     assert len(encoded.ends) == len(turns) // 2
@@ -112,7 +120,7 @@ def test_trained_ids_are_the_answers_and_their_stop_tokens(tiny, name, template)
 @pytest.mark.parametrize(("name", "template"), PAIRS)
 def test_an_answer_that_is_not_trained_keeps_its_ids(tiny, name, template):
     options = {"tokenizer": tiny(name), "template": template, "image_tokens": [3]}
-    rounds = 1 if template == "plain" else 2
+    rounds = 1 if template in ONE_ROUND else 2
     whole = encode(TALK[: 2 * rounds], **options)
     first = encode([TALK[0], replace(TALK[1], trained=False), *TALK[2 : 2 * rounds]], **options)
     assert (first.input_ids, first.ends) == (whole.input_ids, whole.ends)
@@ -124,7 +132,7 @@ def test_an_answer_that_is_not_trained_keeps_its_ids(tiny, name, template):
 def test_training_prompt_is_the_generation_prompt(tiny, name, template):
     """What stands before the first trained token is, id for id, what generation starts from."""
     tokenizer = tiny(name)
-    for rounds in (1,) if template == "plain" else (1, 2):
+    for rounds in (1,) if template in ONE_ROUND else (1, 2):
         trained = encode(TALK[: 2 * rounds], tokenizer=tokenizer, template=template, image_tokens=[3])
         asked = encode_prompt(TALK[: 2 * rounds - 1], tokenizer=tokenizer, template=template, image_tokens=[3])
         assert trained.input_ids[: len(asked.input_ids)] == asked.input_ids

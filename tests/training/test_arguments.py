@@ -91,7 +91,8 @@ def test_without_a_vision_tower_an_llm_is_trained_on_text(tmp_path):
     (tmp_path / "llm" / "config.json").write_text('{"model_type": "llama"}')
     words = required(tmp_path)
     words = words[:2] + words[4:]
-    model, data, adapter, training = parse([*words, "--model_name_or_path", str(tmp_path / "llm")])
+    words += ["--model_name_or_path", str(tmp_path / "llm")]
+    model, data, adapter, training = command_line.parse(words)
     assert name_parts(model).text_only
     with pytest.raises(Refusal, match=r"--image_folder: has no effect without a vision tower.*give --vision_tower"):
         check_text_only(name_parts(model), data, adapter, training)

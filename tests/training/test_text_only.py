@@ -87,7 +87,7 @@ def test_losses_are_those_of_stock_transformers_and_peft(parts, data, tmp_path, 
 def test_a_run_is_on_record_as_text_only(parts, data, tmp_path, capsys):
     train(parts, tmp_path / "run", **text_flags(parts, data, health_steps=1, save_steps=2))
     printed = capsys.readouterr().out
-    assert "no vision tower: text only" in printed and "--format llm" in printed and "vision tower  " not in printed
+    assert "; text only" in printed and "--format llm" in printed and "vision tower  " not in printed
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     assert settings["model"]["vision_tower"] is None and settings["adapter"]["vision_lora_r"] == 0
     assert {"delta/llm", "gradient/llm/lora_mixer"} <= rows(tmp_path / "run")[0].keys()
