@@ -61,13 +61,6 @@ def test_the_table_stands_next_to_the_papers_row():
     assert means == pytest.approx(printed, abs=0.07)  # FLoRA's 84.26 is printed as 84.2
 
 
-def test_the_script_knows_every_set_and_row():
-    """It names them itself, so that --help imports nothing."""
-    from scripts import evaluate_commonsense as script
-
-    assert tuple(SETS) == script.SETS and set(script.PAPER_ROWS) == PAPER.keys()
-
-
 def test_files_are_checked_before_a_model_is_loaded(data, tmp_path):
     assert list(find_files(data, ["boolq", "arc_easy"])) == ["boolq", "arc_easy"]
     with pytest.raises(Refusal, match=r"D-FILE.*ARC-Easy/test.json.*LLM-Adapters' folder dataset/"):

@@ -243,8 +243,7 @@ def test_a_new_template_is_one_row(tiny, monkeypatch):
 
 
 def test_every_template_is_tested():
-    text_only = {"llm_adapters"}  # tests/training/test_text_only.py, tests/evaluation/test_commonsense.py
-    assert {template for _, template in PAIRS} == set(TEMPLATES) - text_only
+    assert {template for _, template in PAIRS} == set(TEMPLATES)
 
 
 # D22: a template that does not fit the tokenizer; that the others fit is tested with the templates
