@@ -64,7 +64,8 @@ def main() -> None:
     if args.max_waiting < 1:
         raise Refusal("C-FLAG", "out of range", key="--max_waiting", found=args.max_waiting, expected="at least 1")
     signal.signal(signal.SIGTERM, on_sigterm)
-    with listen(args.host, args.port) as listener, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as uploads:
+    folder = tempfile.TemporaryDirectory(prefix="llava_moslora-", ignore_cleanup_errors=True)
+    with folder as uploads, listen(args.host, args.port) as listener:
         prepare_gradio(uploads)
         chat_models = [load(model) for model in args.model]
         if args.compare_untrained:
@@ -161,18 +162,17 @@ def page(chat_models: dict[str, ChatModel], max_seconds: float, max_waiting: int
     """The page as gradio's ``Blocks``: an image, a question, and one conversation per model."""
     import gradio
 
-    image_input, slider = raw_inputs()
     with gradio.Blocks(title="llava_moslora", analytics_enabled=False, delete_cache=(DAY // 24, DAY)) as blocks:
         gradio.Markdown("### " + " · ".join(chat_models))
         with gradio.Row():
             with gradio.Column(scale=1):
-                image = image_input(type="filepath", label="image", sources=["upload", "clipboard"], height=300)
+                image = as_sent(gradio.Image(label="image", sources=["upload", "clipboard"], height=300))
                 text = gradio.Textbox(label="question", placeholder="What is shown?", elem_id="question")
                 with gradio.Row():
                     ask = gradio.Button("Ask", variant="primary", elem_id="ask")
                     clear = gradio.Button("Start over", elem_id="clear")
-                length = slider(1, MAX_NEW_TOKENS, 256, step=1, label="longest answer, in tokens")
-                temperature = slider(0, 1.5, 0, step=0.1, label="temperature (0: the most likely answer)")
+                length = gradio.Slider(1, MAX_NEW_TOKENS, 256, step=1, label="longest answer, in tokens")
+                warmth = gradio.Slider(0, 1.5, 0, step=0.1, label="temperature (0: the most likely answer)")
             with gradio.Column(scale=2), gradio.Row():
                 chats = [
                     gradio.Chatbot(label=name, height=560, render_markdown=False, buttons=["copy"])
@@ -195,30 +195,23 @@ def page(chat_models: dict[str, ChatModel], max_seconds: float, max_waiting: int
                 yield [rounds, question, *chat_messages(rounds, len(chat_models))]
                 raise gradio.Error(html.escape(refusal.line()), duration=None, print_exception=False) from error
 
-        inputs, outputs = [state, image, text, length, temperature], [state, text, *chats]
+        inputs, outputs = [state, image, text, as_sent(length), as_sent(warmth)], [state, text, *chats]
         for event in (ask.click, text.submit):  # one at a time, of all who use the page
             event(answer, inputs, outputs, concurrency_id="models", concurrency_limit=1, api_name=event.event_name)
         clear.click(lambda: [[], "", *chat_messages([], len(chat_models))], None, outputs, queue=False)
     return blocks.queue(max_size=max_waiting)
 
 
-def raw_inputs() -> tuple[type, type]:
-    """gradio's image and slider, whose values come as they were sent and are refused in :func:`page`. gradio's own
-    would fetch or copy any file that a request names, and print a traceback for what they cannot use."""
-    import gradio
+def as_sent(component: Any) -> Any:
+    """The component, whose value comes as it was sent, and is refused in :func:`page`. As gradio has it, it would fetch
+    or copy any file that a request names, and print a traceback for what it cannot use."""
 
-    class Image(gradio.Image):
-        def preprocess(self, payload):
-            return None if payload is None else payload.path
+    async def where_it_is(file: str) -> str:
+        return file
 
-        async def async_move_resource_to_block_cache(self, url_or_file_path):
-            return url_or_file_path
-
-    class Slider(gradio.Slider):
-        def preprocess(self, payload):
-            return payload
-
-    return Image, Slider
+    component.preprocess = lambda value: getattr(value, "path", value)
+    component.async_move_resource_to_block_cache = where_it_is
+    return component
 
 
 def uploaded(file: str | None) -> str | None:

@@ -90,8 +90,8 @@ class Guard:
         if host is None or not (host in self.own or (self.any_address and _is_address(host))):
             return 400, f"this server is not called {', '.join(hosts) or 'nothing'}; --allowed_hosts adds a name"
         for origin in (value for name, value in headers if name == b"origin"):
-            same = urlsplit(origin).netloc.lower() == hosts[0].lower()
-            if not same and _name(urlsplit(origin).netloc) not in self.names:
+            netloc = origin.lower().partition("://")[2]
+            if netloc != hosts[0].lower() and _name(netloc) not in self.names:
                 return 403, f"a page of {origin} may not use this server"
         return None
 
