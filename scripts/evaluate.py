@@ -18,34 +18,20 @@ import argparse
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-from torch import distributed
-
-from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.evaluation.ask import Questions, ask, source_header
-from llava_moslora.evaluation.benchmarks import BENCHMARKS
-from llava_moslora.evaluation.checks import open_benchmark
-from llava_moslora.evaluation.judge import Judge
-from llava_moslora.evaluation.kit import SCORER, find_kit, score_by_kit
-from llava_moslora.evaluation.mistakes_page import PAGE, PER_BENCHMARK
-from llava_moslora.evaluation.output import complete, locked, new_output, scored, writable
-from llava_moslora.evaluation.paper_row import NO_ROW
 from llava_moslora.evaluation.prompts import PROMPTS
-from llava_moslora.evaluation.question_file import evaluate_questions, read_questions
-from llava_moslora.evaluation.radar import radar_of, write_radar
 from llava_moslora.evaluation.reading import RULES
-from llava_moslora.evaluation.report import comparison, named, write_comparison, write_report
-from llava_moslora.evaluation.results import PAPER_ROWS, check_comparable, read_results
-from llava_moslora.evaluation.scoring import JUDGED
-from llava_moslora.inference.load import load
-from llava_moslora.runs.checkpoints import newest_checkpoint
-from llava_moslora.runs.record import RUN
-from llava_moslora.training.process_group import is_loopback
+from llava_moslora.evaluation.results import NO_ROW, PAGE, PAPER_ROWS
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
+
+SCORER = "vlmevalkit"
+PER_BENCHMARK = 100  # mistakes on the page
 
 # Mode → the flags it needs, and those it may have besides.
 FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -59,8 +45,9 @@ FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
+    """The flags, and the mode that they ask for."""
+    parser = ScriptParser(__doc__)
     parser.add_argument("run", nargs="+", help="a run or an export; with --compare or --radar results")
     parser.add_argument("--benchmark", nargs="+", metavar="NAME", help="benchmarks, or all")
     parser.add_argument("--data", help="folder with the benchmarks' TSV files")
@@ -90,12 +77,8 @@ def main() -> None:
     parser.add_argument("--output", help="folder for answers, results, a comparison; file for --questions")
     parser.add_argument("--probe", metavar="FILE", help="write the first-token logits of the first 32 questions there")
     parser.add_argument("--batch_size", type=int, help="16 by default")
-    args = parser.parse_args()
-    mode = check_flags(args)
-    args.batch_size = 16 if args.batch_size is None else args.batch_size
-    args.mistakes = PER_BENCHMARK if args.mistakes is None else args.mistakes
-    modes = {"benchmark": evaluate_benchmarks, "questions": ask_question_file, "compare": compare_results}
-    (modes | {"radar": draw_radar})[mode](args)
+    args = parser.parse_args(argv)
+    return args, check_flags(args)
 
 
 def check_flags(args: argparse.Namespace) -> str:
@@ -130,6 +113,39 @@ def check_flags(args: argparse.Namespace) -> str:
         what = "two results are compared" if expected == 2 else "one run or export is evaluated"
         raise Refusal("C-FLAG", what, key=f"--{modes[0]}", found=" ".join(args.run))
     return modes[0]
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+import torch
+from torch import distributed
+
+from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
+from llava_moslora.evaluation.ask import Questions, ask, source_header
+from llava_moslora.evaluation.benchmarks import BENCHMARKS
+from llava_moslora.evaluation.checks import open_benchmark
+from llava_moslora.evaluation.judge import Judge
+from llava_moslora.evaluation.kit import find_kit, score_by_kit
+from llava_moslora.evaluation.output import complete, locked, new_output, scored, writable
+from llava_moslora.evaluation.question_file import evaluate_questions, read_questions
+from llava_moslora.evaluation.radar import radar_of, write_radar
+from llava_moslora.evaluation.report import comparison, named, write_comparison, write_report
+from llava_moslora.evaluation.results import check_comparable, read_results
+from llava_moslora.evaluation.scoring import JUDGED
+from llava_moslora.inference.load import load
+from llava_moslora.runs.checkpoints import newest_checkpoint
+from llava_moslora.runs.record import RUN
+from llava_moslora.training.process_group import is_loopback
+
+
+def main() -> None:
+    args, mode = parse(sys.argv[1:])
+    args.batch_size = 16 if args.batch_size is None else args.batch_size
+    args.mistakes = PER_BENCHMARK if args.mistakes is None else args.mistakes
+    modes = {"benchmark": evaluate_benchmarks, "questions": ask_question_file, "compare": compare_results}
+    (modes | {"radar": draw_radar})[mode](args)
 
 
 def one_of(value: str | None, known: Collection[str], flag: str, default: str = "") -> str:

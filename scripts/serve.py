@@ -18,6 +18,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -25,8 +26,40 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal, defect, known_failure, run_script
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
+    parser.add_argument("model", nargs="+", help="one or two runs or exports")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what the page calls them; default: their folders")
+    parser.add_argument("--compare_untrained", action="store_true", help="next to a run: its model before training")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; 0.0.0.0: every network")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
+    parser.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="other names it is reached by")
+    parser.add_argument("--max_seconds", type=float, default=600, metavar="N", help="of an answer; default: 600")
+    parser.add_argument("--max_waiting", type=int, default=8, metavar="N", help="questions in the queue; default: 8")
+    args = parser.parse_args(argv)
+    count = len(args.model) + args.compare_untrained
+    if count > 2:
+        raise Refusal("C-FLAG", "one or two models", key="model", found=f"{count} models")
+    args.names = args.names or [Path(model).name for model in args.model] + ["untrained"] * args.compare_untrained
+    if len(args.names) != count:
+        raise Refusal("C-FLAG", "one name for each model", key="--names", found=len(args.names), expected=count)
+    if not 0 < args.max_seconds < math.inf:
+        raise Refusal("C-FLAG", "out of range", key="--max_seconds", found=args.max_seconds, expected="above 0")
+    if args.max_waiting < 1:
+        raise Refusal("C-FLAG", "out of range", key="--max_waiting", found=args.max_waiting, expected="at least 1")
+    return args
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+from llava_moslora.data.images import load_image
 from llava_moslora.inference.generate import Question
 from llava_moslora.inference.load import ChatModel, load, load_run
 from llava_moslora.inference.stream import stream
@@ -43,26 +76,7 @@ DAY = 24 * 60 * 60
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="+", help="one or two runs or exports")
-    parser.add_argument("--names", nargs="+", help="what the page calls them; default: their folders")
-    parser.add_argument("--compare_untrained", action="store_true", help="next to a run: its model before training")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every network of this machine")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--allowed_hosts", nargs="+", default=[], help="names that the page is also reached by")
-    parser.add_argument("--max_seconds", type=float, default=600, help="of one answer of one model; default: 600")
-    parser.add_argument("--max_waiting", type=int, default=8, help="questions in the queue; default: 8")
-    args = parser.parse_args()
-    count = len(args.model) + args.compare_untrained
-    if count > 2:
-        raise Refusal("C-FLAG", "one or two models", key="model", found=f"{count} models")
-    names = args.names or [Path(model).name for model in args.model] + ["untrained"] * args.compare_untrained
-    if len(names) != count:
-        raise Refusal("C-FLAG", "one name for each model", key="--names", found=len(names), expected=count)
-    if not 0 < args.max_seconds < math.inf:
-        raise Refusal("C-FLAG", "out of range", key="--max_seconds", found=args.max_seconds, expected="above 0")
-    if args.max_waiting < 1:
-        raise Refusal("C-FLAG", "out of range", key="--max_waiting", found=args.max_waiting, expected="at least 1")
+    args = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, on_sigterm)
     folder = tempfile.TemporaryDirectory(prefix="llava_moslora-", ignore_cleanup_errors=True)
     with folder as uploads, listen(args.host, args.port) as listener:
@@ -70,7 +84,7 @@ def main() -> None:
         chat_models = [load(model) for model in args.model]
         if args.compare_untrained:
             chat_models.append(load_run(args.model[0], trained=False))
-        serve(dict(zip(names, chat_models, strict=True)), listener, Path(uploads), args)
+        serve(dict(zip(args.names, chat_models, strict=True)), listener, Path(uploads), args)
 
 
 def on_sigterm(*_) -> None:
@@ -132,6 +146,12 @@ def serve(
     import uvicorn
 
     stopped = threading.Event()
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, *_) -> None:  # of a signal; uvicorn's own raises it again at the end
+            stopped.set()
+            self.should_exit = True
+
     blocks = page(chat_models, settings.max_seconds, settings.max_waiting, stopped)
     app = gradio.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None), blocks, path="/",
@@ -139,22 +159,16 @@ def serve(
     )  # fmt: skip
     blocks.has_launched = True  # which mounting leaves out: without it, gradio copies any file that a request names
     names = tuple(settings.allowed_hosts)
-    guard = Guard(app, host=settings.host, names=names, upload_path="/gradio_api/upload", uploads=uploads)
+    guard = Guard(
+        app, host=settings.host, names=names, upload_path="/gradio_api/upload", uploads=uploads, stopped=stopped
+    )
     config = uvicorn.Config(
         guard, log_level="warning", ws="none", lifespan="on", limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=2, server_header=False,
     )  # fmt: skip
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"the page: http://{host}:{settings.port}", flush=True)
-    try:
-        uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:  # raised again by uvicorn once everything is closed, as is what SIGTERM raises
-        pass
-    except Refusal as refusal:
-        if refusal.code != "P-STOPPED":
-            raise
-    finally:
-        stopped.set()
+    Server(config).run(sockets=[listener])
     print("stopped", flush=True)
 
 

@@ -30,7 +30,6 @@ from llava_moslora.evaluation.scoring import JUDGED, Score, question_of, score, 
 from llava_moslora.evaluation.tsv import hidden_by_pandas
 from llava_moslora.files.disk import replace_file, replace_folder, replace_json
 
-SCORER = "vlmevalkit"
 INSTALL = "-m pip install ms-vlmeval==0.0.20"
 KIT_TABLE, KIT_FILES, KIT_LOG = "vlmevalkit.json", "vlmevalkit", "vlmevalkit.log"
 SAME = 1e-6  # points: sums in another order

@@ -20,7 +20,6 @@ from llava_moslora.evaluation.scoring import Outcome, options_of
 from llava_moslora.evaluation.tsv import Table
 from llava_moslora.files.disk import replacing
 
-PAGE, PER_BENCHMARK = "mistakes.html", 100
 THUMBNAIL = 224  # pixels of the longer side
 LONGEST_TEXT = 2000  # characters of a prompt or an answer that are shown
 CATEGORIES = ("l2-category", "category", "task")  # columns; the first that a row has is its category

@@ -23,7 +23,6 @@ from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.record import EXPORT, RUN, read_run
 
-NO_ROW = "none"  # of --paper: switched off
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 VISION_TOWER = "clip-vit-large-patch14-336"
 VISION_CONFIG = {"hidden_size": 1024, "num_hidden_layers": 24, "image_size": 336, "patch_size": 14}

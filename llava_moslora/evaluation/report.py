@@ -8,10 +8,10 @@ from pathlib import Path
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.compare import compare
 from llava_moslora.evaluation.mistakes import Answered, answered_by_both, choose
-from llava_moslora.evaluation.mistakes_page import PAGE, write_page
-from llava_moslora.evaluation.paper_row import NO_ROW, recognise_row
+from llava_moslora.evaluation.mistakes_page import write_page
+from llava_moslora.evaluation.paper_row import recognise_row
 from llava_moslora.evaluation.radar import RADAR, SETS, lacking, radar_of, write_radar
-from llava_moslora.evaluation.results import RESULTS, Result, comparison_table, write_results
+from llava_moslora.evaluation.results import NO_ROW, PAGE, RESULTS, Result, comparison_table, write_results
 from llava_moslora.evaluation.tsv import Table
 from llava_moslora.files.disk import replace_file
 

@@ -20,9 +20,10 @@ from llava_moslora.evaluation.reading import RULES
 from llava_moslora.evaluation.scoring import JUDGED, Outcome, Score, Unit
 from llava_moslora.files.disk import read_json, replace_file, replace_json
 
-SCORE, RESULTS, TABLE = "score.json", "results.json", "results.md"
+SCORE, RESULTS, TABLE, PAGE = "score.json", "results.json", "results.md", "mistakes.html"
 # Rows of the paper's Table 5 as the command line names them: llama-3-moslora-kaiming.
 PAPER_ROWS = {"-".join(filter(None, key)).lower(): numbers for key, numbers in PAPER.items()}
+NO_ROW = "none"  # of --paper: none of them
 # What two results must have in common to be compared.
 SAME_QUESTIONS = ("data", "prompts", "max_new_tokens", "limit", "judge", "judge_prompts")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 OWN_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
-DROP_SECONDS = 5
+DROP_SECONDS, STOP_SECONDS = 5, 0.5
 EVERY_NETWORK = frozenset({"0.0.0.0", "::"})
 # The page takes everything from this server; a browser loads nothing that an answer or a library names elsewhere.
 HEADERS = [
@@ -61,13 +62,15 @@ class Guard:
         host: the address that is listened on; of every network (0.0.0.0), each address of this machine is a name of it.
         names: other names, as of a proxy in front of it.
         upload_path: the path whose requests are uploads. uploads: the folder that they are kept in.
+        stopped: once it is set, whoever still is listening counts as gone.
     """
 
     def __init__(
         self, app: App, *, host: str, names: tuple[str, ...] = (), upload_path: str, uploads: Path,
-        limits: Limits = Limits(),
+        stopped: threading.Event, limits: Limits = Limits(),
     ):  # fmt: skip
         self.app, self.limits, self.upload_path, self.uploads = app, limits, upload_path, uploads
+        self.stopped = stopped
         self.names = frozenset(map(str.lower, names))
         self.any_address = host in EVERY_NETWORK
         self.own = OWN_NAMES | self.names | {host.lower()}
@@ -77,7 +80,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = [(name.lower(), value.decode("latin-1")) for name, value in scope["headers"]]
-        request = _Request(self.app, scope, receive, send, self._bytes_of(scope["path"]), self.limits.body_seconds)
+        request = _Request(self, scope, receive, send, self._bytes_of(scope["path"]))
         if refused := self._foreign(headers) or self._too_much(scope["path"], headers):
             await request.refuse(*refused)
         else:
@@ -112,11 +115,11 @@ class Guard:
 
 
 class _Request:
-    """One request whose body may have ``most`` bytes and take ``seconds``; its response gets :data:`HEADERS`."""
+    """One request whose body may have ``most`` bytes; its response gets :data:`HEADERS`."""
 
-    def __init__(self, app: App, scope: Message, receive: Receive, send: Send, most: int, seconds: float):
-        self.app, self.scope, self.receive, self.send, self.most = app, scope, receive, send, most
-        self.deadline = time.monotonic() + seconds
+    def __init__(self, guard: Guard, scope: Message, receive: Receive, send: Send, most: int):
+        self.app, self.scope, self.receive, self.send, self.most = guard.app, scope, receive, send, most
+        self.stopped, self.deadline = guard.stopped, time.monotonic() + guard.limits.body_seconds
         self.came, self.complete, self.begun, self.refused = 0, False, False, False
 
     async def run(self) -> None:
@@ -130,7 +133,7 @@ class _Request:
         if self.refused:
             return {"type": "http.disconnect"}
         if self.complete:
-            return await self.receive()
+            return await self._left()
         try:
             message = await asyncio.wait_for(self.receive(), max(0.0, self.deadline - time.monotonic()))
         except (asyncio.TimeoutError, TimeoutError):
@@ -138,6 +141,17 @@ class _Request:
         self.came += len(message.get("body", b""))
         self.complete = not message.get("more_body", False)
         return await self.refuse(413, _too_large(self.most)) if self.came > self.most else message
+
+    async def _left(self) -> Message:
+        """Returns when the client closes the connection, or the server ends."""
+        waiting = asyncio.ensure_future(self.receive())
+        try:
+            while not self.stopped.is_set():
+                if (await asyncio.wait([waiting], timeout=STOP_SECONDS))[0]:
+                    return waiting.result()
+        finally:
+            waiting.cancel()
+        return {"type": "http.disconnect"}
 
     async def refuse(self, status: int, text: str) -> Message:
         """Answer with JSON, whose ``detail`` the page shows, and close the connection. What is left of the body is

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 
@@ -38,7 +39,9 @@ def asked(tmp_path, *, headers=(), path="/", body=(b"",), pause=0.0, host="127.0
     async def send(message):
         sent.append(message)
 
-    guard = Guard(page, host=host, names=names, upload_path="/upload", uploads=tmp_path, limits=LIMITS)
+    guard = Guard(
+        page, host=host, names=names, upload_path="/upload", uploads=tmp_path, stopped=threading.Event(), limits=LIMITS
+    )
     headers = [(name.encode(), value.encode()) for name, value in headers]
     asyncio.run(guard({"type": "http", "path": path, "headers": headers}, receive, send))
     start, end = sent
@@ -127,3 +130,21 @@ def test_all_uploads_together(tmp_path):
     assert asked(tmp_path, headers=[OWN, ("content-length", "400")], path="/upload", body=[b"b" * 400])[0] == 200
     status, _, text, _ = asked(tmp_path, headers=[OWN, ("content-length", "600")], path="/upload", body=[b"b" * 600])
     assert status == 507 and "too many images" in text
+
+
+def test_whoever_listens_is_left_at_the_end(tmp_path):
+    """A page that is open listens for as long as it is: the server would wait for it."""
+    stopped, heard = threading.Event(), []
+
+    async def page(scope, receive, send):
+        heard.append(await receive())
+        stopped.set()
+        heard.append(await receive())
+
+    async def receive(bodies=[{"type": "http.request", "body": b"", "more_body": False}]):  # noqa: B006
+        return bodies.pop() if bodies else await asyncio.sleep(60)
+
+    guard = Guard(page, host="localhost", upload_path="/upload", uploads=tmp_path, stopped=stopped, limits=LIMITS)
+    scope = {"type": "http", "path": "/", "headers": [(b"host", b"localhost")]}
+    asyncio.run(asyncio.wait_for(guard(scope, receive, None), 5))
+    assert [message["type"] for message in heard] == ["http.request", "http.disconnect"]
