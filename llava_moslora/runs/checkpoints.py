@@ -74,11 +74,22 @@ def newest_valid(run: Path) -> tuple[Path | None, list[Refusal]]:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The newest valid checkpoint of a run.
+    """The newest valid checkpoint of a run, which may be trained meanwhile.
 
     Raises:
         Refusal: the run has none, or the newest is not this run's own: renamed, or of another seed.
     """
+    for _ in range(50):
+        before = checkpoints(run)
+        try:
+            return _newest_checkpoint(run)
+        except (FileNotFoundError, Refusal):
+            if checkpoints(run) == before:
+                raise  # else it was pruned while it was read, and there is a newer one
+    return _newest_checkpoint(run)
+
+
+def _newest_checkpoint(run: Path) -> Path:
     checkpoint, skipped = newest_valid(run)
     if checkpoint is None:
         found = "; ".join(refusal.line() for refusal in skipped) or "none at all"
