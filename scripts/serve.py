@@ -181,7 +181,7 @@ def page(chat_models: dict[str, ChatModel], max_seconds: float, max_waiting: int
         with gradio.Row():
             with gradio.Column(scale=1):
                 image = as_sent(gradio.Image(label="image", sources=["upload", "clipboard"], height=300))
-                text = gradio.Textbox(label="question", placeholder="What is shown?", elem_id="question")
+                text = gradio.Textbox(label="question", placeholder="What is shown?", max_lines=8, elem_id="question")
                 with gradio.Row():
                     ask = gradio.Button("Ask", variant="primary", elem_id="ask")
                     clear = gradio.Button("Start over", elem_id="clear")
@@ -206,8 +206,9 @@ def page(chat_models: dict[str, ChatModel], max_seconds: float, max_waiting: int
                         yield [said, "", *chat_messages(said, len(chat_models))]
             except Exception as error:  # the boundary: whatever it is, it is told in one line on the page
                 refusal = known_failure(error) or defect(error)
+                # gradio's Error would cover the question, which is to be corrected, and the conversation
+                gradio.Warning(html.escape(refusal.line()), duration=None, title="Refused")
                 yield [rounds, question, *chat_messages(rounds, len(chat_models))]
-                raise gradio.Error(html.escape(refusal.line()), duration=None, print_exception=False) from error
 
         inputs, outputs = [state, image, text, as_sent(length), as_sent(warmth)], [state, text, *chats]
         for event in (ask.click, text.submit):  # one at a time, of all who use the page
