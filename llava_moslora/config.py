@@ -98,13 +98,12 @@ class DataSettings(Settings):
     heading = DATA
 
     data_path: list[str] = setting(
-        help="files of records: JSON, JSONL or Parquet, tar shards with the images (mix/*.tar), folders of datasets' "
-        "save_to_disk, or hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], which alone downloads"
+        help="JSON, JSONL or Parquet files, tar shards (mix/*.tar), folders of datasets, or hub:OWNER/NAME: downloads"
     )
-    data_columns: list[str] = setting(
-        [], "NAME=COLUMN: columns of the data that have another name than their record format's: messages=dialog"
-    )
+    data_columns: list[str] = setting([], "NAME=COLUMN of columns with other names: messages=dialog")
     data_weights: list[float] = setting([], "how often each file is seen per epoch; default: once")
+    eval_data_path: list[str] = setting([], "validation data: as --data_path, each FILE or NAME=FILE")
+    validation_split: float = setting(0.0, "share of --data_path held out, by each record's content")
     image_folder: str | None = setting(None, "folder that image names are relative to")
     image_aspect_ratio: str = setting("pad", "pad to a square, or crop as the tower's processor does", ASPECT_RATIOS)
     image_engine: str = setting("pil", "pil: resized as for the tower's training; torch: faster", IMAGE_ENGINES)
@@ -148,7 +147,7 @@ class AdapterSettings(Settings):
     lora_alpha: float = setting(128, "scaling = alpha / rank")
     lora_dropout: float = setting(0.05, "dropout before the LLM's adapters")
     lora_target_modules: list[str] = setting([], "suffixes of the LLM's linears; default: every linear")
-    mixer_init: str = setting("kaiming_uniform", "init", MIXER_INITS)
+    mixer_init: str = setting("kaiming_uniform", " | ".join(MIXER_INITS), MIXER_INITS)
     train_mixer: bool = setting(True, "False: mixers stay as they start; with identity that is LoRA")
     vision_lora_r: int = setting(64, "rank in the vision tower; 0: no adapter there")
     vision_lora_alpha: float = setting(16, "scaling = alpha / rank")
@@ -195,6 +194,8 @@ class TrainingSettings(Settings):
     )
     packing: bool = setting(False, "several records per row; for --data_order shuffle")
     recompute: str | None = setting(None, f"{RECOMPUTE_MODES}, to save memory; default: none", group=SPEED)
+    early_stopping_patience: int | None = setting(None, "stop after N evaluations in a row that are no better")
+    early_stopping_threshold: float = setting(0.0, "how much better counts as better")
     sample_questions: str | None = setting(None, "LLaVA-format JSON with questions to answer meanwhile", group=LOGGING)
     sample_image_folder: str | None = setting(None, "of --sample_questions; default: as --image_folder", group=LOGGING)
     sample_steps: int = setting(500, "answer --sample_questions every N steps", group=LOGGING)
@@ -242,6 +243,12 @@ class TrainerSettings:
     ignore_data_skip: bool = setting(True, "leave it True: the data loader itself starts where the run stopped")
     lr_scheduler_type: str = setting("cosine", "schedule", LR_SCHEDULES, group=TRAINING)
     warmup_steps: float = setting(0.03, "warmup in steps; below 1: a share of all steps", group=TRAINING)
+    eval_steps: float | None = setting(None, "default: as --save_steps; below 1: a share of all steps", group=TRAINING)
+    per_device_eval_batch_size: int | None = setting(None, "default: as --per_device_train_batch_size")
+    load_best_model_at_end: bool = setting(False, "export, chat and evaluate take the best checkpoint", group=SAVING)
+    metric_for_best_model: str | None = setting(
+        None, "loss (default) or token_accuracy, of all validation sets together; NAME_loss, … of one of several"
+    )
     # The Trainer's switch for full recomputation: transformers renamed it in 5.23 and will drop the old name in 6.
     gradient_checkpointing: bool | None = setting(None, "True: as --recompute full")
     activation_checkpointing: bool | None = setting(None, "True: as --recompute full")

@@ -187,9 +187,9 @@ class SettingsParser(ScriptParser):
         for flag in self.flags:
             if flag.group:
                 groups.setdefault(flag.group, []).extend(flag.help_lines())
-        shown = "Each flag is shown with its default; those without one must be given, or say what happens."
+        shown = "Shown with defaults; flags without one must be given or say what happens."
         if self.more is not None:
-            shown = f"{shown[:-1]};\n--help all shows the Trainer's other flags too."
+            shown = f"{shown[:-1]}; --help all: the Trainer's."
         body = "\n".join(line for heading, lines in groups.items() if lines for line in (f"{heading}:", *lines))
         return f"{self.format_usage()}\n{(self.description or '').strip()}\n\n{shown}\n\n{body}\n"
 

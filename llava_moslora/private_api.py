@@ -66,6 +66,8 @@ PARTS = {
             training_step(model, inputs, num_items_in_batch)
             compute_loss(model, inputs, return_outputs, num_items_in_batch)
             _clip_grad_norm(model) _get_grad_norm(model, grad_norm) log(logs, start_time)
+            evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            _evaluate(trial, ignore_keys_for_eval, skip_scheduler) _determine_best_metric(metrics, trial)
             _save_checkpoint(model, trial) _run_epoch(model, epoch, train_dataloader, *)
             _prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
             _load_from_checkpoint(resume_from_checkpoint, model) _load_rng_state(checkpoint)""",

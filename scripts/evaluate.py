@@ -135,7 +135,7 @@ from llava_moslora.evaluation.report import comparison, named, write_comparison,
 from llava_moslora.evaluation.results import check_comparable, read_results
 from llava_moslora.evaluation.scoring import JUDGED
 from llava_moslora.inference.load import load
-from llava_moslora.runs.checkpoints import newest_checkpoint
+from llava_moslora.runs.checkpoints import model_checkpoint
 from llava_moslora.runs.record import RUN
 from llava_moslora.training.process_group import is_loopback
 
@@ -195,7 +195,7 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
         for name in wanted
     ]  # fmt: skip
     with locked(output / f".lock-{rank()}"):
-        checkpoint = from_rank_0(newest_checkpoint(source) if (source / RUN).is_file() else None)
+        checkpoint = from_rank_0(model_checkpoint(source) if (source / RUN).is_file() else None)
         header = from_rank_0(source_header(source, checkpoint))
         # One decision for all ranks, before any of them writes.
         done = from_rank_0([complete(questions, header, output / questions.benchmark.name) for questions in asked])

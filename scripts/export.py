@@ -33,6 +33,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--merge_base", choices=[ORIGINAL, DEQUANTIZED], default=ORIGINAL,
         help="of a run with --bits 4: merge into the original weights, or into the dequantised ones that training saw",
     )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint",
+        help="best (by validation), newest, or a step; default: newest, of a run with --load_best_model_at_end best",
+    )
     parser.add_argument("--model_name_or_path", help="the LLM's folder, if it moved since the training")
     parser.add_argument("--vision_tower", help="the vision tower, if it moved since the training")
     parser.add_argument(
@@ -67,8 +71,8 @@ def main() -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     folders = export(
         args.run, args.output_dir, args.format, dtype=dtype, merge_base=args.merge_base,
-        with_base=args.with_base, llm=args.model_name_or_path, vision_tower=args.vision_tower,
-        overwrite=args.overwrite, prove=not args.no_proof,
+        with_base=args.with_base, checkpoint=args.checkpoint, llm=args.model_name_or_path,
+        vision_tower=args.vision_tower, overwrite=args.overwrite, prove=not args.no_proof,
     )  # fmt: skip
     for name, folder in folders.items():
         print(f"exported: {folder} ({name})")

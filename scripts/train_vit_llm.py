@@ -22,15 +22,16 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
     quiet_libraries()
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, TrainerState, set_seed
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.data.cache import keys_of, summary
+from llava_moslora.data.cache import summary
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
+from llava_moslora.data.split import validation_data
 from llava_moslora.distributed import from_rank_0
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
@@ -67,7 +68,7 @@ def main() -> None:
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
     args = TrainingArguments(**training)
-    check(model_settings, adapter_settings, args)
+    check(model_settings, data_settings, adapter_settings, args)
     run, main_process = args.run_folder, args.process_index == 0
     print_once = print if main_process else (lambda *_: None)
     inputs = input_paths(model_settings, data_settings, args, sys.argv[1:])
@@ -84,18 +85,20 @@ def main() -> None:
     print_once(f"device: {args.device_name}\nconversation template: {template}")
 
     # 3. Check and tokenise the data, or find it in --data_cache
-    dataset = prepare(
-        data_settings, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
+    prepare_alike = partial(
+        prepare, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
         longest_text=longest_text(llm_config),
     )  # fmt: skip
-    print_once(summary(dataset))
-    sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
+    dataset = prepare_alike(data_settings)
+    trained, validation, keys = validation_data(dataset, data_settings, prepare_alike)
+    print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
+    sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
     model_settings = replace(model_settings, version=template)
     settings = RunSettings(model_settings, data_settings, adapter_settings, args.as_record(), processor,
                            global_batch_size=args.global_batch_size)  # fmt: skip
-    fingerprints = base_fingerprints(model_settings) | {"data": keys_of(dataset)}
+    fingerprints = base_fingerprints(model_settings) | keys
     if main_process:
         check_resume(args, settings, fingerprints)
 
@@ -104,7 +107,7 @@ def main() -> None:
     print_once(parameter_table(model))
     trainer = MosLoraTrainer(
         model=model, args=args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption],
-        data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing),
+        data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing), eval_dataset=validation,
     )  # fmt: skip
     if args.sample_questions:
         trainer.add_callback(sample_answers(args, ChatModel(model, tokenizer, template, transform), data_settings))
@@ -114,7 +117,7 @@ def main() -> None:
     lock = checkpoint = None
     if main_process:
         lock, checkpoint = open_run(args, settings, fingerprints, inputs)
-        check_space(run, trained_count(model), checkpoints=2 if checkpoint is None else 1)
+        check_space(run, trained_count(model), checkpoints=1 + (checkpoint is None) + (validation is not None))
         report = partial(write_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer,
                          batch_size=args.per_device_train_batch_size)  # fmt: skip
         write_first_files(args, settings, tokenizer, report, inputs)
@@ -122,13 +125,10 @@ def main() -> None:
     checkpoint = from_rank_0(checkpoint)
 
     # 7. Train
-    if checkpoint is not None:
-        print_once(f"resuming from {checkpoint}")
-    if args.save_strategy == "no":
-        print_once("--save_strategy no: nothing of this run will be saved")
+    print_once(opening_line(args, checkpoint))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
-    print_once(closing_line(run, trainer.state.global_step))
+    print_once(closing_line(run, trainer.state))
     if lock is not None:
         lock.release()
 
@@ -157,10 +157,19 @@ def sample_answers(args: TrainingArguments, chat_model: ChatModel, data: DataSet
     return SampleAnswers(samples, chat_model, args.run_folder, **limits)
 
 
-def closing_line(run: Path, step: int) -> str:
-    if (run / f"checkpoint-{step}").is_dir():
-        return f"trained: {run}; next: python scripts/export.py {run} --output_dir MERGED"
-    return f"trained: {run}; its last step, {step}, was not saved: there is nothing to export"
+def opening_line(args: TrainingArguments, checkpoint: Path | None) -> str:
+    if args.save_strategy == "no":
+        return "--save_strategy no: nothing of this run will be saved"
+    return f"training into {args.run_folder}" if checkpoint is None else f"resuming from {checkpoint}"
+
+
+def closing_line(run: Path, state: TrainerState) -> str:
+    trained, best = f"trained: {run}", state.best_global_step
+    if best:
+        trained += f"; best of its checkpoints: checkpoint-{best}, {state.best_metric:.4f}"
+    if best or (run / f"checkpoint-{state.global_step}").is_dir():
+        return f"{trained}; next: python scripts/export.py {run} --output_dir MERGED"
+    return f"{trained}; its last step, {state.global_step}, was not saved: there is nothing to export"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import fsync, replace_file, replace_folder
 from llava_moslora.text.templates import TOKENIZER_TEMPLATE, get_template
 
-CODE_VERSION = 4  # raise it whenever ids, labels or columns of the same data would change
+CODE_VERSION = 5  # raise it whenever ids, labels or columns of the same data would change
 REPORT = "report.json"
 CHECKSUM = "crc32"  # key of a checksum of all other keys, in the report and in a part's JSON
 
@@ -126,7 +126,7 @@ def report_in(folder: Path) -> dict:
 def reports_of(dataset: Dataset) -> list[dict]:
     """For each source of ``dataset``, what was counted when it was prepared: file, records, kept, left_out (not even
     the question fits), turns_dropped, answers_cut, problems, ..."""
-    return [report_in(folder) for folder in _folders(dataset)]
+    return [report_in(folder) for folder in folders_of(dataset)]
 
 
 def summary(dataset: Dataset) -> str:
@@ -140,7 +140,8 @@ def _names(formats: dict[str, int]) -> str:
     return " ".join(formats) if len(formats) == 1 else ", ".join(f"{name} ({n:,})" for name, n in formats.items())
 
 
-def _folders(dataset: Dataset) -> list[Path]:
+def folders_of(dataset: Dataset) -> list[Path]:
+    """The cache folder of each source."""
     return list(dict.fromkeys(Path(part["filename"]).parent for part in dataset.cache_files))
 
 
@@ -153,15 +154,16 @@ def report_of(dataset: Dataset) -> dict:
     return {**counts, "problems": [problem for report in reports for problem in report["problems"]]}
 
 
-def keys_of(dataset: Dataset) -> list[str]:
-    """The key of each source; equal keys mean equal rows.
+def keys_of(dataset: Dataset, rows: np.ndarray | None = None) -> list[str]:
+    """The key of each source, or of those of its ``rows``, int64[n], that are used; equal keys mean equal rows.
 
     It is the name of the cache folder and a digest of which records are in it, because a record that was skipped for
     its images is added when they can be used.
     """
-    sources, records = (np.asarray(dataset[name][:]) for name in ("source", "record"))
-    digests = [hashlib.sha256(records[sources == k].tobytes()).hexdigest()[:8] for k in range(len(_folders(dataset)))]
-    return [f"{folder.name}-{digest}" for folder, digest in zip(_folders(dataset), digests, strict=True)]
+    used = slice(None) if rows is None else rows
+    sources, records = (np.asarray(dataset[name][:])[used] for name in ("source", "record"))
+    digests = [hashlib.sha256(records[sources == k].tobytes()).hexdigest()[:8] for k in range(len(folders_of(dataset)))]
+    return [f"{folder.name}-{digest}" for folder, digest in zip(folders_of(dataset), digests, strict=True)]
 
 
 def find_damage(folder: Path) -> str | None:

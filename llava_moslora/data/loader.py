@@ -1,4 +1,4 @@
-"""The training data loader: a failure on one rank is raised on every rank, and no worker process outlives it.
+"""The data loader: a failure on one rank is raised on every rank, and no worker process outlives it.
 
 An image that breaks after preparation, or a worker that the system kills, stops one rank; the others would wait minutes
 for a timeout in their next collective, and then blame the network. So before a batch is returned, all ranks check that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from multiprocessing.queues import Queue
 from typing import Any
@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from llava_moslora.data.collate import Collator
-from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.errors import Refusal, known_failure, worker_failure
 
 MAX_WORKERS = 8
@@ -65,6 +64,7 @@ class TrainDataLoader(DataLoader):
     """The batches of one rank, pinned and prefetched by workers that live as long as the run.
 
     Args:
+        sampler: this rank's batches, as indices into the data set; of every rank equally many.
         num_workers: processes that read images; 0: in this process.
         prefetch_factor: batches that each worker holds ready.
         pin_memory: for a GPU.
@@ -75,7 +75,7 @@ class TrainDataLoader(DataLoader):
     def __init__(
         self,
         dataset: Dataset,
-        sampler: GlobalBatchSampler,
+        sampler: Iterable[list[int]],
         collator: Collator,
         *,
         num_workers: int = 0,

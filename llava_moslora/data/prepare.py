@@ -57,8 +57,8 @@ def prepare(
 
     Columns: ``input_ids`` and ``labels`` int32[length] with images expanded, ``images`` file names (in a shard
     ImageRefs), ``shard`` (``""`` for images in files), ``record`` index in the data file or shard, ``id``, ``length``,
-    ``trained`` (tokens with a label), ``has_image``; ``source``, a position in ``data_path``, and ``number``, the
-    record counted through all sources: for a single data file its index there.
+    ``trained`` (tokens with a label), ``has_image``, ``hash`` uint64, of the record's content; ``source``, a position
+    in ``data_path``, and ``number``, the record counted through all sources: for a single data file its index there.
 
     A record longer than ``settings.model_max_length`` loses complete trailing rounds; if already the first round is
     longer, its answer is cut at the end; if not even its question fits, the record is skipped. All three are counted in

@@ -37,6 +37,7 @@ class GlobalBatchSampler:
         group: global batches that are sorted together; more: less padding and less random batches.
         source, weights: ``source[record]`` is a position in ``weights``, which are how often a record of that source
             is seen in an epoch: with 2.5 each is seen twice, and half of them, drawn again in every epoch, once more.
+        records: those that are seen, in increasing order; default: all.
 
     Raises:
         Refusal: D-FEW, fewer records than one global batch; C-ORDER, unknown order, no group or no usable weights.
@@ -56,6 +57,7 @@ class GlobalBatchSampler:
         group: int = DATA_GROUP,
         source: Sequence[int] | None = None,
         weights: Sequence[float] | None = None,
+        records: Sequence[int] | None = None,
     ):
         assert len(lengths) == len(has_image), "one length and one modality per record"
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
@@ -72,6 +74,7 @@ class GlobalBatchSampler:
         self.seed, self.order, self.group = seed, order, group
         self.source = None if source is None else np.asarray(source, dtype=np.int64)
         self.weights = weights
+        self.records = np.arange(len(self.lengths)) if records is None else np.asarray(records, dtype=np.int64)
         self.epoch, self._cursor = 0, 0
         self.global_batch_size = per_device_batch_size * accumulation * world_size
         self.records_per_epoch = len(self._seen_records(torch.Generator().manual_seed(0)))
@@ -88,7 +91,8 @@ class GlobalBatchSampler:
         """The sampler of a prepared data set in the settings' order.
 
         Args:
-            options: the constructor's ``per_device_batch_size``, ``accumulation``, ``world_size``, ``rank``, ``seed``.
+            options: the constructor's ``per_device_batch_size``, ``accumulation``, ``world_size``, ``rank``, ``seed``,
+                ``records``.
         """
         columns = {name: dataset[name][:] for name in ("length", "has_image", "source")}
         options |= {"order": settings.data_order, "group": settings.data_group, "source": columns["source"]}
@@ -133,10 +137,11 @@ class GlobalBatchSampler:
     def _seen_records(self, generator: torch.Generator) -> np.ndarray:
         """The records of one epoch in increasing order; without weights, each once, and no random number is drawn."""
         if self.weights is None:
-            return np.arange(len(self.lengths))
+            return self.records
         times = np.zeros(len(self.lengths), dtype=np.int64)
         for number, weight in enumerate(self.weights):
-            mine = np.flatnonzero(self.source == number)
+            assert self.source is not None, "weights are per source"
+            mine = self.records[self.source[self.records] == number]
             times[mine] = int(weight)
             once_more = round((weight - int(weight)) * len(mine))
             times[mine[torch.randperm(len(mine), generator=generator)[:once_more].numpy()]] += 1

@@ -6,6 +6,8 @@ written last, what was counted and the rows' checksum; a part is finished if bot
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections import Counter, deque
@@ -44,6 +46,7 @@ FEATURES = Features(
         "length": Value("int32"),
         "trained": Value("int32"),
         "has_image": Value("bool"),
+        "hash": Value("uint64"),
     }
 )
 
@@ -227,7 +230,14 @@ class _Worker:
             "length": len(ids),
             "trained": len(labels) - labels.count(IGNORE_INDEX),
             "has_image": bool(images),
+            "hash": record_hash(record),
         }
+
+
+def record_hash(record: Record) -> int:
+    """A number in [0, 2⁶⁴) from what a record says and shows: its turns and the names of its images."""
+    content = [[[turn.role, turn.text] for turn in record.turns], list(record.images)]
+    return int.from_bytes(hashlib.blake2b(json.dumps(content).encode(), digest_size=8).digest(), "big")
 
 
 def _write_part(part: Part, columns: dict[str, list], found: dict) -> dict:

@@ -24,7 +24,7 @@ from llava_moslora.files.disk import fsync, replace_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.inference.generate import ImageInput, Question, answer, first_logits
 from llava_moslora.inference.load import ChatModel, load_run
-from llava_moslora.runs.checkpoints import newest_checkpoint
+from llava_moslora.runs.checkpoints import model_checkpoint
 from llava_moslora.text.conversation import Turn
 
 
@@ -129,7 +129,7 @@ def evaluate_questions(
     """
     examples = read_questions(file)
     answers_file, probe_file = writable(output, "--output"), writable(probe, "--probe")
-    checkpoint = None if untrained else newest_checkpoint(Path(run))
+    checkpoint = None if untrained else model_checkpoint(Path(run))
     facts = {
         "run": str(Path(run).resolve()),
         "checkpoint": None if checkpoint is None else checkpoint.name,

@@ -66,12 +66,13 @@ def export(
     dtype: torch.dtype | None = None,
     merge_base: str = ORIGINAL,
     with_base: bool = False,
+    checkpoint: str | None = None,
     llm: str | Path | None = None,
     vision_tower: str | None = None,
     overwrite: bool = False,
     prove: bool = True,
 ) -> dict[str, Path]:
-    """Write the newest valid checkpoint of ``run`` in every one of ``formats`` (:data:`TARGETS`).
+    """Write a valid checkpoint of ``run`` in every one of ``formats`` (:data:`TARGETS`).
 
     Args:
         run: the ``--output_dir`` of a training.
@@ -79,6 +80,7 @@ def export(
         dtype: of merged weights; None: the dtype of the LLM folder. Adapters and separate projectors are float32.
         merge_base: over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
         with_base: ``peft`` as ``peft_with_base``.
+        checkpoint: which one (:func:`llava_moslora.runs.checkpoints.model_checkpoint`).
         llm, vision_tower: where the base is now, if not where it was when the run was trained.
         overwrite: replace an existing export, if none of its files changed since it was written.
         prove: load each folder with stock libraries in a fresh process and compare it with the run.
@@ -102,8 +104,11 @@ def export(
         for place in places.values():
             stack.enter_context(output_folder.lock_output(place))
             output_folder.check_output_folder(place, overwrite)  # as the last holder of the lock left it
-        checkpoint = stack.enter_context(output_folder.pinned_checkpoint(Path(run), next(iter(places.values()))))
-        trained = open_trained(run, checkpoint, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
+        place = next(iter(places.values()))
+        pinned = stack.enter_context(output_folder.pinned_checkpoint(Path(run), place, checkpoint))
+        trained = open_trained(run, pinned, llm=llm, vision_tower=vision_tower, merge_base=merge_base)
+        if best := trained.manifest.get("best"):
+            print(f"{pinned.name}; best by {best['metric']} until then: checkpoint-{best['step']}", flush=True)
         dtype = dtype or trained.llm_config.dtype or torch.float32
         targets = {n: TARGETS["peft_with_base" if n == "peft" and with_base else n] for n in formats}
         plans = {name: target.plan(trained, dtype) for name, target in targets.items()}

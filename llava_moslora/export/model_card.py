@@ -83,11 +83,14 @@ def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple
         rows.append(("trained", "the projector alone (stage 1)"))
     else:
         rows.append(("trained", f"projector; adapters LLM r {adapter.lora_r}, tower r {adapter.vision_lora_r}"))
-    return [*rows, ("loss", _loss(trained))]
+    figures = trained.manifest.get("metrics", {})
+    validation = ", ".join(f"{name.removeprefix('eval_')} {value:.4g}" for name, value in figures.items())
+    return [*rows, ("loss", _loss(trained)), *([("validation at this checkpoint", validation)] if validation else [])]
 
 
 def _loss(trained: TrainedRun) -> str:
-    """First, last and lowest logged training loss, where the checkpoint holds the Trainer's log."""
+    """First and last logged training loss, where the checkpoint holds the Trainer's log; without a validation loss also
+    the lowest, of the batches of one step."""
     file = trained.checkpoint / "trainer_state.json"
     if not file.is_file():
         return "not recorded in the checkpoint"
@@ -96,8 +99,11 @@ def _loss(trained: TrainedRun) -> str:
     if not losses:
         return "none logged"
     (first, first_loss), (last, last_loss) = losses[0], losses[-1]
+    text = f"{first_loss:.4g} at step {first}, {last_loss:.4g} at step {last}"
+    if "metrics" in trained.manifest:
+        return text
     low, lowest = min(losses, key=lambda row: row[1])
-    return f"{first_loss:.4g} at step {first}, {last_loss:.4g} at step {last}, lowest {lowest:.4g} at step {low}"
+    return f"{text}, lowest {lowest:.4g} at step {low}"
 
 
 def proof_in_one_line(report: dict) -> str:

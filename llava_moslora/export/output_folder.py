@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from llava_moslora.errors import Refusal, few
 from llava_moslora.files.disk import fsync, replace_json
 from llava_moslora.files.manifest import MANIFEST, read_facts, sha256
-from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints, newest_checkpoint
+from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints, model_checkpoint
 from llava_moslora.runs.fingerprint import WEIGHTS
 from llava_moslora.runs.record import EXPORT
 
@@ -181,12 +181,15 @@ def _lock(file: Path) -> int | None:
 
 
 @contextmanager
-def pinned_checkpoint(run: Path, folder: Path) -> Iterator[Path]:
-    """The newest valid checkpoint of ``run``, without optimizer state, as hard links (on another disk: copies) next to
+def pinned_checkpoint(run: Path, folder: Path, which: str | None = None) -> Iterator[Path]:
+    """A valid checkpoint of ``run``, without optimizer state, as hard links (on another disk: copies) next to
     ``folder``, whose lock is held: a training that is still running may prune the original.
 
+    Args:
+        which: as for :func:`llava_moslora.runs.checkpoints.model_checkpoint`.
+
     Raises:
-        Refusal: K-NONE; C-OUTPUT, something else has that name.
+        Refusal: as ``model_checkpoint``; C-OUTPUT, something else has that name.
     """
     place = folder.with_name(f".{folder.name}.checkpoint")
     if place.exists():  # of an export that was killed
@@ -195,7 +198,7 @@ def pinned_checkpoint(run: Path, folder: Path) -> Iterator[Path]:
             raise Refusal("C-OUTPUT", what, file=place, key="--output_dir", fix="move it away")
         shutil.rmtree(place)
     try:
-        original, pinned = _pin(run, place)
+        original, pinned = _pin(run, place, which)
         yield pinned
     except Refusal as refusal:
         if refusal.file is not None and (file := Path(str(refusal.file))).is_relative_to(place):
@@ -206,12 +209,12 @@ def pinned_checkpoint(run: Path, folder: Path) -> Iterator[Path]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _pin(run: Path, place: Path, attempts: int = 50) -> tuple[Path, Path]:
+def _pin(run: Path, place: Path, which: str | None, attempts: int = 50) -> tuple[Path, Path]:
     while True:
         attempts -= 1
         before = checkpoints(run)
         try:
-            checkpoint = newest_checkpoint(run)
+            checkpoint = model_checkpoint(run, which)
             names = [MANIFEST, *read_facts(checkpoint)["files"]]
             pinned = place / checkpoint.name
             for name in names:

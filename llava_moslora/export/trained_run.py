@@ -41,7 +41,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's newest valid checkpoint and the base it belongs to.
+    """A valid checkpoint of a run and the base it belongs to.
 
     Attributes:
         record: ``run.json``. manifest: the checkpoint's.

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import fsync, write_json
+from llava_moslora.files.disk import fsync, replace_json, write_json
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 2  # 1 had no hash of its own
@@ -41,6 +41,16 @@ def write_manifest(folder: Path, facts: dict) -> None:
     fsync(folder / MANIFEST)
     for path in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
         fsync(path)
+
+
+def add_facts(folder: Path, facts: dict) -> None:
+    """Add facts to the manifest of a published folder. A crash leaves the old manifest or the new one.
+
+    Raises:
+        Refusal: as :func:`read_facts`.
+    """
+    content = read_facts(folder) | json.loads(json.dumps(facts))
+    replace_json(folder / MANIFEST, content | {"sha256": _own_hash(content)})
 
 
 def read_facts(folder: Path) -> dict:

@@ -22,13 +22,13 @@ from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.runs.checkpoints import checkpoints, newest_checkpoint
+from llava_moslora.runs.checkpoints import checkpoints, model_checkpoint
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, RunRecord, read_run
 from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 
-ATTEMPTS = 10  # to load the newest checkpoint of a run that is being trained, which may delete it meanwhile
+ATTEMPTS = 10  # to load a checkpoint of a run that is being trained, which may delete it meanwhile
 
 
 @dataclass
@@ -61,14 +61,14 @@ def load_run(
     Args:
         run: the ``--output_dir`` of a training.
         trained: with ``checkpoint``; False: as it was before the first step.
-        checkpoint: whose files were verified; None: the newest valid one.
+        checkpoint: whose files were verified; None: the run's model (``model_checkpoint``).
         llm, vision_tower: where the base is now, if not where it was.
         bits: 16 or 4; None: as it was trained.
         llm_dtype: of the LLM's own weights, if not ``dtype``; weights that are stored in it stay mapped.
 
     Raises:
         Refusal: no run, no valid checkpoint; K-BASE, the base is not the one that the run was trained on; P-PRUNED, a
-            training that is still running deleted ``checkpoint``, or the newest one again and again.
+            training that is still running deleted the checkpoint meanwhile.
     """
     run = Path(run)
     record = read_run(run)
@@ -80,7 +80,7 @@ def load_run(
         attn_implementation="sdpa",  # which every machine has, whatever it was trained with
     )
     for _ in range(1 if checkpoint else ATTEMPTS):
-        used = checkpoint or _newest(run, trained)
+        used = checkpoint or _checkpoint_of(run, trained)
         try:
             return _load(run, record, replace(model_settings), used, trained, dtype, llm_dtype)
         except Exception as error:
@@ -93,10 +93,10 @@ def load_run(
     ) from pruned  # fmt: skip
 
 
-def _newest(run: Path, trained: bool) -> Path | None:
-    """The newest valid checkpoint; of a run before training any: each states which base the run began from."""
+def _checkpoint_of(run: Path, trained: bool) -> Path | None:
+    """The run's model; of the model before training any checkpoint: each states which base the run began from."""
     if trained:
-        return newest_checkpoint(run)
+        return model_checkpoint(run)
     return next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
 
 
@@ -167,7 +167,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, checkpoint: Pa
 
     Args:
         dtype: None: bfloat16 on a GPU that has it, else float32.
-        checkpoint: of a run, whose files were verified; None: the newest valid one.
+        checkpoint: of a run, whose files were verified; None: the run's model (``model_checkpoint``).
 
     Raises:
         Refusal: C-PATH, neither of them; whatever :func:`load_run` and :func:`load_export` refuse.

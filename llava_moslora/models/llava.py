@@ -5,17 +5,32 @@ Shapes: B rows of a batch, T tokens, N images, P patches, D LLM width, V vocabul
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import LlavaForConditionalGeneration
-from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from llava_moslora.models.attention import can_omit_mask, empty_mask
 from llava_moslora.text.conversation import IGNORE_INDEX
 
 LOSS_CHUNK = 4096  # positions whose logits are in memory at once: at most 5 GiB with LLaMA-3's vocabulary
+
+
+@dataclass
+class LossOutput(ModelOutput):
+    """What :class:`Llava` returns for a batch with labels.
+
+    Attributes:
+        loss: float32[].
+        correct: int64[], labels that are the most likely token; only where no gradient is computed.
+    """
+
+    loss: Tensor | None = None
+    correct: Tensor | None = None
 
 
 class Llava(LlavaForConditionalGeneration):
@@ -52,8 +67,8 @@ class Llava(LlavaForConditionalGeneration):
                 of a forward that names this argument.
 
         Returns:
-            With labels: an output that holds only ``loss``, float32[]. The logits of all B·T positions are never
-            computed: ``lm_head`` gets the S positions with a label, in LLaVA's data a tenth of them.
+            With labels: a :class:`LossOutput`. The logits of all B·T positions are never computed: ``lm_head`` gets the
+            S positions with a label, in LLaVA's data a tenth of them.
         """
         if labels is None:
             return super().forward(
@@ -77,22 +92,29 @@ class Llava(LlavaForConditionalGeneration):
             label_positions = has_label.flatten().nonzero().squeeze(1)
         hidden = hidden.flatten(0, 1).index_select(0, label_positions - 1)  # (S, D)
         targets = labels.flatten().index_select(0, label_positions)  # (S)
-        loss = self._summed_loss(hidden, targets)
+        loss, correct = self._summed_loss(hidden, targets)
         loss = loss / (len(targets) if num_items_in_batch is None else num_items_in_batch)
-        return LlavaCausalLMOutputWithPast(loss=loss)
+        return LossOutput(loss=loss, correct=correct)
 
-    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy of float[S, D] against int64[S], summed, float32[]. With more than ``LOSS_CHUNK`` positions the
-        logits are computed chunk by chunk, and recomputed in backward."""
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Cross entropy of float[S, D] against int64[S], summed, float32[], and as :meth:`_chunk_loss` the labels that
+        are predicted. With more than ``LOSS_CHUNK`` positions the logits are computed chunk by chunk, and recomputed in
+        backward."""
         # Under ZeRO-3 every rank must run the head equally often, and ranks have different numbers of labels.
         if len(targets) <= LOSS_CHUNK or hasattr(self.lm_head.weight, "ds_id"):
             return self._chunk_loss(hidden, targets)
         chunks = zip(hidden.split(LOSS_CHUNK), targets.split(LOSS_CHUNK), strict=True)
-        return torch.stack([checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]).sum()
+        sums = [checkpoint(self._chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        losses, correct = zip(*sums, strict=True)
+        return torch.stack(losses).sum(), None if correct[0] is None else torch.stack(correct).sum()
 
-    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _chunk_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The summed loss, and without gradients int64[], how many of the targets are the most likely token."""
         logits = self.lm_head(hidden)  # (S, V)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        if torch.is_grad_enabled():
+            return loss, None
+        return loss, (logits.argmax(-1) == targets).sum()
 
     def _embed_inputs(self, input_ids: Tensor, pixel_values: Tensor | None, image_positions: Tensor | None) -> Tensor:
         """Word embeddings float[B, T, D] with the images' features at their placeholders.

@@ -15,6 +15,7 @@ from llava_moslora.files.manifest import MANIFEST, read_facts, verify_manifest
 from llava_moslora.files.publish import discard, publish
 from llava_moslora.runs.record import check_seed, read_run
 
+NEWEST, BEST = "newest", "best"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -51,6 +52,10 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def checkpoint_of(run: Path, step: int) -> Path:
+    return run / f"checkpoint-{step}"
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
@@ -74,22 +79,11 @@ def newest_valid(run: Path) -> tuple[Path | None, list[Refusal]]:
 
 
 def newest_checkpoint(run: Path) -> Path:
-    """The newest valid checkpoint of a run, which may be trained meanwhile.
+    """The newest valid checkpoint of a run.
 
     Raises:
         Refusal: the run has none, or the newest is not this run's own: renamed, or of another seed.
     """
-    for _ in range(50):
-        before = checkpoints(run)
-        try:
-            return _newest_checkpoint(run)
-        except (FileNotFoundError, Refusal):
-            if checkpoints(run) == before:
-                raise  # else it was pruned while it was read, and there is a newer one
-    return _newest_checkpoint(run)
-
-
-def _newest_checkpoint(run: Path) -> Path:
     checkpoint, skipped = newest_valid(run)
     if checkpoint is None:
         found = "; ".join(refusal.line() for refusal in skipped) or "none at all"
@@ -99,11 +93,59 @@ def _newest_checkpoint(run: Path) -> Path:
     return checkpoint
 
 
-def prune(run: Path, keep: int) -> None:
+def model_checkpoint(run: Path, which: str | None = None) -> Path:
+    """The valid checkpoint that is a run's model, also while the run is trained.
+
+    Args:
+        which: :data:`NEWEST`, :data:`BEST` (by validation) or a step, as ``40`` or ``checkpoint-40``; None: the best of
+            a run with ``--load_best_model_at_end``, once one is known, else the newest.
+
+    Raises:
+        Refusal: as :func:`newest_checkpoint`; C-FLAG, there is no such checkpoint; K-..., it is damaged.
+    """
+    for _ in range(50):
+        before = checkpoints(run)
+        try:
+            return _model_checkpoint(run, which)
+        except (FileNotFoundError, Refusal):
+            if checkpoints(run) == before:
+                raise  # else one was pruned while it was read, and there is a newer one
+    return _model_checkpoint(run, which)
+
+
+def _model_checkpoint(run: Path, which: str | None) -> Path:
+    newest = newest_checkpoint(run)
+    best = read_facts(newest).get("best")
+    if which is None:
+        which = BEST if best and read_run(run).training_value("load_best_model_at_end") else NEWEST
+    if which == NEWEST:
+        return newest
+    name = f"checkpoint-{which.removeprefix('checkpoint-')}"
+    if which == BEST:
+        if best is None:
+            raise Refusal(
+                "C-FLAG", "no checkpoint of this run was evaluated", file=run, key="--checkpoint", found=BEST,
+                fix=f"--checkpoint {NEWEST}; runs with --eval_strategy have a best checkpoint",
+            )  # fmt: skip
+        name = checkpoint_of(run, best["step"]).name
+    folder = run / name
+    if folder not in checkpoints(run):
+        code = "K-NONE" if which == BEST else "C-FLAG"  # the best may just have been pruned, for a better one
+        raise Refusal(
+            code, "there is no such checkpoint", file=run, key="--checkpoint", found=name,
+            expected=" ".join(path.name for path in checkpoints(run)), fix=f"one of those, or {NEWEST}",
+        )  # fmt: skip
+    manifest = verify_manifest(folder)
+    _check_step(folder, manifest)
+    check_seed(read_run(run), folder, manifest)
+    return folder
+
+
+def prune(run: Path, keep: int, best: int | None = None) -> None:
     """Delete all but the newest ``keep`` valid checkpoints, at least two: the newest may still turn out damaged.
 
     A damaged checkpoint does not count as kept, and one whose manifest cannot be read (damaged, or written by another
-    version of this package) stays.
+    version of this package) stays, as does that of step ``best``.
     """
     finished = [folder for folder in checkpoints(run) if _verifies(folder, read_facts)]  # the manifest, not the files
     if len(finished) <= max(keep, 2):
@@ -111,7 +153,8 @@ def prune(run: Path, keep: int) -> None:
     kept = 0
     for folder in finished:
         if kept == max(keep, 2):
-            discard(folder)
+            if step_of(folder) != best:
+                discard(folder)
         elif is_valid(folder):
             kept += 1
 

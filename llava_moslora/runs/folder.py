@@ -44,6 +44,7 @@ TRAINING = (
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("loss_average", "packing", "seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
     *("use_liger_kernel", "torch_compile", "tf32", "full_determinism", "dropout_masks"),
+    *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"),
 )
 
 

@@ -22,7 +22,7 @@ DATA_REPORT = "data"
 # Everything that a run writes, by its path in the run folder; NAMES are the first parts of these paths, but for
 # checkpoints.
 WRITTEN = re.compile(
-    r"run\.json|metrics\.jsonl|samples\.(jsonl|html)|nonfinite\.json|data/report\.(json|html)"
+    r"run\.json|metrics\.jsonl|curves\.html|samples\.(jsonl|html)|nonfinite\.json|data/report\.(json|html)"
     r"|tokenizer/(tokenizer\.(json|model)|(tokenizer_config|special_tokens_map|added_tokens)\.json"
     r"|vocab\.(json|txt)|merges\.txt|chat_template\.jinja)"
     r"|tensorboard/events\.out\.tfevents\.[^/]+"
@@ -31,7 +31,7 @@ WRITTEN = re.compile(
     r"|checkpoint-\d+/projector/model\.safetensors"
 )
 NAMES = re.compile(
-    rf"run\.json|metrics\.jsonl|samples\.(jsonl|html)|nonfinite\.json|{DATA_REPORT}|{TOKENIZER}|tensorboard"
+    rf"run\.json|metrics\.jsonl|curves\.html|samples\.(jsonl|html)|nonfinite\.json|{DATA_REPORT}|{TOKENIZER}|tensorboard"
 )
 # What job schedulers and shells write: slurm-12.out, train.o4711 (PBS), nohup.out, ``tee RUN/log``.
 JOB_LOG = re.compile(r".*\.(out|err|log|[oe]\d+)|log")

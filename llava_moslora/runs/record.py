@@ -42,9 +42,17 @@ BEFORE: dict[str, dict[str, Any]] = {
         "data_group": XTUNER_DATA_GROUP,
         "image_engine": "pil",
         "decode_images": False,
+        "eval_data_path": [],
+        "validation_split": 0.0,
     },
     "adapter": {},
-    "training": {"dropout_masks": "cpu generator", "loss_average": "tokens", "packing": False},
+    "training": {
+        "dropout_masks": "cpu generator",
+        "loss_average": "tokens",
+        "packing": False,
+        "early_stopping_threshold": 0.0,
+        "load_best_model_at_end": False,
+    },
 }
 _PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "bitsandbytes", "safetensors")
 _ABSENT = object()

@@ -16,10 +16,12 @@ from llava_moslora.adapters.kernel import mask_source
 from llava_moslora.config import DataSettings, ModelSettings, TrainerSettings, TrainingSettings, parse_recompute
 from llava_moslora.data.loader import default_workers
 from llava_moslora.data.sources.saved_dataset import is_hub
+from llava_moslora.data.split import eval_files
 from llava_moslora.distributed import world_size
 from llava_moslora.errors import Refusal
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.training.command_line import early
+from llava_moslora.training.evaluation_flags import resolve_evaluation
 from llava_moslora.training.trainer_fields import check_fields
 
 
@@ -42,6 +44,7 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
             self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
         self._set_recompute()
         self._set_accumulation()
+        resolve_evaluation(self)
         try:
             HfTrainingArguments.__post_init__(self)
         except Refusal:
@@ -152,6 +155,7 @@ def input_paths(
         ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
         ("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
         *(("--data_path", path) for path in data.data_path if "://" not in path and not is_hub(path)),
+        *(("--eval_data_path", path) for path in eval_files(data).values() if "://" not in path and not is_hub(path)),
         ("--image_folder", data.image_folder),
         ("--sample_questions", args.sample_questions),
         ("--sample_image_folder", args.sample_image_folder),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llava_moslora.training.trainer_flags import FLAGS, FORMER, Evaluation, Honoured, Refused, flags
+from llava_moslora.training.trainer_flags import FLAGS, FORMER, Honoured, Refused, flags
 
 
 def more_help() -> str:
@@ -16,9 +16,6 @@ def more_help() -> str:
     honoured = [flag for flag in others if isinstance(FLAGS.get(flag.name), Honoured)]
     lines = ["\nthe Trainer's other flags:"]
     lines += [line for flag in honoured for line in replace(flag, help=first_sentence(flag.help)).help_lines()]
-    lines += ["", "with --eval_strategy:"]
-    evaluation = [flag for flag in others if isinstance(FLAGS.get(flag.name), Evaluation)]
-    lines += [line for flag in evaluation for line in replace(flag, help=first_sentence(flag.help)).help_lines()]
     lines += ["", "refused, unless they have their default:"]
     for flag in others:
         if isinstance(rule := FLAGS.get(flag.name), Refused):
@@ -42,10 +39,8 @@ def table() -> str:
                 values = "" if wanted == (True,) else " " + ", ".join(map(str, wanted))
                 only = f" without `--{other}`" if wanted == (None,) else f" with `--{other}{values}`"
             rows.append(f"| `--{name}` | honoured{only} | `{test}` |")
-        elif isinstance(rule, Refused):
-            rows.append(f"| `--{name}` | refused | {rule.why}; {rule.instead} |")
         else:
-            rows.append(f"| `--{name}` | evaluation | has an effect with `--eval_strategy` |")
+            rows.append(f"| `--{name}` | refused | {rule.why}; {rule.instead} |")
     former = [f"| `--{name}` | {instead} |" for name, instead in sorted(FORMER.items())]
     return "\n".join([
         "# Flags of the Trainer", "",

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import distributed
-from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -24,28 +23,33 @@ from llava_moslora.files.disk import read_json, write_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.models.names import part_of
 from llava_moslora.private_api import check_private_api
-from llava_moslora.runs.checkpoints import prune, publish_checkpoint
+from llava_moslora.runs.checkpoints import checkpoint_of, prune, publish_checkpoint
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks.adapter_stats import AdapterStats
+from llava_moslora.training.callbacks.curves import Curves
+from llava_moslora.training.callbacks.early_stopping import EarlyStopping
 from llava_moslora.training.callbacks.metrics import MetricsWriter, ProgressBar
 from llava_moslora.training.callbacks.preemption import catch_lost_ranks, ignore_signals
 from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
+from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingTrainer
 from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
 from llava_moslora.training.optimizer_state import TrainState, frozen_mixers, trained_parameters
 from llava_moslora.training.random_state import random_state, set_random_state
 from llava_moslora.training.throughput import Throughput
+from llava_moslora.training.validation import validation_facts
 from llava_moslora.training.watchdog import Watchdog
 
 check_private_api("training.trainer")
 
 
-class MosLoraTrainer(Trainer):
+class MosLoraTrainer(EvaluatingTrainer):
     """Trains what is trainable in ``model`` on ``train_dataset`` (:func:`llava_moslora.data.prepare.prepare`).
 
     Args:
         sampler: the order of the records.
         facts: fingerprints of the inputs, for the manifest of every checkpoint.
+        kwargs: the Trainer's; of them ``eval_dataset`` is :class:`~llava_moslora.data.split.ValidationData` or None.
     """
 
     args: TrainingArguments
@@ -77,6 +81,10 @@ class MosLoraTrainer(Trainer):
         self.add_callback(MetricsWriter(self.args.run_folder, tensorboard="tensorboard" in self.args.reporters))
         if self.args.health_steps:
             self.add_callback(AdapterStats(self, self.args.health_steps))
+        if self.args.early_stopping_patience:
+            self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_threshold))
+        self.add_callback(Curves(self.args.run_folder))
+        self.add_callback(EvaluateFirst(self))  # the last: its evaluations are shown by the others
 
     def get_train_dataloader(self) -> TrainDataLoader:
         """Not prepared by accelerate, which would shard and pad the records again."""
@@ -207,11 +215,13 @@ class MosLoraTrainer(Trainer):
 
         def facts() -> dict:
             progress = {"step": self.state.global_step, "of": self.state.max_steps}
-            return {**progress, "seed": self.args.seed, "world_size": self.args.world_size, **self.facts}
+            where = {"seed": self.args.seed, "world_size": self.args.world_size}
+            return progress | where | self.facts | validation_facts(self.args, self.state)
 
-        publish_checkpoint(self.args.run_folder / f"checkpoint-{self.state.global_step}", write, facts)
+        publish_checkpoint(checkpoint_of(self.args.run_folder, self.state.global_step), write, facts)
+        self.saved_step = self.state.global_step
         if rank() == 0 and self.args.save_total_limit:
-            prune(self.args.run_folder, self.args.save_total_limit)
+            prune(self.args.run_folder, self.args.save_total_limit, best=self.state.best_global_step)
 
     @property
     def engine(self):
@@ -232,7 +242,7 @@ class MosLoraTrainer(Trainer):
         train_state = self._train_state()
         train_state.undo_initial_step()
         if resume_from_checkpoint is not None:
-            checkpoint = Path(resume_from_checkpoint)
+            checkpoint, self.saved_step = Path(resume_from_checkpoint), self.state.global_step
             train_state.create_optimizer_state()
             masters = read_trained(checkpoint, self.model)
             if (redrawn := len(frozen_mixers(self.model).keys() - masters.keys())) and rank() == 0:
@@ -246,6 +256,7 @@ class MosLoraTrainer(Trainer):
         """As the Trainer's; a resumed run starts in the middle of its epoch without reading the records before."""
         if self.state.global_step >= self.state.max_steps:  # a finished run: the Trainer would take one more step
             self.control.should_training_stop = True
+        if self.control.should_training_stop:  # or the evaluation before the first step ended the run
             return
         epoch, batch = divmod(self.state.global_step, self.sampler.global_batches)
         self.sampler.set_epoch(epoch)

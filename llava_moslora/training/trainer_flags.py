@@ -42,18 +42,14 @@ class Refused:
     instead: str = "leave it out"
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """A flag of evaluations during the training, which ``--eval_strategy`` asks for."""
-
-
 SETTINGS, LOADER, OPTIMIZER = (
     "test_settings_of_a_step",
     "test_the_data_loaders_settings",
     "test_the_optimizers_settings",
 )
 LOGS, SAVES, NAMES = "test_what_is_logged", "test_what_is_saved", "test_names_for_trackers"
-VALIDATE, ZERO = "tests/training/test_validate.py", "tests/training/test_zero.py"
+ZERO, VALIDATION = "tests/training/test_zero.py", "tests/training/test_validation.py"
+EVALUATIONS = f"{VALIDATION}::test_evaluations_are_due_when_transformers_evaluates"
 HUB = Refused("nothing is uploaded while training", "export the run and upload the export")
 FSDP = Refused("checkpoints are made for DeepSpeed", "--deepspeed zero_configs/zero3.json")
 DDP = Honoured("test_ranks_without_deepspeed", needs=("deepspeed", (None,)))
@@ -66,7 +62,7 @@ WITH_ARGS = ("sgd", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_3
              "paged_ademamix_32bit", "paged_ademamix_8bit")  # fmt: skip
 ONE_COPY = Refused("rank 0 writes one run folder that all hosts share", "leave it out")
 
-FLAGS: dict[str, Honoured | Refused | Evaluation] = {
+FLAGS: dict[str, Honoured | Refused] = {
     "output_dir": Honoured("tests/training/test_arguments.py::test_missing_output_dir_is_named"),
     # Length and size of the training
     "per_device_train_batch_size": Honoured(SETTINGS, "records per micro-batch and rank", TRAINING),
@@ -181,12 +177,22 @@ FLAGS: dict[str, Honoured | Refused | Evaluation] = {
     "hub_always_push": HUB,
     "hub_revision": HUB,
     # Evaluation during the training
+    "eval_strategy": Honoured(EVALUATIONS, "evaluate the validation data", TRAINING),
+    "eval_steps": Honoured(EVALUATIONS),
+    "eval_delay": Honoured(EVALUATIONS),
+    "eval_on_start": Honoured(EVALUATIONS),
+    "per_device_eval_batch_size": Honoured(f"{VALIDATION}::test_losses_are_those_of_a_plain_loop"),
+    "load_best_model_at_end": Honoured(f"{VALIDATION}::test_the_best_is_exported"),
+    "metric_for_best_model": Honoured(f"{VALIDATION}::test_early_stopping_keeps_the_best_next_to_the_newest"),
+    "greater_is_better": Honoured(f"{VALIDATION}::test_without_improvement_counts_as_transformers_does"),
+    "do_eval": Refused("--eval_strategy says whether and when", "--eval_strategy steps"),
     **dict.fromkeys(
-        ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
-         "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "prediction_loss_only",
-         "batch_eval_metrics", "include_for_metrics", "bf16_full_eval", "fp16_full_eval", "do_eval",
-         "load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
-        Evaluation(),
+        ("prediction_loss_only", "batch_eval_metrics", "eval_use_gather_object", "bf16_full_eval", "fp16_full_eval"),
+        Refused("evaluations compute loss and token accuracy, in the precision of the training"),
+    ),
+    **dict.fromkeys(
+        ("eval_accumulation_steps", "eval_do_concat_batches", "include_for_metrics"),
+        Refused("evaluations keep no predictions"),
     ),
 }  # fmt: skip
 

@@ -12,10 +12,11 @@ import torch
 from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from llava_moslora.config import AdapterSettings, ModelSettings
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.training import deepspeed_config
 from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.evaluation_flags import check_evaluation
 
 # flag → smallest value, and whether that value itself is allowed
 RANGES = {
@@ -24,17 +25,12 @@ RANGES = {
          "save_steps", "logging_steps"), (0, False)),
     **dict.fromkeys(
         ("weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2", "health_steps", "seed",
-         "data_seed"), (0, True)),
+         "data_seed", "eval_delay", "early_stopping_threshold"), (0, True)),
     **dict.fromkeys(
         ("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_prefetch_factor", "sample_steps",
-         "sample_max_new_tokens"), (1, True)),
+         "sample_max_new_tokens", "per_device_eval_batch_size", "early_stopping_patience"), (1, True)),
 }  # fmt: skip
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
-# The Trainer's own flags that would do nothing here → the values that are accepted, and why no others are
-UNUSED = {
-    "eval_strategy": (("no",), "nothing is evaluated while training; ask the checkpoints with scripts/evaluate.py"),
-    "save_strategy": (("steps", "epoch", "no"), "no checkpoint is known to be the best without an evaluation"),
-}
 # Optimizers whose state can be saved. ZeRO flattens and concatenates parameters: it can partition only state with one
 # number per weight, not blocks of 8-bit numbers or factored rows, which belong to a parameter.
 PER_WEIGHT = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "paged_lion_32bit", "sgd",
@@ -52,7 +48,7 @@ FLASH_ATTENTION = {
 }
 
 
-def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArguments) -> None:
+def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, args: TrainingArguments) -> None:
     """Check all flags together.
 
     Raises:
@@ -60,6 +56,7 @@ def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArgument
             differs from the flags, every difference at once; E-MISSING, an optional package is not installed.
     """
     _check_numbers(args)
+    check_evaluation(data, args)
     _check_adapters(adapter)
     _check_precision(args)
     _check_packages(model, args)
@@ -91,12 +88,6 @@ def _check_numbers(args: TrainingArguments) -> None:
             _check_range(name, value, smallest, allowed)
             if value >= BELOW.get(name, math.inf):
                 raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"below {BELOW[name]}")
-    for name, (taken, why) in UNUSED.items():
-        value = getattr(args, name)
-        value = getattr(value, "value", value)  # of an enumeration
-        if value not in taken:
-            expected = " or ".join(map(str, taken))
-            raise Refusal("C-FLAG", why, key=f"--{name}", found=value, expected=expected, fix="leave it out")
     if unknown := [name for name in args.reporters if name not in INTEGRATION_TO_CALLBACK]:
         expected = ", ".join(sorted(INTEGRATION_TO_CALLBACK)) + ", or none"
         raise Refusal("C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected)

@@ -12,20 +12,20 @@ from llava_moslora.data.cache import Preparation, cache_key
 from llava_moslora.data.sources.source import Source
 from llava_moslora.errors import Refusal
 
-# Of the files and the tokenizer below, with CODE_VERSION 4. With other keys everybody tokenises again, and an old run
+# Of the files and the tokenizer below, with CODE_VERSION 5. With other keys everybody tokenises again, and an old run
 # is resumed only with --allow_change data: that needs a new CODE_VERSION and a reason. (4: since there are several
-# record formats, turns that are not trained and a record's "system" are heeded in LLaVA's too.)
+# record formats, turns that are not trained and a record's "system" are heeded in LLaVA's too. 5: rows have a hash.)
 FILE_KEYS = {
-    "chatml": "data_v1-5bfb60a5c53d29ac5c58",
-    "llama3": "data_v1-de4b16a3bfd0be946a9b",
-    "internlm2": "data_v1-f3146155f85e5b85e70c",
-    "vicuna_v1": "data_v1-a05a3aae9ac88d216c02",
-    "vicuna": "data_v1-81a95df3fd096be06160",
-    "llama2": "data_v1-1bf8f17c96295d731744",
-    "plain": "data_v1-5ab078f891b0d75671d3",
-    "tokenizer": "data_v1-64632067c4e47ef0a69d",
+    "chatml": "data_v1-ce9c73e37403dbd0defa",
+    "llama3": "data_v1-b143168b5338b8895868",
+    "internlm2": "data_v1-768894f11a7ed960e9ac",
+    "vicuna_v1": "data_v1-bb539ed122cab132a988",
+    "vicuna": "data_v1-6cf5b515bfb85e640899",
+    "llama2": "data_v1-413858841f96bb71fb68",
+    "plain": "data_v1-ace401e68d40faae1880",
+    "tokenizer": "data_v1-8c4060417c3703d3afb9",
 }
-SHARD_KEYS = {"chatml": "mix-_-dc87cca639ebc61a8861", "tokenizer": "mix-_-c6448fb99320263c4742"}
+SHARD_KEYS = {"chatml": "mix-_-d06cf1775be45a034ef2", "tokenizer": "mix-_-364a56b983d2ec3eeb7f"}
 
 
 class Tokenizer:

@@ -45,7 +45,7 @@ def test_rows(build, tiny):
         record("<image><image>", "two", ["1.png", "2.png"], id="m"),
     ]
     rows = build(records)
-    names = ["input_ids", "labels", "images", "shard", "record", "id", "length", "trained", "has_image"]
+    names = ["input_ids", "labels", "images", "shard", "record", "id", "length", "trained", "has_image", "hash"]
     assert rows.column_names == [*names, "source", "number"]
     assert rows["images"][:] == [["0.png"], [], ["1.png", "2.png"]]
     assert rows["id"][:] == ["7", "t", "m"]

@@ -355,7 +355,11 @@ def test_many_labels_are_a_loss_in_chunks(monkeypatch, trained_head):
     model = SimpleNamespace(lm_head=head)
     model._chunk_loss = lambda *chunk: Llava._chunk_loss(model, *chunk)
     wanted = [hidden, *(p for p in head.parameters() if p.requires_grad)]
-    loss = Llava._summed_loss(model, hidden, targets)
+    loss, correct = Llava._summed_loss(model, hidden, targets)
+    assert correct is None
+    with torch.no_grad():
+        assert Llava._summed_loss(model, hidden, targets)[1] == (head(hidden).argmax(-1) == targets).sum()
+    del seen[3:]  # those without gradients
     gradients = torch.autograd.grad(loss, wanted)
     assert seen[:3] == [4, 4, 2] and sorted(seen[3:]) == [2, 4, 4]  # and again in backward
     whole = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.manifest import MANIFEST, verify_manifest
+from llava_moslora.files.manifest import MANIFEST, add_facts, read_facts, verify_manifest
 from llava_moslora.runs.checkpoints import checkpoints, lock_run, newest_valid, prune, publish_checkpoint, step_of
 
 
@@ -121,6 +121,26 @@ def test_prune_keeps_the_newest_and_never_fewer_than_two(tmp_path):
     assert [step_of(p) for p in checkpoints(tmp_path)] == [5, 4, 3]
     prune(tmp_path, keep=1)
     assert [step_of(p) for p in checkpoints(tmp_path)] == [5, 4]
+
+
+def test_prune_keeps_the_best(tmp_path):
+    for step in range(1, 6):
+        make(tmp_path, step)
+    prune(tmp_path, keep=1, best=2)
+    assert steps(tmp_path) == [5, 4, 2]
+    prune(tmp_path, keep=1, best=5)
+    assert steps(tmp_path) == [5, 4]
+
+
+def test_facts_that_are_added_are_hashed_too(tmp_path):
+    folder = make(tmp_path, 3)
+    add_facts(folder, {"best": {"step": 3}})
+    assert verify_manifest(folder) == read_facts(folder) and read_facts(folder)["best"] == {"step": 3}
+    assert read_facts(folder)["step"] == 3
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(text.replace('"step": 3\n  }', '"step": 2\n  }'))
+    with pytest.raises(Refusal, match="K-HASH"):
+        read_facts(folder)
 
 
 def steps(run: Path) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 
 from llava_moslora.errors import Refusal, defect
 from llava_moslora.files import disk
-from llava_moslora.runs.checkpoints import checkpoints, lock_run, newest_checkpoint, prune
+from llava_moslora.runs.checkpoints import checkpoints, lock_run, model_checkpoint, newest_checkpoint, prune
 from llava_moslora.runs.folder import (
     check_shared,
     check_space,
@@ -19,7 +19,7 @@ from llava_moslora.runs.folder import (
 )
 from llava_moslora.runs.output_dir import has_begun
 from llava_moslora.runs.record import RUN, read_run, write_run
-from support.run_folders import FACTS, FILE, begin, check, content, open_new, reopen, save, settings
+from support.run_folders import FACTS, FILE, begin, check, content, edit_record, open_new, reopen, save, settings
 
 
 def test_the_newest_checkpoint_is_chosen(run):
@@ -83,6 +83,26 @@ def test_a_seed_that_was_allowed_to_change_is_the_runs_own(run):
 
 
 # K6: decoys, and what a kill left
+def test_the_best_checkpoint_is_the_model_of_a_run_that_asks_for_it(run):
+    """Once one is known; of a run of an older version the newest is."""
+    assert model_checkpoint(run).name == newest_checkpoint(run).name == "checkpoint-2"
+    with pytest.raises(Refusal, match=r"C-FLAG.*--checkpoint: no checkpoint of this run was evaluated; found best"):
+        model_checkpoint(run, "best")
+    edit_record(run, lambda record: record["settings"]["training"].update(load_best_model_at_end=True))
+    assert model_checkpoint(run).name == "checkpoint-2"
+    save(run, 4, best={"step": 2, "metric": "eval_loss", "value": 1.5})
+    assert model_checkpoint(run).name == model_checkpoint(run, "best").name == "checkpoint-2"
+    assert model_checkpoint(run, "newest").name == model_checkpoint(run, "checkpoint-4").name == "checkpoint-4"
+    with pytest.raises(Refusal, match=r"C-FLAG.*no such checkpoint; found checkpoint-3; expected checkpoint-4 checkp"):
+        model_checkpoint(run, "3")
+    (run / "checkpoint-2" / FILE).write_bytes(b"x")
+    with pytest.raises(Refusal, match=r"K-SIZE.*checkpoint-2"):
+        model_checkpoint(run)
+    shutil.rmtree(run / "checkpoint-2")
+    with pytest.raises(Refusal, match=r"K-NONE.*found checkpoint-2; .*fix: one of those, or newest"):
+        model_checkpoint(run)
+
+
 def test_leftovers_and_decoys_do_not_hinder(run):
     (run / "checkpoint-999999").mkdir()
     (run / ".checkpoint-3.0badcafe.staging").mkdir()

@@ -21,6 +21,9 @@ BEFORE = {
     "training.dropout_masks": ("cpu generator", "philox"),
     "training.loss_average": ("tokens", "micro_batch"),
     "training.packing": (False, True),
+    "data.eval_data_path": ([], ["v.json"]),
+    "data.validation_split": (0.0, 0.01),
+    "training.early_stopping_threshold": (0.0, 0.1),
 }
 
 

@@ -91,7 +91,8 @@ def test_a_run_is_replaced_by_one_that_starts(parts, whole, tmp_path):
     (tmp_path / "run" / "notes.md").write_text("mine")
     train(parts, tmp_path / "run", overwrite=True, max_steps=1)
     names = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
-    assert names == {"run.json", "tokenizer", "data", "metrics.jsonl", "tensorboard", "checkpoint-1", "notes.md"}
+    written = {"run.json", "tokenizer", "data", "metrics.jsonl", "curves.html", "tensorboard", "checkpoint-1"}
+    assert names == written | {"notes.md"}
     assert len(rows(tmp_path / "run")) == 1
     leftovers = {path.name for path in (tmp_path / "run").iterdir()} - names
     assert leftovers == {".lock", ".locked_by"}

@@ -18,6 +18,7 @@ from support.training_runs import train
 
 PARTS = "--model_name_or_path llm --vision_tower clip --data_path d.json --image_folder i".split()
 
+SPLIT = "--validation_split 0.1"
 ZERO_2 = {"zero_optimization": {"stage": 2}}
 
 
@@ -33,8 +34,8 @@ def asked(tmp_path):
         if whole is not None:
             (tmp_path / "ds.json").write_text(json.dumps(whole))
             words += ["--deepspeed", str(tmp_path / "ds.json")]
-        model, _, adapter, training = parse([*words, *more])
-        check(model, adapter, TrainingArguments(**training))
+        model, data, adapter, training = parse([*words, *more])
+        check(model, data, adapter, TrainingArguments(**training))
 
     return ask
 
@@ -71,10 +72,8 @@ def test_the_defaults_pass(asked):
         ("--seed -1", r"--seed: out of range; found -1; expected at least 0"),
         ("--seed 4294967296", r"--seed: out of range; found 4294967296; expected below 4294967296"),
         ("--neftune_noise_alpha nan", r"--neftune_noise_alpha: out of range; found nan"),
-        (
-            "--eval_strategy steps --eval_steps 5",
-            r"--eval_strategy: nothing is evaluated while training; .*found steps",
-        ),
+        ("--per_device_eval_batch_size 0", r"--per_device_eval_batch_size: out of range; found 0; expected at least 1"),
+        ("--prediction_loss_only True", r"--prediction_loss_only: evaluations compute loss and token accuracy"),
         ("--label_smoothing_factor 0.1", r"--label_smoothing_factor: the loss has no label smoothing; found 0.1"),
         ("--report_to banana", r"--report_to: unknown reporter; found banana; expected .*tensorboard.*, or none"),
         ("--save_steps inf", r"the training arguments do not go together"),
@@ -104,6 +103,52 @@ def test_the_defaults_pass(asked):
 def test_values_out_of_range(asked, flags, message):
     with pytest.raises(Refusal, match=message):
         asked(*flags.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--eval_strategy steps", r"--eval_strategy steps: there are no validation data; fix: --validation_split 0.01"),
+        ("--eval_on_start True", r"--eval_on_start: there are no validation data; fix: "),
+        ("--validation_split 0.1", r"--validation_split: validation data that would never be evaluated; fix: --eval_s"),
+        ("--eval_data_path v.json", r"--eval_data_path: validation data that would never be evaluated"),
+        ("--eval_on_start True --validation_split 1.5", r"--validation_split: out of range; found 1.5; expected a sh"),
+        ("--eval_on_start True --eval_data_path a/v.json b/v.json", r"two validation sets of one name; found a/v.json"),
+        ("--load_best_model_at_end True", r"--load_best_model_at_end: needs evaluations, and --eval_strategy is no; f"),
+        ("--early_stopping_patience 3", r"--early_stopping_patience: needs evaluations, .*found 3; fix: --eval_strat"),
+        ("--early_stopping_threshold 0.1", r"--early_stopping_threshold: belongs to --early_stopping_patience"),
+        ("--metric_for_best_model loss", r"--metric_for_best_model: needs evaluations"),
+        ("--eval_steps 5", r"--eval_steps: needs evaluations, and --eval_strategy is no; found 5"),
+        ("--save_strategy best", r"--save_strategy: no checkpoint is known to be the best without an evaluation"),
+        (f"{SPLIT} --eval_strategy epoch --eval_steps 5", r"--eval_steps: has no effect with --eval_strategy epoch"),
+        (f"{SPLIT} --eval_strategy steps --eval_steps 0", r"--eval_steps: out of range; found 0"),
+        (f"{SPLIT} --eval_strategy steps --metric_for_best_model f1", r"unknown metric; found f1; expected loss, tok"),
+        (f"{SPLIT} --eval_strategy steps --eval_data_path v.json --metric_for_best_model eval_w_loss",
+         r"found w_loss; expected loss, token_accuracy, d_loss, d_token_accuracy, v_loss, v_token_accuracy"),
+        (f"{SPLIT} --eval_strategy epoch --load_best_model_at_end True", r"found --eval_strategy epoch, --save_strat"
+         "egy steps; fix: --save_strategy epoch"),
+        (f"{SPLIT} --eval_strategy steps --eval_steps 40 --save_steps 50 --load_best_model_at_end True",
+         r"--load_best_model_at_end: checkpoints would be saved that were not evaluated; found --eval_steps 40, "
+         "--save_steps 50; expected .* multiple of --eval_steps; fix: --save_steps 40"),
+        (f"{SPLIT} --eval_strategy steps --eval_steps 0.1 --save_steps 50 --load_best_model_at_end True",
+         r"found --eval_steps 0.1, --save_steps 50"),
+        (f"{SPLIT} --eval_strategy steps --lr_scheduler_type reduce_lr_on_plateau", r"--lr_scheduler_type: invalid choice: 'reduce_lr"),
+    ],
+)  # fmt: skip
+def test_evaluations_that_make_no_sense(asked, flags, message):
+    with pytest.raises(Refusal, match=r"C-FLAG\] .*" + message):
+        asked(*flags.split())
+
+
+def test_evaluations_that_make_sense(asked):
+    for flags in (
+        "--eval_on_start True",
+        "--eval_strategy steps --load_best_model_at_end True",  # evaluated when saved, by default
+        "--eval_strategy steps --eval_steps 0.1 --save_steps 0.3 --load_best_model_at_end True",
+        "--eval_strategy steps --eval_steps 7 --save_strategy best --load_best_model_at_end True",
+        "--eval_strategy epoch --metric_for_best_model eval_token_accuracy --early_stopping_patience 2",
+    ):
+        asked(*SPLIT.split(), *flags.split())
 
 
 def test_float16_needs_a_stage_that_saves_its_loss_scale(asked, monkeypatch):

@@ -37,9 +37,10 @@ class MetricsWriter(TrainerCallback):
     def on_train_begin(self, args, state, control, **_):
         if not state.is_world_process_zero:
             return
-        delete_rows_after(self.file, state.global_step)
+        last = state.global_step or -1  # a run that begins evaluates step 0 again
+        delete_rows_after(self.file, last)
         if self.tensorboard:
-            self.writer = SummaryWriter(self.file.parent / TENSORBOARD_FOLDER, purge_step=state.global_step + 1)
+            self.writer = SummaryWriter(self.file.parent / TENSORBOARD_FOLDER, purge_step=last + 1)
 
     def on_log(self, args, state, control, logs=None, **_):
         if not state.is_world_process_zero or "train_runtime" in logs:  # the Trainer's closing summary is of no step
@@ -47,7 +48,7 @@ class MetricsWriter(TrainerCallback):
         append_row(self.file, {"step": state.global_step, **logs})
         if self.writer is not None:
             for name, value in logs.items():
-                self.writer.add_scalar(name if "/" in name else f"train/{name}", value, state.global_step)
+                self.writer.add_scalar(tensorboard_name(name), value, state.global_step)
             self.writer.flush()
 
     def on_train_end(self, args, state, control, **_):
@@ -55,8 +56,15 @@ class MetricsWriter(TrainerCallback):
             self.writer.close()
 
 
+def tensorboard_name(name: str) -> str:
+    """``eval_loss`` → ``eval/loss``, ``loss`` → ``train/loss``, as transformers does; with a slash as it is."""
+    if "/" in name:
+        return name
+    return name.replace("_", "/", 1) if name.startswith("eval_") else f"train/{name}"
+
+
 class ProgressBar(TrainerCallback):
-    """A bar on the main process, in place of the Trainer's own."""
+    """A bar on the main process, in place of the Trainer's own, and a line per evaluation."""
 
     def __init__(self):
         self.bar: tqdm | None = None
@@ -77,6 +85,11 @@ class ProgressBar(TrainerCallback):
             shown = {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.1e}"}
             shown |= {label: form.format(logs[key]) for label, key, form in FIGURES if key in logs}
             self.bar.set_postfix(shown, refresh=True)
+
+    def on_evaluate(self, args, state, control, metrics, **_):
+        if state.is_world_process_zero:
+            figures = ", ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in metrics.items())
+            tqdm.write(f"step {state.global_step} · validation: {figures}")
 
     def on_train_end(self, args, state, control, **_):
         if self.bar is not None:

@@ -23,6 +23,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RESUME = "start the same command again with --resume True"
 
 
+class EvaluationInterrupted(Exception):
+    """A signal ends an evaluation, on every rank at the same batch; the resumed run evaluates that step."""
+
+
 class Preemption(TrainerCallback):
     """Handles :data:`SIGNALS` of this process from its construction on."""
 
@@ -30,6 +34,7 @@ class Preemption(TrainerCallback):
         self.received: str | None = None  # the signal this process was sent
         self.received_at = 0.0
         self.training = self.stopping = self.interrupted = False
+        self.evaluation_left = False  # of the last step, for the resumed run
         self._group = None  # all ranks, on the CPU: the all-reduce of every step does not wait for a GPU
         for number in SIGNALS:
             signal.signal(number, self._handle)
@@ -57,24 +62,52 @@ class Preemption(TrainerCallback):
         self.training = True
 
     def on_step_end(self, args, state, control, **_):
+        if self._any_received():
+            self._stop(control)
+
+    def on_epoch_end(self, args, state, control, **_):
+        if self.stopping:
+            self._leave_evaluation(control)
+
+    def on_prediction_step(self, args, state, control, **_):
+        """Called before each batch of an evaluation, which may take longer than a launcher waits.
+
+        Raises:
+            EvaluationInterrupted
+        """
+        if self._any_received():
+            self._stop(control)
+            self.evaluation_left = True
+            raise EvaluationInterrupted
+
+    def _any_received(self) -> bool:
+        """Whether a rank was sent a signal. Collective."""
         received = torch.tensor(self.received is not None, dtype=torch.int32)
         if self._group is not None:
             distributed.all_reduce(received, distributed.ReduceOp.MAX, self._group)
-        if received:
-            self.stopping = control.should_save = control.should_training_stop = True
+        return bool(received)
+
+    def _stop(self, control) -> None:
+        self.stopping = control.should_save = control.should_training_stop = True
+        self._leave_evaluation(control)
+
+    def _leave_evaluation(self, control) -> None:
+        """An evaluation that is due is the resumed run's."""
+        self.evaluation_left |= control.should_evaluate
+        control.should_evaluate = False
 
     def on_train_end(self, args, state, control, **_):
         self.training = False
-        self.interrupted = self.stopping and state.global_step < state.max_steps
+        self.interrupted = self.stopping and (state.global_step < state.max_steps or self.evaluation_left)
 
     def refuse_if_interrupted(self, run: object) -> None:
-        """To be called after training; does nothing for a run that reached its last step.
+        """To be called after training; does nothing for a run that finished its last step.
 
         Raises:
             Refusal: P-PAUSED, with exit status 75: start the same command again with ``--resume True``.
         """
         if self.interrupted:
-            raise Refusal("P-PAUSED", "stopped by a signal after a checkpoint was published", file=run, fix=RESUME)
+            raise Refusal("P-PAUSED", "stopped by a signal; what was trained is saved", file=run, fix=RESUME)
 
 
 @contextmanager

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -22,7 +20,7 @@ from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.runs.log import append_row, delete_rows_after, read_rows
 from llava_moslora.text.conversation import Turn
-from llava_moslora.training.random_state import preserved_random_state
+from llava_moslora.training.eval_mode import eval_mode
 
 ANSWERS_FILE, ANSWERS_PAGE = "samples.jsonl", "samples.html"
 MAX_QUESTIONS = 64
@@ -94,28 +92,13 @@ class SampleAnswers(TrainerCallback):
 
     def answer_samples(self, step: int) -> None:
         questions = [(sample.images, sample.turns) for sample in self.samples]
-        with preserved_random_state(), eval_mode(self.chat_model.model):
+        with eval_mode(self.chat_model.model):
             answers = list(answer(self.chat_model, questions, max_new_tokens=self.max_new_tokens))
         for sample, text in zip(self.samples, answers, strict=True):
             tqdm.write(f"step {step} · {sample.turns[-1].text.strip()!r} → {text!r}")
         append_row(self.run / ANSWERS_FILE, {"step": step, "answers": answers})
         rows = read_rows(self.run / ANSWERS_FILE)
         write_page(self.run / ANSWERS_PAGE, self.samples, rows, str(self.run))
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model is in eval mode inside; afterwards every module is in the mode it was in before."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in place
-            module.support_avx512bf16_for_cpu = False
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def write_page(file: Path, samples: Sequence[Sample], rows: list[dict], title: str) -> None:

@@ -1,0 +1,47 @@
+"""Early stopping: the run ends when its evaluations no longer improve.
+
+Transformers' own callback keeps a counter, which a resumed run would begin again. Here it is counted from the log of
+evaluations, which every checkpoint has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import SaveStrategy
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends the run after ``patience`` evaluations in a row without one that is better than the best before it by more
+    than ``threshold``; its last step is saved. An evaluation before the first step does not count.
+
+    The metric is ``metric_for_best_model``, better as ``greater_is_better`` says.
+    """
+
+    def __init__(self, patience: int, threshold: float):
+        self.patience, self.threshold = patience, threshold
+
+    def on_train_begin(self, args, state, control, **_):
+        self._stop_if_due(args, state, control)  # a run that stopped is resumed
+
+    def on_evaluate(self, args, state, control, **_):
+        if self._stop_if_due(args, state, control):
+            control.should_save |= args.save_strategy != SaveStrategy.NO
+
+    def _stop_if_due(self, args, state: TrainerState, control) -> bool:
+        name = f"eval_{args.metric_for_best_model}"
+        values = [row[name] for row in state.log_history if name in row and row["step"] > 0]
+        due = without_improvement(values, args.greater_is_better, self.threshold) >= self.patience
+        control.should_training_stop |= due
+        return due
+
+
+def without_improvement(values: Sequence[float], greater_is_better: bool, threshold: float) -> int:
+    """How many of the last values in a row did not improve, as transformers counts them."""
+    best, count = None, 0
+    for value in values:
+        better = best is None or (value > best if greater_is_better else value < best)
+        count = 0 if best is None or (better and abs(value - best) > threshold) else count + 1
+        best = value if better else best
+    return count
