@@ -154,7 +154,8 @@ def run_script(main: Callable[[], object]) -> None:
     """
     try:
         main()
-        sys.stdout.flush()  # while a full disk behind it can still change the exit status
+        if sys.stdout is not None:  # None: it was closed from the start
+            sys.stdout.flush()  # while a full disk behind it can still change the exit status
     except Refusal as refusal:
         leave(refusal)
     except SystemExit:

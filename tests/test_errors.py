@@ -211,6 +211,13 @@ def test_a_full_disk_behind_the_output(body, tmp_path):
     assert running.wait(60) == status
 
 
+def test_an_output_that_was_never_open(tmp_path):
+    """``python scripts/… >&-``"""
+    body = "print('x'); sys.stdout is None or print('not None', file=sys.stderr)".replace("sys.", "__import__('sys').")
+    running = script(body, cwd=tmp_path, preexec_fn=lambda: os.close(1))
+    assert running.stderr.read() == "" and running.wait(60) == 0
+
+
 def test_the_line_begins_a_line_below_a_progress_bar(capsys):
     bar = tqdm(total=3)
     bar.update()

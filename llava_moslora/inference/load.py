@@ -24,9 +24,11 @@ from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.checkpoints import checkpoints, model_checkpoint
 from llava_moslora.runs.fingerprint import check_base
-from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, read_run
+from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, RunRecord, read_run
 from llava_moslora.text.templates import recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
+
+ATTEMPTS = 10  # to load a checkpoint of a run that is being trained, which may delete it meanwhile
 
 
 @dataclass
@@ -84,7 +86,8 @@ def load_run(
         llm_dtype: of the LLM's own weights, if not ``dtype``; weights that are stored in it stay mapped.
 
     Raises:
-        Refusal: no run, no valid checkpoint; K-BASE, the base is not the one that the run was trained on.
+        Refusal: no run, no valid checkpoint; K-BASE, the base is not the one that the run was trained on; P-PRUNED, a
+            training that is still running deleted the checkpoint meanwhile.
     """
     run = Path(run)
     record = read_run(run)
@@ -95,20 +98,41 @@ def load_run(
         bits=bits or record.model.bits,
         attn_implementation="sdpa",  # which every machine has, whatever it was trained with
     )
+    for _ in range(1 if checkpoint else ATTEMPTS):
+        used = checkpoint or _checkpoint_of(run, trained)
+        try:
+            return _load(run, record, replace(model_settings), used, trained, dtype, llm_dtype)
+        except Exception as error:
+            if used is None or used.is_dir():
+                raise
+            pruned = error
+    raise Refusal(
+        "P-PRUNED", "a training that is still running deleted the checkpoint while it was read", file=used,
+        fix="start the same command again",
+    ) from pruned  # fmt: skip
+
+
+def _checkpoint_of(run: Path, trained: bool) -> Path | None:
+    """The run's model; of the model before training any checkpoint: each states which base the run began from."""
     if trained:
-        checkpoint = checkpoint or model_checkpoint(run)
-    elif checkpoint is None:  # any of them: each states which base the run began from
-        checkpoint = next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
+        return model_checkpoint(run)
+    return next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
+
+
+def _load(
+    run: Path, record: RunRecord, settings: ModelSettings, checkpoint: Path | None, trained: bool, dtype: torch.dtype,
+    llm_dtype: torch.dtype | None,
+) -> ChatModel:  # fmt: skip
     if checkpoint is not None:
-        _check_bases(model_settings, checkpoint, with_projector=not trained)
+        _check_bases(settings, checkpoint, with_projector=not trained)
     if trained:  # every checkpoint has the complete projector
-        model_settings.pretrain_mm_mlp_adapter = None
-    tokenizer = load_tokenizer(run / TOKENIZER, images=not model_settings.text_only)
-    model, processor = assemble(model_settings, tokenizer=tokenizer, dtype=dtype, llm_dtype=llm_dtype)
+        settings.pretrain_mm_mlp_adapter = None
+    tokenizer = load_tokenizer(run / TOKENIZER, images=not settings.text_only)
+    model, processor = assemble(settings, tokenizer=tokenizer, dtype=dtype, llm_dtype=llm_dtype)
     if trained:
         assert checkpoint is not None  # or it was refused
         model = _with_checkpoint(model, checkpoint, dtype)
-    transform = None if model_settings.text_only else ImageTransform.from_settings(processor, record.data)
+    transform = None if settings.text_only else ImageTransform.from_settings(processor, record.data)
     return ChatModel(model.eval(), tokenizer, record.model.template, transform)
 
 

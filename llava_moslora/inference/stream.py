@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import StoppingCriteria
@@ -14,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from llava_moslora.errors import Refusal
 from llava_moslora.inference.generate import Question, batch, generate
 from llava_moslora.inference.load import ChatModel
+from llava_moslora.models.llm import longest_text
 
 
 def stream(
@@ -23,19 +25,27 @@ def stream(
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    max_seconds: float = math.inf,
+    stopped: threading.Event | None = None,
 ) -> Iterator[str]:
     """The answer in pieces; joined they are what :func:`llava_moslora.inference.generate.answer` gives.
 
     Args:
+        max_new_tokens: fewer where the LLM has positions for fewer.
         temperature: 0: greedy; else answers are sampled, from the smallest set of tokens with probability ``top_p``.
+        max_seconds: the answer ends with the first token after them. stopped: with the first token after it is set.
 
     Raises:
-        Refusal: as ``answer`` and :func:`check_sampling`. An iterator that is closed early stops the generation.
+        Refusal: as ``answer`` and :func:`check_sampling`; D-LENGTH, the LLM has no positions for the prompt. An
+            iterator that is closed early stops the generation.
     """
     check_sampling(max_new_tokens, temperature, top_p)
     inputs = batch(chat_model, [question])
+    max_new_tokens = min(max_new_tokens, _positions_left(chat_model, inputs["input_ids"].shape[1]))
     pieces: queue.SimpleQueue = queue.SimpleQueue()
-    stopped = threading.Event()
+    stopped = stopped or threading.Event()
+    left = threading.Event()
+    deadline = time.monotonic() + max_seconds
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
 
     @torch.inference_mode()
@@ -43,7 +53,8 @@ def stream(
         try:
             generate(
                 chat_model, inputs, max_new_tokens=max_new_tokens, streamer=_NewIds(pieces),
-                stopping_criteria=[_StopWhen(stopped)], **sampling,
+                stopping_criteria=[_StopWhen(lambda: left.is_set() or stopped.is_set() or time.monotonic() > deadline)],
+                **sampling,
             )  # fmt: skip
             pieces.put(None)
         except Exception as error:  # whatever it is, it is raised in the thread that waits for the answer
@@ -68,8 +79,24 @@ def stream(
         if len(text) > len(shown):
             yield text[len(shown) :]
     finally:
-        stopped.set()
+        left.set()
         thread.join()
+
+
+def _positions_left(chat_model: ChatModel, prompt: int) -> int:
+    """For the answer to a prompt of ``prompt`` tokens.
+
+    Raises:
+        Refusal: D-LENGTH, none.
+    """
+    if (positions := longest_text(chat_model.model.config.text_config)) is None:
+        return 2**31
+    if prompt >= positions:
+        raise Refusal(
+            "D-LENGTH", "the conversation is longer than the LLM's positions", found=f"{prompt} tokens",
+            expected=f"fewer than {positions}", fix="shorten it, or start over",
+        )  # fmt: skip
+    return positions - prompt
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
@@ -99,10 +126,10 @@ class _NewIds(BaseStreamer):
 
 
 class _StopWhen(StoppingCriteria):
-    """Stops the generation once ``event`` is set."""
+    """Stops the generation once ``holds`` does."""
 
-    def __init__(self, event: threading.Event):
-        self.event = event
+    def __init__(self, holds: Callable[[], bool]):
+        self.holds = holds
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
+        return torch.full((len(input_ids),), self.holds(), device=input_ids.device)

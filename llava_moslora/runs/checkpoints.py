@@ -94,7 +94,7 @@ def newest_checkpoint(run: Path) -> Path:
 
 
 def model_checkpoint(run: Path, which: str | None = None) -> Path:
-    """The valid checkpoint that is a run's model.
+    """The valid checkpoint that is a run's model, also while the run is trained.
 
     Args:
         which: :data:`NEWEST`, :data:`BEST` (by validation) or a step, as ``40`` or ``checkpoint-40``; None: the best of
@@ -103,6 +103,17 @@ def model_checkpoint(run: Path, which: str | None = None) -> Path:
     Raises:
         Refusal: as :func:`newest_checkpoint`; C-FLAG, there is no such checkpoint; K-..., it is damaged.
     """
+    for _ in range(50):
+        before = checkpoints(run)
+        try:
+            return _model_checkpoint(run, which)
+        except (FileNotFoundError, Refusal):
+            if checkpoints(run) == before:
+                raise  # else one was pruned while it was read, and there is a newer one
+    return _model_checkpoint(run, which)
+
+
+def _model_checkpoint(run: Path, which: str | None) -> Path:
     newest = newest_checkpoint(run)
     best = read_facts(newest).get("best")
     if which is None:

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from llava_moslora.errors import Refusal
 from llava_moslora.export import export as export_module
 from llava_moslora.export import verify
 from llava_moslora.export.export import export
-from llava_moslora.files.manifest import verify_manifest, write_manifest
-from support.export_runs import probe_here, trained_run
+from llava_moslora.files.manifest import verify_manifest
+from support.export_runs import newer, probe_here, trained_run
 
 
 @pytest.fixture(scope="module")
@@ -176,17 +176,6 @@ def test_a_killed_replacement_is_finished(run, out, killed):
     assert verify_manifest(out)
     export(run, out, overwrite=True, prove=False)
     assert verify_manifest(out) and [p.name for p in out.parent.iterdir()] == ["out"]
-
-
-def newer(run, step: int) -> None:
-    """Another checkpoint with another adapter, as a running training writes it, and the older ones pruned."""
-    old = run / f"checkpoint-{step - 1}"
-    new = shutil.copytree(old, run / f"checkpoint-{step}")
-    file = new / "adapter" / "adapter_model.safetensors"
-    save_file({name: t * 1.5 for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
-    facts = json.loads((old / "MANIFEST.json").read_text())
-    write_manifest(new, {name: facts[name] for name in ("llm", "vision_tower", "data")} | {"step": step})
-    shutil.rmtree(old)
 
 
 @pytest.mark.parametrize("target", ["hf", "peft"])

@@ -5,11 +5,13 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from llava_moslora.errors import Refusal
+from llava_moslora.inference import load as load_module
 from llava_moslora.inference.load import load, load_run
-from support.export_runs import trained_run
+from support.export_runs import newer, trained_run
 from support.tiny import write_clip, write_llm
 
 
@@ -60,3 +62,43 @@ def test_a_path_that_means_another_folder_here_is_refused(own, tmp_path, monkeyp
     shutil.rmtree(elsewhere / "llm")
     with pytest.raises(Refusal, match=r"llm.*no such folder"):
         load(own.run)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("moment", ["_check_bases", "assemble", "_with_checkpoint"])
+def test_a_checkpoint_that_a_training_prunes_meanwhile(own, monkeypatch, trained, moment):
+    """The newer one is loaded; a caller's own is not replaced by another."""
+    if moment == "_with_checkpoint" and not trained:
+        pytest.skip("reads no checkpoint then")
+    real, given = getattr(load_module, moment), own.run / "checkpoint-1"
+    kept = shutil.copytree(given, own.run.parent / "kept")
+
+    def pruned_first(*arguments, **named):
+        if given.exists():
+            newer(own.run, 2)
+            if moment == "assemble":  # which reads no checkpoint: the next to read one fails
+                raise FileNotFoundError(given)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(load_module, moment, pruned_first)
+    found = load_run(own.run, trained=trained)
+    monkeypatch.undo()
+    for name, tensor in load_run(own.run, trained=trained).model.state_dict().items():
+        assert torch.equal(found.model.state_dict()[name], tensor) or "original_module" in name  # unused and random
+    shutil.rmtree(own.run / "checkpoint-2")
+    kept.rename(given)
+    monkeypatch.setattr(load_module, moment, pruned_first)
+    with pytest.raises(Refusal, match=r"P-PRUNED\] .*checkpoint-1: a training that is still running deleted"):
+        load_run(own.run, trained=trained, checkpoint=given)
+
+
+def test_a_damaged_checkpoint_is_not_tried_again(own, monkeypatch):
+    def fails(*_):
+        calls.append(1)
+        raise FileNotFoundError("something else")
+
+    calls: list[int] = []
+    monkeypatch.setattr(load_module, "_with_checkpoint", fails)
+    with pytest.raises(FileNotFoundError, match="something else"):
+        load_run(own.run)
+    assert calls == [1]

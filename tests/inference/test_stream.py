@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 
 from llava_moslora.errors import Refusal
 from llava_moslora.export.export import export
-from llava_moslora.inference.generate import answer, first_logits
+from llava_moslora.inference.generate import answer, batch, first_logits
 from llava_moslora.inference.load import load
 from llava_moslora.inference.stream import stream
 from llava_moslora.text.conversation import Turn
@@ -62,6 +64,33 @@ def test_a_stream_can_be_left_and_its_errors_arrive(folders, parts, monkeypatch)
     monkeypatch.setattr(chat_model.model, "generate", broken)
     with pytest.raises(RuntimeError, match="out of luck"):
         list(stream(chat_model, questions(parts)[0]))
+
+
+def test_an_answer_ends_when_it_is_told_to(folders, parts):
+    chat_model, question, stopped = load(folders["run"]), questions(parts)[0], threading.Event()
+    whole = "".join(stream(chat_model, question, max_new_tokens=200))
+    begun = time.monotonic()
+    short = "".join(stream(chat_model, question, max_new_tokens=200, max_seconds=0.01))
+    assert whole.startswith(short) and len(short) < len(whole) and time.monotonic() - begun < 10
+    pieces = stream(chat_model, question, max_new_tokens=2000, stopped=stopped)
+    said = [next(pieces)]
+    stopped.set()
+    said += pieces
+    assert len("".join(said)) < len("".join(stream(chat_model, question, max_new_tokens=2000)))
+
+
+def test_the_positions_of_the_llm_are_not_exceeded(folders, parts, monkeypatch):
+    chat_model, question = load(folders["run"]), questions(parts)[1]
+    prompt = batch(chat_model, [question])["input_ids"].shape[1]
+    config = chat_model.model.config.text_config
+    expected = "".join(stream(chat_model, question, max_new_tokens=3))
+    monkeypatch.setattr(config, "max_position_embeddings", prompt + 3)
+    assert "".join(stream(chat_model, question, max_new_tokens=100)) == expected
+    monkeypatch.setattr(config, "max_position_embeddings", prompt)
+    with pytest.raises(
+        Refusal, match=rf"D-LENGTH\] .* found {prompt} tokens; expected fewer than {prompt}; fix: .*over"
+    ):
+        next(stream(chat_model, question))
 
 
 def test_sampling_is_asked_for(folders, parts):

@@ -1,12 +1,15 @@
 """Run folders as training leaves them, with random adapters instead of trained ones, in seconds."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from llava_moslora.config import DataSettings, TowerAdapter
 from llava_moslora.export import probe, verify
+from llava_moslora.files.manifest import write_manifest
 from llava_moslora.models.adapt import add_adapters
 from llava_moslora.models.assemble import assemble
 from llava_moslora.runs.checkpoints import publish_checkpoint
@@ -68,3 +71,14 @@ def trained_run(
     facts = {"step": 1, "data": {"data.json": "0"}} | base_fingerprints(parts)
     publish_checkpoint(run / "checkpoint-1", save, lambda: facts)
     return model.eval()
+
+
+def newer(run: Path, step: int) -> None:
+    """Another checkpoint with another adapter, as a running training writes it, and the older ones pruned."""
+    old = run / f"checkpoint-{step - 1}"
+    new = shutil.copytree(old, run / f"checkpoint-{step}")
+    file = new / "adapter" / "adapter_model.safetensors"
+    save_file({name: t * 1.5 for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    facts = json.loads((old / "MANIFEST.json").read_text())
+    write_manifest(new, {name: facts[name] for name in ("llm", "vision_tower", "projector", "data")} | {"step": step})
+    shutil.rmtree(old)
