@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.devices import COMMAND_LINE
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.planning.plan import make_plan
@@ -39,10 +40,10 @@ def main() -> None:
         raise Refusal("C-FLAG", "out of range", key="--gpus", found=own.gpus, expected="at least 1")
     gpus, settings = read_settings(own, flags)
     asked = Asked(own.gpu, gpus, own.records, own.tokens, own.images, own.labels)
-    *groups, training = settings
+    training = settings[3]
     deepspeed = training["deepspeed"]
     content = None if deepspeed is None else read_deepspeed_config(deepspeed)
-    request = make_request(asked, *groups, training, accumulation(training, gpus), content, zero_files())
+    request = make_request(asked, *settings[:3], training, accumulation(training, gpus), content, zero_files())
     plan = make_plan(request, with_suggestions=own.suggest)
     print(json.dumps(as_json(plan), indent=1) if own.json else text(plan, suggested=own.suggest))
     sys.stdout.flush()
@@ -71,7 +72,9 @@ def own_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_settings(own: argparse.Namespace, flags: Sequence[str]) -> tuple[int, tuple[Any, ...]]:
+def read_settings(
+    own: argparse.Namespace, flags: Sequence[str]
+) -> tuple[int, tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]]:
     """The number of GPUs, and the settings of model, data, adapters and training (values by name)."""
     config = None if own.config is None else Path(own.config)
     if config is not None and config.is_dir():
@@ -98,7 +101,9 @@ def accumulation(training: dict[str, Any], gpus: int) -> int:
     """Micro-batches per step: as ``--global_batch_size`` asks, else as given, else 1."""
     per_device, asked = training["per_device_train_batch_size"], training["gradient_accumulation_steps"]
     if per_device < 1:
-        raise Refusal("C-FLAG", "out of range", key="--per_device_train_batch_size", found=per_device, expected="1 or more")
+        raise Refusal(
+            "C-FLAG", "out of range", key="--per_device_train_batch_size", found=per_device, expected="1 or more"
+        )
     if training["global_batch_size"] is None:
         return 1 if asked is None else asked
     return accumulation_steps(training["global_batch_size"], per_device, gpus)

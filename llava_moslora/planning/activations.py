@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from llava_moslora.models.assemble import model_on_meta
@@ -61,10 +62,9 @@ class Activations:
 @lru_cache(maxsize=256)
 def activations(model: Model, recompute: str, batch: Batch) -> Activations:
     """Of the largest micro-batch, with everything that goes through ``model``."""
-    small, inputs = _small_model(model, recompute), _inputs(model, batch)
-    inner = small.get_base_model() if hasattr(small, "get_base_model") else small
-    # index of a layer over both towers, in the order in which set_recompute counts: the tower's come first
     mode, n = parse_recompute(recompute)
+    inner = _small_model(model, selective=mode == "selective")
+    # by a layer's index over both towers, as set_recompute counts: the tower's come first
     tower_layers, llm_layers = model.tower_layers, model.llm_config.num_hidden_layers
     recomputed = [mode != "none" and index % n == 0 for index in range(tower_layers + llm_layers)]
     inside = _nf4_inside if model.bits == 4 else None
@@ -79,16 +79,16 @@ def activations(model: Model, recompute: str, batch: Batch) -> Activations:
         on: _layer_cost(llm.layers[0], arguments, on, requires_grad=asks, inside=inside)
         for on in set(recomputed[tower_layers:])
     }
-    tower, vision = _tower_costs(inner, batch, set(recomputed[:tower_layers]), dtype)
+    tower, vision_trained = _tower_costs(inner, batch, set(recomputed[:tower_layers]), dtype)
     projector = inner.model.multi_modal_projector
     features = batch.images * tokens_per_image(model.vision_config)
     x_features = torch.empty(features, model.vision_config.hidden_size, dtype=dtype, device="meta")
-    projected = measure(projector, projector, x_features.requires_grad_(vision))
+    projected = measure(projector, projector, x_features.requires_grad_(vision_trained))
     loss = _loss_cost(inner, batch, dtype)
 
     llm_kept = sum(layers[on].kept for on in recomputed[tower_layers:])
     return Activations(
-        inputs=inputs,
+        inputs=_inputs(model, batch),
         tower=sum(tower[on].kept for on in recomputed[:tower_layers]),
         projector=projected.kept,
         llm=llm_kept,
@@ -99,21 +99,23 @@ def activations(model: Model, recompute: str, batch: Batch) -> Activations:
     )
 
 
-def _small_model(model: Model, recompute: str) -> nn.Module:
-    """The model with one layer in each tower, in training mode."""
+@lru_cache(maxsize=16)
+def _small_model(model: Model, selective: bool) -> Llava:
+    """The model with one layer in each tower, in training mode, recomputing in the one way or the other."""
     llm, vision = copy.deepcopy(model.llm_config), copy.deepcopy(model.vision_config)
     vision.num_hidden_layers = 2  # the last one is cut off
     llm.num_hidden_layers = 1
     if getattr(llm, "layer_types", None):
         llm.layer_types = llm.layer_types[:1]
-    small = model_on_meta(llm, vision, model.adapter, model.dtype)
-    inner = small.get_base_model() if hasattr(small, "get_base_model") else small
+    small = model_on_meta(llm, vision, model.adapter, model.dtype).train()
+    inner = small.get_base_model() if isinstance(small, PeftModel) else small
     compute_as_on_gpu(inner, model.attention)
-    set_recompute(small, recompute)
-    if model.partitioned:  # ZeRO-3's hooks are on every module, and the frozen linear is then computed by itself
-        for module in small.modules():
+    set_recompute(small, "selective" if selective else "full")
+    if model.partitioned:  # ZeRO-3 hooks every module: the frozen linear is then computed by itself, the loss in one
+        for module in inner.modules():
             module.register_forward_pre_hook(lambda *_: None)
-    return small.train()
+        inner.lm_head.weight.ds_id = 0
+    return inner
 
 
 class _Stop(Exception):

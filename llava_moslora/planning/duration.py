@@ -16,19 +16,21 @@ from llava_moslora.planning.setting import Choice, Model
 from llava_moslora.planning.states import Counts
 from llava_moslora.recompute import parse_recompute
 
-# benchmarks/results/train-nvidia-h100-80gb-hbm3*: model FLOPs over peak while kernels run. Without recomputation of
-# products: 537.6 TFLOP in 1,086 ms of kernels (the profile). With it, the whole step of zero1+full: MFU 0.272.
+# benchmarks/results/train-nvidia-h100-80gb-hbm3*, steps of 537.6 TFLOP and 55 layers:
+# - with zero1+selective kernels run for 1,086 ms a step (the profile), half of the peak, and the GPU waits for Python
+#   for the rest of 1,550 ms; with zero1+none@4, half as much work, it waits too;
+# - with zero1+full products run twice, which half of the peak would do in 1,630 ms of 1,997: Python's time as well.
 MEASURED_ON = "H100"
-SHARE_OF_PEAK = {"none": 0.5005, "selective": 0.5005, "full": 0.2722}
+SHARE_OF_PEAK = 0.5005
+FORWARD_AGAIN = 0.5  # of the model's FLOPs, with --recompute full
 NF4_SLOWER = 2039.54 / 1996.93  # zero1+full+4bit over zero1+full
-# Seconds per layer of both towers and micro-batch, below which the GPU waits for Python: steps that waited, over their
-# 55 layers. Full recomputation runs the forward again: a third more than none, which is not measured.
-PYTHON = {"none": 0.91971 / 55, "selective": 1.55035 / 55, "full": 0.91971 / 55 * 4 / 3}
+PYTHON = {"none": 0.91971 / 55, "selective": 1.55035 / 55, "full": 1.99693 / 55}  # s per layer and micro-batch
 # benchmarks/results/data.json: images per second and core
 IMAGES_PER_SECOND = {"pil": 225.8, "torch": 425.2}
 HOST_LINK = 25e9  # bytes/s between host and GPU, assumed
 HOST_ADAM = 1e9  # trained numbers that a host's Adam updates per second and rank, assumed
-RANGE_MEASURED, RANGE_ASSUMED = (0.85, 1.15), (0.7, 1.6)
+# From–to around an estimate. Python's share has been cut since those rows, to 0.7 of it on a CPU.
+RANGE_MEASURED, RANGE_ASSUMED = (0.7, 1.15), (0.7, 1.6)
 
 
 @dataclass(frozen=True)
@@ -82,24 +84,22 @@ def duration(
     """
     per: Flops = counts.flops
     flops = choice.micro_batch * records.flops(per)
-    layers = model.tower_layers + model.llm_config.num_hidden_layers
     mode, n = parse_recompute(choice.recompute)
-    seconds = {m: flops / (share * device.flops) for m, share in SHARE_OF_PEAK.items()}
-    python = {m: layers * value for m, value in PYTHON.items()}
-    compute, host = seconds[mode], python[mode]
-    if mode == "full" and n > 1:
-        compute, host = ((values["full"] + (n - 1) * values["none"]) / n for values in (seconds, python))
+    again = FORWARD_AGAIN / n if mode == "full" else 0
+    compute = flops * (1 + again) / (SHARE_OF_PEAK * device.flops)
+    per_layer = PYTHON[mode] if n == 1 or mode == "none" else (PYTHON["full"] + (n - 1) * PYTHON["none"]) / n
+    python = per_layer * (model.tower_layers + model.llm_config.num_hidden_layers)
     if choice.bits == 4:
-        compute *= NF4_SLOWER
+        compute, python = NF4_SLOWER * compute, NF4_SLOWER * python
     images = choice.micro_batch * records.images
     data = images / (max(workers, 1) * IMAGES_PER_SECOND[image_engine])
     micro_batches = choice.accumulation
     communication = _communication(model, counts, choice, device, gpus, mode)
-    step = max(compute, host, data) * micro_batches + communication
+    step = max(compute, python, data) * micro_batches + communication
     in_step = choice.micro_batch * micro_batches * gpus
     return Duration(
         compute=compute * micro_batches,
-        python=host * micro_batches,
+        python=python * micro_batches,
         data=data * micro_batches,
         communication=communication,
         factors=RANGE_MEASURED if measured else RANGE_ASSUMED,

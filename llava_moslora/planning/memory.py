@@ -54,8 +54,8 @@ class Memory:
 def memory(
     model: Model, choice: Choice, batch: Batch, device: Device, gpus: int, state_bytes: int = ADAM_BYTES
 ) -> Memory:
-    """The peak is the larger of two moments: in forward and backward, with the activations and what works on them, and in
-    the optimizer's step, with gradients in float32 and no activations.
+    """The peak is the larger of two moments: in forward and backward, with the activations and what works on them, and
+    in the optimizer's step, with gradients in float32 and no activations.
 
     Args:
         batch: the largest micro-batch.

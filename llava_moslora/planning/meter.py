@@ -1,12 +1,11 @@
 """What a part of a model allocates in forward and backward, counted on the meta device.
 
-There tensors have shapes and no memory, and still every operation of a step runs. A storage is counted from the operation
-that made it until neither Python nor autograd refers to it, which is how long torch's caching allocator counts it.
+There tensors have shapes and no memory, and still every operation of a step runs. A storage is counted from the
+operation that made it until neither Python nor autograd refers to it, as long as torch's caching allocator counts it.
 """
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -84,7 +83,6 @@ def measure(part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, inside:
     """
     meter = Meter(inside)
     meter.ignore([x, *part.parameters(), *part.buffers()])
-    gc.collect()
     with meter:
         output = run(x.clone())  # a copy, which only the graph may hold: a leaf is held by its gradient's accumulator
         forward, size = meter.peak, output.untyped_storage().nbytes()

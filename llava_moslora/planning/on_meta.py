@@ -26,7 +26,7 @@ _library.define("attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 
 
 def _attention_op(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output (B, T, H, D), as it lies in memory, and the logarithm of the softmax' denominator, float32[B, H, T]."""
+    """The output (B, T, H, D), as it lies in memory, and the log of the softmax' denominator, float32[B, H, T]."""
     b, h, t, d = q.shape
     return q.new_empty(b, t, h, d), q.new_empty(b, h, t, dtype=torch.float32)
 

@@ -131,7 +131,7 @@ def make_plan(request: Request, *, with_suggestions: bool = False) -> Plan:
     )
 
 
-def find_device(name: str) -> str:
+def device_of(name: str) -> str:
     """A key of ``DEVICES`` from ``--gpu``.
 
     Raises:

@@ -1,7 +1,8 @@
-"""The flags that a recipe, a shell script, would start a training with: run with launchers that only write them down."""
+"""The flags that a recipe starts a training with: the script is run with launchers that only write them down."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +16,6 @@ from llava_moslora.errors import Refusal
 LAUNCHERS = ("deepspeed", "torchrun", "srun")
 TRAINING = "train_vit_llm.py"
 SECONDS = 30
-# The first argument is the file for the answer: the environment of a recipe is the user's own.
 STUB = """#!{python}
 import json, os, sys
 json.dump({{"argv": sys.argv, "folder": os.getcwd()}}, open({answer!r}, "w"))
@@ -40,7 +40,9 @@ def read_recipe(script: Path, gpus: int | None) -> Call:
         Refusal: C-PATH, no such script; C-RECIPE, it fails, or starts no training of this package.
     """
     if not script.is_file():
-        raise Refusal("C-PATH", "no such file", file=script, key="--config", fix="a recipe, a YAML file or a run folder")
+        raise Refusal(
+            "C-PATH", "no such file", file=script, key="--config", fix="a recipe, a YAML file or a run folder"
+        )
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder) / "call.json"
         for name in LAUNCHERS:
@@ -67,9 +69,11 @@ def read_recipe(script: Path, gpus: int | None) -> Call:
     if at is None:
         raise Refusal("C-RECIPE", "the recipe starts something else", file=script, found=" ".join(words[1:4]))
     launcher, flags = words[:at], words[at + 1 :]
-    return Call(flags, _number_after(launcher, ("--num_gpus", "--num_accelerators", "--nproc_per_node")), Path(call["folder"]))
+    return Call(
+        flags, _number_after(launcher, ("--num_gpus", "--num_accelerators", "--nproc_per_node")), Path(call["folder"])
+    )
 
 
 def _number_after(words: list[str], flags: tuple[str, ...]) -> int | None:
-    found = [value for flag, value in zip(words, words[1:], strict=False) if flag in flags]
+    found = [value for flag, value in itertools.pairwise(words) if flag in flags]
     return int(found[0]) if found and found[0].isdecimal() else None

@@ -41,7 +41,9 @@ class Records:
 
     def flops(self, per: Flops) -> float:
         """Of a record, on average."""
-        return per.token * self.tokens + per.pair * self.pairs + per.trained_token * self.labels + per.image * self.images
+        return (
+            per.token * self.tokens + per.pair * self.pairs + per.trained_token * self.labels + per.image * self.images
+        )
 
     def largest_batch(self, micro_batch: int, accumulation: int, gpus: int) -> Batch:
         """The most tokens, images and labels that a micro-batch has: of the sampler's real batches in the first epoch,

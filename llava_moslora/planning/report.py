@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from llava_moslora.devices import GIB
+from llava_moslora.planning.duration import MEASURED_ON
 from llava_moslora.planning.plan import Plan
 from llava_moslora.planning.suggest import as_flags
 
 BAR = 28  # characters of a bar that is as long as the card's memory
 GB = 1e9
+PEAK = "peak of torch's allocator"
 FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 6, 7
 
 
@@ -29,13 +31,13 @@ def verdict(plan: Plan) -> str:
 def text(plan: Plan, *, suggested: bool) -> str:
     """The table, with a bar for each part as a share of the card."""
     request, used = plan.request, plan.memory
-    lines = [verdict(plan), "", f"memory of one GPU{'GiB':>24}"]
+    lines = [verdict(plan), "", f"memory of one GPU{'GiB':>26}"]
     for part in used.parts:
         bar = "█" * round(BAR * part.size / request.capacity)
-        lines.append(f"  {part.name:<32}{part.size / GIB:>7.2f}  {bar:<{BAR}}  {part.source}")
+        lines.append(f"  {part.name:<34}{part.size / GIB:>7.2f}  {bar:<{BAR}}  {part.source}")
     whole = "█" * round(BAR * min(1, used.peak / request.capacity))
     lines += [
-        f"  {'peak of torch allocator':<32}{used.peak / GIB:>7.2f}  {whole:<{BAR}}  the sum",
+        f"  {PEAK:<34}{used.peak / GIB:>7.2f}  {whole:<{BAR}}  the sum",
         f"  of the GPU in all: {used.low / GIB:.1f} to {used.high / GIB:.1f} (CUDA's context, fragmentation: assumed)",
         f"  largest micro-batch that fits: {plan.largest or 'none'} (asked for: {request.choice.micro_batch})",
     ]
@@ -97,12 +99,12 @@ def _hours(hours: tuple[float, float]) -> str:
 
 def _time_lines(plan: Plan) -> list[str]:
     time, request = plan.duration, plan.request
-    measured = time.factors[0] > 0.8
-    source = "measured on one H100" if measured else "assumed, from an H100's"
+    measured = request.device_name == MEASURED_ON
+    source = "measured on one H100" if measured else "assumed, from one H100's"
     lines = [
         f"a step: {time.step:.2f} s (× {time.factors[0]} to {time.factors[1]}), waiting for {time.limit}: GPU "
         f"{time.compute:.2f}, Python {time.python:.2f}, images {time.data:.2f}, communication {time.communication:.2f}",
-        f"{time.tokens_per_second:,.0f} tokens/s on {request.gpus} GPUs, MFU {time.mfu:.2f}; shares of the peak: {source}",
+        f"{time.tokens_per_second:,.0f} tokens/s on {request.gpus} GPUs, MFU {time.mfu:.2f}; {source}",
     ]
     if time.hours is None:
         return [*lines, "the run: unknown number of records; give --records, or prepare the data"]
@@ -115,7 +117,9 @@ def _suggestion_lines(plan: Plan) -> list[str]:
     lines = ["fastest that fits, with the same global batch:"]
     for candidate in plan.suggestions:
         used = plan.request.memory(candidate.choice)
-        lines.append(f"  {candidate.seconds:.2f} s a step, peak {used.peak / GIB:.1f} GiB: {as_flags(candidate.choice)}")
+        lines.append(
+            f"  {candidate.seconds:.2f} s a step, peak {used.peak / GIB:.1f} GiB: {as_flags(candidate.choice)}"
+        )
     if plan.suggestions[0].choice.bits != plan.request.choice.bits:
         lines.append("  nothing fits in 16 bits; NF4 weights are rounded: losses are not the same")
     return lines

@@ -1,4 +1,4 @@
-"""From the flags of a training, or the record of a run, to what a plan is made of. Configurations are read, no weights."""
+"""From the flags of a training, or a run's record, to what a plan is made of. Configurations are read, no weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.planning.plan import Request, find_device
+from llava_moslora.planning.plan import Request, device_of
 from llava_moslora.planning.records import Records, assumed, of_dataset, packed
 from llava_moslora.planning.setting import Choice, Model, Zero
 from llava_moslora.planning.states import ADAM_BYTES, STATE_BYTES
@@ -67,7 +67,7 @@ def make_request(
     Raises:
         Refusal: C-FLAG, an unknown GPU or a number out of range; whatever reading the configurations refuses.
     """
-    device_name = find_device(asked.gpu)
+    device_name = device_of(asked.gpu)
     model = name_parts(model)
     llm, tower = read_llm_config(model.model_name_or_path), read_vision_config(model.tower)
     bf16, fp16 = training.get("bf16"), training.get("fp16")

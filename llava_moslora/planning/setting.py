@@ -55,7 +55,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: ``rows`` padded to ``tokens`` each, with ``images`` and ``labels`` (positions with a loss) in all."""
+    """A micro-batch: ``rows`` padded to ``tokens`` each; ``images`` and ``labels`` (positions with a loss) in all."""
 
     rows: int
     tokens: int

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from peft import PeftModel
 from torch import nn
 
 from llava_moslora.models.assemble import model_on_meta
@@ -55,7 +56,7 @@ class Counts:
 def count(model: Model) -> Counts:
     """From the whole model on the meta device; takes a second."""
     whole = model_on_meta(model.llm_config, model.vision_config, model.adapter, model.dtype)
-    inner = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    inner = whole.get_base_model() if isinstance(whole, PeftModel) else whole
     in_nf4 = _quantised(inner.model.language_model) if model.bits == 4 else {}
     frozen = [p for p in whole.parameters() if not p.requires_grad and id(p) not in in_nf4]
     trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
@@ -122,8 +123,8 @@ def states(counts: Counts, zero: Zero, gpus: int, item: int = 2, state_bytes: in
     - without DeepSpeed: gradients s·A, no masters, moments 8·A.
     - stage 0: gradients s·A, masters 4·A, moments 8·A; in the step gradients once more in float32.
     - stage 1 with gradients summed in float32: masters 4·A/N, moments 8·A/N, gradients 4·A on every rank.
-    - stage 1 otherwise: gradients s·A; stage 2: s·A/N; masters 4·A/N, moments 8·A/N; one bucket for reduction, two where
-      communication overlaps; in the step gradients once more in float32, 4·A/N.
+    - stage 1 otherwise: gradients s·A; stage 2: s·A/N; masters 4·A/N, moments 8·A/N; one bucket for reduction, two
+      where communication overlaps; in the step gradients once more in float32, 4·A/N.
     - stage 3: as 2, one bucket; s·(F + A)/N of the weights; gathered at most ``live`` and ``prefetch`` numbers.
     - offloaded: masters, moments and float32 gradients, 16·A/N, on the host, in place of GPU; weights too with stage 3.
 

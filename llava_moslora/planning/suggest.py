@@ -12,7 +12,7 @@ RECOMPUTE = ("none", "every:4", "every:2", "selective", "full")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A setting, the seconds of its step, and whether it fits for certain."""
+    """A setting that fits, and the seconds of its optimizer step."""
 
     choice: Choice
     seconds: float
@@ -33,7 +33,8 @@ def suggest(
     seconds: Callable[[Choice], float],
     alternatives: int = 3,
 ) -> list[Candidate]:
-    """The fastest settings that fit, the fastest first; of equally fast ones that with the smaller micro-batch.
+    """The fastest setting that fits, and the next ones that recompute in another way; of equally fast ones that with
+    the smaller micro-batch, and then the first in ``zeros``.
 
     For each way to recompute and each DeepSpeed file the largest micro-batch that fits is found by bisection, because
     memory only grows with the micro-batch; smaller ones are taken only where they are not slower. NF4, which changes
@@ -48,7 +49,7 @@ def suggest(
     global_batch = now.micro_batch * now.accumulation * gpus
     sizes = micro_batches(global_batch, gpus)
     for bits in dict.fromkeys((now.bits, 4)):
-        found: list[Candidate] = []
+        best: dict[str, Candidate | None] = {}
         for file, zero in zeros:
             if bits == 4 and zero.stage == 3:
                 continue  # NF4 weights are not partitioned: there is nothing to gain
@@ -60,11 +61,14 @@ def suggest(
                 ]  # fmt: skip
                 fitting = choices[: _count_fitting(choices, fits)]
                 timed = [Candidate(choice, seconds(choice)) for choice in fitting]
-                if timed:
-                    found.append(min(timed, key=lambda c: (c.seconds, c.choice.micro_batch)))
-        if found:
-            return sorted(found, key=lambda c: (c.seconds, c.choice.micro_batch))[: 1 + alternatives]
+                best[recompute] = min([*filter(None, [best.get(recompute)]), *timed], key=_order, default=None)
+        if found := sorted(filter(None, best.values()), key=_order):
+            return found[: 1 + alternatives]
     return []
+
+
+def _order(candidate: Candidate) -> tuple[float, int]:
+    return candidate.seconds, candidate.choice.micro_batch
 
 
 def _count_fitting(choices: Sequence[Choice], fits: Callable[[Choice], bool]) -> int:
