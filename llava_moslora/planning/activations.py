@@ -7,6 +7,7 @@ formula that has to follow the code.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -19,11 +20,14 @@ from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.attention import empty_mask
 from llava_moslora.models.llava import Llava
 from llava_moslora.models.towers import tokens_per_image
-from llava_moslora.planning.meter import Cost, measure
+from llava_moslora.planning.meter import Cost, Inside, measure
 from llava_moslora.planning.on_meta import compute_as_on_gpu
 from llava_moslora.planning.setting import Batch, Model
 from llava_moslora.planning.states import NF4_BLOCK
 from llava_moslora.recompute import parse_recompute, set_recompute
+
+# Of adapters.triton_dropout, which imports Triton
+KERNEL = {"PROGRAMS": 528, "ROWS": 64, "COLUMNS": 64, "RANK": 128}
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Activations:
     """Bytes of one micro-batch on one GPU.
 
     Args:
-        inputs: the batch itself: ids, labels and positions in int64, images in float32 and in the model's dtype.
+        inputs: the batch itself: ids, labels and positions in int64, images in the model's dtype.
         tower, projector, llm: kept between forward and backward; ``llm`` of all layers.
         loss: kept by the final norm and the cross entropy.
         in_loss: at most, beyond all that is kept, in the loss; its own kept tensors included.
@@ -67,7 +71,7 @@ def activations(model: Model, recompute: str, batch: Batch) -> Activations:
     # by a layer's index over both towers, as set_recompute counts: the tower's come first
     tower_layers, llm_layers = model.tower_layers, model.llm_config.num_hidden_layers
     recomputed = [mode != "none" and index % n == 0 for index in range(tower_layers + llm_layers)]
-    inside = _nf4_inside if model.bits == 4 else None
+    inside = _inside(model.bits)
     dtype = model.dtype
 
     x = torch.empty(batch.rows, batch.tokens, model.llm_config.hidden_size, dtype=dtype, device="meta")
@@ -80,10 +84,7 @@ def activations(model: Model, recompute: str, batch: Batch) -> Activations:
         for on in set(recomputed[tower_layers:])
     }
     tower, vision_trained = _tower_costs(inner, batch, set(recomputed[:tower_layers]), dtype)
-    projector = inner.model.multi_modal_projector
-    features = batch.images * tokens_per_image(model.vision_config)
-    x_features = torch.empty(features, model.vision_config.hidden_size, dtype=dtype, device="meta")
-    projected = measure(projector, projector, x_features.requires_grad_(vision_trained))
+    projected = _projector_cost(inner, batch, dtype, requires_grad=vision_trained)
     loss = _loss_cost(inner, batch, dtype)
 
     llm_kept = sum(layers[on].kept for on in recomputed[tower_layers:])
@@ -140,7 +141,9 @@ def _layer_arguments(part: nn.Module, layer: nn.Module, *args: Any, **kwargs: An
     return found[0]
 
 
-def _layer_cost(layer: nn.Module, arguments: tuple[tuple, dict], recomputed: bool, requires_grad: bool, inside) -> Cost:
+def _layer_cost(
+    layer: nn.Module, arguments: tuple[tuple, dict], recomputed: bool, requires_grad: bool, inside: Inside
+) -> Cost:
     (x, *args), kwargs = arguments
     layer.gradient_checkpointing = recomputed
 
@@ -148,7 +151,7 @@ def _layer_cost(layer: nn.Module, arguments: tuple[tuple, dict], recomputed: boo
         output = layer(x, *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
-    return measure(layer, run, torch.empty_like(x).requires_grad_(requires_grad), inside)
+    return measure(layer, run, torch.empty_like(x).requires_grad_(requires_grad), inside, (args, kwargs))
 
 
 def _tower_costs(inner: Llava, batch: Batch, modes: set[bool], dtype: torch.dtype) -> tuple[dict[bool, Cost], bool]:
@@ -159,8 +162,22 @@ def _tower_costs(inner: Llava, batch: Batch, modes: set[bool], dtype: torch.dtyp
         pixels = torch.empty(batch.images, 3, size, size, dtype=dtype, device="meta")
         arguments = _layer_arguments(tower, layer, pixels)
     trained = any(p.requires_grad for p in tower.parameters())
-    costs = {on: _layer_cost(layer, arguments, on, requires_grad=trained, inside=None) for on in modes}
+    costs = {on: _layer_cost(layer, arguments, on, requires_grad=trained, inside=_inside(16)) for on in modes}
     return costs, trained
+
+
+def _projector_cost(inner: Llava, batch: Batch, dtype: torch.dtype, requires_grad: bool) -> Cost:
+    """From the tower's patches to the LLM's input; putting features in their places keeps them (``index_copy``)."""
+    projector, config = inner.model.multi_modal_projector, inner.config
+    patches = batch.images * tokens_per_image(config.vision_config)
+    x = torch.empty(patches, config.vision_config.hidden_size, dtype=dtype, device="meta")
+    embeds = torch.empty(batch.rows * batch.tokens, config.text_config.hidden_size, dtype=dtype, device="meta")
+    places = torch.empty(patches, dtype=torch.long, device="meta")
+
+    def run(x: Tensor) -> Tensor:
+        return embeds.index_copy(0, places, projector(x))
+
+    return measure(projector, run, x.requires_grad_(requires_grad), others=(embeds, places))
 
 
 def _loss_cost(inner: Llava, batch: Batch, dtype: torch.dtype) -> Cost:
@@ -172,20 +189,41 @@ def _loss_cost(inner: Llava, batch: Batch, dtype: torch.dtype) -> Cost:
     def run(x: Tensor) -> Tensor:
         return inner._summed_loss(norm(x).flatten(0, 1).index_select(0, positions), positions)
 
-    return measure(inner, run, x.requires_grad_())
+    return measure(inner, run, x.requires_grad_(), others=positions)
 
 
 def _inputs(model: Model, batch: Batch) -> int:
-    """Ids and labels (B, T), positions of labels and placeholders, images once in float32 and once in the dtype."""
+    """Ids and labels (B, T), positions of labels and placeholders, images in the model's dtype."""
     pixels = batch.images * 3 * model.vision_config.image_size**2
     places = batch.images * tokens_per_image(model.vision_config) + batch.labels
-    return 8 * (2 * batch.rows * batch.tokens + places) + pixels * (4 + model.dtype.itemsize)
+    return 8 * (2 * batch.rows * batch.tokens + places) + pixels * model.dtype.itemsize
 
 
-def _nf4_inside(name: str, args: tuple) -> int:
-    """Inside an adapted linear over an NF4 weight: the weight in 16 bits and its scales, first of one byte and then of
-    four, which :mod:`llava_moslora.adapters.linear` makes for one product and frees."""
-    if not name.startswith("llava_moslora::adapted_linear"):
-        return 0
-    weight = args[2 if name.endswith("backward") else 1]
-    return 2 * weight.numel() + 4 * (weight.numel() // NF4_BLOCK)
+def _inside(bits: int) -> Inside:
+    """What the adapted linears allocate inside (:mod:`llava_moslora.adapters.linear`), N rows, rank r, I and O wide.
+
+    Both ways u and its product with the mixer (N, r); backward their gradient, and the gradient of A (r, I) in float32,
+    which a GPU sums in parts. Over NF4 the weight in 16 bits and its scales in float32, made for one product and freed.
+    """
+
+    def inside(name: str, args: tuple) -> int:
+        if not name.startswith("llava_moslora::adapted_linear"):
+            return 0
+        backward = name.endswith("backward")
+        (x, weight), a = args[backward : backward + 2], args[9]
+        rows = x.shape[:-1].numel()
+        size = rows * len(a) * x.element_size() * (3 if backward else 2)
+        if backward:
+            size += gradient_parts(rows, *a.shape)
+        if bits == 4:
+            size += weight.element_size() * weight.numel() + 4 * (weight.numel() // NF4_BLOCK)
+        return size
+
+    return inside
+
+
+def gradient_parts(n: int, r: int, i: int) -> int:
+    """Bytes of the parts in which ``adapters.triton_dropout.dropped_outer`` sums A's gradient, and of their sum."""
+    blocks = math.ceil(i / KERNEL["COLUMNS"]) * math.ceil(r / KERNEL["RANK"])
+    rows = math.ceil(math.ceil(n / max(KERNEL["PROGRAMS"] // blocks, 1)) / KERNEL["ROWS"]) * KERNEL["ROWS"]
+    return 4 * r * i * (math.ceil(n / rows) + 1)

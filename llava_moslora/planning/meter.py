@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,15 +75,18 @@ class Meter(TorchDispatchMode):
         return output
 
 
-def measure(part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, inside: Inside | None = None) -> Cost:
+def measure(
+    part: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, inside: Inside | None = None, others: Any = ()
+) -> Cost:
     """The cost of ``run(x)`` and its backward; where nothing in it asks for a gradient there is none.
 
     Args:
         part: the module that ``run`` runs; its parameters and buffers are not counted.
         x: on the meta device. Where it requires a gradient, the gradient is computed and counted.
+        others: a structure with tensors that ``run`` reads too, which are not counted.
     """
     meter = Meter(inside)
-    meter.ignore([x, *part.parameters(), *part.buffers()])
+    meter.ignore([x, *part.parameters(), *part.buffers(), *(t for t in tree_leaves(others) if isinstance(t, Tensor))])
     with meter:
         output = run(x.clone())  # a copy, which only the graph may hold: a leaf is held by its gradient's accumulator
         forward, size = meter.peak, output.untyped_storage().nbytes()

@@ -33,23 +33,17 @@ class Counts:
         frozen: that are kept in the model's dtype, of all parts.
         nf4: (numbers, ...) of each weight that is kept in NF4.
         trained: of adapters and projector.
-        original: of ``frozen``, the projector as it was loaded, which PEFT keeps beside the trained copy.
-        largest_layer: of one layer of the LLM, adapters included.
+        merged: of the model that an export writes: no adapters, and not the projector as it was loaded, which PEFT
+            keeps beside the trained copy.
         sizes: of each parameter that is not in NF4: ZeRO-3 leaves small ones whole.
     """
 
     frozen: int
     nf4: tuple[int, ...]
     trained: int
-    original: int
-    largest_layer: int
+    merged: int
     sizes: tuple[int, ...]
     flops: Flops
-
-    @property
-    def merged(self) -> int:
-        """Numbers of the model that an export writes: no adapters, one projector."""
-        return self.frozen + sum(self.nf4)
 
 
 @lru_cache(maxsize=64)
@@ -60,14 +54,12 @@ def count(model: Model) -> Counts:
     in_nf4 = _quantised(inner.model.language_model) if model.bits == 4 else {}
     frozen = [p for p in whole.parameters() if not p.requires_grad and id(p) not in in_nf4]
     trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
-    named = dict(whole.named_parameters())
-    layers = inner.model.language_model.layers
+    named = whole.named_parameters()
     return Counts(
         frozen=sum(p.numel() for p in frozen),
         nf4=tuple(in_nf4.values()),
         trained=trained,
-        original=sum(p.numel() for name, p in named.items() if "original_module" in name),
-        largest_layer=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+        merged=sum(p.numel() for name, p in named if "lora_" not in name and "original_module" not in name),
         sizes=tuple(p.numel() for p in whole.parameters() if id(p) not in in_nf4),
         flops=Flops.of(whole),
     )

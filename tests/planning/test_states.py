@@ -22,6 +22,7 @@ EVERY_SETTING = {
     "tower alone": AdapterSettings(lora_r=0, vision_lora_r=8),
     "some linears": AdapterSettings(lora_r=4, vision_lora_r=4, lora_target_modules=["q_proj", "lm_head"]),
     "fixed mixers": AdapterSettings(lora_r=4, vision_lora_r=4, train_mixer=False, mixer_init="identity"),
+    "fixed, drawn mixers": AdapterSettings(lora_r=4, vision_lora_r=4, train_mixer=False, mixer_init="orthogonal"),
     "stage 1": AdapterSettings(tune_mm_mlp_adapter=True),
 }
 
@@ -63,9 +64,7 @@ def test_what_is_quantised_is_what_bitsandbytes_quantises(parts):
 
 
 def all_trained(numbers: int) -> Counts:
-    return Counts(
-        frozen=0, nf4=(), trained=numbers, original=0, largest_layer=0, sizes=(numbers,), flops=None
-    )
+    return Counts(frozen=0, nf4=(), trained=numbers, merged=0, sizes=(numbers,), flops=None)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
@@ -91,9 +90,7 @@ def test_zero3_is_deepspeeds_estimate_where_all_is_trained(gpus):
 
 def test_what_is_not_trained_costs_only_its_weights():
     """DeepSpeed's estimators count gradients and moments for frozen weights too."""
-    counts = Counts(
-        frozen=10**9, nf4=(), trained=10**6, original=0, largest_layer=0, sizes=(10**9, 10**6), flops=None
-    )
+    counts = Counts(frozen=10**9, nf4=(), trained=10**6, merged=0, sizes=(10**9, 10**6), flops=None)
     found = states(counts, Zero(stage=2, bucket=0), gpus=1)
     assert found.total == 2 * 10**9 + (2 + 2 + 12) * 10**6
 

@@ -1,0 +1,109 @@
+"""scripts/plan.py: recipes, flags, run folders; its exit statuses, and one line for each wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from support.launching import ROOT
+from support.planned import CLIP_L_336, LLAMA_3_8B
+
+PLAN = [sys.executable, str(ROOT / "scripts" / "plan.py")]
+RECIPE = str(ROOT / "scripts" / "llama3_8b_moslora.sh")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Configurations of the real parts, and no weights."""
+    folder = tmp_path_factory.mktemp("planned")
+    LlamaConfig(**LLAMA_3_8B, max_position_embeddings=8192).save_pretrained(folder / "llm")
+    CLIPVisionConfig(**CLIP_L_336).save_pretrained(folder / "clip")
+    return folder
+
+
+def plan(*arguments, folders=None, **environment) -> subprocess.CompletedProcess:
+    given = {} if folders is None else {"LLM": str(folders / "llm"), "TOWER": str(folders / "clip")}
+    return subprocess.run(
+        [*PLAN, *map(str, arguments)], capture_output=True, text=True, env=os.environ | given | environment, check=False
+    )
+
+
+def refused(*arguments, **environment) -> str:
+    """The one line of a refusal."""
+    done = plan(*arguments, **environment)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error[")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr and not done.stdout, done.stderr
+    assert done.returncode == 2
+    return lines[0]
+
+
+def test_a_recipe_is_planned_from_configurations_alone(folders):
+    done = plan("--config", RECIPE, "--gpu", "h100-80", "--gpus", 4, "--records", 665_298, "--json", folders=folders)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["gpus"] == 4 and found["steps"] == 10_396 and found["fits"] is True
+    assert sum(found["memory"].values()) == found["peak"]
+    assert found["hours"][0] < found["hours"][1]
+
+
+def test_flags_behind_a_recipe_win_and_what_does_not_fit_is_status_6(folders):
+    small = ["--config", RECIPE, "--gpu", "l4", "--gpus", 1]
+    done = plan(*small, folders=folders)
+    assert done.returncode == 6 and done.stdout.startswith("does not fit on 1 × L4"), done.stdout + done.stderr
+    done = plan(*small, "--bits", 4, "--per_device_train_batch_size", 1, folders=folders)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_suggestions_and_bars(folders):
+    done = plan("--config", RECIPE, "--gpu", "h100-80", "--tokens", 900, "--labels", 130, "--suggest", folders=folders)
+    assert done.returncode == 0, done.stderr
+    assert "█" in done.stdout and "fastest that fits" in done.stdout and "--recompute" in done.stdout
+
+
+def test_a_run_folder_and_its_prepared_data(parts, tmp_path):
+    """A run of the tiny parts, planned again from its run.json, with the lengths that its data have."""
+    from support.training_runs import train
+
+    run = tmp_path / "run"
+    train(parts, run, max_steps=1)
+    done = plan("--config", run, "--gpu", "a100-80", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["records"] == "the prepared data" and found["steps"] == 1
+
+
+def test_bare_flags(folders):
+    given = ["--model_name_or_path", folders / "llm", "--vision_tower", folders / "clip", "--bf16", "True"]
+    given += ["--deepspeed", ROOT / "zero_configs" / "zero1.json", "--per_device_train_batch_size", 1]
+    given += ["--recompute", "full", "--tokens", 2048, "--labels", 200]
+    done = plan("--gpu", "h100-80", *given)
+    assert done.returncode == 0, done.stderr
+    assert "1 × 2048 tokens, 1 images, 200 labels" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpu", "h100-81", "--config", RECIPE], "--gpu: unknown GPU; found h100-81"),
+        (["--gpu", "h100-80", "--gpus", "0"], "--gpus: out of range; found 0"),
+        (["--config", RECIPE], "the following arguments are required: --gpu"),
+        (["--gpu", "h100-80"], "--model_name_or_path"),
+        (["--gpu", "h100-80", "--config", "missing.yaml"], "missing.yaml:--config: no such file"),
+        (["--gpu", "h100-80", "--config", "missing.sh"], "missing.sh:--config: no such file"),
+        (["--gpu", "h100-80", "--config", str(ROOT / "docs")], "not a run folder"),
+        (["--gpu", "h100-80", "--config", str(ROOT / "scripts" / "recipe_defaults.sh")], "starts no training"),
+        (["--gpu", "h100-80", "--gpus", "3", "--config", RECIPE], "--global_batch_size: not a multiple"),
+        (["--gpu", "h100-80", "--config", RECIPE, "--recompute", "some"], "--recompute: unknown way"),
+        (["--gpu", "h100-80", "--config", RECIPE, "--tokens", "0"], "--tokens: out of range"),
+    ],
+)
+def test_a_wrong_input_is_one_line(arguments, says):
+    assert says in refused(*arguments)
+
+
+def test_a_recipe_whose_folders_are_missing_is_one_line():
+    line = refused("--gpu", "h100-80", "--config", RECIPE, LLM="nowhere/llm")
+    assert "nowhere/llm:--model_name_or_path: no such folder" in line
