@@ -16,7 +16,7 @@ from llava_moslora.planning.setting import Batch
 from llava_moslora.recompute import set_recompute
 from support.planned import large_model, tiny_model
 
-ROWS, TOKENS = 3, 40
+ROWS, TOKENS = 8, 128  # tensors are multiples of 512 bytes, to which sizes are rounded
 
 
 def layer_of(device: str, mode: str):
@@ -60,8 +60,8 @@ def saved_bytes(layer, x, arguments) -> int:
 def test_kept_bytes_are_the_saved_tensors_of_a_real_layer():
     expected = saved_bytes(*layer_of("cpu", "none"))
     layer, x, arguments = layer_of("meta", "none")
-    cost = measure(layer, lambda x: layer(x, **arguments), x.requires_grad_())
-    assert cost.kept == pytest.approx(expected, rel=0.01)  # storages are rounded up to 512 bytes
+    cost = measure(layer, lambda x: layer(x, **arguments), x.requires_grad_(), others=arguments)
+    assert cost.kept == pytest.approx(expected, rel=0.001)
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
@@ -74,7 +74,7 @@ def test_kept_bytes_are_what_the_allocator_has_after_forward(mode):
         kept = layer(x.clone(), **arguments)
     allocated = sum(event.self_cpu_memory_usage for event in profiler.events())
     layer, on_meta, arguments = layer_of("meta", mode)
-    cost = measure(layer, lambda x: layer(x, **arguments), on_meta.requires_grad_())
+    cost = measure(layer, lambda x: layer(x, **arguments), on_meta.requires_grad_(), others=arguments)
     assert cost.kept + kept.untyped_storage().nbytes() == pytest.approx(allocated, rel=0.03)
 
 
@@ -97,14 +97,17 @@ def test_what_a_fused_operation_hides_is_added():
     model = tiny_model()
     plain, nf4 = activations(model, "none", batch), activations(model.variant(4, False), "none", batch)
     assert nf4.in_layer >= plain.in_layer and nf4.llm == plain.llm
-    assert module._nf4_inside("aten::mm", ()) == 0
+    assert module._inside(4)("aten::mm", ()) == 0
+    triton_dropout = pytest.importorskip("llava_moslora.adapters.triton_dropout")
+    assert {name: getattr(triton_dropout, name) for name in module.KERNEL} == module.KERNEL
 
 
-@pytest.mark.parametrize("mode", ["none", "selective", "full", "every:2"])
-def test_more_records_cost_in_proportion(mode):
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_more_records_keep_in_proportion(mode):
     one, four = (activations(large_model_once(), mode, Batch(n, 1024, n, 100 * n)) for n in (2, 8))
-    for field in dataclasses.fields(one):
-        assert getattr(four, field.name) == pytest.approx(4 * getattr(one, field.name), rel=0.02), field.name
+    assert four.kept == pytest.approx(4 * one.kept, rel=0.001)
+    assert four.loss == pytest.approx(4 * one.loss, rel=0.001)
+    assert one.working < four.working < 4 * one.working * 1.02  # weights' gradients are as large
 
 
 def test_recomputing_more_keeps_less():
@@ -115,10 +118,10 @@ def test_recomputing_more_keeps_less():
     assert kept[-1] < selective < kept[0]
 
 
-def test_a_frozen_tower_keeps_nothing():
+def test_a_frozen_tower_keeps_nothing_but_its_positions():
     adapter = dataclasses.replace(tiny_model().adapter, vision_lora_r=0)
     found = activations(tiny_model(adapter), "none", Batch(2, 64, 2, 16))
-    assert found.tower == 0 and found.projector > 0
+    assert found.tower < 1024 and found.projector > 0
 
 
 _models: list = []
@@ -162,5 +165,5 @@ def test_kept_bytes_are_those_of_the_gpus_allocator(mode):
     y = layer(x.clone(), **arguments)
     allocated = torch.cuda.memory_allocated() - before
     layer, on_meta, arguments = build("meta")
-    cost = measure(layer, lambda x: layer(x, **arguments), on_meta)
+    cost = measure(layer, lambda x: layer(x, **arguments), on_meta, others=arguments)
     assert allocated * 0.97 <= cost.kept + y.untyped_storage().nbytes() <= allocated * 1.05

@@ -20,7 +20,7 @@ RESULTS = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "resu
 ROWS = [(result, row) for result in RESULTS for row in result["rows"] if row["row"].startswith("zero")]
 NAMES = [f"{row['row']}@{row['batch']}" for _, row in ROWS]
 TOKENS, LABELS = {"uniform": 2048, "text": 4096}, 200  # of a record (benchmarks/train_parts.py)
-# Commits that recorded rows before the last linear of a layer was no longer kept under selective recomputation (091f12b).
+# Commits with rows from before 091f12b, when selective recomputation still kept the last linear of a layer.
 KEPT_LAST_LINEAR = {"7784b1b"}
 
 

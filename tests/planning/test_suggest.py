@@ -11,15 +11,17 @@ from llava_moslora.planning.records import assumed
 from llava_moslora.planning.suggest import RECOMPUTE, as_flags, largest_micro_batch, micro_batches, suggest
 from support.planned import choice, tiny_model, zero
 
-ZEROS = tuple((f"zero_configs/{name}.json", zero(name)) for name in ("zero1", "zero2", "zero2_offload", "zero3"))
-GLOBAL_BATCH, GPUS = 16, 2
+ZEROS = tuple((f"zero_configs/{name}.json", zero(name)) for name in ("zero1", "zero2_offload", "zero3"))
+GLOBAL_BATCH, GPUS = 8, 2
+TIGHT = 1.8 + 0.07  # GiB that a process has on a GPU at most, and cuBLAS's workspaces; the tiny model's steps are MiB
+MODEL = tiny_model()  # one object: what was measured for it is kept
 
 
 def request(gib: float, **changes) -> Request:
     small_buckets = tuple((file, replace(z, bucket=10_000, live=20_000, prefetch=1_000)) for file, z in ZEROS)
-    now = choice(micro_batch=2, accumulation=4, zero_file=small_buckets[0][0])
+    now = choice(micro_batch=2, accumulation=2, zero_file=small_buckets[0][0])
     settings = {
-        "model": tiny_model(),
+        "model": MODEL,
         "choice": replace(now, zero=small_buckets[0][1]),
         "records": assumed(256, 1000, 200, 1, 40, 16),
         "device_name": "H100",
@@ -43,10 +45,9 @@ def grid(asked: Request, bits: int):
             yield asked.duration(tried).step, tried
 
 
-# A process has 1.8 GiB on a GPU at most before anything is allocated; the tiny model's steps are some MiB.
-@pytest.mark.parametrize("mib", [0, 1, 2, 3, 4, 6, 8, 12, 20, 40, 100])
+@pytest.mark.parametrize("mib", [0, 2, 4, 8, 20, 100])
 def test_it_is_never_beaten_by_the_whole_grid(mib):
-    asked = request(1.8 + 34 * 2 / 1024 * 1.03 + mib / 1024)
+    asked = request(TIGHT + mib / 1024)
     found = make_plan(asked, with_suggestions=True).suggestions
     for bits in (16, 4):
         if best := sorted(grid(asked, bits), key=lambda pair: pair[0]):
@@ -57,7 +58,7 @@ def test_it_is_never_beaten_by_the_whole_grid(mib):
 
 
 def test_the_global_batch_stays():
-    asked = request(40)
+    asked = request(TIGHT + 0.02)
     for candidate in make_plan(asked, with_suggestions=True).suggestions:
         assert candidate.choice.micro_batch * candidate.choice.accumulation * GPUS == GLOBAL_BATCH
 
@@ -93,8 +94,8 @@ def test_flags_are_ready_to_paste(parts):
 
 
 def test_what_is_suggested_fits_where_the_setting_does_not():
-    asked = request(1.8 + 34 * 2 / 1024 * 1.03 + 20 / 1024)
-    large = replace(asked, choice=replace(asked.choice, micro_batch=8, accumulation=1, recompute="none"))
+    asked = request(TIGHT + 0.02)
+    large = replace(asked, choice=replace(asked.choice, micro_batch=4, accumulation=1, recompute="none"))
     plan = make_plan(large, with_suggestions=True)
     assert plan.memory.high > plan.request.gib * GIB or plan.fits is True
     assert all(asked.fits(candidate.choice) for candidate in plan.suggestions)
