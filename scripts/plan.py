@@ -81,7 +81,8 @@ def read_settings(
         record = read_run(config)
         if flags:
             raise Refusal("C-FLAG", "a run folder is planned as it is", key="--config", found=" ".join(flags))
-        training = record.training | {"global_batch_size": record.global_batch_size}
+        given = {name: None if value == "None" else value for name, value in record.training.items()}  # as it is written
+        training = given | {"global_batch_size": record.global_batch_size}
         return own.gpus or 1, (record.model, record.data, record.adapter, training)
     gpus, words = own.gpus, list(flags)
     if config is not None and config.suffix == ".sh":

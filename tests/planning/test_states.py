@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from llava_moslora.config import AdapterSettings
 from llava_moslora.models.adapt import add_adapters, train_projector_only

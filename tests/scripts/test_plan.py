@@ -1,17 +1,18 @@
 """scripts/plan.py: recipes, flags, run folders; its exit statuses, and one line for each wrong input."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
+from types import SimpleNamespace
 
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from llava_moslora.errors import Refusal
 from support.launching import ROOT
 from support.planned import CLIP_L_336, LLAMA_3_8B
 
-PLAN = [sys.executable, str(ROOT / "scripts" / "plan.py")]
+SCRIPT = str(ROOT / "scripts" / "plan.py")
 RECIPE = str(ROOT / "scripts" / "llama3_8b_moslora.sh")
 
 
@@ -24,63 +25,64 @@ def folders(tmp_path_factory):
     return folder
 
 
-def plan(*arguments, folders=None, **environment) -> subprocess.CompletedProcess:
-    given = {} if folders is None else {"LLM": str(folders / "llm"), "TOWER": str(folders / "clip")}
-    return subprocess.run(
-        [*PLAN, *map(str, arguments)], capture_output=True, text=True, env=os.environ | given | environment, check=False
-    )
+@pytest.fixture
+def plan(folders, monkeypatch, capsys):
+    """``plan(*arguments, **environment)``: the script's exit status and what it prints."""
+
+    def run(*arguments, **environment) -> SimpleNamespace:
+        for name, value in ({"LLM": folders / "llm", "TOWER": folders / "clip"} | environment).items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(SCRIPT)["main"]()
+        return SimpleNamespace(status=ended.value.code, stdout=capsys.readouterr().out)
+
+    return run
 
 
-def refused(*arguments, **environment) -> str:
-    """The one line of a refusal."""
-    done = plan(*arguments, **environment)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error[")]
-    assert len(lines) == 1 and "Traceback" not in done.stderr and not done.stdout, done.stderr
-    assert done.returncode == 2
-    return lines[0]
-
-
-def test_a_recipe_is_planned_from_configurations_alone(folders):
-    done = plan("--config", RECIPE, "--gpu", "h100-80", "--gpus", 4, "--records", 665_298, "--json", folders=folders)
-    assert done.returncode == 0, done.stderr
+def test_a_recipe_is_planned_from_configurations_alone(plan):
+    done = plan("--config", RECIPE, "--gpu", "h100-80", "--gpus", 4, "--records", 665_298, "--json")
+    assert done.status == 0
     found = json.loads(done.stdout)
     assert found["gpus"] == 4 and found["steps"] == 10_396 and found["fits"] is True
     assert sum(found["memory"].values()) == found["peak"]
     assert found["hours"][0] < found["hours"][1]
 
 
-def test_flags_behind_a_recipe_win_and_what_does_not_fit_is_status_6(folders):
+def test_flags_behind_a_recipe_win_and_what_does_not_fit_is_status_6(plan):
     small = ["--config", RECIPE, "--gpu", "l4", "--gpus", 1]
-    done = plan(*small, folders=folders)
-    assert done.returncode == 6 and done.stdout.startswith("does not fit on 1 × L4"), done.stdout + done.stderr
-    done = plan(*small, "--bits", 4, "--per_device_train_batch_size", 1, folders=folders)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = plan(*small)
+    assert done.status == 6 and done.stdout.startswith("does not fit on 1 × L4")
+    done = plan(*small, "--bits", 4, "--per_device_train_batch_size", 1)
+    assert done.status == 0
 
 
-def test_suggestions_and_bars(folders):
-    done = plan("--config", RECIPE, "--gpu", "h100-80", "--tokens", 900, "--labels", 130, "--suggest", folders=folders)
-    assert done.returncode == 0, done.stderr
+def test_suggestions_and_bars(plan):
+    done = plan("--config", RECIPE, "--gpu", "h100-80", "--tokens", 900, "--labels", 130, "--suggest")
+    assert done.status == 0
     assert "█" in done.stdout and "fastest that fits" in done.stdout and "--recompute" in done.stdout
 
 
-def test_a_run_folder_and_its_prepared_data(parts, tmp_path):
+def test_a_run_folder_and_its_prepared_data(plan, parts, tmp_path):
     """A run of the tiny parts, planned again from its run.json, with the lengths that its data have."""
     from support.training_runs import train
 
     run = tmp_path / "run"
     train(parts, run, max_steps=1)
     done = plan("--config", run, "--gpu", "a100-80", "--json")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0
     found = json.loads(done.stdout)
     assert found["records"] == "the prepared data" and found["steps"] == 1
 
 
-def test_bare_flags(folders):
+def test_bare_flags(plan, folders):
     given = ["--model_name_or_path", folders / "llm", "--vision_tower", folders / "clip", "--bf16", "True"]
     given += ["--deepspeed", ROOT / "zero_configs" / "zero1.json", "--per_device_train_batch_size", 1]
     given += ["--recompute", "full", "--tokens", 2048, "--labels", 200]
     done = plan("--gpu", "h100-80", *given)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0
     assert "1 × 2048 tokens, 1 images, 200 labels" in done.stdout
 
 
@@ -100,10 +102,12 @@ def test_bare_flags(folders):
         (["--gpu", "h100-80", "--config", RECIPE, "--tokens", "0"], "--tokens: out of range"),
     ],
 )
-def test_a_wrong_input_is_one_line(arguments, says):
-    assert says in refused(*arguments)
+def test_a_wrong_input_is_refused(plan, arguments, says):
+    with pytest.raises(Refusal) as refused:
+        plan(*arguments)
+    assert says in str(refused.value) and refused.value.exit_status == 2
 
 
-def test_a_recipe_whose_folders_are_missing_is_one_line():
-    line = refused("--gpu", "h100-80", "--config", RECIPE, LLM="nowhere/llm")
-    assert "nowhere/llm:--model_name_or_path: no such folder" in line
+def test_a_recipe_whose_folders_are_missing_is_refused(plan):
+    with pytest.raises(Refusal, match="nowhere/llm:--model_name_or_path: no such folder"):
+        plan("--gpu", "h100-80", "--config", RECIPE, LLM="nowhere/llm")
