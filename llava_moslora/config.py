@@ -23,6 +23,14 @@ BAD_RECORD_POLICIES = ("fail", "quarantine")
 MIXER_INITS = ("kaiming_uniform", "orthogonal", "identity", "normal", "butterfly")
 LOSS_AVERAGES = ("tokens", "micro_batch")
 RECOMPUTE_MODES = "none | full | selective | every:N"
+# Headings in --help, in their order there
+MODEL, DATA, ADAPTERS, TRAINING = "model", "data", "adapters", "training"
+SPEED, SAVING, LOGGING = "precision, memory and speed", "saving and resuming", "logging"
+HEADINGS = (MODEL, DATA, ADAPTERS, TRAINING, SPEED, SAVING, LOGGING)
+# Schedules that are functions of the step, whose state therefore is the step
+LR_SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
+                "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+                "warmup_stable_decay")  # fmt: skip
 
 XTUNER_DATA_GROUP = 50  # global batches that XTuner's sampler sorts by length together
 # Lengths like mix665k's at 16 per device lose 1.9 % to padding with groups of 50, 0.9 % with 100 (shuffled: 42 %), on
@@ -41,7 +49,7 @@ def setting(default: Any = dataclasses.MISSING, help: str = "", choices: tuple |
 class Settings:
     """Base of the settings below: values that are not among a field's choices are refused."""
 
-    _argument_group_name: ClassVar[str]  # the heading in --help, where transformers' parser looks for it
+    heading: ClassVar[str]  # in --help; a field's own is its metadata's ``group``
 
     def __post_init__(self) -> None:
         """
@@ -59,18 +67,16 @@ class Settings:
 class ModelSettings(Settings):
     """The three parts that a LLaVA is assembled from, and how they are loaded."""
 
-    _argument_group_name = "the model"
+    heading = MODEL
 
     model_name_or_path: str = setting(help="folder of the LLM, or of a complete LLaVA")
-    vision_tower: str | None = setting(
-        None, "CLIP or SigLIP folder, or open_clip:ARCH@FILE; default: the one in --model_name_or_path"
+    vision_tower: str | None = setting(None, "CLIP or SigLIP, or open_clip:ARCH@FILE; default: the LLaVA's")
+    pretrain_mm_mlp_adapter: str | None = setting(None, "stage 1's projector; default: the LLaVA's, or random weights")
+    version: str | None = setting(None, "conversation template; default: recognised from the tokenizer")
+    bits: int = setting(16, "per weight of the frozen LLM: 16 | 4 (NF4, QMoSLoRA)", BITS)
+    attn_implementation: str = setting(
+        "sdpa", "sdpa | eager | flash_attention_2 | flash_attention_3", ATTENTION_IMPLEMENTATIONS
     )
-    pretrain_mm_mlp_adapter: str | None = setting(
-        None, "projector from stage 1, file or folder; default: the complete LLaVA's, else random weights"
-    )
-    version: str | None = setting(None, "name of the conversation template; default: recognised from the tokenizer")
-    bits: int = setting(16, "per weight of the frozen LLM; 4: NF4, quantised while loading (QMoSLoRA)", BITS)
-    attn_implementation: str = setting("sdpa", "attention of both towers", ATTENTION_IMPLEMENTATIONS)
 
     @property
     def tower(self) -> str:
@@ -89,32 +95,30 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The records, how they are checked, tokenised and ordered, and how images become the tower's input."""
 
-    _argument_group_name = "the data"
+    heading = DATA
 
     data_path: list[str] = setting(
-        help="files of records: LLaVA-format JSON, JSONL or Parquet, or tar shards with the images (mix/*.tar)"
+        help="files of records: JSON, JSONL or Parquet, tar shards with the images (mix/*.tar), folders of datasets' "
+        "save_to_disk, or hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT], which alone downloads"
     )
-    data_weights: list[float] = setting([], "how often each file of --data_path is seen per epoch; default: once")
+    data_columns: list[str] = setting(
+        [], "NAME=COLUMN: columns of the data that have another name than their record format's: messages=dialog"
+    )
+    data_weights: list[float] = setting([], "how often each file is seen per epoch; default: once")
     image_folder: str | None = setting(None, "folder that image names are relative to")
-    image_aspect_ratio: str = setting(
-        "pad", "pad to a square, or crop as the tower's image processor does", ASPECT_RATIOS
-    )
-    image_engine: str = setting(
-        "pil", "resizing; pil: as towers were trained; torch: faster, pixels differ by up to 1/256", IMAGE_ENGINES
-    )
+    image_aspect_ratio: str = setting("pad", "pad to a square, or crop as the tower's processor does", ASPECT_RATIOS)
+    image_engine: str = setting("pil", "pil: resized as for the tower's training; torch: faster", IMAGE_ENGINES)
     model_max_length: int = setting(2048, "tokens per record, image placeholders included")
     data_order: str = setting(
-        "modality_length", "modality_length: batches of similar length, with images or without", DATA_ORDERS
+        "modality_length", "modality_length (like lengths together) | shuffle | sequential", DATA_ORDERS
     )
-    data_group: int = setting(
-        DATA_GROUP, f"for modality_length: global batches sorted by length together; XTuner's: {XTUNER_DATA_GROUP}"
-    )
-    data_cache: str = setting(".cache/llava_moslora", "folder where tokenised data is kept and found again")
+    data_group: int = setting(DATA_GROUP, f"global batches sorted by length together; XTuner's: {XTUNER_DATA_GROUP}")
+    data_cache: str = setting(".cache/llava_moslora", "where tokenised data is kept and found again")
     preprocessing_num_workers: int = setting(1, "processes that check and tokenise the data")
     on_bad_record: str = setting("fail", "fail, or quarantine: skip bad records and list them", BAD_RECORD_POLICIES)
-    max_bad_share: float = setting(0.01, "with quarantine: the largest share of bad records before the run is refused")
-    follow_image_links: bool = setting(False, "allow symbolic links that lead out of the image folder")
-    decode_images: bool = setting(False, "decode every image once before training, not only its header")
+    max_bad_share: float = setting(0.01, "with quarantine: the largest share of bad records")
+    follow_image_links: bool = setting(False, "allow links that lead out of the image folder")
+    decode_images: bool = setting(False, "decode every image before training, not only its header")
 
 
 @dataclass(frozen=True)
@@ -137,23 +141,21 @@ class TowerAdapter:
 class AdapterSettings(Settings):
     """What is trained. Defaults are the paper's for LLaMA-3-8B and CLIP-L (Table 8)."""
 
-    _argument_group_name = "the adapters"
+    heading = ADAPTERS
 
     tune_mm_mlp_adapter: bool = setting(False, "stage 1: train the projector only, without adapters")
     lora_r: int = setting(64, "rank in the LLM; 0: no adapter there")
     lora_alpha: float = setting(128, "scaling = alpha / rank")
     lora_dropout: float = setting(0.05, "dropout before the LLM's adapters")
     lora_target_modules: list[str] = setting([], "suffixes of the LLM's linears; default: every linear")
-    mixer_init: str = setting("kaiming_uniform", "initialisation of the r × r mixers: " + " | ".join(MIXER_INITS))
-    train_mixer: bool = setting(
-        True, "False: mixers stay as initialised; with --mixer_init identity that is plain LoRA"
-    )
+    mixer_init: str = setting("kaiming_uniform", "init", MIXER_INITS)
+    train_mixer: bool = setting(True, "False: mixers stay as they start; with identity that is LoRA")
     vision_lora_r: int = setting(64, "rank in the vision tower; 0: no adapter there")
     vision_lora_alpha: float = setting(16, "scaling = alpha / rank")
     vision_lora_dropout: float = setting(0.05, "dropout before the tower's adapters")
     vision_lora_target_modules: list[str] = setting([], "suffixes of the tower's linears; default: every linear")
-    vision_mixer_init: str | None = setting(None, "as --mixer_init, in the tower; default: the same")
-    vision_train_mixer: bool | None = setting(None, "as --train_mixer, in the tower; default: the same")
+    vision_mixer_init: str | None = setting(None, "in the tower; default: as --mixer_init")
+    vision_train_mixer: bool | None = setting(None, "in the tower; default: as --train_mixer")
 
     @property
     def llm(self) -> TowerAdapter | None:
@@ -181,41 +183,26 @@ class AdapterSettings(Settings):
 class TrainingSettings(Settings):
     """This package's training flags; :mod:`llava_moslora.training.arguments` adds those of transformers."""
 
-    _argument_group_name = "training"
+    heading = TRAINING
 
-    output_dir: str = setting("", "the run folder: checkpoints, settings, logs")
-    global_batch_size: int | None = setting(
-        None, "records per optimizer step on all ranks together; sets --gradient_accumulation_steps"
-    )
-    vision_lr: float | None = setting(None, "learning rate of the tower's adapters; default: as --learning_rate")
-    mm_projector_lr: float | None = setting(None, "learning rate of the projector; default: as --learning_rate")
-    mixer_lr: float | None = setting(None, "learning rate of the mixers; default: as the adapter around them")
+    output_dir: str = setting("", "the run folder: checkpoints, settings, logs", group=SAVING)
+    global_batch_size: int | None = setting(None, "records per step, all ranks; sets --gradient_accumulation_steps")
+    vision_lr: float | None = setting(None, "of the tower's adapters; default: as --learning_rate")
+    mm_projector_lr: float | None = setting(None, "of the projector; default: as --learning_rate")
+    mixer_lr: float | None = setting(None, "of the mixers; default: as the adapter around them")
     loss_average: str = setting(
-        "tokens", "tokens: mean over the global batch; micro_batch: mean of the micro-batches' means, as XTuner's",
-        LOSS_AVERAGES,
-    )  # fmt: skip
-    packing: bool = setting(
-        False,
-        "several records in one row of --model_max_length tokens: less padding with --data_order shuffle; the default "
-        "order hardly pads",
+        "tokens", "over the global batch's tokens, or of micro_batch means (XTuner)", LOSS_AVERAGES
     )
-    recompute: str | None = setting(
-        None,
-        f"what backward recomputes instead of keeping it: {RECOMPUTE_MODES}; selective keeps the outputs of linears "
-        "and attention; default: full with --gradient_checkpointing, else none",
-    )
-    sample_questions: str | None = setting(None, "LLaVA-format JSON with questions that are answered while training")
-    sample_image_folder: str | None = setting(None, "image folder of --sample_questions; default: as --image_folder")
-    sample_steps: int = setting(500, "answer --sample_questions every N steps")
-    sample_max_new_tokens: int = setting(64, "longest answer to --sample_questions, in tokens")
-    health_steps: int = setting(
-        500, "log singular values of the mixers and norms of updates and gradients every N steps; 0: never"
-    )
-    resume: bool = setting(
-        False, "continue the run in --output_dir from its newest checkpoint; starts one if there is none"
-    )
-    allow_change: list[str] = setting([], "flags, without dashes, that may differ from the run that is resumed")
-    overwrite: bool = setting(False, "delete the run in --output_dir and start a new one")
+    packing: bool = setting(False, "several records per row; for --data_order shuffle")
+    recompute: str | None = setting(None, f"{RECOMPUTE_MODES}, to save memory; default: none", group=SPEED)
+    sample_questions: str | None = setting(None, "LLaVA-format JSON with questions to answer meanwhile", group=LOGGING)
+    sample_image_folder: str | None = setting(None, "of --sample_questions; default: as --image_folder", group=LOGGING)
+    sample_steps: int = setting(500, "answer --sample_questions every N steps", group=LOGGING)
+    sample_max_new_tokens: int = setting(64, "longest answer to --sample_questions, in tokens", group=LOGGING)
+    health_steps: int = setting(500, "log figures of mixers, updates and gradients so often; 0: never", group=LOGGING)
+    resume: bool = setting(False, "continue the run from its newest checkpoint, or start it", group=SAVING)
+    allow_change: list[str] = setting([], "flags, without dashes, that may differ from the resumed run", group=SAVING)
+    overwrite: bool = setting(False, "delete the run in --output_dir and start a new one", group=SAVING)
 
     def __post_init__(self) -> None:
         """
@@ -227,7 +214,48 @@ class TrainingSettings(Settings):
             raise Refusal("C-FLAG", "missing flag", key="--output_dir", fix="name the folder of the run")
         if self.resume and self.overwrite:
             raise Refusal("C-FLAG", "a run is either continued or deleted", key="--resume, --overwrite")
+        if self.recompute is not None:
+            parse_recompute(self.recompute)
 
     @property
     def run_folder(self) -> Path:
         return Path(self.output_dir)
+
+
+@dataclass
+class TrainerSettings:
+    """Flags of transformers' Trainer with another type, default or help text here."""
+
+    gradient_accumulation_steps: int | None = setting(
+        None, "micro-batches per step; default: as --global_batch_size asks", group=TRAINING
+    )
+    logging_steps: float = setting(1, "log every N steps; below 1: a share of all steps", group=LOGGING)
+    logging_nan_inf_filter: bool = setting(False, "no effect: a loss that is NaN or Inf stops the run")
+    report_to: list[str] = setting(
+        ["tensorboard"], "besides metrics.jsonl: tensorboard, wandb, … or none", group=LOGGING
+    )
+    remove_unused_columns: bool = setting(False, "leave it False: the collator reads columns that would be dropped")
+    dataloader_num_workers: int = setting(
+        -1, "processes per rank that read images; -1: as the cores allow", group=SPEED
+    )
+    dataloader_persistent_workers: bool = setting(True, "keep the data loader's processes between epochs")
+    ignore_data_skip: bool = setting(True, "leave it True: the data loader itself starts where the run stopped")
+    lr_scheduler_type: str = setting("cosine", "schedule", LR_SCHEDULES, group=TRAINING)
+    warmup_steps: float = setting(0.03, "warmup in steps; below 1: a share of all steps", group=TRAINING)
+    # The Trainer's switch for full recomputation: transformers renamed it in 5.23 and will drop the old name in 6.
+    gradient_checkpointing: bool | None = setting(None, "True: as --recompute full")
+    activation_checkpointing: bool | None = setting(None, "True: as --recompute full")
+
+
+def parse_recompute(text: str) -> tuple[str, int]:
+    """``--recompute``'s value as (mode, N): ("none", 0), ("full", 1), ("selective", 1) or ("full", N) for every:N.
+
+    Raises:
+        Refusal: C-FLAG for anything else.
+    """
+    if text in ("none", "full", "selective"):
+        return text, int(text != "none")
+    name, _, count = text.partition(":")
+    if name == "every" and count.isdecimal() and int(count) > 0:
+        return "full", int(count)
+    raise Refusal("C-FLAG", "unknown way to recompute", key="--recompute", found=text, expected=RECOMPUTE_MODES)

@@ -148,7 +148,7 @@ def few(names: Iterable[object], count: int = 3) -> str:
     return ", ".join(texts[:count]) + (f" and {len(texts) - count} more" if len(texts) > count else "")
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], object]) -> None:
     """Run a script's ``main``; whatever it raises becomes one line on stderr and an exit status.
 
     With ``LLAVA_MOSLORA_DEBUG=1`` in the environment the traceback is printed too.

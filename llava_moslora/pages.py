@@ -1,8 +1,10 @@
-"""HTML pages in one file each, readable without a network: images are inside, nothing is fetched or run."""
+"""HTML pages in one file each, readable without a network: images are inside, nothing is fetched, and whatever text a
+page shows, no script runs but the page's own."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 import io
 from collections.abc import Iterable, Sequence
@@ -11,19 +13,33 @@ from PIL import Image
 
 STYLE = """
 :root { color-scheme: light dark; --a: #2f7d5b; --b: #c9803a; --line: #8884; }
+@media (prefers-color-scheme: dark) { :root { --a: #6fc59b; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } small, figcaption { color: #777; }
 article { border-top: 1px solid var(--line); } td { font-variant-numeric: tabular-nums; }
 """
+END = "</html>\n"
 
 
 def page(title: str, body: str, style: str = "") -> str:
     """A complete document; ``body`` is HTML, ``style`` is CSS after what all pages share (``STYLE``)."""
-    title = html.escape(title)
+    return f"{begin(title, style)}{body}{END}"
+
+
+def begin(title: str, style: str = "", script: str = "") -> str:
+    """A document up to its body, which :data:`END` follows, for a page that is written piece by piece.
+
+    Args:
+        script: JavaScript that runs once the page is read; the browser is told to run no other and to fetch nothing.
+    """
+    title, policy = html.escape(title), "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script:
+        policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        script = f"<script type=module>{script}</script>"
     return f"""<!doctype html>
-<html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}{style}</style>
-<h1>{title}</h1>{body}</html>
-"""
+<html lang=en><meta charset=utf-8><meta http-equiv=Content-Security-Policy content="{policy}">
+<title>{title}</title><style>{STYLE}{style}</style>{script}
+<h1>{title}</h1>"""
 
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:

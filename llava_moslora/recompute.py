@@ -30,8 +30,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from llava_moslora.config import RECOMPUTE_MODES
-from llava_moslora.errors import Refusal
+from llava_moslora.config import parse_recompute
 from llava_moslora.private_api import check_private_api
 
 check_private_api("recompute")
@@ -147,20 +146,6 @@ def save_operations():
 def _saving_forward(forward, *args, **kwargs):
     with save_operations():
         return forward(*args, **kwargs)
-
-
-def parse_recompute(text: str) -> tuple[str, int]:
-    """``--recompute``'s value as (mode, N): ("none", 0), ("full", 1), ("selective", 1) or ("full", N) for every:N.
-
-    Raises:
-        Refusal: C-FLAG for anything else.
-    """
-    if text in ("none", "full", "selective"):
-        return text, int(text != "none")
-    name, _, count = text.partition(":")
-    if name == "every" and count.isdecimal() and int(count) > 0:
-        return "full", int(count)
-    raise Refusal("C-FLAG", "unknown way to recompute", key="--recompute", found=text, expected=RECOMPUTE_MODES)
 
 
 def set_recompute(model: nn.Module, text: str) -> None:

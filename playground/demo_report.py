@@ -1,4 +1,4 @@
-"""The demo's table and image, from the answers that the demo wrote; fails when the export does not answer as the run.
+"""The demo's table and images, from the answers that the demo wrote; fails when the export does not answer as the run.
 
 Run by ``scripts/demo.sh``, whose last line shows the arguments.
 """
@@ -6,14 +6,20 @@ Run by ``scripts/demo.sh``, whose last line shows the arguments.
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
+from llava_moslora.data.images import load_image
+from llava_moslora.evaluation.ask import read_answers
 from llava_moslora.evaluation.question_file import VqaExample, accuracy, normalise, read_questions
+from llava_moslora.evaluation.results import read_results
+from llava_moslora.evaluation.scoring import options_of
+from llava_moslora.evaluation.tsv import Table
 
-COLUMNS, SIDE, CAPTION = 4, 200, 78
+COLUMNS, SIDE, CAPTION, SHOWN = 4, 200, 78, 12
 
 
 def main() -> None:
@@ -22,6 +28,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, required=True)
     parser.add_argument("--image_folder", type=Path, required=True)
     parser.add_argument("--figures", type=Path, required=True, help="prior and majority, from playground/easy_vqa.py")
+    parser.add_argument("--choices", type=Path, required=True, help="the file of playground/easy_vqa_seed.py")
     args = parser.parse_args()
 
     questions = read_questions(args.questions)
@@ -45,8 +52,11 @@ def main() -> None:
     distance = (run[:, :shared] - merged[:, :shared]).abs().max().item()
     different = sum(a != b for a, b in zip(answers["after"], answers["merged"], strict=True))
     print(f"{'merged against run':<32}{different:>6} answers differ; logits within {distance:.1e}")
-    draw(args.folder / "answers.png", questions, answers["after"], args.image_folder)
-    print(f"image: {args.folder / 'answers.png'}")
+    cards, choices = choice_cards(args.choices, args.folder / "seed")
+    print(choices)
+    for name, drawn in (("answers", answer_cards(questions, answers["after"], args.image_folder)), ("choices", cards)):
+        draw(args.folder / f"{name}.png", drawn)
+        print(f"image: {args.folder / name}.png")
     if different or distance > 1e-4:
         sys.exit("error: the merged model does not answer as the trained one")
 
@@ -55,31 +65,62 @@ def read(path: Path) -> list[str]:
     return json.loads(path.read_text(encoding="utf-8"))["answers"]
 
 
-def draw(path: Path, questions: list[VqaExample], answers: list[str], image_folder: Path) -> None:
-    """Twelve held-out images, each another one, with question, answer and truth; wrong answers in red."""
-    first = {}
-    for index, question in enumerate(questions):
-        first.setdefault(question.image, index)
-    chosen = list(first.values())[:12]
+@dataclass
+class Card:
+    """A question as the images show it: its image, a few lines below it, and whether the answer is right."""
+
+    image: Image.Image
+    question: str
+    answer: str
+    truth: str
+    right: bool
+
+
+def answer_cards(questions: list[VqaExample], answers: list[str], image_folder: Path) -> list[Card]:
+    """Held-out questions, each about another image."""
+    first = {question.image: number for number, question in reversed(list(enumerate(questions)))}
+    return [
+        Card(
+            load_image(q.image, image_folder), q.question, f"answer: {given}", f"truth: {q.answer}",
+            normalise(given) == normalise(q.answer),
+        )
+        for q, given in ((questions[number], answers[number]) for number in sorted(first.values())[:SHOWN])
+    ]  # fmt: skip
+
+
+def choice_cards(file: Path, output: Path) -> tuple[list[Card], str]:
+    """The first questions in SEED-Bench's format, and what the evaluation found, as lines of the table."""
+    table, result = Table(file), read_results(output)["seed"]
+    _, answers = read_answers(output / "seed", {})
+    options = [options_of(row) for row in table.rows]
+    cards = []
+    for number, (row, outcome) in enumerate(zip(table.rows[:SHOWN], result.score.outcomes, strict=False)):
+        shown = "  ".join(f"{letter} {text}" for letter, text in options[number].items())
+        given = f"answer: {answers[row['index']]} ({outcome.read or 'unread'})"
+        cards.append(Card(table.images(number)[0], row["question"], given, shown, bool(outcome.right)))
+    guess = sum(1 / len(found) for found in options) / len(options)
+    assert result.score.value is not None and result.interval is not None  # only those with a judge have none
+    title = "EasyVQA as multiple choice, in SEED-Bench's file format"
+    interval = "95 % interval {:.1f} to {:.1f}".format(*result.interval)
+    return cards, (
+        f"\n{title}{len(table.rows):>6} asked\n{'a guess':<32}{guess:>11.1%}\n{'after training':<32}"
+        f"{result.score.value / 100:>11.1%}   {interval}, unread {result.score.unread:.1%}"
+    )
+
+
+def draw(path: Path, cards: list[Card]) -> None:
+    """Every card with its question, answer and truth; wrong answers in red."""
     font = ImageFont.load_default(size=14)
-    sheet = Image.new("RGB", (COLUMNS * (SIDE + 20), -(-len(chosen) // COLUMNS) * (SIDE + CAPTION)), "white")
+    sheet = Image.new("RGB", (COLUMNS * (SIDE + 20), -(-len(cards) // COLUMNS) * (SIDE + CAPTION)), "white")
     canvas = ImageDraw.Draw(sheet)
-    for place, index in enumerate(chosen):
-        question, given = questions[index], answers[index]
+    for place, card in enumerate(cards):
         left, top = place % COLUMNS * (SIDE + 20) + 10, place // COLUMNS * (SIDE + CAPTION) + 8
-        with Image.open(image_folder / question.image) as image:
-            sheet.paste(image.convert("RGB").resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
+        sheet.paste(card.image.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, top))
         canvas.rectangle((left, top, left + SIDE - 1, top + SIDE - 1), outline="#888888")
-        right = normalise(given) == normalise(question.answer)
-        for line, (text, colour) in enumerate(
-            [
-                (question.question, "black"),
-                (f"answer: {given}", "#117733" if right else "#cc2222"),
-                (f"truth: {question.answer}", "#555555"),
-            ]
-        ):
+        colour = "#117733" if card.right else "#cc2222"
+        for line, (text, fill) in enumerate([(card.question, "black"), (card.answer, colour), (card.truth, "#555555")]):
             size = 14 if canvas.textlength(text, font=font) <= SIDE + 10 else 10
-            canvas.text((left, top + SIDE + 4 + 19 * line), text, fill=colour, font=ImageFont.load_default(size=size))
+            canvas.text((left, top + SIDE + 4 + 19 * line), text, fill=fill, font=ImageFont.load_default(size=size))
     sheet.save(path)
 
 

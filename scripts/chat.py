@@ -5,7 +5,8 @@
 
     /image FILE   show an image with the next question (several, if the model was trained with several)
     /clear        start a new conversation
-    /exit         or end of input
+    /help         list these commands
+    /exit         or /quit, or end of input
 
 Prompts are made by the function that made the training ids. Ctrl-C stops an answer; twice at the prompt, it exits.
 """
@@ -15,23 +16,40 @@ import io
 import sys
 from pathlib import Path
 
-from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal, run_script
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
+    parser.add_argument("model", help="the --output_dir of a training, or an export of --format hf")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image for the first question")
+    parser.add_argument("--system", metavar="TEXT", help="a system message; default: the template's own, if it has one")
+    parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="longest answer; default: 512")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, the most likely answer; 1: sampled"
+    )
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="X", help="sample from this share; default: 1, all")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+from llava_moslora.data.images import load_image
 from llava_moslora.inference.load import load
 from llava_moslora.inference.stream import check_sampling, stream
 from llava_moslora.text.conversation import Turn
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
+COMMANDS = {"/image FILE": "show it with the next question", "/clear": "start a new conversation",
+            "/help": "list these commands", "/exit": "or /quit, or end of input"}  # fmt: skip
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="the --output_dir of a training, or an export of --format hf")
-    parser.add_argument("--image", action="append", default=[], help="an image for the first question")
-    parser.add_argument("--system", help="a system message")
-    parser.add_argument("--max_new_tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most likely answer")
-    parser.add_argument("--top_p", type=float, default=1.0)
-    args = parser.parse_args()
+    args = parse(sys.argv[1:])
     check_sampling(args.max_new_tokens, args.temperature, args.top_p)
     for stream_, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream_, io.TextIOWrapper):  # bytes that are not text are refused below, or shown; not raised
@@ -41,14 +59,19 @@ def main() -> None:
     turns: list[Turn] = first_turns(args.system)
     images: list = []
     while (line := ask_user()) is not None:
-        command, _, rest = line.partition(" ")
-        if command == "/exit":
+        command, _, rest = line.rstrip().partition(" ")  # a line that begins with a space is a question
+        if command in ("/exit", "/quit"):
             break
         try:
             if command == "/clear":
                 turns, images, waiting = first_turns(args.system), [], []
             elif command == "/image":
                 waiting.append(open_image(rest.strip()))
+            elif command == "/help":
+                print("\n".join(f"{name:12}  {text}" for name, text in COMMANDS.items()), flush=True)
+            elif command.startswith("/"):
+                fix = "a space before it asks the model"
+                raise Refusal("C-COMMAND", "unknown", found=command, expected=", ".join(COMMANDS), fix=fix)
             elif line.strip():
                 asked, shown = [*turns, Turn("human", question(line, len(waiting)))], images + waiting
                 sampling = {"temperature": args.temperature, "top_p": args.top_p}

@@ -11,16 +11,16 @@ model is needed, and the result computes what the source computes.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from llava_moslora.adapters.fold import Adapter, LowRank, fold, rename_adapter, replace_prefix, save
-from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal, few, run_script
-from llava_moslora.files.disk import new_folder
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
     parser.add_argument("adapter", type=Path, help="an adapter folder, or a weight file (XTuner's iter_N.pth)")
     parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write; it must not exist")
     parser.add_argument(
@@ -44,7 +44,20 @@ def main() -> None:
         metavar="ALPHA",
         help="of a file without adapter_config.json: the alpha of the training, or PREFIX=ALPHA for each part",
     )
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+from llava_moslora.adapters.fold import Adapter, LowRank, fold, rename_adapter, replace_prefix, save
+from llava_moslora.adapters.load import read_adapter
+from llava_moslora.files.disk import new_folder
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
     convert(args.adapter, args.output_dir, args.format, args.rename, args.lora_alpha)
 
 

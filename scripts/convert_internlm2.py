@@ -7,13 +7,29 @@ code that came with the model. Memory holds one shard; the folder appears comple
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+from llava_moslora.errors import Refusal, run_script
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
+    parser.add_argument("folder", type=Path, help="the downloaded InternLM2")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write; it must not exist")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
 
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig
 
-from llava_moslora.errors import Refusal, run_script
 from llava_moslora.files.disk import new_folder, read_json, write_json
 from llava_moslora.files.tensors import read_tensor_folder
 from llava_moslora.models.internlm2 import MODEL_TYPE, llama_tensors
@@ -22,10 +38,7 @@ from llava_moslora.text.tokenizer import load_tokenizer
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the downloaded InternLM2")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write")
-    args = parser.parse_args()
+    args = parse(sys.argv[1:])
     convert(args.folder, args.output_dir)
     print(f"converted: {args.output_dir}")
 

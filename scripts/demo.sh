@@ -65,5 +65,13 @@ if [ ! -f $WORK/merged.json ]; then
   mv $WORK/merged.part $WORK/merged.json
 fi
 
-# 5. One table and one image
-python playground/demo_report.py $WORK $QUESTIONS --figures $VQA/figures.json
+# 5. Held-out questions in SEED-Bench's format (multiple choice), asked and scored as the paper's benchmarks are
+CHOICES=playground/data/easy_vqa_as_seed
+python playground/easy_vqa_seed.py --data $VQA --out $CHOICES
+if [ ! -f $WORK/seed/results.json ]; then
+  echo "== asking: in SEED-Bench's format"
+  python scripts/evaluate.py $RUN --benchmark seed --data $CHOICES --output $WORK/seed > /dev/null
+fi
+
+# 6. One table and two images
+python playground/demo_report.py $WORK $QUESTIONS --figures $VQA/figures.json --choices $CHOICES/SEEDBench_IMG.tsv

@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py runs/demo --benchmark all --data benchmarks --output results/demo
     python scripts/evaluate.py results/a results/b --compare
+    python scripts/evaluate.py results/a results/b results/c --radar radar.png
     python scripts/evaluate.py runs/demo --questions test.json --image_folder images --output answers.json
 
 **Benchmarks**: the nine of the paper's Table 5 (mmbench_en mmbench_cn seed ai2d sciqa textvqa mathvista mmvet mme),
@@ -17,48 +18,37 @@ import argparse
 import itertools
 import logging
 import os
+import sys
 from collections.abc import Collection
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-from torch import distributed
-
-from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.evaluation.ask import Questions, ask, source_header
-from llava_moslora.evaluation.benchmarks import BENCHMARKS
-from llava_moslora.evaluation.checks import open_benchmark
-from llava_moslora.evaluation.compare import compare
-from llava_moslora.evaluation.judge import Judge
-from llava_moslora.evaluation.output import complete, locked, new_output, scored
 from llava_moslora.evaluation.prompts import PROMPTS
-from llava_moslora.evaluation.question_file import evaluate_questions, read_questions
 from llava_moslora.evaluation.reading import RULES
-from llava_moslora.evaluation.results import (
-    PAPER_ROWS,
-    check_comparable,
-    comparison_table,
-    read_results,
-    write_results,
-)
-from llava_moslora.evaluation.scoring import JUDGED
-from llava_moslora.inference.load import load
-from llava_moslora.runs.checkpoints import newest_checkpoint
-from llava_moslora.runs.record import RUN
-from llava_moslora.training.process_group import is_loopback
+from llava_moslora.evaluation.results import NO_ROW, PAGE, PAPER_ROWS
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
+
+SCORER = "vlmevalkit"
+PER_BENCHMARK = 100  # mistakes on the page
 
 # Mode → the flags it needs, and those it may have besides.
 FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "benchmark": (("data", "output"), ("batch_size", "limit", "prompts", "rules", "judge", "paper")),
+    "benchmark": (
+        ("data", "output"),
+        ("batch_size", "limit", "prompts", "rules", "judge", "paper", "scorer", "kit_python", "mistakes"),
+    ),
     "questions": (("image_folder",), ("untrained", "blank", "output", "probe", "batch_size")),
-    "compare": ((), ()),
+    "compare": ((), ("output", "data", "mistakes", "normalise")),
+    "radar": ((), ("normalise",)),
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="+", help="a run or an export; with --compare two results")
+def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
+    """The flags, and the mode that they ask for."""
+    parser = ScriptParser(__doc__)
+    parser.add_argument("run", nargs="+", help="a run or an export; with --compare or --radar results")
     parser.add_argument("--benchmark", nargs="+", metavar="NAME", help="benchmarks, or all")
     parser.add_argument("--data", help="folder with the benchmarks' TSV files")
     parser.add_argument("--limit", type=int, help="ask a sample of so many questions of each benchmark")
@@ -68,19 +58,27 @@ def main() -> None:
         "--judge", nargs=2, metavar=("URL", "MODEL"),
         help="OpenAI-compatible server and its model that judge MathVista and MM-Vet; key: OPENAI_API_KEY",
     )  # fmt: skip
-    parser.add_argument("--paper", metavar="ROW", help=f"show a row of the paper's Table 5: {', '.join(PAPER_ROWS)}")
+    parser.add_argument("--scorer", help=f"{SCORER}: let the installed VLMEvalKit score the same answers as well")
+    parser.add_argument("--kit_python", metavar="PATH", help="Python that has VLMEvalKit; this one by default")
+    parser.add_argument(
+        "--paper", metavar="ROW",
+        help=f"show a row of the paper's Table 5: {', '.join([*PAPER_ROWS, NO_ROW])}; default: the model's, if certain",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mistakes", type=int, metavar="N", help=f"of each benchmark so many in {PAGE}, {PER_BENCHMARK} by default"
+    )
     parser.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
+    parser.add_argument("--radar", metavar="FILE", help="draw the abilities of MMBench for one or several results")
+    parser.add_argument("--normalise", action="store_true", help="in the radar divide each axis by the best model")
     parser.add_argument("--questions", help="JSON array of questions")
     parser.add_argument("--image_folder", help="images of --questions")
     parser.add_argument("--untrained", action="store_true", help="the model as it was before the first training step")
     parser.add_argument("--blank", action="store_true", help="blank the images: how much is guessed from the questions")
-    parser.add_argument("--output", help="folder for a benchmark's answers and results; JSON file for --questions")
+    parser.add_argument("--output", help="folder for answers, results, a comparison; file for --questions")
     parser.add_argument("--probe", metavar="FILE", help="write the first-token logits of the first 32 questions there")
     parser.add_argument("--batch_size", type=int, help="16 by default")
-    args = parser.parse_args()
-    mode = check_flags(args)
-    args.batch_size = 16 if args.batch_size is None else args.batch_size
-    {"benchmark": evaluate_benchmarks, "questions": ask_question_file, "compare": compare_results}[mode](args)
+    args = parser.parse_args(argv)
+    return args, check_flags(args)
 
 
 def check_flags(args: argparse.Namespace) -> str:
@@ -99,16 +97,55 @@ def check_flags(args: argparse.Namespace) -> str:
     needed, allowed = FLAGS[modes[0]]
     if lacking := [name for name in needed if name not in given]:
         raise Refusal("C-FLAG", f"missing: --{modes[0]} needs it", key=f"--{lacking[0]}")
+    if "kit_python" in given and "scorer" not in given:
+        raise Refusal("C-FLAG", "has no effect without --scorer", key="--kit_python", fix=f"--scorer {SCORER}")
     if other := sorted(given - {modes[0], *needed, *allowed}):
         raise Refusal("C-FLAG", f"has no effect with --{modes[0]}", key=f"--{other[0]}", fix="leave it out")
-    for name in ("batch_size", "limit"):
-        if name in given and getattr(args, name) < 1:
-            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=getattr(args, name), expected="at least 1")
+    if modes[0] == "compare":
+        for name, before in (("data", "output"), ("normalise", "output"), ("mistakes", "data")):
+            if name in given and before not in given:
+                raise Refusal("C-FLAG", f"missing: --{name} needs it", key=f"--{before}")
+    for name, least in (("batch_size", 1), ("limit", 1), ("mistakes", 0)):
+        if name in given and (value := getattr(args, name)) < least:
+            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"at least {least}")
     expected = 2 if modes[0] == "compare" else 1
-    if len(args.run) != expected:
+    if len(args.run) != expected and modes[0] != "radar":
         what = "two results are compared" if expected == 2 else "one run or export is evaluated"
         raise Refusal("C-FLAG", what, key=f"--{modes[0]}", found=" ".join(args.run))
     return modes[0]
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+import torch
+from torch import distributed
+
+from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
+from llava_moslora.evaluation.ask import Questions, ask, source_header
+from llava_moslora.evaluation.benchmarks import BENCHMARKS
+from llava_moslora.evaluation.checks import open_benchmark
+from llava_moslora.evaluation.judge import Judge
+from llava_moslora.evaluation.kit import find_kit, score_by_kit
+from llava_moslora.evaluation.output import complete, locked, new_output, scored, writable
+from llava_moslora.evaluation.question_file import evaluate_questions, read_questions
+from llava_moslora.evaluation.radar import radar_of, write_radar
+from llava_moslora.evaluation.report import comparison, named, write_comparison, write_report
+from llava_moslora.evaluation.results import check_comparable, read_results
+from llava_moslora.evaluation.scoring import JUDGED
+from llava_moslora.inference.load import load
+from llava_moslora.runs.checkpoints import newest_checkpoint
+from llava_moslora.runs.record import RUN
+from llava_moslora.training.process_group import is_loopback
+
+
+def main() -> None:
+    args, mode = parse(sys.argv[1:])
+    args.batch_size = 16 if args.batch_size is None else args.batch_size
+    args.mistakes = PER_BENCHMARK if args.mistakes is None else args.mistakes
+    modes = {"benchmark": evaluate_benchmarks, "questions": ask_question_file, "compare": compare_results}
+    (modes | {"radar": draw_radar})[mode](args)
 
 
 def one_of(value: str | None, known: Collection[str], flag: str, default: str = "") -> str:
@@ -119,12 +156,26 @@ def one_of(value: str | None, known: Collection[str], flag: str, default: str = 
 
 
 def compare_results(args: argparse.Namespace) -> None:
-    """Print whether the second result is better than the first, question by question."""
-    a, b = map(read_results, args.run)
-    check_comparable(a, b)
-    print(f"A: {args.run[0]}\nB: {args.run[1]}\n")
-    scores = [{name: result.score for name, result in results.items()} for results in (a, b)]
-    print(comparison_table(compare(*scores)), end="")
+    """Print whether the second result is better than the first, question by question; write it to --output."""
+    results = [read_results(folder) for folder in args.run]
+    check_comparable(*results)
+    text = comparison(args.run, results)
+    print(text, end="")
+    if args.output is not None:
+        output = new_output(args.output)
+        below = write_comparison(
+            output, text, args.run, results, data=args.data, mistakes=args.mistakes, normalise=args.normalise
+        )
+        print(below, end="")
+
+
+def draw_radar(args: argparse.Namespace) -> None:
+    """Draw one or several results, and print the picture's values."""
+    file = writable(args.radar, "--radar")
+    assert file is not None  # the flag is there
+    radar = radar_of(named(args.run, [read_results(folder) for folder in args.run]), normalise=args.normalise)
+    write_radar(file, radar)
+    print(radar.text)
 
 
 def evaluate_benchmarks(args: argparse.Namespace) -> None:
@@ -133,7 +184,8 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.WARNING if rank() == 0 else logging.ERROR, format="%(message)s")
     prompts = one_of(args.prompts, PROMPTS, "--prompts", "prompts-2024")
     rules = RULES[one_of(args.rules, RULES, "--rules", "rules-2024")]
-    paper = one_of(args.paper, PAPER_ROWS, "--paper")
+    kit = find_kit(args.kit_python) if one_of(args.scorer, [SCORER], "--scorer") else None
+    paper = one_of(args.paper, [*PAPER_ROWS, NO_ROW], "--paper")
     wanted, missing = benchmarks_of(args.benchmark, Path(args.data))
     judge = judge_of(args.judge, wanted)
     output, source = new_output(args.output), Path(args.run[0])
@@ -156,7 +208,13 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
         if rank() == 0:
             results, failure = scored(output, asked, header, rules, judge)
             missing = [name for name in missing if name not in results]
-            print(write_results(output, str(source), results, missing, paper), end="")
+            tables = {questions.benchmark.name: questions.table for questions in asked}
+            text = write_report(
+                output, args.run[0], results, tables, missing=missing, paper=paper, mistakes=args.mistakes
+            )
+            print(text, end="", flush=True)
+            if kit is not None:
+                print(f"\n{score_by_kit(kit, output, asked, header)}", end="")
     if distributed.is_initialized():
         distributed.destroy_process_group()
     if failure is not None:

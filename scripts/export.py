@@ -8,29 +8,27 @@ skips it. Several formats are written into folders of their names in --output_di
 """
 
 import argparse
+import sys
 import textwrap
 
-import torch
-
 from llava_moslora.errors import run_script
-from llava_moslora.export.export import TARGETS, export
-from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL
+from llava_moslora.export.formats import DEQUANTIZED, FORMATS, ORIGINAL
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\nformats:\n{format_list()}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = ScriptParser(f"{__doc__}\nformats:\n{format_list()}")
     parser.add_argument("run", help="the --output_dir of a training")
     parser.add_argument("--output_dir", required=True, help="the folder to write")
     parser.add_argument(
-        "--format", nargs="+", default=["hf"], choices=list(TARGETS), metavar="FORMAT",
+        "--format", nargs="+", default=["hf"], choices=list(FORMATS), metavar="FORMAT",
         help="one or several of the formats above; default: hf",
     )  # fmt: skip
     parser.add_argument("--with_base", action="store_true", help="with --format peft: peft_with_base in its place")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of merged weights; default: the LLM folder's")
+    parser.add_argument("--dtype", choices=DTYPES, help="of merged weights; default: the LLM folder's")
     parser.add_argument(
         "--merge_base", choices=[ORIGINAL, DEQUANTIZED], default=ORIGINAL,
         help="of a run with --bits 4: merge into the original weights, or into the dequantised ones that training saw",
@@ -41,25 +39,39 @@ def main() -> None:
         "--overwrite", action="store_true", help="replace the export in --output_dir, if none of its files changed"
     )
     parser.add_argument("--no_proof", action="store_true", help="skip the proof; export_report.json records that")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def format_list() -> str:
+    width = max(map(len, FORMATS)) + 2
+    return "\n".join(
+        textwrap.fill(
+            summary.replace("`", ""), 100, initial_indent=f"    {name:{width}}",
+            subsequent_indent=" " * (width + 4),
+        )
+        for name, summary in FORMATS.items()
+    )  # fmt: skip
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+import torch
+
+from llava_moslora.export.export import export
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    dtype = getattr(torch, args.dtype) if args.dtype else None
     folders = export(
-        args.run, args.output_dir, args.format, dtype=DTYPES.get(args.dtype), merge_base=args.merge_base,
+        args.run, args.output_dir, args.format, dtype=dtype, merge_base=args.merge_base,
         with_base=args.with_base, llm=args.model_name_or_path, vision_tower=args.vision_tower,
         overwrite=args.overwrite, prove=not args.no_proof,
     )  # fmt: skip
     for name, folder in folders.items():
         print(f"exported: {folder} ({name})")
-
-
-def format_list() -> str:
-    width = max(map(len, TARGETS)) + 2
-    return "\n".join(
-        textwrap.fill(
-            target.summary.replace("`", ""), 100, initial_indent=f"    {name:{width}}",
-            subsequent_indent=" " * (width + 4),
-        )
-        for name, target in TARGETS.items()
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

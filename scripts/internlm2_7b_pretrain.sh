@@ -21,8 +21,8 @@ GPUS=${GPUS:-4}
 BITS=${BITS:-4}
 
 # 2181 steps; the projector is then in $RUN/checkpoint-2181/projector.
-deepspeed --num_gpus "$GPUS" --master_addr 127.0.0.1 scripts/train_vit_llm.py \
-    --deepspeed zero_configs/zero2.json \
+deepspeed --num_gpus "$GPUS" --master_addr 127.0.0.1 "${CODE}scripts/train_vit_llm.py" \
+    --deepspeed "${CODE}zero_configs/zero2.json" \
     --tune_mm_mlp_adapter True \
     --model_name_or_path "$LLM" --vision_tower "$TOWER" --bits "$BITS" \
     --data_path "$DATA" --image_folder "$IMAGES" --image_aspect_ratio crop --data_order shuffle \

@@ -28,8 +28,8 @@ case "$HYPER" in
 esac
 
 # On the paper's four GPUs: 16 records per GPU, none accumulated.
-deepspeed --num_gpus "$GPUS" --master_addr 127.0.0.1 scripts/train_vit_llm.py \
-    --deepspeed zero_configs/zero2.json \
+deepspeed --num_gpus "$GPUS" --master_addr 127.0.0.1 "${CODE}scripts/train_vit_llm.py" \
+    --deepspeed "${CODE}zero_configs/zero2.json" \
     --model_name_or_path "$LLM" --vision_tower "$TOWER" --pretrain_mm_mlp_adapter "$PROJECTOR" --bits 4 \
     --data_path "$DATA" --image_folder "$IMAGES" \
     --lora_r 512 --lora_alpha 256 --lora_dropout 0.05 --mixer_init orthogonal \

@@ -21,8 +21,8 @@ RUN=${RUN:-playground/runs/llama3-8b-moslora-orthogonal}
 GPUS=${GPUS:-4}
 
 # On the paper's four GPUs: 8 records per GPU, 2 accumulated.
-deepspeed --num_gpus "$GPUS" --master_addr 127.0.0.1 scripts/train_vit_llm.py \
-    --deepspeed zero_configs/zero2.json \
+deepspeed --num_gpus "$GPUS" --master_addr 127.0.0.1 "${CODE}scripts/train_vit_llm.py" \
+    --deepspeed "${CODE}zero_configs/zero2.json" \
     --model_name_or_path "$LLM" --vision_tower "$TOWER" --pretrain_mm_mlp_adapter "$PROJECTOR" \
     --data_path "$DATA" --image_folder "$IMAGES" \
     --lora_r 64 --lora_alpha 128 --lora_dropout 0.05 \

@@ -40,8 +40,8 @@ case "$LAUNCHER" in
 esac
 
 # 8 GPUs × 8 records. ZeRO-2 shares gradients and optimizer state over both hosts; the frozen 16 GB are on every GPU.
-"${START[@]}" scripts/train_vit_llm.py \
-    --deepspeed zero_configs/zero2.json \
+"${START[@]}" "${CODE}scripts/train_vit_llm.py" \
+    --deepspeed "${CODE}zero_configs/zero2.json" \
     --model_name_or_path "$LLM" --vision_tower "$TOWER" --pretrain_mm_mlp_adapter "$PROJECTOR" \
     --data_path "$DATA" --image_folder "$IMAGES" \
     --lora_r 64 --lora_alpha 128 --lora_dropout 0.05 \

@@ -18,8 +18,8 @@ RUN=${RUN:-playground/runs/llama3-8b-qmoslora}
 
 # Global batch 64, as in the paper: 4 records at a time, 16 times. ZeRO-1 on one GPU shares nothing, but keeps the
 # float32 masters of the adapters, at a fraction of the launches of ZeRO-2.
-deepspeed --num_gpus 1 --master_addr 127.0.0.1 scripts/train_vit_llm.py \
-    --deepspeed zero_configs/zero1.json \
+deepspeed --num_gpus 1 --master_addr 127.0.0.1 "${CODE}scripts/train_vit_llm.py" \
+    --deepspeed "${CODE}zero_configs/zero1.json" \
     --model_name_or_path "$LLM" --vision_tower "$TOWER" --pretrain_mm_mlp_adapter "$PROJECTOR" --bits 4 \
     --data_path "$DATA" --image_folder "$IMAGES" \
     --lora_r 64 --lora_alpha 128 --lora_dropout 0.05 \

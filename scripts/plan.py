@@ -12,42 +12,24 @@ Exit status: 0 it fits, 6 it does not, 7 it may or may not; 2 and 3 as everywher
 """
 
 import argparse
+import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.devices import COMMAND_LINE
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.planning.plan import make_plan
+from llava_moslora.noise import quiet_libraries
 from llava_moslora.planning.recipe import read_recipe
-from llava_moslora.planning.report import as_json, exit_status, text
-from llava_moslora.planning.request import Asked, make_request
 from llava_moslora.runs.record import read_run
-from llava_moslora.training.arguments import accumulation_steps, parse
+from llava_moslora.training.command_line import parse
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ZERO_CONFIGS = "zero_configs"
-
-
-def main() -> None:
-    own, flags = own_parser().parse_known_args()
-    if own.gpus is not None and own.gpus < 1:
-        raise Refusal("C-FLAG", "out of range", key="--gpus", found=own.gpus, expected="at least 1")
-    gpus, settings = read_settings(own, flags)
-    asked = Asked(own.gpu, gpus, own.records, own.tokens, own.images, own.labels)
-    training = settings[3]
-    deepspeed = training["deepspeed"]
-    content = None if deepspeed is None else read_deepspeed_config(deepspeed)
-    request = make_request(asked, *settings[:3], training, accumulation(training, gpus), content, zero_files())
-    plan = make_plan(request, with_suggestions=own.suggest)
-    print(json.dumps(as_json(plan), indent=1) if own.json else text(plan, suggested=own.suggest))
-    sys.stdout.flush()
-    sys.exit(exit_status(plan))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -72,18 +54,25 @@ def own_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_settings(
-    own: argparse.Namespace, flags: Sequence[str]
-) -> tuple[int, tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]]:
-    """The number of GPUs, and the settings of model, data, adapters and training (values by name)."""
+Settings = tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]  # the last: training, by name
+
+
+@functools.cache
+def read_command() -> tuple[argparse.Namespace, int, Settings]:
+    """The planner's own flags, the number of GPUs, and the settings to plan."""
+    own, flags = own_parser().parse_known_args()
+    if own.gpus is not None and own.gpus < 1:
+        raise Refusal("C-FLAG", "out of range", key="--gpus", found=own.gpus, expected="at least 1")
     config = None if own.config is None else Path(own.config)
     if config is not None and config.is_dir():
         record = read_run(config)
         if flags:
             raise Refusal("C-FLAG", "a run folder is planned as it is", key="--config", found=" ".join(flags))
-        given = {name: None if value == "None" else value for name, value in record.training.items()}  # as it is written
+        given = {
+            name: None if value == "None" else value for name, value in record.training.items()
+        }  # as it is written
         training = given | {"global_batch_size": record.global_batch_size}
-        return own.gpus or 1, (record.model, record.data, record.adapter, training)
+        return own, own.gpus or 1, (record.model, record.data, record.adapter, training)
     gpus, words = own.gpus, list(flags)
     if config is not None and config.suffix == ".sh":
         call = read_recipe(config, own.gpus)
@@ -95,7 +84,35 @@ def read_settings(
         words += ["--output_dir", "planned"]
     if "--data_path" not in words and config is None:
         words += ["--data_path", "unknown"]
-    return gpus or 1, parse(words)
+    return own, gpus or 1, parse(words)
+
+
+def zero_files() -> dict[str, dict[str, Any]]:
+    """This repository's DeepSpeed files, as flags name them."""
+    files = sorted((ROOT / ZERO_CONFIGS).glob("*.json"))
+    return {f"{ZERO_CONFIGS}/{file.name}": read_deepspeed_config(file) for file in files}
+
+
+if __name__ == "__main__":  # wrong flags are answered here, before the seconds that these imports take
+    run_script(read_command)
+    quiet_libraries()
+
+from llava_moslora.planning.plan import make_plan
+from llava_moslora.planning.report import as_json, exit_status, text
+from llava_moslora.planning.request import Asked, make_request
+from llava_moslora.training.arguments import accumulation_steps
+
+
+def main() -> None:
+    own, gpus, settings = read_command()
+    asked = Asked(own.gpu, gpus, own.records, own.tokens, own.images, own.labels)
+    training = settings[3]
+    content = None if training["deepspeed"] is None else read_deepspeed_config(training["deepspeed"])
+    request = make_request(asked, *settings[:3], training, accumulation(training, gpus), content, zero_files())
+    plan = make_plan(request, with_suggestions=own.suggest)
+    print(json.dumps(as_json(plan), indent=1) if own.json else text(plan, suggested=own.suggest))
+    sys.stdout.flush()
+    sys.exit(exit_status(plan))
 
 
 def accumulation(training: dict[str, Any], gpus: int) -> int:
@@ -108,12 +125,6 @@ def accumulation(training: dict[str, Any], gpus: int) -> int:
     if training["global_batch_size"] is None:
         return 1 if asked is None else asked
     return accumulation_steps(training["global_batch_size"], per_device, gpus)
-
-
-def zero_files() -> dict[str, dict[str, Any]]:
-    """This repository's DeepSpeed files, as flags name them."""
-    files = sorted((ROOT / ZERO_CONFIGS).glob("*.json"))
-    return {f"{ZERO_CONFIGS}/{file.name}": read_deepspeed_config(file) for file in files}
 
 
 if __name__ == "__main__":

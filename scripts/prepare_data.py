@@ -6,6 +6,8 @@
 Training with the same settings finds the result in ``--data_cache`` by its content and starts at once.
 """
 
+from __future__ import annotations
+
 import logging
 import sys
 from dataclasses import dataclass, fields
@@ -13,17 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from llava_moslora.config import DataSettings, ModelSettings, Settings, setting
-from llava_moslora.data.cache import report_of
-from llava_moslora.data.prepare import prepare
-from llava_moslora.data.report import write_report
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.models.llava_folder import name_parts
-from llava_moslora.models.llm import longest_text, read_llm_config
-from llava_moslora.models.towers import tokens_per_image
-from llava_moslora.models.vision import read_vision_config
-from llava_moslora.text.templates import recognise_template
-from llava_moslora.text.tokenizer import load_tokenizer
-from llava_moslora.training.arguments import FlagParser, some_fields
+from llava_moslora.flags import SettingsParser, flags_of
+from llava_moslora.noise import quiet_libraries
 
 MODEL_FLAGS = ("model_name_or_path", "vision_tower", "version")
 # Without effect before training: how images become pixels, and in which order records are seen.
@@ -34,20 +28,33 @@ DATA_FLAGS = {f.name for f in fields(DataSettings)} - {"image_aspect_ratio", "im
 class ReportSettings(Settings):
     """The page about the data."""
 
-    _argument_group_name = "the report"
+    heading = "report"
 
     per_device_train_batch_size: int = setting(16, "records per micro-batch, for the figures of padding")
     report_dir: str | None = setting(None, "where report.html and report.json go; default: no report")
 
 
 def parse(argv: list[str]) -> tuple[ModelSettings, DataSettings, ReportSettings]:
-    groups = [
-        some_fields(ModelSettings, MODEL_FLAGS, "the model"), some_fields(DataSettings, DATA_FLAGS, "the data"),
-        ReportSettings,
-    ]  # fmt: skip
-    values = FlagParser(groups, __doc__).parse(argv)
-    model, data, report = ({f.name: values[f.name] for f in fields(group)} for group in groups)
+    chosen = {ModelSettings: MODEL_FLAGS, DataSettings: DATA_FLAGS, ReportSettings: None}
+    groups = [flags_of(settings, names) for settings, names in chosen.items()]
+    values = vars(SettingsParser([flag for flags in groups for flag in flags], __doc__).parse_args(argv))
+    model, data, report = ({flag.name: values[flag.name] for flag in flags} for flags in groups)
     return ModelSettings(**model), DataSettings(**data), ReportSettings(**report)
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+from llava_moslora.data.cache import summary
+from llava_moslora.data.prepare import prepare
+from llava_moslora.data.report import write_report
+from llava_moslora.models.llava_folder import name_parts
+from llava_moslora.models.llm import longest_text, read_llm_config
+from llava_moslora.models.towers import tokens_per_image
+from llava_moslora.models.vision import read_vision_config
+from llava_moslora.text.templates import recognise_template
+from llava_moslora.text.tokenizer import load_tokenizer
 
 
 def make_report_folder(folder: Path) -> None:
@@ -84,8 +91,7 @@ def main() -> None:
         tokens_per_image=tokens_per_image(read_vision_config(model.tower)),
         longest_text=longest_text(read_llm_config(llm)) if (llm / "config.json").is_file() else None,
     )
-    counts = {name: value for name, value in report_of(dataset).items() if isinstance(value, int)}
-    print("  ".join(f"{name}: {value:,}" for name, value in counts.items()))
+    print(summary(dataset))
     if report.report_dir:
         page = write_report(
             report.report_dir,

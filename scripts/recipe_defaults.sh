@@ -1,5 +1,7 @@
 # What the recipes next to this file share; each sources it. Every variable can be set from outside.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."  # paths are relative to the repository
+# In a checkout all paths are relative to it. In an installed package the code is there, and the rest where you are.
+CODE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/
+if [ -f "${CODE}setup.cfg" ]; then cd "$CODE"; CODE=; fi
 
 TOWER=${TOWER:-playground/models/clip-vit-large-patch14-336}
 DATA=${DATA:-playground/data/llava_v1_5_mix665k.json}

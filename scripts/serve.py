@@ -13,12 +13,38 @@ import argparse
 import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal, run_script
+from llava_moslora.flags import ScriptParser
+from llava_moslora.noise import quiet_libraries
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = ScriptParser(__doc__)
+    parser.add_argument("model", nargs="+", help="one or two runs or exports")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="what the page calls them; default: their folders")
+    parser.add_argument("--compare_untrained", action="store_true", help="next to a run: its model before training")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; 0.0.0.0: every network")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
+    args = parser.parse_args(argv)
+    count = len(args.model) + args.compare_untrained
+    if count > 2:
+        raise Refusal("C-FLAG", "one or two models", key="model", found=f"{count} models")
+    args.names = args.names or [Path(model).name for model in args.model] + ["untrained"] * args.compare_untrained
+    if len(args.names) != count:
+        raise Refusal("C-FLAG", "one name for each model", key="--names", found=len(args.names), expected=count)
+    return args
+
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:]))
+    quiet_libraries()
+
+from llava_moslora.data.images import load_image
 from llava_moslora.inference.generate import Question
 from llava_moslora.inference.load import ChatModel, load, load_run
 from llava_moslora.inference.stream import stream
@@ -31,19 +57,7 @@ MAX_IMAGE_BYTES = 50 * 1024**2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="+", help="one or two runs or exports")
-    parser.add_argument("--names", nargs="+", help="what the page calls them; default: their folders")
-    parser.add_argument("--compare_untrained", action="store_true", help="next to a run: its model before training")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every network of this machine")
-    parser.add_argument("--port", type=int, default=7860)
-    args = parser.parse_args()
-    count = len(args.model) + args.compare_untrained
-    if count > 2:
-        raise Refusal("C-FLAG", "one or two models", key="model", found=f"{count} models")
-    names = args.names or [Path(model).name for model in args.model] + ["untrained"] * args.compare_untrained
-    if len(names) != count:
-        raise Refusal("C-FLAG", "one name for each model", key="--names", found=len(names), expected=count)
+    args = parse(sys.argv[1:])
     check_address(args.host, args.port)
     try:
         import gradio  # noqa: F401
@@ -54,7 +68,7 @@ def main() -> None:
     chat_models = [load(model) for model in args.model]
     if args.compare_untrained:
         chat_models.append(load_run(args.model[0], trained=False))
-    page(dict(zip(names, chat_models, strict=True))).launch(**launch_options(args.host, args.port))
+    page(dict(zip(args.names, chat_models, strict=True))).launch(**launch_options(args.host, args.port))
 
 
 def launch_options(host: str, port: int) -> dict:

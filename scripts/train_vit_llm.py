@@ -1,13 +1,10 @@
-"""Fine-tune a LLaVA: adapters (MoSLoRA) in the LLM and in the vision tower, and the whole projector. With
---tune_mm_mlp_adapter True (stage 1) only the projector is trained.
+"""Fine-tune a LLaVA: adapters (MoSLoRA) in the LLM and in the vision tower, and the whole projector.
 
-    deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json \\
+    deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json --bf16 True \\
         --model_name_or_path LLM --vision_tower CLIP --pretrain_mm_mlp_adapter PROJECTOR \\
-        --data_path llava_v1_5_mix665k.json --image_folder playground/data --output_dir runs/llama3-moslora --bf16 True
+        --data_path llava_v1_5_mix665k.json --image_folder playground/data --output_dir runs/moslora
 
-LLM and CLIP are model folders in the format of transformers, PROJECTOR a file or folder from stage 1. Complete calls
-with hyper-parameters for published models are in scripts/*.sh. A checkpoint is saved every --save_steps;
-scripts/export.py makes a model of it that transformers loads.
+Complete calls for published models are in scripts/*.sh. scripts/export.py makes a model of the run.
 """
 
 import sys
@@ -16,18 +13,25 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from llava_moslora.errors import run_script
+from llava_moslora.noise import quiet_libraries
+from llava_moslora.training.command_line import parse
+
+if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
+    run_script(lambda: parse(sys.argv[1:], __doc__))
+    quiet_libraries()
+
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, set_seed
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.data.cache import keys_of, report_of
+from llava_moslora.data.cache import keys_of, summary
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.distributed import from_rank_0
-from llava_moslora.errors import run_script
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
 from llava_moslora.models.assemble import assemble
@@ -44,7 +48,7 @@ from llava_moslora.runs.record import RunSettings
 from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training import process_group
-from llava_moslora.training.arguments import TrainingArguments, input_paths, parse
+from llava_moslora.training.arguments import TrainingArguments, input_paths
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
 from llava_moslora.training.optimizer_state import trained_count
@@ -77,14 +81,14 @@ def main() -> None:
     transform = ImageTransform.from_settings(processor, data_settings)
     tokenizer = load_tokenizer(model_settings.model_name_or_path)
     template = model_settings.version or recognise_template(tokenizer)
-    print_once(f"conversation template: {template}")
+    print_once(f"device: {args.device_name}\nconversation template: {template}")
 
     # 3. Check and tokenise the data, or find it in --data_cache
     dataset = prepare(
         data_settings, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
         longest_text=longest_text(llm_config),
     )  # fmt: skip
-    print_once("data: " + ", ".join(f"{name} {n:,}" for name, n in report_of(dataset).items() if isinstance(n, int)))
+    print_once(summary(dataset))
     sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's

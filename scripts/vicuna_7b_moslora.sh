@@ -15,8 +15,8 @@ PROJECTOR=${PROJECTOR:-playground/models/llava-v1.5-mlp2x-336px-pretrain-vicuna-
 RUN=${RUN:-playground/runs/vicuna-7b-moslora}
 GPUS=${GPUS:-8}
 
-deepspeed --num_gpus "$GPUS" --master_addr 127.0.0.1 scripts/train_vit_llm.py \
-    --deepspeed zero_configs/zero3.json \
+deepspeed --num_gpus "$GPUS" --master_addr 127.0.0.1 "${CODE}scripts/train_vit_llm.py" \
+    --deepspeed "${CODE}zero_configs/zero3.json" \
     --model_name_or_path "$LLM" --vision_tower "$TOWER" --pretrain_mm_mlp_adapter "$PROJECTOR" --version vicuna_v1 \
     --data_path "$DATA" --image_folder "$IMAGES" \
     --lora_r 128 --lora_alpha 256 --lora_dropout 0.05 --mixer_init kaiming_uniform --vision_lora_r 0 \

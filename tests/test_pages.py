@@ -22,3 +22,16 @@ def test_a_thumbnail_is_inside_the_page_and_the_image_unchanged():
     assert pages.thumbnail(image, 10).startswith('<img src="data:image/jpeg;base64,')
     assert pages.thumbnail(image, 10).endswith('width=10 height=5 alt="">')
     assert image.size == (40, 20)
+
+
+def test_a_page_without_a_script_runs_none():
+    text = pages.page("title", "<p>body</p>")
+    assert "<script" not in text and "script-src" not in text
+    assert """content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">""" in text
+
+
+def test_a_pages_own_script_is_the_only_one_allowed():
+    """The digest of ``let x = 1;``, by ``openssl dgst -sha256 -binary | base64``."""
+    text = pages.begin("title", script="let x = 1;") + pages.END
+    assert "<script type=module>let x = 1;</script>" in text
+    assert "script-src 'sha256-qtc3jf64UXA5J6U02kfQ0Cvn9Uz4wXUaN3NNUVgR2v4='\"" in text

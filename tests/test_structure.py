@@ -16,13 +16,14 @@ PACKAGE = ROOT / "llava_moslora"
 # Lowest first; packages of one floor never import each other.
 FLOORS = [
     {"errors", "_version"},
-    {"config", "devices", "distributed", "pages", "private_api"},
+    {"config", "devices", "distributed", "flags", "noise", "pages", "private_api"},
     {"files", "recompute"},
     {"adapters", "text"},
     {"models", "data"},
     {"runs"},
     {"inference"},
     {"training", "export", "evaluation", "planning"},
+    {"cli"},
 ]
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
 EXCEPTIONS = {("models/assemble.py", "adapters"), ("models/adapt.py", "adapters")}

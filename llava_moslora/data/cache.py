@@ -24,15 +24,15 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.config import DataSettings
+from llava_moslora.data.formats import column_names
 from llava_moslora.data.sources.source import Source
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import fsync, replace_file, replace_folder
 from llava_moslora.text.templates import TOKENIZER_TEMPLATE, get_template
 
-CODE_VERSION = 3  # raise it whenever ids, labels or columns of the same data would change
+CODE_VERSION = 4  # raise it whenever ids, labels or columns of the same data would change
 REPORT = "report.json"
 CHECKSUM = "crc32"  # key of a checksum of all other keys, in the report and in a part's JSON
-FORMER_NAMES = {"with_pictures": "with_images"}  # of counts, in caches and unfinished builds of version 0.1
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Preparation:
 
 
 def cache_key(preparation: Preparation) -> str:
-    """The name of the cache folder: equal for equal data, tokenizer, template, image tokens and length limit.
+    """The name of the cache folder: equal for equal data, columns, tokenizer, template, image tokens and length limit.
 
     Raises:
         Refusal: D-FILE; C-TEMPLATE, no such template.
@@ -59,18 +59,13 @@ def cache_key(preparation: Preparation) -> str:
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     # For "tokenizer" the name alone does not decide what is written. The chat template itself is in the key too: ours
     # was derived from a few conversations of it, and two chat templates must never share a cache.
-    template = [preparation.template, _template_text(preparation)]
+    template = [preparation.template, repr(get_template(preparation.template, tokenizer))]
     template += [tokenizer.chat_template] if preparation.template == TOKENIZER_TEMPLATE else []
     rest = [tokenizer.special_tokens_map, template, preparation.tokens_per_image, settings.model_max_length]
+    rest += [column_names(settings.data_columns)]
     digest.update(json.dumps([*rest, CODE_VERSION], default=str, sort_keys=True).encode())
     name = re.sub(r"[^\w.-]", "_", Path(source.name).stem)[:40]
     return f"{name}-{digest.hexdigest()[:20]}"
-
-
-def _template_text(preparation: Preparation) -> str:
-    """The template's repr with the names of version 0.1, so that caches of that version are found."""
-    text = repr(get_template(preparation.template, preparation.tokenizer))
-    return text.replace("images_only=", "pictures_only=").replace("<Variable.", "<Slot.")
 
 
 def arrow_files(folder: Path) -> list[Path]:
@@ -111,15 +106,9 @@ def _canonical(content: dict) -> bytes:
     return json.dumps(content, sort_keys=True).encode()
 
 
-def current_names(counts: dict) -> dict:
-    """``counts``, a part's or a report's, under today's names."""
-    return {FORMER_NAMES.get(name, name): count for name, count in counts.items()}
-
-
 def read_report(folder: Path) -> dict | None:
     """The report of ``folder`` if it is complete."""
-    report = read_json(folder / REPORT)
-    return None if report is None else current_names(report)
+    return read_json(folder / REPORT)
 
 
 def report_in(folder: Path) -> dict:
@@ -138,6 +127,17 @@ def reports_of(dataset: Dataset) -> list[dict]:
     """For each source of ``dataset``, what was counted when it was prepared: file, records, kept, left_out (not even
     the question fits), turns_dropped, answers_cut, problems, ..."""
     return [report_in(folder) for folder in _folders(dataset)]
+
+
+def summary(dataset: Dataset) -> str:
+    """For people: a line per source with the record format that it was read as, and a line of all counts."""
+    lines = [f"record format of {report['file']}: {_names(report['formats'])}" for report in reports_of(dataset)]
+    counts = {name: count for name, count in report_of(dataset).items() if isinstance(count, int)}
+    return "\n".join([*lines, "data: " + "  ".join(f"{name}: {count:,}" for name, count in counts.items())])
+
+
+def _names(formats: dict[str, int]) -> str:
+    return " ".join(formats) if len(formats) == 1 else ", ".join(f"{name} ({n:,})" for name, n in formats.items())
 
 
 def _folders(dataset: Dataset) -> list[Path]:

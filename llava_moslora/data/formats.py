@@ -7,19 +7,31 @@ new format is a function that finds images and turns in a raw record, and a row 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+from llava_moslora.data.messages import (
+    EMPTY,
+    FROM_VALUE,
+    ROLE_CONTENT,
+    ROLES,
+    WITHOUT_VIDEO,
+    images_and_turns,
+    list_under,
+    read_list,
+    said,
+)
 from llava_moslora.data.sources.json import json_type
 from llava_moslora.data.sources.source import container_of
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import Turn, check_order
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
-ROLES = ("system", "human", "gpt")
-WITHOUT_VIDEO = "remove the record, or save frames as images: a list under 'image', one <image> for each"
+Content = tuple[tuple[str, ...], tuple[Turn, ...]]  # names of images, and turns
+LLAVA_ROLES = {role: ROLES[role] for role in ("system", "human", "gpt")}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # In a record without images, <image> inside a sentence is text (somebody writes about HTML); on a line of its own at
 # the start or end of a turn it is what LLaVA writes for an image, and the image is missing.
@@ -36,6 +48,7 @@ class Record:
     id: str  # the record's own, "" if it has none
     images: tuple[str, ...]  # names relative to the image folder, as many as there are <image> in the human turns
     turns: tuple[Turn, ...]  # an optional system turn, then human and gpt in turn; no text is empty
+    format: str  # the name of the one that it was read as
 
 
 def read_records(file: str | Path) -> Iterator[Record]:
@@ -52,16 +65,24 @@ def read_records(file: str | Path) -> Iterator[Record]:
         yield check_record(raw.value, index, file, raw.problem)
 
 
-def check_record(raw: object, index: int, file: str | Path, problem: str | None = None) -> Record:
+def check_record(
+    raw: object,
+    index: int,
+    file: str | Path,
+    problem: str | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> Record:
     """``raw`` as a :class:`Record`.
 
     Args:
         problem: what the JSON reader noticed about this value.
+        columns: as :func:`column_names` returns them.
 
     Raises:
-        Refusal: D-TYPE, D-JSON, D-SCHEMA, D-ROLE, D-EMPTY, D-IMAGES, D-VIDEO or D-UNICODE, with file, index and id.
+        Refusal: D-TYPE, D-JSON, D-SCHEMA, D-ROLE, D-EMPTY, D-IMAGES, D-VIDEO, D-LABELS, D-UNICODE or I-PATH, with file,
+            index and id.
     """
-    own_id = raw.get("id") if isinstance(raw, dict) else None
+    own_id = raw.get(columns.get("id", "id")) if isinstance(raw, dict) else None
     try:
         if problem is not None:
             raise Refusal("D-JSON", problem)
@@ -69,56 +90,139 @@ def check_record(raw: object, index: int, file: str | Path, problem: str | None 
             raise Refusal("D-TYPE", "a record must be an object", found=json_type(raw))
         if own_id is not None and (isinstance(own_id, bool) or not isinstance(own_id, str | int)):
             raise Refusal("D-SCHEMA", "must be a string or a number", key="id", found=json_type(own_id))
-        record_format = next((one for one in FORMATS if one.recognises(raw)), LLAVA)
+        raw = _rename(raw, columns) if columns else raw
+        record_format = format_of(raw)
         images, turns = record_format.read(raw)
-        check_order(turns, last="gpt", key=record_format.turns_key)
+        check_order(turns, last="gpt", key=", ".join(record_format.keys))
         _check_characters(str(own_id), *images, *(turn.text for turn in turns))
         _check_places(images, [turn.text for turn in turns if turn.role == "human"])
+        if not any(turn.trained for turn in turns if turn.role == "gpt"):
+            raise Refusal("D-LABELS", "no turn of this record is trained on", fix="remove the record, or the marks")
     except Refusal as refusal:
         raise Refusal(**{**vars(refusal), "file": file, "record": index, "record_id": own_id}) from None
-    return Record(index, "" if own_id is None else str(own_id), images, turns)
+    return Record(index, "" if own_id is None else str(own_id), images, turns, record_format.name)
 
 
-def read_llava(raw: dict) -> tuple[tuple[str, ...], tuple[Turn, ...]]:
+def read_llava(raw: dict) -> Content:
     """``{"id": ..., "image": FILE or [FILE, ...], "conversations": [{"from": "human", "value": ...}, ...]}``."""
-    images = raw.get("image")
-    if "image" not in raw and "images" in raw:
-        raise Refusal("D-SCHEMA", "the key is spelled 'image', also for several images", key="images")
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) and name.strip() for name in images):
-        what = "must be a file name or a list of file names"
-        raise Refusal("D-SCHEMA", what, key="image", found=repr(raw["image"])[:80])
-    for key in ("video", "videos"):
-        if raw.get(key) is not None:
-            raise Refusal("D-VIDEO", "videos are not trained on", key=key, fix=WITHOUT_VIDEO)
-    turns = raw.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        what = "a record needs a list of turns that is not empty"
-        found = "no such key" if "conversations" not in raw else json_type(turns) if turns != [] else "an empty list"
-        raise Refusal("D-SCHEMA", what, key="conversations", found=found)
-    for k, turn in enumerate(turns):
-        key = f"conversations[{k}]"
-        strings = isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in ("from", "value"))
-        if not strings:
-            what = "a turn must be an object with 'from' and 'value', both strings"
-            found = f"keys {', '.join(turn)}" if isinstance(turn, dict) else json_type(turn)
-            raise Refusal("D-SCHEMA", what, key=key, found=found)
-        if turn["from"] not in ROLES:
-            raise Refusal("D-ROLE", "unknown role", key=f"{key}.from", found=turn["from"], expected=" | ".join(ROLES))
-        if not turn["value"].strip():
-            raise Refusal("D-EMPTY", f"the {turn['from']} turn is empty", key=f"{key}.value")
-    return tuple(images), tuple(Turn(turn["from"], turn["value"]) for turn in turns)
+    return images_and_turns(raw, read_list(raw, "conversations", FROM_VALUE, LLAVA_ROLES))
+
+
+def read_sharegpt(raw: dict) -> Content:
+    """As LLaVA's, with ``images``, and with ``user`` and ``assistant`` too; or with ``role`` and ``content``."""
+    turns = raw["conversations"] if isinstance(raw["conversations"], list) else []
+    names = ROLE_CONTENT if any("role" in turn for turn in turns if isinstance(turn, dict)) else FROM_VALUE
+    return images_and_turns(raw, read_list(raw, "conversations", names))
+
+
+def read_messages(raw: dict) -> Content:
+    """``{"messages": [{"role": "user", "content": TEXT or PARTS}, ...], "images": [FILE, ...]}``, as OpenAI and TRL."""
+    return images_and_turns(raw, read_list(raw, "messages"), in_front=True)
+
+
+def read_prompt_completion(raw: dict) -> Content:
+    """``{"prompt": TEXT or MESSAGES, "completion": TEXT or MESSAGES}``; only the completion is trained, as in TRL."""
+    prompt, completion = (
+        [said(role, raw[key], key)] if isinstance(raw[key], str) else read_list(raw, key)
+        for key, role in (("prompt", ROLES["user"]), ("completion", ROLES["assistant"]))
+    )
+    given = [one._replace(turn=replace(one.turn, trained=False)) for one in prompt]
+    return images_and_turns(raw, [*given, *completion], in_front=True)
+
+
+def read_cauldron(raw: dict) -> Content:
+    """``{"images": [...], "texts": [{"user": ..., "assistant": ..., "source": ...}, ...]}``."""
+    messages = []
+    for k, pair in list_under(raw, "texts"):
+        if not isinstance(pair, dict):
+            what = "must be an object with 'user' and 'assistant'"
+            raise Refusal("D-SCHEMA", what, key=f"texts[{k}]", found=json_type(pair))
+        messages += [said(ROLES[name], pair.get(name), f"texts[{k}].{name}") for name in ("user", "assistant")]
+    return images_and_turns(raw, messages, in_front=True)
+
+
+def read_alpaca(raw: dict) -> Content:
+    """``{"instruction": ..., "input": ..., "output": ..., "system": ..., "history": [[QUESTION, ANSWER], ...]}``."""
+    messages = []
+    for k, pair in list_under(raw, "history") if raw.get("history") not in EMPTY else ():
+        if not isinstance(pair, list) or len(pair) != 2:
+            found, expected = json_type(pair), "[question, answer]"
+            raise Refusal("D-SCHEMA", "not an earlier round", key=f"history[{k}]", found=found, expected=expected)
+        messages += [said("human", pair[0], f"history[{k}][0]"), said("gpt", pair[1], f"history[{k}][1]")]
+    question = said("human", raw["instruction"], "instruction")
+    if raw.get("input") not in EMPTY:
+        question = said(
+            "human", f"{raw['instruction']}\n{said('human', raw['input'], 'input').turn.text}", "instruction"
+        )
+    return images_and_turns(raw, [*messages, question, said("gpt", raw["output"], "output")])
+
+
+def _as_sharegpt(raw: dict) -> bool:
+    if "images" in raw:
+        return True
+    turns = raw["conversations"] if isinstance(raw["conversations"], list) else []
+    return any(
+        isinstance(turn, dict) and ("role" in turn or turn.get("from") in ("user", "assistant")) for turn in turns
+    )
 
 
 class Format(NamedTuple):
-    recognises: Callable[[dict], bool]  # whether an object is a record of this format; nothing in it is checked yet
+    name: str
+    keys: tuple[str, ...]  # of the turns, which every record has; named in messages
     # Its image names and turns, none of them empty; its refusals need not name the file and the record.
-    read: Callable[[dict], tuple[tuple[str, ...], tuple[Turn, ...]]]
-    turns_key: str  # for messages
+    read: Callable[[dict], Content]
+    recognises: Callable[[dict], bool] = lambda raw: True  # of a record with these keys; nothing in it is checked yet
 
 
-LLAVA = Format(lambda raw: "conversations" in raw, read_llava, "conversations")
-FORMATS = (LLAVA,)  # the first that recognises a record reads it; what none recognises is refused as LLaVA's
+# The first that recognises a record reads it.
+FORMATS = (
+    Format("ShareGPT", ("conversations",), read_sharegpt, _as_sharegpt),
+    Format("LLaVA", ("conversations",), read_llava),
+    Format("messages", ("messages",), read_messages),
+    Format("prompt/completion", ("prompt", "completion"), read_prompt_completion),
+    Format("The Cauldron", ("texts",), read_cauldron),
+    Format("alpaca", ("instruction", "output"), read_alpaca),
+)
+OTHER_COLUMNS = ("id", "image", "images", "system", "input", "history")
+
+
+def format_of(raw: dict) -> Format:
+    """
+    Raises:
+        Refusal: D-SCHEMA, no format has records with these keys.
+    """
+    for one in FORMATS:
+        if all(key in raw for key in one.keys) and one.recognises(raw):
+            return one
+    raise Refusal(
+        "D-SCHEMA", "not a record of a known format", found=f"keys {', '.join(raw)}" if raw else "no keys",
+        expected=" | ".join(dict.fromkeys(" and ".join(one.keys) for one in FORMATS)),
+        fix="columns of other names are named with --data_columns, such as messages=dialog",
+    )  # fmt: skip
+
+
+def column_names(given: Sequence[str]) -> dict[str, str]:
+    """``NAME=COLUMN`` words as {NAME: COLUMN}: the column of the data that is read as NAME.
+
+    Raises:
+        Refusal: C-FLAG, not such a word, a NAME that no format reads, or one twice.
+    """
+    known = {*OTHER_COLUMNS, *(key for one in FORMATS for key in one.keys)}
+    columns: dict[str, str] = {}
+    for word in given:
+        name, _, column = word.partition("=")
+        if name not in known or name in columns or not column:
+            what = "named twice" if name in columns else "not a column of a record format"
+            expected = f"NAME=COLUMN, NAME being {' | '.join(sorted(known))}"
+            raise Refusal("C-FLAG", what, key="--data_columns", found=word, expected=expected)
+        columns[name] = column
+    return columns
+
+
+def _rename(raw: dict, columns: Mapping[str, str]) -> dict:
+    """``raw`` with the columns under the names that the formats read; what else has such a name is not meant."""
+    found = {name: raw[column] for name, column in columns.items() if column in raw}
+    return {key: value for key, value in raw.items() if key not in columns and key not in columns.values()} | found
 
 
 def _check_characters(*texts: str) -> None:

@@ -31,6 +31,11 @@ log = logging.getLogger(__name__)
 _animated_seen = False
 
 
+def is_url(name: str) -> bool:
+    """Whether ``name`` is no file's: a URL, or an image inside a ``data:`` URL."""
+    return _URL.match(name) is not None or name.startswith("//")
+
+
 def load_image(
     name: str, root: str | Path, *, record: int | None = None, record_id: str | None = None, follow_links: bool = False
 ) -> Image.Image:
@@ -97,7 +102,7 @@ def _decode(image: Image.Image, path: str | Path, where: dict) -> Image.Image:
 def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Path:
     """The path of a regular file inside ``root``; nothing is opened."""
     root = Path(root)
-    if _URL.match(name) or name.startswith("//"):
+    if is_url(name):
         what = "images are read from the image folder, never from a URL"
         raise Refusal("I-PATH", what, found=name, fix="download them first", **where)
     lexical = os.path.normpath(name)

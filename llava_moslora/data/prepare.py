@@ -33,6 +33,7 @@ from llava_moslora.data.cache import (
     using,
     write_json,
 )
+from llava_moslora.data.formats import column_names
 from llava_moslora.data.images import check_image
 from llava_moslora.data.sources.source import Source
 from llava_moslora.data.tokenise import RECORDS_PER_PART, as_problem, build_parts, check_image_files
@@ -77,6 +78,7 @@ def prepare(
             twice), E-DISK (the cache cannot be written).
     """
     _check_ranges(settings)
+    column_names(settings.data_columns)
     if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
         raise Refusal("I-FOLDER", "there is no such folder", file=settings.image_folder, fix="check --image_folder")
     sources = [Source(name) for name in settings.data_path]
@@ -271,11 +273,13 @@ def _build(preparation: Preparation, target: Path) -> None:
     check_template(preparation.tokenizer, preparation.template)
     staging = _open_staging(preparation, target)
     counts: Counter = Counter(records=0, kept=0)
+    formats: Counter = Counter()
     problems: list[dict] = []
     shards: dict[str, int] = {}
     parts: list[dict] = []
     for part in build_parts(preparation, staging, settings.preprocessing_num_workers):
         counts.update(part["counts"])
+        formats.update(part["formats"])
         shards |= {part["shard"]: part["counts"]["records"]} if part["shard"] else {}
         problems += part["problems"]
         parts.append({"name": part["name"], "file": part["file"]})
@@ -293,8 +297,8 @@ def _build(preparation: Preparation, target: Path) -> None:
     if not counts["kept"]:
         what = "no record is short enough" if counts["records"] else "there are no records"
         raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=name, found=f"{counts['records']} records")
-    report = {"file": name, **counts, "shards": shards, "problems": problems, "decoded": settings.decode_images,
-              "image_folder": _image_folder(settings), "parts": parts}  # fmt: skip
+    report = {"file": name, **counts, "formats": dict(formats), "shards": shards, "problems": problems,
+              "decoded": settings.decode_images, "image_folder": _image_folder(settings), "parts": parts}  # fmt: skip
     with using(target.parent):
         for stray in set(arrow_files(staging)) - {staging / f"{part['name']}.arrow" for part in parts}:
             stray.unlink()

@@ -55,7 +55,8 @@ def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int) ->
             waste[order] = padding_waste(sampler, lengths)
     shares = settings.data_weights or [1] * (max(dataset["source"][:]) + 1)
     files = [
-        {name: part[name] for name in ("file", "records", "kept")} | {"seen_per_epoch": weight * part["kept"]}
+        {name: part[name] for name in ("file", "formats", "records", "kept")}
+        | {"seen_per_epoch": weight * part["kept"]}
         for part, weight in zip(reports_of(dataset), shares, strict=True)
     ]
     return {
@@ -152,8 +153,9 @@ def _page(report: dict, samples: list[str], title: str) -> str:
     }
     cut = {"lost trailing turns": "turns_dropped", "answer cut": "answers_cut", "left out": "left_out"}
     tables = [
-        _table("Files", ["file", "records", "kept", "seen per epoch"],
-               [[Path(row["file"]).name, *(f"{row[key]:,.0f}" for key in ("records", "kept", "seen_per_epoch"))]
+        _table("Files", ["file", "format", "records", "kept", "seen per epoch"],
+               [[Path(row["file"]).name, ", ".join(row["formats"]),
+                 *(f"{row[key]:,.0f}" for key in ("records", "kept", "seen_per_epoch"))]
                 for row in report["files"]]),
         _table("Sources", ["source", "records", "tokens", "trained"],
                [[name, *(f"{n:,}" for n in row.values())] for name, row in report["sources"].items()]),

@@ -22,8 +22,8 @@ import pyarrow as pa
 from datasets import Features, List, Value
 from tqdm import tqdm
 
-from llava_moslora.data.cache import Preparation, current_names, describe_file, read_json, using, write_json
-from llava_moslora.data.formats import Record, check_record
+from llava_moslora.data.cache import Preparation, describe_file, read_json, using, write_json
+from llava_moslora.data.formats import Record, check_record, column_names
 from llava_moslora.data.images import check_bytes, check_image, load_bytes, load_image
 from llava_moslora.data.sources.container import CheckedImage, RawRecord
 from llava_moslora.data.sources.source import container_of
@@ -75,8 +75,11 @@ def build_parts(preparation: Preparation, staging: Path, processes: int) -> Iter
                 bar.update()
                 yield result
         return
-    records = container_of(source.name).read(source.name, None)
-    with tqdm(total=os.path.getsize(source.name), unit="B", unit_scale=True, desc=name) as bar:
+    container = container_of(source.name)
+    records = container.read(source.name, None)
+    with tqdm(
+        total=sum(map(os.path.getsize, container.files(source.name))), unit="B", unit_scale=True, desc=name
+    ) as bar:
         for result in _map_in_order(_parts_of_file(records, staging, bar), preparation, processes):
             yield result
 
@@ -121,7 +124,7 @@ def _finished(path: Path) -> dict | None:
         return None
     if describe_file(path.with_suffix(".arrow")) != result["file"]:
         return None
-    return result | {"counts": current_names(result["counts"])}
+    return result
 
 
 _worker: _Worker  # of this process
@@ -142,6 +145,7 @@ class _Worker:
 
     def __init__(self, preparation: Preparation):
         self.preparation, self.settings = preparation, preparation.settings
+        self.columns = column_names(self.settings.data_columns)
         self.encoder = ConversationEncoder(preparation.tokenizer, preparation.template)
         added = preparation.tokenizer.added_tokens_decoder.values()
         controls = sorted({token.content for token in added if token.special} - {IMAGE_TOKEN})
@@ -149,6 +153,7 @@ class _Worker:
 
     def build(self, part: Part) -> dict:
         counts: Counter = Counter(records=0)
+        formats: Counter = Counter()
         problems: list[dict] = []
         columns: dict[str, list] = {name: [] for name in FEATURES}
         file = part.shard or self.preparation.source.name
@@ -156,7 +161,10 @@ class _Worker:
             counts["records"] += 1
             record = None
             try:
-                record = check_record(raw.value, index, file, raw.problem)
+                record = check_record(raw.value, index, file, raw.problem, self.columns)
+                formats[record.format] += 1
+                if masked := sum(not turn.trained for turn in record.turns if turn.role == "gpt"):
+                    counts["turns_not_trained"] += masked
                 counts["control_names_as_text"] += any(self.control_names.search(turn.text) for turn in record.turns)
                 row = self._row(record, self._usable_images(record, raw.images, part.shard), part.shard, counts)
             except Refusal as refusal:
@@ -169,7 +177,7 @@ class _Worker:
                     columns[name].append(value)
         lengths = columns["length"]
         counts.update(kept=len(lengths), with_images=sum(columns["has_image"]), tokens=sum(lengths))
-        return _write_part(part, columns, {"counts": dict(counts), "problems": problems})
+        return _write_part(part, columns, {"counts": dict(counts), "formats": dict(formats), "problems": problems})
 
     def _records(self, part: Part) -> Iterator[tuple[int, RawRecord]]:
         if not part.shard:

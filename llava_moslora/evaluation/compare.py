@@ -6,6 +6,7 @@ groups, images), and a p-value: McNemar's exact test where every unit is right o
 Several benchmarks are corrected by Holm's method, and the verdict is one sentence.
 
 Sources: Efron and Tibshirani 1993, chapter 13 (percentile interval); McNemar 1947; Good 2005 (sign flips); Holm 1979.
+The interval of one score alone is no bootstrap: Wilson 1927; Price and Bonett 2004; Cochran 1977.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def paired(name: str, a: Score, b: Score) -> tuple[list[Unit], list[Unit]]:
     if a.rules != b.rules:
         raise Refusal(
             "C-COMPARE", "scored by different rules", key=name, found=f"{a.rules} and {b.rules}",
-            fix="score both by the same --scorer: the answers are kept",
+            fix="score both by the same --rules: the answers are kept",
         )  # fmt: skip
     first, second = ({(unit.stratum, unit.id): unit for unit in score.units} for score in (a, b))
     if first.keys() != second.keys():
@@ -139,12 +140,34 @@ def paired(name: str, a: Score, b: Score) -> tuple[list[Unit], list[Unit]]:
     return list(first.values()), [second[key] for key in first]
 
 
-def score_interval(units: Sequence[Unit], *, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of one score, in percent: Wilson's for right and wrong units, else a percentile bootstrap."""
+def score_interval(units: Sequence[Unit]) -> tuple[float, float]:
+    """95 % interval of one score, in percent: Wilson's for right and wrong units, else :func:`adjusted_interval`."""
     values = {unit.value for unit in units}
     if values <= {0.0, 100.0} and len({unit.stratum for unit in units}) == 1:
         return wilson(sum(unit.value == 100.0 for unit in units), len(units))
-    return interval(bootstrap(units, np.random.default_rng(seed)))
+    return adjusted_interval(units)
+
+
+def adjusted_interval(units: Sequence[Unit]) -> tuple[float, float]:
+    """95 % interval of a mean of strata whose units are graded; in percent, never empty, and it holds the score.
+
+    A normal interval after 2 / strata units of 0 and as many of 100 were added to every stratum (Price and Bonett 2004,
+    for linear functions of proportions; of one stratum Agresti and Coull's), because a stratum whose units score alike
+    says less than that it has no variance. As every mean takes a degree of freedom, which may be the only one of its
+    stratum, each gets one of the variance of all units (as in collapsed strata: Cochran 1977, section 5A.12).
+    """
+    strata = [values / 100 for values in _strata(units)]
+    added = 2 / len(strata)
+    pooled = np.concatenate([*strata, [0.0, 0.0, 1.0, 1.0]]).var()
+    middle = variance = 0.0
+    for values in strata:
+        count = len(values) + 2 * added
+        mean = (values.sum() + added) / count
+        squares = (values**2).sum() + added - count * mean**2
+        middle += mean / len(strata)
+        variance += (squares + pooled) / (count * len(strata)) ** 2
+    half, score = NORMAL_975 * sqrt(variance), score_of(units)
+    return max(0.0, min(100 * (middle - half), score)), min(100.0, max(100 * (middle + half), score))
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -153,7 +176,8 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     middle = share + z * z / (2 * total)
     half = z * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 100.0 / (1 + z * z / total)
-    return max(0.0, scale * (middle - half)), min(100.0, scale * (middle + half))
+    low, high = scale * (middle - half), scale * (middle + half)
+    return max(0.0, min(low, 100 * share)), min(100.0, max(high, 100 * share))  # of none or all, but for rounding
 
 
 def bootstrap(units: Sequence[Unit], generator: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:

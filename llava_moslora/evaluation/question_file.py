@@ -46,7 +46,8 @@ def read_questions(path: str | Path) -> list[VqaExample]:
     """
     path = Path(path)
     if not path.is_file():
-        raise Refusal("D-PATH", "no such file", file=path, key="--questions")
+        what = "a folder, not a file" if path.is_dir() else "no such file"
+        raise Refusal("D-PATH", what, file=path, key="--questions", expected="a JSON file of questions")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:

@@ -20,9 +20,10 @@ from llava_moslora.evaluation.reading import RULES
 from llava_moslora.evaluation.scoring import JUDGED, Outcome, Score, Unit
 from llava_moslora.files.disk import read_json, replace_file, replace_json
 
-SCORE, RESULTS, TABLE = "score.json", "results.json", "results.md"
+SCORE, RESULTS, TABLE, PAGE = "score.json", "results.json", "results.md", "mistakes.html"
 # Rows of the paper's Table 5 as the command line names them: llama-3-moslora-kaiming.
 PAPER_ROWS = {"-".join(filter(None, key)).lower(): numbers for key, numbers in PAPER.items()}
+NO_ROW = "none"  # of --paper: none of them
 # What two results must have in common to be compared.
 SAME_QUESTIONS = ("data", "prompts", "max_new_tokens", "limit", "judge", "judge_prompts")
 
@@ -91,19 +92,27 @@ def read_results(output: str | Path) -> dict[str, Result]:
     results = {name: read_result(file) for name, file in files.items() if file.is_file()}
     if not results:
         raise Refusal(
-            "C-PATH", "no results", file=output, key="--compare", expected=f"a folder with NAME/{SCORE}",
-            fix="give the --output of two evaluations",
+            "C-PATH", "no results", file=output, expected=f"a folder with NAME/{SCORE}",
+            fix="give the --output of an evaluation",
         )  # fmt: skip
     return results
 
 
-def write_results(output: Path, source: str, results: Mapping[str, Result], missing: Sequence[str], paper: str) -> str:
+def write_results(
+    output: Path,
+    source: str,
+    results: Mapping[str, Result],
+    missing: Sequence[str],
+    paper: str,
+    notes: Sequence[str] = (),
+) -> str:
     """Write ``results.json`` and ``results.md``, and return the table as text.
 
     Args:
         source: the run or export that was asked.
         missing: benchmarks that were wanted and have no file.
         paper: the row of Table 5 to stand next to it, a key of :data:`PAPER_ROWS`; "": none.
+        notes: what else to say below the table.
     """
     summary = {
         "llava_moslora": __version__,
@@ -115,7 +124,7 @@ def write_results(output: Path, source: str, results: Mapping[str, Result], miss
         "conditions": conditions(results),
     }
     replace_json(output / RESULTS, summary)
-    text = table(results, missing, paper)
+    text = table(results, missing, paper) + "".join(f"{note}\n" for note in notes)
     replace_file(output / TABLE, f"# {source}\n\n{text}".encode())
     return text
 
@@ -131,6 +140,7 @@ def _summary(name: str, result: Result, paper: str) -> dict[str, Any]:
         "rules": score.rules,
         "read_by": score.read_by,
         "by": score.by,
+        "counts": score.counts,
         "paper": PAPER_ROWS[paper][name] if paper else None,
         "remarks": result.remarks,
         "header": result.header,
@@ -157,7 +167,7 @@ def table(results: Mapping[str, Result], missing: Sequence[str], paper: str = ""
     if (mean := average(results)) is not None:
         papers = [f"{PAPER_ROWS[paper]['average']:.1f}"] if paper else []
         rows.append(["average", f"{mean:.1f}", "", "", *papers, ", ".join(conditions(results))])
-    lines = [_markdown(head, rows), ""]
+    lines = [markdown(head, rows), ""]
     lines += [f"- {BENCHMARKS[name].title}: {result.remarks}" for name, result in results.items() if result.remarks]
     lines += [""] * (lines[-1] != "")
     rules = sorted({result.score.rules for result in results.values()})
@@ -189,7 +199,7 @@ def _row(name: str, result: Result, paper: str) -> list[str]:
 
 def check_comparable(a: Mapping[str, Result], b: Mapping[str, Result]) -> None:
     """Refuse (C-COMPARE) two results of which a benchmark was not asked or judged in the same way."""
-    for name in a.keys() & b.keys():
+    for name in (name for name in a if name in b):
         for field in SAME_QUESTIONS:
             one, other = a[name].header.get(field), b[name].header.get(field)
             if one != other:
@@ -208,10 +218,10 @@ def comparison_table(comparison: Comparison) -> str:
          f"{d.adjusted:.3g}", str(d.gained), str(d.lost), str(d.units), d.verdict]
         for name, d in comparison.differences.items()
     ]  # fmt: skip
-    return f"{_markdown(head, rows)}\n\n{comparison.sentence}\n"
+    return f"{markdown(head, rows)}\n\n{comparison.sentence}\n"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown whose columns are aligned also as plain text."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     rule = ["-" * width for width in widths]

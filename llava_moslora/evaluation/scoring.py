@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from llava_moslora.evaluation.reading import (
     Reading,
@@ -60,6 +60,7 @@ class Score:
         units: one for every question, circular group or image.
         by: column → its value → percent; for MME subtask → points of 200 and ``total`` → points.
         note: what else must be said next to the value, or "".
+        counts: column → its value → units that ``by`` is the mean of, for columns of the file.
     """
 
     value: float | None
@@ -68,6 +69,7 @@ class Score:
     units: tuple[Unit, ...]
     by: dict[str, dict[str, float]]
     note: str = ""
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @property
     def read_by(self) -> dict[str, int]:
@@ -127,8 +129,8 @@ def score_circular(rows: Sequence[Row], answers: Mapping[str, str], rules: Rules
     questions = [row for row in rows if int(row["index"]) == question_of(row)]
     assert len(questions) == len(groups), "a rotation without its question"
     units = tuple(Unit(unit_of(row, "circular"), 100.0 * min(groups[question_of(row)])) for row in questions)
-    by = _by_column(questions, units, ("split", "l2-category", "category"))
-    return Score(_mean([unit.value for unit in units]), rules.name, outcomes, units, by)
+    by, counts = _by_column(questions, units, ("split", "l2-category", "category"))
+    return Score(_mean([unit.value for unit in units]), rules.name, outcomes, units, by, counts=counts)
 
 
 def _outcomes_of_options(rows: Sequence[Row], answers: Mapping[str, str], rules: Rules) -> tuple[Outcome, ...]:
@@ -186,7 +188,7 @@ def score_mathvista(rows: Sequence[Row], answers: Mapping[str, str], rules: Rule
             skills[str(skill)].append(unit.value)
     by = result.by | ({"skill": {name: _mean(values) for name, values in skills.items()}} if skills else {})
     note = "lower bound by rules" if result.unread else ""
-    return Score(result.value, rules.name, result.outcomes, result.units, by, note)
+    return replace(result, by=by, note=note)
 
 
 def score_mmvet(rows: Sequence[Row], answers: Mapping[str, str], rules: Rules, judged: Mapping[str, str]) -> Score:
@@ -241,12 +243,15 @@ def _outcome(row: Row, reading: Reading, right: bool) -> Outcome:
 def _mean_score(rows: Sequence[Row], outcomes: tuple[Outcome, ...], rules: Rules, columns: Sequence[str]) -> Score:
     """A score whose units are the rows themselves."""
     units = tuple(Unit(outcome.index, 100.0 * outcome.right) for outcome in outcomes)
-    return Score(score_of(units), rules.name, outcomes, units, _by_column(rows, units, columns))
+    by, counts = _by_column(rows, units, columns)
+    return Score(score_of(units), rules.name, outcomes, units, by, counts=counts)
 
 
-def _by_column(rows: Sequence[Row], units: Sequence[Unit], columns: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Mean of the units for every value of each column that the rows have."""
-    by = {}
+def _by_column(
+    rows: Sequence[Row], units: Sequence[Unit], columns: Sequence[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, int]]]:
+    """Mean and number of the units for every value of each column that the rows have."""
+    by, counts = {}, {}
     for column in columns:
         values = defaultdict(list)
         for row, unit in zip(rows, units, strict=True):
@@ -254,7 +259,8 @@ def _by_column(rows: Sequence[Row], units: Sequence[Unit], columns: Sequence[str
                 values[row[column]].append(unit.value)
         if values:
             by[column] = {name: _mean(values[name]) for name in sorted(values)}
-    return by
+            counts[column] = {name: len(values[name]) for name in sorted(values)}
+    return by, counts
 
 
 def _mean(values: Sequence[float]) -> float:

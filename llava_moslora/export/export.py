@@ -18,6 +18,7 @@ import torch
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.export import output_folder
+from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.model_card import proof_in_one_line, write_card
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.targets import (
@@ -28,13 +29,15 @@ from llava_moslora.export.targets import (
     peft_with_base,
     projector,
     vision,
+    vllm,
     xtuner,
     xtuner_adapters,
 )
-from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun, open_trained
+from llava_moslora.export.trained_run import TrainedRun, open_trained
 from llava_moslora.export.writer import write_weights
 from llava_moslora.files.disk import write_json
 from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
+from llava_moslora.models.names import select_parts
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.runs.record import EXPORT, read_run
 
@@ -43,6 +46,7 @@ TARGETS: dict[str, Target] = {
     "hf": hf.TARGET,
     "peft": peft.TARGET,
     "peft_with_base": peft_with_base.TARGET,
+    "vllm": vllm.TARGET,
     "xtuner": xtuner.TARGET,
     "xtuner_adapters": xtuner_adapters.TARGET,
     "llava": llava.TARGET,
@@ -91,6 +95,7 @@ def export(
     places = {name: folder.resolve() for name, folder in folders.items()}  # of a link: what it points to
     inputs = _inputs(Path(run), read_run(run).model, llm, vision_tower)
     for place in places.values():
+        output_folder.check_outside(place, Path(run))
         output_folder.check_output_folder(place, overwrite)
         output_folder.check_inputs(place, inputs)
     with ExitStack() as stack:
@@ -120,7 +125,7 @@ def _check_flags(formats: Sequence[str], with_base: bool, merge_base: str) -> No
         )
     if with_base and "peft" not in formats:
         raise Refusal("C-FLAG", "belongs to --format peft", key="--with_base", found=", ".join(formats))
-    if merge_base == DEQUANTIZED and (unmerged := [name for name in formats if not TARGETS[name].merges]):
+    if merge_base == DEQUANTIZED and (unmerged := [name for name in formats if "llm" not in TARGETS[name].merged]):
         raise Refusal(
             "C-FLAG", "adapters are not merged", key="--merge_base", found=f"--format {unmerged[0]}",
             fix="leave --merge_base out; load the base in 4 bits to have what training saw",
@@ -171,8 +176,9 @@ def _write(
         "template": trained.template,
         "image_aspect_ratio": trained.record.data.image_aspect_ratio,
         "base": asdict(trained.record.model),
-        "merge_base": trained.merge_base if target.merges else None,
-        "merged_layers": len(trained.adapter) if target.merges and trained.adapter else 0,
+        "adapter": asdict(trained.record.adapter),
+        "merge_base": trained.merge_base if "llm" in target.merged else None,
+        "merged_layers": len(select_parts(trained.adapter or {}, target.merged)),
     }
     write_json(staging / EXPORT, facts)
     (staging / output_folder.RESUME_FILE).unlink()

@@ -5,12 +5,16 @@ PEFT merges it, so that the proof shares no code with the merge that it checks.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from llava_moslora.export import mapped_weights, probe
+from llava_moslora.export.formats import DEQUANTIZED
 from llava_moslora.export.target import ExportPlan, Target
-from llava_moslora.export.trained_run import DEQUANTIZED, TrainedRun
+from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.inference.generate import Question, batch, first_logits, generate
 from llava_moslora.inference.load import ChatModel, load_run
 from llava_moslora.models.llava import Llava
@@ -44,8 +48,10 @@ def answers_of_run(
     if another_llm := trained_over_another_llm(trained, target):
         del chat_model  # one model in memory at a time
         chat_model = _load(trained, 16, mapped)
-    if target.merges and trained.adapter is not None:
-        if mapped:
+    if target.merged and trained.adapter is not None:
+        if "llm" not in target.merged:
+            _merge_parts(chat_model, target.merged)
+        elif mapped:
             mapped_weights.merge_where_used(_base_model(chat_model), dtype)
         elif trained.bits == 4 and not another_llm:
             from llava_moslora.adapters.bnb import merge_over_4bit
@@ -59,7 +65,7 @@ def answers_of_run(
 
 def trained_over_another_llm(trained: TrainedRun, target: Target) -> bool:
     """Adapters trained over NF4 weights are exported over the original ones, unless merged into the former."""
-    return trained.bits == 4 and not (target.merges and trained.merge_base == DEQUANTIZED)
+    return trained.bits == 4 and not ("llm" in target.merged and trained.merge_base == DEQUANTIZED)
 
 
 def _load(trained: TrainedRun, bits: int, mapped: bool) -> ChatModel:
@@ -80,10 +86,17 @@ def _base_model(chat_model: ChatModel) -> Llava:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def _merge_parts(chat_model: ChatModel, parts: Collection[str]) -> None:
+    """Merge the adapters of ``parts`` in place; the others go on being computed beside their weights."""
+    for name, module in chat_model.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and part_of(name) in parts:
+            module.merge()
+
+
 @torch.no_grad()
 def _round(chat_model: ChatModel, target: Target, plan: ExportPlan, dtype: torch.dtype) -> None:
     """Round the parameters that the export holds in ``dtype``; adapters and a projector with them are float32."""
-    float32 = ("lora_",) if target.merges else ("lora_", "modules_to_save")
+    float32 = ("lora_",) if "projector" in target.merged else ("lora_", "modules_to_save")
     for name, parameter in chat_model.model.named_parameters():
         if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4; mapped, as it is stored
             continue

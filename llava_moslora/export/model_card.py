@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from llava_moslora._version import __version__
+from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.target import Target
-from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL, TrainedRun
+from llava_moslora.export.targets.vllm import max_lora_rank
+from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.models.towers import kind_of
 from llava_moslora.text.templates import TOKENIZER_TEMPLATE
 
@@ -54,6 +56,8 @@ def _usage(trained: TrainedRun, target: Target) -> str:
     tower = kind_of(trained.vision_config)
     text = 'FOLDER = "."  # the folder of this page\n' + target.usage
     text = text.replace("TEMPLATE", repr(XTUNER_TEMPLATES[trained.template]))
+    if "MAX_LORA_RANK" in text:
+        text = text.replace("MAX_LORA_RANK", str(max_lora_rank(trained.record.adapter.lora_r)))
     return text.replace("VISION_CLASS", tower.model.__name__).replace("CLASS_TOKENS", str(tower.class_tokens))
 
 
@@ -72,7 +76,9 @@ def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple
         ("written by", f"llava_moslora {__version__}; trained with {versions}"),
     ]
     if trained.bits == 4:
-        rows.insert(-1, ("adapters merged into", MERGED_INTO[trained.merge_base] if target.merges else "nothing"))
+        rows.insert(
+            -1, ("adapters merged into", MERGED_INTO[trained.merge_base] if "llm" in target.merged else "nothing")
+        )
     if trained.adapter is None:
         rows.append(("trained", "the projector alone (stage 1)"))
     else:
@@ -95,7 +101,11 @@ def _loss(trained: TrainedRun) -> str:
 
 
 def proof_in_one_line(report: dict) -> str:
-    return "; ".join(["passed", *_findings(report)]) if report["proof"] == "passed" else report["proof"]
+    """For the terminal."""
+    if report["proof"] != "passed":
+        return report["proof"]
+    exact, *others = _findings(report)
+    return "; ".join([f"passed: {exact}", *(f"as expected, {other}" for other in others)])
 
 
 def _proof(report: dict) -> str:
@@ -118,5 +128,5 @@ def _findings(report: dict) -> list[str]:
     findings = [f"the {report['exact']} is exact: stock libraries compute {differences}"]
     if (moved := report["logits_difference_from_the_run_as_trained"]) is not None:
         cause = report["cause_of_that_difference"]
-        findings.append(f"{cause} moves logits by up to {moved:.2g} of {largest['logits']:.3g} from the run as trained")
+        findings.append(f"{cause} alone moves logits by up to {moved:.2g} of {largest['logits']:.3g}")
     return findings

@@ -58,6 +58,15 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         )  # fmt: skip
 
 
+def check_outside(folder: Path, run: Path) -> None:
+    """Refuse (C-OUTPUT) to write into the run: what is there belongs to the training, which may delete it."""
+    if folder.is_relative_to(run.resolve()):
+        raise Refusal(
+            "C-OUTPUT", "in the folder of the run itself", file=folder, key="--output_dir", found=run,
+            expected="a folder outside the run", fix=f"--output_dir merged/{run.resolve().name}",
+        )  # fmt: skip
+
+
 def check_inputs(folder: Path, inputs: Iterable[str | Path]) -> None:
     """Refuse (C-OUTPUT) to replace a folder that is, or holds, what this export reads."""
     for given in inputs:

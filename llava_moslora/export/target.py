@@ -1,7 +1,8 @@
 """What an export target is (``--format``): an object that plans its folder and shows how it is used.
 
-A new target is one file in ``export/targets/`` with one :class:`Target`, and its row in
-:data:`llava_moslora.export.export.TARGETS`. ``--help``, README's table and the model card are made from the object.
+A new target is one file in ``export/targets/`` with one :class:`Target`, its row in
+:data:`llava_moslora.export.export.TARGETS`, and its summary in :data:`llava_moslora.export.formats.FORMATS`.
+``--help``, docs/export.md and the model card are made from the summary.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from llava_moslora.errors import Refusal
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles
+from llava_moslora.models.names import PARTS
 from llava_moslora.models.towers import CLIP, kind_of
 
 
@@ -46,16 +48,17 @@ class Target:
         name: in ``export.json``, the proof and the model card.
         summary: what the folder is and who loads it, in one sentence.
         usage: Python that loads the folder, for the model card, which fills in ``FOLDER``, ``TEMPLATE`` (XTuner's name
-            of the prompt template), ``VISION_CLASS`` and ``CLASS_TOKENS`` (of the vision tower).
+            of the prompt template), ``VISION_CLASS`` and ``CLASS_TOKENS`` (of the vision tower), ``MAX_LORA_RANK``.
         plan: of a run and the dtype of merged weights; raises ``Refusal`` (C-FORMAT) for a run it cannot hold.
-        merges: whether the adapters are merged into the weights; False: they are saved as adapters of an original base.
+        merged: the parts (:mod:`llava_moslora.models.names`) whose training is in the weights; the others' adapters are
+            saved as adapters over their original weights.
     """
 
     name: str
     summary: str
     usage: str
     plan: Callable[[TrainedRun, torch.dtype], ExportPlan]
-    merges: bool = True
+    merged: tuple[str, ...] = tuple(PARTS)
 
 
 def check_clip(trained: TrainedRun, name: str) -> None:

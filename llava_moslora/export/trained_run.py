@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from llava_moslora.adapters.fold import LowRank, Update, fold_layers
 from llava_moslora.adapters.load import read_adapter
 from llava_moslora.errors import Refusal, few
+from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.writer import PlannedTensor
 from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import read_facts
@@ -35,7 +36,6 @@ from llava_moslora.runs.record import TOKENIZER, RunRecord, read_run
 from llava_moslora.text.templates import chat_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
-ORIGINAL, DEQUANTIZED = "original", "dequantized"
 EMBEDDING = "model.embed_tokens.weight"
 
 

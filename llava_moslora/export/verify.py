@@ -65,7 +65,7 @@ def prove(
         "process": "a fresh one, with stock libraries only; repeat it with probe/probe.py",
         "versions": {n: metadata.version(n) for n in ("torch", "transformers", "peft", "safetensors", "pillow")},
         "bound_relative_to_the_largest": BOUNDS[dtype if plan.rounded else torch.float32],
-        "exact": "merge" if target.merges and plan.rounded and trained.adapter else "export",
+        "exact": "merge" if "llm" in target.merged and plan.rounded and trained.adapter else "export",
         "cause_of_that_difference": _cause(trained, target, plan, dtype),
         "llm_weights": "mapped from their files, for lack of memory" if mapped else "held in float32",
     }

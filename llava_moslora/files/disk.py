@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llava_moslora.errors import Refusal
 
@@ -67,9 +67,16 @@ def fsync(path: Path) -> None:
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:
     """Write ``path``: after a crash it holds ``content`` or what it held before. The folder is not fsynced."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write piece by piece; it becomes ``path`` when the block ends without an error."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     with unfinished.open("wb") as file:
-        file.write(content)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)

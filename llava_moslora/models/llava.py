@@ -33,6 +33,7 @@ class Llava(LlavaForConditionalGeneration):
         image_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         position_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
         **kwargs,
     ):
         """
@@ -47,6 +48,8 @@ class Llava(LlavaForConditionalGeneration):
             position_ids: int64[B, T] of packed rows, from 0 in every record. With them ``kwargs`` has transformers'
                 ``cu_seq_lens_q``, ``max_length_q`` (and ``_k``), from which kernels know the records without a mask.
             num_items_in_batch: the number the summed loss is divided by; default: S, a mean over this batch.
+            logits_to_keep: without labels, of how many last positions; 0: of all. ``generate`` asks for one, but only
+                of a forward that names this argument.
 
         Returns:
             With labels: an output that holds only ``loss``, float32[]. The logits of all B·T positions are never
@@ -58,6 +61,7 @@ class Llava(LlavaForConditionalGeneration):
                 pixel_values=pixel_values,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
+                logits_to_keep=logits_to_keep,
                 **kwargs,
             )
         embeds = self._embed_inputs(input_ids, pixel_values, image_positions)

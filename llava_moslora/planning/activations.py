@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from llava_moslora.config import parse_recompute
 from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.attention import empty_mask
 from llava_moslora.models.llava import Llava
@@ -24,7 +25,7 @@ from llava_moslora.planning.meter import Cost, Inside, measure
 from llava_moslora.planning.on_meta import compute_as_on_gpu
 from llava_moslora.planning.setting import Batch, Model
 from llava_moslora.planning.states import NF4_BLOCK
-from llava_moslora.recompute import parse_recompute, set_recompute
+from llava_moslora.recompute import set_recompute
 
 # Of adapters.triton_dropout, which imports Triton
 KERNEL = {"PROGRAMS": 528, "ROWS": 64, "COLUMNS": 64, "RANK": 128}

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llava_moslora.config import parse_recompute
 from llava_moslora.devices import Device
 from llava_moslora.models.flops import Flops
 from llava_moslora.planning.records import Records
 from llava_moslora.planning.setting import Choice, Model
 from llava_moslora.planning.states import Counts
-from llava_moslora.recompute import parse_recompute
 
 # benchmarks/results/train-nvidia-h100-80gb-hbm3*, steps of 537.6 TFLOP and 55 layers:
 # - with zero1+selective kernels run for 1,086 ms a step (the profile), half of the peak, and the GPU waits for Python

@@ -36,7 +36,13 @@ NEEDED: dict[str, dict[str, Any]] = {
 # What older runs did, from before there was a setting for it.
 BEFORE: dict[str, dict[str, Any]] = {
     "model": {"attn_implementation": "sdpa"},
-    "data": {"data_weights": [], "data_group": XTUNER_DATA_GROUP, "image_engine": "pil", "decode_images": False},
+    "data": {
+        "data_columns": [],
+        "data_weights": [],
+        "data_group": XTUNER_DATA_GROUP,
+        "image_engine": "pil",
+        "decode_images": False,
+    },
     "adapter": {},
     "training": {"dropout_masks": "cpu generator", "loss_average": "tokens", "packing": False},
 }

@@ -31,6 +31,7 @@ END = object()  # the segment that marks the end of a round
 class Turn:
     role: Literal["system", "human", "gpt"]
     text: str
+    trained: bool = True  # of gpt: whether its answer has labels
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,13 @@ class ConversationEncoder:
             Refusal: D-ROLE (order of turns), D-IMAGES (``<image>`` against images), D-CONTROL, C-TEMPLATE.
         """
         check_order(turns, last="gpt")
-        return self._encode(turns, image_tokens, prompt=False)
+        encoded = self._encode(turns, image_tokens, prompt=False)
+        begin = 0
+        for end, turn in zip(encoded.ends, (turn for turn in turns if turn.role == "gpt"), strict=True):
+            if not turn.trained:  # the same ids as if it were trained; of a round, only the answer has labels
+                encoded.labels[begin:end] = [IGNORE_INDEX] * (end - begin)
+            begin = end
+        return encoded
 
     def encode_prompt(self, turns: Sequence[Turn], image_tokens: Sequence[int] = ()) -> Encoded:
         """As :meth:`encode`, of a conversation that ends with a question, ready for generation; no label is trained."""
@@ -187,7 +194,7 @@ def check_order(turns: Sequence[Turn], last: str, key: str | None = None) -> Non
     if not body or body != expected or body[-1] != last:
         raise Refusal(
             "D-ROLE", "the turns are not in order", key=key, found=", ".join(roles) or "no turns",
-            expected=f"an optional system turn, then human and gpt in turn, ending with {last}",
+            expected=f"an optional system turn, then human (user) and gpt (assistant) in turn, ending with {last}",
         )  # fmt: skip
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any
 
 from llava_moslora.errors import Refusal
+
+if TYPE_CHECKING:  # imports torch
+    from transformers import TrainingArguments
 
 STAGES = (0, 1, 2, 3)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import os
 from typing import Any
 
 import torch
+from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from llava_moslora.config import AdapterSettings, ModelSettings
@@ -32,7 +34,6 @@ BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 UNUSED = {
     "eval_strategy": (("no",), "nothing is evaluated while training; ask the checkpoints with scripts/evaluate.py"),
     "save_strategy": (("steps", "epoch", "no"), "no checkpoint is known to be the best without an evaluation"),
-    "label_smoothing_factor": ((0.0,), "the loss has no label smoothing"),
 }
 # Optimizers whose state can be saved. ZeRO flattens and concatenates parameters: it can partition only state with one
 # number per weight, not blocks of 8-bit numbers or factored rows, which belong to a parameter.
@@ -58,11 +59,6 @@ def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArgument
         Refusal: C-FLAG, a value out of its range or flags that exclude each other; C-DEEPSPEED, a DeepSpeed file that
             differs from the flags, every difference at once; E-MISSING, an optional package is not installed.
     """
-    if args.resume_from_checkpoint is not None:
-        raise Refusal(
-            "C-FLAG", "a run resumes from the newest valid checkpoint in its --output_dir, not from a named one",
-            key="--resume_from_checkpoint", found=args.resume_from_checkpoint, fix="use --resume True",
-        )  # fmt: skip
     _check_numbers(args)
     _check_adapters(adapter)
     _check_precision(args)
@@ -85,6 +81,8 @@ def check(model: ModelSettings, adapter: AdapterSettings, args: TrainingArgument
                 fix="zero_configs/zero2.json, or ask the checkpoints with scripts/evaluate.py",
             )  # fmt: skip
     _check_optimizer(args, deepspeed)
+    _check_optimizers_arguments(args)
+    _check_schedule(args)
 
 
 def _check_numbers(args: TrainingArguments) -> None:
@@ -139,7 +137,7 @@ def _check_precision(args: TrainingArguments) -> None:
 
 def _check_optimizer(args: TrainingArguments, deepspeed: dict[str, Any] | None) -> None:
     """Whether its state can be saved: otherwise the first checkpoint would fail."""
-    name = str(getattr(args.optim, "value", args.optim))
+    name = name_of(args.optim)
     known: tuple[str, ...] = PER_WEIGHT + PER_PARAMETER
     what, fix = "this optimizer's state cannot be saved", "--optim adamw_torch_fused, or another of those"
     if deepspeed and deepspeed_config.offloads_optimizer(deepspeed):
@@ -152,8 +150,38 @@ def _check_optimizer(args: TrainingArguments, deepspeed: dict[str, Any] | None) 
         raise Refusal("C-FLAG", what, key="--optim", found=name, expected=expected, fix=fix)
 
 
+def _check_optimizers_arguments(args: TrainingArguments) -> None:
+    """Each ``KEY=VALUE`` of --optim_args must change a setting of the optimizer: the Trainer ignores other keys."""
+
+    def settings(given: str | None) -> dict[str, Any]:
+        changed = copy.copy(args)
+        changed.optim_args = given
+        return Trainer.get_optimizer_cls_and_kwargs(changed)[1]
+
+    for word in (args.optim_args or "").replace(" ", "").split(","):
+        if word:
+            try:
+                wrong: object = None if settings(word) != settings(None) else f"{word}, which changes nothing"
+            except (ValueError, TypeError) as error:
+                wrong = f"{word}: {error}"
+            if wrong:
+                expected = f"KEY=VALUE,… with keys that {name_of(args.optim)} has"
+                raise Refusal("C-FLAG", "cannot be used", key="--optim_args", found=wrong, expected=expected)
+
+
+def _check_schedule(args: TrainingArguments) -> None:
+    """Make the schedule of a toy optimizer: the Trainer makes its own only when everything has been loaded."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        what = f"does not fit --lr_scheduler_type {name_of(args.lr_scheduler_type)}"
+        expected = "a JSON object with this schedule's parameters"
+        raise Refusal("C-FLAG", what, key="--lr_scheduler_kwargs", found=error, expected=expected) from error
+
+
 def _check_packages(model: ModelSettings, args: TrainingArguments) -> None:
-    optimizer = str(getattr(args.optim, "value", args.optim))
+    optimizer = name_of(args.optim)
     by_optimizer = any(part in optimizer for part in BITSANDBYTES_NAMES)
     flag = f"--optim {optimizer}" if by_optimizer else "--bits 4"
     wanted = {
@@ -177,6 +205,11 @@ def _check_attention(model: ModelSettings, args: TrainingArguments) -> None:
             found="a CPU" if args.use_cpu else "float32",
             fix="--attn_implementation sdpa" + ("" if args.use_cpu else ", or --bf16 True"),
         )  # fmt: skip
+
+
+def name_of(choice: object) -> str:
+    """Of a value that may be an enumeration's."""
+    return str(getattr(choice, "value", choice))
 
 
 def check_launch(deepspeed: object) -> None:

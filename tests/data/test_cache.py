@@ -12,19 +12,20 @@ from llava_moslora.data.cache import Preparation, cache_key
 from llava_moslora.data.sources.source import Source
 from llava_moslora.errors import Refusal
 
-# Computed by version 0.1 (commit 638db0a) for the files and the tokenizer below. With other keys everybody tokenises
-# again, and an old run is not resumed: that needs a new CODE_VERSION and a reason.
+# Of the files and the tokenizer below, with CODE_VERSION 4. With other keys everybody tokenises again, and an old run
+# is resumed only with --allow_change data: that needs a new CODE_VERSION and a reason. (4: since there are several
+# record formats, turns that are not trained and a record's "system" are heeded in LLaVA's too.)
 FILE_KEYS = {
-    "chatml": "data_v1-8347d1ea8f616485f1a0",
-    "llama3": "data_v1-441496302aec82d4f883",
-    "internlm2": "data_v1-30c106cb71359daa842d",
-    "vicuna_v1": "data_v1-d5cf8f5825dd88ae4ec4",
-    "vicuna": "data_v1-9a11ca9358f1de7e2b9d",
-    "llama2": "data_v1-d4f74b32722179147c33",
-    "plain": "data_v1-f75a49ae7d3e091ad8f6",
-    "tokenizer": "data_v1-036223926f25f2a09023",
+    "chatml": "data_v1-5bfb60a5c53d29ac5c58",
+    "llama3": "data_v1-de4b16a3bfd0be946a9b",
+    "internlm2": "data_v1-f3146155f85e5b85e70c",
+    "vicuna_v1": "data_v1-a05a3aae9ac88d216c02",
+    "vicuna": "data_v1-81a95df3fd096be06160",
+    "llama2": "data_v1-1bf8f17c96295d731744",
+    "plain": "data_v1-5ab078f891b0d75671d3",
+    "tokenizer": "data_v1-64632067c4e47ef0a69d",
 }
-SHARD_KEYS = {"chatml": "mix-_-aa4b80f634a039ae07b5", "tokenizer": "mix-_-ba461ff0d9fda1610739"}
+SHARD_KEYS = {"chatml": "mix-_-dc87cca639ebc61a8861", "tokenizer": "mix-_-c6448fb99320263c4742"}
 
 
 class Tokenizer:

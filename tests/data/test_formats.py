@@ -114,19 +114,19 @@ BAD_RECORDS = [
     ("D8", '[{"x": -Infinity}]', r"\[D-JSON\] .*-Infinity is not a JSON value"),
     ("D8", f'[{{"id": {"9" * 5000}}}]', r"\[D-JSON\] .*a number of 5000 digits"),
     # D10: no conversations
-    ("D10", '[{"id": "a"}]', r"\[D-SCHEMA\] .*record 0 id=a:conversations: .*found no such key"),
+    ("D10", '[{"id": "a"}]', r"\[D-SCHEMA\] .*record 0 id=a: not a record of a known format; found keys id; expected"),
     # D11: conversations, id or image of another type
     ("D11", bad(conversations=[]), r"\[D-SCHEMA\] .*found an empty list"),
     ("D11", bad(conversations=None), r"\[D-SCHEMA\] .*found null"),
     ("D11", bad(conversations="hi"), r"\[D-SCHEMA\] .*found a string"),
     ("D11", bad(conversations=["hi"]), r"\[D-SCHEMA\] .*conversations\[0\]: a turn must be an object .*found a string"),
-    ("D11", bad(conversations=[{"role": "user", "content": "x"}]), r"\[D-SCHEMA\] .*found keys role, content"),
+    ("D11", bad(conversations=[{"speaker": "user", "text": "x"}]), r"\[D-SCHEMA\] .*found keys speaker, text"),
     ("D11", bad(conversations=[{"from": "human", "value": None}]), r"\[D-SCHEMA\] .*conversations\[0\]"),
     ("D11", bad(id=[1]), r"\[D-SCHEMA\] .*id: must be a string or a number; found an array"),
-    ("D11", bad(image={"path": "x"}), r"\[D-SCHEMA\] .*image: must be a file name or a list of file names"),
+    ("D11", bad(image={"file": "x"}), r"\[D-SCHEMA\] .*image: must be a file name or a list of file names"),
     ("D11", bad(image=""), r"\[D-SCHEMA\] .*image: must be a file name"),
     ("D11", bad(image=["0.png", None]), r"\[D-SCHEMA\] .*image: must be a file name"),
-    ("D11", json.dumps([{"images": ["x"], "conversations": []}]), r"\[D-SCHEMA\] .*images: the key is spelled 'image'"),
+    ("D11", bad(images=["x"]), r"\[D-SCHEMA\] .*image, images: images under two keys; fix: keep one of them"),
     # D12: turns out of order, or an unknown role
     ("D12", turns(("gpt", "x"), ("human", "x")), r"\[D-ROLE\] .*not in order; found gpt, human"),
     ("D12", turns(("human", "x"), ("human", "x"), ("gpt", "x")), r"\[D-ROLE\] .*found human, human, gpt"),
@@ -247,7 +247,7 @@ def read_pairs(raw):
 
 
 def test_a_new_format_is_one_function_and_one_row(read, monkeypatch):
-    row = formats.Format(lambda raw: "pairs" in raw, read_pairs, "pairs")
+    row = formats.Format("pairs", ("pairs",), read_pairs)
     monkeypatch.setattr(formats, "FORMATS", (row, *formats.FORMATS))
     pairs = [["<image>\nWhat?", "A cat."], ["Sure?", "Yes."]]
     one, two = read(json.dumps([{"id": 7, "pairs": pairs, "photo": "a.png"}, record()]))
@@ -257,7 +257,10 @@ def test_a_new_format_is_one_function_and_one_row(read, monkeypatch):
         ({"id": 7, "pairs": []}, r"\[D-ROLE\] .*record 0 id=7:pairs: the turns are not in order; found no turns"),
         ({"pairs": pairs}, r"\[D-IMAGES\] .*record 0: the record has a place for an image but no image"),
         ({"pairs": [["\ud800", "a"]]}, r"\[D-UNICODE\] .*record 0: half of a surrogate pair"),
-        ({"dialogue": []}, r"\[D-SCHEMA\] .*record 0:conversations: a record needs a list of turns"),
+        (
+            {"dialogue": []},
+            r"\[D-SCHEMA\] .*record 0: not a record of a known format; .*; expected pairs \| conversations",
+        ),
     ]:
         with pytest.raises(Refusal, match=message):
             read(json.dumps([raw]))

@@ -31,8 +31,35 @@ values = st.recursive(scalars, lambda v: st.lists(v, max_size=4) | st.dictionari
 turns = st.fixed_dictionaries(
     {"from": st.sampled_from(["human", "gpt", "system"]) | values, "value": st.text() | values}
 )
-shaped = st.fixed_dictionaries(
-    {"conversations": st.lists(turns | values, max_size=4) | values}, optional={"id": values, "image": values}
+part = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image", "image_url", "video"]) | values},
+    optional={
+        "text": st.text() | values,
+        "image": values,
+        "image_url": values | st.fixed_dictionaries({"url": values}),
+    },
+)
+message = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system", "tool"]) | values,
+        "content": st.text() | st.lists(part | values, max_size=3) | values,
+    },
+    optional={"train": values, "loss": values, "tool_calls": values},
+)
+pair = st.fixed_dictionaries({"user": st.text() | values, "assistant": st.text() | values})
+optional = dict.fromkeys(("id", "image", "images", "system", "tools", "history"), values)
+
+
+def with_keys(content, *keys):
+    return st.fixed_dictionaries(dict.fromkeys(keys, content | values), optional=optional)
+
+
+shaped = st.one_of(
+    with_keys(st.lists(turns | message | values, max_size=4), "conversations"),
+    with_keys(st.lists(message | values, max_size=4), "messages"),
+    with_keys(st.text() | st.lists(message, max_size=3), "prompt", "completion"),
+    with_keys(st.lists(pair | values, max_size=3), "texts"),
+    with_keys(st.text(), "instruction", "input", "output"),
 )
 GOOD = {
     "id": "é",

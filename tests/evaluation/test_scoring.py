@@ -114,6 +114,7 @@ def test_circular_and_vanilla():
     circular = score("circular", rows, answers, NOW)
     assert circular.value == pytest.approx(100 / 3) and [unit.value for unit in circular.units] == [100, 0, 0]
     assert circular.by == {"split": {"dev": 100, "test": 0}, "l2-category": {"p": 50, "q": 0}}
+    assert circular.counts == {"split": {"dev": 1, "test": 2}, "l2-category": {"p": 2, "q": 1}}
     assert circular.unread == pytest.approx(1 / 6) and circular.read_by == {"letter": 5, "unread": 1}
     assert circular.rules == "rules" and [o.read for o in circular.outcomes] == ["A", "B", "A", "A", "A", None]
     vanilla = score("multiple-choice", rows, answers, NOW)

@@ -1,4 +1,4 @@
-"""VLMEvalKit's side is a stand-in of the two names that the class uses; the real one was run outside the tree."""
+"""VLMEvalKit's side is a stand-in of the two names that the class uses; ``test_kit_prompts.py`` has the real one."""
 
 import sys
 from types import ModuleType

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llava_moslora.export.export import TARGETS, export
-from llava_moslora.export.trained_run import DEQUANTIZED
+from llava_moslora.export.formats import DEQUANTIZED
 from support.export_runs import LLMS, METHODS, probe_here, trained_run
 
 BOUND = 1e-5

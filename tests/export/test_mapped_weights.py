@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from llava_moslora.errors import Refusal
 from llava_moslora.export import mapped_weights, probe, verify
 from llava_moslora.export.export import TARGETS, export
-from llava_moslora.export.trained_run import DEQUANTIZED, ORIGINAL
+from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from support.export_runs import internlm2, probe_here, trained_run
 from support.tiny import write_llm
 

@@ -109,6 +109,16 @@ def test_its_own_base_is_not_replaced(run, parts, tmp_path, part):
     refused(tmp_path / "run", base, match, **moved)  # the run's base, although another is given
 
 
+@pytest.mark.parametrize("place", [".", "merged", "checkpoint-1/merged"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_nothing_is_written_into_the_run(run, place, overwrite):
+    before = sorted(run.rglob("*"))
+    message = r"C-OUTPUT\] .*--output_dir: in the folder of the run itself; found .*; expected a folder outside the run"
+    with pytest.raises(Refusal, match=message):
+        export(run, run / place, prove=False, overwrite=overwrite)
+    assert sorted(run.rglob("*")) == before
+
+
 def test_the_run_is_not_replaced(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     refused(copy, copy, r"C-OUTPUT\] .*run:--output_dir: ")
@@ -192,7 +202,8 @@ def test_a_checkpoint_that_is_pruned_meanwhile(run, tmp_path, monkeypatch, targe
     monkeypatch.setattr(export_module, "write_weights", later)
     probe_here(monkeypatch)
     folder = export(copy, tmp_path / "out", [target])[target]
-    assert json.loads((folder / "export.json").read_text())["checkpoint"] == "checkpoint-1"
+    facts = json.loads((folder / "export.json").read_text())
+    assert facts["checkpoint"] == "checkpoint-1" and facts["adapter"]["mixer_init"] == "kaiming_uniform"
     monkeypatch.setattr(export_module, "write_weights", write)
     expected = export(run, tmp_path / "expected", [target], prove=False)[target]
     for file in expected.rglob("*.safetensors"):

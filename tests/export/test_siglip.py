@@ -25,7 +25,7 @@ def run(parts, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["hf", "peft", "peft_with_base", "vision", "llm", "projector"])
+@pytest.mark.parametrize("kind", ["hf", "peft", "peft_with_base", "vllm", "vision", "llm", "projector"])
 def test_stock_libraries_compute_what_the_run_computes(run, tmp_path, monkeypatch, kind):
     probe_here(monkeypatch)
     folder = export(run, tmp_path / "out", [kind])[kind]

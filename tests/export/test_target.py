@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_moslora.export.export import TARGETS, export
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.model_card import XTUNER_TEMPLATES
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.writer import WeightFiles
@@ -28,7 +29,7 @@ def test_usage_is_python_with_every_name_imported(name):
     tree = ast.parse(TARGETS[name].usage)
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     known = {node.id for node in names if isinstance(node.ctx, ast.Store)} | {"print"}
-    known |= {"FOLDER", "TEMPLATE", "CLASS_TOKENS"}  # filled in by the card
+    known |= {"FOLDER", "TEMPLATE", "CLASS_TOKENS", "MAX_LORA_RANK"}  # filled in by the card
     known |= {name.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for name in node.names}
     assert {node.id for node in names} <= known
 
@@ -76,8 +77,9 @@ rows = load_file(FOLDER + "/model.safetensors")""",
 )
 
 
-def test_a_new_target_is_one_object_and_its_row(parts, tmp_path, monkeypatch):
+def test_a_new_target_is_one_object_and_its_rows(parts, tmp_path, monkeypatch):
     monkeypatch.setitem(TARGETS, "embeddings", TOY)
+    monkeypatch.setitem(FORMATS, "embeddings", TOY.summary)  # for --help
     trained_run(tmp_path / "run", parts.llm, parts.clip, parts.projector)
     folder = export(tmp_path / "run", tmp_path / "out", ["embeddings"], dtype=torch.bfloat16)["embeddings"]
     tensors = load_file(folder / "model.safetensors")

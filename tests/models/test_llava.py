@@ -268,6 +268,18 @@ def test_ours_is_sdpa_for_everything_else():
     assert torch.equal(model(**inputs).logits, logits)
 
 
+def test_answers_need_the_logits_of_one_position():
+    """Of a prompt: with a vocabulary of 128,000 tokens the logits of the others would take gigabytes."""
+    model, positions = llava_of(FAMILIES["llama"]).eval(), []
+    model.lm_head.register_forward_hook(lambda module, args, logits: positions.append(logits.shape[1]))
+    batch = {name: tensor for name, tensor in batch_of((17, 17, 17)).items() if name != "labels"}
+    model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert positions == [1, 1, 1]
+    every, last = model(**batch).logits, model(**batch, logits_to_keep=1).logits
+    assert every.shape[1] == 17 and last.shape[1] == 1
+    torch.testing.assert_close(last, every[:, -1:])
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_the_implementation_is_set_in_both_towers(implementation):
     model = llava_of(FAMILIES["llama"], implementation)

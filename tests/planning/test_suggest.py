@@ -84,7 +84,7 @@ def test_the_largest_micro_batch(limit):
 
 
 def test_flags_are_ready_to_paste(parts):
-    from llava_moslora.training.arguments import parse
+    from llava_moslora.training.command_line import parse
 
     flags = as_flags(choice(micro_batch=4, accumulation=2, recompute="every:2", bits=4)).split()
     given = ["--model_name_or_path", "x", "--data_path", "y", "--output_dir", "z", *flags]

@@ -14,6 +14,7 @@ from support.run_folders import check, edit_record, reopen, settings
 
 BEFORE = {
     "model.attn_implementation": ("sdpa", "eager"),
+    "data.data_columns": ([], ["messages=dialog"]),
     "data.data_group": (50, 100),
     "data.image_engine": ("pil", "torch"),
     "data.data_weights": ([], [1.0]),

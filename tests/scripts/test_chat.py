@@ -66,3 +66,33 @@ def test_flags_out_of_range(talk, monkeypatch, flags):
     monkeypatch.setattr(chat, "load", lambda _: pytest.fail("the model was loaded"))
     with pytest.raises(Refusal, match=rf"C-FLAG\] {flags.split()[0]}: out of range"):
         talk(b"", *flags.split())
+
+
+@pytest.mark.parametrize("leave", [b"/exit", b"/quit", b"/quit  ", b"/exit now"])
+def test_leaving(talk, capsys, leave):
+    talk(b"one\n" + leave + b"\ntwo\n")
+    printed = capsys.readouterr().out
+    assert "turn 1" in printed and "turn 3" not in printed
+
+
+def test_help_lists_the_commands(talk, capsys):
+    talk(b"/help\none\n")
+    printed = capsys.readouterr().out
+    assert all(command.split()[0] in printed for command in chat.COMMANDS) and "turn 1" in printed
+
+
+@pytest.mark.parametrize("typed", [b"/Quit", b"/imagine", b"/bye bye", b"/"])
+def test_unknown_commands_are_not_asked(talk, capsys, typed):
+    talk(typed + b"\none\n")
+    printed = capsys.readouterr()
+    command = typed.decode().split()[0]
+    assert printed.err.startswith(
+        f"error[C-COMMAND] unknown; found {command}; expected /image FILE, /clear, /help, /exi"
+    )
+    assert "turn 1" in printed.out and "turn 3" not in printed.out
+
+
+def test_a_question_may_begin_with_a_slash(talk, capsys):
+    talk(b" /etc is what?\n")
+    printed = capsys.readouterr()
+    assert "turn 1" in printed.out and not printed.err

@@ -36,6 +36,13 @@ def loaded(*_, **__):
     raise AssertionError("the model was loaded")
 
 
+def test_a_folder_is_no_question_file(tmp_path):
+    with pytest.raises(Refusal, match=r"D-PATH\] .*--questions: a folder, not a file; expected a JSON file"):
+        question_file.read_questions(tmp_path)
+    with pytest.raises(Refusal, match=r"D-PATH\] .*nope.json:--questions: no such file"):
+        question_file.read_questions(tmp_path / "nope.json")
+
+
 @pytest.mark.parametrize("flag", ["--output", "--probe"])
 @pytest.mark.parametrize("place", ["missing/answers.json", ".", "questions.json/answers.json"])
 def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions, monkeypatch, tmp_path, flag, place):

@@ -6,14 +6,19 @@ import random
 import sys
 
 import pytest
+from PIL import Image
 
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation import judge
+from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.output import locked
 from scripts import evaluate
 from support.chat_server import ChatServer
+from support.evaluations import evaluated as evaluated_without_model
+from support.evaluations import write_data
 from support.export_runs import trained_run
 from support.golden_cases import tiny_files
+from support.kit import kit_python
 from support.launching import free_port, run
 
 FILES = tiny_files(random.Random(0))
@@ -71,11 +76,32 @@ def test_all_that_is_there_is_asked_scored_and_compared(runs, data, tmp_path, mo
     content = json.loads((tmp_path / "b" / "results.json").read_text())
     assert len(content["benchmarks"]) == 8 and content["benchmarks"]["mmbench_en"]["units"] == 2
     assert content["benchmarks"]["mmbench_en"]["answers"] > 2 and content["benchmarks"]["mme"]["answers"] == 4
+    assert "No radar.png: mmbench_cn has no question of" in printed and not (tmp_path / "b" / "radar.png").exists()
+    assert "mistakes.html" in printed and "data-benchmark" in (tmp_path / "b" / "mistakes.html").read_text()
     evaluated(monkeypatch, runs / "lora", *words, "--output", tmp_path / "a")
     capsys.readouterr()
     evaluated(monkeypatch, tmp_path / "a", tmp_path / "b", "--compare")
     printed = capsys.readouterr().out
     assert "| SEED-Bench image" in printed and "inside the noise" in printed and "MM-Vet" not in printed
+    evaluated(monkeypatch, tmp_path / "a", tmp_path / "b", "--compare", "--output", tmp_path / "c", "--data", data)
+    assert printed in (tmp_path / "c" / "comparison.md").read_text()
+    assert "What only A or only B got right: mistakes.html." in capsys.readouterr().out
+    with pytest.raises(
+        Refusal, match=r"C-RADAR\] .*a:--radar: no picture can be drawn; found mmbench_cn has no question"
+    ):
+        evaluated(monkeypatch, tmp_path / "a", tmp_path / "b", "--radar", tmp_path / "radar.png")
+
+
+def test_a_radar_of_any_number_of_results(tmp_path, monkeypatch, capsys):
+    names = ("mmbench_en", "mmbench_cn")
+    (tmp_path / "data").mkdir()
+    write_data(tmp_path / "data", names)
+    folders = [evaluated_without_model(tmp_path / name, tmp_path / "data", names) for name in "abc"]
+    for number in (1, 3):
+        evaluated(monkeypatch, *folders[:number], "--radar", tmp_path / "radar.png", "--normalise")
+        assert ", ".join(f"{name} 100.0" for name in "abc"[:number]) in capsys.readouterr().out
+        with Image.open(tmp_path / "radar.png") as image:
+            assert image.size > (1000, 1000)
 
 
 def test_complete_answers_are_scored_without_the_model(runs, data, tmp_path, monkeypatch, capsys):
@@ -136,6 +162,41 @@ def test_a_judge(runs, data, tmp_path, monkeypatch, capsys):
     assert "Answers are greedy, without a judge." in printed and "needs a judge" in printed
 
 
+def test_our_results_are_there_when_the_kit_fails(runs, data, tmp_path, monkeypatch, capsys):
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\n[ $# = 1 ] && echo \'{"kit": "ms-vlmeval 0.0.20"}\' || { echo no memory >&2; exit 1; }'
+    )
+    program.chmod(0o755)
+    words = [runs / "moslora", "--benchmark", "seed", "--data", data, "--limit", 3, "--output", tmp_path / "out"]
+    with pytest.raises(Refusal, match=r"E-KIT\] .*vlmevalkit.log: VLMEvalKit failed; found no memory"):
+        evaluated(monkeypatch, *words, "--scorer", "vlmevalkit", "--kit_python", program)
+    assert "| SEED-Bench image" in capsys.readouterr().out and (tmp_path / "out/results.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_real_kit_scores_the_same(runs, data, tmp_path, monkeypatch, capsys):
+    """Our rules of 2024 next to the kit's of today; answers that score, in the place of a random model's."""
+    words = [runs / "moslora", "--benchmark", "mmbench_cn,seed,textvqa,mme,mathvista", "--data", data, "--limit", 30]
+    words += ["--output", tmp_path / "out"]
+    evaluated(monkeypatch, *words)
+    for name in ("mmbench_cn", "seed", "textvqa", "mme"):
+        file, predictions = tmp_path / "out" / name / "answers-0.jsonl", FILES[BENCHMARKS[name].file][1]
+        header, *rows = map(json.loads, file.read_text().splitlines())
+        rows = [row | {"answer": predictions[row["index"]]} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in (header, *rows)))
+    capsys.readouterr()
+    evaluated(monkeypatch, *words, "--scorer", "vlmevalkit", "--kit_python", kit_python())
+    ours, kits = (text.splitlines() for text in capsys.readouterr().out.split("\n| benchmark ", 1))
+    assert sum(line.startswith("| ") for line in ours) == 2 + 5
+    for title in ("MMBench CN (test)", "SEED-Bench image", "TextVQA", "MME"):
+        (line,) = (line for line in kits if line.startswith(f"| {title}"))
+        _, _, kit, own, verdict, _ = (cell.strip() for cell in line.split("|"))
+        assert kit == own and float(kit) > 20 and verdict == "the same"
+    assert any("MathVista" in line and "needs a judge" in line for line in kits)
+    assert "VLMEvalKit" in (tmp_path / "out/results.md").read_text()
+
+
 def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
     """Their answers are those of one rank; what is missing in one rank's file is asked again, and nothing else."""
     words = ["--benchmark", "seed", "mme", "--data", data, "--batch_size", 4, "--limit", 18]
@@ -175,8 +236,21 @@ def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
      r"--judge: has no effect without mathvista or mmvet; fix: leave it out"),
     (["--benchmark", "mmvet", "--data", "d", "--output", "o", "--judge", "h", "m"], r"--judge: no URL of a server"),
     (["--compare", "--judge", "http://h", "m"], r"--judge: has no effect with --compare"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--scorer", "x"], r"--scorer: unknown; .*expected vlmeva"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--kit_python", "p"], r"--kit_python: has no effect with"),
+    (["--compare", "--scorer", "vlmevalkit"], r"--scorer: has no effect with --compare"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--scorer", "vlmevalkit", "--kit_python", "/no/python"],
+     r"--kit_python: no such program; found /no/python"),
     (["--benchmark", "all", "--data", "missing", "--output", "o"], r"D-FILE\] missing:--data: no benchmark's file"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--mistakes", "-1"], r"--mistakes: out of range"),
+    (["--benchmark", "seed", "--data", "d", "--output", "o", "--normalise"], r"--normalise: has no effect"),
     (["--compare"], r"--compare: two results are compared; found run"),
+    (["--compare", "--data", "d"], r"--output: missing: --data needs it"),
+    (["--compare", "--normalise"], r"--output: missing: --normalise needs it"),
+    (["--compare", "--output", "o", "--mistakes", "3"], r"--data: missing: --mistakes needs it"),
+    (["--radar", "r.png", "--data", "d"], r"--data: has no effect with --radar"),
+    (["--radar", "missing/r.png"], r"C-OUTPUT\] .*missing:--radar: nothing can be written in this folder"),
+    (["--radar", "r.png"], r"C-PATH\] run: no results; expected a folder with NAME/score.json"),
 ])  # fmt: skip
 def test_flags_are_refused_before_loading(monkeypatch, tmp_path, words, match):
     monkeypatch.setattr(evaluate, "load", loaded)

@@ -34,7 +34,10 @@ def flags(parts, output: Path, **changes) -> list[str]:
         "max_steps": 2,
         "output_dir": output,
     } | changes
-    return [str(word) for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
+    given = {
+        name: value if isinstance(value, list) else [value] for name, value in settings.items() if value is not None
+    }
+    return [str(word) for name, values in given.items() for word in (f"--{name}", *values)]
 
 
 def launch(arguments: list[str]) -> None:

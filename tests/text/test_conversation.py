@@ -1,5 +1,7 @@
 """Ids and labels, made together, for every template; the exported chat template against them."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -105,6 +107,17 @@ def test_trained_ids_are_the_answers_and_their_stop_tokens(tiny, name, template)
     assert [run[-1] for run in runs] == [stop] * len(runs)
     answers = [turn.text for turn in turns if turn.role == "gpt"]
     assert [tokenizer.decode(run[:-1]).strip() for run in runs] == answers
+
+
+@pytest.mark.parametrize(("name", "template"), PAIRS)
+def test_an_answer_that_is_not_trained_keeps_its_ids(tiny, name, template):
+    options = {"tokenizer": tiny(name), "template": template, "image_tokens": [3]}
+    rounds = 1 if template == "plain" else 2
+    whole = encode(TALK[: 2 * rounds], **options)
+    first = encode([TALK[0], replace(TALK[1], trained=False), *TALK[2 : 2 * rounds]], **options)
+    assert (first.input_ids, first.ends) == (whole.input_ids, whole.ends)
+    at = whole.ends[0]
+    assert first.labels == [IGNORE_INDEX] * at + whole.labels[at:] != whole.labels
 
 
 @pytest.mark.parametrize(("name", "template"), PAIRS)

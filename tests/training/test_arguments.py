@@ -4,13 +4,13 @@ import pytest
 
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
-from llava_moslora.training import arguments
+from llava_moslora.training import command_line
 from llava_moslora.training.arguments import TrainingArguments, accumulation_steps
 
 
 def parse(argv):
     """As the script does it, without a process group."""
-    *settings, training = arguments.parse(argv)
+    *settings, training = command_line.parse(argv)
     return *settings, TrainingArguments(**training)
 
 
@@ -77,7 +77,7 @@ def test_wrong_flags_are_answered(tmp_path, extra, message):
 def test_a_bad_flag_is_refused_before_anything_looks_for_devices(tmp_path, extra):
     """So also before the ranks of a run meet."""
     with pytest.raises(Refusal, match="C-FLAG"):
-        arguments.parse([*required(tmp_path), *extra])
+        command_line.parse([*required(tmp_path), *extra])
 
 
 def test_missing_flags_are_named():
@@ -112,7 +112,7 @@ def test_unknown_key_in_a_file(tmp_path):
 def test_a_text_in_the_file_is_what_is_written(tmp_path, text):
     """YAML 1.1 makes a number, a time or a truth value of most of these."""
     file = tmp_path / "c.yaml"
-    file.write_text(f"output_dir: {text}\nrun_name: '{text}'\ndata_path: [{text}]\n")
+    file.write_text(f"output_dir: {text}\nrun_name: '{text}'\ndata_path: [{text}]\nreport_to: wandb\n")
     _, data, _, args = parse([*required(tmp_path)[:4], "--config", str(file)])
     assert [args.output_dir, args.run_name, data.data_path] == [text, text, [text]]
 

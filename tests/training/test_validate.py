@@ -10,7 +10,8 @@ import torch
 
 from llava_moslora.errors import Refusal
 from llava_moslora.training import validate
-from llava_moslora.training.arguments import TrainingArguments, parse
+from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.command_line import parse
 from llava_moslora.training.validate import check, check_launch
 from scripts import prepare_data
 from support.training_runs import train
@@ -80,6 +81,17 @@ def test_the_defaults_pass(asked):
         (
             "--max_steps 0",
             r"--max_steps: nothing to train; found 0; expected at least 1, or -1 for as many as --num_tr",
+        ),
+        (
+            "--lr_scheduler_type cosine_with_min_lr",
+            r"--lr_scheduler_kwargs: does not fit .*cosine_with_min_lr; found .*min",
+        ),
+        ('--lr_scheduler_kwargs {"foo":1}', r"--lr_scheduler_kwargs: does not fit --lr_scheduler_type cosine; .*foo"),
+        ("--lr_scheduler_kwargs foo", r"--lr_scheduler_kwargs: does not fit --lr_scheduler_type cosine"),
+        ("--optim sgd --optim_args momentum", r"--optim_args: cannot be used; found momentum"),
+        (
+            "--optim sgd --optim_args momentum=0.9,momentun=1",
+            r"--optim_args: .*found momentun=1, which changes nothing",
         ),
         ("--max_steps -5", r"--max_steps: nothing to train; found -5"),
         ("--resume_from_checkpoint runs/a/checkpoint-2", r"--resume_from_checkpoint: .*; fix: use --resume True"),

@@ -69,6 +69,18 @@ class Container(ABC):
     can_hold_images = False  # in the file itself; only such files can be given by pattern or URL
     contents = ""  # what it holds, for messages
 
+    def reads(self, file: str) -> bool:
+        """Whether this is the container of a file of that name."""
+        return file.endswith(self.suffixes)
+
+    def files(self, file: str) -> list[str]:
+        """The files that its content lies in.
+
+        Raises:
+            Refusal: D-FILE, D-HUB; of what is not a single file.
+        """
+        return [file]
+
     def holds_images(self, file: str) -> bool:
         """Whether there are images in this local file. Never raises: ``read`` reports what is wrong with a file."""
         return self.can_hold_images

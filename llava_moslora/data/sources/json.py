@@ -18,7 +18,8 @@ from llava_moslora.errors import Refusal
 
 WINDOW = 1 << 20  # characters read at once
 LONGEST_VALUE = 64 << 20  # characters of one record; a longer one is a missing bracket or quote
-RECORD_KEYS = ("conversations",)  # a file that is one object without any of them is no JSONL file of one record
+# A file that is one object without any of these keys is no JSONL file of one record.
+RECORD_KEYS = ("conversations", "messages", "prompt", "texts", "instruction")
 EXPECTED = "a JSON array of records, or one record per line"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TYPES = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}

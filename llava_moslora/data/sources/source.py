@@ -1,10 +1,11 @@
 """A source: what one entry of ``--data_path`` names, as data files of one container or several.
 
-It is either one local data file whose images are files of their own in the image folder, or *shards*: files that hold
-records together with their images, on disk or wherever fsspec reaches. Each shard is read once, front to back, and its
-records and images are checked then. The data cache stores the records' tokens and where their images are
-(``ImageRef``), so training on shards is shuffled and resumed exactly as on plain files, on any number of ranks. Only
-files that cannot be read by position are refused: a compressed tar, a Parquet file with huge row groups.
+It is either one local data file, or a folder that ``datasets`` saved, whose images are files of their own in the image
+folder; or *shards*: files that hold records together with their images, on disk or wherever fsspec reaches. Each shard
+is read once, front to back, and its records and images are checked then. The data cache stores the records' tokens and
+where their images are (``ImageRef``), so training on shards is shuffled and resumed exactly as on plain files, on any
+number of ranks. Only files that cannot be read by position are refused: a compressed tar, a Parquet file with huge row
+groups.
 """
 
 from __future__ import annotations
@@ -22,27 +23,28 @@ from fsspec.core import url_to_fs
 from llava_moslora.data.sources.container import Container, ImageRef, open_file
 from llava_moslora.data.sources.json import Json
 from llava_moslora.data.sources.parquet import Parquet
+from llava_moslora.data.sources.saved_dataset import SavedDataset, is_hub
 from llava_moslora.data.sources.tar import Tar
 from llava_moslora.errors import Refusal
 
-CONTAINERS: tuple[Container, ...] = (Tar(), Parquet(), Json())  # the first that has the file's suffix reads it
+CONTAINERS: tuple[Container, ...] = (SavedDataset(), Tar(), Parquet(), Json())  # the first that can reads a file
 WILDCARDS = "*?["
 BLOCK = 1 << 22  # bytes of a file that are hashed at once
 
 
 def container_of(file: str) -> Container:
-    return next(container for container in CONTAINERS if file.endswith(container.suffixes))
+    return next(container for container in CONTAINERS if container.reads(file))
 
 
 class Source:
-    """One entry of ``--data_path``: a path, a URL, or a pattern of those."""
+    """One entry of ``--data_path``: a path, a URL, a pattern of those, or ``hub:`` and a data set of the Hub."""
 
     def __init__(self, name: str):
         self.name = name
 
     @cached_property
     def is_sharded(self) -> bool:
-        """Whether its images are in its own files: a URL, a pattern, a tar, Parquet with images."""
+        """Whether its images are in its own files: a URL, a pattern, a tar, Parquet or a data set with images."""
         return "://" in self.name or _is_pattern(self.name) or container_of(self.name).holds_images(self.name)
 
     @cached_property
@@ -52,6 +54,8 @@ class Source:
         Raises:
             Refusal: D-FILE, there are none, or their storage cannot be reached; D-SHARD, files that hold no images.
         """
+        if is_hub(self.name):
+            return [self.name]
         try:
             system, path = url_to_fs(self.name)
             if "://" not in self.name:
@@ -76,11 +80,13 @@ class Source:
         """
         try:
             if self.is_sharded:
-                yield json.dumps([_version_of(shard) for shard in self.shards], default=str).encode()
+                parts = [part for shard in self.shards for part in container_of(shard).files(shard)]
+                yield json.dumps([_version_of(part) for part in parts], default=str).encode()
                 return
-            with open_file(self.name) as file:
-                while block := file.read(BLOCK):
-                    yield block
+            for part in container_of(self.name).files(self.name):
+                with open_file(part) as file:
+                    while block := file.read(BLOCK):
+                        yield block
         except OSError as error:
             what, found = "the file cannot be read", error.strerror or error
             fix = "correct its permissions, or copy it again"
@@ -101,7 +107,7 @@ def read_image(shard: str, ref: ImageRef, *, record: int, record_id: str | None)
     }
     try:
         data = container_of(shard).read_image(shard, ref.at)
-    except (OSError, IndexError) as error:
+    except (OSError, IndexError, NotImplementedError) as error:  # the last: a folder that is gone is no data set's
         fix = "is the shard still where it was when it was prepared?"
         raise Refusal("I-MISSING", "the image cannot be read from its shard", found=error, fix=fix, **where) from None
     if zlib.crc32(data) != ref.checksum:
@@ -117,8 +123,8 @@ def _version_of(shard: str) -> list:
 
 
 def _is_pattern(name: str) -> bool:
-    """Whether ``name`` is a pattern of names, and not the name of an existing file such as ``data [v2]/a.json``."""
-    return any(sign in name for sign in WILDCARDS) and not os.path.isfile(name)
+    """Whether ``name`` is a pattern of names, and not itself there, such as ``data [v2]/a.json``."""
+    return any(sign in name for sign in WILDCARDS) and not os.path.exists(name)
 
 
 def _escape_folders(path: str) -> str:

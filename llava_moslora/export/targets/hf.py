@@ -7,6 +7,7 @@ are written for transformers 4 and 5: images and prompts are made as in training
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_moslora.export import writer
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import PlannedTensor, WeightFiles, plan_tensors, renamed
@@ -40,8 +42,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="hf",
-    summary="the merged model as one `LlavaForConditionalGeneration` with its processor: transformers 4.49 to 5, "
-    "vLLM, lmms-eval, llama.cpp's converters",
+    summary=FORMATS["hf"],
     usage="""from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # scales images as training did
@@ -57,16 +58,16 @@ print(processor.decode(answer, skip_special_tokens=True))""",
 
 
 def tensors(
-    trained: TrainedRun, projector: dict[str, Tensor] | None = None, *, merged: bool = True
+    trained: TrainedRun, projector: dict[str, Tensor] | None = None, *, merged: Collection[str] = tuple(PARTS)
 ) -> list[PlannedTensor]:
     """All tensors under their published names.
 
     Args:
-        projector: in place of the trained one. merged: False: LLM and vision tower without the adapters.
+        projector: in place of the trained one. merged: the parts with their adapters; the others without.
     """
     return [
-        *renamed(trained.llm_tensors(merged=merged), ("", "language_model.")),
-        *renamed(trained.vision_tensors(merged=merged), ("", "vision_tower.vision_model.")),
+        *renamed(trained.llm_tensors(merged="llm" in merged), ("", "language_model.")),
+        *renamed(trained.vision_tensors(merged="vision_tower" in merged), ("", "vision_tower.vision_model.")),
         *renamed(plan_tensors(projector or trained.projector), ("", "multi_modal_projector.")),
     ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from llava_moslora.errors import Refusal
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target, check_clip
 from llava_moslora.export.targets import llm
 from llava_moslora.export.trained_run import TrainedRun
@@ -51,7 +52,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="llava",
-    summary="the merged model as the original LLaVA's `LlavaLlamaForCausalLM`, with the tuned vision tower inside",
+    summary=FORMATS["llava"],
     usage="""from llava.model.builder import load_pretrained_model
 tokenizer, model, image_processor, _ = load_pretrained_model(FOLDER, None, "llava-tuned")""",
     plan=plan,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, known_to_transformers_4, save_config
@@ -22,7 +23,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="llm",
-    summary="the merged LLM alone, as a causal LM of transformers (an InternLM2 as a Llama)",
+    summary=FORMATS["llm"],
     usage="""from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)""",

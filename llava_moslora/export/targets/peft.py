@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from llava_moslora.errors import Refusal
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.peft_format import AdapterFolder
 from llava_moslora.export.target import ExportPlan, Target, check_adapters
 from llava_moslora.export.targets import projector
@@ -57,11 +58,11 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="peft",
-    summary="plain LoRA adapters for stock PEFT over the original LLM and vision tower, and the projector",
+    summary=FORMATS["peft"],
     usage="""from peft import PeftModel
 from transformers import AutoModelForCausalLM, VISION_CLASS
 llm = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("LLM"), FOLDER + "/llm_adapter")
 tower = PeftModel.from_pretrained(VISION_CLASS.from_pretrained("TOWER"), FOLDER + "/vision_adapter")""",
     plan=plan,
-    merges=False,
+    merged=(),
 )

@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from llava_moslora.adapters.fold import Adapter, LowRank, fold_layers, save_config
 from llava_moslora.export import peft_format
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target, check_adapters
 from llava_moslora.export.targets import hf
 from llava_moslora.export.trained_run import TrainedRun
@@ -30,9 +31,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     start = trained.record.model.pretrain_mm_mlp_adapter
     widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
     projector = None if start is None else read_projector(start, *widths)
-    layers = {}
-    for name, layer in fold_layers(trained.updates("llm", "lm_head")).items():
-        layers[name if name == LM_HEAD else f"{LLM}.{name.removeprefix('model.')}"] = layer
+    layers = composed_names(fold_layers(trained.updates("llm", "lm_head")))
     for name, layer in fold_layers(trained.updates("vision_tower")).items():
         layers[f"{VISION_TOWER}.vision_model.{name}"] = layer
     whole = {f"{PROJECTOR}.{name}": tensor for name, tensor in trained.projector.items()}
@@ -42,7 +41,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         hf.write_files(trained, folder / "base", dtype)
         save_config(adapter.config, folder / "adapter")
 
-    base = WeightFiles("base", hf.tensors(trained, projector, merged=False), dtype)
+    base = WeightFiles("base", hf.tensors(trained, projector, merged=()), dtype)
     return ExportPlan(
         weights=[base, peft_format.adapter_weights(adapter, "adapter")],
         write_files=write_files,
@@ -53,15 +52,19 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="peft with base",
-    summary="one plain LoRA adapter over a complete base LLaVA that is written next to it; also as "
-    "`--format peft --with_base`",
+    summary=FORMATS["peft_with_base"],
     usage="""from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 base = AutoModelForImageTextToText.from_pretrained(FOLDER + "/base", dtype="auto")
 model = PeftModel.from_pretrained(base, FOLDER + "/adapter")""",
     plan=plan,
-    merges=False,
+    merged=(),
 )
+
+
+def composed_names(llm_layers: dict[str, LowRank]) -> dict[str, LowRank]:
+    """The LLM's layers under their names in the complete LLaVA."""
+    return {n if n == LM_HEAD else f"{LLM}.{n.removeprefix('model.')}": layer for n, layer in llm_layers.items()}
 
 
 def config_of_both(layers: dict[str, LowRank]) -> LoraConfig:

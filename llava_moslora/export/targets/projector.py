@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from llava_moslora.export import projector_model
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, plan_tensors, renamed
@@ -26,7 +27,7 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="projector",
-    summary="the projector alone, as XTuner publishes it; `--pretrain_mm_mlp_adapter` takes the folder",
+    summary=FORMATS["projector"],
     usage="""from safetensors.torch import load_file
 weights = load_file(FOLDER + "/model.safetensors")  # linear, GELU, linear; XTuner runs modeling_projector.py""",
     plan=plan,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, renamed, save_config
@@ -24,7 +25,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="vision",
-    summary="the merged vision tower alone, as transformers' `CLIPVisionModel` or `SiglipVisionModel`",
+    summary=FORMATS["vision"],
     usage="""from transformers import VISION_CLASS
 tower = VISION_CLASS.from_pretrained(FOLDER, dtype="auto")  # the features are hidden_states[-2][:, CLASS_TOKENS:]""",
     plan=plan,
@@ -38,5 +39,6 @@ def weights(trained: TrainedRun, dtype: torch.dtype, folder: str = "") -> Weight
 def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
     config = trained.exported_vision_config(dtype)
     config.architectures = [kind_of(config).model.__name__]
+    config.vision_feature_layer = -2  # llama.cpp's converter of image encoders reads it, else it runs a layer too few
     save_config(config, folder)
     write_json(folder / "preprocessor_config.json", trained.record.preprocessor)

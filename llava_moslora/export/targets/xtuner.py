@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target, check_clip
 from llava_moslora.export.targets import llm, projector, vision
 from llava_moslora.export.trained_run import TrainedRun
@@ -37,8 +38,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="xtuner",
-    summary="the folders `llm/`, `visual_encoder/` and `projector/`, merged, as XTuner and VLMEvalKit's "
-    "`LLaVA_XTuner` load them",
+    summary=FORMATS["xtuner"],
     usage="""from vlmeval.vlm import LLaVA_XTuner
 model = LLaVA_XTuner(FOLDER, llm_path=None, visual_encoder_path=None, prompt_template=TEMPLATE)""",
     plan=plan,

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from llava_moslora.adapters.fold import LowRank
 from llava_moslora.errors import Refusal
+from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.peft_format import AdapterFolder
 from llava_moslora.export.target import ExportPlan, Target, check_clip
 from llava_moslora.export.targets import projector
@@ -64,12 +65,11 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
 
 TARGET = Target(
     name="xtuner_adapters",
-    summary="the folders `llm_adapter/`, `visual_encoder_adapter/` and `projector/` for the same readers, the "
-    "adapters not merged",
+    summary=FORMATS["xtuner_adapters"],
     usage="""from vlmeval.vlm import LLaVA_XTuner
 model = LLaVA_XTuner(FOLDER, llm_path="LLM", visual_encoder_path="TOWER", prompt_template=TEMPLATE)""",
     plan=plan,
-    merges=False,
+    merged=(),
 )
 
 

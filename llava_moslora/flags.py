@@ -1,0 +1,201 @@
+"""Command lines of all scripts: parsers whose errors are refusals, flags made of settings, and their --help.
+
+Neither torch nor transformers is imported here: --help and a mistyped flag are answered before either is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from llava_moslora.errors import Refusal
+
+WIDTH, HELP_COLUMN = 100, 35  # of --help
+NOT_KNOWN = object()  # the default of a flag whose value only its library knows
+TRUTH = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """argparse, but a wrong flag is a refusal with the nearest name; nothing is abbreviated, ``-`` counts as ``_``."""
+
+    def __init__(self, description: str | None, **kwargs: Any):
+        kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs
+        super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise Refusal("C-FLAG", message, fix="see --help")
+
+    def unknown(self, name: str) -> str:
+        """What to do about an unknown flag ``name`` (without dashes), as the ``fix`` of a refusal."""
+        return nearest_flag(name, [action.dest for action in self._actions if action.option_strings])
+
+    def parse_args(self, args=None, namespace=None):
+        """
+        Raises:
+            Refusal: C-FLAG, an unknown flag (with the nearest name), a missing one, a value of the wrong type.
+        """
+        words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        for word in words:  # before argparse, which would name a missing flag first, also one that was mistyped
+            name = word.partition("=")[0]
+            if re.match("--[A-Za-z]", word) and name not in self._option_string_actions:
+                raise Refusal("C-FLAG", "unknown flag", key=name, fix=self.unknown(name.lstrip("-")))
+        try:
+            namespace, rest = self.parse_known_args(words, namespace)
+        except argparse.ArgumentError as error:
+            raise Refusal("C-FLAG", error.message, key=error.argument_name, fix="see --help") from error
+        if rest:
+            raise Refusal("C-FLAG", "a value without a flag", found=" ".join(rest))
+        return namespace
+
+
+def _with_underscores(word: str) -> str:
+    if not re.match("--[A-Za-z]", word):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def nearest_flag(flag: str, known: Iterable[str]) -> str:
+    """Which flag was probably meant, as the ``fix`` of a refusal."""
+    name = flag.lstrip("-").split("=")[0].replace("-", "_")
+    close = difflib.get_close_matches(name, sorted(known), n=5)
+    # people get the end of a name wrong more often than its beginning: --lora_rank means --lora_r, not --local_rank
+    best = max(close, key=lambda other: len(os.path.commonprefix([name, other])), default=None)  # noqa: RUF071
+    return f"did you mean --{best}?" if best else "see --help"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag, as a field of a settings dataclass declares it.
+
+    Attributes:
+        annotation: the field's type, as it is written: ``int``, ``str | None``, ``list[float]``.
+        default: ``dataclasses.MISSING`` for a flag that must be given.
+        group: heading in --help; a flag without one is not shown there.
+    """
+
+    name: str
+    annotation: str
+    default: Any
+    help: str = ""
+    choices: tuple | None = None
+    group: str = ""
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        convert, several = _conversion(self.annotation)
+        how: dict[str, Any] = {"type": convert, "help": self.help, "choices": self.choices}
+        if several:
+            how["nargs"] = "+"
+        elif convert is truth:
+            how |= {"nargs": "?", "const": True}
+        if self.default is dataclasses.MISSING:
+            how["required"] = True
+        else:
+            how["default"] = argparse.SUPPRESS if self.default is NOT_KNOWN else self.default
+        parser.add_argument(f"--{self.name}", **how)
+        if self.default is True:
+            parser.add_argument(f"--no_{self.name}", action="store_false", dest=self.name, default=argparse.SUPPRESS)
+
+    def help_lines(self) -> list[str]:
+        """The flag with its default, and what it is for."""
+        shown = ""
+        if self.default not in (dataclasses.MISSING, NOT_KNOWN, None, "", []):
+            shown = " ".join(map(str, self.default)) if isinstance(self.default, list) else str(self.default)
+        left = f"  --{self.name} {shown}".rstrip()
+        listed = " | ".join(map(str, self.choices or ()))
+        named = all(re.search(rf"\b{re.escape(str(choice))}\b", self.help) for choice in self.choices or ())
+        text = self.help if named or "| …" in self.help else f"{self.help}: {listed}"
+        lines = textwrap.wrap(text, WIDTH - HELP_COLUMN, break_on_hyphens=False) or [""]
+        first = f"{left + '  ':{HELP_COLUMN}}{lines[0]}"
+        if len(first) > WIDTH:
+            first, lines = left, ["", *lines]
+        return [first.rstrip(), *(" " * HELP_COLUMN + line for line in lines[1:])]
+
+
+def flags_of(settings: type, names: Iterable[str] | None = None) -> list[Flag]:
+    """The fields of a settings dataclass whose module has ``from __future__ import annotations``."""
+    flags = []
+    for f in dataclasses.fields(settings):
+        if not f.init or (names is not None and f.name not in names):
+            continue
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        group = str(f.metadata.get("group") or getattr(settings, "heading", ""))
+        help_, choices = f.metadata.get("help", ""), f.metadata.get("choices")
+        flags.append(Flag(f.name, str(f.type), default, help_, choices, group))
+    return flags
+
+
+def truth(text: str) -> bool:
+    if text.lower() not in TRUTH:
+        raise argparse.ArgumentTypeError(f"neither True nor False: {text!r}")
+    return TRUTH[text.lower()]
+
+
+def json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"no JSON object: {text!r}")
+    return value
+
+
+def _conversion(annotation: str) -> tuple[Callable[[str], Any], bool]:
+    """From an annotation: what converts one word, and whether a flag takes several."""
+    parts = [part for part in re.split(r"\s*\|\s*", annotation) if part != "None"]
+    if parts and all(part.startswith("list[") for part in parts):
+        return _conversion(parts[0][len("list[") : -1])[0], True
+    if len(parts) == 1 and parts[0].startswith("dict["):
+        return json_object, False
+    known: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": truth}
+    return known.get(" ".join(parts), str), False
+
+
+class SettingsParser(ScriptParser):
+    """Flags in groups. ``--help`` shows those with a heading, ``--help all`` ends with ``more()``.
+
+    Args:
+        headings: in the order of --help; groups with others follow.
+    """
+
+    def __init__(
+        self,
+        flags: Sequence[Flag],
+        description: str | None,
+        headings: Iterable[str] = (),
+        more: Callable[[], str] | None = None,
+    ):
+        super().__init__(description, usage="%(prog)s --FLAG VALUE ...", add_help=False)
+        self.flags, self.headings, self.more = flags, headings, more
+        how: dict[str, Any] = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS, "nargs": "?" if more else 0}
+        self.add_argument("-h", "--help", action=_Help, choices=["all"] if more else None, **how)
+        for flag in flags:
+            flag.add_to(self)
+
+    def format_help(self) -> str:
+        groups: dict[str, list[str]] = {heading: [] for heading in self.headings}
+        for flag in self.flags:
+            if flag.group:
+                groups.setdefault(flag.group, []).extend(flag.help_lines())
+        shown = "Each flag is shown with its default; those without one must be given, or say what happens."
+        if self.more is not None:
+            shown = f"{shown[:-1]};\n--help all shows the Trainer's other flags too."
+        body = "\n".join(line for heading, lines in groups.items() if lines for line in (f"{heading}:", *lines))
+        return f"{self.format_usage()}\n{(self.description or '').strip()}\n\n{shown}\n\n{body}\n"
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        assert isinstance(parser, SettingsParser)
+        print(parser.format_help() + (parser.more() if values == "all" and parser.more else ""), end="")
+        parser.exit()

@@ -1,0 +1,91 @@
+"""The command line of ``scripts/train_vit_llm.py``: the settings of :mod:`llava_moslora.config` and transformers' own.
+
+The same flags can come from one YAML or JSON file (``--config FILE``), over which the command line wins. Neither torch
+nor transformers is imported: a mistyped flag is answered before.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from llava_moslora.config import HEADINGS, MODEL, AdapterSettings, DataSettings, ModelSettings, TrainingSettings
+from llava_moslora.errors import Refusal
+from llava_moslora.flags import Flag, SettingsParser, flags_of, nearest_flag
+from llava_moslora.training import trainer_flags
+from llava_moslora.training.config_file import read_config
+from llava_moslora.training.deepspeed_config import read_deepspeed_config
+from llava_moslora.training.flag_texts import more_help
+
+SETTINGS = (ModelSettings, DataSettings, AdapterSettings, TrainingSettings)
+
+
+class Parser(SettingsParser):
+    """Every flag of a training."""
+
+    def __init__(self, description: str | None = None):
+        own = [flag for group in SETTINGS for flag in flags_of(group)]
+        known = {flag.name for flag in own}
+        trainers = [flag for flag in trainer_flags.flags() if flag.name not in known]
+        first = Flag("config", "str | None", None, "YAML or JSON file with the same flags", group=MODEL)
+        super().__init__([first, *own, *trainers], description, HEADINGS, more_help)
+
+    def unknown(self, name: str) -> str:
+        return trainer_flags.FORMER.get(name.replace("-", "_")) or super().unknown(name)
+
+
+def parse(
+    argv: Sequence[str], description: str | None = None
+) -> tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]:
+    """The settings from a command line; those of training as the values to build ``TrainingArguments`` from.
+
+    They are not built here, because transformers' part imports torch, and initialises the device and the process
+    group, which this package joins first. What can be refused without them is refused here.
+
+    Raises:
+        Refusal: an unknown flag (with the nearest name), a missing one, a value of the wrong type or no choice, out of
+            range, or without effect; a configuration or DeepSpeed file that is missing or no JSON/YAML.
+    """
+    parser = Parser(description)
+    if file := early(argv).config:
+        argv = [*_as_flags(read_config(Path(file)), {flag.name for flag in parser.flags[1:]}, file), *argv]
+    if (deepspeed := early(argv).deepspeed) is not None:
+        read_deepspeed_config(deepspeed)  # the Trainer looks into it while it reads its flags
+    values = vars(parser.parse_args(argv))
+    *groups, own = ({f.name: values.pop(f.name) for f in fields(group)} for group in SETTINGS)
+    del values["config"]
+    trainer_flags.check_flags(values)
+    _check_timeout(values["ddp_timeout"])
+    model, data, adapter = (settings(**given) for settings, given in zip(SETTINGS, groups, strict=False))
+    TrainingSettings(**own)
+    return model, data, adapter, own | values
+
+
+def early(argv: Sequence[str]) -> argparse.Namespace:
+    """The files that are read before the flags are parsed."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--deepspeed")
+    return parser.parse_known_args(argv)[0]
+
+
+def _check_timeout(seconds: int) -> None:
+    try:
+        usable = timedelta(seconds=seconds) >= timedelta(seconds=1)
+    except OverflowError:
+        usable = False
+    if not usable:
+        raise Refusal("C-FLAG", "out of range", key="--ddp_timeout", found=seconds, expected="at least 1 second")
+
+
+def _as_flags(content: dict[str, str | list[str]], known: set[str], path: str) -> list[str]:
+    flags: list[str] = []
+    for key, value in content.items():
+        if key not in known:
+            raise Refusal("C-FLAG", "unknown key", file=path, key=str(key), fix=nearest_flag(str(key), known))
+        flags += [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]
+    return flags
