@@ -43,7 +43,7 @@ def own_parser() -> argparse.ArgumentParser:
         usage="%(prog)s --gpu GPU [--gpus N] [--config FILE] [--FLAG VALUE ...]",
     )  # fmt: skip
     parser.add_argument("--config", help="a recipe (.sh), a file of flags (YAML, JSON), or a run folder")
-    parser.add_argument("--gpu", required=True, help=" | ".join(COMMAND_LINE))
+    parser.add_argument("--gpu", help=" | ".join(COMMAND_LINE))
     parser.add_argument("--gpus", type=int, help="GPUs, all together; default: as the recipe says, else 1")
     parser.add_argument("--suggest", action="store_true", help="the fastest setting that fits, and three others")
     parser.add_argument("--json", action="store_true", help="sizes in bytes, times in seconds")
@@ -63,6 +63,14 @@ def read_command() -> tuple[argparse.Namespace, int, Settings]:
     own, flags = own_parser().parse_known_args()
     if own.gpus is not None and own.gpus < 1:
         raise Refusal("C-FLAG", "out of range", key="--gpus", found=own.gpus, expected="at least 1")
+    gpus, settings = read_settings(own, flags)
+    if own.gpu is None:
+        raise Refusal("C-FLAG", "missing flag", key="--gpu", expected=" | ".join(COMMAND_LINE))
+    return own, gpus, settings
+
+
+def read_settings(own: argparse.Namespace, flags: list[str]) -> tuple[int, Settings]:
+    """The number of GPUs and the settings, from ``--config`` and the flags over it."""
     config = None if own.config is None else Path(own.config)
     if config is not None and config.is_dir():
         record = read_run(config)
@@ -72,7 +80,7 @@ def read_command() -> tuple[argparse.Namespace, int, Settings]:
             name: None if value == "None" else value for name, value in record.training.items()
         }  # as it is written
         training = given | {"global_batch_size": record.global_batch_size}
-        return own, own.gpus or 1, (record.model, record.data, record.adapter, training)
+        return own.gpus or 1, (record.model, record.data, record.adapter, training)
     gpus, words = own.gpus, list(flags)
     if config is not None and config.suffix == ".sh":
         call = read_recipe(config, own.gpus)
@@ -84,7 +92,7 @@ def read_command() -> tuple[argparse.Namespace, int, Settings]:
         words += ["--output_dir", "planned"]
     if "--data_path" not in words and config is None:
         words += ["--data_path", "unknown"]
-    return own, gpus or 1, parse(words)
+    return gpus or 1, parse(words)
 
 
 def zero_files() -> dict[str, dict[str, Any]]:

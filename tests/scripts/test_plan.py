@@ -91,7 +91,7 @@ def test_bare_flags(plan, folders):
     [
         (["--gpu", "h100-81", "--config", RECIPE], "--gpu: unknown GPU; found h100-81"),
         (["--gpu", "h100-80", "--gpus", "0"], "--gpus: out of range; found 0"),
-        (["--config", RECIPE], "the following arguments are required: --gpu"),
+        (["--config", RECIPE], "--gpu: missing flag"),
         (["--gpu", "h100-80"], "--model_name_or_path"),
         (["--gpu", "h100-80", "--config", "missing.yaml"], "missing.yaml:--config: no such file"),
         (["--gpu", "h100-80", "--config", "missing.sh"], "missing.sh:--config: no such file"),
