@@ -195,6 +195,7 @@ class TrainingSettings(Settings):
     )
     packing: bool = setting(False, "several records per row; for --data_order shuffle")
     recompute: str | None = setting(None, f"{RECOMPUTE_MODES}, to save memory; default: none", group=SPEED)
+    plan_check: bool = setting(True, "refuse a run that cannot fit the GPU's memory", group=SPEED)
     sample_questions: str | None = setting(None, "LLaVA-format JSON with questions to answer meanwhile", group=LOGGING)
     sample_image_folder: str | None = setting(None, "of --sample_questions; default: as --image_folder", group=LOGGING)
     sample_steps: int = setting(500, "answer --sample_questions every N steps", group=LOGGING)
