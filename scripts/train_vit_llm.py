@@ -87,10 +87,8 @@ def main() -> None:
     print_once(f"device: {args.device_name}\nconversation template: {template}")
 
     # 3. Check and tokenise the data, or find it in --data_cache
-    dataset = prepare(
-        data_settings, tokenizer=tokenizer, template=template, tokens_per_image=tokens_per_image(vision_config),
-        longest_text=longest_text(llm_config),
-    )  # fmt: skip
+    dataset = prepare(data_settings, tokenizer=tokenizer, template=template, longest_text=longest_text(llm_config),
+                      tokens_per_image=tokens_per_image(vision_config))  # fmt: skip
     print_once(summary(dataset))
     sampler = GlobalBatchSampler.of(dataset, data_settings, **args.batches)
     print_plan(model_settings, data_settings, adapter_settings, args, dataset)
