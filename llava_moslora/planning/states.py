@@ -49,6 +49,8 @@ class Counts:
 @lru_cache(maxsize=64)
 def count(model: Model) -> Counts:
     """From the whole model on the meta device; takes a second."""
+    if model.partitioned:  # the same numbers
+        return count(model.variant(model.bits, False))
     whole = model_on_meta(model.llm_config, model.vision_config, model.adapter, model.dtype)
     inner = whole.get_base_model() if isinstance(whole, PeftModel) else whole
     in_nf4 = _quantised(inner.model.language_model) if model.bits == 4 else {}
