@@ -201,6 +201,7 @@ class TrainingSettings(Settings):
     recompute: str | None = setting(None, f"{RECOMPUTE_MODES}, to save memory; default: none", group=SPEED)
     early_stopping_patience: int | None = setting(None, "stop after N evaluations in a row that are no better")
     early_stopping_threshold: float = setting(0.0, "how much better counts as better")
+    plan_check: bool = setting(True, "refuse a run that cannot fit the GPU's memory", group=SPEED)
     sample_questions: str | None = setting(None, "LLaVA-format JSON with questions to answer meanwhile", group=LOGGING)
     sample_image_folder: str | None = setting(None, "of --sample_questions; default: as --image_folder", group=LOGGING)
     sample_steps: int = setting(500, "answer --sample_questions every N steps", group=LOGGING)
@@ -246,7 +247,9 @@ class TrainerSettings:
     )
     dataloader_persistent_workers: bool = setting(True, "keep the data loader's processes between epochs")
     ignore_data_skip: bool = setting(True, "leave it True: the data loader itself starts where the run stopped")
-    lr_scheduler_type: str = setting("cosine", "schedule", LR_SCHEDULES, group=TRAINING)
+    lr_scheduler_type: str = setting(
+        "cosine", "linear | constant | cosine_with_min_lr | …", LR_SCHEDULES, group=TRAINING
+    )
     warmup_steps: float = setting(0.03, "warmup in steps; below 1: a share of all steps", group=TRAINING)
     eval_steps: float | None = setting(None, "default: as --save_steps; below 1: a share of all steps", group=TRAINING)
     per_device_eval_batch_size: int | None = setting(None, "default: as --per_device_train_batch_size")

@@ -37,6 +37,7 @@ EXIT_STATUS = {
     "K": 3,  # checkpoint or model file
     "E": 4,  # environment: disk, memory, compiler, device, a judge's server
     "R": 5,  # the run itself: a non-finite loss
+    "M": 6,  # a plan: the setting does not fit the GPU's memory; 7 (scripts/plan.py alone): it may or may not
     "P": 75,  # interrupted by a signal, another rank or a device: the same command, started again, resumes
     "X": 70,  # a defect of this package: starting again does not help
 }

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
     run_script(lambda: parse(sys.argv[1:], __doc__))
     quiet_libraries()
 
+from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerState, set_seed
 
@@ -42,6 +43,7 @@ from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_image_settings, read_vision_config
+from llava_moslora.planning.check import check_plan, plan_of_training
 from llava_moslora.recompute import set_recompute
 from llava_moslora.runs.fingerprint import base_fingerprints
 from llava_moslora.runs.folder import check_resume, check_shared, check_space, open_run, write_first_files
@@ -53,6 +55,7 @@ from llava_moslora.training import process_group
 from llava_moslora.training.arguments import TrainingArguments, input_paths
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
+from llava_moslora.training.deepspeed_config import read_deepspeed_config
 from llava_moslora.training.optimizer_state import trained_count
 from llava_moslora.training.text_only import check_text_only
 from llava_moslora.training.trainer import MosLoraTrainer
@@ -95,6 +98,7 @@ def main() -> None:
     trained, validation, keys = validation_data(dataset, data_settings, prepare_alike)
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
     sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
+    print_plan(model_settings, data_settings, adapter_settings, args, dataset)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
     model_settings = replace(model_settings, version=template)
@@ -140,6 +144,20 @@ def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str
     image_tokens = tokens_per_image(read_vision_config(model.tower))
     processor = read_image_settings(model.tower)
     return image_tokens, processor, ImageTransform.from_settings(processor, data)
+
+
+def print_plan(
+    model: ModelSettings, data: DataSettings, adapter: AdapterSettings, args: TrainingArguments, dataset: Dataset
+) -> None:
+    """The plan's first line, or a refusal where the GPU's memory cannot be enough; on a CPU or of an LLM alone nothing."""
+    if model.text_only or not (args.plan_check and args.device.type == "cuda" and args.process_index == 0):
+        return
+    deepspeed = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
+    plan = plan_of_training(
+        model, data, adapter, vars(args), dataset, gpus=args.world_size, device=args.device, deepspeed=deepspeed
+    )
+    if plan is not None:
+        print(check_plan(plan))
 
 
 def build_model(

@@ -16,13 +16,13 @@ PACKAGE = ROOT / "llava_moslora"
 # Lowest first; packages of one floor never import each other.
 FLOORS = [
     {"errors", "_version"},
-    {"config", "distributed", "flags", "noise", "pages", "private_api"},
+    {"config", "devices", "distributed", "flags", "noise", "pages", "private_api"},
     {"files", "recompute"},
     {"adapters", "text"},
     {"models", "data"},
     {"runs"},
     {"inference"},
-    {"training", "export", "evaluation"},
+    {"training", "export", "evaluation", "planning"},
     {"cli"},
 ]
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}

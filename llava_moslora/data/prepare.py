@@ -108,6 +108,22 @@ def prepare(
     return concatenate_datasets(datasets)
 
 
+def find_prepared(
+    settings: DataSettings, *, tokenizer: PreTrainedTokenizerFast, template: str, tokens_per_image: int
+) -> Dataset | None:
+    """What :func:`prepare` would find in the cache, without ``source`` checks and without building; None where it would
+    have to build. Reads the data files to name the cache, no image."""
+    datasets = []
+    for position, name in enumerate(settings.data_path):
+        preparation = Preparation(Source(name), settings, tokenizer, template, tokens_per_image)
+        folder = Path(settings.data_cache) / cache_key(preparation)
+        if not folder.is_dir() or read_report(folder) is None:
+            return None
+        rows = concatenate_datasets([Dataset.from_file(str(part)) for part in arrow_files(folder)])
+        datasets.append(rows.add_column("source", np.full(len(rows), position, dtype=np.int32)))
+    return concatenate_datasets(datasets)
+
+
 def _check_ranges(settings: DataSettings) -> None:
     if (processes := settings.preprocessing_num_workers) < 1:
         key = "--preprocessing_num_workers"

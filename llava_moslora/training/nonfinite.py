@@ -152,5 +152,6 @@ def out_of_memory(batch_size: int) -> Refusal:
         "the device's memory is not enough for a step; the last checkpoint is untouched",
         found=f"{total / 2**30:.1f} GiB in all, {peak / 2**30:.1f} GiB used at most, {free / 2**30:.1f} GiB free",
         fix=f"lower --per_device_train_batch_size (now {batch_size}) and raise --gradient_accumulation_steps by the "
-        "same factor, --recompute full, zero_configs/zero3.json, or --bits 4",
+        "same factor, --recompute full, zero_configs/zero3.json, or --bits 4; "
+        "scripts/plan.py --suggest names the fastest setting that fits",
     )

@@ -8,25 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import distributed, nn
 
+from llava_moslora.devices import find_device
 from llava_moslora.distributed import world_size
 from llava_moslora.models.flops import Flops
-
-# Dense 16-bit tensor-core FLOP/s with float32 accumulation, from the makers' data sheets; the first name that occurs in
-# the device's name counts.
-PEAK_FLOPS = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 149.7e12, "A10": 125e12,
-    "RTX 4090": 165.2e12, "RTX 3090": 71e12, "RTX A6000": 154.8e12, "RTX 6000 Ada": 364e12, "V100": 125e12,
-    "MI300X": 1307e12, "MI250": 383e12,
-}  # fmt: skip
 
 
 def peak_flops(device: torch.device) -> float | None:
     """Peak FLOP/s of a device; None where unknown, as for a CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+    known = find_device(torch.cuda.get_device_name(device))
+    return None if known is None else known.flops
 
 
 class Throughput:

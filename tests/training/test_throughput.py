@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llava_moslora.training.throughput import PEAK_FLOPS, Throughput, peak_flops
+from llava_moslora.devices import DEVICES
+from llava_moslora.training.throughput import Throughput, peak_flops
 from support.training_runs import stock_model
 
 TOKENS = 40
@@ -54,6 +55,6 @@ def test_peaks_are_found_by_name(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_flops(torch.device("cuda")) == peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L40S")
-    assert peak_flops(torch.device("cuda")) == PEAK_FLOPS["L40S"]
+    assert peak_flops(torch.device("cuda")) == DEVICES["L40S"].flops
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "unheard of")
     assert peak_flops(torch.device("cuda")) is None

@@ -1,0 +1,230 @@
+"""What a micro-batch allocates in forward and backward: each part of the model measured on the meta device.
+
+A layer is run once, whatever the number of layers, in the way that ``--recompute`` asks for; nothing is taken from a
+formula that has to follow the code.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from llava_moslora.config import parse_recompute
+from llava_moslora.models.assemble import model_on_meta
+from llava_moslora.models.attention import empty_mask
+from llava_moslora.models.llava import Llava
+from llava_moslora.models.towers import tokens_per_image
+from llava_moslora.planning.meter import Cost, Inside, measure
+from llava_moslora.planning.on_meta import compute_as_on_gpu
+from llava_moslora.planning.setting import Batch, Model
+from llava_moslora.planning.states import NF4_BLOCK
+from llava_moslora.recompute import set_recompute
+
+# Of adapters.triton_dropout, which imports Triton
+KERNEL = {"PROGRAMS": 528, "ROWS": 64, "COLUMNS": 64, "RANK": 128}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one micro-batch on one GPU.
+
+    Args:
+        inputs: the batch itself: ids, labels and positions in int64, images in the model's dtype.
+        tower, projector, llm: kept between forward and backward; ``llm`` of all layers.
+        loss: kept by the final norm and the cross entropy.
+        in_loss: at most, beyond all that is kept, in the loss; its own kept tensors included.
+        in_layer: at most, beyond all that is kept but the loss's, in backward of a layer of the LLM.
+        in_tower: at most, beyond what the tower and the projector keep, in backward of those.
+    """
+
+    inputs: int
+    tower: int
+    projector: int
+    llm: int
+    loss: int
+    in_loss: int
+    in_layer: int
+    in_tower: int
+
+    @property
+    def kept(self) -> int:
+        return self.tower + self.projector + self.llm
+
+    @property
+    def working(self) -> int:
+        """At most alive beyond ``inputs`` and ``kept``: the peak is at the loss, where everything is kept, in the first
+        layer that goes backward, or, where the LLM keeps little, in the tower."""
+        return max(self.in_loss, self.in_layer, self.in_tower - self.llm)
+
+
+@lru_cache(maxsize=256)
+def activations(model: Model, recompute: str, batch: Batch) -> Activations:
+    """Of the largest micro-batch, with everything that goes through ``model``."""
+    mode, n = parse_recompute(recompute)
+    inner = _small_model(model, selective=mode == "selective")
+    # by a layer's index over both towers, as set_recompute counts: the tower's come first
+    tower_layers, llm_layers = model.tower_layers, model.llm_config.num_hidden_layers
+    recomputed = [mode != "none" and index % n == 0 for index in range(tower_layers + llm_layers)]
+    inside = _inside(model.bits)
+    dtype = model.dtype
+
+    x = torch.empty(batch.rows, batch.tokens, model.llm_config.hidden_size, dtype=dtype, device="meta")
+    llm = inner.model.language_model
+    with torch.no_grad():
+        arguments = _layer_arguments(llm, llm.layers[0], inputs_embeds=x, attention_mask=empty_mask(x), use_cache=False)
+    asks = any(p.requires_grad for p in inner.model.multi_modal_projector.parameters())
+    layers = {
+        on: _layer_cost(llm.layers[0], arguments, on, requires_grad=asks, inside=inside)
+        for on in set(recomputed[tower_layers:])
+    }
+    tower, vision_trained = _tower_costs(inner, batch, set(recomputed[:tower_layers]), dtype)
+    projected = _projector_cost(inner, batch, dtype, requires_grad=vision_trained)
+    loss = _loss_cost(inner, batch, dtype)
+
+    llm_kept = sum(layers[on].kept for on in recomputed[tower_layers:])
+    return Activations(
+        inputs=_inputs(model, batch),
+        tower=sum(tower[on].kept for on in recomputed[:tower_layers]),
+        projector=projected.kept,
+        llm=llm_kept,
+        loss=loss.kept,
+        in_loss=max(loss.forward, loss.kept + loss.backward),
+        in_layer=max(cost.backward for cost in layers.values()),
+        in_tower=max(projected.backward, *(max(cost.backward, cost.forward - cost.kept) for cost in tower.values())),
+    )
+
+
+@lru_cache(maxsize=16)
+def _small_model(model: Model, selective: bool) -> Llava:
+    """The model with one layer in each tower, in training mode, recomputing in the one way or the other."""
+    llm, vision = copy.deepcopy(model.llm_config), copy.deepcopy(model.vision_config)
+    vision.num_hidden_layers = 2  # the last one is cut off
+    llm.num_hidden_layers = 1
+    if getattr(llm, "layer_types", None):
+        llm.layer_types = llm.layer_types[:1]
+    small = model_on_meta(llm, vision, model.adapter, model.dtype).train()
+    inner = small.get_base_model() if isinstance(small, PeftModel) else small
+    compute_as_on_gpu(inner, model.attention)
+    set_recompute(small, "selective" if selective else "full")
+    if model.partitioned:  # ZeRO-3 hooks every module: the frozen linear is then computed by itself, the loss in one
+        for module in inner.modules():
+            module.register_forward_pre_hook(lambda *_: None)
+        inner.lm_head.weight.ds_id = 0
+    return inner
+
+
+class _Stop(Exception):
+    """Ends a forward at the layer whose arguments are wanted."""
+
+
+def _layer_arguments(part: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
+    """What ``layer`` is called with when ``part`` is called."""
+    found = []
+
+    def note(module, args, kwargs):
+        found.append((args, kwargs))
+        raise _Stop
+
+    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        part(*args, **kwargs)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _layer_cost(
+    layer: nn.Module, arguments: tuple[tuple, dict], recomputed: bool, requires_grad: bool, inside: Inside
+) -> Cost:
+    (x, *args), kwargs = arguments
+    layer.gradient_checkpointing = recomputed
+
+    def run(x: Tensor) -> Tensor:
+        output = layer(x, *args, **kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+    return measure(layer, run, torch.empty_like(x).requires_grad_(requires_grad), inside, (args, kwargs))
+
+
+def _tower_costs(inner: Llava, batch: Batch, modes: set[bool], dtype: torch.dtype) -> tuple[dict[bool, Cost], bool]:
+    """The cost of a tower's layer by whether it is recomputed, and whether anything goes backward through the tower."""
+    tower = inner.model.vision_tower
+    layer, size = tower.encoder.layers[0], inner.config.vision_config.image_size
+    with torch.no_grad():
+        pixels = torch.empty(batch.images, 3, size, size, dtype=dtype, device="meta")
+        arguments = _layer_arguments(tower, layer, pixels)
+    trained = any(p.requires_grad for p in tower.parameters())
+    costs = {on: _layer_cost(layer, arguments, on, requires_grad=trained, inside=_inside(16)) for on in modes}
+    return costs, trained
+
+
+def _projector_cost(inner: Llava, batch: Batch, dtype: torch.dtype, requires_grad: bool) -> Cost:
+    """From the tower's patches to the LLM's input; putting features in their places keeps them (``index_copy``)."""
+    projector, config = inner.model.multi_modal_projector, inner.config
+    patches = batch.images * tokens_per_image(config.vision_config)
+    x = torch.empty(patches, config.vision_config.hidden_size, dtype=dtype, device="meta")
+    embeds = torch.empty(batch.rows * batch.tokens, config.text_config.hidden_size, dtype=dtype, device="meta")
+    places = torch.empty(patches, dtype=torch.long, device="meta")
+
+    def run(x: Tensor) -> Tensor:
+        return embeds.index_copy(0, places, projector(x))
+
+    return measure(projector, run, x.requires_grad_(requires_grad), others=(embeds, places))
+
+
+def _loss_cost(inner: Llava, batch: Batch, dtype: torch.dtype) -> Cost:
+    """Of the LLM's final norm and the loss at the positions with a label."""
+    positions = torch.empty(batch.labels, dtype=torch.long, device="meta")
+    norm = inner.model.language_model.norm
+    x = torch.empty(batch.rows, batch.tokens, inner.config.text_config.hidden_size, dtype=dtype, device="meta")
+
+    def run(x: Tensor) -> Tensor:
+        return inner._summed_loss(norm(x).flatten(0, 1).index_select(0, positions), positions)
+
+    return measure(inner, run, x.requires_grad_(), others=positions)
+
+
+def _inputs(model: Model, batch: Batch) -> int:
+    """Ids and labels (B, T), positions of labels and placeholders, images in the model's dtype."""
+    pixels = batch.images * 3 * model.vision_config.image_size**2
+    places = batch.images * tokens_per_image(model.vision_config) + batch.labels
+    return 8 * (2 * batch.rows * batch.tokens + places) + pixels * model.dtype.itemsize
+
+
+def _inside(bits: int) -> Inside:
+    """What the adapted linears allocate inside (:mod:`llava_moslora.adapters.linear`), N rows, rank r, I and O wide.
+
+    Both ways u and its product with the mixer (N, r); backward their gradient, and the gradient of A (r, I) in float32,
+    which a GPU sums in parts. Over NF4 the weight in 16 bits and its scales in float32, made for one product and freed.
+    """
+
+    def inside(name: str, args: tuple) -> int:
+        if not name.startswith("llava_moslora::adapted_linear"):
+            return 0
+        backward = name.endswith("backward")
+        (x, weight), a = args[backward : backward + 2], args[9]
+        rows = x.shape[:-1].numel()
+        size = rows * len(a) * x.element_size() * (3 if backward else 2)
+        if backward:
+            size += gradient_parts(rows, *a.shape)
+        if bits == 4:
+            size += weight.element_size() * weight.numel() + 4 * (weight.numel() // NF4_BLOCK)
+        return size
+
+    return inside
+
+
+def gradient_parts(n: int, r: int, i: int) -> int:
+    """Bytes of the parts in which ``adapters.triton_dropout.dropped_outer`` sums A's gradient, and of their sum."""
+    blocks = math.ceil(i / KERNEL["COLUMNS"]) * math.ceil(r / KERNEL["RANK"])
+    rows = math.ceil(math.ceil(n / max(KERNEL["PROGRAMS"] // blocks, 1)) / KERNEL["ROWS"]) * KERNEL["ROWS"]
+    return 4 * r * i * (math.ceil(n / rows) + 1)

@@ -1,0 +1,60 @@
+"""Before a training loads its weights: what its plan says of the GPU that it is on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
+from llava_moslora.devices import DEVICES, GIB
+from llava_moslora.errors import Refusal
+from llava_moslora.planning.plan import Plan, make_plan
+from llava_moslora.planning.records import of_dataset, packed
+from llava_moslora.planning.report import verdict
+from llava_moslora.planning.request import Asked, make_request
+
+
+def plan_of_training(
+    model: ModelSettings, data: DataSettings, adapter: AdapterSettings, training: Mapping[str, Any], dataset: Dataset,
+    *, gpus: int, device: torch.device, deepspeed: dict[str, Any] | None,
+) -> Plan | None:  # fmt: skip
+    """The plan of a training on CUDA devices like ``device``; None where the planner does not know them.
+
+    Args:
+        model: with its three parts named.
+        training: the training flags' values by name, ``gradient_accumulation_steps`` resolved.
+        dataset: the prepared data.
+    """
+    properties = torch.cuda.get_device_properties(device)
+    known = next((name for name in DEVICES if name in properties.name), None)
+    if known is None:
+        return None
+    asked = Asked(known, gpus, tokens=1, labels=1)  # of the records: replaced below
+    request = make_request(
+        asked, model, data, adapter, training, training["gradient_accumulation_steps"], deepspeed, zeros={}
+    )
+    records = of_dataset(dataset, data)
+    if training.get("packing"):
+        records = packed(records, data.model_max_length)
+    return make_plan(replace(request, records=records, gib=properties.total_memory / GIB))
+
+
+def check_plan(plan: Plan) -> str:
+    """The plan's first line.
+
+    Raises:
+        Refusal: M-PLAN, even the least that the plan may need is more than the GPU has.
+    """
+    if plan.fits is False:
+        used, capacity = plan.memory, plan.request.capacity
+        raise Refusal(
+            "M-PLAN", "the GPU's memory is not enough for this training", found=f"{capacity / GIB:.1f} GiB",
+            expected=f"{used.low / GIB:.1f} GiB at least",
+            fix="scripts/plan.py with the same flags and --suggest names settings that fit; "
+            "--no_plan_check starts all the same",
+        )  # fmt: skip
+    return f"plan: {verdict(plan)}"

@@ -1,0 +1,142 @@
+"""From the flags of a training, or a run's record, to what a plan is made of. Configurations are read, no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
+from llava_moslora.data.prepare import find_prepared
+from llava_moslora.errors import Refusal
+from llava_moslora.models.llava_folder import name_parts
+from llava_moslora.models.llm import read_llm_config
+from llava_moslora.models.towers import tokens_per_image
+from llava_moslora.models.vision import read_vision_config
+from llava_moslora.planning.plan import Request, device_of
+from llava_moslora.planning.records import Records, assumed, of_dataset, packed
+from llava_moslora.planning.setting import Choice, Model, Zero
+from llava_moslora.planning.states import ADAM_BYTES, STATE_BYTES
+from llava_moslora.text.templates import recognise_template
+from llava_moslora.text.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Flags of the planner itself.
+
+    Args:
+        gpu: a name of ``devices.COMMAND_LINE``. gpus: N.
+        records, tokens, images, labels: of the data set, and of a record, where the data are not prepared.
+    """
+
+    gpu: str
+    gpus: int
+    records: int | None = None
+    tokens: int | None = None
+    images: int | None = None
+    labels: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "records", "tokens", "images", "labels"):
+            value, smallest = getattr(self, name), 0 if name == "images" else 1
+            if value is not None and value < smallest:
+                raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"at least {smallest}")
+
+
+def make_request(
+    asked: Asked,
+    model: ModelSettings,
+    data: DataSettings,
+    adapter: AdapterSettings,
+    training: Mapping[str, Any],
+    accumulation: int,
+    deepspeed: dict[str, Any] | None,
+    zeros: Mapping[str, dict[str, Any]],
+) -> Request:
+    """
+    Args:
+        training: values of the training flags by name.
+        accumulation: micro-batches per step on ``asked.gpus`` ranks.
+        deepspeed: the content of ``--deepspeed``.
+        zeros: DeepSpeed files to choose from, by path, with their content.
+
+    Raises:
+        Refusal: C-FLAG, an unknown GPU or a number out of range; whatever reading the configurations refuses.
+    """
+    device_name = device_of(asked.gpu)
+    model = name_parts(model)
+    llm, tower = read_llm_config(model.model_name_or_path), read_vision_config(model.tower)
+    bf16, fp16 = training.get("bf16"), training.get("fp16")
+    dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
+    zero = Zero.of(deepspeed)
+    parts = Model(llm, tower, adapter, dtype, model.bits, model.attn_implementation, zero.stage == 3)
+    file = training.get("deepspeed")
+    recompute = training.get("recompute") or ("full" if training.get("gradient_checkpointing") else "none")
+    choice = Choice(
+        int(training["per_device_train_batch_size"]), accumulation, recompute, model.bits, zero,
+        None if file is None else str(file),
+    )  # fmt: skip
+    optimizer = str(getattr(training.get("optim"), "value", training.get("optim")))
+    return Request(
+        model=parts,
+        choice=choice,
+        records=_records(asked, model, data, tokens_per_image(tower), packing=bool(training.get("packing"))),
+        device_name=device_name,
+        gpus=asked.gpus,
+        zeros=_zeros(choice, zeros, training, optimizer),
+        state_bytes=STATE_BYTES.get(optimizer, ADAM_BYTES),
+        epochs=float(training.get("num_train_epochs") or 1),
+        max_steps=int(training.get("max_steps") or -1),
+        workers=max(1, int(training.get("dataloader_num_workers") or 1)),
+        image_engine=data.image_engine,
+        save_steps=float(training.get("save_steps") or 500),
+        save_total_limit=training.get("save_total_limit"),
+    )
+
+
+def _zeros(
+    choice: Choice, files: Mapping[str, dict[str, Any]], training: Mapping[str, Any], optimizer: str
+) -> tuple[tuple[str | None, Zero], ...]:
+    """The DeepSpeed files that go with the flags, that of the flags first."""
+    own: tuple[tuple[str | None, Zero], ...] = ((choice.zero_file, choice.zero),)
+    if choice.zero.stage is None or optimizer in STATE_BYTES:  # an optimizer that not every stage can partition
+        return own
+    others = [(file, Zero.of(content)) for file, content in files.items()]
+    adam = optimizer in ("adamw_torch", "adamw_torch_fused")  # the only ones that can be offloaded
+    return own + tuple(
+        (file, zero)
+        for file, zero in others
+        if zero != choice.zero
+        and not (zero.stage == 0 and training.get("fp16"))
+        and not (zero.stage == 3 and training.get("sample_questions"))
+        and (adam or not zero.offload_optimizer)
+    )
+
+
+def _records(asked: Asked, model: ModelSettings, data: DataSettings, image_tokens: int, packing: bool) -> Records:
+    """Of the prepared data where there are any and no flag says otherwise, else from flags and assumptions."""
+    records = None
+    if asked.tokens is None and asked.labels is None:
+        records = _prepared(model, data, image_tokens)
+    if records is None:
+        images = asked.images
+        if images is None and data.image_folder is None and asked.tokens is not None:
+            images = 0
+        records = assumed(data.model_max_length, asked.records, asked.tokens, images, asked.labels, image_tokens)
+    return packed(records, data.model_max_length) if packing else records
+
+
+def _prepared(model: ModelSettings, data: DataSettings, image_tokens: int) -> Records | None:
+    if not all(Path(path).is_file() for path in data.data_path):
+        return None
+    try:
+        tokenizer = load_tokenizer(model.model_name_or_path)
+        template = model.version or recognise_template(tokenizer)
+    except Refusal:  # a folder with config.json alone: enough for a plan, not for a key of the cache
+        return None
+    dataset = find_prepared(data, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens)
+    return None if dataset is None else of_dataset(dataset, data)

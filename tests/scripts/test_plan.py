@@ -1,0 +1,113 @@
+"""scripts/plan.py: recipes, flags, run folders; its exit statuses, and one line for each wrong input."""
+
+import json
+import runpy
+import sys
+from types import SimpleNamespace
+
+import pytest
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from llava_moslora.errors import Refusal
+from support.launching import ROOT
+from support.planned import CLIP_L_336, LLAMA_3_8B
+
+SCRIPT = str(ROOT / "scripts" / "plan.py")
+RECIPE = str(ROOT / "scripts" / "llama3_8b_moslora.sh")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Configurations of the real parts, and no weights."""
+    folder = tmp_path_factory.mktemp("planned")
+    LlamaConfig(**LLAMA_3_8B, max_position_embeddings=8192).save_pretrained(folder / "llm")
+    CLIPVisionConfig(**CLIP_L_336).save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture
+def plan(folders, monkeypatch, capsys):
+    """``plan(*arguments, **environment)``: the script's exit status and what it prints."""
+
+    def run(*arguments, **environment) -> SimpleNamespace:
+        for name, value in ({"LLM": folders / "llm", "TOWER": folders / "clip"} | environment).items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, arguments)])
+        monkeypatch.chdir(ROOT)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(SCRIPT)["main"]()
+        return SimpleNamespace(status=ended.value.code, stdout=capsys.readouterr().out)
+
+    return run
+
+
+def test_a_recipe_is_planned_from_configurations_alone(plan):
+    done = plan("--config", RECIPE, "--gpu", "h100-80", "--gpus", 4, "--records", 665_298, "--json")
+    assert done.status == 0
+    found = json.loads(done.stdout)
+    assert found["gpus"] == 4 and found["steps"] == 10_396 and found["fits"] is True
+    assert sum(found["memory"].values()) == found["peak"]
+    assert found["hours"][0] < found["hours"][1]
+
+
+def test_flags_behind_a_recipe_win_and_what_does_not_fit_is_status_6(plan):
+    small = ["--config", RECIPE, "--gpu", "l4", "--gpus", 1]
+    done = plan(*small)
+    assert done.status == 6 and done.stdout.startswith("does not fit on 1 × L4")
+    done = plan(*small, "--bits", 4, "--per_device_train_batch_size", 1)
+    assert done.status == 0
+
+
+def test_suggestions_and_bars(plan):
+    done = plan("--config", RECIPE, "--gpu", "h100-80", "--tokens", 900, "--labels", 130, "--suggest")
+    assert done.status == 0
+    assert "█" in done.stdout and "fastest that fits" in done.stdout and "--recompute" in done.stdout
+
+
+def test_a_run_folder_and_its_prepared_data(plan, parts, tmp_path):
+    """A run of the tiny parts, planned again from its run.json, with the lengths that its data have."""
+    from support.training_runs import train
+
+    run = tmp_path / "run"
+    train(parts, run, max_steps=1)
+    done = plan("--config", run, "--gpu", "a100-80", "--json")
+    assert done.status == 0
+    found = json.loads(done.stdout)
+    assert found["records"] == "the prepared data" and found["steps"] == 1
+
+
+def test_bare_flags(plan, folders):
+    given = ["--model_name_or_path", folders / "llm", "--vision_tower", folders / "clip", "--bf16", "True"]
+    given += ["--deepspeed", ROOT / "zero_configs" / "zero1.json", "--per_device_train_batch_size", 1]
+    given += ["--recompute", "full", "--tokens", 2048, "--labels", 200]
+    done = plan("--gpu", "h100-80", *given)
+    assert done.status == 0
+    assert "1 × 2048 tokens, 1 images, 200 labels" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpu", "h100-81", "--config", RECIPE], "--gpu: unknown GPU; found h100-81"),
+        (["--gpu", "h100-80", "--gpus", "0"], "--gpus: out of range; found 0"),
+        (["--config", RECIPE], "--gpu: missing flag"),
+        (["--gpu", "h100-80"], "--model_name_or_path"),
+        (["--gpu", "h100-80", "--config", "missing.yaml"], "missing.yaml:--config: no such file"),
+        (["--gpu", "h100-80", "--config", "missing.sh"], "missing.sh:--config: no such file"),
+        (["--gpu", "h100-80", "--config", str(ROOT / "docs")], "not a run folder"),
+        (["--gpu", "h100-80", "--config", str(ROOT / "scripts" / "recipe_defaults.sh")], "starts no training"),
+        (["--gpu", "h100-80", "--gpus", "3", "--config", RECIPE], "--global_batch_size: not a multiple"),
+        (["--gpu", "h100-80", "--config", RECIPE, "--recompute", "some"], "--recompute: unknown way"),
+        (["--gpu", "h100-80", "--config", RECIPE, "--tokens", "0"], "--tokens: out of range"),
+    ],
+)
+def test_a_wrong_input_is_refused(plan, arguments, says):
+    with pytest.raises(Refusal) as refused:
+        plan(*arguments)
+    assert says in str(refused.value) and refused.value.exit_status == 2
+
+
+def test_a_recipe_whose_folders_are_missing_is_refused(plan):
+    with pytest.raises(Refusal, match="nowhere/llm:--model_name_or_path: no such folder"):
+        plan("--gpu", "h100-80", "--config", RECIPE, LLM="nowhere/llm")
