@@ -149,7 +149,7 @@ def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str
 def print_plan(
     model: ModelSettings, data: DataSettings, adapter: AdapterSettings, args: TrainingArguments, dataset: Dataset
 ) -> None:
-    """The plan's first line, or a refusal where the GPU's memory cannot be enough; nothing on a CPU, or on text alone."""
+    """The plan's first line, or a refusal where the GPU's memory cannot be enough; of text alone and on a CPU none."""
     if model.text_only or not (args.plan_check and args.device.type == "cuda" and args.process_index == 0):
         return
     deepspeed = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
