@@ -23,7 +23,7 @@ from llava_moslora.noise import quiet_libraries
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
-    parser.add_argument("model", help="the --output_dir of a training, or an export of --format hf")
+    parser.add_argument("model", help="the --output_dir of a training, or an export of --format hf or llm")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image for the first question")
     parser.add_argument("--system", metavar="TEXT", help="a system message; default: the template's own, if it has one")
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="longest answer; default: 512")

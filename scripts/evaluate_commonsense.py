@@ -47,11 +47,11 @@ from llava_moslora.evaluation.commonsense import (
     score,
     table,
 )
-from llava_moslora.evaluation.output import locked
+from llava_moslora.evaluation.output import locked, new_output
 from llava_moslora.files.disk import read_json, replace_file, replace_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.inference.load import load
-from llava_moslora.runs.checkpoints import newest_checkpoint
+from llava_moslora.runs.checkpoints import model_checkpoint
 from llava_moslora.runs.record import RUN
 
 
@@ -59,8 +59,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     harness()
     files = find_files(args.data, args.sets)
-    output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    output = new_output(args.output)
     with locked(output / ".lock"):
         scores = evaluate(args, files, output)
     text = table(scores, args.paper)
@@ -72,7 +71,7 @@ def main() -> None:
 def evaluate(args: argparse.Namespace, files: dict[str, Path], output: Path) -> dict[str, SetScore]:
     """Ask what is not in ``output`` yet; the model is loaded only if anything is asked."""
     folder = Path(args.model)
-    checkpoint = newest_checkpoint(folder) if (folder / RUN).is_file() else None
+    checkpoint = model_checkpoint(folder) if (folder / RUN).is_file() else None
     header = source_header(folder, checkpoint) | {"batch_size": args.batch_size, "limit": args.limit}
     model, scores = None, {}
     for name, file in files.items():

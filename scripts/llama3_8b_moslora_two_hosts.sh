@@ -18,7 +18,9 @@
 # gloo and NCCL choose their network card themselves; where they choose wrong, name it:
 # GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0.
 set -euo pipefail
-source "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}/scripts/recipe_defaults.sh"  # SLURM runs a copy of this file
+FOLDER=$(dirname "$0")
+[ -f "$FOLDER/recipe_defaults.sh" ] || FOLDER=${SLURM_SUBMIT_DIR:?}/scripts  # SLURM runs a copy of this file
+source "$FOLDER/recipe_defaults.sh"
 
 LLM=${LLM:-playground/models/Meta-Llama-3-8B-Instruct}
 PROJECTOR=${PROJECTOR:-playground/runs/llama3-8b-pretrain/checkpoint-2181/projector}

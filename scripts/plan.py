@@ -89,9 +89,9 @@ def read_settings(own: argparse.Namespace, flags: list[str]) -> tuple[int, Setti
     elif config is not None:
         words = ["--config", str(config), *flags]
     if "--output_dir" not in words and (config is None or config.suffix == ".sh"):
-        words += ["--output_dir", "planned"]
+        words = ["--output_dir", "planned", *words]
     if "--data_path" not in words and config is None:
-        words += ["--data_path", "unknown"]
+        words = ["--data_path", "unknown", *words]
     return gpus or 1, parse(words)
 
 

@@ -45,14 +45,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     count = len(args.model) + args.compare_untrained
     if count > 2:
         raise Refusal("C-FLAG", "one or two models", key="model", found=f"{count} models")
-    args.names = args.names or [Path(model).name for model in args.model] + ["untrained"] * args.compare_untrained
+    args.names = args.names or default_names(args.model) + ["untrained"] * args.compare_untrained
     if len(args.names) != count:
         raise Refusal("C-FLAG", "one name for each model", key="--names", found=len(args.names), expected=count)
+    if len(set(args.names)) < count:
+        raise Refusal("C-FLAG", "two models of one name", key="--names", found=" ".join(args.names))
     if not 0 < args.max_seconds < math.inf:
         raise Refusal("C-FLAG", "out of range", key="--max_seconds", found=args.max_seconds, expected="above 0")
     if args.max_waiting < 1:
         raise Refusal("C-FLAG", "out of range", key="--max_waiting", found=args.max_waiting, expected="at least 1")
     return args
+
+
+def default_names(models: list[str]) -> list[str]:
+    """Their folders' names; of two that are alike, the paths as given."""
+    names = [Path(model).resolve().name for model in models]
+    return names if len(set(names)) == len(names) else models
 
 
 if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take

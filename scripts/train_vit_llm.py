@@ -22,6 +22,7 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
     run_script(lambda: parse(sys.argv[1:], __doc__))
     quiet_libraries()
 
+import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerState, set_seed
@@ -98,7 +99,7 @@ def main() -> None:
     trained, validation, keys = validation_data(dataset, data_settings, prepare_alike)
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
     sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
-    print_plan(model_settings, data_settings, adapter_settings, args, dataset)
+    print_plan(model_settings, data_settings, adapter_settings, args, dataset, trained)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
     model_settings = replace(model_settings, version=template)
@@ -147,15 +148,21 @@ def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str
 
 
 def print_plan(
-    model: ModelSettings, data: DataSettings, adapter: AdapterSettings, args: TrainingArguments, dataset: Dataset
-) -> None:
+    model: ModelSettings, data: DataSettings, adapter: AdapterSettings, args: TrainingArguments, dataset: Dataset,
+    trained: np.ndarray | None,
+) -> None:  # fmt: skip
     """The plan's first line, or a refusal where the GPU's memory cannot be enough; of text alone and on a CPU none."""
     if model.text_only or not (args.plan_check and args.device.type == "cuda" and args.process_index == 0):
         return
     deepspeed = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
-    plan = plan_of_training(
-        model, data, adapter, vars(args), dataset, gpus=args.world_size, device=args.device, deepspeed=deepspeed
-    )
+    try:
+        plan = plan_of_training(
+            model, data, adapter, vars(args), dataset, rows=trained, gpus=args.world_size, device=args.device,
+            deepspeed=deepspeed,
+        )  # fmt: skip
+    except Exception as error:  # what is only advice does not end a training
+        print(f"no plan of the memory: {error}")
+        return
     if plan is not None:
         print(check_plan(plan))
 

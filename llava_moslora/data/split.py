@@ -142,4 +142,5 @@ def _name_of(path: str) -> str:
     """A set's name from its file: the stem, or of a pattern the folder's name."""
     place = Path(path)
     name = place.parent.name if "*" in place.name or "?" in place.name else place.stem
-    return re.sub(r"[^\w.-]", "_", name) or "validation"
+    # logged as eval_NAME_loss: transformers takes a name that begins so for one that is complete
+    return re.sub(r"[^\w.-]", "_", name).removeprefix("eval_") or "validation"

@@ -23,6 +23,7 @@ from typing import Any
 from llava_moslora.errors import Refusal, few
 from llava_moslora.evaluation import kit_process
 from llava_moslora.evaluation.ask import Header, Questions, read_answers
+from llava_moslora.evaluation.judge import KEY
 from llava_moslora.evaluation.reading import RULES
 from llava_moslora.evaluation.results import TABLE, markdown
 from llava_moslora.evaluation.rows import Row
@@ -127,7 +128,8 @@ def _tables(
     (work / "job.json").write_text(json.dumps(job, ensure_ascii=False), encoding="utf-8")
     settings = {"LMUData": str(work.resolve()), "PRED_FORMAT": "tsv", "EVAL_FORMAT": "csv", "HF_HUB_OFFLINE": "1"}
     print("VLMEvalKit scores the same answers …", file=sys.stderr, flush=True)
-    done = _run([kit.python, kit_process.__file__, "job.json", "result.json"], os.environ | settings, work)
+    inherited = {name: value for name, value in os.environ.items() if name != KEY}  # it has no use for a judge's key
+    done = _run([kit.python, kit_process.__file__, "job.json", "result.json"], inherited | settings, work)
     if done.returncode == -signal.SIGKILL:
         what = "VLMEvalKit was killed, as the system does for lack of memory"
         raise Refusal("E-MEMORY", what, file=kit.python, fix="a machine with more memory; our scores are written")

@@ -202,6 +202,10 @@ def read_scores(output: str | Path, trained: TrainedRun) -> dict[str, Any]:
         evaluation_results(content)
         asked = [(header["model"], header["checkpoint"]) for header in headers]
         source = Path(content["source"])
+        for needed in ("llava_moslora", "conditions"):
+            content[needed]
+        for one in content["benchmarks"].values():
+            one["interval"], one["remarks"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Refusal("K-JSON", "not the results of an evaluation", file=file, found=repr(error)) from error
     ours = sha256(trained.checkpoint / MANIFEST)

@@ -156,12 +156,16 @@ def _data(trained: TrainedRun) -> str:
         share = one["seen_per_epoch"] / (one["kept"] or 1)
         often = "" if share == 1 else f", each seen {share:g} times per epoch"
         lines.append(f"- `{_file_name(one['file'])}`: {one['kept']:,} records of {one['records']:,}{often}")
-    total = f"In all {report['images']:,} images and {report['trained_tokens']:,} tokens of answers trained on."
+    data = trained.record.data
+    images = "" if trained.text_only else f"{report['images']:,} images and "
+    total = f"In all {images}{report['trained_tokens']:,} tokens{'' if data.train_on_prompt else ' of answers'}."
+    if data.validation_split:
+        total += f" Of these records a share of {data.validation_split:g} was held out and not trained on."
     return "\n".join([*lines, "", total])
 
 
 def _file_name(path: str) -> str:
-    return path if path.startswith(HUB) else path.rsplit("/", 1)[-1]
+    return path if path.startswith(HUB) else path.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _measured(trained: TrainedRun, scores: dict | None) -> str:

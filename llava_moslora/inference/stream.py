@@ -89,7 +89,7 @@ def _positions_left(chat_model: ChatModel, prompt: int) -> int:
     Raises:
         Refusal: D-LENGTH, none.
     """
-    if (positions := longest_text(chat_model.model.config.text_config)) is None:
+    if (positions := longest_text(chat_model.model.config.get_text_config())) is None:
         return 2**31
     if prompt >= positions:
         raise Refusal(

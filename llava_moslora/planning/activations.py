@@ -188,7 +188,7 @@ def _loss_cost(inner: Llava, batch: Batch, dtype: torch.dtype) -> Cost:
     x = torch.empty(batch.rows, batch.tokens, inner.config.text_config.hidden_size, dtype=dtype, device="meta")
 
     def run(x: Tensor) -> Tensor:
-        return inner._summed_loss(norm(x).flatten(0, 1).index_select(0, positions), positions)
+        return inner._summed_loss(norm(x).flatten(0, 1).index_select(0, positions), positions)[0]
 
     return measure(inner, run, x.requires_grad_(), others=positions)
 

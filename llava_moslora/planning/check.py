@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 
@@ -13,34 +14,34 @@ from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.devices import DEVICES, GIB
 from llava_moslora.errors import Refusal
 from llava_moslora.planning.plan import Plan, make_plan
-from llava_moslora.planning.records import of_dataset, packed
+from llava_moslora.planning.records import of_dataset
 from llava_moslora.planning.report import verdict
 from llava_moslora.planning.request import Asked, make_request
 
 
 def plan_of_training(
     model: ModelSettings, data: DataSettings, adapter: AdapterSettings, training: Mapping[str, Any], dataset: Dataset,
-    *, gpus: int, device: torch.device, deepspeed: dict[str, Any] | None,
+    *, rows: np.ndarray | None = None, gpus: int, device: torch.device, deepspeed: dict[str, Any] | None,
 ) -> Plan | None:  # fmt: skip
-    """The plan of a training on CUDA devices like ``device``; None where the planner does not know them.
+    """The plan of a training on CUDA devices like ``device``; None where the planner does not know them, or packing,
+    of which it knows only an upper bound.
 
     Args:
         model: with its three parts named.
         training: the training flags' values by name, ``gradient_accumulation_steps`` resolved.
-        dataset: the prepared data.
+        dataset: the prepared data. rows: of them that are trained on; None: all.
     """
     properties = torch.cuda.get_device_properties(device)
     known = next((name for name in DEVICES if name in properties.name), None)
-    if known is None:
+    if known is None or training.get("packing"):
         return None
     asked = Asked(known, gpus, tokens=1, labels=1)  # of the records: replaced below
     request = make_request(
         asked, model, data, adapter, training, training["gradient_accumulation_steps"], deepspeed, zeros={}
     )
-    records = of_dataset(dataset, data)
-    if training.get("packing"):
-        records = packed(records, data.model_max_length)
-    return make_plan(replace(request, records=records, gib=properties.total_memory / GIB))
+    records = of_dataset(dataset, data, rows, seed=int(training.get("seed") or 0))
+    request = replace(request, records=records, gib=properties.total_memory / GIB)
+    return make_plan(request, with_largest=False)
 
 
 def check_plan(plan: Plan) -> str:

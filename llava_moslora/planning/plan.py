@@ -94,7 +94,7 @@ class Request:
 class Plan:
     """
     Args:
-        largest: the largest micro-batch that fits, all else as it is; 0: none.
+        largest: the largest micro-batch that fits, all else as it is; 0: none, or not looked for.
         disk: bytes by what they are for. host: bytes of one host's memory, likewise.
         suggestions: the fastest settings that fit, the fastest first; empty where not asked for, or where none fits.
     """
@@ -112,7 +112,7 @@ class Plan:
         return self.memory.fits(self.request.capacity)
 
 
-def make_plan(request: Request, *, with_suggestions: bool = False) -> Plan:
+def make_plan(request: Request, *, with_suggestions: bool = False, with_largest: bool = True) -> Plan:
     choice, counts = request.choice, request.counts
     used = request.memory(choice)
     suggestions = []
@@ -120,11 +120,12 @@ def make_plan(request: Request, *, with_suggestions: bool = False) -> Plan:
         suggestions = suggest(
             choice, request.zeros, request.gpus, request.fits, lambda other: request.duration(other).step
         )
+    largest = largest_micro_batch(choice, lambda c: request.fits(replace(c, accumulation=1))) if with_largest else 0
     return Plan(
         request=request,
         memory=used,
         duration=request.duration(choice),
-        largest=largest_micro_batch(choice, lambda c: request.fits(replace(c, accumulation=1))),
+        largest=largest,
         disk=_disk(request, counts),
         host=_host(request, counts, used),
         suggestions=suggestions,

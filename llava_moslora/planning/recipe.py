@@ -69,9 +69,11 @@ def read_recipe(script: Path, gpus: int | None) -> Call:
     if at is None:
         raise Refusal("C-RECIPE", "the recipe starts something else", file=script, found=" ".join(words[1:4]))
     launcher, flags = words[:at], words[at + 1 :]
-    return Call(
-        flags, _number_after(launcher, ("--num_gpus", "--num_accelerators", "--nproc_per_node")), Path(call["folder"])
-    )
+    gpus, hosts = _number_after(launcher, PER_HOST), _number_after(launcher, ("--nnodes",))
+    return Call(flags, gpus and gpus * (hosts or 1), Path(call["folder"]))
+
+
+PER_HOST = ("--num_gpus", "--num_accelerators", "--nproc_per_node")
 
 
 def _number_after(words: list[str], flags: tuple[str, ...]) -> int | None:

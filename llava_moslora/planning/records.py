@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.compute as pc
@@ -38,6 +38,8 @@ class Records:
     source: str
     dataset: Dataset | None = None
     settings: DataSettings | None = None
+    rows: np.ndarray | None = None  # of the data set that are trained on; None: all
+    seed: int = 0
 
     def flops(self, per: Flops) -> float:
         """Of a record, on average."""
@@ -56,7 +58,8 @@ class Records:
         if micro_batch * accumulation * gpus > self.count:
             return most
         shape = {"per_device_batch_size": micro_batch, "accumulation": accumulation, "world_size": gpus}
-        order = GlobalBatchSampler.of(self.dataset, self.settings, **shape).epoch_order()
+        sampler = GlobalBatchSampler.of(self.dataset, self.settings, records=self.rows, seed=self.seed, **shape)
+        order = sampler.epoch_order()
         batches = order.reshape(-1, micro_batch, gpus)  # a micro-batch of all ranks, dealt in turn
         per_record = _columns(self.dataset)
         return Batch(
@@ -67,12 +70,19 @@ class Records:
         )
 
 
-def of_dataset(dataset: Dataset, settings: DataSettings) -> Records:
-    """From prepared data."""
+def of_dataset(dataset: Dataset, settings: DataSettings, rows: np.ndarray | None = None, *, seed: int = 0) -> Records:
+    """From prepared data.
+
+    Args:
+        rows: of the data set that are trained on; None: all. seed: of their order.
+    """
     columns = {name: values.astype(float) for name, values in _columns(dataset).items()}
+    if rows is not None:
+        columns = {name: values[np.asarray(rows)] for name, values in columns.items()}
+    alone = {"per_device_batch_size": 1, "accumulation": 1, "world_size": 1}
     means = {name: float(values.mean()) for name, values in columns.items()}
     return Records(
-        count=len(dataset),
+        count=GlobalBatchSampler.of(dataset, settings, records=rows, **alone).records_per_epoch,
         tokens=means["length"],
         pairs=float((columns["length"] ** 2).mean()),
         labels=means["trained"],
@@ -83,6 +93,8 @@ def of_dataset(dataset: Dataset, settings: DataSettings) -> Records:
         source="the prepared data",
         dataset=dataset,
         settings=settings,
+        rows=rows,
+        seed=seed,
     )
 
 
@@ -111,18 +123,6 @@ def assumed(
         most_labels=most_labels,
         most_images=images,
         source=source,
-    )
-
-
-def packed(records: Records, longest: int) -> Records:
-    """With ``--packing`` a row is full: as many records as go into ``longest`` tokens."""
-    in_row = max(1, int(longest / records.tokens))
-    return replace(
-        records,
-        longest=longest,
-        most_images=max(records.most_images, -(-int(records.images * 2 * in_row) // 2)),
-        most_labels=min(longest, max(records.most_labels, round(in_row * records.labels))),
-        dataset=None,
     )
 
 

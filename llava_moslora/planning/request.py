@@ -17,7 +17,7 @@ from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.planning.plan import Request, device_of
-from llava_moslora.planning.records import Records, assumed, of_dataset, packed
+from llava_moslora.planning.records import Records, assumed, of_dataset
 from llava_moslora.planning.setting import Choice, Model, Zero
 from llava_moslora.planning.states import ADAM_BYTES, STATE_BYTES
 from llava_moslora.text.templates import recognise_template
@@ -69,6 +69,11 @@ def make_request(
     """
     device_name = device_of(asked.gpu)
     model = name_parts(model)
+    if model.text_only:
+        raise Refusal(
+            "C-FLAG", "an LLM alone is not planned", key="--vision_tower", found="nothing",
+            fix="give the vision tower, or a complete LLaVA",
+        )  # fmt: skip
     llm, tower = read_llm_config(model.model_name_or_path), read_vision_config(model.tower)
     bf16, fp16 = training.get("bf16"), training.get("fp16")
     dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
@@ -84,7 +89,7 @@ def make_request(
     return Request(
         model=parts,
         choice=choice,
-        records=_records(asked, model, data, tokens_per_image(tower), packing=bool(training.get("packing"))),
+        records=_records(asked, model, data, tokens_per_image(tower)),
         device_name=device_name,
         gpus=asked.gpus,
         zeros=_zeros(choice, zeros, training, optimizer),
@@ -117,7 +122,7 @@ def _zeros(
     )
 
 
-def _records(asked: Asked, model: ModelSettings, data: DataSettings, image_tokens: int, packing: bool) -> Records:
+def _records(asked: Asked, model: ModelSettings, data: DataSettings, image_tokens: int) -> Records:
     """Of the prepared data where there are any and no flag says otherwise, else from flags and assumptions."""
     records = None
     if asked.tokens is None and asked.labels is None:
@@ -127,7 +132,7 @@ def _records(asked: Asked, model: ModelSettings, data: DataSettings, image_token
         if images is None and data.image_folder is None and asked.tokens is not None:
             images = 0
         records = assumed(data.model_max_length, asked.records, asked.tokens, images, asked.labels, image_tokens)
-    return packed(records, data.model_max_length) if packing else records
+    return records
 
 
 def _prepared(model: ModelSettings, data: DataSettings, image_tokens: int) -> Records | None:

@@ -84,7 +84,7 @@ class EvaluatingTrainer(Trainer):
         if published and rank() == 0:
             folder = checkpoint_of(self.args.run_folder, self.state.global_step)
             add_facts(folder, validation_facts(self.args, self.state))
-        return is_best
+        return is_best or self.control.should_save  # early stopping and signals save a step that is not the best
 
     def evaluate_first(self) -> None:
         """Before the first step of this call: what ``--eval_on_start`` asks for, or the evaluation that a signal kept

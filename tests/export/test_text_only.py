@@ -11,6 +11,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.export.export import TARGETS, export
 from llava_moslora.inference.generate import answer, first_logits
 from llava_moslora.inference.load import load
+from llava_moslora.inference.stream import stream
 from llava_moslora.text.conversation import Turn
 from support.export_runs import probe_here
 from support.text_runs import text_flags, write_alpaca
@@ -59,7 +60,9 @@ def test_the_merged_llm(run, expected, tmp_path, monkeypatch, parts):
     card = (folder / "README.md").read_text()
     assert "pipeline_tag: text-generation" in card and "An LLM tuned with MoSLoRA" in card and "vision" not in card
     question = ([], [Turn("human", "Name a colour.")])  # and our own loader opens it
-    assert list(answer(load(folder), [question])) == list(answer(load(run), [question]))
+    (whole,) = answer(load(folder), [question])
+    assert [whole] == list(answer(load(run), [question]))
+    assert "".join(stream(load(folder), question, max_new_tokens=64)) == whole
 
 
 def test_the_plain_lora(run, expected, tmp_path, monkeypatch, parts):

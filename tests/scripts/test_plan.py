@@ -93,6 +93,10 @@ def test_bare_flags(plan, folders):
         (["--gpu", "h100-80", "--gpus", "0"], "--gpus: out of range; found 0"),
         (["--config", RECIPE], "--gpu: missing flag"),
         (["--gpu", "h100-80"], "--model_name_or_path"),
+        (
+            ["--gpu", "h100-80", "--config", str(ROOT / "scripts" / "llama3_8b_commonsense_lora.sh")],
+            "an LLM alone is not",
+        ),
         (["--gpu", "h100-80", "--config", "missing.yaml"], "missing.yaml:--config: no such file"),
         (["--gpu", "h100-80", "--config", "missing.sh"], "missing.sh:--config: no such file"),
         (["--gpu", "h100-80", "--config", str(ROOT / "docs")], "not a run folder"),
