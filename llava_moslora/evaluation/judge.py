@@ -7,7 +7,8 @@ model, so that replies of several judges never mix; a second evaluation sends on
     {"header": {"benchmark": "mmvet", "judge_prompts": "…"}}
     {"index": "v1_0", "request": "6fb1…", "judge": "gpt-4-1106-preview", "host": "api.openai.com", "reply": "0.5"}
 
-The key, if the server wants one, is OPENAI_API_KEY of the environment; it is sent to that server and nowhere else.
+The key, if the server wants one, is OPENAI_API_KEY of the environment; it is sent to that server and nowhere else (but
+for a proxy that the environment names).
 """
 
 from __future__ import annotations
