@@ -100,8 +100,9 @@ def write_kit(
 def _opening(kit: str, pairs: int) -> str:
     return (
         f'<main data-kit="{kit}"></main><p>{pairs} pairs. Both images of a pair were made for the same text; '
-        "the photos show the subject that they should show. Please answer both questions of every pair, then save the "
-        "answers and send the file back.</p><p><label>Your name or number: <input id=person autocomplete=off></label></p>"
+        "the photos show the subject that they should show. Please answer both questions of every pair, then save "
+        "the answers and send the file back.</p><p>"
+        "<label>Your name or number: <input id=person autocomplete=off></label></p>"
     )
 
 
