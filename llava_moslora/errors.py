@@ -331,6 +331,8 @@ def _save_report(report: str) -> Path | None:
 
 def _place_of_output(*flags: str) -> Path | None:
     """What the command writes: for an error that names no file."""
+    if not (flags or _stdout_works()):
+        return Path("standard output")
     words = dict(itertools.pairwise(part for word in sys.argv[1:] for part in word.split("=", 1)))
     flags = flags or ("--output_dir", "--output", "--report_dir", "--data_cache")
     return next((Path(words[flag]) for flag in flags if flag in words), None)

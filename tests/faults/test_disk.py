@@ -206,7 +206,14 @@ def test_a_save(warm_server, parts, tmp_path, world):
         assert campaign.state_of(tmp_path / run) == campaign.final
 
 
-MOUNTED = 'mount -t tmpfs -o size=4m tmpfs "$0" && exec "$@"'
+def without_a_look_at_the_space() -> None:
+    """A hook: else a training that will not fit is refused before its first write."""
+    import train_vit_llm
+
+    train_vit_llm.check_space = lambda *_, **__: None
+
+
+MOUNTED = 'mount -t tmpfs -o size=16m tmpfs "$0" && exec "$@"'
 
 
 def test_a_small_file_system(parts, tmp_path):
@@ -221,7 +228,8 @@ def test_a_small_file_system(parts, tmp_path):
         inside = mounted.seen(place)
 
         def launch(name: str):
-            return mounted.launch(command.words, tmp_path / name)
+            hooks = [["faults.test_disk:without_a_look_at_the_space", {}]]
+            return mounted.launch(command.words, tmp_path / name, hooks=hooks)
 
         whole = launch("whole")
         assert whole.succeeded, whole.printed()[-2000:]

@@ -281,9 +281,9 @@ class Record:
     """The tallies of campaigns in a JSON file, so that a later call goes on; without a file nothing is kept."""
 
     def __init__(self, file: Path | None, facts: dict):
-        self.file, self.facts = file, facts
         stored = json.loads(file.read_text()) if file is not None and file.is_file() else {}
-        rows = [Tally(**row) for row in stored.get("rows", [])]
+        rows = [Tally(**row) for row in stored.pop("rows", [])]
+        self.file, self.facts = file, stored | facts
         self.tallies = {tally.name: tally for tally in rows}
 
     def keep(self, tally: Tally) -> None:
