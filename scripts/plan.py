@@ -12,6 +12,7 @@ Exit status: 0 it fits, 6 it does not, 7 it may or may not; 2 and 3 as everywher
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -106,9 +107,19 @@ def zero_files() -> dict[str, dict[str, Any]]:
     return {f"{ZERO_CONFIGS}/{file.name}": read_deepspeed_config(file) for file in files}
 
 
+def leave_out_compiler() -> None:
+    """bitsandbytes asks for compiled functions when it is imported, and torch then imports its compiler, which takes
+    seconds; a plan runs none of them. Does nothing under a torch that has no default to set."""
+    with contextlib.suppress(ImportError):
+        from torch.compiler import set_default_backend
+
+        set_default_backend("eager")
+
+
 if __name__ == "__main__":  # wrong flags are answered here, before the seconds that these imports take
     run_script(read_command)
     quiet_libraries()
+    leave_out_compiler()
 
 from llava_moslora.files.disk import replace_file
 from llava_moslora.planning.plan import make_plan
