@@ -8,6 +8,7 @@ Complete calls for published models are in scripts/*.sh. scripts/export.py makes
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
@@ -102,9 +103,7 @@ def main() -> None:
     trained, validation, keys = validation_data(dataset, data_settings, prepare_alike)
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
     sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
-    planned = cache(partial(make_plan, model_settings, data_settings, adapter_settings, args, dataset, trained))
-    if main_process and (plan := planned()) is not None and args.plan_check:
-        print(check_plan(plan))
+    plan, seen = plan_first(model_settings, data_settings, adapter_settings, args, dataset, trained)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
     model_settings = replace(model_settings, version=template)
@@ -118,10 +117,9 @@ def main() -> None:
     model = build_model(model_settings, adapter_settings, args, tokenizer)
     print_once(parameter_table(model))
     trainer = MosLoraTrainer(
-        model=model, args=args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption],
+        model, args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption, seen],
         data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing), eval_dataset=validation,
     )  # fmt: skip
-    trainer.add_callback(SeenSteps(run, planned() if main_process else None))
     if args.sample_questions:
         trainer.add_callback(sample_answers(args, ChatModel(model, tokenizer, template, transform), data_settings))
     trainer.create_optimizer()  # before the first file is written: --optim may be refused
@@ -139,8 +137,7 @@ def main() -> None:
 
     # 7. Train
     print_once(opening_line(args, checkpoint))
-    with advice_where_memory_ends(planned):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    advice_where_memory_ends(plan)(trainer.train)(None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
     print_once(closing_line(run, trainer.state, " --format llm" if text_only else ""))
     if lock is not None:
@@ -152,6 +149,16 @@ def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str
     image_tokens = tokens_per_image(read_vision_config(model.tower))
     processor = read_image_settings(model.tower)
     return image_tokens, processor, ImageTransform.from_settings(processor, data)
+
+
+def plan_first(*settings: Any) -> tuple[Callable[[], Plan | None], SeenSteps]:
+    """:func:`make_plan` of these, made once, and what sets it beside the first steps. Its first line is printed, or
+    what cannot fit refused, before anything is loaded."""
+    planned, args = cache(partial(make_plan, *settings)), settings[3]
+    plan = planned() if args.process_index == 0 else None
+    if plan is not None and args.plan_check:
+        print(check_plan(plan))
+    return planned, SeenSteps(args.run_folder, plan)
 
 
 def make_plan(

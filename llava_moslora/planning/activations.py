@@ -21,12 +21,13 @@ from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.attention import empty_mask
 from llava_moslora.models.llava import Llava, TextLlm
 from llava_moslora.models.towers import tokens_per_image
-from llava_moslora.planning.meter import Cost, Inside, measure
+from llava_moslora.planning.meter import ROUNDED_TO, Cost, Inside, measure
 from llava_moslora.planning.on_meta import compute_as_on_gpu
 from llava_moslora.planning.setting import Batch, Model
 from llava_moslora.planning.states import NF4_BLOCK
 from llava_moslora.recompute import set_recompute
 
+SCALARS = 4 * ROUNDED_TO  # the loss, what it is divided by, their gradients
 # Of adapters.triton_dropout, which imports Triton
 KERNEL = {"PROGRAMS": 528, "ROWS": 64, "COLUMNS": 64, "RANK": 128}
 
@@ -36,7 +37,7 @@ class Activations:
     """Bytes of one micro-batch on one GPU.
 
     Args:
-        inputs: the batch itself: ids, labels and positions in int64, images in the model's dtype.
+        inputs: the batch itself: ids, labels and positions in int64, images in the model's dtype; the rotary tables.
         tower, projector, llm: kept between forward and backward; ``llm`` of all layers.
         loss: kept by the final norm and the cross entropy.
         in_loss: at most, beyond all that is kept, in the loss; its own kept tensors included.
@@ -227,10 +228,15 @@ def _loss_cost(small: _Small, rows: int, tokens: int, labels: int) -> Cost:
 
 
 def _inputs(model: Model, batch: Batch) -> int:
-    """Ids and labels (B, T), positions of labels and placeholders, images in the model's dtype."""
+    """Ids and labels (B, T), positions of labels and placeholders, images in the model's dtype; and what the LLM makes
+    of the tokens' positions, (1, T), or (B, T) of packed rows: cosines and sines for each dimension of a head."""
     pixels = 0 if model.vision_config is None else batch.images * 3 * model.vision_config.image_size**2
-    places = batch.images * model.image_tokens + batch.labels
-    return 8 * (2 * batch.rows * batch.tokens + places) + pixels * model.dtype.itemsize
+    places = batch.images * model.image_tokens + 3 * batch.labels  # where they are, the tokens before them, the labels
+    llm = model.llm_config
+    head = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
+    positions = batch.tokens * (batch.rows if batch.packed else 1)
+    rotary = positions * (8 + 2 * head * model.dtype.itemsize)
+    return SCALARS + rotary + 8 * (2 * batch.rows * batch.tokens + places) + pixels * model.dtype.itemsize
 
 
 def _inside(bits: int) -> Inside:

@@ -76,6 +76,7 @@ class Records:
             tokens=tokens,
             images=self._images(int(per_record["images"][batches].sum(axis=1).max())),
             labels=max(1, int(per_record["trained"][batches].sum(axis=1).max())),
+            packed=self.packed_to is not None,
         )
 
     def _images(self, number: int) -> int:

@@ -61,12 +61,17 @@ class Model:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: ``rows`` padded to ``tokens`` each; ``images`` and ``labels`` (positions with a loss) in all."""
+    """A micro-batch: ``rows`` padded to ``tokens`` each; ``images`` and ``labels`` (positions with a loss) in all.
+
+    Args:
+        packed: rows of several records, each row with positions of its own.
+    """
 
     rows: int
     tokens: int
     images: int
     labels: int
+    packed: bool = False
 
 
 @dataclass(frozen=True)

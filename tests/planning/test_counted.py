@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from llava_moslora.config import parse_recompute
 from llava_moslora.data.collate import _packed_positions
 from llava_moslora.models import attention, llava
 from llava_moslora.models.adapt import add_adapters
@@ -28,7 +29,7 @@ from support.settings import parts_of
 
 ROWS, TOKENS, LABELS = 8, 128, 64  # tensors are multiples of 512 bytes, to which the planner rounds
 KINDS, MODES, BITS = ("images", "packed", "text"), ("none", "every:2", "selective", "full"), (16, 4)
-SMALL = 0.04  # rotary tables and positions, which are parts of no layer, at these sizes
+SMALL = 0.005  # of what is kept
 
 
 @pytest.fixture
@@ -93,13 +94,28 @@ def test_every_part_is_a_real_models(parts, real, monkeypatch, mode, kind, bits)
     gradients = sum(p.grad.nbytes for p in made.parameters() if p.grad is not None)
     assert gradients == at_rest.gradients
     found = module.activations(model, mode, Batch(ROWS, TOKENS, 0 if kind == "text" else ROWS, LABELS))
-    assert found.kept + found.loss == pytest.approx(kept, rel=SMALL)
+    beside = rotary(model, kind) + states_of_generator(model, mode)
+    print(f"{mode} {kind} {bits}: planned {found.kept + found.loss + beside}, allocated {kept}")
+    assert found.kept + found.loss + beside == pytest.approx(kept, rel=SMALL)
 
 
 def causal(q, k, v, *_, **__):
     """In place of torch's ``varlen_attn``, of (tokens, heads, width), over all tokens at once: as many bytes."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+
+
+def rotary(model: Model, kind: str) -> int:
+    """Bytes of cosines and sines, which the plan counts with the batch."""
+    positions = TOKENS * (ROWS if kind == "packed" else 1)
+    return 2 * positions * model.llm_config.head_dim * model.dtype.itemsize
+
+
+def states_of_generator(model: Model, mode: str) -> int:
+    """Bytes of the random generator's states that recomputed layers keep: in the host's memory, also with a GPU."""
+    name, n = parse_recompute(mode)
+    layers = model.tower_layers + model.llm_config.num_hidden_layers
+    return 0 if name == "none" else -(-layers // n) * torch.get_rng_state().nbytes
 
 
 def weights_of(model) -> tuple[int, int, int]:

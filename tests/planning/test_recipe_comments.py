@@ -9,8 +9,6 @@ from llava_moslora.planning.recipe import read_recipe
 from support.launching import ROOT
 from support.recipe_plans import comment, in_recipe, recipes, write_configs
 
-QUICK = ("llama3_8b_qmoslora_24gb.sh", "llama3_8b_moslora_two_hosts.sh")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -19,9 +17,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "recipe", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in recipes()]
-)
+@pytest.mark.parametrize("recipe", recipes())
 def test_the_comment_is_the_plan(folder, recipe, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.chdir(ROOT)
