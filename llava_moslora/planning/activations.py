@@ -104,9 +104,9 @@ class _Small:
 
     def __init__(self, whole: Llava | TextLlm, bits: int, dtype: torch.dtype):
         self.whole, self.bits, self.dtype = whole, bits, dtype
-        self.llm = getattr(whole.model, "language_model", whole.model)  # of an LLM alone, the model itself
-        self.tower = getattr(whole.model, "vision_tower", None)
-        self.projector = getattr(whole.model, "multi_modal_projector", None)
+        self.llm: Any = getattr(whole.model, "language_model", whole.model)  # of an LLM alone, the model itself
+        self.tower: Any = getattr(whole.model, "vision_tower", None)
+        self.projector: Any = getattr(whole.model, "multi_modal_projector", None)
 
     @property
     def tower_trained(self) -> bool:

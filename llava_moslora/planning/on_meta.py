@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, H heads, K key heads, D head width.
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +108,8 @@ def compute_as_on_gpu(model: Llava | TextLlm, attention: str) -> None:
     config = model.config.get_text_config()
     if config.model_type not in LLM_FAMILIES:
         return
-    for module in getattr(model.model, "language_model", model.model).modules():
+    llm: Any = getattr(model.model, "language_model", model.model)  # of an LLM alone, the model itself
+    for module in llm.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = MethodType(_norm, module)
         elif type(module).__name__.endswith("MLP") and config.hidden_act == "silu":
