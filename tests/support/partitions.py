@@ -29,7 +29,8 @@ def _sizes(engine) -> dict[str, int]:
     optimizer = engine.optimizer
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
-    masters = [p for group in optimizer.param_groups for p in group["params"]]
+    masters = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # stage 3 empties its groups after a step
+    masters = masters or [p for group in optimizer.param_groups for p in group["params"]]
     states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.numel() > 1]
     assert {t.dtype for t in (*masters, *states)} == {torch.float32}
     return {
