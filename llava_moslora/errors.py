@@ -120,12 +120,12 @@ class Refusal(ValueError):
             place += f" id={printable(self.record_id)}"
         if self.key is not None:
             place += (":" if place else "") + printable(self.key)
-        parts = [f"{place}: {self.what}" if place else self.what]
+        parts = [(f"{place}: " if place else "") + printable(self.what, 1000)]
         for name in ("found", "expected"):
             if (value := getattr(self, name)) is not None:
                 parts.append(f"{name} {printable(value)}")
         if self.fix:
-            parts.append(f"fix: {self.fix}")
+            parts.append(f"fix: {printable(self.fix, 1000)}")
         return f"error[{self.code}] " + "; ".join(parts)
 
     def __reduce__(self):  # for pickle: a data worker's refusal crosses a process boundary

@@ -11,22 +11,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import parse_json
+from llava_moslora.files.json import LARGEST, parse_json
 
 DOWNLOAD_AGAIN = "copy or download it again"
 
 
-def read_json(file: Path, code: str | None = None, *, finite: bool = True) -> dict[str, Any]:
+def read_json(file: Path, code: str | None = None, *, finite: bool = True, largest: int = LARGEST) -> dict[str, Any]:
     """The JSON object in a UTF-8 file, read strictly: :func:`llava_moslora.files.json.parse_json`.
 
     Args:
         code: of the refusals, in the place of the two below. finite: False: NaN and Infinity are read too.
+        largest: size in bytes.
 
     Raises:
         Refusal: K-MISSING, no such file, or it cannot be read; K-JSON, not valid JSON, or not an object.
     """
     try:
-        value = parse_json(file.read_bytes(), finite=finite)
+        value = parse_json(file.read_bytes(), finite=finite, largest=largest)
     except (FileNotFoundError, NotADirectoryError) as error:
         fix = "download it, or check the path"
         raise Refusal(code or "K-MISSING", "no such file", file=file, fix=fix) from error

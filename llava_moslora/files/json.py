@@ -7,23 +7,25 @@ import re
 from typing import Any
 
 LARGEST = 256 << 20  # bytes; a tokenizer of 250,000 tokens has 30 MB
+LARGEST_CONFIG = 1 << 20  # of a file of settings, which libraries read slowly; real ones have some kB
 DEEPEST = 100  # levels of brackets; Python's own limit depends on who calls
 DIGITS = 40  # of a whole number; transformers writes 10**30 for "no limit"
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where half a character may be
 
 
-def parse_json(content: bytes | str, *, finite: bool = True) -> Any:
+def parse_json(content: bytes | str, *, finite: bool = True, largest: int = LARGEST) -> Any:
     """The value that ``content`` is, in UTF-8 with or without a byte order mark.
 
     Args:
         finite: False: NaN and Infinity are read, which Python's own writer leaves in logs.
+        largest: size in bytes.
 
     Raises:
         ValueError: saying in one line why this is no value: not UTF-8, not JSON, cut off, a key twice in one object,
             NaN, a number out of range, half a surrogate pair, too large, nested too deeply. Nothing else is raised.
     """
-    if len(content) > LARGEST:
-        raise ValueError(f"{len(content) >> 20} MiB, of at most {LARGEST >> 20}")
+    if len(content) > largest:
+        raise ValueError(f"{len(content)} bytes, of at most {largest}")
     raw = content if isinstance(content, bytes) else content.encode()
     numbers: dict[str, Any] = {"parse_constant": _not_finite, "parse_float": _number} if finite else {}
     try:

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import read_json
+from llava_moslora.files.json import LARGEST_CONFIG
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 FIX = "download it again"
@@ -37,7 +38,7 @@ def read_model_config(file: Path) -> dict[str, Any]:
     Raises:
         Refusal: K-MISSING, K-JSON; K-CONFIG, a part that is no object, a size out of :data:`SIZES`.
     """
-    raw = read_json(file)
+    raw = read_json(file, largest=LARGEST_CONFIG)
     _check(raw, file)
     return raw
 

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import read_json
+from llava_moslora.files.json import LARGEST_CONFIG
 from llava_moslora.files.tensors import LazyTensor, check_tensors, read_tensor_folder
 from llava_moslora.models import internlm2, llava_folder
 from llava_moslora.models.config_file import read_model_config
@@ -100,7 +101,7 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
-    read_json(file)
+    read_json(file, largest=LARGEST_CONFIG)
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers checks the values with several kinds of errors of its own

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.json import parse_json
+from llava_moslora.files.json import LARGEST_CONFIG, parse_json
 
 if TYPE_CHECKING:  # imports torch
     from transformers import TrainingArguments
@@ -31,7 +31,7 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise Refusal("C-PATH", "no such file", file=path, key="--deepspeed", fix="the package's are in zero_configs/")
     try:
-        config = parse_json(path.read_bytes())
+        config = parse_json(path.read_bytes(), largest=LARGEST_CONFIG)
     except UnicodeDecodeError as error:
         raise Refusal("C-PARSE", "not UTF-8", file=path, key="--deepspeed", found=error.reason) from error
     except json.JSONDecodeError as error:

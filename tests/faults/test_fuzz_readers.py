@@ -14,6 +14,7 @@ import tarfile
 
 import pytest
 
+from support import fuzzing
 from support.fuzzing import ACCEPTED, REFUSED, Outcome, Reader, fuzz, verdict
 from support.launching import ROOT
 
@@ -73,7 +74,7 @@ def test_a_few_cases_of_every_reader(tmp_path):
     assert found == [], "\n".join(found)
 
 
-def test_the_fuzz_notices_what_is_no_refusal(tmp_path):
+def test_the_fuzz_notices_what_is_no_refusal(tmp_path, monkeypatch):
     """A reader that raises something else, one that hangs, one that takes too much memory, one that dies."""
 
     def read(folder):
@@ -87,6 +88,7 @@ def test_the_fuzz_notices_what_is_no_refusal(tmp_path):
             os.abort()
         return bytearray(3 << 30) if content != b"right file" else None
 
+    monkeypatch.setattr(fuzzing, "SECONDS", 0.3)
     reader = Reader("mutant", {"x": "bytes"}, lambda folder: (folder / "x").write_bytes(b"right file"), read)
     found = fuzz(reader, tmp_path, SEED, range(40)).findings
     said = "\n".join(found)

@@ -8,6 +8,7 @@ Each case is decided by the seed, the reader's name and the case's number alone,
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import random
@@ -155,7 +156,7 @@ def _worker(case: Callable[[int], dict], numbers: list[int]) -> list[dict]:
             before = _peak()
             with os.fdopen(into, "w", buffering=1) as stream:
                 for number in numbers:
-                    signal.setitimer(signal.ITIMER_PROF, SECONDS + 1)  # ends the process
+                    signal.setitimer(signal.ITIMER_PROF, SECONDS * 1.2)  # ends the process
                     result = case(number)
                     result["megabytes"] = max(0.0, result["megabytes"] - before)
                     print(json.dumps(result), file=stream)
@@ -187,6 +188,7 @@ def _limit() -> None:
         mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    faulthandler.disable()  # pytest's would write a page for each process that is ended
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nothing, descriptor)
