@@ -91,10 +91,10 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     """
     file = folder / "preprocessor_config.json"
     if file.is_file():
-        raw = read_json(file, largest=LARGEST_CONFIG)
+        raw = read_json(file, finite=False, largest=LARGEST_CONFIG)  # RULES name the key
     elif (folder / "processor_config.json").is_file():  # where transformers 5 puts it for a CLIPModel
         file = folder / "processor_config.json"
-        raw = read_json(file, largest=LARGEST_CONFIG).get("image_processor") or {}
+        raw = read_json(file, finite=False, largest=LARGEST_CONFIG).get("image_processor") or {}
         if not isinstance(raw, dict):
             raise Refusal("K-PROCESSOR", "not an object", file=file, key="image_processor", found=raw, fix=FIX)
     else:
