@@ -19,7 +19,7 @@ export HF_HUB_OFFLINE := 1
 export PIP := $(if $(UV),$(UV) pip,$(CURDIR)/$(PY) -m pip)
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help setup demo demo-parts test test-slow test-faults test-gpu lint bench clean
+.PHONY: help setup demo demo-parts test test-slow test-faults test-nightly test-gpu lint bench clean
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -40,6 +40,9 @@ test-slow: $(STAMP)  ## the slow tier
 
 test-faults: $(STAMP)  ## kills, full disks, fuzzing
 	$(PY) -m pytest -m faults $(PYTEST_ARGS)
+
+test-nightly: $(STAMP)  ## the tier of faults, with 500 kills and 20,000 wrong files (hours on 2 cores)
+	KILLS=250 FUZZ_CASES=20000 $(PY) -m pytest -m faults $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)  ## what needs a CUDA device
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)

@@ -21,14 +21,18 @@ import platform
 import re
 import select
 import shlex
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
+
+from llava_moslora.stopping import Stopped, catch_stop_signals, keep_standard_streams
 
 EXIT_STATUS = {
     "C": 2,  # configuration: a flag, a configuration file, a combination of settings
@@ -116,12 +120,12 @@ class Refusal(ValueError):
             place += f" id={printable(self.record_id)}"
         if self.key is not None:
             place += (":" if place else "") + printable(self.key)
-        parts = [f"{place}: {self.what}" if place else self.what]
+        parts = [(f"{place}: " if place else "") + printable(self.what, 1000)]
         for name in ("found", "expected"):
             if (value := getattr(self, name)) is not None:
                 parts.append(f"{name} {printable(value)}")
         if self.fix:
-            parts.append(f"fix: {self.fix}")
+            parts.append(f"fix: {printable(self.fix, 1000)}")
         return f"error[{self.code}] " + "; ".join(parts)
 
     def __reduce__(self):  # for pickle: a data worker's refusal crosses a process boundary
@@ -152,7 +156,11 @@ def run_script(main: Callable[[], object]) -> None:
     """Run a script's ``main``; whatever it raises becomes one line on stderr and an exit status.
 
     With ``LLAVA_MOSLORA_DEBUG=1`` in the environment the traceback is printed too.
+    Ctrl-C and other exceptions while the script's modules are imported later end in the same way.
     """
+    keep_standard_streams()
+    catch_stop_signals()
+    sys.excepthook = _leave_while_importing
     try:
         main()
         if sys.stdout is not None:  # None: it was closed from the start
@@ -165,8 +173,14 @@ def run_script(main: Callable[[], object]) -> None:
         leave(known_failure(error) or defect(error))
 
 
+def _leave_while_importing(kind: object, error: BaseException, trace: object) -> None:
+    leave(known_failure(error) or defect(error))
+
+
 def leave(refusal: Refusal) -> NoReturn:
     """Print the refusal as one line on stderr and exit with its status."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once, without a traceback
     rank, ranks = (int(text) if (text := os.environ.get(n, "")).isdecimal() else 0 for n in ("RANK", "WORLD_SIZE"))
     if rank > 0:
         # Usually all ranks refuse the same thing at the same time. Rank 0 prints it, and the launcher ends the others
@@ -222,8 +236,9 @@ def known_failure(error: BaseException) -> Refusal | None:
 
 def _failure_of_system(error: BaseException) -> Refusal | None:
     first = _first_line(error)
-    if isinstance(error, KeyboardInterrupt):
-        return Refusal("P-STOPPED", "stopped by Ctrl-C", fix="start the same command again")
+    if isinstance(error, KeyboardInterrupt | Stopped):
+        by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
+        return Refusal("P-STOPPED", f"stopped by {by}", fix="start the same command again")
     if isinstance(error, MemoryError):
         return Refusal("E-MEMORY", "the machine's memory is not enough", found=first, fix="a machine with more memory")
     if not isinstance(error, OSError):

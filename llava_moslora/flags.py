@@ -143,7 +143,7 @@ def truth(text: str) -> bool:
 def json_object(text: str) -> dict:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"no JSON object: {text!r}")

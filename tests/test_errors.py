@@ -34,6 +34,11 @@ def test_line_stays_one_printable_line():
     assert len(line) < 500
 
 
+def test_what_is_wrong_and_the_remedy_may_repeat_what_was_given():
+    line = Refusal("C-FLAG", "invalid value: " + "a\u202e" * 5000, fix="did you mean \x1b[31m").line()
+    assert line.isprintable() and len(line) < 2500
+
+
 def test_lone_surrogate_can_be_printed():
     printable("\ud83d").encode()
 
@@ -310,3 +315,42 @@ def test_a_defect_on_one_rank_is_the_status_of_all(rank, tmp_path):
     assert "error[X-DEFECT]" in done.stderr and "Traceback" not in done.stdout + done.stderr
     (report,) = tmp_path.glob(".defect-*")
     assert f"rank {rank} of 2" in report.read_text() and "KeyError: 'exp_avg'" in report.read_text()
+
+
+STOP = """
+import os, signal, sys, time
+from llava_moslora.errors import run_script
+
+def stop():
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(20)
+
+run_script({in_main})
+stop()  # while the modules of a script are imported
+"""
+
+
+@pytest.mark.parametrize("in_main", ["stop", "lambda: None"])
+@pytest.mark.parametrize(("name", "said"), [("SIGINT", "Ctrl-C"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])
+def test_a_signal_ends_a_script_with_one_line(name, said, in_main):
+    command = [sys.executable, "-c", STOP.format(name=name, in_main=in_main)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    line = f"error[P-STOPPED] stopped by {said}; fix: start the same command again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", line)
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    script = "import os, signal; from llava_moslora.errors import run_script; signal.signal(1, signal.SIG_IGN)"
+    script += "; run_script(lambda: os.kill(os.getpid(), signal.SIGHUP)); print('went on')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
+
+
+def test_closed_streams_are_not_taken_by_the_next_file(tmp_path):
+    """A file opened first would be standard output's number, and what C libraries print would go into it."""
+    script = "import os; from llava_moslora.errors import run_script; run_script(lambda: print(end=''))"
+    script += f"; os.write(1, b'noise'); assert open({str(tmp_path / 'x')!r}, 'w').fileno() > 2"
+    command = f'{sys.executable} -c "$SCRIPT" <&- >&- 2>&-'
+    done = subprocess.run(["bash", "-c", command], env=os.environ | {"SCRIPT": script}, timeout=60)
+    assert done.returncode == 0 and (tmp_path / "x").read_bytes() == b""

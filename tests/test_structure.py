@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_moslora"
 # Lowest first; packages of one floor never import each other.
 FLOORS = [
-    {"errors", "_version"},
+    {"stopping", "_version"},
+    {"errors"},
     {"config", "devices", "distributed", "flags", "noise", "pages", "private_api"},
     {"files", "recompute"},
     {"adapters", "text"},

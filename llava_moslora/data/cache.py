@@ -28,6 +28,7 @@ from llava_moslora.data.formats import column_names
 from llava_moslora.data.sources.source import Source
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import fsync, replace_file, replace_folder
+from llava_moslora.files.json import parse_json
 from llava_moslora.text.templates import TOKENIZER_TEMPLATE, get_template
 
 CODE_VERSION = 5  # raise it whenever ids, labels or columns of the same data would change
@@ -96,7 +97,7 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path) -> dict | None:
     """What :func:`write_json` wrote, or ``None`` if the file is missing or was changed."""
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         checksum = content.pop(CHECKSUM)
     except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, AttributeError, KeyError):
         return None

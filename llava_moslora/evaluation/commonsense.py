@@ -7,7 +7,6 @@ which ``lm_eval --include_path`` takes as well. It is imported only where it is 
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from llava_moslora.evaluation.commonsense_sets import PAPER, SETS
 from llava_moslora.evaluation.compare import wilson
 from llava_moslora.evaluation.kept import Header
 from llava_moslora.files.disk import read_json
+from llava_moslora.files.json import parse_json
 from llava_moslora.inference.load import ChatModel
 
 TASKS = Path(__file__).parent / "commonsense_tasks"
@@ -70,7 +70,7 @@ def find_files(data: str | Path, names: Sequence[str]) -> dict[str, Path]:
 
 def _read_array(file: Path) -> list:
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
+        rows = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise Refusal("D-PARSE", "not JSON", file=file, found=error) from error
     if not isinstance(rows, list) or not rows:

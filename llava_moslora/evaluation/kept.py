@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import naming
+from llava_moslora.files.json import parse_json
 
 Header = dict[str, Any]
 
@@ -26,7 +27,7 @@ def read_lines(file: Path, keys: Sequence[str]) -> tuple[Header | None, list[dic
     rows: list[dict[str, str]] = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1]):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if number == 0:
                 header = dict(row["header"])
             else:

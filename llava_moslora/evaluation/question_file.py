@@ -21,6 +21,7 @@ from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.output import locked, writable
 from llava_moslora.files.disk import fsync, naming, replace_file, replace_json
+from llava_moslora.files.json import parse_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.files.tensors import save_tensors
 from llava_moslora.inference.generate import ImageInput, Question, answer, first_logits
@@ -50,8 +51,8 @@ def read_questions(path: str | Path) -> list[VqaExample]:
         what = "a folder, not a file" if path.is_dir() else "no such file"
         raise Refusal("D-PATH", what, file=path, key="--questions", expected="a JSON file of questions")
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
+        rows = parse_json(path.read_bytes())
+    except (ValueError, OSError) as error:
         raise Refusal("D-PARSE", "not JSON", file=path, found=error) from error
     if not isinstance(rows, list) or not rows:
         found = "an empty array" if rows == [] else type(rows).__name__
@@ -189,9 +190,9 @@ def earlier_answers(file: Path, facts: dict, batch_size: int) -> list[str]:
     """
     if not file.is_file():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # the last has no end, or is empty
+    lines = file.read_bytes().split(b"\n")[:-1]  # the last has no end, or is empty
     try:
-        earlier, *answers = map(json.loads, lines)
+        earlier, *answers = map(parse_json, lines)
     except ValueError:
         earlier, answers = None, []
     if earlier == facts:

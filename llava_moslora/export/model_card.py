@@ -13,12 +13,14 @@ import torch
 from llava_moslora._version import __version__
 from llava_moslora.config import TowerAdapter
 from llava_moslora.data.sources.saved_dataset import HUB
+from llava_moslora.errors import Refusal
 from llava_moslora.export.card_data import Base, base_models, front_matter, license_copies, read_base, uses_mixers
 from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.target import Target
 from llava_moslora.export.targets.vllm import max_lora_rank
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.files.disk import read_json, write_text
+from llava_moslora.files.json import parse_json
 from llava_moslora.files.manifest import MANIFEST, sha256
 from llava_moslora.models.towers import kind_of, tokens_per_image
 from llava_moslora.runs.output_dir import DATA_REPORT
@@ -252,8 +254,12 @@ def _loss(trained: TrainedRun) -> str:
     file = trained.checkpoint / "trainer_state.json"
     if not file.is_file():
         return "not recorded in the checkpoint"
-    log = json.loads(file.read_text(encoding="utf-8"))["log_history"]
-    losses = [(row["step"], row["loss"]) for row in log if "loss" in row]
+    try:
+        log = parse_json(file.read_bytes(), finite=False)["log_history"]
+        losses = [(int(row["step"]), float(row["loss"])) for row in log if "loss" in row]
+    except (ValueError, LookupError, TypeError) as error:
+        fix = "export another checkpoint"
+        raise Refusal("K-JSON", "not the Trainer's log", file=file, found=repr(error), fix=fix) from error
     if not losses:
         return "none logged"
     (first, first_loss), (last, last_loss) = losses[0], losses[-1]

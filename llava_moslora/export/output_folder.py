@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from llava_moslora.errors import FULL, Refusal, few
 from llava_moslora.files.disk import fsync, replace_json
+from llava_moslora.files.json import parse_json
 from llava_moslora.files.manifest import MANIFEST, read_facts, sha256
 from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints, model_checkpoint
 from llava_moslora.runs.fingerprint import WEIGHTS
@@ -108,7 +108,7 @@ def listed_files(folder: Path) -> dict[str, dict] | None:
     """Size and SHA-256 of each file that an export's manifest lists, whichever version of this package wrote it; None
     if ``folder`` has no manifest of an export."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         files = manifest["files"]
         inside = all(".." not in (path := PurePosixPath(name)).parts and not path.is_absolute() for name in files)
         if manifest["format"] and EXPORT in files and inside:
@@ -256,7 +256,7 @@ def _is_staging(staging: Path) -> bool:
         return False
     for name in (RESUME_FILE, EXPORT):
         try:
-            if "format" in json.loads((staging / name).read_text(encoding="utf-8")):
+            if "format" in parse_json((staging / name).read_bytes()):
                 return True
         except (OSError, ValueError, TypeError):
             continue
@@ -270,7 +270,7 @@ def open_staging(folder: Path, resume_key: dict) -> Path:
     staging = staging_of(folder)
     if staging.exists():
         try:
-            same = json.loads((staging / RESUME_FILE).read_text(encoding="utf-8")) == resume_key
+            same = parse_json((staging / RESUME_FILE).read_bytes()) == resume_key
         except (OSError, ValueError):
             same = False
         if same:

@@ -11,21 +11,23 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.json import LARGEST, parse_json
 
 DOWNLOAD_AGAIN = "copy or download it again"
 
 
-def read_json(file: Path, code: str | None = None) -> dict[str, Any]:
-    """The JSON object in a UTF-8 file.
+def read_json(file: Path, code: str | None = None, *, finite: bool = True, largest: int = LARGEST) -> dict[str, Any]:
+    """The JSON object in a UTF-8 file, read strictly: :func:`llava_moslora.files.json.parse_json`.
 
     Args:
-        code: of the refusals, in the place of the two below.
+        code: of the refusals, in the place of the two below. finite: False: NaN and Infinity are read too.
+        largest: size in bytes.
 
     Raises:
         Refusal: K-MISSING, no such file, or it cannot be read; K-JSON, not valid JSON, or not an object.
     """
     try:
-        value = json.loads(file.read_bytes().decode("utf-8-sig"))
+        value = parse_json(file.read_bytes(), finite=finite, largest=largest)
     except (FileNotFoundError, NotADirectoryError) as error:
         fix = "download it, or check the path"
         raise Refusal(code or "K-MISSING", "no such file", file=file, fix=fix) from error
@@ -34,7 +36,7 @@ def read_json(file: Path, code: str | None = None) -> dict[str, Any]:
         raise Refusal(code or "K-MISSING", "cannot be read", file=file, found=error.strerror, fix=fix) from error
     except UnicodeDecodeError as error:
         raise Refusal(code or "K-JSON", "not UTF-8", file=file, found=error, fix=DOWNLOAD_AGAIN) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise Refusal(code or "K-JSON", "not valid JSON", file=file, found=error, fix=DOWNLOAD_AGAIN) from error
     if not isinstance(value, dict):
         kind = type(value).__name__

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import fsync, replace_json, write_json
+from llava_moslora.files.json import parse_json
 
 MANIFEST = "MANIFEST.json"
 SCHEMA = 2  # 1 had no hash of its own
@@ -63,9 +64,11 @@ def read_facts(folder: Path) -> dict:
     if not path.is_file():
         raise Refusal("K-MANIFEST", "no manifest: the folder was never completed", file=folder, fix=FIX)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_bytes())
         schema, files = manifest["schema"], manifest["files"]
         assert all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in files.values()), "entries"
+        assert not any("\0" in name for name in files), "a file's name"
+        assert type((manifest.get("best") or {"step": 0})["step"]) is int, "best"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise Refusal("K-MANIFEST", "unreadable manifest", file=path, found=error, fix=FIX) from error
     if schema != SCHEMA:

@@ -84,7 +84,7 @@ def read_tensor_file(file: Path, *, only_tensors: bool = False) -> dict[str, Laz
         raise Refusal("K-MISSING", "no such file", file=file, fix=DOWNLOAD_AGAIN)
     if file.suffix != ".safetensors":
         content = _read_torch(file)
-        tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in content.items() if isinstance(name, str) and _is_plain(value)}
         if only_tensors and (others := content.keys() - tensors.keys()):
             raise Refusal("K-DAMAGED", "not a file of named tensors", file=file, found=few(sorted(map(str, others))))
         return in_memory(tensors, file)
@@ -97,10 +97,18 @@ def read_tensor_file(file: Path, *, only_tensors: bool = False) -> dict[str, Laz
     return {name: LazyTensor(file, shape, partial(_read_one, file, name)) for name, shape in shapes.items()}
 
 
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized and not value.is_meta
+
+
 def _read_one(file: Path, name: str) -> Tensor:
     """One tensor under a mapping of its own: a shared mapping keeps every page that was ever touched."""
     with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)
+        try:
+            return opened.get_tensor(name)
+        except Exception as error:  # a dtype that this torch does not have: several kinds of errors
+            what, fix = "a tensor that cannot be read", DOWNLOAD_AGAIN
+            raise Refusal("K-DAMAGED", what, file=file, key=name, found=error, fix=fix) from error
 
 
 def _read_torch(file: Path) -> dict[str, Any]:

@@ -23,9 +23,11 @@ from transformers import LlamaConfig
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.tensors import LazyTensor
+from llava_moslora.models.config_file import make_config
 
 MODEL_TYPE = "internlm2"
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COUNTS = ("num_key_value_heads", "max_position_embeddings")  # may be missing
 # Fields that mean the same in both configurations.
 SAME = (
     *NEEDED,
@@ -49,7 +51,8 @@ def llama_config(raw: Mapping[str, Any], file: Path) -> LlamaConfig:
     Raises:
         Refusal: K-CONFIG, a field is missing or has a value that Llama does not have.
     """
-    if missing := [field for field in NEEDED if not isinstance(raw.get(field), int)]:
+    given = [field for field in COUNTS if raw.get(field) is not None]
+    if missing := [field for field in (*NEEDED, *given) if type(raw.get(field)) is not int]:
         found = raw.get(missing[0])
         raise Refusal("K-CONFIG", "not a number", file=file, key=missing[0], found=found, fix="download it again")
     heads = raw["num_attention_heads"]
@@ -65,14 +68,14 @@ def llama_config(raw: Mapping[str, Any], file: Path) -> LlamaConfig:
             "K-CONFIG", "unknown scaling", file=file, key="rope_scaling", found=kind,
             expected="dynamic, linear or none", fix="restore the published configuration",
         )  # fmt: skip
-    return LlamaConfig(
-        **{field: raw[field] for field in SAME if field in raw},
-        num_key_value_heads=groups,
-        attention_bias=bool(raw.get("bias", True)),  # of wqkv and wo; InternLM2's own default. Its MLP has none
-        rope_parameters={"rope_type": kind, "rope_theta": float(raw.get("rope_theta", 10000)), **scaling},
-        architectures=["LlamaForCausalLM"],
-        dtype=raw.get("torch_dtype") or raw.get("dtype"),
-    )
+    own = {
+        "num_key_value_heads": groups,
+        "attention_bias": raw.get("bias", True),  # of wqkv and wo; InternLM2's own default. Its MLP has none
+        "rope_parameters": {"rope_type": kind, "rope_theta": raw.get("rope_theta", 10000), **scaling},
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": raw.get("torch_dtype") or raw.get("dtype"),
+    }
+    return make_config(LlamaConfig, {field: raw[field] for field in SAME if field in raw} | own, file)
 
 
 def llama_tensors(found: Mapping[str, LazyTensor], config: LlamaConfig) -> dict[str, LazyTensor]:

@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlavaConfig, PreTrainedConfig
 
 from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_folder
+from llava_moslora.models.config_file import make_config, read_model_config
 from llava_moslora.models.towers import CLIP, KINDS, kind_name
 
 TRANSFORMERS, ORIGINAL = "LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"
@@ -71,7 +71,7 @@ def is_llava(raw: Mapping[str, Any]) -> bool:
 
 def is_llava_folder(folder: str | Path) -> bool:
     file = Path(folder) / "config.json"
-    return file.is_file() and file.stat().st_size > 0 and is_llava(read_json(file))
+    return file.is_file() and file.stat().st_size > 0 and is_llava(read_model_config(file))
 
 
 def check_format(folder: Path) -> str:
@@ -80,7 +80,7 @@ def check_format(folder: Path) -> str:
     Raises:
         Refusal: C-MODEL, neither of them, or a setting with which it computes something else than this package does.
     """
-    raw = read_json(file := folder / "config.json")
+    raw = read_model_config(file := folder / "config.json")
     architecture = (raw.get("architectures") or [TRANSFORMERS if "text_config" in raw else ORIGINAL])[0]
     if architecture not in SUPPORTED:
         raise Refusal(
@@ -109,9 +109,10 @@ def llm_config(folder: Path) -> PreTrainedConfig:
     if check_format(folder) == ORIGINAL:
         if has_own_tower(folder):
             tower_description(folder)  # refuses a folder without it
-        raw = read_json(folder / "config.json")
+        raw = read_model_config(folder / "config.json")
         own = {key: value for key, value in raw.items() if not key.startswith(("mm_", "tune_", "image_", "auto_map"))}
-        return LlamaConfig.from_dict(own | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+        own |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        return make_config(LlamaConfig, own, folder / "config.json")
     config = _transformers_config(folder).text_config
     config.tie_word_embeddings = not any(name.startswith("lm_head.") for name in read_tensors(folder).llm)
     return config
@@ -126,11 +127,11 @@ def vision_config(folder: Path) -> dict[str, Any]:
     if check_format(folder) == TRANSFORMERS:
         return _transformers_config(folder).vision_config.to_dict()
     if has_own_tower(folder):
-        return read_json(tower_description(folder) / "config.json")
+        return read_model_config(tower_description(folder) / "config.json")
     file = folder / "config.json"
     raise Refusal(
         "C-MODEL", "the original LLaVA's folder does not describe its vision tower", file=file, key="mm_vision_tower",
-        found=read_json(file).get("mm_vision_tower"), fix="give that tower's folder as --vision_tower",
+        found=read_model_config(file).get("mm_vision_tower"), fix="give that tower's folder as --vision_tower",
     )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def tower_description(folder: Path) -> Path:
     """
     if check_format(folder) == TRANSFORMERS:
         return folder
-    named = str(read_json(folder / "config.json").get("mm_vision_tower") or "")
+    named = str(read_model_config(folder / "config.json").get("mm_vision_tower") or "")
     places = [Path(named), folder.resolve().parent / Path(named).name] if named else []
     for place in places:
         if (place / "config.json").is_file():

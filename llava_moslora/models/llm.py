@@ -19,8 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import read_json
+from llava_moslora.files.json import LARGEST_CONFIG
 from llava_moslora.files.tensors import LazyTensor, check_tensors, read_tensor_folder
 from llava_moslora.models import internlm2, llava_folder
+from llava_moslora.models.config_file import read_model_config
 
 HEAD_WEIGHT = "lm_head.weight"
 
@@ -40,7 +42,7 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
             expected="a downloaded folder with config.json, tokenizer and weights",
             fix="check the path, or download the model first: nothing is fetched at run time",
         )  # fmt: skip
-    raw = read_json(file)
+    raw = read_model_config(file)
     _generation_config(folder)
     if raw.get("quantization_config") is not None:
         raise Refusal(
@@ -79,7 +81,8 @@ def longest_text(config: PreTrainedConfig) -> int | None:
     factor = rope.get("factor")
     if not isinstance(limit, int) or not isinstance(factor, int | float) or rope.get("rope_type") == "default":
         return limit if isinstance(limit, int) else None
-    return max(limit, int(factor * (rope.get("original_max_position_embeddings") or limit)))
+    original = rope.get("original_max_position_embeddings") or limit
+    return max(limit, int(min(factor, 1e6) * original)) if isinstance(original, int) else limit
 
 
 def _model_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel]:
@@ -98,7 +101,7 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
     file = folder / "generation_config.json"
     if not file.is_file():
         return None
-    read_json(file)
+    read_json(file, largest=LARGEST_CONFIG)
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # transformers checks the values with several kinds of errors of its own
@@ -131,7 +134,7 @@ def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, 
         Refusal: a file is missing or damaged; K-KEYS, K-SHAPE, not exactly the tensors of the architecture.
     """
     folder = Path(folder)
-    raw = read_json(folder / "config.json")
+    raw = read_model_config(folder / "config.json")
     found = llava_folder.read_tensors(folder).llm if llava_folder.is_llava(raw) else read_tensor_folder(folder)
     found = {name: stored for name, stored in found.items() if not name.endswith(".inv_freq")}  # a buffer, once saved
     if raw.get("model_type") == internlm2.MODEL_TYPE:

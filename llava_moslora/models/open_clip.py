@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import read_tensor_file
+from llava_moslora.models.config_file import make_config, read_model_config
 from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, check_settings, processor_settings
 
 PREFIX = "open_clip:"
@@ -83,25 +83,35 @@ def tower_config(model_cfg: Mapping[str, Any], source: Path) -> CLIPVisionConfig
     Raises:
         Refusal: K-TOWER, not a plain CLIP ViT.
     """
-    if (objection := _objection(model_cfg["vision_cfg"])) is not None:
+    try:
+        objection = _objection(model_cfg["vision_cfg"])
+        values = None if objection else _config_values(model_cfg)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        fix = "download it again"
+        raise Refusal("K-CONFIG", "not a usable vision_cfg", file=source, found=error, fix=fix) from error
+    if values is None:
         raise Refusal("K-TOWER", f"not a plain CLIP ViT: {objection}", file=source, expected=_plain_list(), fix=FIX)
+    return make_config(CLIPVisionConfig, values, source)
+
+
+def _config_values(model_cfg: Mapping[str, Any]) -> dict[str, Any]:
     cfg = _import_open_clip().CLIPVisionCfg(**model_cfg["vision_cfg"])
     activation = "gelu"  # open_clip's nn.GELU is the exact, erf one
     if model_cfg.get("quick_gelu"):
         activation = "quick_gelu"
     elif (cfg.act_kwargs or {}).get("approximate") == "tanh":
         activation = "gelu_pytorch_tanh"
-    return CLIPVisionConfig(
-        hidden_size=cfg.width,
-        intermediate_size=int(cfg.width * cfg.mlp_ratio),
-        num_hidden_layers=cfg.layers,
-        num_attention_heads=cfg.width // cfg.head_width,
-        image_size=cfg.image_size,
-        patch_size=cfg.patch_size,
-        hidden_act=activation,
-        layer_norm_eps=(cfg.norm_kwargs or {}).get("eps", 1e-5),
-        projection_dim=model_cfg["embed_dim"],
-    )
+    return {
+        "hidden_size": cfg.width,
+        "intermediate_size": int(cfg.width * cfg.mlp_ratio),
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.width // cfg.head_width,
+        "image_size": cfg.image_size,
+        "patch_size": cfg.patch_size,
+        "hidden_act": activation,
+        "layer_norm_eps": (cfg.norm_kwargs or {}).get("eps", 1e-5),
+        "projection_dim": model_cfg["embed_dim"],
+    }
 
 
 def clip_tensors(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
@@ -180,7 +190,11 @@ def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
         # A file from the model hub has the configuration that it was published with next to it, with the mean and std
         # of its training, which differ between checkpoints of one architecture.
         published = weights.with_name("open_clip_config.json")
-        return model_cfg, read_json(published).get("preprocess_cfg", {}) if published.is_file() else {}, weights
+        return (
+            model_cfg,
+            (read_model_config(published).get("preprocess_cfg") or {}) if published.is_file() else {},
+            weights,
+        )
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if where not in tags:
         what = "neither a file nor one of the architecture's pretrained tags"
@@ -197,7 +211,7 @@ def _open_clip_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Pat
         what = "neither ARCH@FILE nor a folder"
         raise Refusal("K-MISSING", what, file=f"{PREFIX}{folder}", expected=SUPPORTED)
     file = folder / "open_clip_config.json"
-    config = read_json(file)
+    config = read_model_config(file)
     model_cfg = config.get("model_cfg")
     if not (isinstance(model_cfg, dict) and isinstance(model_cfg.get("vision_cfg"), dict) and "embed_dim" in model_cfg):
         raise Refusal("K-CONFIG", "not an open_clip configuration", file=file, key="model_cfg", found=model_cfg)

@@ -12,6 +12,7 @@ from typing import Any
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import read_json
+from llava_moslora.files.json import LARGEST_CONFIG
 
 BICUBIC, BILINEAR = 3, 2  # Pillow's numbers, as preprocessor_config.json writes them
 # By default CLIP's processor scales the short side and crops; SigLIP's scales to a square.
@@ -90,10 +91,10 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     """
     file = folder / "preprocessor_config.json"
     if file.is_file():
-        raw = read_json(file)
+        raw = read_json(file, finite=False, largest=LARGEST_CONFIG)  # RULES name the key
     elif (folder / "processor_config.json").is_file():  # where transformers 5 puts it for a CLIPModel
         file = folder / "processor_config.json"
-        raw = read_json(file).get("image_processor") or {}
+        raw = read_json(file, finite=False, largest=LARGEST_CONFIG).get("image_processor") or {}
         if not isinstance(raw, dict):
             raise Refusal("K-PROCESSOR", "not an object", file=file, key="image_processor", found=raw, fix=FIX)
     else:

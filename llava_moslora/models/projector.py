@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_file
 from llava_moslora.models import llava_folder
+from llava_moslora.models.config_file import read_model_config
 
 _SEQUENTIAL = ("0", "2")
 _NAMED = ("linear_1", "linear_2")
@@ -104,7 +104,7 @@ def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
     """Refuse a projector whose ``config.json`` describes another function, or another vision tower or LLM."""
     if not file.is_file() or file.stat().st_size == 0:  # XTuner publishes some that are empty
         return
-    raw = read_json(file)
+    raw = read_model_config(file)
     fields: dict[str, tuple] = dict(LLAVA_FIELDS)
     if raw.get("model_type") == "projector":
         fields |= XTUNER_FIELDS | {"visual_hidden_size": (vision_width,), "llm_hidden_size": (llm_width,)}

@@ -23,9 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, check_tensors, in_memory, read_tensor_folder
 from llava_moslora.models import llava_folder, open_clip
+from llava_moslora.models.config_file import make_config, read_model_config
 from llava_moslora.models.preprocessing import read_preprocessing
 from llava_moslora.models.towers import KINDS, kind_name, kind_of
 
@@ -131,7 +131,7 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         fix = "check --vision_tower, or download the tower first: nothing is fetched at run time"
         raise Refusal("K-MISSING", "no such folder", file=folder, expected=SUPPORTED, fix=fix)
     file = folder / "config.json"
-    raw = read_json(file)
+    raw = read_model_config(file)
     if llava_folder.is_llava(raw):
         raw = llava_folder.vision_config(folder)
     if "auto_map" in raw:
@@ -145,12 +145,8 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         what = "not a CLIP or SigLIP vision tower" + (f": {REASONS[name]}" if name in REASONS else "")
         fix = "use one such as clip-vit-large-patch14-336 or siglip-so400m-patch14-384"
         raise Refusal("K-TOWER", what, file=file, key="model_type", found=model_type, expected=SUPPORTED, fix=fix)
-    own = raw.get("vision_config", {}) if model_type == name else raw
-    try:
-        config = kind.config.from_dict({**own, "model_type": kind.config.model_type})
-    except Exception as error:  # transformers validates fields with several kinds of errors of its own
-        what = f"not a usable {kind.config.__name__}"
-        raise Refusal("K-CONFIG", what, file=file, found=error, fix="download it again") from error
+    own = raw.get("vision_config") or {} if model_type == name else raw
+    config = make_config(kind.config, {**own, "model_type": kind.config.model_type}, file)
     for key in ("image_size", "patch_size"):  # both classes also declare pairs, and compute with one number
         if type(side := getattr(config, key)) is not int or side < 1:
             raise Refusal(

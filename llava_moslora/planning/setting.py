@@ -103,17 +103,21 @@ class Zero:
         zero = config.get("zero_optimization", {})
         stage = zero.get("stage", 0)
         device = {name: zero.get(f"offload_{name}", {}).get("device", "none") for name in ("optimizer", "param")}
+
+        def size(name: str, default: int) -> int:
+            return default if (value := zero.get(name, "auto")) == "auto" else int(value)
+
         accumulated = config.get("data_types", {}).get("grad_accum_dtype")
         return cls(
             stage=stage,
             offload_optimizer=device["optimizer"] != "none",
             offload_parameters=device["param"] != "none",
             fp32_gradients=stage == 1 and accumulated == "fp32" and device["optimizer"] == "none",
-            bucket=int(zero.get("reduce_bucket_size", cls.bucket)),
+            bucket=size("reduce_bucket_size", cls.bucket),
             overlap=bool(zero.get("overlap_comm", stage == 3)),
-            live=int(zero.get("stage3_max_live_parameters", cls.live)),
-            prefetch=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch)),
-            persistent=int(zero.get("stage3_param_persistence_threshold", cls.persistent)),
+            live=size("stage3_max_live_parameters", cls.live),
+            prefetch=size("stage3_prefetch_bucket_size", cls.prefetch),
+            persistent=size("stage3_param_persistence_threshold", cls.persistent),
         )
 
 

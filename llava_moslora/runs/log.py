@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from llava_moslora.files.disk import naming, replace_file
+from llava_moslora.files.json import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -38,7 +39,7 @@ def _read(file: Path) -> tuple[list[dict], int]:
 
 def _parse(line: str) -> dict | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line, finite=False)
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -15,6 +15,7 @@ from llava_moslora._version import __version__
 from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import replace_json
+from llava_moslora.files.json import parse_json
 
 RUN, TOKENIZER = "run.json", "tokenizer"
 EXPORT = "export.json"  # next to an export's weights: what it is an export of
@@ -137,6 +138,10 @@ def read_run(folder: str | Path) -> RunRecord:
         unknown |= {name: value for name, value in stored.items() if name not in names}
     if isinstance(path := known["data"]["data_path"], str):  # before there could be several
         known["data"]["data_path"] = [path]
+    for group, kind in GROUPS.items():
+        for f in fields(kind):
+            if f.name in known[group] and not _fits(known[group][f.name], str(f.type)):
+                raise _lacks(record, file, ("settings", group, f.name), known[group][f.name], f.type)
     try:
         groups = {group: kind(**known[group]) for group, kind in GROUPS.items()}
     except Refusal as refusal:
@@ -164,7 +169,7 @@ def _read_ours(file: Path) -> dict[str, Any]:
             fix="give the --output_dir of a training run",
         )  # fmt: skip
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(file.read_bytes(), finite=False)
     except (OSError, ValueError) as error:
         raise Refusal("K-RUN", "not JSON: damaged", file=file, found=error, fix="put its copy back") from error
     if not _is_ours(record):
@@ -181,18 +186,40 @@ def _check_needed(record: dict[str, Any], file: Path) -> None:
         for key in path:
             value = value.get(key, _ABSENT)  # its group is a dict: groups are checked first
         if not isinstance(value, kind):
-            raise Refusal(
-                "K-RUN", "lacks what this version of the package reads", file=file, key=".".join(path),
-                found=f"{'nothing' if value is _ABSENT else value}, written by version {record['llava_moslora']}",
-                expected=f"{getattr(kind, '__name__', kind)}, as version {__version__} writes it",
-                fix="use the version of this package that wrote it, or put its copy back",
-            )  # fmt: skip
+            raise _lacks(record, file, path, value, kind)
+    for key, kind in (("seeds", list), ("settings.global_batch_size", int)):
+        value = record.get(key) if key == "seeds" else record["settings"].get("global_batch_size")
+        if value is not None and not isinstance(value, kind):
+            raise _lacks(record, file, (key,), value, kind)
+
+
+def _lacks(record: dict[str, Any], file: Path, path: tuple[str, ...], value: object, kind: object) -> Refusal:
+    return Refusal(
+        "K-RUN", "lacks what this version of the package reads", file=file, key=".".join(path),
+        found=f"{'nothing' if value is _ABSENT else value}, written by version {record['llava_moslora']}",
+        expected=f"{getattr(kind, '__name__', kind)}, as version {__version__} writes it",
+        fix="use the version of this package that wrote it, or put its copy back",
+    )  # fmt: skip
+
+
+_TYPES: dict[str, Any] = {"int": int, "float": int | float, "str": str, "bool": bool, "None": type(None), "dict": dict}
+
+
+def _fits(value: object, annotation: str) -> bool:
+    """Whether ``value``, of JSON, is of a settings field's type, such as ``int``, ``str | None``, ``list[float]``."""
+    for part in re.split(r"\s*\|\s*", annotation):
+        if inner := re.fullmatch(r"list\[(.+)\]", part):
+            if isinstance(value, list) and all(_fits(one, inner[1]) for one in value):
+                return True
+        elif isinstance(value, _TYPES[part.split("[")[0]]) and (part == "bool" or not isinstance(value, bool)):
+            return True
+    return False
 
 
 def is_run(folder: Path) -> bool:
     """Whether ``run.json`` is there and this package, of whatever version, wrote it."""
     try:
-        return _is_ours(json.loads((folder / RUN).read_text(encoding="utf-8")))
+        return _is_ours(parse_json((folder / RUN).read_bytes(), finite=False))
     except (OSError, ValueError):
         return False
 

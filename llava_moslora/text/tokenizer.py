@@ -35,6 +35,7 @@ RESERVED_TOKENS = (
 )  # fmt: skip
 # LLaMA-3.1 added a token whose only purpose is padding but does not name it as the pad token.
 PAD_NAMES = (PAD_TOKEN, "<|finetune_right_pad_id|>")
+LARGEST_VOCABULARY = 1 << 24  # the library takes memory for every id up to the largest
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -139,6 +140,14 @@ def _added_tokens(state: dict, folder: Path) -> list[dict]:
             raise Refusal(
                 "K-TOKENIZER", "not a complete token", file=folder / "tokenizer.json", key="added_tokens", found=token,
                 expected="an object with id, content and special", fix="download it again",
+            )  # fmt: skip
+    vocabulary = state["model"].get("vocab")
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    for number in (*ids, *(token["id"] for token in state["added_tokens"])):
+        if type(number) is not int or not 0 <= number < LARGEST_VOCABULARY:
+            raise Refusal(
+                "K-TOKENIZER", "an id out of range", file=folder / "tokenizer.json", key="vocab", found=number,
+                expected=f"0 to {LARGEST_VOCABULARY - 1}", fix="download it again",
             )  # fmt: skip
     return state["added_tokens"]
 

@@ -21,6 +21,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
+from llava_moslora.text.bounded import bounded_steps, huge_number
 from llava_moslora.text.template import SYSTEM, TEXT, Control, Segments, Template
 
 QUESTION, ANSWER, SECOND_QUESTION, SYSTEM_TEXT = "Qask0Q", "Qreply0Q", "Qask1Q", "Qrule0Q"
@@ -52,6 +53,8 @@ def _refusal(what: str, **parts: Any) -> Refusal:
 def _derive(tokenizer: PreTrainedTokenizerFast) -> Template:
     if any(name in tokenizer.chat_template for name in DATE_FUNCTIONS):
         raise _refusal("the chat template writes the date: tomorrow's prompt would be another one")
+    if (found := huge_number(tokenizer.chat_template)) is not None:
+        raise _refusal("the chat template computes a huge number", found=found)
     prompt = _apply_chat_template(tokenizer, ("user", QUESTION))
     before, after = _split(prompt, QUESTION)
     longer = _apply_chat_template(tokenizer, ("user", QUESTION), ("assistant", ANSWER), ("user", SECOND_QUESTION))
@@ -191,9 +194,11 @@ def _split(text: str, *markers: str) -> list[str]:
 
 def _apply_chat_template(tokenizer: PreTrainedTokenizerFast, *messages: tuple[str, str], prompt: bool = True) -> str:
     try:
-        return tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in messages], add_generation_prompt=prompt, tokenize=False
-        )
+        with bounded_steps():
+            return tokenizer.apply_chat_template(
+                [{"role": role, "content": text} for role, text in messages],
+                add_generation_prompt=prompt, tokenize=False,
+            )  # fmt: skip
     except Exception as error:  # whatever Jinja, or the template itself, raises
         what = "the chat template cannot write a conversation"
         raise _refusal(what, found=f"{type(error).__name__}: {error}") from None

@@ -14,6 +14,7 @@ import yaml
 from llava_moslora.errors import Refusal
 
 NULLS = ("", "~", "null", "Null", "NULL")
+LARGEST = 1 << 17  # bytes; the parser is slow
 STR, SEQ, MAP = (f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))
 
 
@@ -27,6 +28,9 @@ def read_config(path: Path) -> dict[str, str | list[str]]:
     if not path.is_file():
         raise Refusal("C-PATH", "no such file", file=path, key="--config")
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            expected = f"at most {LARGEST} bytes: one line for each flag"
+            raise Refusal("C-PARSE", "too large", file=path, found=f"{size} bytes", expected=expected)
         text = path.read_text(encoding="utf-8-sig")
         node = _TextLoader(text).get_single_node()  # JSON is YAML
         if not isinstance(node, yaml.MappingNode):

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.json import LARGEST_CONFIG, parse_json
 
 if TYPE_CHECKING:  # imports torch
     from transformers import TrainingArguments
 
 STAGES = (0, 1, 2, 3)
+AUTO = "auto"
+OFFLOADS = ("offload_optimizer", "offload_param")
+SIZES = (  # of zero_optimization, in elements
+    "reduce_bucket_size", "stage3_max_live_parameters", "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold",
+)  # fmt: skip
+SIZE = '0 or more, or "auto"'
 
 
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
@@ -23,19 +31,32 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise Refusal("C-PATH", "no such file", file=path, key="--deepspeed", fix="the package's are in zero_configs/")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes(), largest=LARGEST_CONFIG)
     except UnicodeDecodeError as error:
         raise Refusal("C-PARSE", "not UTF-8", file=path, key="--deepspeed", found=error.reason) from error
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}: {error.msg}"
         raise Refusal("C-PARSE", "not JSON", file=path, key="--deepspeed", found=place) from error
-    blocks = {"--deepspeed": config}
-    if isinstance(config, dict):
-        blocks = {name: config.get(name, {}) for name in ("zero_optimization", "bf16", "fp16")}
-    for name, block in blocks.items():
-        if not isinstance(block, dict):
-            raise Refusal("C-DEEPSPEED", "not a mapping", file=path, key=name, found=block, expected="{…}")
+    except ValueError as error:
+        raise Refusal("C-PARSE", "not usable", file=path, key="--deepspeed", found=error) from error
+    _check_types({"--deepspeed": config}, ("--deepspeed",), path)
+    _check_types(config, ("zero_optimization", "bf16", "fp16", "data_types"), path)
+    zero = config.get("zero_optimization", {})
+    for name in OFFLOADS:
+        if zero.get(name, {}) is None:  # DeepSpeed's own default
+            del zero[name]
+    _check_types(zero, OFFLOADS, path)
+    for name in SIZES:
+        value = zero.get(name, AUTO)
+        if value != AUTO and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise Refusal("C-DEEPSPEED", "not a number of elements", file=path, key=name, found=value, expected=SIZE)
     return config
+
+
+def _check_types(block: dict[str, Any], names: tuple[str, ...], path: Path) -> None:
+    for name in names:
+        if not isinstance(found := block.get(name, {}), dict):
+            raise Refusal("C-DEEPSPEED", "not a mapping", file=path, key=name, found=found, expected="{…}")
 
 
 def zero_stage(config: dict[str, Any]) -> int:
@@ -65,7 +86,7 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
     if clashes := [
         f"{key} {value} against {flag}"
         for key, (wanted, flag) in _flags_in_file(args).items()
-        if (value := _look_up(config, key)) not in ("auto", wanted)
+        if (value := _look_up(config, key)) not in (AUTO, wanted)
     ]:
         raise Refusal(
             "C-DEEPSPEED", "the file and the flags disagree", file=args.deepspeed, key="--deepspeed",
@@ -79,7 +100,7 @@ def _check_blocks(config: dict[str, Any], file: Path) -> None:
             "C-DEEPSPEED", "DeepSpeed needs the batch size", file=file, key="train_micro_batch_size_per_gpu",
             found="neither it nor train_batch_size", fix='"train_micro_batch_size_per_gpu": "auto"',
         )  # fmt: skip
-    if (stage := zero_stage(config)) not in STAGES:
+    if type(stage := zero_stage(config)) is not int or stage not in STAGES:
         raise Refusal(
             "C-DEEPSPEED", "unknown stage", file=file, key="zero_optimization.stage", found=stage, expected="0 to 3"
         )
@@ -124,7 +145,7 @@ def _look_up(config: dict[str, Any], key: str) -> object:
     """The value of a dotted key such as ``bf16.enabled``; ``"auto"`` if missing."""
     value: Any = config
     for part in key.split("."):
-        value = value.get(part, "auto")
-        if value == "auto":
+        value = value.get(part, AUTO)
+        if value == AUTO:
             break
     return value

@@ -10,6 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -179,8 +180,8 @@ class JsonStream:
     def _object(self, pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            self._problem = f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice in one object"
+            name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            self._problem = f"the key {name!r} occurs twice in one object"
         return found
 
     def _constant(self, name: str) -> None:

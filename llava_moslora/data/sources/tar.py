@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
+import os
 import tarfile
 from collections.abc import Iterator
+from typing import BinaryIO, cast
 
 from fsspec.core import url_to_fs
 
@@ -29,11 +30,14 @@ class Tar(Container):
         images: dict[str, CheckedImage] = {}
         try:
             with open_file(file) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+                length = os.path.getsize(file) if "://" not in file else getattr(stream, "size", None)
                 for member in archive:
+                    if not member.size >= 0 or (length is not None and member.offset_data + member.size > length):
+                        raise tarfile.ReadError(f"{member.size} bytes are declared for {member.name}")
                     if not member.isreg() or member.issparse() or (content := archive.extractfile(member)) is None:
                         continue
                     if member.name.endswith(RECORD_SUFFIXES):
-                        records += JsonStream(io.BytesIO(content.read()), f"{file}:{member.name}")
+                        records += JsonStream(cast(BinaryIO, content), f"{file}:{member.name}")
                         continue
                     if member.name in images:
                         raise Refusal("D-SHARD", "two members have the same name", file=file, found=member.name)

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from llava_moslora.distributed import world_size
 from llava_moslora.errors import EXIT_STATUS, LOST, Refusal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last: the terminal was closed
 RESUME = "start the same command again with --resume True"
 
 
@@ -37,7 +37,8 @@ class Preemption(TrainerCallback):
         self.evaluation_left = False  # of the last step, for the resumed run
         self._group = None  # all ranks, on the CPU: the all-reduce of every step does not wait for a GPU
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame) -> None:
         name = signal.Signals(number).name
