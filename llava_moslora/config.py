@@ -108,6 +108,7 @@ class DataSettings(Settings):
     data_weights: list[float] = setting([], "how often each file is seen per epoch; default: once")
     eval_data_path: list[str] = setting([], "validation data: as --data_path, each FILE or NAME=FILE")
     validation_split: float = setting(0.0, "share of --data_path held out, by each record's content")
+    data_share: float = setting(1.0, "train on this share of each file only, drawn by the seed; small shares in large ones")
     image_folder: str | None = setting(None, "folder that image names are relative to")
     image_aspect_ratio: str = setting("pad", "pad to a square, or crop as the tower's processor does", ASPECT_RATIOS)
     image_engine: str = setting("pil", "pil: resized as for the tower's training; torch: faster", IMAGE_ENGINES)
@@ -123,6 +124,16 @@ class DataSettings(Settings):
     max_bad_share: float = setting(0.01, "with quarantine: the largest share of bad records")
     follow_image_links: bool = setting(False, "allow links that lead out of the image folder")
     decode_images: bool = setting(False, "decode every image before training, not only its header")
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            Refusal: C-FLAG, naming the flag, the value and what may be given.
+        """
+        super().__post_init__()
+        if not 0 < self.data_share <= 1:
+            expected = "a share above 0 and at most 1"
+            raise Refusal("C-FLAG", "out of range", key="--data_share", found=self.data_share, expected=expected)
 
 
 @dataclass(frozen=True)

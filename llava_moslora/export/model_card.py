@@ -161,6 +161,8 @@ def _data(trained: TrainedRun) -> str:
     total = f"In all {images}{report['trained_tokens']:,} tokens{'' if data.train_on_prompt else ' of answers'}."
     if data.validation_split:
         total += f" Of these records a share of {data.validation_split:g} was held out and not trained on."
+    if data.data_share < 1:
+        total += f" Of the records that were left a share of {data.data_share:g} was trained on."
     return "\n".join([*lines, "", total])
 
 

@@ -44,6 +44,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "decode_images": False,
         "eval_data_path": [],
         "validation_split": 0.0,
+        "data_share": 1.0,
         "train_on_prompt": False,
     },
     "adapter": {},
