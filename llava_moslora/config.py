@@ -108,7 +108,7 @@ class DataSettings(Settings):
     data_weights: list[float] = setting([], "how often each file is seen per epoch; default: once")
     eval_data_path: list[str] = setting([], "validation data: as --data_path, each FILE or NAME=FILE")
     validation_split: float = setting(0.0, "share of --data_path held out, by each record's content")
-    data_share: float = setting(1.0, "train on this share of each file only, drawn by the seed; small shares in large ones")
+    data_share: float = setting(1.0, "train on this share of each file, drawn by the seed; smaller in larger ones")
     image_folder: str | None = setting(None, "folder that image names are relative to")
     image_aspect_ratio: str = setting("pad", "pad to a square, or crop as the tower's processor does", ASPECT_RATIOS)
     image_engine: str = setting("pil", "pil: resized as for the tower's training; torch: faster", IMAGE_ENGINES)

@@ -170,7 +170,9 @@ def _mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
 
 def _prepare_eval(files: dict[str, str], settings: DataSettings, prepare: Callable[[DataSettings], Dataset]) -> Dataset:
     try:
-        return prepare(replace(settings, data_path=list(files.values()), data_weights=[], validation_split=0.0, data_share=1.0))
+        return prepare(
+            replace(settings, data_path=list(files.values()), data_weights=[], validation_split=0.0, data_share=1.0)
+        )
     except Refusal as refusal:  # which speaks of training data
         parts = {name: getattr(refusal, name) for name in ("key", "fix")}
         parts = {name: text and text.replace("--data_path", "--eval_data_path") for name, text in parts.items()}
