@@ -23,6 +23,7 @@ FLOORS = [
     {"runs"},
     {"inference"},
     {"training", "export", "evaluation", "planning"},
+    {"studies"},
     {"cli"},
 ]
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
