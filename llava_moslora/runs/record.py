@@ -46,8 +46,9 @@ BEFORE: dict[str, dict[str, Any]] = {
         "validation_split": 0.0,
         "train_on_prompt": False,
     },
-    "adapter": {},
+    "adapter": {"method": "moslora"},
     "training": {
+        "lora_plus_ratio": 1.0,
         "dropout_masks": "cpu generator",
         "loss_average": "tokens",
         "packing": False,
