@@ -47,8 +47,9 @@ BEFORE: dict[str, dict[str, Any]] = {
         "data_share": 1.0,
         "train_on_prompt": False,
     },
-    "adapter": {},
+    "adapter": {"method": "moslora"},
     "training": {
+        "lora_plus_ratio": 1.0,
         "dropout_masks": "cpu generator",
         "loss_average": "tokens",
         "packing": False,

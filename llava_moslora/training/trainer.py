@@ -35,7 +35,7 @@ from llava_moslora.training.checkpoint import read_optimizer, read_trained, writ
 from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingTrainer
 from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
-from llava_moslora.training.optimizer_state import TrainState, frozen_mixers, trained_parameters
+from llava_moslora.training.optimizer_state import TrainState, frozen_factors, trained_parameters
 from llava_moslora.training.random_state import random_state, set_random_state
 from llava_moslora.training.throughput import Throughput
 from llava_moslora.training.validation import validation_facts
@@ -132,6 +132,8 @@ class MosLoraTrainer(EvaluatingTrainer):
             rate = args.vision_lr
         if "lora_mixer" in name and args.mixer_lr is not None:
             rate = args.mixer_lr
+        if ".lora_B." in name:
+            rate *= args.lora_plus_ratio
         if part_of(name) == "projector" and args.mm_projector_lr is not None:
             rate = args.mm_projector_lr
         return rate
@@ -247,7 +249,7 @@ class MosLoraTrainer(EvaluatingTrainer):
             checkpoint, self.saved_step = Path(resume_from_checkpoint), self.state.global_step
             train_state.create_optimizer_state()
             masters = read_trained(checkpoint, self.model)
-            if (redrawn := len(frozen_mixers(self.model).keys() - masters.keys())) and rank() == 0:
+            if (redrawn := len(frozen_factors(self.model).keys() - masters.keys())) and rank() == 0:
                 print(f"{checkpoint} is of a version that saved no frozen mixers: {redrawn} drawn from the seed again")
             state, position = read_optimizer(checkpoint, train_state.optimizer_state())
             train_state.restore(masters, state, position["loss_scale"])
