@@ -202,7 +202,7 @@ def test_two_studies_do_not_share_a_folder(study, tmp_path):
     from filelock import FileLock
 
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(Refusal, match="C-LOCKED.*another process works on this"):
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(Refusal, match=r"C-LOCKED.*another process works on"):
         study()
 
 
