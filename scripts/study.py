@@ -1,6 +1,6 @@
 """A study: a recipe × settings × seeds, trained, evaluated and compared; one command, which goes on where it stopped.
 
-    python scripts/study.py scripts/studies/mixer_inits.yaml --output_dir runs/mixer-inits
+    python scripts/study.py mixer_inits --output_dir runs/mixer-inits          # a ready study, of scripts/studies
     python scripts/study.py STUDY.yaml --output_dir FOLDER --gpus 0 1 2 3      # runs side by side, a GPU each
     python scripts/study.py STUDY.yaml --output_dir FOLDER --report_only       # the table of what is there
 
@@ -17,10 +17,17 @@ from pathlib import Path
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.flags import ScriptParser
 
+READY = Path(__file__).parent / "studies"
+
+
+def ready() -> list[str]:
+    """Names of the studies that come with the package."""
+    return sorted(file.stem for file in READY.glob("*.yaml"))
+
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
-    parser.add_argument("study", help="the study's YAML file")
+    parser.add_argument("study", help=f"the study's YAML file, or a ready one: {', '.join(ready())}")
     parser.add_argument("--output_dir", required=True, help="folder of the study: runs, study.json, study.html")
     parser.add_argument("--gpus", nargs="+", metavar="GPU", help="their indices; default: all that are visible")
     parser.add_argument("--gpus_per_run", type=int, help="default: as the recipe says, else 1")
@@ -71,7 +78,8 @@ def main() -> None:
     args = parse(sys.argv[1:])
 
     # 1. Read the study, and check the flags of every run, before anything starts
-    study, output = read_study(Path(args.study).absolute()), Path(args.output_dir).absolute()
+    file = READY / f"{args.study}.yaml" if args.study in ready() else Path(args.study)
+    study, output = read_study(file.absolute()), Path(args.output_dir).absolute()
     gpus = tuple(args.gpus) if args.gpus else visible_gpus()
     recipe = read_study_recipe(study, args.gpus_per_run)
     per_run = (args.gpus_per_run or recipe.gpus or 1) if gpus else 0
@@ -80,32 +88,39 @@ def main() -> None:
     check_flags(study, first)
     check_evaluations(study, first[0])
 
-    # 2. Lock its folder, and compare it with the runs that are there
+    # 2. Lock its folder, train and compare
     lock = lock_study(output)
-    with lock:
+    try:
         changed = check_unchanged(study, every_run(study, recipe, output), per_run, rerun=args.rerun_changed)
         for run in changed:
             print(f"{run.name}: deleted, its flags have changed")
         if args.list:
             print("\n".join(f"{'done' if run.done else '    '}  {run.name}" for run in first))
-            return
+        else:
+            results, runs = make(study, recipe, output, slots, per_run, train=not args.report_only)
+            write_results(study, recipe, output, results, runs)
+    finally:
+        lock.release()
 
-        # 3. Train and evaluate: tuning first, then the runs of the result
-        results, runs = make(study, recipe, output, slots, per_run, train=not args.report_only)
 
-        # 4. Compare
-        for name in leftovers(output, every_run(study, recipe, output)):
-            results.notes.append(f"{name}: a run that the study does not ask for; left out")
-        table = report.text(study, results)
-        replace_json(output / "study.json", report.as_json(study, runs, results))
-        replace_file(output / "study.html", study_page(study, runs, results).encode())
-        replace_file(output / "study.txt", f"{table}\n".encode())
-        print(f"\n{table}\n\n{output / 'study.html'}", flush=True)
-        if failed := [failure for failure in results.failures if not failure.expected]:
-            raise Refusal(
-                "R-STUDY", "not every run is complete", file=output, found=f"{len(failed)} failed",
-                fix="see above; the same command tries them again, but those that diverged",
-            )  # fmt: skip
+def write_results(study: Study, recipe: Recipe, output: Path, results: Results, runs: list[Run]) -> None:
+    """Print and write the table, the page and the JSON file.
+
+    Raises:
+        Refusal: R-STUDY, afterwards, if a run failed.
+    """
+    for name in leftovers(output, every_run(study, recipe, output)):
+        results.notes.append(f"{name}: a run that the study does not ask for; left out")
+    table = report.text(study, results)
+    replace_json(output / "study.json", report.as_json(study, runs, results))
+    replace_file(output / "study.html", study_page(study, runs, results).encode())
+    replace_file(output / "study.txt", f"{table}\n".encode())
+    print(f"\n{table}\n\n{output / 'study.html'}", flush=True)
+    if failed := [failure for failure in results.failures if not failure.expected]:
+        raise Refusal(
+            "R-STUDY", "not every run is complete", file=output, found=f"{len(failed)} failed",
+            fix="see above; the same command tries them again, but those that diverged",
+        )  # fmt: skip
 
 
 def make(
@@ -162,15 +177,15 @@ def check_evaluations(study: Study, run: Run) -> None:
 
 
 def lock_study(output: Path) -> FileLock:
-    """
+    """The lock of the study's folder, held.
+
     Raises:
         Refusal: C-OUTPUT, the folder cannot be made; C-LOCKED, another process works on the study.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / ".lock")
-        lock.acquire(timeout=5)
-        lock.release()
+        lock.acquire(timeout=1)
         return lock
     except Timeout as error:
         fix = "wait for it, stop it, or choose another --output_dir"

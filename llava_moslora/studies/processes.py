@@ -3,7 +3,7 @@
 A run is one process of ``scripts/train_vit_llm.py``, or of DeepSpeed's launcher where the run has ``--deepspeed`` or
 several GPUs, followed by one for every evaluation. It trains on where it was stopped, because every run has
 ``--resume True``. When the study ends, however it ends, its processes are told to stop (on Linux also after kill -9);
-a run that still trains is waited for when the study is started again.
+a training that goes on, such as one below DeepSpeed's launcher, is waited for when the study is started again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -37,7 +38,7 @@ LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 TRAIN = "training"
 NONFINITE = "R-NONFINITE"  # code of a training's refusal to go on after a loss of NaN or Inf: it diverged
 POLL = 0.1  # seconds
-PATIENCE = 600  # seconds to wait for a run that a stopped study has left training
+PATIENCE = 600  # seconds that a stopped process has to save its step
 LIBC = ctypes.CDLL(None)  # loaded before a fork
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
@@ -73,6 +74,8 @@ class Job:
     steps: Iterator[tuple[str, list[str]]]
     slot: Slot | None = None
     what: str = ""
+    command: list[str] | None = None
+    waited: bool = False
     process: subprocess.Popen | None = None
     began: float = field(default_factory=time.monotonic)
 
@@ -210,36 +213,36 @@ def _advance(job: Job, failures: list[Failure], say: Callable[[str], None], left
             return True
         say(f"{job.run.name}: {job.what} done in {seconds:.0f} s, {left}")
         job.process = None
-    try:
-        job.what, command = next(job.steps)
-    except StopIteration:
-        return True
-    except Refusal as refusal:  # results of an evaluation that cannot be read
-        failures.append(Failure(job.run, job.what, refusal.exit_status, refusal.line()))
-        say(f"{job.run.name}: {refusal.line()}")
-        return True
+    if job.command is None:
+        try:
+            job.what, job.command = next(job.steps)
+        except StopIteration:
+            return True
+        except Refusal as refusal:  # results of an evaluation that cannot be read
+            failures.append(Failure(job.run, job.what, refusal.exit_status, refusal.line()))
+            say(f"{job.run.name}: {refusal.line()}")
+            return True
+    if job.what == TRAIN and still_trained(job.run):
+        if not job.waited:
+            say(f"{job.run.name}: waiting for the process that still trains it")
+        job.waited = True
+        return False
     assert job.slot is not None
-    if job.what == TRAIN:
-        wait_for_lock(job.run, say)
-    job.began = time.monotonic()
-    job.process = start(command, job.run, job.slot)
+    job.began, job.process, job.command = time.monotonic(), start(job.command, job.run, job.slot), None
     return False
 
 
-def wait_for_lock(run: Run, say: Callable[[str], None]) -> None:
-    """Wait while a process that a stopped study left behind still trains into the run's folder."""
+def still_trained(run: Run) -> bool:
+    """Whether a process that a stopped study left behind holds the lock of the run's folder."""
     if not (run.output / ".lock").is_file():
-        return
+        return False
     lock = FileLock(run.output / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(f"{run.name}: waiting for the process that still trains it")
-        try:
-            lock.acquire(timeout=PATIENCE)
-        except Timeout:
-            return  # the training itself refuses the folder, and says who holds it
+        return True
     lock.release()
+    return False
 
 
 def start(command: Sequence[str], run: Run, slot: Slot) -> subprocess.Popen:
@@ -252,13 +255,16 @@ def start(command: Sequence[str], run: Run, slot: Slot) -> subprocess.Popen:
         log.flush()
         return subprocess.Popen(
             command, cwd=run.start, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True, preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            start_new_session=True, preexec_fn=partial(_end_with, os.getpid()) if sys.platform == "linux" else None,
         )  # fmt: skip
 
 
-def _end_with_parent() -> None:
-    """Ask the kernel for a SIGTERM when the study's process ends: a training then saves its step (prctl(2))."""
+def _end_with(study: int) -> None:
+    """In the new process: ask the kernel for a SIGTERM when the study's ends; a training then saves its step
+    (prctl(2))."""
     LIBC.prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != study:  # it ended before
+        os._exit(1)
 
 
 def _stop(jobs: Sequence[Job]) -> None:
@@ -267,12 +273,12 @@ def _stop(jobs: Sequence[Job]) -> None:
     processes = [job.process for job in jobs if job.process is not None]
     for process in processes:
         if process.poll() is None:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)  # also the ranks below a launcher
     for process in processes:
         try:
             process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
