@@ -213,6 +213,7 @@ class TrainingSettings(Settings):
     mm_projector_lr: float | None = setting(None, "of the projector; default: as --learning_rate")
     mixer_lr: float | None = setting(None, "of the mixers; default: as the adapter around them")
     lora_plus_ratio: float = setting(1.0, "LoRA+: the learning rate of B is so many times that of A")
+    riemannian: bool = setting(False, "gradients of LoRA's A and B preconditioned; without DeepSpeed")
     loss_average: str = setting(
         "tokens", "over the global batch's tokens, or of micro_batch means (XTuner)", LOSS_AVERAGES
     )

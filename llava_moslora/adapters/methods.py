@@ -13,7 +13,7 @@ from typing import Any
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 
 from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig, check_even_rank
-from llava_moslora.config import FIXED_MIXERS, WITHOUT_DROPOUT, AdapterSettings, TowerAdapter
+from llava_moslora.config import FIXED_MIXERS, WITHOUT_DROPOUT, AdapterSettings, TowerAdapter, TrainingSettings
 from llava_moslora.errors import Refusal
 
 MIXER_FLAGS = ("mixer_init", "train_mixer", "vision_mixer_init", "vision_train_mixer")
@@ -119,11 +119,11 @@ def method_config(
     return row.config(**values, **row.fixed, **fields)
 
 
-def check_method(settings: AdapterSettings, bits: int, mixer_lr: float | None, lora_plus_ratio: float) -> None:
+def check_method(settings: AdapterSettings, bits: int, training: TrainingSettings) -> None:
     """Refuse what a method has no use for, and what cannot work, before anything is loaded.
 
     Args:
-        bits: of the frozen LLM. mixer_lr, lora_plus_ratio: the flags of that name.
+        bits: of the frozen LLM.
 
     Raises:
         Refusal: C-FLAG naming the flag and the reason; C-RANK, an odd rank of two-subspaces-mixing.
@@ -140,10 +140,12 @@ def check_method(settings: AdapterSettings, bits: int, mixer_lr: float | None, l
     for name in ("lora_dropout", "vision_lora_dropout") if method in WITHOUT_DROPOUT else ():
         if getattr(settings, name) not in (getattr(defaults, name), 0):
             _refuse(name, getattr(settings, name), f"PEFT's {row.title} has no dropout of its input")
-    if mixer_lr is not None and "lora_mixer" not in row.trained:
-        _refuse("mixer_lr", mixer_lr, f"{row.title} trains no mixer")
-    if lora_plus_ratio != 1 and "lora_B" not in row.trained:
-        _refuse("lora_plus_ratio", lora_plus_ratio, f"{row.title} trains no B")
+    if training.mixer_lr is not None and "lora_mixer" not in row.trained:
+        _refuse("mixer_lr", training.mixer_lr, f"{row.title} trains no mixer")
+    if training.lora_plus_ratio != 1 and "lora_B" not in row.trained:
+        _refuse("lora_plus_ratio", training.lora_plus_ratio, f"{row.title} trains no B")
+    if training.riemannian and not _is_pair(settings):
+        _refuse("riemannian", True, f"its preconditioner is that of a product B·A, and {row.title}'s update is another")
     if bits == 4 and row.not_over_nf4 and settings.llm is not None:
         raise Refusal("C-FLAG", row.not_over_nf4, key=f"--method {method}, --bits 4", fix="--bits 16")
     towers = {"": settings.llm, "vision_": settings.vision}
@@ -153,6 +155,13 @@ def check_method(settings: AdapterSettings, bits: int, mixer_lr: float | None, l
                 check_even_rank(f"--{prefix}lora_r", tower.r)
     if settings.llm is not None and settings.vision is not None:
         method_config(method, settings.llm, {".*": settings.vision}, target_modules=["any"])
+
+
+def _is_pair(settings: AdapterSettings) -> bool:
+    """Whether all that is trained of the adapters is A and B; a frozen mixer between them is a part of A."""
+    mixers = any(tower.train_mixer for tower in (settings.llm, settings.vision) if tower is not None)
+    trained = set(METHODS[settings.method].trained) - ({"lora_mixer"} if settings.method == "moslora" else set())
+    return trained == {"lora_A", "lora_B"} and not (settings.method == "moslora" and mixers)
 
 
 def _refuse(name: str, value: object, why: str) -> None:

@@ -50,6 +50,7 @@ BEFORE: dict[str, dict[str, Any]] = {
     "adapter": {"method": "moslora"},
     "training": {
         "lora_plus_ratio": 1.0,
+        "riemannian": False,
         "dropout_masks": "cpu generator",
         "loss_average": "tokens",
         "packing": False,

@@ -67,7 +67,12 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
     _check_numbers(args)
     check_evaluation(data, args)
     _check_adapters(adapter)
-    check_method(adapter, model.bits, args.mixer_lr, args.lora_plus_ratio)
+    check_method(adapter, model.bits, args)
+    if args.riemannian and args.deepspeed:
+        raise Refusal(
+            "C-FLAG", "DeepSpeed has divided or freed the gradients that would be preconditioned", key="--riemannian",
+            fix="leave --deepspeed out (float32 on one GPU or several), or --riemannian",
+        )  # fmt: skip
     _check_precision(args)
     _check_packages(model, args)
     _check_attention(model, args)
