@@ -2,7 +2,7 @@
 
 ::
 
-    recipe: ../llama3_8b_commonsense_moslora.sh     # or a list of flags of scripts/train_vit_llm.py
+    recipe: ../llama3_8b_commonsense.sh     # or a list of flags of scripts/train_vit_llm.py
     flags: {eval_strategy: epoch}                   # over the recipe, in every run
     seeds: [1, 2, 3]
     arms:                                           # the first is the baseline, unless `baseline` names another
