@@ -30,7 +30,7 @@ class Row:
     Attributes:
         tuned: the chosen value of the tuned flag.
         values: seed → value, of the runs that are complete.
-        missing: seeds without a value.
+        missing: seeds without a value. diverged: those of them whose loss became NaN or Inf.
         difference: to the baseline at the same point.
         verdict: in words.
         paper: the published value.
@@ -42,6 +42,7 @@ class Row:
     tuned: str
     values: dict[int, float]
     missing: tuple[int, ...]
+    diverged: tuple[int, ...]
     difference: Difference | None
     verdict: str
     paper: float | None = None
@@ -182,12 +183,13 @@ def _rows(study: Study, measure: Measure, runs: Sequence[Run], choices: Sequence
         shared = mine.keys() & values[study.baseline, point].keys()
         is_baseline = arm.name == study.baseline
         text = BASELINE if is_baseline and mine else verdict(study.baseline, measure, one, len(mine), len(shared))
-        if missing and mine:
-            text += f"; {len(missing)} of {len(study.seeds)} seeds missing"
+        away = tuple(run.seed for run in runs if (run.arm, run.point) == (arm.name, point) and run.diverged)
+        for what, seeds in (("diverged", away), ("missing", set(missing) - set(away))):
+            if seeds:  # a mean over the rest says less than it seems to
+                text += f"; {len(seeds)} of {len(study.seeds)} seeds {what}"
         paper = arm.paper[point] if arm.paper and measure is study.measures[0] else None
-        rows.append(
-            Row(measure.name, arm.name, point, chosen.get((arm.name, point), ""), mine, missing, one, text, paper)
-        )  # fmt: skip
+        tuned = chosen.get((arm.name, point), "")
+        rows.append(Row(measure.name, arm.name, point, tuned, mine, missing, away, one, text, paper))
     return rows
 
 
@@ -199,6 +201,8 @@ def verdict(baseline: str, measure: Measure, found: Difference | None, values: i
         what = "no seed" if pairs == 0 else "one seed"
         return f"{what} in common with {baseline}: nothing can be said"
     digits = measure.digits
+    if found.low == found.high:
+        return f"{pairs} differences of exactly {found.mean:+.{digits}f}: no spread to judge them by"
     if found.significant:
         better = (found.mean < 0) == (measure.better == "lower")
         low, high = sorted((abs(found.low), abs(found.high)))
