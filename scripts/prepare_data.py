@@ -23,7 +23,7 @@ from llava_moslora.noise import quiet_libraries
 MODEL_FLAGS = ("model_name_or_path", "vision_tower", "version")
 # Without effect before training: how images become pixels, in which order records are seen, what is held out.
 DATA_FLAGS = {f.name for f in fields(DataSettings)} - {"image_aspect_ratio", "image_engine", "data_order"}
-DATA_FLAGS -= {"eval_data_path", "validation_split"}
+DATA_FLAGS -= {"eval_data_path", "validation_split", "data_share"}
 
 
 @dataclass

@@ -100,7 +100,7 @@ def main() -> None:
         longest_text=longest_text(llm_config),
     )  # fmt: skip
     dataset = prepare_alike(data_settings)
-    trained, validation, keys = validation_data(dataset, data_settings, prepare_alike)
+    trained, validation, keys = validation_data(dataset, data_settings, prepare_alike, seed=args.batches["seed"])
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
     sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
     plan, seen = plan_first(model_settings, data_settings, adapter_settings, args, dataset, trained)

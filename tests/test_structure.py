@@ -24,6 +24,7 @@ FLOORS = [
     {"runs"},
     {"inference"},
     {"training", "export", "evaluation", "planning"},
+    {"studies"},
     {"cli"},
 ]
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}

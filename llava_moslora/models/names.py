@@ -20,6 +20,14 @@ PARTS = {"llm": LLM, "vision_tower": VISION_TOWER, "projector": PROJECTOR, "lm_h
 STANDALONE = {"llm": "model.", "vision_tower": "", "projector": "", "lm_head": "lm_head."}
 # What a decoder of transformers has in it; PEFT's own wrapper is called model too.
 _ALONE = re.compile(rf"(?:^|\.){LLM_ALONE}\.((?:embed_tokens|layers|norm|rotary_emb)(?:\.|$).*)")
+# The last level of an adapter's tensor before the adapter's name: lora_A, hada_w1_a, lokr_w2 …
+_ADAPTER_TENSOR = re.compile(rf"\.((?:lora|hada|lokr)_\w+|ranknum)\.(?:{ADAPTER_NAME}\b)?")
+
+
+def adapter_tensor(name: str) -> str | None:
+    """Which tensor of an adapter a parameter is, such as ``lora_A`` or ``hada_w1_a``; None: of no adapter."""
+    found = _ADAPTER_TENSOR.search(name)
+    return found[1] if found else None
 
 
 def part_of(name: str) -> str:

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.optimizers import create_riemannian_optimizer
 from torch import distributed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from llava_moslora.adapters.adalora import count_once
 from llava_moslora.adapters.kernel import triton_enabled
 from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
@@ -35,7 +37,7 @@ from llava_moslora.training.checkpoint import read_optimizer, read_trained, writ
 from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingTrainer
 from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
-from llava_moslora.training.optimizer_state import TrainState, frozen_mixers, trained_parameters
+from llava_moslora.training.optimizer_state import TrainState, frozen_factors, trained_parameters
 from llava_moslora.training.random_state import random_state, set_random_state
 from llava_moslora.training.throughput import Throughput
 from llava_moslora.training.validation import validation_facts
@@ -72,6 +74,10 @@ class MosLoraTrainer(EvaluatingTrainer):
 
             inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
             fuse_layers(getattr(inner.model, "language_model", inner.model))  # of an LLM alone, the model itself
+        # A loss over the global batch's tokens is added up over micro-batches and ranks, another one averaged
+        summed = self.model_accepts_loss_kwargs and self.args.average_tokens_across_devices
+        parts = (self.args.gradient_accumulation_steps or 1) if self.model_accepts_loss_kwargs else 1
+        self.adalora = count_once(self.model, 1 / (parts * (self.args.world_size if summed else 1)))
         self.finite_check = FiniteCheck(self.args.run_folder)
         self.throughput = Throughput(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # added by callbacks to the next row of the log
@@ -120,9 +126,14 @@ class MosLoraTrainer(EvaluatingTrainer):
             decay = self.args.weight_decay if dimensions(parameter) > 1 else 0.0
             groups.setdefault((self.learning_rate_of(name), decay), []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = optimizer_class(
-            [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **settings
-        )
+        made = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+        if self.args.riemannian:
+            self.optimizer = create_riemannian_optimizer(self.model, optimizer_class, **settings)
+            self.optimizer.param_groups.clear()
+            for group in made:
+                self.optimizer.add_param_group(group)
+        else:
+            self.optimizer = optimizer_class(made, **settings)
         return self.optimizer
 
     def learning_rate_of(self, name: str) -> float:
@@ -132,6 +143,8 @@ class MosLoraTrainer(EvaluatingTrainer):
             rate = args.vision_lr
         if "lora_mixer" in name and args.mixer_lr is not None:
             rate = args.mixer_lr
+        if ".lora_B." in name:
+            rate *= args.lora_plus_ratio
         if part_of(name) == "projector" and args.mm_projector_lr is not None:
             rate = args.mm_projector_lr
         return rate
@@ -197,6 +210,9 @@ class MosLoraTrainer(EvaluatingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput since the last log, and what callbacks have measured."""
         if "loss" in logs:
+            if self.adalora is not None:
+                term = self.adalora.take_term()
+                logs |= {"cross_entropy": logs["loss"] - term, "orthogonality": term}
             logs |= self.throughput.rates() | self.extra_logs
             self.extra_logs = {}
         super().log(logs, start_time)
@@ -247,7 +263,7 @@ class MosLoraTrainer(EvaluatingTrainer):
             checkpoint, self.saved_step = Path(resume_from_checkpoint), self.state.global_step
             train_state.create_optimizer_state()
             masters = read_trained(checkpoint, self.model)
-            if (redrawn := len(frozen_mixers(self.model).keys() - masters.keys())) and rank() == 0:
+            if (redrawn := len(frozen_factors(self.model).keys() - masters.keys())) and rank() == 0:
                 print(f"{checkpoint} is of a version that saved no frozen mixers: {redrawn} drawn from the seed again")
             state, position = read_optimizer(checkpoint, train_state.optimizer_state())
             train_state.restore(masters, state, position["loss_scale"])

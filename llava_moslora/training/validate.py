@@ -12,6 +12,7 @@ import torch
 from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from llava_moslora.adapters.methods import check_method
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.training import deepspeed_config
@@ -21,8 +22,8 @@ from llava_moslora.training.evaluation_flags import check_evaluation
 # flag → smallest value, and whether that value itself is allowed
 RANGES = {
     **dict.fromkeys(
-        ("learning_rate", "vision_lr", "mm_projector_lr", "mixer_lr", "adam_epsilon", "neftune_noise_alpha",
-         "save_steps", "logging_steps"), (0, False)),
+        ("learning_rate", "vision_lr", "mm_projector_lr", "mixer_lr", "lora_plus_ratio", "adam_epsilon",
+         "neftune_noise_alpha", "save_steps", "logging_steps"), (0, False)),
     **dict.fromkeys(
         ("weight_decay", "max_grad_norm", "warmup_steps", "adam_beta1", "adam_beta2", "health_steps", "seed",
          "data_seed", "eval_delay", "early_stopping_threshold"), (0, True)),
@@ -66,6 +67,12 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
     _check_numbers(args)
     check_evaluation(data, args)
     _check_adapters(adapter)
+    check_method(adapter, model.bits, args)
+    if args.riemannian and args.deepspeed:
+        raise Refusal(
+            "C-FLAG", "DeepSpeed has divided or freed the gradients that would be preconditioned", key="--riemannian",
+            fix="leave --deepspeed out (float32 on one GPU or several), or --riemannian",
+        )  # fmt: skip
     _check_precision(args)
     _check_packages(model, args)
     _check_attention(model, args)

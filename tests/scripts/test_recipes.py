@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from llava_moslora.adapters.methods import check_method
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.llava_folder import name_parts
@@ -48,9 +49,21 @@ TABLE_8 = {
 }
 # Table 4: parameters in millions, as printed; Table 7's mixer
 TABLE_4 = {"llama3_8b_commonsense_lora": (28.3, NONE), "llama3_8b_commonsense_moslora": (28.4, KAIMING)}
+# Every row of Table 4 through --method: rank, "Param" as printed, learning rate (DoRA*, at rank 32, has its own)
+ANY_ROW = "llama3_8b_commonsense"
+TABLE_4_ROWS = {
+    ("lora", ""): (16, "28.3M", 3e-5),
+    ("lokr", ""): (8, "0.9M", 3e-5),
+    ("loha", ""): (8, "28.3M", 3e-5),
+    ("flora", ""): (16, "28.4M", 3e-5),
+    ("adalora", ""): (16, "28.3M", 3e-5),
+    ("dora", ""): (16, "29.1M", 3e-5),
+    ("dora", "32"): (32, "57.4M", 1e-5),
+    ("moslora", ""): (16, "28.4M", 3e-5),
+}
 RUN = "playground/runs/llama3-8b-moslora"
 STAGE_1 = ["llama3_8b_pretrain", "internlm2_7b_pretrain"]
-RECIPES = [*TABLE_8, *TABLE_4, *STAGE_1, "vicuna_7b_moslora"]
+RECIPES = [*TABLE_8, *TABLE_4, ANY_ROW, *STAGE_1, "vicuna_7b_moslora"]
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +209,32 @@ def test_commonsense_is_the_papers_table_7_and_4(folders, recipe):
     linears = 4096 + 4096, 4096 + 1024, 4096 + 1024, 4096 + 14336, 14336 + 4096
     mixers = 32 * 5 * 16**2 if mixer[1] else 0
     assert count == trained(model, "model.layers") == 32 * 16 * sum(linears) + mixers
+
+
+@pytest.mark.parametrize(("method", "rank"), TABLE_4_ROWS)
+def test_every_row_of_table_4_has_its_parameters(folders, method, rank):
+    """Of the complete model, on the meta device. LoHa's and LoKr's are those of rank 8, not of Table 7's 16."""
+    expected_rank, millions, rate = TABLE_4_ROWS[method, rank]
+    variables = {"METHOD": method} | ({"RANK": rank} if rank else {})
+    assert one_row(folders, **variables) == (expected_rank, millions, rate)
+
+
+@pytest.mark.parametrize(("method", "millions"), [("loha", "56.6M"), ("lokr", "1.1M")])
+def test_table_7s_rank_gives_other_counts(folders, method, millions):
+    assert one_row(folders, METHOD=method, RANK="16") == (16, millions, 3e-5)
+
+
+def one_row(folders, **variables) -> tuple[int, str, float]:
+    """Rank, trained parameters of LLaMA-3-8B, learning rate."""
+    model_args, data_args, adapter_args, args = arguments(folders, ANY_ROW, **variables)
+    adapter_args = check_text_only(name_parts(model_args), data_args, adapter_args, vars(args))
+    check_method(adapter_args, model_args.bits, args)
+    llm = adapter_args.llm
+    assert llm.lora_alpha == 2 * llm.r
+    assert (args.num_train_epochs, args.warmup_steps, batches(folders, ANY_ROW, **variables)) == (3, 100, (4, 4))
+    model = model_on_meta(LlamaConfig(**EIGHT_B | {"num_hidden_layers": 32}), None, adapter_args)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return llm.r, f"{count / 1e6:.1f}M", args.learning_rate
 
 
 def test_more_flags_and_other_folders_win(folders):
