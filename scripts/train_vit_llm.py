@@ -117,9 +117,7 @@ def main() -> None:
         model=model, args=args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption],
         data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing), eval_dataset=validation,
     )  # fmt: skip
-    if samples:
-        limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
-        trainer.add_callback(SampleAnswers(samples, ChatModel(model, tokenizer, template, transform), run, **limits))
+    trainer.add_callback(sample_answers(args, samples, ChatModel(model, tokenizer, template, transform)))
     trainer.create_optimizer()  # before the first file is written: --optim may be refused
 
     # 6. Lock the run folder and write run.json, tokenizer and data report; --overwrite deletes the old run only now
@@ -195,6 +193,11 @@ def read_samples_of(
     folder = args.sample_image_folder or data.image_folder
     asked = replace(data, data_path=[args.sample_questions], image_folder=folder, data_weights=[])
     return read_samples(asked, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens)
+
+
+def sample_answers(args: TrainingArguments, samples: list[Sample], chat_model: ChatModel) -> SampleAnswers:
+    limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
+    return SampleAnswers(samples, chat_model, args.run_folder, **limits)
 
 
 def opening_line(args: TrainingArguments, checkpoint: Path | None) -> str:

@@ -19,8 +19,9 @@ from llava_moslora.text.templates import control_id, get_template, stop_token_id
 def modelfile(template: str, tokenizer: PreTrainedTokenizerFast, files: Sequence[str]) -> str | None:
     """The Modelfile's text; None for a template without a text of the user's, which is no chat's.
 
-    For messages in turn, the last of them the user's, and text without control tokens and white space around it,
-    llama.cpp's ids of the rendered prompt are those of :func:`llava_moslora.text.conversation.encode_prompt`.
+    For messages in turn, the last of them the user's, and text without control tokens and white space around it, the
+    tokenizer's ids of the rendered prompt are those of :func:`llava_moslora.text.conversation.encode_prompt`. (Not of
+    a SentencePiece tokenizer with ``legacy: false``, which adds a space at the start of a text and not after BOS.)
 
     Args:
         template: name of the prompt template.

@@ -193,15 +193,15 @@ def test_questions_to_answer_meanwhile_are_those_of_llavas_form(name, tiny, tmp_
     source, talks, *_ = FILES[name][1](tmp_path)
     inside = source.suffix in ("", ".parquet", ".tar") and any(talk.images for talk in talks)
     asked = {"tokenizer": tiny("chatml"), "template": "chatml", "tokens_per_image": 4}
-    samples = read_samples(DataSettings([str(source)], None if inside else str(image_folder)), **asked)
+    samples = read_samples(DataSettings([str(source)], image_folder=None if inside else str(image_folder)), **asked)
     llava = array(tmp_path / "llava.json", [talk.llava() for talk in talks])
-    expected = read_samples(DataSettings([str(llava)], str(image_folder)), **asked)
+    expected = read_samples(DataSettings([str(llava)], image_folder=str(image_folder)), **asked)
     assert [[(turn.role, turn.text) for turn in sample.turns] for sample in samples] == [
         [(turn.role, turn.text) for turn in sample.turns] for sample in expected
     ]
     assert [sample.reference for sample in samples] == [talk.rounds[-1][1] for talk in talks]
-    pixels = [[list(image.getdata()) for image in sample.images] for sample in samples]
-    assert pixels == [[list(image.getdata()) for image in sample.images] for sample in expected]
+    pixels = [[image.tobytes() for image in sample.images] for sample in samples]
+    assert pixels == [[image.tobytes() for image in sample.images] for sample in expected]
     assert [len(sample.images) for sample in samples] == [len(talk.images) for talk in talks]
 
 

@@ -77,8 +77,8 @@ def _records(preparation: Preparation) -> Iterator[Sample]:
     columns = column_names(settings.data_columns)
     encoder = ConversationEncoder(preparation.tokenizer, preparation.template)
     for file in source.shards if source.is_sharded else [source.name]:
-        shard, check = (file, load_bytes) if source.is_sharded else ("", None)
-        for index, raw in enumerate(container_of(file).read(file, check)):
+        shard = file if source.is_sharded else ""
+        for index, raw in enumerate(container_of(file).read(file, load_bytes if shard else None)):
             record = check_record(raw.value, index, file, raw.problem, columns)
             names = usable_images(record, raw, shard, preparation)
             with naming(record, file):
@@ -102,6 +102,7 @@ class SampleAnswers(TrainerCallback):
     Training is not affected: random states, modes and gradients stay as they were.
 
     Args:
+        samples: without any it does nothing.
         chat_model: the model in training with its tokenizer, template and image transform.
         run: the run folder.
     """
@@ -111,7 +112,7 @@ class SampleAnswers(TrainerCallback):
         self.steps, self.max_new_tokens = steps, max_new_tokens
 
     def on_train_begin(self, args, state, control, **_):
-        if state.is_world_process_zero:
+        if self.samples and state.is_world_process_zero:
             delete_rows_after(self.run / ANSWERS_FILE, state.global_step)
             rows = read_rows(self.run / ANSWERS_FILE)
             if not rows or rows[-1]["step"] != state.global_step:  # a resumed run may have them already
@@ -119,7 +120,7 @@ class SampleAnswers(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         step = state.global_step
-        if state.is_world_process_zero and (step % self.steps == 0 or step == state.max_steps):
+        if self.samples and state.is_world_process_zero and (step % self.steps == 0 or step == state.max_steps):
             self.answer_samples(step)
 
     def answer_samples(self, step: int) -> None:

@@ -106,8 +106,8 @@ TALK = [{"role": "user", "content": "what colour is the shape?"}, {"role": "assi
 
 def test_questions_of_other_columns(parts, tmp_path):
     file = tmp_path / "questions.jsonl"
-    file.write_text(json.dumps({"dialog": TALK}))
-    (sample,) = samples_of(parts, file, data_columns=["messages=dialog"])
+    file.write_text("\n".join([json.dumps({"dialog": TALK})] * 2))
+    sample, _ = samples_of(parts, file, data_columns=["messages=dialog"])
     assert [turn.text for turn in sample.turns] == ["what colour is the shape?"] and sample.reference == "red"
     with pytest.raises(Refusal, match=r"D-SCHEMA.*questions\.jsonl:record 0: not a record of a known format"):
         samples_of(parts, file)
