@@ -308,6 +308,11 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(parts, held_out, tmp
     assert not checkpoints(tmp_path / "run")
 
 
+def test_the_data_report_counts_what_is_trained_on(evaluated):
+    report = json.loads((evaluated / "data/report.json").read_text())
+    assert report["records"] == 16 and report["held_out"] > 0 and report["kept"] == 16 - report["held_out"]
+
+
 def test_curves_show_both_losses_and_the_best(evaluated):
     page = (evaluated / "curves.html").read_text()
     for name in ("training loss, smoothed", "eval_loss", "eval_data_loss", "eval_held_out_token_accuracy"):
