@@ -222,7 +222,7 @@ class TrainingSettings(Settings):
     early_stopping_patience: int | None = setting(None, "stop after N evaluations in a row that are no better")
     early_stopping_threshold: float = setting(0.0, "how much better counts as better")
     plan_check: bool = setting(True, "refuse a run that cannot fit the GPU's memory", group=SPEED)
-    sample_questions: str | None = setting(None, "LLaVA-format JSON with questions to answer meanwhile", group=LOGGING)
+    sample_questions: str | None = setting(None, "questions to answer meanwhile, as --data_path", group=LOGGING)
     sample_image_folder: str | None = setting(None, "of --sample_questions; default: as --image_folder", group=LOGGING)
     sample_steps: int = setting(500, "answer --sample_questions every N steps", group=LOGGING)
     sample_max_new_tokens: int = setting(64, "longest answer to --sample_questions, in tokens", group=LOGGING)

@@ -166,11 +166,12 @@ def _data(trained: TrainedRun) -> str:
     for one in report["files"]:
         share = one["seen_per_epoch"] / (one["kept"] or 1)
         often = "" if share == 1 else f", each seen {share:g} times per epoch"
-        lines.append(f"- `{_file_name(one['file'])}`: {one['kept']:,} records of {one['records']:,}{often}")
+        held_out = f"; {one['held_out']:,} held out for validation" if one.get("held_out") else ""
+        lines.append(f"- `{_file_name(one['file'])}`: {one['kept']:,} records of {one['records']:,}{often}{held_out}")
     data = trained.record.data
     images = "" if trained.text_only else f"{report['images']:,} images and "
     total = f"In all {images}{report['trained_tokens']:,} tokens{'' if data.train_on_prompt else ' of answers'}."
-    if data.validation_split:
+    if data.validation_split and "held_out" not in report:  # of an earlier version, which counted them
         total += f" Of these records a share of {data.validation_split:g} was held out and not trained on."
     if data.data_share < 1:
         total += f" Of the records that were left a share of {data.data_share:g} was trained on."

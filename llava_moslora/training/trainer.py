@@ -220,6 +220,7 @@ class MosLoraTrainer(EvaluatingTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Publish ``checkpoint-N``: the float32 masters of what is trained, the optimizer's and the Trainer's state."""
         self.watchdog.report_progress()
+        self._compare_with_best()
         train_state = self._train_state()
         masters, optimizer_state = train_state.masters(), train_state.optimizer_state()
 
