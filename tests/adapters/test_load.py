@@ -244,7 +244,6 @@ DAMAGES = {
         r"2 mixers, but the configuration is a plain LoRA's: B·A would be wrong",
     ),
     "DoRA with mixers": (None, {"use_dora": True}, "use_dora: has no meaning together with a mixer"),
-    "DoRA without lengths": (
         None,
         {"peft_type": "LORA", "use_dora": True},
         "missing tensors; expected .*lora_magnitude",
