@@ -82,6 +82,14 @@ def test_twenty_steps_of_an_llm(parts, tmp_path, monkeypatch, method):
     is_sound(parts, tmp_path, monkeypatch, ["llm", "peft"], 20, **text_flags(parts, data, method=method))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.not_over_nf4])
+def test_over_nf4(parts, tmp_path, monkeypatch, method):
+    """Exported over the original weights."""
+    data = write_alpaca(tmp_path / "alpaca.json")
+    is_sound(parts, tmp_path, monkeypatch, ["llm", "peft"], 4, **text_flags(parts, data, method=method, bits=4))
+
+
 # What is refused, before anything is loaded: flags → key and reason
 REFUSED = {
     "a mixer of LoRA": ({"method": "lora", "mixer_init": "orthogonal"}, "--mixer_init: has no effect: LoRA decides"),
