@@ -21,9 +21,12 @@ STOCK = {
     "adalora": AdaLoraConfig(**ADALORA, target_modules=TARGETS, task_type="CAUSAL_LM"),  # else without its term
 }
 STEPS = 5
+SLOW = ("lora", "rslora", "pissa")  # test_text_only.py has plain LoRA
 
 
-@pytest.mark.parametrize("method", STOCK)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in STOCK]
+)
 def test_losses_are_those_of_stock_peft(parts, tmp_path, monkeypatch, method):
     """In float32, from the same start (of PiSSA's decomposition PEFT subtracts its own from the base), with one
     micro-batch per step."""
