@@ -63,9 +63,9 @@ def main() -> None:
     output = new_output(args.output)
     with locked(output / ".lock"):
         scores = evaluate(args, files, output)
-    text = table(scores, args.paper)
-    replace_file(output / "results.md", f"```\n{text}\n```\n".encode())
-    replace_json(output / "results.json", as_json(scores))
+        text = table(scores, args.paper)
+        replace_file(output / "results.md", f"```\n{text}\n```\n".encode())
+        replace_json(output / "results.json", as_json(scores))
     print(text)
 
 
