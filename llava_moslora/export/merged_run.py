@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.export import mapped_weights, probe
 from llava_moslora.export.formats import DEQUANTIZED
 from llava_moslora.export.target import ExportPlan, Target
@@ -49,7 +50,8 @@ def answers_of_run(
         del chat_model  # one model in memory at a time
         chat_model = _load(trained, 16, mapped)
     if target.merged and trained.adapter is not None:
-        if "llm" not in target.merged:
+        # PEFT cannot unload LoHa and LoKr beside a module that it saves whole, as the projector is: merged in place
+        if "llm" not in target.merged or not (METHODS[trained.record.adapter.method].own_layer or mapped):
             _merge_parts(chat_model, target.merged)
         elif mapped:
             mapped_weights.merge_where_used(_base_model(chat_model), dtype)

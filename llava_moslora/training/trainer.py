@@ -15,7 +15,7 @@ from torch import distributed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llava_moslora.adapters.adalora import count_once
+from llava_moslora.adapters.adalora import OrthogonalityTerm, is_adalora
 from llava_moslora.adapters.kernel import triton_enabled
 from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
@@ -77,7 +77,8 @@ class MosLoraTrainer(EvaluatingTrainer):
         # A loss over the global batch's tokens is added up over micro-batches and ranks, another one averaged
         summed = self.model_accepts_loss_kwargs and self.args.average_tokens_across_devices
         parts = (self.args.gradient_accumulation_steps or 1) if self.model_accepts_loss_kwargs else 1
-        self.adalora = count_once(self.model, 1 / (parts * (self.args.world_size if summed else 1)))
+        share = 1 / (parts * (self.args.world_size if summed else 1))
+        self.orthogonality = OrthogonalityTerm(self.model, share) if is_adalora(self.model) else None
         self.finite_check = FiniteCheck(self.args.run_folder)
         self.throughput = Throughput(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # added by callbacks to the next row of the log
@@ -210,8 +211,8 @@ class MosLoraTrainer(EvaluatingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput since the last log, and what callbacks have measured."""
         if "loss" in logs:
-            if self.adalora is not None:
-                term = self.adalora.take_term()
+            if self.orthogonality is not None:
+                term = self.orthogonality.take()
                 logs |= {"cross_entropy": logs["loss"] - term, "orthogonality": term}
             logs |= self.throughput.rates() | self.extra_logs
             self.extra_logs = {}

@@ -244,11 +244,6 @@ DAMAGES = {
         r"2 mixers, but the configuration is a plain LoRA's: B·A would be wrong",
     ),
     "DoRA with mixers": (None, {"use_dora": True}, "use_dora: has no meaning together with a mixer"),
-    "DoRA without lengths": (
-        None,
-        {"peft_type": "LORA", "use_dora": True},
-        "missing tensors; expected .*lora_magnitude",
-    ),
     "a setting from the future": (None, {"use_telepathy": True}, "use_telepathy: settings of unknown meaning"),
     "an unknown fork": (None, {"peft_type": "LORA", "use_moslora": "xavier"}, "unknown mixer; found xavier"),
     "no LoRA at all": (lambda t: {"base_model.model.up.weight": torch.ones(1)}, {}, "no LoRA tensors"),

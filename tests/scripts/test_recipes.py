@@ -52,7 +52,7 @@ TABLE_4 = {"llama3_8b_commonsense_lora": (28.3, NONE), "llama3_8b_commonsense_mo
 # Every row of Table 4 through --method: rank, "Param" as printed, learning rate (DoRA*, at rank 32, has its own)
 ANY_ROW = "llama3_8b_commonsense"
 TABLE_4_ROWS = {
-    ("lora", ""): (16, "28.3M", 3e-5),
+    ("lora", ""): (16, "28.3M", 3e-5),  # as the recipe of its own, above
     ("lokr", ""): (8, "0.9M", 3e-5),
     ("loha", ""): (8, "28.3M", 3e-5),
     ("flora", ""): (16, "28.4M", 3e-5),

@@ -12,8 +12,6 @@ from llava_moslora.errors import Refusal
 from llava_moslora.export.export import REPORT, export
 from llava_moslora.training.callbacks import adapter_stats
 from support.export_runs import probe_here
-from support.launching import flags as command_flags
-from support.launching import refused
 from support.text_runs import text_flags, write_alpaca
 from support.training_runs import adapter, losses, rows, train
 
@@ -57,7 +55,7 @@ def is_sound(parts, folder, monkeypatch, formats: list[str], steps: int, **same)
         assert report["same_greedy_answers"]
 
 
-FAST_LLAVA, FAST_LLM = ("tsmix", "dora", "adalora", "pissa"), ("loha", "lokr", "loraxs")
+FAST_LLAVA, FAST_LLM = ("dora", "pissa"), ("lokr", "adalora")  # all others: slow, below
 
 
 @pytest.mark.parametrize("method", FAST_LLAVA)
@@ -84,6 +82,14 @@ def test_twenty_steps_of_an_llm(parts, tmp_path, monkeypatch, method):
     is_sound(parts, tmp_path, monkeypatch, ["llm", "peft"], 20, **text_flags(parts, data, method=method))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.not_over_nf4])
+def test_over_nf4(parts, tmp_path, monkeypatch, method):
+    """Exported over the original weights."""
+    data = write_alpaca(tmp_path / "alpaca.json")
+    is_sound(parts, tmp_path, monkeypatch, ["llm", "peft"], 4, **text_flags(parts, data, method=method, bits=4))
+
+
 # What is refused, before anything is loaded: flags → key and reason
 REFUSED = {
     "a mixer of LoRA": ({"method": "lora", "mixer_init": "orthogonal"}, "--mixer_init: has no effect: LoRA decides"),
@@ -99,7 +105,7 @@ REFUSED = {
     "two dropouts": ({"method": "dora", "lora_dropout": 0.1}, "--lora_dropout, --vision_lora_dropout: PEFT's DoRA"),
     "an odd rank": ({"method": "tsmix", "lora_r": 3}, "C-RANK.*--lora_r"),
     "stage 1": ({"method": "dora", "tune_mm_mlp_adapter": True}, "--method: stage 1 trains no adapters"),
-    "an unknown one": ({"method": "melora"}, "--method: unknown value; found melora; expected moslora | lora"),
+    "an unknown one": ({"method": "melora"}, "--method: invalid choice: 'melora'"),
     "a preconditioned mixer": ({"riemannian": True}, "--riemannian: has no effect: .*MoSLoRA's update is another"),
     "no ratio": ({"lora_plus_ratio": 0}, "--lora_plus_ratio: out of range"),
 }  # fmt: skip
@@ -139,10 +145,16 @@ def test_adaloras_term_counts_once_per_step(parts, tmp_path):
     for log in found.values():
         for row, other in zip(log, first, strict=True):
             assert row["orthogonality"] == pytest.approx(other["orthogonality"], abs=1e-4)
-            assert row["loss"] == pytest.approx(row["cross_entropy"] + row["orthogonality"], abs=1e-3)
     for size in (2, 1):
         assert [row["loss"] for row in found[size, "tokens"]] == pytest.approx([row["loss"] for row in first], abs=1e-4)
     assert first[0]["orthogonality"] > 0.1
+    for (size, average), log in found.items():  # the update is zero at first: what is left is the loss of any method
+        run, batches = (
+            tmp_path / f"lora-{size}-{average}",
+            {"per_device_train_batch_size": size, "loss_average": average},
+        )
+        train(parts, run, **same | batches | {"global_batch_size": 4, "method": "lora", "max_steps": 1})
+        assert log[0]["cross_entropy"] == pytest.approx(losses(run)[0], abs=1e-4)
 
 
 ONE_STEP = {"method": "lora", "lora_dropout": 0, "max_steps": 1, "save_steps": 1, "optim": "sgd"}
@@ -169,9 +181,3 @@ def test_riemannian_gradients_are_preconditioned(parts, tmp_path):
         expected = plain[name].double() @ torch.linalg.inv(a @ a.T + 1e-2 * torch.eye(len(a)))
         assert torch.allclose(moved[name].double(), expected, rtol=1e-4, atol=1e-7), name
     assert all(torch.equal(plain[name], moved[name]) for name in plain if "lora_B" not in name)
-
-
-def test_riemannian_gradients_need_whole_gradients(parts, tmp_path):
-    message = "--riemannian: DeepSpeed has divided or freed the gradients"
-    settings = {"method": "lora", "riemannian": True, "deepspeed": "zero_configs/zero2.json", "bf16": True}
-    assert message in refused(command_flags(parts, tmp_path / "run", **settings))

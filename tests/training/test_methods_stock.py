@@ -18,12 +18,15 @@ STOCK = {
     "pissa": LoraConfig(**LORA, init_lora_weights="pissa"),
     "loha": LoHaConfig(**LYCORIS),
     "lokr": LoKrConfig(**LYCORIS),
-    "adalora": AdaLoraConfig(**ADALORA, target_modules=TARGETS),
+    "adalora": AdaLoraConfig(**ADALORA, target_modules=TARGETS, task_type="CAUSAL_LM"),  # else without its term
 }
 STEPS = 5
+SLOW = ("lora", "rslora", "pissa")  # test_text_only.py has plain LoRA
 
 
-@pytest.mark.parametrize("method", STOCK)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in STOCK]
+)
 def test_losses_are_those_of_stock_peft(parts, tmp_path, monkeypatch, method):
     """In float32, from the same start (of PiSSA's decomposition PEFT subtracts its own from the base), with one
     micro-batch per step."""
@@ -42,4 +45,4 @@ def test_losses_are_those_of_stock_peft(parts, tmp_path, monkeypatch, method):
     train(parts, tmp_path / "run", **text_flags(parts, data, **changes))
     expected = plain_loop(parts, data, STOCK[method], first, STEPS, True)
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=2e-5)
-    assert expected[0] - expected[-1] > 0.1  # it learns
+    assert expected[0] - expected[-1] > 0.02  # it learns; AdaLoRA, whose singular values start at 0, more slowly
