@@ -48,9 +48,8 @@ class Toy:
         return F.cross_entropy(head(model.base_model.model["net"](self.x[examples])), self.y[examples])
 
     def measure(self, model, head, part):
-        return self.loss(
-            model, head, torch.arange(32, 48) if part == "validation" else torch.arange(48, 64)
-        ).item(), 0.5
+        examples = torch.arange(32, 48) if part == "validation" else torch.arange(48, 64)
+        return self.loss(model, head, examples).item(), 0.5
 
 
 def runner(file, plan=PLAN):
@@ -179,8 +178,8 @@ def test_what_enters_the_top_layers_is_computed_once_and_exactly(parts, tmp_path
         logits, answers, owner = task.logits(task.top, examples)
         expected = []
         for number in examples.tolist():
-            ids = task.prompt_and_answer[number]
-            expected.append(whole(input_ids=torch.tensor([sum(ids, [])])).logits[0, len(ids[0]) - 1 : -1])
+            prompt, answer = task.prompt_and_answer[number]
+            expected.append(whole(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1])
     torch.testing.assert_close(logits, torch.cat(expected), rtol=0, atol=1e-5)
     assert answers.tolist() == [token for _, answer in task.prompt_and_answer for token in answer]
     assert owner.tolist() == [n for n, (_, answer) in enumerate(task.prompt_and_answer) for _ in answer]
