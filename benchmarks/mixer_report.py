@@ -17,7 +17,8 @@ def report_of(arms: dict[str, dict], seeds: Sequence[int]) -> dict:
 
     Args:
         arms: arm → "curve" (rate, and a result for each tuning seed), the chosen "rate", "results" (one for each of
-            ``seeds``). A result has "loss" (None: not finite), "accuracy", "trained_parameters".
+            ``seeds``). A result has "loss" (None: not finite), "accuracy", "trained_parameters". LoRA's has
+            "second_rate" and "second_results" too.
     """
     losses = {arm: [result["loss"] for result in found["results"]] for arm, found in arms.items()}
     others = [arm for arm in arms if arm != BASELINE]
@@ -39,7 +40,9 @@ def report_of(arms: dict[str, dict], seeds: Sequence[int]) -> dict:
         if arm != BASELINE:
             rows[arm] |= compared[arm] | {"p_holm": corrected[arm]}
             rows[arm]["verdict"] = verdict(rows[arm])
-    return {"seeds": list(seeds), "arms": rows}
+    second = [result["loss"] for result in arms[BASELINE]["second_results"]]
+    scale = {"rate": arms[BASELINE]["second_rate"], "loss": mean(second), "loss_by_seed": second}
+    return {"seeds": list(seeds), "arms": rows, "lora_at_second_best_rate": scale | paired(second, losses[BASELINE])}
 
 
 def curve_point(point: dict) -> dict:
@@ -120,7 +123,8 @@ def table(result: dict) -> str:
                 difference = "–" if row["difference"] is None else f"{row['difference']:+.4f}"
                 line += f" {difference:>11} {row['p_holm']:9.3f}  {row['verdict']}"
             lines.append(line)
+        scale = report["lora_at_second_best_rate"]
+        difference = "–" if scale["difference"] is None else f"{scale['difference']:+.4f}"
+        lines.append(f"for scale: LoRA at its second-best rate, {scale['rate']:.2g}, minus LoRA: {difference}")
     wall = f"{result['wall_seconds'] / 60:.1f} min on {result['machine']}, {result['processes']} processes"
-    if result["runs_kept_from_before"]:
-        wall += f"; {result['runs_kept_from_before']} of {result['runs']} runs were there already"
     return "\n".join([*lines, "", wall])

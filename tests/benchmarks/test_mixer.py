@@ -124,7 +124,9 @@ def test_verdicts(tmp_path):
     for arm, losses in {"lora": base, "bad": worse, "alike": same, "broken": [1.0, None, 1, 1, 1]}.items():
         curve = [{"rate": rate, "results": rows([2.0 + rate])} for rate in (1.0, 2.0, 4.0)]
         found[arm] = {"curve": curve, "rate": 2.0, "results": rows(losses)}
+    found["lora"] |= {"second_rate": 4.0, "second_results": rows([x + 0.5 for x in base])}
     report = report_of(found, range(5))
+    assert report["lora_at_second_best_rate"]["difference"] == pytest.approx(0.5)
     verdicts = {arm: row.get("verdict") for arm, row in report["arms"].items()}
     assert verdicts["lora"] is None and verdicts["bad"].startswith("worse than LoRA: loss +0.1000")
     low, high = report["arms"]["alike"]["interval"]
@@ -163,8 +165,9 @@ def test_killed_and_started_again_it_ends_in_the_same_numbers(tmp_path):
     third = runner(tmp_path / "cut.jsonl")
     assert third.read == len(lines) and numbers(study(third)) == numbers(whole)
     assert runner(tmp_path / "cut.jsonl", replace(PLAN, steps=5)).read == 0  # runs of another plan do not count
-    losses = {run_.seed: r["loss"] for run_, r in third.results.items() if run_.arm == "lora" and run_.part == "test"}
-    assert len(set(losses.values())) == len(PLAN.seeds)
+    ours = whole["toy"]["lora"]
+    assert ours["second_rate"] != ours["rate"] == best_rate({p["rate"]: p["results"] for p in ours["curve"]})
+    assert len({result["loss"] for result in ours["results"] + ours["second_results"]}) == 2 * len(PLAN.seeds)
 
 
 def test_what_enters_the_top_layers_is_computed_once_and_exactly(parts, tmp_path, monkeypatch):
