@@ -111,11 +111,15 @@ class Runner:
         self._pool: ProcessPoolExecutor | None = None
 
     def _kept(self) -> Iterator[tuple[Run, dict]]:
-        for line in self.file.read_text(encoding="utf-8").splitlines() if self.file.is_file() else ():
-            try:
-                kept = json.loads(line)
-            except json.JSONDecodeError:  # the line that a kill cut off; its run is done again
+        if not self.file.is_file():
+            return
+        text = self.file.read_bytes()
+        if not text.endswith(b"\n"):  # a kill cut the last line off: its run is done again
+            os.truncate(self.file, text.rfind(b"\n") + 1)
+        for line in text.decode().splitlines(keepends=True):
+            if not line.endswith("\n"):
                 continue
+            kept = json.loads(line)
             run = Run(**kept["run"])
             if kept["key"] == self.keys.get(run.task):
                 yield run, kept["result"]

@@ -155,7 +155,8 @@ def numbers(found):
     return json.loads(json.dumps(found), object_hook=lambda d: {k: v for k, v in d.items() if k != "cpu_seconds"})
 
 
-def test_killed_and_started_again_it_ends_in_the_same_numbers(tmp_path):
+def test_killed_and_started_again_it_ends_in_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "longest", 4)
     whole = study(runner(tmp_path / "whole.jsonl"))
     lines = (tmp_path / "whole.jsonl").read_bytes().splitlines(keepends=True)
     (tmp_path / "cut.jsonl").write_bytes(b"".join(lines[:20]) + lines[20][:40])  # a kill within a line
