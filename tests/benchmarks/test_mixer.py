@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from llava_moslora.adapters.layers import init_mixer
-from support.launching import ROOT, run
+from llava_moslora.errors import Refusal
+from support.launching import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -20,7 +21,7 @@ import mixer_tasks
 from mixer import Plan, Runner, best_rate, study, tune
 from mixer_plot import draw
 from mixer_report import mean, paired, report_of, t_cdf, t_quantile
-from mixer_tasks import Text, docstrings, strange
+from mixer_tasks import Images, Text, docstrings, strange
 from mixer_train import ARMS, RANK, Run, add_adapters, batches, rate_at
 
 PLAN = Plan(steps=4, batch=8, rates=(1e-2, 2e-2, 4e-2), tuning_seeds=(100, 101), seeds=(0, 1, 2))
@@ -195,7 +196,7 @@ def test_what_enters_the_top_layers_is_computed_once_and_exactly(parts, tmp_path
 def test_docstrings_name_one_module_each():
     items = docstrings(20, 32)
     lines = [line for line, _ in items]
-    assert len(set(lines)) == len(lines) > 1000 and items == docstrings(20, 32)
+    assert len(set(lines)) == len(lines) > 1000
     counts = {module: sum(m == module for _, m in items) for _, module in items}
     assert all(20 <= count <= 32 for count in counts.values()) and {"argparse", "json", "logging"} & set(counts)
 
@@ -207,8 +208,10 @@ def test_strange_images_are_inverted_and_pale():
 
 
 def test_without_the_data_it_says_how_to_get_them(tmp_path):
-    done = run([sys.executable, "benchmarks/mixer.py", "--data", tmp_path / "no", "--work", tmp_path / "w"])
-    assert done.returncode == 2 and "demo_inputs.sh" in done.stderr and "Traceback" not in done.stderr
+    with pytest.raises(Refusal, match=r"demo_inputs\.sh"):
+        Images(tmp_path, ROOT / "playground/clip-tiny")
+    with pytest.raises(Refusal, match=r"demo_inputs\.sh"):
+        Text(tmp_path, tmp_path)
 
 
 def test_a_run_is_named_by_what_tells_it_from_others():
