@@ -17,12 +17,13 @@ PACKAGE = ROOT / "llava_moslora"
 FLOORS = [
     {"errors", "_version"},
     {"config", "devices", "distributed", "flags", "noise", "pages", "private_api"},
-    {"files", "recompute"},
+    {"files", "recompute", "sdxl_settings"},
     {"adapters", "text"},
     {"models", "data"},
     {"runs"},
     {"inference"},
     {"training", "export", "evaluation", "planning"},
+    {"diffusion"},
     {"cli"},
 ]
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
