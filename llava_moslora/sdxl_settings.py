@@ -1,4 +1,4 @@
-"""The settings of ``scripts/train_sdxl.py``: every field is the flag of the same name, as in :mod:`llava_moslora.config`.
+"""The settings of ``scripts/train_sdxl.py``: each field is a flag of its name, as in :mod:`llava_moslora.config`.
 
 Neither torch nor diffusers is imported here.
 """

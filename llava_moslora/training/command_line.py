@@ -54,9 +54,7 @@ def parse(
     return model, data, adapter, training
 
 
-def parse_with(
-    parser: SettingsParser, groups: Sequence[type], argv: Sequence[str]
-) -> tuple[list[Any], dict[str, Any]]:
+def parse_with(parser: SettingsParser, groups: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
     """The flags of ``parser``, whose first is ``--config``, as one object of each of ``groups``, the last of which are
     :class:`TrainingSettings`, and as values for ``TrainingArguments``. The parser may leave out flags of training.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 needs_diffusers = pytest.mark.skipif(
     importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed: pip install '.[diffusion]'"
 )
-WORDS = "a photo of ikat cat dog sks picture the in grass".split()
+PROMPT, SEED = "a photo of ikat cat", 42
 # Of UNet2DConditionModel, as stabilityai/stable-diffusion-xl-base-1.0's unet/config.json has it
 REAL_UNET = {
     "act_fn": "silu", "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
@@ -30,6 +32,12 @@ TINY_UNET = REAL_UNET | {
     "projection_class_embeddings_input_dim": 80, "sample_size": 8, "transformer_layers_per_block": [1, 2],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
 }  # fmt: skip
+# For the warm server: all that scripts/train_sdxl.py imports, also late
+IMPORTS = (
+    "diffusers diffusers.models.unets.unet_2d_condition diffusers.models.autoencoders.autoencoder_kl "
+    "diffusers.schedulers.scheduling_ddpm train_sdxl"
+)
+STATE = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json")
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
     "interpolation_type": "linear", "num_train_timesteps": 1000, "prediction_type": "epsilon", "steps_offset": 1,
@@ -91,9 +99,79 @@ def write_pictures(folder: Path, count: int = 5, size: int = 80) -> Path:
 def flags(parts, output: Path, **changes) -> list[str]:
     """The command line of scripts/train_sdxl.py for the tiny model."""
     settings = {
-        "model_name_or_path": parts.sdxl, "image_folder": parts.pictures, "prompt": "a photo of ikat cat",
+        "model_name_or_path": parts.sdxl, "image_folder": parts.pictures, "prompt": PROMPT,
         "resolution": 64, "data_cache": output.parent / "cache", "learning_rate": 1e-2, "lr_scheduler_type": "constant",
         "warmup_steps": 0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2,
         "output_dir": output, "report_to": "none",
     } | changes  # fmt: skip
     return [str(word) for name, value in settings.items() if value is not None for word in (f"--{name}", value)]
+
+
+def train(parts, output: Path, **changes) -> None:
+    """The script's ``main``, in this process and without DeepSpeed."""
+    from llava_moslora.training.callbacks.preemption import SIGNALS
+    from scripts.train_sdxl import main
+
+    arguments, handlers = sys.argv, {number: signal.getsignal(number) for number in SIGNALS}
+    sys.argv = ["scripts/train_sdxl.py", *flags(parts, output, **changes)]
+    try:
+        main()
+    finally:
+        sys.argv = arguments
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def pictures_of(parts, cache: Path, **settings):
+    """The data set that the script makes, and the model's folder."""
+    from llava_moslora.diffusion.batches import CLASS, SUBJECT, Pictures
+    from llava_moslora.diffusion.encode import encode_once
+    from llava_moslora.diffusion.parts import open_folder
+    from llava_moslora.diffusion.subjects import find_pictures
+    from llava_moslora.sdxl_settings import SubjectSettings
+
+    folder = open_folder(parts.sdxl)
+    data = SubjectSettings(str(parts.pictures), PROMPT, resolution=64, data_cache=str(cache), **settings)
+    sets = {SUBJECT: find_pictures(str(parts.pictures), "--image_folder")[0]}
+    if data.class_image_folder:
+        sets[CLASS] = find_pictures(data.class_image_folder, "--class_image_folder")[0]
+    encoded = encode_once(folder, data, sets, SEED, torch.device("cpu"))
+    return Pictures(sets[SUBJECT], encoded, SEED, 1000), folder
+
+
+def plain_loss(unet, batch: dict, scheduler) -> torch.Tensor:
+    """Diffusers' loss, written out: the mean squared error of the predicted noise."""
+    latents = (batch["mean"] + batch["std"] * batch["latent_noise"]) * 0.13025
+    share = scheduler.alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
+    noisy = share.sqrt() * latents + (1 - share).sqrt() * batch["noise"]
+    conditions = {"text_embeds": batch["pooled"], "time_ids": batch["time_ids"]}
+    predicted = unet(noisy, batch["timesteps"], batch["embeds"], added_cond_kwargs=conditions).sample
+    return ((predicted - batch["noise"]) ** 2).mean()
+
+
+def plain_losses(parts, cache: Path, adapt, steps: int, accumulation: int = 4, rate: float = 1e-2) -> list[float]:
+    """The losses of a plain loop: torch's AdamW over the adapters that ``adapt(unet)`` puts into the UNet.
+
+    A step's global batch is computed at once; its order is the sampler's.
+    """
+    from diffusers import UNet2DConditionModel
+
+    dataset, folder = pictures_of(parts, cache)
+    unet = UNet2DConditionModel.from_pretrained(parts.sdxl / "unet").requires_grad_(False)
+    torch.manual_seed(SEED)
+    adapt(unet)
+    trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    sampler, found = dataset.sampler(per_device_batch_size=accumulation, seed=SEED), []
+    for step, records in zip(range(steps), sampler, strict=False):
+        loss = plain_loss(unet, dataset.complete(records, step, range(accumulation)), folder.scheduler())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found

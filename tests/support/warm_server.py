@@ -25,11 +25,19 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 
 class WarmServer:
-    """Starts the server and sends it requests. A context manager."""
+    """Starts the server and sends it requests. A context manager.
+
+    Args:
+        imports: modules that it imports besides those of scripts/train_vit_llm.py.
+    """
+
+    def __init__(self, imports: str = ""):
+        self.imports = imports
 
     def __enter__(self) -> WarmServer:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        packages = ":".join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": packages, "MORE_IMPORTS": self.imports}
         self.server = subprocess.Popen(
             [sys.executable, "-m", "support.warm_server"],
             stdin=subprocess.PIPE,
@@ -118,7 +126,7 @@ def _import_everything() -> None:
         "deepspeed.runtime.engine deepspeed.runtime.zero.stage3 deepspeed.runtime.zero.stage_1_and_2 peft "
         "peft.tuners.lora.bnb bitsandbytes datasets tensorboard torch.utils.tensorboard PIL.Image train_vit_llm"
     )
-    for name in names.split():
+    for name in [*names.split(), *os.environ.get("MORE_IMPORTS", "").split()]:
         importlib.import_module(name)
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

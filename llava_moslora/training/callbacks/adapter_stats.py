@@ -19,12 +19,18 @@ from llava_moslora.models.names import ADAPTER_NAME, SDXL_PARTS, part_of
 from llava_moslora.training.optimizer_state import trained_parameters
 
 # part → its name in the log
-LOG_NAMES = {"llm": "llm", "vision_tower": "vision", "lm_head": "head", **dict(zip(SDXL_PARTS, SDXL_PARTS, strict=True))}
+LOG_NAMES = {
+    "llm": "llm",
+    "vision_tower": "vision",
+    "lm_head": "head",
+    **dict(zip(SDXL_PARTS, SDXL_PARTS, strict=True)),
+}
 FACTORS = ("lora_A", "lora_mixer", "lora_B")
 
 
 class AdapterStats(TrainerCallback):
-    """Every ``steps`` steps logs, for each part (llm, vision, head; of SDXL unet, text_encoder, …) and over its adapted linears:
+    """Every ``steps`` steps logs, for each part (llm, vision, head; unet, text_encoder, text_encoder_2) and over
+    its adapted linears:
 
     - ``mixer/PART/largest``, ``smallest``: largest and smallest singular value of all mixers;
     - ``mixer/PART/rank``: their mean effective rank, exp of the entropy of the squared singular values' shares;
