@@ -12,9 +12,9 @@ import sys
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llava_moslora.diffusion.command_line import parse
-from llava_moslora.diffusion.parts import open_folder, require_diffusers
 from llava_moslora.errors import run_script
 from llava_moslora.noise import quiet_libraries
 
@@ -28,6 +28,7 @@ from llava_moslora.config import ModelSettings
 from llava_moslora.diffusion.batches import CLASS, SUBJECT, Pictures
 from llava_moslora.diffusion.encode import encode_once, prompt_ids
 from llava_moslora.diffusion.model import add_adapters, build_model, set_recompute
+from llava_moslora.diffusion.parts import open_folder, require_diffusers
 from llava_moslora.diffusion.report import write_report
 from llava_moslora.diffusion.subjects import find_pictures
 from llava_moslora.diffusion.trainer import SdxlTrainer
@@ -74,7 +75,8 @@ def main() -> None:
         print_once(f"not pictures, not used: {', '.join(others)}")
 
     # 3. With --resume: refuse settings and inputs that differ from the run's
-    settings = RunSettings(model_settings, data, adapter, args.as_record(), {}, args.global_batch_size, SDXL)
+    asked: list[Any] = [model_settings, data, adapter]  # the classes of runs of this kind
+    settings = RunSettings(*asked, args.as_record(), {}, args.global_batch_size, SDXL)
     contents = {name: sorted(picture.content for picture in some) for name, some in sets.items()}
     fingerprints = folder.fingerprints() | {"pictures": contents}
     if main_process:

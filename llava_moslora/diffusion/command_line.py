@@ -7,6 +7,7 @@ imported.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from llava_moslora.config import HEADINGS, MODEL, TrainingSettings
@@ -28,6 +29,15 @@ WITHOUT = {
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
 }
+# Texts of flags that say something else of an LLM
+HELP = {
+    "learning_rate": "of the adapters, at its highest",
+    "global_batch_size": "pictures per step, all ranks; sets --gradient_accumulation_steps",
+    "per_device_train_batch_size": "pictures per micro-batch and rank",
+    "recompute": "none | full, to save memory; default: none",
+    "seed": "of adapters, dropout, order, crops and noise",
+    "data_seed": "of order, crops and noise; default: as --seed",
+}
 
 
 class Parser(SettingsParser):
@@ -38,8 +48,9 @@ class Parser(SettingsParser):
         own += flags_of(TrainingSettings, TRAINING_FLAGS)
         known = {flag.name for flag in own} | WITHOUT
         trainers = [flag for flag in trainer_flags.flags() if flag.name not in known]
+        flags = [replace(f, help=HELP.get(f.name, f.help)) for f in (*own, *trainers)]
         first = Flag("config", "str | None", None, "YAML or JSON file with the same flags", group=MODEL)
-        super().__init__([first, *own, *trainers], description, HEADINGS, more_help)
+        super().__init__([first, *flags], description, HEADINGS, more_help)
 
     def unknown(self, name: str) -> str:
         if name.replace("-", "_") in WITHOUT:

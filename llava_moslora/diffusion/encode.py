@@ -60,6 +60,8 @@ def encode_once(
     if isinstance(found, Refusal):
         raise found
     assert found is not None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what VAE and text encoders had
     return found
 
 

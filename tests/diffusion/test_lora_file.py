@@ -13,7 +13,6 @@ from llava_moslora.adapters.attach import attach
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.load import read_adapter
 from llava_moslora.diffusion.lora_file import KOHYA_FILE, LORA_FILE, write_lora
-from llava_moslora.diffusion.probe import answers, load_base
 from llava_moslora.errors import Refusal
 from support.sdxl import PROMPT, needs_diffusers
 
@@ -32,17 +31,25 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def pipeline(parts):
+    return load(parts)
+
+
+def load(parts):
+    from llava_moslora.diffusion.probe import load_base  # imports diffusers
+
     return load_base({"base": str(parts.sdxl), "device": "cpu"})
 
 
 def drawn(pipeline) -> torch.Tensor:
+    from llava_moslora.diffusion.probe import answers
+
     question = {"prompt": PROMPT, "size": 64, "steps": 2, "seed": 0, "timestep": 500}
     return answers(pipeline, question)["picture"]
 
 
 def holder_of(parts):
     """A fresh pipeline, and its parts under one module, as in training."""
-    pipeline = load_base({"base": str(parts.sdxl), "device": "cpu"})
+    pipeline = load(parts)
     holder = nn.Module()
     for part in ("unet", "text_encoder", "text_encoder_2"):
         holder.add_module(part, getattr(pipeline, part))

@@ -12,7 +12,8 @@ from llava_moslora.diffusion.batches import Pictures
 from llava_moslora.diffusion.model import Sdxl, add_adapters, build_model
 from llava_moslora.errors import Refusal
 from llava_moslora.sdxl_settings import SdxlAdapterSettings
-from support.sdxl import SEED, losses, needs_diffusers, pictures_of, plain_loss, plain_losses, train
+from llava_moslora.training import trainer
+from support.sdxl import SEED, STATE, losses, needs_diffusers, pictures_of, plain_loss, plain_losses, train
 
 pytestmark = needs_diffusers
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -56,21 +57,61 @@ def test_a_frozen_identity_is_pefts_lora_step_by_step(parts, cache, tmp_path):
     assert len({round(loss, 4) for loss in expected}) == 3
 
 
-def test_a_run_is_a_plain_loop_and_resumes_to_the_same_bytes(parts, cache, tmp_path):
-    train(parts, tmp_path / "whole", data_cache=cache, max_steps=4, save_steps=2)
+@pytest.fixture(scope="module")
+def whole(parts, cache, tmp_path_factory):
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train(parts, folder, data_cache=cache, max_steps=4, save_steps=2)
+    return folder
+
+
+def test_a_run_is_a_plain_loop(parts, cache, whole):
     config = MosLoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", mixer_init="orthogonal",
                            target_modules=TARGETS)  # fmt: skip
     expected = plain_losses(parts, cache, lambda unet: unet.add_adapter(config), steps=4)
-    assert losses(tmp_path / "whole") == pytest.approx(expected, rel=1e-5)
-    # stopped after step 2, and its latents are gone: they are computed again
-    train(parts, tmp_path / "parts", max_steps=2, save_steps=2)
-    train(parts, tmp_path / "parts", max_steps=4, save_steps=2, resume=True, allow_change="max_steps")
-    for file in ("adapter/adapter_model.safetensors", "optimizer.safetensors"):
-        whole, resumed = (tmp_path / run / "checkpoint-4" / file for run in ("whole", "parts"))
-        assert whole.read_bytes() == resumed.read_bytes()
-    assert not list((tmp_path / "whole").rglob("pytorch_lora_weights*"))  # diffusers would drop the mixers
+    assert losses(whole) == pytest.approx(expected, rel=1e-5)
+    assert not list(whole.rglob("pytorch_lora_weights*"))  # diffusers would drop the mixers
+
+
+class Killed(BaseException):
+    """Nothing handles it: files are left as they are."""
+
+
+def ends_at_call(function, number):
+    """``function``, of which this call ends the process."""
+    calls = []
+
+    def called(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            raise Killed
+        return function(*args, **kwargs)
+
+    return called
+
+
+@pytest.mark.parametrize("moment", ["in step 4", "in the second save"])
+def test_a_killed_run_resumes_to_the_same_bytes(parts, whole, tmp_path, monkeypatch, moment):
+    """tests/faults/test_sdxl.py kills processes. Here the latents are computed again too."""
+    if moment == "in step 4":
+        monkeypatch.setattr(Sdxl, "forward", ends_at_call(Sdxl.forward, 3 * 4 + 2))
+    else:
+        monkeypatch.setattr(trainer, "write_optimizer", ends_at_call(trainer.write_optimizer, 2))
+    changes = {"max_steps": 4, "save_steps": 2, "resume": True}
+    with pytest.raises(Killed):
+        train(parts, tmp_path / "run", **changes)
+    monkeypatch.undo()
+    assert (tmp_path / "run" / "checkpoint-2").is_dir() and not (tmp_path / "run" / "checkpoint-4").exists()
+    train(parts, tmp_path / "run", **changes)
+    for name in STATE:
+        file = f"checkpoint-4/{name}"
+        assert (whole / file).read_bytes() == (tmp_path / "run" / file).read_bytes()
+    assert losses(whole) == losses(tmp_path / "run")
+
+
+def test_another_prompt_is_another_run(parts, cache, whole):
     with pytest.raises(Refusal, match=r"K-CHANGED.*prompt.*sks"):
-        train(parts, tmp_path / "parts", max_steps=4, resume=True, prompt="a photo of sks cat")
+        train(parts, whole, data_cache=cache, max_steps=4, save_steps=2, resume=True, prompt="a photo of sks cat")
 
 
 def hashes(dataset: Pictures, per_device: int, accumulation: int, ranks: int = 1) -> list[set]:
