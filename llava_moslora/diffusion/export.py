@@ -14,7 +14,7 @@ from llava_moslora.diffusion.card import write_card
 from llava_moslora.diffusion.lora_file import KOHYA_FILE, LORA_FILE, write_lora
 from llava_moslora.diffusion.parts import open_folder, require_diffusers
 from llava_moslora.export import output_folder
-from llava_moslora.files.disk import write_json
+from llava_moslora.files.disk import follow_umask, write_json
 from llava_moslora.files.manifest import MANIFEST, read_facts, sha256, write_manifest
 from llava_moslora.runs.fingerprint import check_base
 from llava_moslora.runs.record import EXPORT, SDXL, read_run
@@ -65,6 +65,7 @@ def export_lora(
         key = {"format": FORMAT, "checkpoint": sha256(pinned / MANIFEST), "files": {name: [] for name in files}}
         staging = output_folder.open_staging(place, key)
         write_lora(adapter, staging, kohya=kohya)
+        follow_umask(staging)  # safetensors makes its files 0600
         data: Any = record.data
         report: dict[str, Any] = {"proof": "skipped with --no_proof"}
         if prove:

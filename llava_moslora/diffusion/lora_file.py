@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from llava_moslora.adapters.diffusers_file import METADATA, PREFIXES
 from llava_moslora.adapters.fold import Adapter, LowRank, fold_layers
@@ -39,7 +40,7 @@ def write_lora(adapter: Adapter, folder: Path, *, kohya: bool = False) -> None:
     if kohya:
         from diffusers.utils import convert_state_dict_to_kohya
 
-        renamed = convert_state_dict_to_kohya(tensors)
+        renamed = convert_state_dict_to_kohya(of_one_rank(tensors))
         save_file({name: tensor.contiguous() for name, tensor in renamed.items()}, folder / KOHYA_FILE)
 
 
@@ -51,6 +52,17 @@ def lora_tensors(layers: dict[str, LowRank]) -> dict[str, Tensor]:
         tensors[f"{stored}.lora_A.weight"] = layer.a.read().float().contiguous()
         tensors[f"{stored}.lora_B.weight"] = (layer.b.read().float() * layer.scaling).contiguous()
     return tensors
+
+
+def of_one_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same updates with zeros added up to the largest rank. A kohya file has an alpha for every layer, and diffusers
+    0.42 ignores those that differ from the most frequent one."""
+    rank = max(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
+    padded = {}
+    for name, tensor in tensors.items():
+        more = rank - tensor.shape[0 if ".lora_A." in name else 1]
+        padded[name] = F.pad(tensor, (0, 0, 0, more) if ".lora_A." in name else (0, more))
+    return padded
 
 
 def lora_metadata(layers: dict[str, LowRank]) -> dict[str, object]:
