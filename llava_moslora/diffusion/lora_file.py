@@ -55,7 +55,7 @@ def lora_tensors(layers: dict[str, LowRank]) -> dict[str, Tensor]:
 
 
 def of_one_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same updates with zeros added up to the largest rank. A kohya file has an alpha for every layer, and diffusers
+    """The same updates, zeros added up to the largest rank. A kohya file has an alpha for every layer, and diffusers
     0.42 ignores those that differ from the most frequent one."""
     rank = max(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
     padded = {}
