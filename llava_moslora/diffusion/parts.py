@@ -6,6 +6,8 @@ diffusers is an optional package: whatever needs it is imported in functions, af
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,24 @@ def require_diffusers() -> None:
     if importlib.util.find_spec("diffusers") is None:
         fix = "pip install 'llava_moslora[diffusion]'"
         raise Refusal("E-MISSING", "needs diffusers, which is not installed", key="scripts/train_sdxl.py", fix=fix)
+
+
+@contextmanager
+def whole_weights(deepspeed: Any) -> Iterator[None]:
+    """While parts are loaded: under ZeRO-3 transformers would partition them, by collectives in which the ranks that do
+    not load them take no part. DeepSpeed partitions what is trained when it starts.
+
+    Args:
+        deepspeed: ``hf_deepspeed_config`` of transformers' ``TrainingArguments``; None without DeepSpeed.
+    """
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if deepspeed is not None:
+            set_hf_deepspeed_config(deepspeed)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ def started(server, parts, output, stage, world=2, **changes):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_train_as_a_plain_loop(server, parts, expected, tmp_path, stage):
+def test_two_ranks_train_as_a_plain_loop(server, parts, tmp_path, stage, request):
     found = started(server, parts, tmp_path / "run", stage, max_steps=4)
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(request.getfixturevalue("expected"), rel=1e-5)
 
 
 def test_a_run_goes_on_under_another_stage_and_in_sixteen_bits(server, parts, expected, tmp_path):
