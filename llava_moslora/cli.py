@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": ("serve.py", "talk to a model in a browser"),
     "evaluate": ("evaluate.py", "benchmarks, a question file, or two results compared"),
     "evaluate-commonsense": ("evaluate_commonsense.py", "the eight sets of the paper's Table 4, on text alone"),
+    "evaluate-subjects": ("evaluate_subjects.py", "images of a tuned SDXL: drawn, scored, judged by people"),
     "convert-adapter": ("convert_adapter.py", "other people's MoSLoRA adapters to this package's, or to a plain LoRA"),
     "convert-internlm2": ("convert_internlm2.py", "an InternLM2 folder to a Llama folder"),
 }

@@ -173,9 +173,7 @@ def leave(refusal: Refusal) -> NoReturn:
         # within a second; a rank that is still alive then was alone in refusing.
         time.sleep(5)
     try:
-        if "tqdm" in sys.modules:  # close unfinished progress bars: the refusal must start a line
-            for bar in list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())):
-                bar.close()
+        _end_progress_bars(rank)
         if os.environ.get("LLAVA_MOSLORA_DEBUG"):
             traceback.print_exc()
         print(refusal.line(), file=sys.stderr, flush=True)
@@ -186,6 +184,16 @@ def leave(refusal: Refusal) -> NoReturn:
     if not _stdout_works():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else flushing the rest at exit would change the status
     sys.exit(refusal.exit_status)
+
+
+def _end_progress_bars(rank: int) -> None:
+    """The refusal must start a line. Some bars end without a newline; those of rank 0 are not known to other ranks,
+    which print to the same place."""
+    bars = list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())) if "tqdm" in sys.modules else []
+    for bar in bars:
+        bar.close()
+    if bars or rank > 0:
+        print(file=sys.stderr)
 
 
 def _stdout_works() -> bool:
@@ -227,7 +235,13 @@ def _failure_of_system(error: BaseException) -> Refusal | None:
             "P-CONNECTION", "a connection to another process was lost", found=first,
             fix="see why it ended, then start the same command again",
         )  # fmt: skip
-    return _failure_by_number(error.errno, error.filename, first)
+    return _failure_by_number(error.errno, error.filename2 or error.filename or _place_of_output(), first)
+
+
+def failure_in(text: str, file: object) -> Refusal | None:
+    """The refusal for a system's error in what another process printed, which wrote ``file``; None for a defect."""
+    numbers = re.findall(r"\[Errno (\d+)\]|\(os error (\d+)\)", text)
+    return _failure_by_number(int("".join(numbers[-1])), file, text.strip().splitlines()[-1]) if numbers else None
 
 
 def _failure_by_number(number: int | None, file: object, found: str) -> Refusal | None:
@@ -249,7 +263,7 @@ def _failure_of_library(error: BaseException) -> Refusal | None:
     """Errors of torch, NCCL and libraries in Rust and C++, recognised from their text."""
     kind, text, first = type(error).__name__, str(error), _first_line(error)
     if number := re.search(r"\(os error (\d+)\)", text):  # of Rust: safetensors, tokenizers
-        return _failure_by_number(int(number[1]), None, first)
+        return _failure_by_number(int(number[1]), _place_of_output(), first)
     if not isinstance(error, RuntimeError):
         return None
     if WORKER.search(text):
@@ -305,9 +319,9 @@ def _save_report(report: str) -> Path | None:
     """Into the output folder if it exists, else the current or the temporary one. The file is hidden: a run folder
     with nothing else still counts as empty, and an export as unchanged."""
     name = f".defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.environ.get('RANK') or 0}-{os.getpid()}.txt"
-    for folder in (*_output_folders(sys.argv[1:]), Path.cwd(), Path(tempfile.gettempdir())):
+    for folder in (_place_of_output("--output_dir"), Path.cwd(), Path(tempfile.gettempdir())):
         try:
-            if folder.is_dir():
+            if folder and folder.is_dir():
                 (folder / name).write_text(report, encoding="utf-8", errors="backslashreplace")
                 return (folder / name).absolute()
         except OSError:
@@ -315,11 +329,13 @@ def _save_report(report: str) -> Path | None:
     return None
 
 
-def _output_folders(arguments: list[str]) -> list[Path]:
-    flag = "--output_dir"
-    given = [value for name, value in itertools.pairwise(arguments) if name == flag]
-    given += [word.removeprefix(flag + "=") for word in arguments if word.startswith(flag + "=")]
-    return [Path(value) for value in given[-1:]]
+def _place_of_output(*flags: str) -> Path | None:
+    """What the command writes: for an error that names no file."""
+    if not (flags or _stdout_works()):
+        return Path("standard output")
+    words = dict(itertools.pairwise(part for word in sys.argv[1:] for part in word.split("=", 1)))
+    flags = flags or ("--output_dir", "--output", "--report_dir", "--data_cache")
+    return next((Path(words[flag]) for flag in flags if flag in words), None)
 
 
 def _version(package: str) -> str:

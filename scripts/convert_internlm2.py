@@ -26,12 +26,11 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
     run_script(lambda: parse(sys.argv[1:]))
     quiet_libraries()
 
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig
 
 from llava_moslora.files.disk import new_folder, read_json, write_json
-from llava_moslora.files.tensors import read_tensor_folder
+from llava_moslora.files.tensors import read_tensor_folder, save_tensors
 from llava_moslora.models.internlm2 import MODEL_TYPE, llama_tensors
 from llava_moslora.models.llm import read_llm_config, read_llm_tensors, with_old_rope
 from llava_moslora.text.tokenizer import load_tokenizer
@@ -69,7 +68,7 @@ def _write(staging: Path, folder: Path, config: LlamaConfig) -> None:
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         renamed = {n: s for n, s in llama_tensors(shard, config).items() if not n.endswith(".inv_freq")}
         tensors = {name: stored.read().contiguous() for name, stored in renamed.items()}
-        save_file(tensors, staging / file, metadata={"format": "pt"})
+        save_tensors(tensors, staging / file)
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:

@@ -200,6 +200,8 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
         # One decision for all ranks, before any of them writes.
         done = from_rank_0([complete(questions, header, output / questions.benchmark.name) for questions in asked])
         if not all(done):
+            if judge is not None and rank() == 0:
+                judge.try_out()
             chat_model = load(source, checkpoint=checkpoint)
             for questions in itertools.compress(asked, [not whole for whole in done]):
                 ask(chat_model, questions, header, output / questions.benchmark.name)

@@ -36,7 +36,7 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
     run_script(lambda: parse(sys.argv[1:]))
     quiet_libraries()
 
-from llava_moslora.evaluation.ask import source_header
+from llava_moslora.evaluation.ask import model_header, source_header
 from llava_moslora.evaluation.commonsense import (
     SetScore,
     as_json,
@@ -44,11 +44,12 @@ from llava_moslora.evaluation.commonsense import (
     find_files,
     harness,
     language_model,
+    read_kept,
     score,
     table,
 )
 from llava_moslora.evaluation.output import locked, new_output
-from llava_moslora.files.disk import read_json, replace_file, replace_json
+from llava_moslora.files.disk import replace_file, replace_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.inference.load import load
 from llava_moslora.runs.checkpoints import model_checkpoint
@@ -62,35 +63,30 @@ def main() -> None:
     output = new_output(args.output)
     with locked(output / ".lock"):
         scores = evaluate(args, files, output)
-    text = table(scores, args.paper)
-    replace_file(output / "results.md", f"```\n{text}\n```\n".encode())
-    replace_json(output / "results.json", as_json(scores))
+        text = table(scores, args.paper)
+        replace_file(output / "results.md", f"```\n{text}\n```\n".encode())
+        replace_json(output / "results.json", as_json(scores))
     print(text)
 
 
 def evaluate(args: argparse.Namespace, files: dict[str, Path], output: Path) -> dict[str, SetScore]:
-    """Ask what is not in ``output`` yet; the model is loaded only if anything is asked."""
+    """Ask what is not in ``output`` yet; the model is loaded only if anything is asked. Scores of all that is there."""
     folder = Path(args.model)
     checkpoint = model_checkpoint(folder) if (folder / RUN).is_file() else None
     header = source_header(folder, checkpoint) | {"batch_size": args.batch_size, "limit": args.limit}
-    model, scores = None, {}
-    for name, file in files.items():
-        kept, asked = output / f"{name}.json", header | {"data": sha256(file)}
-        if kept.is_file():
-            stored = read_json(kept)
-            if stored.get("header") != asked:
-                raise Refusal(
-                    "C-ANSWERS", "answers of another model, other data or other flags", file=kept,
-                    fix="choose another --output",
-                )  # fmt: skip
-            scores[name] = score(stored["samples"])
+    headers = {name: header | ({"data": sha256(files[name])} if name in files else {}) for name in SETS}
+    kept, model = read_kept(output, headers), None
+    for name in files:
+        if name in kept:
             continue
         if model is None:
-            model = language_model(load(folder, checkpoint=checkpoint), args.batch_size)
-        samples = ask(model, name, file, args.limit)
-        replace_json(kept, {"header": asked, "samples": samples})
-        scores[name] = score(samples)
-    return scores
+            chat_model = load(folder, checkpoint=checkpoint)
+            read_kept(output, {name: model_header(chat_model) for name in kept})
+            model = language_model(chat_model, args.batch_size)
+        kept[name] = ask(model, name, files[name], args.limit)
+        asked = headers[name] | model_header(chat_model)
+        replace_json(output / f"{name}.json", {"header": asked, "samples": kept[name]})
+    return {name: score(kept[name]) for name in SETS if name in kept}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@
 #
 # Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
 # wins). The same command resumes an interrupted run.
+# Planned, python scripts/plan.py --config scripts/llama3_8b_qmoslora_24gb.sh --gpu rtx4090 --records 665298:
+#   fits on 1 × RTX 4090 with 23.5 GiB: 16.8 to 19.2 GiB a GPU, 68.4 to 156.2 h for 10,396 steps
 set -euo pipefail
 source "$(dirname "$0")/recipe_defaults.sh"
 

@@ -12,10 +12,12 @@ Exit status: 0 it fits, 6 it does not, 7 it may or may not; 2 and 3 as everywher
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,10 @@ def own_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpu", help=" | ".join(COMMAND_LINE))
     parser.add_argument("--gpus", type=int, help="GPUs, all together; default: as the recipe says, else 1")
     parser.add_argument("--suggest", action="store_true", help="the fastest setting that fits, and three others")
+    parser.add_argument(
+        "--seen", nargs="+", default=[], help="run folders on such GPUs: their first steps narrow the ranges"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write the plan as a page too")
     parser.add_argument("--json", action="store_true", help="sizes in bytes, times in seconds")
     parser.add_argument("--records", type=int, help="in the data set")
     parser.add_argument("--tokens", type=int, help="of a record, image placeholders included")
@@ -101,13 +107,27 @@ def zero_files() -> dict[str, dict[str, Any]]:
     return {f"{ZERO_CONFIGS}/{file.name}": read_deepspeed_config(file) for file in files}
 
 
+def leave_out_compiler() -> None:
+    """bitsandbytes asks for compiled functions when it is imported, and torch then imports its compiler, which takes
+    seconds; a plan runs none of them. Does nothing under a torch that has no default to set."""
+    with contextlib.suppress(ImportError):
+        from torch.compiler import set_default_backend
+
+        set_default_backend("eager")
+
+
 if __name__ == "__main__":  # wrong flags are answered here, before the seconds that these imports take
     run_script(read_command)
     quiet_libraries()
+    leave_out_compiler()
 
+from llava_moslora.files.disk import replace_file
 from llava_moslora.planning.plan import make_plan
+from llava_moslora.planning.plan_page import plan_page
 from llava_moslora.planning.report import as_json, exit_status, text
 from llava_moslora.planning.request import Asked, make_request
+from llava_moslora.planning.seen import PLAN, read_pair
+from llava_moslora.planning.setting import Pair
 from llava_moslora.training.arguments import accumulation_steps
 
 
@@ -117,10 +137,24 @@ def main() -> None:
     training = settings[3]
     content = None if training["deepspeed"] is None else read_deepspeed_config(training["deepspeed"])
     request = make_request(asked, *settings[:3], training, accumulation(training, gpus), content, zero_files())
+    request = replace(request, pairs=seen_pairs(own, request.device_name))
     plan = make_plan(request, with_suggestions=own.suggest)
+    if own.html is not None:
+        replace_file(Path(own.html), plan_page(plan, suggested=own.suggest).encode())
     print(json.dumps(as_json(plan), indent=1) if own.json else text(plan, suggested=own.suggest))
     sys.stdout.flush()
     sys.exit(exit_status(plan))
+
+
+def seen_pairs(own: argparse.Namespace, device_name: str) -> tuple[Pair, ...]:
+    """Of ``--seen`` and of a run folder that is planned again, as far as these were on the same kind of GPU."""
+    for run in own.seen:
+        if not (Path(run) / PLAN).is_file():
+            fix = f"a run's folder; it has a {PLAN} after its first 20 steps"
+            raise Refusal("C-PATH", "no such file", file=Path(run) / PLAN, key="--seen", fix=fix)
+    planned_again = [own.config] if own.config is not None and Path(own.config).is_dir() else []
+    pairs = [read_pair(Path(run)) for run in dict.fromkeys([*own.seen, *planned_again])]
+    return tuple(pair for pair in pairs if pair is not None and pair.gpu == device_name)
 
 
 def accumulation(training: dict[str, Any], gpus: int) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from llava_moslora.config import DataSettings, ModelSettings, Settings, setting
-from llava_moslora.errors import Refusal, run_script
+from llava_moslora.errors import FULL, Refusal, run_script
 from llava_moslora.flags import SettingsParser, flags_of
 from llava_moslora.noise import quiet_libraries
 
@@ -48,6 +48,8 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
     run_script(lambda: parse(sys.argv[1:]))
     quiet_libraries()
 
+from filelock import FileLock
+
 from llava_moslora.data.cache import summary
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
@@ -70,6 +72,8 @@ def make_report_folder(folder: Path) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise Refusal(
             "C-PATH", "the report cannot be written there", file=folder, key="--report_dir", found=error.strerror,
             fix="name another folder",
@@ -95,14 +99,15 @@ def main() -> None:
     )
     print(summary(dataset))
     if report.report_dir:
-        page = write_report(
-            report.report_dir,
-            dataset,
-            settings=data,
-            tokenizer=tokenizer,
-            batch_size=report.per_device_train_batch_size,
-            title=f"{', '.join(data.data_path)} · {template}",
-        )
+        with FileLock(Path(report.report_dir) / ".lock"):
+            page = write_report(
+                report.report_dir,
+                dataset,
+                settings=data,
+                tokenizer=tokenizer,
+                batch_size=report.per_device_train_batch_size,
+                title=f"{', '.join(data.data_path)} · {template}",
+            )
         print(f"report: {page}")
 
 

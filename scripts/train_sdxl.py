@@ -26,7 +26,7 @@ from transformers import set_seed
 
 from llava_moslora.config import ModelSettings
 from llava_moslora.diffusion.batches import CLASS, SUBJECT, Pictures
-from llava_moslora.diffusion.encode import encode_once, prompt_ids
+from llava_moslora.diffusion.encode import encode_once
 from llava_moslora.diffusion.model import add_adapters, build_model, set_recompute
 from llava_moslora.diffusion.parts import open_folder, require_diffusers, whole_weights
 from llava_moslora.diffusion.report import write_report
@@ -88,9 +88,6 @@ def main() -> None:
     with whole_weights(args.hf_deepspeed_config if args.deepspeed else None):
         encoded = encode_once(folder, data, sets, seed, args.device, embed=not adapter.train_text_encoder)
         model = build_model(folder, adapter, args.dtype, preserves_prior=CLASS in sets)
-    if adapter.train_text_encoder:
-        for name, prompt in zip(sets, (data.prompt, data.class_prompt), strict=False):
-            encoded |= {f"{name}.ids.{part}": ids for part, ids in prompt_ids(folder, str(prompt)).items()}
 
     # 5. Add the adapters, create trainer and optimizer
     set_seed(args.seed)  # loading draws random numbers: adapters start the same under every ZeRO stage

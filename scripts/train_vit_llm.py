@@ -8,9 +8,10 @@ Complete calls for published models are in scripts/*.sh. scripts/export.py makes
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_image_settings, read_vision_config
+from llava_moslora.planning.advice import advice_where_memory_ends
 from llava_moslora.planning.check import check_plan, plan_of_training
+from llava_moslora.planning.plan import Plan
+from llava_moslora.planning.seen import SeenSteps
 from llava_moslora.recompute import set_recompute
 from llava_moslora.runs.fingerprint import base_fingerprints
 from llava_moslora.runs.folder import check_resume, check_shared, check_space, open_run, write_first_files
@@ -99,7 +103,7 @@ def main() -> None:
     trained, validation, keys = validation_data(dataset, data_settings, prepare_alike)
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
     sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
-    print_plan(model_settings, data_settings, adapter_settings, args, dataset, trained)
+    plan, seen = plan_first(model_settings, data_settings, adapter_settings, args, dataset, trained)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
     model_settings = replace(model_settings, version=template)
@@ -113,7 +117,7 @@ def main() -> None:
     model = build_model(model_settings, adapter_settings, args, tokenizer)
     print_once(parameter_table(model))
     trainer = MosLoraTrainer(
-        model=model, args=args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption],
+        model, args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption, seen],
         data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing), eval_dataset=validation,
     )  # fmt: skip
     if args.sample_questions:
@@ -133,7 +137,7 @@ def main() -> None:
 
     # 7. Train
     print_once(opening_line(args, checkpoint))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    advice_where_memory_ends(plan)(trainer.train)(None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
     print_once(closing_line(run, trainer.state, " --format llm" if text_only else ""))
     if lock is not None:
@@ -147,24 +151,32 @@ def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str
     return image_tokens, processor, ImageTransform.from_settings(processor, data)
 
 
-def print_plan(
+def plan_first(*settings: Any) -> tuple[Callable[[], Plan | None], SeenSteps]:
+    """:func:`make_plan` of these, made once, and what sets it beside the first steps. Its first line is printed, or
+    what cannot fit refused, before anything is loaded."""
+    planned, args = cache(partial(make_plan, *settings)), settings[3]
+    plan = planned() if args.process_index == 0 else None
+    if plan is not None and args.plan_check:
+        print(check_plan(plan))
+    return planned, SeenSteps(args.run_folder, plan)
+
+
+def make_plan(
     model: ModelSettings, data: DataSettings, adapter: AdapterSettings, args: TrainingArguments, dataset: Dataset,
     trained: np.ndarray | None,
-) -> None:  # fmt: skip
-    """The plan's first line, or a refusal where the GPU's memory cannot be enough; of text alone and on a CPU none."""
-    if model.text_only or not (args.plan_check and args.device.type == "cuda" and args.process_index == 0):
-        return
+) -> Plan | None:  # fmt: skip
+    """The plan of this training; None on a CPU, on an unknown GPU, and where making it failed."""
+    if args.device.type != "cuda":
+        return None
     deepspeed = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
     try:
-        plan = plan_of_training(
+        return plan_of_training(
             model, data, adapter, vars(args), dataset, rows=trained, gpus=args.world_size, device=args.device,
             deepspeed=deepspeed,
         )  # fmt: skip
     except Exception as error:  # what is only advice does not end a training
         print(f"no plan of the memory: {error}")
-        return
-    if plan is not None:
-        print(check_plan(plan))
+        return None
 
 
 def build_model(

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import distributed
 from tqdm import tqdm
 
-from llava_moslora.errors import EXIT_STATUS, Refusal, printable, run_script
+from llava_moslora.errors import EXIT_STATUS, Refusal, failure_in, printable, run_script
 
 
 def test_line_names_place_found_expected_and_fix():
@@ -81,7 +81,7 @@ def ended(error: BaseException, capsys) -> tuple[int, str]:
     with pytest.raises(SystemExit) as leaving:
         run_script(main)
     printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1 and "Traceback" not in printed.err
+    assert "\n" not in printed.err.strip() and "Traceback" not in printed.err  # below an empty line on other ranks
     return leaving.value.code, printed.err
 
 
@@ -218,16 +218,46 @@ def test_an_output_that_was_never_open(tmp_path):
     assert running.stderr.read() == "" and running.wait(60) == 0
 
 
-def test_the_line_begins_a_line_below_a_progress_bar(capsys):
-    bar = tqdm(total=3)
-    bar.update()
+@pytest.mark.parametrize("how", [{}, {"leave": False}, {"position": 1}], ids=["left", "cleared", "below another"])
+def test_the_line_begins_a_line_below_a_progress_bar(capsys, how):
+    """A line as ``grep '^error'`` sees it: it begins after a newline, not where a bar moved the cursor to."""
+    bars = [tqdm(total=3), tqdm(total=3, **how)]
+    for bar in bars:
+        bar.update()
 
     def main():
         raise Refusal("D-ROLE", "two humans in a row")
 
     with pytest.raises(SystemExit):
         run_script(main)
-    assert capsys.readouterr().err.splitlines()[-1] == "error[D-ROLE] two humans in a row"
+    assert capsys.readouterr().err.split("\n")[-2:] == ["error[D-ROLE] two humans in a row", ""]
+
+
+def test_a_full_disk_that_names_no_file(capsys, monkeypatch):
+    """The line names what the command writes."""
+    monkeypatch.setattr(sys, "argv", ["export.py", "run", "--output_dir=merged", "--format", "hf"])
+    assert "error[E-DISK] merged: the disk is full" in ended(system(errno.ENOSPC), capsys)[1]
+    rust = SafetensorError("I/O error: No space left on device (os error 28)")
+    assert "error[E-DISK] merged: the disk is full" in ended(rust, capsys)[1]
+    renamed = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "from", None, "to")
+    assert "error[E-DISK] to: the disk is full" in ended(renamed, capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("Traceback …\nOSError: [Errno 28] No space left on device", "E-DISK"),
+        ("Traceback …\nOSError: [Errno 122] Disk quota exceeded: 'x'", "E-DISK"),
+        ("Traceback …\nSafetensorError: I/O error: Read-only file system (os error 30)", "E-PERMISSION"),
+        ("Traceback …\nKeyError: 'lora_A'", None),
+        ("Traceback …\nFileNotFoundError: [Errno 2] No such file", None),
+    ],
+)
+def test_what_another_process_printed(text, code):
+    refusal = failure_in(text, "out")
+    assert (refusal and refusal.code) == code
+    if refusal is not None:
+        assert refusal.line().startswith(f"error[{code}] out: ") and text.splitlines()[1] in refusal.line()
 
 
 def test_a_lost_rank_0_lets_the_cause_end_first(capsys, monkeypatch):

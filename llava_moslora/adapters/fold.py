@@ -21,12 +21,11 @@ from typing import Protocol
 
 import torch
 from peft import LoraConfig, PeftConfig
-from safetensors.torch import save_file
 
 from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig, config_of_layers
 from llava_moslora.errors import Refusal, few
 from llava_moslora.files.disk import write_json
-from llava_moslora.files.tensors import LazyTensor
+from llava_moslora.files.tensors import LazyTensor, save_tensors
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before every name of the base model
 # The fields of a LoRA's adapter_config.json that every version of PEFT knows: before 0.14 it fails at an unknown field.
@@ -206,7 +205,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
     any other in training form."""
     save_config(adapter.config, Path(folder))
     tensors = {name: tensor.read().contiguous() for name, tensor in named_tensors(adapter).items()}
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, Path(folder) / "adapter_model.safetensors")
 
 
 def save_config(config: PeftConfig, folder: Path) -> None:

@@ -145,7 +145,7 @@ def pack(records: Sequence[dict], limit: int) -> list[list[dict]]:
     longest = len(records[0]["input_ids"])
     step = max(1, (limit - longest) // PACKED_LENGTHS)
     packings = [_first_fit(records, length) for length in (*range(longest, limit, step), max(longest, limit))]
-    return min(packings, key=lambda rows: len(rows) * max(len(_joined(row, "input_ids")) for row in rows))
+    return min(packings, key=lambda rows: len(rows) * max(sum(len(r["input_ids"]) for r in row) for row in rows))
 
 
 def _first_fit(records: list[dict], limit: int) -> list[list[dict]]:

@@ -18,6 +18,7 @@ from llava_moslora.data.cache import report_of, reports_of
 from llava_moslora.data.collate import read_record_image
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.sources.container import ImageRef
+from llava_moslora.files.disk import replace_file
 from llava_moslora.text.conversation import label_runs
 
 BARS = 40
@@ -112,12 +113,12 @@ def write_report(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     report = data_report(dataset, settings=settings, batch_size=batch_size)
-    (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    replace_file(folder / "report.json", json.dumps(report, indent=1).encode())
     chosen = sorted(np.random.default_rng(0).permutation(len(dataset))[:samples].tolist())
     files = [Path(one["file"]).name for one in report["files"]]
     shown = [_sample(dataset[k], files, tokenizer, settings) for k in chosen]
     page = folder / "report.html"
-    page.write_text(_page(report, shown, title or " ".join(settings.data_path)), encoding="utf-8")
+    replace_file(page, _page(report, shown, title or " ".join(settings.data_path)).encode())
     return page
 
 

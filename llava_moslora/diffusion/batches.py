@@ -25,8 +25,7 @@ class Pictures(Dataset):
     """The subject's pictures as rows; ``collate`` makes a batch of some of them.
 
     Args:
-        encoded: of :func:`llava_moslora.diffusion.encode.encode_once`, and the prompts' ids where the text encoders
-            are trained: ``NAME.ids.ENCODER`` int64[T].
+        encoded: of :func:`llava_moslora.diffusion.encode.encode_once`.
         seed: of the noise.
         timesteps: of the noise schedule; SDXL: 1,000.
     """

@@ -40,11 +40,11 @@ def encode_once(
 
     Args:
         pictures: those of the ``subject``, and with prior preservation those of its ``class``.
-        embed: also the prompts; False where the text encoders are trained.
+        embed: also the prompts; False where the text encoders are trained: then their ids.
 
     Returns:
         For ``subject`` and ``class``: ``NAME.mean`` and ``NAME.std`` float32[N, 4, H, W], ``NAME.time_ids``
-        float32[N, 6], ``NAME.embeds`` float32[T, D], ``NAME.pooled`` float32[P].
+        float32[N, 6], ``NAME.embeds`` float32[T, D] and ``NAME.pooled`` float32[P], or ``NAME.ids.ENCODER`` int64[T].
 
     Raises:
         Refusal: on every rank: I-..., a picture; D-PROMPT, a prompt that is too long; K-..., a part that cannot be
@@ -54,6 +54,8 @@ def encode_once(
     if rank() == 0:
         try:
             found = _from_cache(folder, settings, pictures, seed, device, embed)
+            for name, prompt in ({} if embed else prompts_of(settings, pictures)).items():
+                found |= {f"{name}.ids.{part}": ids for part, ids in prompt_ids(folder, prompt).items()}
         except Refusal as refusal:
             found = refusal
     found = from_rank_0(found)
@@ -65,11 +67,17 @@ def encode_once(
     return found
 
 
+def prompts_of(settings: SubjectSettings, pictures: dict[str, list[Picture]]) -> dict[str, str]:
+    """The prompt of each set of pictures."""
+    prompts = {"subject": settings.prompt, "class": settings.class_prompt or ""}
+    return {name: prompts[name] for name in pictures}
+
+
 def _from_cache(
     folder: SdxlFolder, settings: SubjectSettings, pictures: dict[str, list[Picture]], seed: int, device: torch.device,
     embed: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
-    prompts = {"subject": settings.prompt, "class": settings.class_prompt or ""}
+    prompts = prompts_of(settings, pictures)
     fingerprints = folder.fingerprints()
     decides = {
         "version": VERSION,

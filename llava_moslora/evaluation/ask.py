@@ -34,10 +34,12 @@ from llava_moslora.evaluation.prompts import prompt
 from llava_moslora.evaluation.rows import Row
 from llava_moslora.evaluation.scoring import unit_of
 from llava_moslora.evaluation.tsv import Table
+from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import MANIFEST, sha256
 from llava_moslora.inference.generate import Question, answer
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.runs.fingerprint import fingerprint
+from llava_moslora.runs.record import EXPORT
 from llava_moslora.text.conversation import Turn
 
 
@@ -120,7 +122,10 @@ def source_header(folder: str | Path, checkpoint: Path | None) -> Header:
     """
     if checkpoint is None:
         files = json.dumps(fingerprint(folder), sort_keys=True)
-        return {"model": hashlib.sha256(files.encode()).hexdigest(), "checkpoint": None}
+        header: Header = {"model": hashlib.sha256(files.encode()).hexdigest(), "checkpoint": None}
+        if (exported := Path(folder) / EXPORT).is_file():
+            header["export_of"] = read_json(exported).get("checkpoint_sha256")  # of that checkpoint's manifest
+        return header
     return {"model": sha256(checkpoint / MANIFEST), "checkpoint": checkpoint.name}  # it has the hashes of all files
 
 

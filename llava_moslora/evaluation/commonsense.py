@@ -18,6 +18,8 @@ import yaml
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.commonsense_sets import PAPER, SETS
 from llava_moslora.evaluation.compare import wilson
+from llava_moslora.evaluation.kept import Header
+from llava_moslora.files.disk import read_json
 from llava_moslora.inference.load import ChatModel
 
 TASKS = Path(__file__).parent / "commonsense_tasks"
@@ -126,6 +128,37 @@ def ask(model: Any, name: str, file: Path, limit: int | None = None) -> list[dic
         }
         for sample in samples
     ]
+
+
+def read_kept(output: Path, headers: Mapping[str, Header]) -> dict[str, list[dict[str, Any]]]:
+    """Set → what :func:`ask` returned, of the sets that ``output`` has answers of.
+
+    Args:
+        headers: set → what its answers must be of; fields that it lacks are not compared.
+
+    Raises:
+        Refusal: C-ANSWERS, of another model, other data or other flags; K-JSON, damaged.
+    """
+    kept = {}
+    for name, header in headers.items():
+        file = output / f"{name}.json"
+        if not file.is_file():
+            continue
+        stored = read_json(file)
+        try:
+            found, samples = dict(stored["header"]), stored["samples"]
+            score(samples)
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            fix = "delete the file: its questions are asked again"
+            raise Refusal("K-JSON", "not the answers to a set", file=file, found=repr(error), fix=fix) from error
+        for key, value in header.items():
+            if found.get(key) != value:
+                raise Refusal(
+                    "C-ANSWERS", "answers of another model, other data or other flags", file=file, key=key,
+                    found=str(found.get(key)), expected=str(value), fix="choose another --output",
+                )  # fmt: skip
+        kept[name] = samples
+    return kept
 
 
 def score(samples: Sequence[Mapping[str, Any]]) -> SetScore:

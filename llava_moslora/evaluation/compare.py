@@ -6,7 +6,8 @@ groups, images), and a p-value: McNemar's exact test where every unit is right o
 Several benchmarks are corrected by Holm's method, and the verdict is one sentence.
 
 Sources: Efron and Tibshirani 1993, chapter 13 (percentile interval); McNemar 1947; Good 2005 (sign flips); Holm 1979.
-The interval of one score alone is no bootstrap: Wilson 1927; Price and Bonett 2004; Cochran 1977.
+Bonett and Price 2012 (differences that are all equal). The interval of one score alone is no bootstrap: Wilson 1927;
+Price and Bonett 2004; Cochran 1977.
 """
 
 from __future__ import annotations
@@ -110,13 +111,29 @@ def _difference(a: list[Unit], b: list[Unit], generator: np.random.Generator) ->
     gained, lost = sum(unit.value > 0 for unit in units), sum(unit.value < 0 for unit in units)
     right_or_wrong = {x.value for x in (*a, *b)} <= {0.0, 100.0} and len({x.stratum for x in a}) == 1
     p = mcnemar(gained, lost) if right_or_wrong else sign_flip(units, generator)
-    samples = bootstrap(units, generator)
+    samples = bootstrap(with_spread(units), generator)
     low, high = interval(samples)
+    points = score_of(units)
+    low, high = min(low, points), max(high, points)
     difference = Difference(
-        score_of(a), score_of(b), score_of(units), low, high, p=p, adjusted=p, gained=gained, lost=lost,
+        score_of(a), score_of(b), points, low, high, p=p, adjusted=p, gained=gained, lost=lost,
         units=len(units),
     )  # fmt: skip
     return difference, samples
+
+
+def with_spread(units: list[Unit]) -> list[Unit]:
+    """The units of a difference; where all of a stratum are equal, one of +100 and one of -100 besides.
+
+    No draw of equal units differs from another, so their interval would be empty, as if a few questions that both
+    models answer alike proved that the models are equal. One discordant pair each way is what Bonett and Price (2012)
+    add to paired proportions.
+    """
+    values: dict[str, set[float]] = defaultdict(set)
+    for unit in units:
+        values[unit.stratum].add(round(unit.value, 9))
+    equal = [stratum for stratum, found in values.items() if len(found) == 1]
+    return units + [Unit(f"{sign:+d}", 100.0 * sign, stratum) for stratum in equal for sign in (1, -1)]
 
 
 def paired(name: str, a: Score, b: Score) -> tuple[list[Unit], list[Unit]]:

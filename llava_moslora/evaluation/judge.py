@@ -144,6 +144,14 @@ class Judge:
         fix = "see what the server says" if 0 < status < 500 else "see that the server runs"
         raise self.refusal("the judge cannot be asked", found, FIXES.get(status, fix))
 
+    def try_out(self) -> None:
+        """Ask for one word: a wrong URL, model or key is said before hours of questions, not after them.
+
+        Raises:
+            Refusal: E-JUDGE.
+        """
+        self.reply(self.request("Reply with the digit 1.", TEMPERATURES[0], MAX_TOKENS["mmvet"]), threading.Event())
+
     def _send(self, body: bytes) -> tuple[int, str, str]:
         """Status and text of what the server answers, and the seconds after which it wants to be asked again."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})

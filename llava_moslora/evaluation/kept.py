@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from llava_moslora.errors import Refusal
+from llava_moslora.files.disk import naming
 
 Header = dict[str, Any]
 
@@ -45,5 +46,6 @@ def drop_unfinished(file: Path) -> None:
 
 def append(file: TextIO, lines: Sequence[Mapping[str, Any]]) -> None:
     """Add lines, and hand them to the system."""
-    file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    file.flush()
+    with naming(Path(file.name)):
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        file.flush()

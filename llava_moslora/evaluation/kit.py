@@ -29,7 +29,7 @@ from llava_moslora.evaluation.results import TABLE, markdown
 from llava_moslora.evaluation.rows import Row
 from llava_moslora.evaluation.scoring import JUDGED, Score, question_of, score, unit_of
 from llava_moslora.evaluation.tsv import hidden_by_pandas
-from llava_moslora.files.disk import replace_file, replace_folder, replace_json
+from llava_moslora.files.disk import replace_file, replace_folder, replace_json, write_text
 
 INSTALL = "-m pip install ms-vlmeval==0.0.20"
 KIT_TABLE, KIT_FILES, KIT_LOG = "vlmevalkit.json", "vlmevalkit", "vlmevalkit.log"
@@ -125,7 +125,7 @@ def _tables(
         }
         for questions in scored
     }
-    (work / "job.json").write_text(json.dumps(job, ensure_ascii=False), encoding="utf-8")
+    write_text(work / "job.json", json.dumps(job, ensure_ascii=False))
     settings = {"LMUData": str(work.resolve()), "PRED_FORMAT": "tsv", "EVAL_FORMAT": "csv", "HF_HUB_OFFLINE": "1"}
     print("VLMEvalKit scores the same answers …", file=sys.stderr, flush=True)
     inherited = {name: value for name, value in os.environ.items() if name != KEY}  # it has no use for a judge's key

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import FULL, Refusal
 from llava_moslora.evaluation.ask import Questions, read_answers
 from llava_moslora.evaluation.judge import Judge, judge_answers
 from llava_moslora.evaluation.kept import Header
@@ -29,6 +30,8 @@ def new_output(folder: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return Path(folder)
     except OSError as error:
+        if error.errno in FULL:
+            raise
         what = "nothing can be written in this folder"
         raise Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror) from error
 
@@ -48,6 +51,8 @@ def writable(file: str | None, flag: str) -> Path | None:
         with tempfile.TemporaryFile(dir=path.parent):
             return path
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise Refusal(
             "C-OUTPUT", "nothing can be written in this folder", file=path.parent, key=flag, found=error.strerror,
             fix="make it, or choose another",
@@ -64,6 +69,8 @@ def locked(file: Path) -> Iterator[None]:
     with open(file, "w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not file.exists() or not os.path.samestat(os.fstat(stream.fileno()), file.stat()):
+                raise BlockingIOError  # whoever held it has just deleted it
         except BlockingIOError:
             raise Refusal(
                 "C-LOCKED", "another process is evaluating into this folder", file=file.parent, key="--output",

@@ -10,18 +10,19 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal
-from llava_moslora.evaluation.output import writable
-from llava_moslora.files.disk import fsync, replace_json
+from llava_moslora.evaluation.output import locked, writable
+from llava_moslora.files.disk import fsync, naming, replace_file, replace_json
 from llava_moslora.files.manifest import sha256
+from llava_moslora.files.tensors import save_tensors
 from llava_moslora.inference.generate import ImageInput, Question, answer, first_logits
 from llava_moslora.inference.load import ChatModel, load_run
 from llava_moslora.runs.checkpoints import model_checkpoint
@@ -125,10 +126,28 @@ def evaluate_questions(
         probe: safetensors file for ``logits`` of the first token of the first 32 answers, float32[32, V].
 
     Raises:
-        Refusal: what :func:`read_questions`, :func:`writable`, :func:`earlier_answers` and loading refuse.
+        Refusal: what :func:`read_questions`, :func:`writable`, :func:`locked`, :func:`earlier_answers` and loading
+            refuse.
     """
     examples = read_questions(file)
     answers_file, probe_file = writable(output, "--output"), writable(probe, "--probe")
+    with ExitStack() as stack:
+        for place in (answers_file, probe_file):
+            if place is not None:
+                lock = place.with_name(f".{place.name}.lock")
+                stack.enter_context(locked(lock))
+                stack.callback(lock.unlink, missing_ok=True)
+        return _evaluate(
+            run, file, examples, image_folder, batch_size=batch_size, untrained=untrained, blank=blank,
+            answers_file=answers_file, probe_file=probe_file,
+        )  # fmt: skip
+
+
+def _evaluate(
+    run: str, file: str, examples: list[VqaExample], image_folder: str, *, batch_size: int, untrained: bool,
+    blank: bool, answers_file: Path | None, probe_file: Path | None,
+) -> float:  # fmt: skip
+    """As :func:`evaluate_questions`, with both files locked."""
     checkpoint = None if untrained else model_checkpoint(Path(run))
     facts = {
         "run": str(Path(run).resolve()),
@@ -144,10 +163,8 @@ def evaluate_questions(
     chat_model.model.to("cuda" if torch.cuda.is_available() else "cpu")
     questions = with_images(chat_model, examples, image_folder, blank=blank)
     if unfinished is not None:
-        begun = unfinished.with_name(f".{unfinished.name}")
-        begun.write_text("".join(json.dumps(line) + "\n" for line in (facts, *answers)), encoding="utf-8")
-        os.replace(begun, unfinished)
-    with open(unfinished or os.devnull, "a", encoding="utf-8") as kept:
+        replace_file(unfinished, "".join(json.dumps(line) + "\n" for line in (facts, *answers)).encode())
+    with naming(unfinished or Path(os.devnull)), open(unfinished or os.devnull, "a", encoding="utf-8") as kept:
         for text in ask(chat_model, questions[len(answers) :], batch_size=batch_size):
             answers.append(text)
             print(json.dumps(text), file=kept, flush=True)
@@ -158,7 +175,7 @@ def evaluate_questions(
     if probe_file is not None:
         logits = torch.stack([first_logits(chat_model, question) for question in questions[:32]])
         partial = probe_file.with_name(f".{probe_file.name}.unfinished")
-        save_file({"logits": logits}, partial)
+        save_tensors({"logits": logits}, partial)
         fsync(partial)
         os.replace(partial, probe_file)
     return share

@@ -22,7 +22,6 @@ from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import MANIFEST, sha256
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
-from llava_moslora.runs.record import EXPORT
 
 # Formats of one part → the part it is made of, and its task on the Hub; all others answer questions about images.
 ONE_PART = {"llm": ("llm", "text-generation"), "vision": ("vision tower", "image-feature-extraction")}
@@ -200,8 +199,8 @@ def read_scores(output: str | Path, trained: TrainedRun) -> dict[str, Any]:
     try:
         headers = [dict(one["header"]) for one in content["benchmarks"].values()]
         evaluation_results(content)
-        asked = [(header["model"], header["checkpoint"]) for header in headers]
-        source = Path(content["source"])
+        asked = [(header["model"], header["checkpoint"], header.get("export_of")) for header in headers]
+        source = content["source"]
         for needed in ("llava_moslora", "conditions"):
             content[needed]
         for one in content["benchmarks"].values():
@@ -209,22 +208,14 @@ def read_scores(output: str | Path, trained: TrainedRun) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Refusal("K-JSON", "not the results of an evaluation", file=file, found=repr(error)) from error
     ours = sha256(trained.checkpoint / MANIFEST)
-    for model, checkpoint in asked:
-        if not (model == ours if checkpoint else _is_export_of(source, trained)):
+    for model, checkpoint, export_of in asked:
+        if ours != (model if checkpoint else export_of):
             raise Refusal(
                 "C-COMPARE", "results of another model", file=file, key="--evaluation",
                 found=f"{source}, {checkpoint or 'an export'}", expected=f"{trained.run}, {trained.checkpoint.name}",
                 fix="evaluate this checkpoint, or leave it out",
             )  # fmt: skip
     return content
-
-
-def _is_export_of(folder: Path, trained: TrainedRun) -> bool:
-    if not (folder / EXPORT).is_file():
-        return False
-    facts = read_json(folder / EXPORT)
-    same_run = Path(facts.get("run", "")).resolve() == trained.run.resolve()
-    return same_run and facts.get("checkpoint") == trained.checkpoint.name
 
 
 def evaluation_results(scores: dict[str, Any] | None) -> list[EvalResult]:

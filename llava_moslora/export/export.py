@@ -190,6 +190,7 @@ def _write(
         "format": target.name,
         "run": str(trained.run),
         "checkpoint": trained.checkpoint.name,
+        "checkpoint_sha256": sha256(trained.checkpoint / MANIFEST),  # which has the hashes of all its files
         "template": trained.template,
         "image_aspect_ratio": trained.record.data.image_aspect_ratio,
         "base": asdict(trained.record.model),

@@ -18,7 +18,7 @@ from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.target import Target
 from llava_moslora.export.targets.vllm import max_lora_rank
 from llava_moslora.export.trained_run import TrainedRun
-from llava_moslora.files.disk import read_json
+from llava_moslora.files.disk import read_json, write_text
 from llava_moslora.files.manifest import MANIFEST, sha256
 from llava_moslora.models.towers import kind_of, tokens_per_image
 from llava_moslora.runs.output_dir import DATA_REPORT
@@ -73,7 +73,7 @@ def write_card(
         "Fingerprints (SHA-256 of a file, size in bytes of weights):",
         f"```json\n{json.dumps(fingerprints, indent=1)}\n```",
     ]
-    (folder / "README.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    write_text(folder / "README.md", "\n\n".join(text) + "\n")
     for base in bases:
         for file, copy in zip(base.license_files, license_copies(base), strict=True):
             (folder / copy).parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from llava_moslora.errors import Refusal, few
+from llava_moslora.errors import FULL, Refusal, few
 from llava_moslora.files.disk import fsync, replace_json
 from llava_moslora.files.manifest import MANIFEST, read_facts, sha256
 from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints, model_checkpoint
@@ -138,6 +138,8 @@ def lock_output(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(file)
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise Refusal(
             "C-OUTPUT", "cannot be written to", file=folder.parent, key="--output_dir", found=error.strerror,
             fix="choose another, or change its permissions",

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, failure_in
 from llava_moslora.export import probe
 from llava_moslora.export.merged_run import MAX_NEW_TOKENS, RunAnswer, answers_of_run, trained_over_another_llm
 from llava_moslora.export.target import ExportPlan, Target
@@ -30,6 +30,7 @@ from llava_moslora.export.targets import llm
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import write_weights
 from llava_moslora.files.disk import write_json
+from llava_moslora.files.tensors import save_tensors
 from llava_moslora.inference.generate import Question
 from llava_moslora.text.conversation import Turn
 from llava_moslora.text.templates import stop_token_ids
@@ -95,7 +96,7 @@ def write_questions(trained: TrainedRun, plan: ExportPlan, folder: Path, mapped:
     if list(plan.load_from) == ["projector"]:  # there is no vision tower to give it features
         shape = 1, 16, trained.vision_config.hidden_size
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-        save_file({"features": noise}, place / FEATURES)
+        save_tensors({"features": noise}, place / FEATURES)
     shutil.copyfile(probe.__file__, place / "probe.py")
     content = {
         "load_from": plan.load_from,
@@ -149,8 +150,8 @@ def _run_probe(folder: Path) -> dict[str, Tensor]:
     command = [sys.executable, str(folder / PROBE / "probe.py"), "--output", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
-        if "No space left on device" in done.stderr:
-            raise Refusal("E-DISK", "the disk is full", file=output, fix="free space, then start again")
+        if failure := failure_in(done.stderr, output):
+            raise failure
         if done.returncode == -signal.SIGKILL:
             raise Refusal(
                 "E-MEMORY", "the process of the proof was killed, as the system does for lack of memory", file=folder,

@@ -42,8 +42,26 @@ def read_json(file: Path, code: str | None = None) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of the system while ``path`` is written get its name, which a failed write does not know."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as UTF-8, in place: for files of a folder that is published when it is complete."""
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, content: object) -> None:
-    path.write_text(_text(content), encoding="utf-8")
+    """As :func:`write_text`."""
+    write_text(path, _text(content))
 
 
 def replace_json(path: Path, content: object) -> None:
@@ -60,7 +78,8 @@ def fsync(path: Path) -> None:
     """Force a file's or a folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -75,11 +94,15 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write piece by piece; it becomes ``path`` when the block ends without an error."""
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with naming(unfinished), unfinished.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)  # on a full disk its space is needed
+        raise
 
 
 def replace_folder(staging: Path, target: Path, old: Path) -> None:

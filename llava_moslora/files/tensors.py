@@ -8,6 +8,7 @@ stand-ins that do nothing.
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
@@ -51,6 +53,20 @@ class LazyTensor:
     def then(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> LazyTensor:
         """``change`` of this tensor, which is read when the result is; ``shape`` is the result's, if another."""
         return LazyTensor(self.file, self.shape if shape is None else shape, lambda: change(self.read()))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file, in place: for folders that are published when they are complete.
+
+    Raises:
+        OSError: of the system, with the file's name.
+    """
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+        raise
 
 
 def in_memory(tensors: Mapping[str, Tensor], source: Path) -> dict[str, LazyTensor]:

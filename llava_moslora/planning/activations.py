@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from llava_moslora.config import parse_recompute
 from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.attention import empty_mask
-from llava_moslora.models.llava import Llava
+from llava_moslora.models.llava import Llava, TextLlm
 from llava_moslora.models.towers import tokens_per_image
-from llava_moslora.planning.meter import Cost, Inside, measure
+from llava_moslora.planning.meter import ROUNDED_TO, Cost, Inside, measure
 from llava_moslora.planning.on_meta import compute_as_on_gpu
 from llava_moslora.planning.setting import Batch, Model
 from llava_moslora.planning.states import NF4_BLOCK
 from llava_moslora.recompute import set_recompute
 
+SCALARS = 4 * ROUNDED_TO  # the loss, what it is divided by, their gradients
 # Of adapters.triton_dropout, which imports Triton
 KERNEL = {"PROGRAMS": 528, "ROWS": 64, "COLUMNS": 64, "RANK": 128}
 
@@ -36,7 +37,7 @@ class Activations:
     """Bytes of one micro-batch on one GPU.
 
     Args:
-        inputs: the batch itself: ids, labels and positions in int64, images in the model's dtype.
+        inputs: the batch itself: ids, labels and positions in int64, images in the model's dtype; the rotary tables.
         tower, projector, llm: kept between forward and backward; ``llm`` of all layers.
         loss: kept by the final norm and the cross entropy.
         in_loss: at most, beyond all that is kept, in the loss; its own kept tensors included.
@@ -68,44 +69,65 @@ class Activations:
 def activations(model: Model, recompute: str, batch: Batch) -> Activations:
     """Of the largest micro-batch, with everything that goes through ``model``."""
     mode, n = parse_recompute(recompute)
-    inner = _small_model(model, selective=mode == "selective")
+    small = _small_model(model, mode == "selective")
     # by a layer's index over both towers, as set_recompute counts: the tower's come first
     tower_layers, llm_layers = model.tower_layers, model.llm_config.num_hidden_layers
     recomputed = [mode != "none" and index % n == 0 for index in range(tower_layers + llm_layers)]
-    inside = _inside(model.bits)
-    dtype = model.dtype
-
-    x = torch.empty(batch.rows, batch.tokens, model.llm_config.hidden_size, dtype=dtype, device="meta")
-    llm = inner.model.language_model
-    with torch.no_grad():
-        arguments = _layer_arguments(llm, llm.layers[0], inputs_embeds=x, attention_mask=empty_mask(x), use_cache=False)
-    asks = any(p.requires_grad for p in inner.model.multi_modal_projector.parameters())
+    of_tower, of_llm = recomputed[:tower_layers], recomputed[tower_layers:]
+    first = _llm_layer_cost(small, batch.rows, batch.tokens, of_llm[0], small.embeddings_have_gradient)
     layers = {
-        on: _layer_cost(llm.layers[0], arguments, on, requires_grad=asks, inside=inside)
-        for on in set(recomputed[tower_layers:])
+        on: _llm_layer_cost(small, batch.rows, batch.tokens, on, small.llm_has_gradient) for on in set(of_llm[1:])
     }
-    tower, vision_trained = _tower_costs(inner, batch, set(recomputed[:tower_layers]), dtype)
-    projected = _projector_cost(inner, batch, dtype, requires_grad=vision_trained)
-    loss = _loss_cost(inner, batch, dtype)
-
-    llm_kept = sum(layers[on].kept for on in recomputed[tower_layers:])
+    tower = {on: _tower_layer_cost(small, batch.images, on) for on in set(of_tower)}
+    projected = Cost(0, 0, 0)
+    if small.tower is not None:
+        projected = _projector_cost(small, batch.images, batch.rows * batch.tokens)
+    loss = _loss_cost(small, batch.rows, batch.tokens, batch.labels)
     return Activations(
         inputs=_inputs(model, batch),
-        tower=sum(tower[on].kept for on in recomputed[:tower_layers]),
+        tower=sum(tower[on].kept for on in of_tower),
         projector=projected.kept,
-        llm=llm_kept,
+        llm=first.kept + sum(layers[on].kept for on in of_llm[1:]),
         loss=loss.kept,
         in_loss=max(loss.forward, loss.kept + loss.backward),
-        in_layer=max(cost.backward for cost in layers.values()),
-        in_tower=max(projected.backward, *(max(cost.backward, cost.forward - cost.kept) for cost in tower.values())),
+        in_layer=max(cost.backward for cost in (first, *layers.values())),
+        in_tower=max(projected.backward, *(max(c.backward, c.forward - c.kept) for c in tower.values()), 0),
     )
 
 
+class _Small:
+    """The model with one layer in each tower, in training mode, recomputing in the one way or the other.
+
+    Args:
+        whole: as it is trained. bits: of the LLM's frozen linears.
+    """
+
+    def __init__(self, whole: Llava | TextLlm, bits: int, dtype: torch.dtype):
+        self.whole, self.bits, self.dtype = whole, bits, dtype
+        self.llm: Any = getattr(whole.model, "language_model", whole.model)  # of an LLM alone, the model itself
+        self.tower: Any = getattr(whole.model, "vision_tower", None)
+        self.projector: Any = getattr(whole.model, "multi_modal_projector", None)
+
+    @property
+    def tower_trained(self) -> bool:
+        return any(p.requires_grad for p in self.tower.parameters())
+
+    @property
+    def embeddings_have_gradient(self) -> bool:
+        """The input of the LLM's first layer: where the projector is trained."""
+        return self.projector is not None and any(p.requires_grad for p in self.projector.parameters())
+
+    @property
+    def llm_has_gradient(self) -> bool:
+        """The input of its other layers: adapters come before them."""
+        return self.embeddings_have_gradient or any(p.requires_grad for p in self.llm.layers.parameters())
+
+
 @lru_cache(maxsize=16)
-def _small_model(model: Model, selective: bool) -> Llava:
-    """The model with one layer in each tower, in training mode, recomputing in the one way or the other."""
+def _small_model(model: Model, selective: bool) -> _Small:
     llm, vision = copy.deepcopy(model.llm_config), copy.deepcopy(model.vision_config)
-    vision.num_hidden_layers = 2  # the last one is cut off
+    if vision is not None:
+        vision.num_hidden_layers = 2  # the last one is cut off
     llm.num_hidden_layers = 1
     if getattr(llm, "layer_types", None):
         llm.layer_types = llm.layer_types[:1]
@@ -117,7 +139,7 @@ def _small_model(model: Model, selective: bool) -> Llava:
         for module in inner.modules():
             module.register_forward_pre_hook(lambda *_: None)
         inner.lm_head.weight.ds_id = 0
-    return inner
+    return _Small(inner, model.bits, model.dtype)
 
 
 class _Stop(Exception):
@@ -155,49 +177,66 @@ def _layer_cost(
     return measure(layer, run, torch.empty_like(x).requires_grad_(requires_grad), inside, (args, kwargs))
 
 
-def _tower_costs(inner: Llava, batch: Batch, modes: set[bool], dtype: torch.dtype) -> tuple[dict[bool, Cost], bool]:
-    """The cost of a tower's layer by whether it is recomputed, and whether anything goes backward through the tower."""
-    tower = inner.model.vision_tower
-    layer, size = tower.encoder.layers[0], inner.config.vision_config.image_size
+@lru_cache(maxsize=256)
+def _llm_layer_cost(small: _Small, rows: int, tokens: int, recomputed: bool, requires_grad: bool) -> Cost:
+    x = torch.empty(rows, tokens, small.llm.config.hidden_size, dtype=small.dtype, device="meta")
+    layer, settings = small.llm.layers[0], {"attention_mask": empty_mask(x), "use_cache": False}
     with torch.no_grad():
-        pixels = torch.empty(batch.images, 3, size, size, dtype=dtype, device="meta")
-        arguments = _layer_arguments(tower, layer, pixels)
-    trained = any(p.requires_grad for p in tower.parameters())
-    costs = {on: _layer_cost(layer, arguments, on, requires_grad=trained, inside=_inside(16)) for on in modes}
-    return costs, trained
+        arguments = _layer_arguments(small.llm, layer, inputs_embeds=x, **settings)
+    return _layer_cost(layer, arguments, recomputed, requires_grad, _inside(small.bits))
 
 
-def _projector_cost(inner: Llava, batch: Batch, dtype: torch.dtype, requires_grad: bool) -> Cost:
-    """From the tower's patches to the LLM's input; putting features in their places keeps them (``index_copy``)."""
-    projector, config = inner.model.multi_modal_projector, inner.config
-    patches = batch.images * tokens_per_image(config.vision_config)
-    x = torch.empty(patches, config.vision_config.hidden_size, dtype=dtype, device="meta")
-    embeds = torch.empty(batch.rows * batch.tokens, config.text_config.hidden_size, dtype=dtype, device="meta")
+@lru_cache(maxsize=256)
+def _tower_layer_cost(small: _Small, images: int, recomputed: bool) -> Cost:
+    layer, size = small.tower.encoder.layers[0], small.whole.config.vision_config.image_size
+    with torch.no_grad():
+        pixels = torch.empty(images, 3, size, size, dtype=small.dtype, device="meta")
+        arguments = _layer_arguments(small.tower, layer, pixels)
+    return _layer_cost(layer, arguments, recomputed, small.tower_trained, _inside(16))
+
+
+@lru_cache(maxsize=256)
+def _projector_cost(small: _Small, images: int, positions: int) -> Cost:
+    """From the tower's patches to the LLM's input; putting features in their places keeps them (``index_copy``).
+
+    Args:
+        positions: of all rows of the batch.
+    """
+    config = small.whole.config
+    patches = images * tokens_per_image(config.vision_config)
+    x = torch.empty(patches, config.vision_config.hidden_size, dtype=small.dtype, device="meta")
+    embeds = torch.empty(positions, config.text_config.hidden_size, dtype=small.dtype, device="meta")
     places = torch.empty(patches, dtype=torch.long, device="meta")
 
     def run(x: Tensor) -> Tensor:
-        return embeds.index_copy(0, places, projector(x))
+        return embeds.index_copy(0, places, small.projector(x))
 
-    return measure(projector, run, x.requires_grad_(requires_grad), others=(embeds, places))
+    return measure(small.projector, run, x.requires_grad_(small.tower_trained), others=(embeds, places))
 
 
-def _loss_cost(inner: Llava, batch: Batch, dtype: torch.dtype) -> Cost:
+@lru_cache(maxsize=256)
+def _loss_cost(small: _Small, rows: int, tokens: int, labels: int) -> Cost:
     """Of the LLM's final norm and the loss at the positions with a label."""
-    positions = torch.empty(batch.labels, dtype=torch.long, device="meta")
-    norm = inner.model.language_model.norm
-    x = torch.empty(batch.rows, batch.tokens, inner.config.text_config.hidden_size, dtype=dtype, device="meta")
+    positions = torch.empty(labels, dtype=torch.long, device="meta")
+    x = torch.empty(rows, tokens, small.llm.config.hidden_size, dtype=small.dtype, device="meta")
 
     def run(x: Tensor) -> Tensor:
-        return inner._summed_loss(norm(x).flatten(0, 1).index_select(0, positions), positions)[0]
+        hidden = small.llm.norm(x).flatten(0, 1).index_select(0, positions)
+        return small.whole._summed_loss(hidden, positions)[0]
 
-    return measure(inner, run, x.requires_grad_(), others=positions)
+    return measure(small.whole, run, x.requires_grad_(), others=positions)
 
 
 def _inputs(model: Model, batch: Batch) -> int:
-    """Ids and labels (B, T), positions of labels and placeholders, images in the model's dtype."""
-    pixels = batch.images * 3 * model.vision_config.image_size**2
-    places = batch.images * tokens_per_image(model.vision_config) + batch.labels
-    return 8 * (2 * batch.rows * batch.tokens + places) + pixels * model.dtype.itemsize
+    """Ids and labels (B, T), positions of labels and placeholders, images in the model's dtype; and what the LLM makes
+    of the tokens' positions, (1, T), or (B, T) of packed rows: cosines and sines for each dimension of a head."""
+    pixels = 0 if model.vision_config is None else batch.images * 3 * model.vision_config.image_size**2
+    places = batch.images * model.image_tokens + 3 * batch.labels  # where they are, the tokens before them, the labels
+    llm = model.llm_config
+    head = getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads
+    positions = batch.tokens * (batch.rows if batch.packed else 1)
+    rotary = positions * (8 + 2 * head * model.dtype.itemsize)
+    return SCALARS + rotary + 8 * (2 * batch.rows * batch.tokens + places) + pixels * model.dtype.itemsize
 
 
 def _inside(bits: int) -> Inside:

@@ -23,8 +23,7 @@ def plan_of_training(
     model: ModelSettings, data: DataSettings, adapter: AdapterSettings, training: Mapping[str, Any], dataset: Dataset,
     *, rows: np.ndarray | None = None, gpus: int, device: torch.device, deepspeed: dict[str, Any] | None,
 ) -> Plan | None:  # fmt: skip
-    """The plan of a training on CUDA devices like ``device``; None where the planner does not know them, or packing,
-    of which it knows only an upper bound.
+    """The plan of a training on CUDA devices like ``device``; None where the planner does not know them.
 
     Args:
         model: with its three parts named.
@@ -33,13 +32,16 @@ def plan_of_training(
     """
     properties = torch.cuda.get_device_properties(device)
     known = next((name for name in DEVICES if name in properties.name), None)
-    if known is None or training.get("packing"):
+    if known is None:
         return None
     asked = Asked(known, gpus, tokens=1, labels=1)  # of the records: replaced below
     request = make_request(
         asked, model, data, adapter, training, training["gradient_accumulation_steps"], deepspeed, zeros={}
     )
-    records = of_dataset(dataset, data, rows, seed=int(training.get("seed") or 0))
+    records = of_dataset(
+        dataset, data, rows, seed=int(training.get("seed") or 0), vision=not model.text_only,
+        packing=bool(training.get("packing")),
+    )  # fmt: skip
     request = replace(request, records=records, gib=properties.total_memory / GIB)
     return make_plan(request, with_largest=False)
 

@@ -7,13 +7,14 @@ device they are assumptions, and every figure is a range.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_moslora.config import parse_recompute
 from llava_moslora.devices import Device
 from llava_moslora.models.flops import Flops
 from llava_moslora.planning.records import Records
-from llava_moslora.planning.setting import Choice, Model
+from llava_moslora.planning.setting import Choice, Model, Pair
 from llava_moslora.planning.states import Counts
 
 # benchmarks/results/train-nvidia-h100-80gb-hbm3*, steps of 537.6 TFLOP and 55 layers:
@@ -31,6 +32,7 @@ HOST_LINK = 25e9  # bytes/s between host and GPU, assumed
 HOST_ADAM = 1e9  # trained numbers that a host's Adam updates per second and rank, assumed
 # From–to around an estimate. Python's share has been cut since those rows, to 0.7 of it on a CPU.
 RANGE_MEASURED, RANGE_ASSUMED = (0.7, 1.15), (0.7, 1.6)
+STEPS_DIFFER = 0.1  # a run's first steps from all of them: records differ in length; assumed
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,13 @@ class Duration:
 
 def duration(
     model: Model, counts: Counts, choice: Choice, records: Records, device: Device, gpus: int,
-    *, steps: int | None, workers: int, image_engine: str, measured: bool,
+    *, steps: int | None, workers: int, image_engine: str, factors: tuple[float, float],
 ) -> Duration:  # fmt: skip
     """
     Args:
         steps: optimizer steps of the run, None where unknown.
         workers: processes that read images, per GPU.
-        measured: the device is the one that was measured.
+        factors: from–to, see :func:`factors_of`.
     """
     per: Flops = counts.flops
     flops = choice.micro_batch * records.flops(per)
@@ -102,11 +104,21 @@ def duration(
         python=python * micro_batches,
         data=data * micro_batches,
         communication=communication,
-        factors=RANGE_MEASURED if measured else RANGE_ASSUMED,
+        factors=factors,
         steps=steps,
         tokens_per_second=in_step * records.tokens / step,
         mfu=in_step * records.flops(per) / step / (device.flops * gpus),
     )
+
+
+def factors_of(device_name: str, choice: Choice, pairs: Sequence[Pair]) -> tuple[float, float]:
+    """From–to around an estimate: as runs on such a GPU have shown, those with the same recomputation and precision if
+    there are any, give or take ``STEPS_DIFFER``; else as assumed."""
+    alike = [pair for pair in pairs if (pair.recompute, pair.bits) == (choice.recompute, choice.bits)] or pairs
+    if alike:
+        times = [pair.time for pair in alike]
+        return (1 - STEPS_DIFFER) * min(times), (1 + STEPS_DIFFER) * max(times)
+    return RANGE_MEASURED if device_name == MEASURED_ON else RANGE_ASSUMED
 
 
 def _communication(model: Model, counts: Counts, choice: Choice, device: Device, gpus: int, mode: str) -> float:

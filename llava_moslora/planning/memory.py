@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from llava_moslora.devices import GIB, Device
 from llava_moslora.planning.activations import activations
-from llava_moslora.planning.setting import Batch, Choice, Model
+from llava_moslora.planning.setting import Batch, Choice, Model, Pair
 from llava_moslora.planning.states import ADAM_BYTES, States, count, states
 
 # What a process has on a GPU besides torch's allocator: the CUDA context with its kernels, and NCCL's buffers where
@@ -49,6 +50,15 @@ class Memory:
     def fits(self, capacity: float) -> bool | None:
         """Whether it fits ``capacity`` bytes; None where it may or may not."""
         return True if self.high <= capacity else False if self.low > capacity else None
+
+    def as_seen(self, pairs: Sequence[Pair]) -> Memory:
+        """With the range that runs on such a GPU have shown in place of the assumed one: the allocator's share, give or
+        take what fragmentation differs by, and what is outside of it."""
+        if not pairs:
+            return self
+        shares, outside = [pair.memory for pair in pairs], [pair.outside for pair in pairs]
+        low = round(self.peak * min(shares) / RESERVED[1] + min(outside))
+        return replace(self, low=low, high=round(self.peak * max(shares) * RESERVED[1] + max(outside)))
 
 
 def memory(

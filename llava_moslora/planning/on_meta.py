@@ -9,6 +9,7 @@ Shapes: B rows, T tokens, H heads, K key heads, D head width.
 from __future__ import annotations
 
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from llava_moslora.models.attention import LLM_FAMILIES
-from llava_moslora.models.llava import Llava
+from llava_moslora.models.llava import Llava, TextLlm
 
 ATTENTION = "on_meta"
 
@@ -98,15 +99,17 @@ def _mlp(self: nn.Module, x: Tensor) -> Tensor:
     return self.down_proj(_SiluMul.apply(self.gate_proj(x), self.up_proj(x)))
 
 
-def compute_as_on_gpu(model: Llava, attention: str) -> None:
+def compute_as_on_gpu(model: Llava | TextLlm, attention: str) -> None:
     """Replace, in a model on the meta device, what :func:`llava_moslora.models.fused_layers.fuse_layers` replaces on a
     GPU, and attention unless it is ``eager``."""
     if attention != "eager":
-        model.set_attn_implementation({"text_config": ATTENTION, "vision_config": ATTENTION})
-    config = model.config.text_config
+        parts = ("text_config", "vision_config") if isinstance(model, Llava) else ()
+        model.set_attn_implementation(dict.fromkeys(parts, ATTENTION) if parts else ATTENTION)
+    config = model.config.get_text_config()
     if config.model_type not in LLM_FAMILIES:
         return
-    for module in model.model.language_model.modules():
+    llm: Any = getattr(model.model, "language_model", model.model)  # of an LLM alone, the model itself
+    for module in llm.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = MethodType(_norm, module)
         elif type(module).__name__.endswith("MLP") and config.hidden_act == "silu":

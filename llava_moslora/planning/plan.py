@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 
 from llava_moslora.devices import COMMAND_LINE, DEVICES, GIB, Device
 from llava_moslora.errors import Refusal
-from llava_moslora.planning.duration import MEASURED_ON, Duration, duration
+from llava_moslora.planning.duration import Duration, duration, factors_of
 from llava_moslora.planning.memory import Memory, memory
 from llava_moslora.planning.records import Records
-from llava_moslora.planning.setting import Batch, Choice, Model, Zero
+from llava_moslora.planning.setting import Batch, Choice, Model, Pair, Zero
 from llava_moslora.planning.states import ADAM_BYTES, Counts, count
 from llava_moslora.planning.suggest import Candidate, largest_micro_batch, suggest
 from llava_moslora.runs.folder import checkpoint_bytes
@@ -30,6 +30,7 @@ class Request:
         state_bytes: of the optimizer, per trained number.
         epochs, max_steps: the length of the run; ``max_steps`` counts where it is above 0.
         save_steps, save_total_limit: checkpoints that are kept.
+        pairs: of earlier runs on such a GPU, which narrow the ranges.
     """
 
     model: Model
@@ -45,6 +46,7 @@ class Request:
     image_engine: str = "pil"
     save_steps: float = 500
     save_total_limit: int | None = None
+    pairs: tuple[Pair, ...] = ()
     gib: float | None = None  # of the card, where it is not as in devices.DEVICES
 
     @property
@@ -73,7 +75,8 @@ class Request:
         return self.records.largest_batch(choice.micro_batch, choice.accumulation, self.gpus)
 
     def memory(self, choice: Choice) -> Memory:
-        return memory(self.model, choice, self.batch(choice), self.device, self.gpus, self.state_bytes)
+        found = memory(self.model, choice, self.batch(choice), self.device, self.gpus, self.state_bytes)
+        return found.as_seen(self.pairs)
 
     def fits(self, choice: Choice) -> bool:
         """For certain."""
@@ -83,7 +86,7 @@ class Request:
         model = self._model(choice)
         return duration(
             model, count(model), choice, self.records, self.device, self.gpus, steps=self.steps, workers=self.workers,
-            image_engine=self.image_engine, measured=self.device_name == MEASURED_ON,
+            image_engine=self.image_engine, factors=factors_of(self.device_name, choice, self.pairs),
         )  # fmt: skip
 
     def _model(self, choice: Choice) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,8 @@ json.dump({{"argv": sys.argv, "folder": os.getcwd()}}, open({answer!r}, "w"))
 
 @dataclass(frozen=True)
 class Call:
-    """How a recipe starts a training: flags, GPUs per host where the launcher says it, and the folder it does so in."""
+    """How a recipe starts a training: flags, GPUs of all hosts where the launcher says it, and the folder it does so
+    in."""
 
     flags: list[str]
     gpus: int | None
@@ -69,13 +71,37 @@ def read_recipe(script: Path, gpus: int | None) -> Call:
     if at is None:
         raise Refusal("C-RECIPE", "the recipe starts something else", file=script, found=" ".join(words[1:4]))
     launcher, flags = words[:at], words[at + 1 :]
-    gpus, hosts = _number_after(launcher, PER_HOST), _number_after(launcher, ("--nnodes",))
-    return Call(flags, gpus and gpus * (hosts or 1), Path(call["folder"]))
+    return Call(flags, _gpus(launcher, script, Path(call["folder"]), given=gpus), Path(call["folder"]))
 
 
 PER_HOST = ("--num_gpus", "--num_accelerators", "--nproc_per_node")
 
 
-def _number_after(words: list[str], flags: tuple[str, ...]) -> int | None:
-    found = [value for flag, value in itertools.pairwise(words) if flag in flags]
-    return int(found[0]) if found and found[0].isdecimal() else None
+def _gpus(launcher: list[str], script: Path, folder: Path, given: int | None) -> int | None:
+    """Of all hosts: ``--num_gpus`` or ``--nproc_per_node`` times ``--nnodes``, or the slots of ``--hostfile``.
+
+    Raises:
+        Refusal: C-RECIPE, several hosts whose number, or whose GPUs, the call does not say, and nothing was ``given``.
+    """
+    flags = dict(itertools.pairwise(launcher))
+    per_host, hosts = next((flags[name] for name in PER_HOST if name in flags), None), flags.get("--nnodes", "1")
+    if (file := flags.get("--hostfile")) is not None:
+        try:
+            lines = (folder / file).read_text().splitlines()
+        except OSError as error:
+            raise Refusal("C-PATH", "no such file", file=folder / file, key="--hostfile") from error
+        slots = [int(n) for line in lines for n in re.findall(r"^\s*[^#\s]+\s+slots\s*=\s*(\d+)", line)]
+        if slots and not flags.keys() & {"--include", "--exclude", "-i", "-e"}:
+            limit = flags.get("--num_nodes", "")
+            slots = slots[: int(limit)] if limit.isdecimal() and int(limit) > 0 else slots
+            return sum(min(n, int(per_host)) if per_host is not None and int(per_host) > 0 else n for n in slots)
+        hosts = "?"
+    if per_host is None and "--hostfile" not in flags:
+        return None
+    hosts = os.path.expandvars(hosts)  # SLURM's are filled in on the hosts
+    if per_host is not None and per_host.isdecimal() and hosts.isdecimal():
+        return int(per_host) * int(hosts)
+    if given is not None:
+        return None  # counts in place of the recipe's
+    what = "the number of GPUs is not known"
+    raise Refusal("C-RECIPE", what, file=script, found=f"{hosts} hosts", fix="give --gpus, of all hosts together")

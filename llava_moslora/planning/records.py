@@ -9,11 +9,14 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from llava_moslora.config import DataSettings
+from llava_moslora.data.collate import pack
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.models.flops import Flops
 from llava_moslora.planning.setting import Batch
 
 TOKENS = 900  # of a record with an image, where nothing is known: 576 of the image and a text as LLaVA's
+TEXT_TOKENS = 128  # of a record of text alone, where nothing is known: as commonsense_170k's
+PACKED = 1000  # micro-batches that are packed to find the largest
 LABELLED = 0.5  # of the tokens of the longest records, where nothing is known: long answers
 
 
@@ -25,6 +28,7 @@ class Records:
         tokens, pairs, labels, images: means per record; ``pairs`` of tokens squared.
         longest: tokens of the longest record. most_labels: of a record. most_images: of a row of a batch.
         source: where these are from.
+        packed_to: tokens of a row at most, with --packing.
     """
 
     count: int | None
@@ -40,6 +44,8 @@ class Records:
     settings: DataSettings | None = None
     rows: np.ndarray | None = None  # of the data set that are trained on; None: all
     seed: int = 0
+    vision: bool = True  # the model has a vision tower
+    packed_to: int | None = None
 
     def flops(self, per: Flops) -> float:
         """Of a record, on average."""
@@ -49,10 +55,9 @@ class Records:
 
     def largest_batch(self, micro_batch: int, accumulation: int, gpus: int) -> Batch:
         """The most tokens, images and labels that a micro-batch has: of the sampler's real batches in the first epoch,
-        or as if all its records were the longest."""
-        most = Batch(
-            micro_batch, self.longest, max(1, micro_batch * self.most_images), max(1, micro_batch * self.most_labels)
-        )
+        packed as they will be, or as if all its records were the longest."""
+        images, labels = self._images(micro_batch * self.most_images), max(1, micro_batch * self.most_labels)
+        most = Batch(micro_batch, self.longest, images, labels)
         if self.dataset is None or self.settings is None or self.count is None:
             return most
         if micro_batch * accumulation * gpus > self.count:
@@ -62,19 +67,48 @@ class Records:
         order = sampler.epoch_order()
         batches = order.reshape(-1, micro_batch, gpus)  # a micro-batch of all ranks, dealt in turn
         per_record = _columns(self.dataset)
+        lengths = per_record["length"][batches]
+        rows, tokens = micro_batch, int(lengths.max())
+        if self.packed_to is not None:
+            rows, tokens = largest_packed(lengths.swapaxes(1, 2).reshape(-1, micro_batch), self.packed_to)
         return Batch(
-            rows=micro_batch,
-            tokens=int(per_record["length"][batches].max()),
-            images=max(1, int(per_record["images"][batches].sum(axis=1).max())),  # without any, a blank one is computed
+            rows=rows,
+            tokens=tokens,
+            images=self._images(int(per_record["images"][batches].sum(axis=1).max())),
             labels=max(1, int(per_record["trained"][batches].sum(axis=1).max())),
+            packed=self.packed_to is not None,
         )
 
+    def _images(self, number: int) -> int:
+        """Of a batch: without any, a model with a vision tower computes a blank one."""
+        return max(1, number) if self.vision else number
 
-def of_dataset(dataset: Dataset, settings: DataSettings, rows: np.ndarray | None = None, *, seed: int = 0) -> Records:
+
+def largest_packed(lengths: np.ndarray, limit: int) -> tuple[int, int]:
+    """Rows and tokens of a row, of the packed micro-batch with the most of both together.
+
+    Args:
+        lengths: int[micro-batches, records]. Of more than ``PACKED`` micro-batches only those with the most tokens are
+            packed: padding, which packing leaves little of, would have to make a smaller one larger.
+        limit: tokens of a row (``--model_max_length``).
+    """
+    fullest = np.argsort(-lengths.sum(axis=1), kind="stable")[:PACKED]
+    shapes = []
+    for batch in np.unique(np.sort(lengths[fullest], axis=1), axis=0):
+        packed = pack([{"input_ids": range(length)} for length in batch.tolist()], limit)
+        shapes.append((len(packed), max(sum(len(record["input_ids"]) for record in row) for row in packed)))
+    return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))
+
+
+def of_dataset(
+    dataset: Dataset, settings: DataSettings, rows: np.ndarray | None = None, *, seed: int = 0, vision: bool = True,
+    packing: bool = False,
+) -> Records:  # fmt: skip
     """From prepared data.
 
     Args:
         rows: of the data set that are trained on; None: all. seed: of their order.
+        vision: the model has a vision tower. packing: ``--packing``.
     """
     columns = {name: values.astype(float) for name, values in _columns(dataset).items()}
     if rows is not None:
@@ -95,6 +129,8 @@ def of_dataset(dataset: Dataset, settings: DataSettings, rows: np.ndarray | None
         settings=settings,
         rows=rows,
         seed=seed,
+        vision=vision,
+        packed_to=settings.model_max_length if packing else None,
     )
 
 
@@ -106,10 +142,11 @@ def assumed(
     Args:
         longest: ``--model_max_length``.
         tokens, images, labels: of a record: if all are ``tokens`` long, the longest is too.
-        image_tokens: of an image.
+        image_tokens: of an image; 0 without a vision tower.
     """
-    images = 1 if images is None else images
-    mean = min(longest, TOKENS if tokens is None else tokens)
+    vision = image_tokens > 0
+    images = int(vision) if images is None else images
+    mean = min(longest, (TOKENS if vision else TEXT_TOKENS) if tokens is None else tokens)
     most_labels = round(longest * LABELLED) if labels is None else labels
     of_flags = [name for name, value in (("tokens", tokens), ("labels", labels)) if value is not None]
     source = "--" + ", --".join(of_flags) if of_flags else "assumed: data not prepared"
@@ -123,6 +160,7 @@ def assumed(
         most_labels=most_labels,
         most_images=images,
         source=source,
+        vision=vision,
     )
 
 

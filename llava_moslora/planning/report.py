@@ -38,7 +38,8 @@ def text(plan: Plan, *, suggested: bool) -> str:
     whole = "█" * round(BAR * min(1, used.peak / request.capacity))
     lines += [
         f"  {PEAK:<34}{used.peak / GIB:>7.2f}  {whole:<{BAR}}  the sum",
-        f"  of the GPU in all: {used.low / GIB:.1f} to {used.high / GIB:.1f} (CUDA's context, fragmentation: assumed)",
+        f"  of the GPU in all: {used.low / GIB:.1f} to {used.high / GIB:.1f} (CUDA's context, fragmentation: "
+        f"{'as seen' if request.pairs else 'assumed'})",
         f"  largest micro-batch that fits: {plan.largest or 'none'} (asked for: {request.choice.micro_batch})",
     ]
     batch, records = request.batch(request.choice), request.records
@@ -101,6 +102,8 @@ def _time_lines(plan: Plan) -> list[str]:
     time, request = plan.duration, plan.request
     measured = request.device_name == MEASURED_ON
     source = "measured on one H100" if measured else "assumed, from one H100's"
+    if request.pairs:
+        source = f"as in {', '.join(pair.run for pair in request.pairs)}"
     lines = [
         f"a step: {time.step:.2f} s (× {time.factors[0]} to {time.factors[1]}), waiting for {time.limit}: GPU "
         f"{time.compute:.2f}, Python {time.python:.2f}, images {time.data:.2f}, communication {time.communication:.2f}",

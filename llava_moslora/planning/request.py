@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from llava_moslora.data.prepare import find_prepared
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import read_llm_config
-from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.planning.plan import Request, device_of
 from llava_moslora.planning.records import Records, assumed, of_dataset
@@ -69,12 +68,10 @@ def make_request(
     """
     device_name = device_of(asked.gpu)
     model = name_parts(model)
-    if model.text_only:
-        raise Refusal(
-            "C-FLAG", "an LLM alone is not planned", key="--vision_tower", found="nothing",
-            fix="give the vision tower, or a complete LLaVA",
-        )  # fmt: skip
-    llm, tower = read_llm_config(model.model_name_or_path), read_vision_config(model.tower)
+    llm = read_llm_config(model.model_name_or_path)
+    tower = None if model.text_only else read_vision_config(model.tower)
+    if tower is None:
+        adapter = replace(adapter, vision_lora_r=0)
     bf16, fp16 = training.get("bf16"), training.get("fp16")
     dtype = torch.bfloat16 if bf16 else torch.float16 if fp16 else torch.float32
     zero = Zero.of(deepspeed)
@@ -89,7 +86,7 @@ def make_request(
     return Request(
         model=parts,
         choice=choice,
-        records=_records(asked, model, data, tokens_per_image(tower)),
+        records=_records(asked, model, data, parts.image_tokens, training),
         device_name=device_name,
         gpus=asked.gpus,
         zeros=_zeros(choice, zeros, training, optimizer),
@@ -122,11 +119,13 @@ def _zeros(
     )
 
 
-def _records(asked: Asked, model: ModelSettings, data: DataSettings, image_tokens: int) -> Records:
+def _records(
+    asked: Asked, model: ModelSettings, data: DataSettings, image_tokens: int, training: Mapping[str, Any]
+) -> Records:
     """Of the prepared data where there are any and no flag says otherwise, else from flags and assumptions."""
     records = None
     if asked.tokens is None and asked.labels is None:
-        records = _prepared(model, data, image_tokens)
+        records = _prepared(model, data, image_tokens, packing=bool(training.get("packing")))
     if records is None:
         images = asked.images
         if images is None and data.image_folder is None and asked.tokens is not None:
@@ -135,13 +134,13 @@ def _records(asked: Asked, model: ModelSettings, data: DataSettings, image_token
     return records
 
 
-def _prepared(model: ModelSettings, data: DataSettings, image_tokens: int) -> Records | None:
+def _prepared(model: ModelSettings, data: DataSettings, image_tokens: int, *, packing: bool) -> Records | None:
     if not all(Path(path).is_file() for path in data.data_path):
         return None
     try:
-        tokenizer = load_tokenizer(model.model_name_or_path)
+        tokenizer = load_tokenizer(model.model_name_or_path, images=not model.text_only)
         template = model.version or recognise_template(tokenizer)
     except Refusal:  # a folder with config.json alone: enough for a plan, not for a key of the cache
         return None
     dataset = find_prepared(data, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens)
-    return None if dataset is None else of_dataset(dataset, data)
+    return None if dataset is None else of_dataset(dataset, data, vision=not model.text_only, packing=packing)

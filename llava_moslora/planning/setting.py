@@ -12,12 +12,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from llava_moslora.config import AdapterSettings
+from llava_moslora.models.towers import tokens_per_image
 
 
 class Model:
     """The parts and what is trained in them; compared by identity, because configurations cannot be hashed.
 
     Args:
+        vision_config: None: an LLM alone.
         dtype: of the weights in memory.
         bits: 4: NF4 linears in the LLM's layers.
         attention: ``--attn_implementation``.
@@ -27,7 +29,7 @@ class Model:
     def __init__(
         self,
         llm_config: PreTrainedConfig,
-        vision_config: PreTrainedConfig,
+        vision_config: PreTrainedConfig | None,
         adapter: AdapterSettings,
         dtype: torch.dtype = torch.bfloat16,
         bits: int = 16,
@@ -50,17 +52,26 @@ class Model:
     @property
     def tower_layers(self) -> int:
         """Without the last one, whose output LLaVA does not read."""
-        return self.vision_config.num_hidden_layers - 1
+        return 0 if self.vision_config is None else self.vision_config.num_hidden_layers - 1
+
+    @property
+    def image_tokens(self) -> int:
+        return 0 if self.vision_config is None else tokens_per_image(self.vision_config)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: ``rows`` padded to ``tokens`` each; ``images`` and ``labels`` (positions with a loss) in all."""
+    """A micro-batch: ``rows`` padded to ``tokens`` each; ``images`` and ``labels`` (positions with a loss) in all.
+
+    Args:
+        packed: rows of several records, each row with positions of its own.
+    """
 
     rows: int
     tokens: int
     images: int
     labels: int
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,3 +134,23 @@ class Choice:
     bits: int
     zero: Zero
     zero_file: str | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How a run's first steps were against its plan.
+
+    Args:
+        run: its folder. gpu: a key of ``devices.DEVICES``. recompute, bits: of its setting.
+        memory: what the allocator reserved at most, as a share of the planned peak.
+        outside: bytes of the GPU's memory beyond the allocator's: CUDA's context and NCCL.
+        time: seconds of a step, as a share of the planned ones.
+    """
+
+    run: str
+    gpu: str
+    recompute: str
+    bits: int
+    memory: float
+    outside: int
+    time: float

@@ -53,7 +53,8 @@ def count(model: Model) -> Counts:
         return count(model.variant(model.bits, False))
     whole = model_on_meta(model.llm_config, model.vision_config, model.adapter, model.dtype)
     inner = whole.get_base_model() if isinstance(whole, PeftModel) else whole
-    in_nf4 = _quantised(inner.model.language_model) if model.bits == 4 else {}
+    llm = getattr(inner.model, "language_model", inner.model)  # of an LLM alone, the model itself
+    in_nf4 = _quantised(llm) if model.bits == 4 else {}
     frozen = [p for p in whole.parameters() if not p.requires_grad and id(p) not in in_nf4]
     trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
     named = whole.named_parameters()

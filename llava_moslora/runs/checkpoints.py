@@ -10,7 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import FULL, Refusal
+from llava_moslora.files.disk import write_text
 from llava_moslora.files.manifest import MANIFEST, read_facts, verify_manifest
 from llava_moslora.files.publish import discard, publish
 from llava_moslora.runs.record import check_seed, read_run
@@ -172,7 +173,7 @@ def lock_run(run: Path, patience: float = 15) -> FileLock:
         run.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run / ".lock")
         lock.acquire(timeout=patience)
-        (run / ".locked_by").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        write_text(run / ".locked_by", f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout as error:
         holder = run / ".locked_by"
         raise Refusal(
@@ -181,5 +182,7 @@ def lock_run(run: Path, patience: float = 15) -> FileLock:
             fix="wait for it, stop it, or choose another --output_dir",
         ) from error  # fmt: skip
     except OSError as error:
+        if error.errno in FULL:
+            raise
         raise Refusal("C-OUTPUT", "cannot be written to", file=run, key="--output_dir", found=error) from error
     return lock

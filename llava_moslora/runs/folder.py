@@ -178,7 +178,7 @@ def write_first_files(
     def record(run: Path) -> None:
         write_run(run, settings)
         if tokenizer is not None:
-            tokenizer.save_pretrained(run / TOKENIZER)
+            _save_tokenizer(tokenizer, run)
 
     run = training.run_folder
     if training.resume and has_begun(run):
@@ -186,6 +186,16 @@ def write_first_files(
         return
     check_output(training, inputs)
     begin_run(run, record, report)
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, run: Path) -> None:
+    """Each file is the old one or the new one, also when the disk is full: the run's export needs them."""
+    with TemporaryDirectory(dir=run, prefix=".", suffix=".staging") as staging:
+        tokenizer.save_pretrained(staging)
+        (run / TOKENIZER).mkdir(exist_ok=True)
+        for file in sorted(Path(staging).iterdir()):
+            disk.fsync(file)
+            os.replace(file, run / TOKENIZER / file.name)
 
 
 def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path], object]) -> None:

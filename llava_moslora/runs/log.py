@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
+
+from llava_moslora.files.disk import naming, replace_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -16,7 +17,7 @@ def append_row(file: Path, row: dict) -> None:
     JSON has no NaN and no Inf (fp16's search for a loss scale logs gradient norms of Inf): they are written as text.
     """
     row = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    with file.open("a", encoding="utf-8") as stream:
+    with naming(file), file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -51,6 +52,4 @@ def delete_rows_after(file: Path, step: int) -> None:
     if damaged:
         print(f"{file}: {damaged} damaged lines skipped", flush=True)
     rows = [row for row in rows if row["step"] <= step]
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, file)
+    replace_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())

@@ -23,8 +23,8 @@ DATA_REPORT = "data"
 # Everything that a run writes, by its path in the run folder; NAMES are the first parts of these paths, but for
 # checkpoints.
 WRITTEN = re.compile(
-    r"run\.json|trackers\.json|metrics\.jsonl|curves\.html|samples\.(jsonl|html)|nonfinite\.json|data/report\.(json|html)"
-    r"|tokenizer/(tokenizer\.(json|model)|(tokenizer_config|special_tokens_map|added_tokens)\.json"
+    r"run\.json|plan\.json|trackers\.json|metrics\.jsonl|curves\.html|samples\.(jsonl|html)|nonfinite\.json"
+    r"|data/report\.(json|html)|tokenizer/(tokenizer\.(json|model)|(tokenizer_config|special_tokens_map|added_tokens)\.json"
     r"|vocab\.(json|txt)|merges\.txt|chat_template\.jinja)"
     r"|tensorboard/events\.out\.tfevents\.[^/]+"
     r"|checkpoint-\d+/(MANIFEST|trainer_state|position|random-\d+)\.json|checkpoint-\d+/optimizer\.safetensors"
@@ -32,8 +32,8 @@ WRITTEN = re.compile(
     r"|checkpoint-\d+/projector/model\.safetensors"
 )
 NAMES = re.compile(
-    rf"run\.json|trackers\.json|metrics\.jsonl|curves\.html|samples\.(jsonl|html)|nonfinite\.json|{DATA_REPORT}"
-    rf"|{TOKENIZER}|tensorboard"
+    rf"run\.json|plan\.json|trackers\.json|metrics\.jsonl|curves\.html|samples\.(jsonl|html)|nonfinite\.json"
+    rf"|{DATA_REPORT}|{TOKENIZER}|tensorboard"
 )
 # What job schedulers and shells write: slurm-12.out, train.o4711 (PBS), nohup.out, ``tee RUN/log``.
 JOB_LOG = re.compile(r".*\.(out|err|log|[oe]\d+)|log")

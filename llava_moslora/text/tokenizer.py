@@ -23,7 +23,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
-from llava_moslora.files.disk import read_json
+from llava_moslora.files.disk import naming, read_json
 from llava_moslora.text.sentencepiece import read_sentencepiece
 
 IMAGE_TOKEN = "<image>"
@@ -73,8 +73,9 @@ def load_tokenizer(folder: str | Path, *, images: bool = True) -> PreTrainedToke
     # Not with from_pretrained, which may rebuild the normaliser by class name or ask the hub whether this is a Mistral;
     # from a file, because an object would be copied.
     with NamedTemporaryFile("w", suffix=".json", encoding="utf-8") as file:
-        file.write(json.dumps(state, ensure_ascii=False))
-        file.flush()
+        with naming(Path(file.name)):
+            file.write(json.dumps(state, ensure_ascii=False))
+            file.flush()
         try:
             tokenizer = PreTrainedTokenizerFast(
                 tokenizer_file=file.name, padding_side="right", clean_up_tokenization_spaces=False, **settings

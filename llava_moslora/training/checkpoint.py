@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import read_json, write_json
+from llava_moslora.files.tensors import save_tensors
 from llava_moslora.models.names import ADAPTER_NAME, standalone_name
 from llava_moslora.training.optimizer_state import SCALAR_DTYPE, frozen_mixers, trained_parameters
 
@@ -29,9 +30,7 @@ def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
         return
     names = {name: f"multi_modal_projector.{standalone_name(name)}" for name in masters}
     (folder / PROJECTOR_FILE).parent.mkdir()
-    save_file(
-        {names[name]: tensor for name, tensor in masters.items()}, folder / PROJECTOR_FILE, metadata={"format": "pt"}
-    )
+    save_tensors({names[name]: tensor for name, tensor in masters.items()}, folder / PROJECTOR_FILE)
 
 
 def write_optimizer(folder: Path, model, state: dict[str, Tensor], position: dict) -> None:
@@ -41,7 +40,7 @@ def write_optimizer(folder: Path, model, state: dict[str, Tensor], position: dic
         state: :meth:`llava_moslora.training.optimizer_state.TrainState.optimizer_state`.
     """
     not_stepped = [name for name in trained_parameters(model) if not any(k.startswith(name + ".") for k in state)]
-    save_file(state, folder / OPTIMIZER_FILE, metadata={"format": "pt"})
+    save_tensors(state, folder / OPTIMIZER_FILE)
     write_json(folder / POSITION_FILE, position | {"not_stepped": not_stepped})
 
 

@@ -56,6 +56,7 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
             C-FLAG, float16 under stage 0.
     """
     _check_blocks(config, Path(args.deepspeed))
+    _check_zero(config.get("zero_optimization", {}), Path(args.deepspeed))
     if zero_stage(config) == 0 and args.fp16:
         raise Refusal(
             "C-FLAG", "DeepSpeed's stage 0 keeps a loss scale for float16 that cannot be saved", key="--fp16",
@@ -88,6 +89,21 @@ def _check_blocks(config: dict[str, Any], file: Path) -> None:
                 "C-DEEPSPEED", "would replace the optimizer that has a learning rate per part", file=file, key=block,
                 fix=f"take {block} out of the file and give flags: --learning_rate, --optim, --lr_scheduler_type, …",
             )  # fmt: skip
+
+
+def _check_zero(zero: dict[str, Any], file: Path) -> None:
+    """DeepSpeed's own check of names, types and ranges, which would come when everything is loaded."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # imported here: the planner reads files without it
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(["zero_optimization", *map(str, first["loc"])])
+        fix = "see zero_configs/, or DeepSpeed's documentation"
+        found = first["input"]
+        raise Refusal("C-DEEPSPEED", first["msg"].lower(), file=file, key=key, found=found, fix=fix) from error
 
 
 def _flags_in_file(args: TrainingArguments) -> dict[str, tuple[object, str]]:

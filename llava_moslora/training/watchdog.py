@@ -111,7 +111,7 @@ class Watchdog:
             if suspended > self.interval:  # not counted; after a long one all clocks restart: others may wake later
                 self._add_to_clocks(suspended if suspended <= self.timeout / 2 else math.inf, now)
             elif found := self.ended_ranks(now) or self.hung_ranks(now):
-                print(self.refusal(found).line(), file=sys.stderr, flush=True)
+                print(f"\n{self.refusal(found).line()}", file=sys.stderr, flush=True)  # below a progress bar
                 os._exit(self.refusal(found).exit_status)  # the main thread is in a call that nothing interrupts
             before = now
 

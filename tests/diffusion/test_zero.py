@@ -13,7 +13,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @pytest.fixture(scope="module")
 def server():
-    with WarmServer(IMPORTS) as server:
+    with WarmServer(modules=IMPORTS) as server:
         yield server
 
 

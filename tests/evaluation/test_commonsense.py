@@ -132,6 +132,6 @@ def test_a_run_is_asked_offline_and_continued(parts, data, tmp_path, monkeypatch
     ]
     assert answers[0] == answers[1] and one == three
     monkeypatch.setattr(evaluate_commonsense, "load", None)
-    assert start("one", "--sets", "boolq", "piqa") == one
+    assert start("one", "--sets", "boolq", "piqa") == start("one", "--sets", "piqa") == one  # all that is there
     with pytest.raises(Refusal, match="C-ANSWERS"):
         start("one", "--sets", "boolq", "--batch_size", "2")

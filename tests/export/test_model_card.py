@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from llava_moslora.errors import Refusal
+from llava_moslora.evaluation.ask import source_header
 from llava_moslora.evaluation.results import Result, write_results
 from llava_moslora.evaluation.scoring import Outcome, Score, Unit
 from llava_moslora.export.card_data import read_base
@@ -150,9 +151,9 @@ def test_its_python_loads_no_adapter_that_is_not_there(run, tmp_path):
     assert "llm_adapter" in text and "vision_adapter" not in text
 
 
-def results(output, source, model: str, checkpoint: str | None) -> None:
+def results(output, source, asked: dict) -> None:
     def of(name: str, value: float | None) -> Result:
-        header = {"benchmark": name, "model": model, "checkpoint": checkpoint, "prompts": "prompts"}
+        header = {"benchmark": name, "prompts": "prompts"} | asked
         return Result(header, Score(value, "rules", (Outcome("1", "A", "letter", 1.0),), (Unit("1", 1.0),), {}))
 
     output.mkdir(exist_ok=True)
@@ -160,7 +161,7 @@ def results(output, source, model: str, checkpoint: str | None) -> None:
 
 
 def test_scores(run, tmp_path):
-    results(tmp_path / "evaluation", run, sha256(run / "checkpoint-1" / MANIFEST), "checkpoint-1")
+    results(tmp_path / "evaluation", run, source_header(run, run / "checkpoint-1"))
     folder = export(run, tmp_path / "out", evaluation=tmp_path / "evaluation", prove=False)["hf"]
     data = card_of(folder).data
     (result,) = data.eval_results  # of huggingface_hub; that of MM-Vet needs a judge and is none
@@ -169,13 +170,16 @@ def test_scores(run, tmp_path):
     assert "| SEED-Bench image | 65.4 |" in (folder / "README.md").read_text()
 
 
-def test_scores_of_another_model(run, exported, tmp_path):
+def test_scores_of_another_model(run, exported, tmp_path, monkeypatch):
     ours = sha256(run / "checkpoint-1" / MANIFEST)
-    for model, checkpoint, source in (("0", "checkpoint-1", run), (ours, None, run), ("0", None, tmp_path)):
-        results(tmp_path / "evaluation", source, model, checkpoint)
+    of_export = source_header(exported("llm"), None)
+    assert of_export["export_of"] == ours
+    others = {"model": "0", "checkpoint": "checkpoint-1"}, {"model": ours, "checkpoint": None}
+    for asked in (*others, of_export | {"export_of": "0"}):
+        results(tmp_path / "evaluation", run, asked)
         with pytest.raises(Refusal, match=r"C-COMPARE.*--evaluation: results of another model"):
             export(run, tmp_path / "out", evaluation=tmp_path / "evaluation", prove=False)
-    results(tmp_path / "evaluation", exported("llm"), "0", None)  # an export of this checkpoint
+    results(tmp_path / "evaluation", "a/path/as/it/was/typed", of_export)  # an export of this checkpoint, wherever
     export(run, tmp_path / "out", evaluation=tmp_path / "evaluation" / "results.json", prove=False)
     with pytest.raises(Refusal, match=r"C-PATH.*--evaluation: no results"):
         export(run, tmp_path / "other", evaluation=tmp_path, prove=False)

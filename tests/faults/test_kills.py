@@ -1,73 +1,134 @@
-"""Kills at random times and inside saves: every run resumes, and ends in the bits of an uninterrupted one.
+"""Kills at random times, inside saves and inside validations: every run resumes, and ends in the bits of an
+uninterrupted one.
 
-The figures of all campaigns are printed; with ``FIGURES=1`` in the environment they are also written to
-``benchmarks/results/kills.json`` and drawn in ``kills.png``, with matplotlib, which nothing else here needs.
+``KILLS`` in the environment is the number of kills of all campaigns together. With ``KILLS_RECORD``, a JSON file, their
+results are kept there after each run, and a later call goes on where the last one ended::
+
+    KILLS=500 KILLS_RECORD=kills.json pytest -m faults tests/faults/test_kills.py
+
+With ``FIGURES=1`` the losses of a killed run are drawn to ``benchmarks/results/kills.png``, with matplotlib, which
+nothing else here needs.
 """
 
-import json
 import os
 import platform
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from support.campaign import Campaign, Tally
+from support.campaign import BATCH, RECORDS, Campaign, Record, Tally
 from support.launching import ROOT
+from support.text_runs import text_flags, write_alpaca
+from support.tiny import write_data
 
 pytestmark = pytest.mark.faults
 SEED = 6
-KILLS = int(os.environ.get("KILLS", "50"))  # fewer while developing
-TALLIES: list[Tally] = []
+KILLS = int(os.environ.get("KILLS", "150"))
+FACTS = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "seed": SEED}
+RECORD = Record(Path(os.environ["KILLS_RECORD"]) if "KILLS_RECORD" in os.environ else None, FACTS)
+
+# Campaign → its share of the kills, in 500, and how it trains: ranks (0: no launcher), a file of zero_configs/, flags.
+ANYWHERE: dict[str, tuple[int, int, str | None, dict]] = {
+    "one process": (45, 0, None, {}),
+    "ZeRO-0": (25, 1, "0", {}),
+    "ZeRO-1": (25, 1, "1", {}),
+    "ZeRO-2 on two ranks": (45, 2, "2", {}),
+    "ZeRO-2, offloaded": (35, 1, "2_offload", {}),
+    "ZeRO-3 on two ranks": (40, 2, "3", {}),
+    "ZeRO-3 on two ranks, offloaded": (30, 2, "3_offload", {}),
+    "adamw_bnb_8bit": (30, 0, None, {"optim": "adamw_bnb_8bit"}),
+    "paged_adamw_8bit, ZeRO-0 on two ranks": (25, 2, "0", {"optim": "paged_adamw_8bit"}),
+    "adafactor": (25, 0, None, {"optim": "adafactor"}),
+    "sgd": (20, 0, None, {"optim": "sgd"}),
+    "lion_32bit": (25, 0, None, {"optim": "lion_32bit"}),
+}
+TEXT_ALONE, IN_SAVE, IN_SAVE_OF_RANKS, IN_VALIDATION = (
+    "text alone", "inside a save", "inside a save of two ranks, ZeRO-3", "inside a validation",
+)  # fmt: skip
+OTHERS = {TEXT_ALONE: 30, IN_SAVE: 50, IN_SAVE_OF_RANKS: 20, IN_VALIDATION: 30}
 
 
-def clean(tally: Tally, kills: int) -> None:
-    TALLIES.append(tally)
+def kills_of(name: str) -> int:
+    share = OTHERS[name] if name in OTHERS else ANYWHERE[name][0]
+    return max(1, round(KILLS * share / 500))
+
+
+def campaign(name: str, *fixed, **how) -> Campaign:
+    return Campaign(name, *fixed, tally=RECORD.tallies.get(name), **how)
+
+
+def finish(campaign: Campaign, **how) -> Tally:
+    """The rest of a campaign's kills; nothing may have gone wrong in any call."""
+    kills = kills_of(campaign.tally.name)
+    tally = campaign.run(kills, SEED, keep=RECORD.keep, **how)
+    RECORD.keep(tally)
     print(tally.line())
-    assert tally.clean and tally.kills == kills, f"{tally.line()}\n{tally.trouble}"
+    assert tally.clean and tally.kills >= kills, f"{tally.line()}\n{tally.trouble}"
+    return tally
 
 
-def test_one_process(warm_server, parts, tmp_path):
-    clean(Campaign("one process", warm_server, parts, tmp_path).run(KILLS, SEED), KILLS)
+def done(name: str) -> bool:
+    tally = RECORD.tallies.get(name)
+    return tally is not None and tally.clean and tally.kills >= kills_of(name)
+
+
+def test_the_shares_are_of_500():
+    assert sum(row[0] for row in ANYWHERE.values()) + sum(OTHERS.values()) == 500
 
 
 # R2: one rank killed
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks(warm_server, parts, tmp_path, stage):
-    kills = max(1, KILLS * 2 // 5)
-    campaign = Campaign(f"ZeRO-{stage} on two ranks", warm_server, parts, tmp_path, world=2, zero=stage)
-    tally = campaign.run(kills, SEED + stage)
-    clean(tally, kills)
+@pytest.mark.parametrize("name", ANYWHERE)
+def test_anywhere(warm_server, parts, tmp_path, name):
+    if done(name):
+        return
+    _, world, zero, changes = ANYWHERE[name]
+    tally = finish(campaign(name, warm_server, parts, tmp_path, world=world, zero=zero, changes=changes))
     assert tally.survivors_exit_max_s < 10
 
 
-@pytest.mark.parametrize(("optim", "zero", "world"), [("adamw_bnb_8bit", None, 0), ("paged_adamw_8bit", 0, 2)])
-def test_optimizers_of_eight_bits(warm_server, parts, tmp_path, optim, zero, world):
-    kills = max(1, KILLS // 5)
-    campaign = Campaign(
-        f"{optim}, {world or 1} ranks", warm_server, parts, tmp_path, world=world, zero=zero, optim=optim
-    )
-    clean(campaign.run(kills, SEED), kills)
+def test_text_alone(warm_server, parts, tmp_path):
+    if done(TEXT_ALONE):
+        return
+    changes = text_flags(parts, write_alpaca(tmp_path / "alpaca.json", RECORDS))
+    finish(campaign(TEXT_ALONE, warm_server, parts, tmp_path, changes=changes))
 
 
 # R3: killed inside a save
-def test_inside_a_save(warm_server, parts, tmp_path):
+@pytest.mark.parametrize("name", [IN_SAVE, IN_SAVE_OF_RANKS])
+def test_inside_a_save(warm_server, parts, tmp_path, name):
     """Before, after and within every file operation of a save that also prunes."""
-    campaign = Campaign("inside a save", warm_server, parts, tmp_path)
+    if done(name):
+        return
+    how = {"world": 2, "zero": "3"} if name == IN_SAVE_OF_RANKS else {}
+    saving = campaign(name, warm_server, parts, tmp_path, **how)
     record = tmp_path / "operations"
     armed = {"nth": -1, "when": "before", "save": 4, "record": str(record)}
-    counted = campaign.launch("counted", 0, hooks=[["support.failpoints:arm", armed]])
+    counted = saving.launch("counted", 0, hooks=[["support.failpoints:arm", armed]])
     assert counted.succeeded, counted.printed()[-2000:]
     operations = record.read_text().splitlines()
     assert len(operations) > 20 and operations.count("rename") == 2  # published, and pruned
     points = [
-        {"nth": nth, "when": when, "save": 4}
+        ["support.failpoints:arm", {"nth": nth, "when": when, "save": 4}]
         for nth, operation in enumerate(operations)
         for when in ("before", "after", *(["within"] if operation == "write_text" else []))
     ]
-    if KILLS < 50:
-        points = points[:: max(1, len(points) // KILLS)]
-    clean(campaign.run(len(points), SEED, per_run=2, in_save=points), len(points))
+    points = points[:: max(1, len(points) // kills_of(name))]
+    finish(saving, per_run=2, points=points)
+
+
+def test_inside_a_validation(warm_server, parts, tmp_path):
+    """Before its first batch, in its middle, and after it, before the checkpoint that may become the best."""
+    if done(IN_VALIDATION):
+        return
+    write_data(tmp_path / "held_out", BATCH + 2)
+    changes = {"eval_data_path": tmp_path / "held_out" / "data.json", "eval_strategy": "steps", "eval_steps": 2}
+    changes |= {"load_best_model_at_end": True}
+    points = [
+        ["support.validation_losses:kill_in_evaluation", {"evaluation": evaluation, "batch": batch}]
+        for evaluation in (1, 3, 5)
+        for batch in (0, 1, 99)
+    ]
+    finish(campaign(IN_VALIDATION, warm_server, parts, tmp_path, changes=changes), per_run=2, points=points)
 
 
 MUTANTS = {
@@ -79,40 +140,32 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_are_caught(warm_server, parts, tmp_path, mutant):
     """The third, a manifest without hashes, is caught in test_fuzz_checkpoints.py."""
-    campaign = Campaign(mutant, warm_server, parts, tmp_path, mutant=mutant)
+    broken = Campaign(mutant, warm_server, parts, tmp_path, mutant=mutant)
     if mutant == "save_in_place":
-        tally = campaign.run(6, SEED, in_save=[{"nth": 4, "when": "before", "save": 2}] * 6)
+        tally = broken.run(6, SEED, points=[["support.failpoints:arm", {"nth": 4, "when": "before", "save": 2}]])
     else:
-        tally = campaign.run(6, SEED, per_run=2)
+        tally = broken.run(6, SEED, per_run=2)
     print(tally.line())
     assert getattr(tally, MUTANTS[mutant]) > 0, tally.line()
 
 
 def test_figures(warm_server, parts, tmp_path):
     """The stock Trainer under the same kills, to compare. Its row is a measurement: nothing is required of it."""
-    ours = {tally.name: tally for tally in TALLIES}
-    if "one process" not in ours:
-        pytest.skip("needs test_one_process in the same call")
-    stock = Campaign("stock Trainer, one process", warm_server, parts, tmp_path, main="support.stock:main")
-    theirs = stock.run(KILLS, SEED)
+    name, kills = "stock Trainer, one process", kills_of("one process")
+    stock = campaign(name, warm_server, parts, tmp_path, main="support.stock:main")
+    theirs = stock.run(kills, SEED, keep=RECORD.keep)
     print(theirs.line())
-    assert theirs.kills >= KILLS
-    if os.environ.get("FIGURES"):
-        rows = [asdict(tally) for tally in [*TALLIES, theirs]]
-        folder = ROOT / "benchmarks" / "results"
-        machine = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "seed": SEED}
-        lines = [tally.line() for tally in [*TALLIES, theirs]]
-        for row in rows:
-            row["curves"] = []
-        (folder / "kills.json").write_text(json.dumps(machine | {"lines": lines, "rows": rows}, indent=1) + "\n")
-        draw(ours["one process"], folder / "kills.png")
+    assert theirs.kills >= kills
+    curves = RECORD.tallies["one process"].curves if "one process" in RECORD.tallies else []
+    if curves and os.environ.get("FIGURES"):
+        draw(curves, ROOT / "benchmarks" / "results" / "kills.png")
 
 
-def draw(tally: Tally, file: Path) -> None:
+def draw(curves: list[dict], file: Path) -> None:
     """The loss of the uninterrupted run, and over it every launch of a killed one, with a mark where it was killed."""
     from matplotlib import pyplot
 
-    uninterrupted, *launches = tally.curves
+    uninterrupted, *launches = curves
     figure, axes = pyplot.subplots(figsize=(8, 4), dpi=120)
     axes.plot(uninterrupted["steps"], uninterrupted["losses"], color="0.75", linewidth=6, label="uninterrupted")
     for number, launch in enumerate(launches, start=1):

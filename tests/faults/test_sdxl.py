@@ -19,7 +19,7 @@ KILLS = int(os.environ.get("KILLS", "10"))  # fewer while developing
 def test_killed_at_random_times(tmp_path):
     parts = SimpleNamespace(sdxl=write_sdxl(tmp_path / "sdxl"), pictures=write_pictures(tmp_path / "pictures"))
     chance = random.Random(6)
-    with WarmServer(IMPORTS) as server:
+    with WarmServer(modules=IMPORTS) as server:
 
         def launch(run: str, **how):
             changes = {"max_steps": STEPS, "save_steps": 1, "save_total_limit": 2, "resume": True}

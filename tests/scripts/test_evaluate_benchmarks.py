@@ -162,6 +162,15 @@ def test_a_judge(runs, data, tmp_path, monkeypatch, capsys):
     assert "Answers are greedy, without a judge." in printed and "needs a judge" in printed
 
 
+def test_a_judge_is_tried_before_the_model_is_loaded(runs, data, tmp_path, monkeypatch):
+    words = [runs / "moslora", "--benchmark", "mmvet", "--data", data, "--output", tmp_path / "out"]
+    monkeypatch.setattr(evaluate, "load", loaded)
+    with ChatServer(lambda body: (401, "no such key", {})) as server:
+        with pytest.raises(Refusal, match=r"E-JUDGE.* status 401: no such key"):
+            evaluated(monkeypatch, *words, "--judge", server.url, "gpt-test")
+        assert len(server.requests) == 1
+
+
 def test_our_results_are_there_when_the_kit_fails(runs, data, tmp_path, monkeypatch, capsys):
     program = tmp_path / "python"
     program.write_text(

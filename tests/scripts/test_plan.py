@@ -1,6 +1,9 @@
 """scripts/plan.py: recipes, flags, run folders; its exit statuses, and one line for each wrong input."""
 
+import html
 import json
+import math
+import re
 import runpy
 import sys
 from types import SimpleNamespace
@@ -93,10 +96,6 @@ def test_bare_flags(plan, folders):
         (["--gpu", "h100-80", "--gpus", "0"], "--gpus: out of range; found 0"),
         (["--config", RECIPE], "--gpu: missing flag"),
         (["--gpu", "h100-80"], "--model_name_or_path"),
-        (
-            ["--gpu", "h100-80", "--config", str(ROOT / "scripts" / "llama3_8b_commonsense_lora.sh")],
-            "an LLM alone is not",
-        ),
         (["--gpu", "h100-80", "--config", "missing.yaml"], "missing.yaml:--config: no such file"),
         (["--gpu", "h100-80", "--config", "missing.sh"], "missing.sh:--config: no such file"),
         (["--gpu", "h100-80", "--config", str(ROOT / "docs")], "not a run folder"),
@@ -115,3 +114,24 @@ def test_a_wrong_input_is_refused(plan, arguments, says):
 def test_a_recipe_whose_folders_are_missing_is_refused(plan):
     with pytest.raises(Refusal, match="nowhere/llm:--model_name_or_path: no such folder"):
         plan("--gpu", "h100-80", "--config", RECIPE, LLM="nowhere/llm")
+
+
+def test_a_page_with_bars(plan, tmp_path):
+    """Every part has a bar as wide as its share of the card; nothing is fetched, no script runs."""
+    done = plan("--config", RECIPE, "--gpu", "h100-80", "--tokens", 900, "--json", "--html", tmp_path / "plan.html")
+    found, text = json.loads(done.stdout), (tmp_path / "plan.html").read_text()
+    assert "<script" not in text and "http" not in text.replace("http-equiv", "")
+    widths = [float(w) for w in re.findall(r'<rect class=\w+ x="0" y="\d+" width="([\d.]+)"', text)]
+    sizes = [*found["memory"].values(), found["device"][1] - found["peak"]]
+    shares = [1000 * size / max(found["capacity"], found["device"][1]) for size in sizes]
+    assert widths[-1] == pytest.approx(1000 * found["capacity"] / max(found["capacity"], found["device"][1]), abs=0.1)
+    assert widths[-1 - len(shares) : -1] == pytest.approx(shares, abs=0.06)
+    assert html.unescape(text).count(found["verdict"]) == 2
+
+
+def test_text_alone_is_planned(plan):
+    recipe = ROOT / "scripts" / "llama3_8b_commonsense_moslora.sh"
+    done = plan("--config", recipe, "--gpu", "a100-80", "--records", 170_420, "--json")
+    found = json.loads(done.stdout)
+    assert done.status == 0 and found["steps"] == 3 * math.ceil(170_420 / 16)
+    assert not any("vision" in name or "projector" in name for name in found["memory"])

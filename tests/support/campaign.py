@@ -9,16 +9,19 @@ import re
 import statistics
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from llava_moslora.files.disk import replace_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.runs.checkpoints import newest_valid
 from support.launching import ROOT, flags
 from support.warm_server import Launch, WarmServer
+from support.zero_runs import configuration
 
 STEPS, BATCH, ACCUMULATION, RECORDS = 24, 4, 2, 24  # 6 steps an epoch: 4 epochs
-LIMIT = 240  # seconds after which a launch counts as stuck; one takes a few
+LIMIT = 900  # seconds after which a launch counts as stuck; one takes a few, on a loaded machine minutes
 STATE = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json")
 
 
@@ -28,6 +31,8 @@ class Tally:
 
     name: str
     kills: int = 0
+    runs: int = 0
+    points_used: int = 0  # of the points to die at, when they are chosen
     resumes_ok: int = 0
     stuck: int = 0
     divergent_steps: int = 0
@@ -76,8 +81,9 @@ class Campaign:
         parts: tiny parts with ``RECORDS`` records.
         folder: where the runs go.
         world: ranks; 0 is a process without a launcher.
-        zero: stage of a DeepSpeed configuration, or None.
-        optim: the optimizer, as ``--optim`` names it.
+        zero: a file of zero_configs/ without ``zero``, such as ``2_offload``, or None.
+        changes: flags that differ, by name.
+        tally: of earlier calls, to go on with.
         main: None for ours, or ``MODULE:FUNCTION`` of another trainer, whose checkpoints are not opened.
         mutant: a function of ``mutants.py`` that breaks ours.
     """
@@ -90,41 +96,41 @@ class Campaign:
         folder: Path,
         *,
         world: int = 0,
-        zero: int | None = None,
-        optim: str = "adamw_torch_fused",
+        zero: int | str | None = None,
+        changes: dict | None = None,
         main: str | None = None,
         mutant: str | None = None,
+        tally: Tally | None = None,
     ):
         self.warm_server, self.parts, self.folder, self.world, self.main = warm_server, parts, folder, world, main
-        self.optim = optim
+        self.changes = changes or {}
         self.hooks = [[f"support.mutants:{mutant}", {}]] if mutant else []
-        self.tally = Tally(name)
+        self.tally = tally or Tally(name)
         self.ranks = max(world, 1)
         folder.mkdir(parents=True, exist_ok=True)
-        self.config = None if zero is None else write_config(folder, zero)
+        self.config = None if zero is None else configuration(f"zero{zero}", folder)
         self.uninterrupted = self.launch("uninterrupted", 0)
         assert self.uninterrupted.succeeded, self.uninterrupted.printed()[-3000:]
+        self.seconds = self.uninterrupted.seconds  # of the fastest whole launch: the first imports more than others
         self.expected = steps_of([self.uninterrupted])
         self.final = self.state_of(folder / "uninterrupted")
         self._account([self.uninterrupted])
 
     def arguments(self, run: Path) -> list[str]:
-        return flags(
-            self.parts,
-            run,
-            deepspeed=self.config,
-            per_device_train_batch_size=BATCH // ACCUMULATION // self.ranks,
-            gradient_accumulation_steps=ACCUMULATION,
-            lora_dropout=0.1,
-            max_steps=STEPS,
-            save_steps=2,
-            save_total_limit=2,
-            report_to="none",
-            optim=self.optim,
-            resume=True,
-            data_cache=self.folder / "cache",
-            dataloader_num_workers=0,
-        )
+        same = {
+            "deepspeed": self.config,
+            "per_device_train_batch_size": BATCH // ACCUMULATION // self.ranks,
+            "gradient_accumulation_steps": ACCUMULATION,
+            "lora_dropout": 0.1,
+            "max_steps": STEPS,
+            "save_steps": 2,
+            "save_total_limit": 2,
+            "report_to": "none",
+            "resume": True,
+            "data_cache": self.folder / "cache",
+            "dataloader_num_workers": 0,
+        }
+        return flags(self.parts, run, **(same | self.changes))
 
     def launch(self, run: str, number: int, hooks: list | None = None, **kill) -> Launch:
         how = kill | ({"main": self.main} if self.main else {})
@@ -144,34 +150,46 @@ class Campaign:
         ranks = [f"random-{rank}.json" for rank in range(self.ranks)]
         return [sha256(last / name) for name in (*STATE, *ranks)]
 
-    def run(self, kills: int, seed: int, per_run: int = 5, in_save: list[dict] | None = None) -> Tally:
-        """Runs with up to ``per_run`` random kills each, resumed to their end, until there were ``kills``.
+    def run(
+        self,
+        kills: int,
+        seed: int,
+        per_run: int = 5,
+        points: Sequence[list] = (),
+        keep: Callable[[Tally], object] = lambda _: None,
+    ) -> Tally:
+        """Runs with up to ``per_run`` kills each, resumed to their end, until there were ``kills`` of all calls.
 
         Args:
-            in_save: instead of random times, the failpoints to die at, one kill each (``failpoints.arm``).
+            points: instead of random times, hooks that die at a chosen point, one after another, again and again.
+            keep: called with the tally after each run.
 
         A run that is stuck is given up; ours ends the campaign then.
         """
-        chance, number = random.Random(seed), 0
-        points = list(in_save or [])
         while self.tally.kills < kills and not (self.tally.stuck and not self.main):
-            number += 1
+            number = self.tally.runs
+            chance = random.Random(f"{seed} {self.tally.name} {number}")
             self._one_run(f"run{number}", min(per_run, kills - self.tally.kills), chance, points)
+            self.tally.runs += 1
+            keep(self.tally)
         return self.tally
 
-    def _one_run(self, run: str, kills: int, chance: random.Random, points: list[dict]) -> None:
+    def _one_run(self, run: str, kills: int, chance: random.Random, points: Sequence[list]) -> None:
         tally, launches, failures = self.tally, [], 0
         while True:
             kill = {}
             if kills > 0 and points:
-                kill = {"hooks": [["support.failpoints:arm", points.pop(0)]]}
+                kill = {"hooks": [points[tally.points_used % len(points)]]}
+                tally.points_used += 1
             elif kills > 0:
-                kill = {"kill": chance.uniform(0.05, self.uninterrupted.seconds)}
+                kill = {"kill": chance.uniform(0.05, self.seconds)}
                 if self.ranks > 1 and chance.random() < 0.5:
                     kill["ranks"] = [chance.randrange(self.ranks)]
             launch = self.launch(run, len(launches), **kill)
             launches.append(launch)
             if launch.succeeded:
+                if len(launches) == 1:
+                    self.seconds = min(self.seconds, launch.seconds)
                 break
             if -9 in launch.status and not launch.stuck:
                 kills -= 1
@@ -259,11 +277,23 @@ def steps_of(launches: list[Launch]) -> dict[int, tuple]:
     return steps
 
 
-def write_config(folder: Path, stage: int) -> Path:
-    """A file of zero_configs/ for tiny models: small buckets, and every parameter really partitioned."""
-    config = json.loads((ROOT / "zero_configs" / f"zero{stage}.json").read_text())
-    config["zero_optimization"]["reduce_bucket_size"] = 5e5
-    if stage == 3:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / f"zero{stage}.json").write_text(json.dumps(config))
-    return folder / f"zero{stage}.json"
+class Record:
+    """The tallies of campaigns in a JSON file, so that a later call goes on; without a file nothing is kept."""
+
+    def __init__(self, file: Path | None, facts: dict):
+        stored = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+        rows = [Tally(**row) for row in stored.pop("rows", [])]
+        self.file, self.facts = file, stored | facts
+        self.tallies = {tally.name: tally for tally in rows}
+
+    def keep(self, tally: Tally) -> None:
+        self.tallies[tally.name] = tally
+        if self.file is None:
+            return
+        rows = list(self.tallies.values())
+        ours = [row for row in rows if not row.name.startswith("stock")]
+        total = {"kills": sum(row.kills for row in ours), "resumes_ok": sum(row.resumes_ok for row in ours)}
+        total |= {"clean": all(row.clean for row in ours)}
+        lines = [row.line() for row in rows]
+        content = self.facts | {"total": total, "lines": lines, "rows": [asdict(row) | {"curves": []} for row in rows]}
+        replace_json(self.file, content)

@@ -13,7 +13,7 @@ def arm(*, nth: int, when: str, save: int = 2, record: str | None = None) -> Non
 
     Args:
         when: ``before`` or ``after`` the operation, or ``within``: after the first half of what it writes.
-        record: a file that gets one line per operation instead, to count them; nothing dies.
+        record: a file that gets one line per operation of rank 0 instead, to count them; nothing dies.
     """
     from llava_moslora.training import checkpoint, trainer
 
@@ -27,7 +27,7 @@ def arm(*, nth: int, when: str, save: int = 2, record: str | None = None) -> Non
                 return original(*arguments, **named)
             here = state["operations"] == nth and record is None
             state["operations"] += 1
-            if record is not None:
+            if record is not None and os.environ.get("RANK", "0") == "0":
                 with open(record, "a") as file:
                     file.write(f"{name}\n")
             if here and when == "before":
@@ -43,7 +43,7 @@ def arm(*, nth: int, when: str, save: int = 2, record: str | None = None) -> Non
 
     for owner, name in [(os, "fsync"), (os, "rename"), (Path, "mkdir"), (Path, "write_text"), (shutil, "rmtree")]:
         watched(owner, name)
-    watched(checkpoint, "save_file")
+    watched(checkpoint, "save_tensors")
     save_all = trainer.publish_checkpoint
     prune = trainer.prune
 

@@ -34,9 +34,9 @@ TINY_UNET = REAL_UNET | {
 }  # fmt: skip
 # For the warm server: all that scripts/train_sdxl.py imports, also late
 IMPORTS = (
-    "diffusers diffusers.models.unets.unet_2d_condition diffusers.models.autoencoders.autoencoder_kl "
-    "diffusers.schedulers.scheduling_ddpm train_sdxl"
-)
+    "diffusers", "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.schedulers.scheduling_ddpm", "train_sdxl",
+)  # fmt: skip
 STATE = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "position.json")
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085,

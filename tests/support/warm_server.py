@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -28,22 +29,24 @@ class WarmServer:
     """Starts the server and sends it requests. A context manager.
 
     Args:
-        imports: modules that it imports besides those of scripts/train_vit_llm.py.
+        before: words before the server's command, such as ``unshare``.
+        environment: more variables of its processes.
+        modules: what it imports besides all that training needs.
     """
 
-    def __init__(self, imports: str = ""):
-        self.imports = imports
+    def __init__(self, before: Sequence[str] = (), environment: dict | None = None, modules: Sequence[str] = ()):
+        self.before, self.environment, self.modules = before, environment or {}, modules
 
     def __enter__(self) -> WarmServer:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         packages = ":".join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
-        environment = os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": packages, "MORE_IMPORTS": self.imports}
+        environment = os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": packages}
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "support.warm_server"],
+            [*self.before, sys.executable, "-m", "support.warm_server", *self.modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment | self.environment,
         )
         return self
 
@@ -51,6 +54,10 @@ class WarmServer:
         self.server.kill()  # every launch has ended; it only waits for requests
         self.server.wait()
         self.server.stdin.close(), self.server.stdout.close()
+
+    def seen(self, path: Path) -> Path:
+        """``path`` as the server sees it, which may have mounts of its own."""
+        return Path(f"/proc/{self.server.pid}/root{path}")
 
     def launch(self, arguments: list[str], output: Path, *, world: int = 0, **how) -> Launch:
         """Run the training command once, and wait for its end.
@@ -126,7 +133,7 @@ def _import_everything() -> None:
         "deepspeed.runtime.engine deepspeed.runtime.zero.stage3 deepspeed.runtime.zero.stage_1_and_2 peft "
         "peft.tuners.lora.bnb bitsandbytes datasets tensorboard torch.utils.tensorboard PIL.Image train_vit_llm"
     )
-    for name in [*names.split(), *os.environ.get("MORE_IMPORTS", "").split()]:
+    for name in [*names.split(), *sys.argv[1:]]:
         importlib.import_module(name)
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 

@@ -251,6 +251,14 @@ def test_flash_attention_needs_a_gpu_and_16_bits(asked, monkeypatch):
     [
         ({"zero_optimization": {"stage": 2}}, r"train_micro_batch_size_per_gpu: DeepSpeed needs the batch size"),
         ({"train_batch_size": "auto", "zero_optimization": True}, r"zero_optimization: not a mapping; found True"),
+        (
+            {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "reduce_bucket_sze": 5}},
+            r"C-DEEPSPEED\] .*:zero_optimization.reduce_bucket_sze: extra inputs are not permitted; found 5; fix: ",
+        ),
+        (
+            {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "allgather_bucket_size": -5}},
+            r"zero_optimization.allgather_bucket_size: input should be greater than or equal to 0; found -5",
+        ),
         ({"train_batch_size": "auto", "bf16": True}, r"bf16: not a mapping; found True"),
         ([], r"--deepspeed: not a mapping; found \[\]"),
     ],

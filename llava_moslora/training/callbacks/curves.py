@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from llava_moslora import pages
+from llava_moslora.files.disk import replace_file
 from llava_moslora.runs.log import METRICS_FILE, read_rows
 
 CURVES_PAGE = "curves.html"
@@ -46,9 +46,7 @@ class Curves(TrainerCallback):
             if state.best_global_step:
                 best = (state.best_global_step, f"eval_{args.metric_for_best_model}", state.best_metric)
             page = curves_page(read_rows(self.run / METRICS_FILE), best, self.run.name)
-            unfinished = self.run / f".{CURVES_PAGE}.unfinished"
-            unfinished.write_text(page, encoding="utf-8")
-            os.replace(unfinished, self.run / CURVES_PAGE)
+            replace_file(self.run / CURVES_PAGE, page.encode())
 
 
 def curves_page(rows: Sequence[dict], best: tuple[int, str, float] | None, title: str) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from llava_moslora.files.disk import naming
 from llava_moslora.runs.log import METRICS_FILE, append_row, delete_rows_after
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -40,6 +42,7 @@ class MetricsWriter(TrainerCallback):
         last = state.global_step or -1  # a run that begins evaluates step 0 again
         delete_rows_after(self.file, last)
         if self.tensorboard:
+            leave_errors_to_flush()
             self.writer = SummaryWriter(self.file.parent / TENSORBOARD_FOLDER, purge_step=last + 1)
 
     def on_log(self, args, state, control, logs=None, **_):
@@ -47,13 +50,26 @@ class MetricsWriter(TrainerCallback):
             return
         append_row(self.file, {"step": state.global_step, **logs})
         if self.writer is not None:
-            for name, value in logs.items():
-                self.writer.add_scalar(tensorboard_name(name), value, state.global_step)
-            self.writer.flush()
+            with naming(self.file.parent / TENSORBOARD_FOLDER):
+                for name, value in logs.items():
+                    self.writer.add_scalar(tensorboard_name(name), value, state.global_step)
+                self.writer.flush()
 
     def on_train_end(self, args, state, control, **_):
         if self.writer is not None:
             self.writer.close()
+
+
+def leave_errors_to_flush() -> None:
+    """TensorBoard's writer, a thread, keeps its error, such as of a full disk, for the next ``flush``; its traceback
+    would only be printed besides."""
+    others = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if type(failed.thread).__name__ != "_AsyncWriterThread":
+            others(failed)
+
+    threading.excepthook = hook
 
 
 def tensorboard_name(name: str) -> str:

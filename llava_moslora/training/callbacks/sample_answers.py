@@ -16,6 +16,7 @@ from llava_moslora import pages
 from llava_moslora.data.formats import read_records
 from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal
+from llava_moslora.files.disk import replace_file
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.runs.log import append_row, delete_rows_after, read_rows
@@ -111,7 +112,7 @@ def write_page(file: Path, samples: Sequence[Sample], rows: list[dict], title: s
         table = pages.table([*answers, ("reference", sample.reference)])
         sections.append(f"<article><div class=images>{images}</div><div>{turns}{table}</div></article>")
     body = f"<p>{len(samples)} questions, answered at {len(rows)} steps.</p>{''.join(sections)}"
-    file.write_text(pages.page(title, body, STYLE), encoding="utf-8")
+    replace_file(file, pages.page(title, body, STYLE).encode())
 
 
 STYLE = """

@@ -1,0 +1,223 @@
+"""Images that a tuned SDXL drew of its subjects, in a folder that two methods can be compared by.
+
+    FOLDER/images.json            what drew them, and of every image its subject, prompt and seed
+    FOLDER/cat/03-1.png           prompt 3, seed 1
+
+Every image starts from the initial latent of (subject, prompt, seed) alone, so that two methods are compared on the
+same noise. The reference draws without a seed: its two methods' images have unrelated noise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from llava_moslora.data.images import load_image
+from llava_moslora.errors import Refusal
+from llava_moslora.evaluation.subjects import Subject
+from llava_moslora.files.disk import read_json, replace_json
+from llava_moslora.files.manifest import sha256
+from llava_moslora.runs.fingerprint import fingerprint
+
+IMAGES = "images.json"
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One image: ``subject``, the number and text of its ``prompt``, without the identifier, and ``seed``."""
+
+    subject: str
+    number: int
+    prompt: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.subject}/{self.number:02d}-{self.seed}.png"
+
+    def generator(self) -> torch.Generator:
+        """Of the initial latent, on the CPU: the same on any device."""
+        digest = hashlib.sha256(f"{self.subject}/{self.number}/{self.seed}".encode()).digest()
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def planned(subjects: Sequence[Subject], seeds: Sequence[int]) -> list[Drawn]:
+    """Every subject × prompt × seed, in this order."""
+    return [
+        Drawn(subject.name, number, prompt, seed)
+        for subject in subjects
+        for number, prompt in enumerate(subject.prompts(""))
+        for seed in seeds
+    ]
+
+
+def load_pipeline(base: str | Path, dtype: str) -> Any:
+    """diffusers' SDXL pipeline of a local folder, on the GPU where there is one.
+
+    Raises:
+        Refusal: E-MISSING, diffusers is not installed; K-MISSING, K-JSON, no folder of an SDXL pipeline.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise Refusal(
+            "E-MISSING", "needs diffusers, which is not installed", fix="pip install 'llava_moslora[diffusion]'"
+        )
+    if read_json(Path(base) / "model_index.json").get("_class_name") != "StableDiffusionXLPipeline":
+        raise Refusal("K-JSON", "not an SDXL pipeline", file=Path(base) / "model_index.json", key="_class_name")
+    from diffusers import StableDiffusionXLPipeline
+
+    try:
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
+            str(base), torch_dtype=getattr(torch, dtype), local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refusal("K-MISSING", "diffusers cannot load the pipeline", file=base, found=str(error)[:200]) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_lora(pipeline: Any, lora: str | Path) -> Path:
+    """Load a folded LoRA by diffusers' own reader; its file.
+
+    Raises:
+        Refusal: K-MISSING, no such file; K-ADAPTER, diffusers does not take it whole.
+    """
+    file = Path(lora) / LORA_FILE if Path(lora).is_dir() else Path(lora)
+    if not file.is_file():
+        raise Refusal("K-MISSING", "no such file", file=file, key="--lora", fix=f"give the folder with {LORA_FILE}")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as stream:
+            mixers = [key for key in stream.keys() if "lora_mixer" in key or "downB" in key]  # noqa: SIM118
+        if mixers:  # diffusers drops them with one line in its log, and draws other images
+            fix = "give the folder that scripts/export.py made of the run"
+            raise Refusal("K-ADAPTER", "holds mixers, which diffusers ignores", file=file, found=mixers[0], fix=fix)
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, Refusal):
+            raise
+        raise Refusal("K-ADAPTER", "diffusers cannot load it", file=file, found=str(error)[:200]) from error
+    return file
+
+
+def draw(
+    pipeline: Any, subjects: Sequence[Subject], output: Path, *, identifiers: Mapping[str, str],
+    loras: Mapping[str, Path], seeds: Sequence[int], base: str | Path, steps: int, guidance: float, size: int | None,
+) -> None:  # fmt: skip
+    """Draw every planned image that ``output`` lacks; a killed call is continued by the same one.
+
+    Args:
+        identifiers: subject → the word it was tuned with.
+        loras: subject → its LoRA (:func:`load_lora`); a subject without one is drawn by the base.
+        size: pixels of a side; None: as large as the base was trained for.
+
+    Raises:
+        Refusal: C-ANSWERS, ``output`` holds images of other settings; K-ADAPTER, K-MISSING.
+    """
+    settings = {
+        "base": hashlib.sha256(repr(sorted(fingerprint(base).items())).encode()).hexdigest(),
+        "steps": steps, "guidance": guidance, "size": size, "dtype": str(pipeline.unet.dtype),
+        "scheduler": type(pipeline.scheduler).__name__,
+    }  # fmt: skip
+    drawn_by = {name: sha256(_file(lora)) for name, lora in loras.items()}
+    content: dict[str, Any] = {"settings": settings, "loras": drawn_by, "identifiers": dict(identifiers), "images": {}}
+    if (output / IMAGES).is_file():
+        stored = read_json(output / IMAGES)
+        for key in ("settings", "loras", "identifiers"):
+            if stored.get(key) != content[key]:
+                raise Refusal(
+                    "C-ANSWERS", "holds images of another model or of other settings", file=output / IMAGES, key=key,
+                    found=str(stored.get(key))[:200], expected=str(content[key])[:200], fix="choose another --output",
+                )  # fmt: skip
+        content["images"] = stored.get("images", {})
+    wanted = planned(subjects, seeds)
+    bar = tqdm(total=len(wanted), desc="images", unit="image")
+    for subject in subjects:
+        own = [image for image in wanted if image.subject == subject.name]
+        missing = [image for image in own if not (output / image.name).is_file() or image.name not in content["images"]]
+        bar.update(len(own) - len(missing))
+        if not missing:
+            continue
+        if subject.name in loras:
+            load_lora(pipeline, loras[subject.name])
+        (output / subject.name).mkdir(parents=True, exist_ok=True)
+        prompts = subject.prompts(identifiers[subject.name])
+        for image in missing:
+            picture = pipeline(
+                prompts[image.number], num_inference_steps=steps, guidance_scale=guidance, height=size, width=size,
+                generator=image.generator(),
+            ).images[0]  # fmt: skip
+            unfinished = output / subject.name / f".{image.number:02d}-{image.seed}.unfinished"
+            picture.save(unfinished, "PNG")
+            unfinished.replace(output / image.name)
+            content["images"][image.name] = asdict(image)
+            replace_json(output / IMAGES, content)
+            bar.update()
+        if subject.name in loras:
+            pipeline.unload_lora_weights()
+    bar.close()
+
+
+def _file(lora: Path) -> Path:
+    return lora / LORA_FILE if lora.is_dir() else lora
+
+
+@dataclass(frozen=True)
+class DrawnFolder:
+    """The images of one method, as :func:`draw` wrote them."""
+
+    folder: Path
+    settings: dict[str, Any]
+    images: tuple[Drawn, ...]
+
+    def open(self, image: Drawn) -> Image.Image:
+        """
+        Raises:
+            Refusal: I-MISSING and the others of :func:`llava_moslora.data.images.load_image`.
+        """
+        return load_image(image.name, self.folder)
+
+
+def read_drawn(folder: str | Path) -> DrawnFolder:
+    """
+    Raises:
+        Refusal: K-MISSING, no ``images.json``; K-JSON, not as :func:`draw` writes it.
+    """
+    file = Path(folder) / IMAGES
+    content = read_json(file)
+    try:
+        images = tuple(Drawn(**entry) for entry in content["images"].values())
+        if [image.name for image in images] != list(content["images"]) or not images:
+            raise ValueError("no images, or names that are not theirs")
+        return DrawnFolder(Path(folder), dict(content["settings"]), images)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refusal("K-JSON", "not a list of drawn images", file=file, found=repr(error)[:200]) from error
+
+
+def paired_images(a: DrawnFolder, b: DrawnFolder) -> list[Drawn]:
+    """The images of both, which must be of the same prompts, seeds and settings.
+
+    Raises:
+        Refusal: C-COMPARE.
+    """
+    for key in a.settings.keys() | b.settings.keys():
+        if a.settings.get(key) != b.settings.get(key):
+            raise Refusal(
+                "C-COMPARE", "drawn with other settings", file=b.folder, key=key, found=str(b.settings.get(key)),
+                expected=str(a.settings.get(key)), fix="draw both with the same base, steps and guidance",
+            )  # fmt: skip
+    if other := set(a.images) ^ set(b.images):
+        raise Refusal(
+            "C-COMPARE", "not the same images", file=b.folder, found=f"{len(other)} that only one folder has",
+            fix="draw both with the same --subjects, --names and --seeds",
+        )  # fmt: skip
+    return list(a.images)

@@ -1,0 +1,228 @@
+"""The subjects' data set, drawing, scores and the human evaluation, on tiny images and models."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_moslora.errors import Refusal
+from llava_moslora.evaluation import human_kit
+from llava_moslora.evaluation.subject_images import Drawn, draw, paired_images, planned, read_drawn
+from llava_moslora.evaluation.subject_scores import Encoders, compare_scores, load_encoders, score_folder
+from llava_moslora.evaluation.subjects import read_subjects
+from scripts import evaluate_subjects
+from support.subjects import COLOURS, TEXT, write_clip_model, write_drawn, write_subjects, write_vit
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_subjects(tmp_path_factory.mktemp("dreambooth") / "dataset")
+
+
+@pytest.fixture(scope="module")
+def drawn(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn")
+    return write_drawn(folder / "a", data, fade=0.6), write_drawn(folder / "b", data, fade=0.1)
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["evaluate_subjects.py", *map(str, words)])
+    evaluate_subjects.main()
+
+
+def test_the_data_set_is_read_as_it_is(data):
+    for folder in (data, data.parent):
+        can, bear, cat = read_subjects(folder)
+        assert (can.name, bear.class_word, cat.photos) == ("can", "stuffed animal", ("00.jpg", "01.jpg", "02.jpg"))
+        assert can.prompts("sks") == ["a sks can in the jungle", "a red sks can"]
+        assert cat.prompts("") == ["a cat wearing a red hat", "a red cat"]  # of live subjects, without the identifier
+    assert [subject.name for subject in read_subjects(data, ["cat"])] == ["cat"]
+
+
+@pytest.mark.parametrize(
+    "old, new, match",
+    [("can,can", "can,can\ncan,tin", "twice"), ("can,can", "../x,can", "no subject and class"),
+     ("'a red {0} {1}'", "'a red {0.__class__} {1}'", "line 14: neither"), ("{0} {1} in", "{0} in", "neither"),
+     ("subject_name,class\ncan,can\nbear_plushie,stuffed animal\ncat,cat", "", "no subjects"),
+     ("Object Prompts", "Objects", "line 10: neither"), ("can,can", "can", "neither a subject")],
+)  # fmt: skip
+def test_a_file_of_another_form_is_one_line(tmp_path, old, new, match):
+    assert old in TEXT
+    with pytest.raises(Refusal, match=rf"D-PARSE\] .*prompts_and_classes.txt.*{match}"):
+        read_subjects(write_subjects(tmp_path / "data", TEXT.replace(old, new, 1)))
+
+
+def test_what_is_not_there_is_named(tmp_path, data):
+    with pytest.raises(Refusal, match=r"D-FILE.*nothing is downloaded"):
+        read_subjects(tmp_path)
+    with pytest.raises(Refusal, match=r"C-FLAG\] --names: unknown subject; found dog; expected can"):
+        read_subjects(data, ["dog"])
+    folder = write_subjects(tmp_path / "data")
+    for photo in (folder / "cat").iterdir():
+        photo.unlink()
+    with pytest.raises(Refusal, match=r"D-FILE.*no photos"):
+        read_subjects(folder)
+
+
+class FakePipeline:
+    """Draws the first number of its generator as a colour."""
+
+    def __init__(self, fail_at=None):
+        self.unet, self.scheduler, self.prompts, self.fail_at = torch.nn.Linear(1, 1), object(), [], fail_at
+        self.unet.dtype = torch.float32
+
+    def __call__(self, prompt, *, generator, **_):
+        if len(self.prompts) == self.fail_at:
+            raise KeyboardInterrupt
+        self.prompts.append(prompt)
+        value = int(torch.randint(256, (1,), generator=generator))
+        return type("Out", (), {"images": [Image.new("RGB", (8, 8), (value, 0, 0))]})
+
+
+def test_drawing_goes_on_after_a_kill_and_starts_from_the_same_latents(data, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model_index.json").write_text("{}")
+
+    def start(output, pipeline, **other):
+        how = {"identifiers": dict.fromkeys(COLOURS, "sks"), "loras": {}, "seeds": range(2), "base": tmp_path / "base",
+               "steps": 2, "guidance": 5.0, "size": None}  # fmt: skip
+        output.mkdir(exist_ok=True)
+        draw(pipeline, read_subjects(data), output, **(how | other))
+        return {p.name: p.read_bytes() for p in sorted(output.rglob("*.png"))}
+
+    whole = start(tmp_path / "whole", FakePipeline())
+    with pytest.raises(KeyboardInterrupt):
+        start(tmp_path / "killed", FakePipeline(fail_at=5))
+    second = FakePipeline()
+    assert start(tmp_path / "killed", second) == whole and len(second.prompts) == 12 - 5
+    assert len(set(whole.values())) > 3  # other seeds and prompts, other latents
+    assert second.prompts[-1] == "a red sks cat"
+    a, b = read_drawn(tmp_path / "whole"), read_drawn(tmp_path / "killed")
+    assert paired_images(a, b) == planned(read_subjects(data), range(2))
+    with pytest.raises(Refusal, match=r"C-ANSWERS.*images.json:settings: .*another model or of other settings"):
+        start(tmp_path / "killed", FakePipeline(), steps=3)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """A tiny CLIP with its processor and tokenizer, and a tiny ViT, as folders."""
+    folder = tmp_path_factory.mktemp("encoders")
+    return write_clip_model(folder / "clip"), write_vit(folder / "vit")
+
+
+def test_scores_by_hand(data, drawn):
+    """An encoder whose vector is the mean colour: cosines worked out from the pixels."""
+
+    def colours(images):
+        means = np.array([np.asarray(image).reshape(-1, 3).mean(0) for image in images])
+        return torch.nn.functional.normalize(torch.tensor(means, dtype=torch.float32), dim=-1)
+
+    texts = lambda prompts: torch.nn.functional.normalize(torch.ones(len(prompts), 3), dim=-1)  # noqa: E731
+    drawn_a = read_drawn(drawn[0])
+    scores = score_folder(drawn_a, read_subjects(data), Encoders(colours, texts, None))
+    image = Drawn("can", 1, "a red can", 1)
+    photos = [np.asarray(photo).reshape(-1, 3).mean(0) for photo in read_subjects(data, ["can"])[0].images()]
+    own = np.asarray(drawn_a.open(image)).reshape(-1, 3).mean(0)
+    cosine = lambda x, y: x @ y / np.linalg.norm(x) / np.linalg.norm(y)  # noqa: E731
+    expected = {"clip_i": 100 * np.mean([cosine(own, photo) for photo in photos]),
+                "clip_t": 100 * cosine(own, np.ones(3))}  # fmt: skip
+    assert scores[image] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_difference_is_paired_and_over_subjects():
+    images = [Drawn(subject, n, "", 0) for subject in ("x", "y", "z") for n in range(4)]
+    a = {image: {"dino": 50.0 + 10 * ("xyz".index(image.subject))} for image in images}
+    b = {image: {"dino": a[image]["dino"] + (2 if image.number else -4)} for image in images}
+    found = compare_scores(a, b, tie=0.5)["dino"]
+    assert (found.a, found.b, found.points, found.subjects) == (60.0, 60.5, 0.5, 3)
+    assert (found.win, found.tie, found.loss) == (9, 0, 3)
+    assert found.low < 0 < found.high  # three subjects prove little, though all have the same difference
+    assert compare_scores(a, b, tie=3)["dino"].tie == 9
+
+
+def test_score_prints_both_methods_and_the_difference(data, drawn, encoders, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "score", *drawn, "--subjects", data, "--clip", encoders[0], "--dino", encoders[1],
+        "--output", tmp_path)  # fmt: skip
+    text = capsys.readouterr().out
+    assert text.count("CLIP-I") == 2 or "CLIP-T" in text
+    content = json.loads((tmp_path / "subjects.json").read_text())
+    assert set(content["differences"]) == {"clip_i", "dino", "clip_t"} and len(content["scores"][0]) == 12
+    clip_image = load_encoders(str(encoders[0]), None).clip_image
+    folder, can = read_drawn(drawn[1]), read_subjects(data, ["can"])[0]
+    first = folder.images[0]
+    cosines = clip_image([folder.open(first)]) @ clip_image(can.images()).T
+    assert content["scores"][1][0]["clip_i"] == pytest.approx(100 * float(cosines.mean()), rel=1e-5)
+
+
+def test_the_kit_is_blind_and_counted_by_hand(data, drawn, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "kit", *drawn, "--subjects", data, "--pairs", "2", "--output", tmp_path / "kit")
+    page, key = (tmp_path / "kit" / "kit.html").read_text(), json.loads((tmp_path / "kit" / "key.json").read_text())
+    assert page.count("<article") == 6 == len(key["pairs"]) and {pair["left"] for pair in key["pairs"]} == {"A", "B"}
+    assert str(drawn[0]) not in page and str(drawn[1]) not in page and "http:" not in page
+    assert len({pair["prompt"] for pair in key["pairs"] if pair["image"].startswith("cat")}) == 2
+    left_of = {str(n): pair["left"] for n, pair in enumerate(key["pairs"], 1)}
+
+    def answers(person, preferred):  # prefers a method in similarity; the prompts are alike
+        said = {
+            n: {"similarity": "left" if left == preferred else "right", "prompt": "same"} for n, left in left_of.items()
+        }
+        file = tmp_path / f"{person}.json"
+        file.write_text(json.dumps({"kit": key["kit"], "person": person, "answers": said}))
+        return file
+
+    files = [answers("ada", "B"), answers("bob", "B"), answers("cy", "A")]
+    run(monkeypatch, "count", tmp_path / "kit" / "key.json", *files, "--output", tmp_path / "human")
+    found = json.loads((tmp_path / "human" / "human.json").read_text())["similarity"]
+    assert (found["win"], found["tie"], found["judgements"]) == (pytest.approx(66.667, abs=1e-3), 0, 18)
+    assert found["loss"] == pytest.approx(33.333, abs=1e-3) and found["low"] < found["points"] < found["high"]
+    printed = capsys.readouterr().out
+    assert "100.0" in printed and "3 people" in printed
+    with pytest.raises(Refusal, match=r"C-OUTPUT.*there is a kit already"):
+        run(monkeypatch, "kit", *drawn, "--subjects", data, "--pairs", "2", "--output", tmp_path / "kit")
+    with pytest.raises(Refusal, match=r"C-COMPARE.*second file of the same person"):
+        human_kit.count_answers(tmp_path / "kit" / "key.json", [files[0], files[0]])
+    other = json.loads(files[0].read_text()) | {"kit": "other"}
+    files[1].write_text(json.dumps(other))
+    with pytest.raises(Refusal, match=r"C-COMPARE.*answers to another kit"):
+        human_kit.count_answers(tmp_path / "kit" / "key.json", files)
+
+
+def test_the_pigeonhole_interval_is_wider_than_one_of_independent_judgements():
+    """People who disagree with each other on everything: the spread is between the people."""
+    left = {str(n): "B" for n in range(20)}
+    people = [{n: {"prompt": "left" if person % 2 else "right"} for n in left} for person in range(6)]
+    found = human_kit._preference(left, people, "prompt", 0)
+    alone = 2 * 196 * (1 / 120) ** 0.5  # 95 % of 120 independent judgements of ±100
+    assert found.points == 0 and found.high - found.low > 2 * alone
+    rng = np.random.default_rng(1)
+    slow = [np.mean([2 * (p % 2) - 1 for p in rng.integers(0, 6, 6)]) * 100 for _ in range(20_000)]
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(slow, (0.025, 0.975))), abs=1)
+
+
+def test_methods_that_cannot_be_compared(data, drawn, tmp_path):
+    a = read_drawn(drawn[0])
+    other = read_drawn(write_drawn(tmp_path / "c", data, fade=0.2, settings={"steps": 9}))
+    with pytest.raises(Refusal, match=r"C-COMPARE.*drawn with other settings"):
+        paired_images(a, other)
+    fewer = read_drawn(write_drawn(tmp_path / "d", data, fade=0.2, seeds=1))
+    with pytest.raises(Refusal, match=r"C-COMPARE.*not the same images; found 6 that only one folder has"):
+        paired_images(a, fewer)
+    (tmp_path / "c" / "images.json").write_text('{"images": {"../x.png": {}}, "settings": {}}')
+    with pytest.raises(Refusal, match=r"K-JSON.*not a list of drawn images"):
+        read_drawn(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "words, match",
+    [(["paint"], "unknown step"), (["draw"], "--base: missing"), (["score", "a", "--subjects", "s", "--pairs", "2"],
+     "--pairs: has no effect with score"), (["kit", "a", "--subjects", "s", "--output", "o"], "two drawn folders"),
+     (["count", "key.json"], "at least one file"), (["score", "a", "--subjects", "s", "--tie", "-1"], "out of range"),
+     (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--size", "100"], "multiple of 8"),
+     (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--lora", "x=y"], "one without the other")],
+)  # fmt: skip
+def test_flags(words, match):
+    with pytest.raises(Refusal, match=match):
+        evaluate_subjects.parse(words)
