@@ -75,8 +75,10 @@ def main() -> None:
         print_once(f"not pictures, not used: {', '.join(others)}")
 
     # 3. With --resume: refuse settings and inputs that differ from the run's
-    asked: list[Any] = [model_settings, data, adapter]  # the classes of runs of this kind
-    settings = RunSettings(*asked, args.as_record(), {}, args.global_batch_size, SDXL)
+    groups: dict[str, Any] = {"model": model_settings, "data": data, "adapter": adapter}  # classes of this kind of run
+    settings = RunSettings(
+        **groups, training=args.as_record(), preprocessor={}, global_batch_size=args.global_batch_size, kind=SDXL
+    )  # fmt: skip
     contents = {name: sorted(picture.content for picture in some) for name, some in sets.items()}
     fingerprints = folder.fingerprints() | {"pictures": contents}
     if main_process:

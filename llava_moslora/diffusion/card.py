@@ -29,11 +29,12 @@ def write_card(
         shutil.copyfile(source, folder / copy)
     plain = adapter.mixer_init == "identity" and not adapter.train_mixer
     method = "LoRA" if plain else f"MoSLoRA, mixers {adapter.mixer_init}"
+    license_: dict[str, Any] = dict(license_of(base))
     front = ModelCardData(
         base_model=base.hub_id, base_model_relation="adapter" if base.hub_id else None, library_name="diffusers",
         pipeline_tag="text-to-image", instance_prompt=data.prompt,
         tags=["text-to-image", "stable-diffusion-xl", "stable-diffusion-xl-diffusers", "diffusers", "lora",
-              *([] if plain else ["moslora"])], **license_of(base),
+              *([] if plain else ["moslora"])], **license_,
     )  # fmt: skip
     parts = "UNet and both text encoders" if adapter.train_text_encoder else "UNet"
     pictures = sum(len(some) for some in manifest["pictures"].values())

@@ -18,7 +18,7 @@ def write_report(folder: Path, sets: dict[str, list[Picture]], encoded: dict[str
         sets, encoded: as of :func:`llava_moslora.diffusion.encode.encode_once`.
     """
     folder.mkdir()
-    rows = {}
+    rows: dict[str, list[dict]] = {}
     for name, pictures in sets.items():
         rows[name] = []
         for picture, ids in zip(pictures, encoded[f"{name}.time_ids"].tolist(), strict=True):

@@ -3,9 +3,9 @@
 import pytest
 
 from llava_moslora.adapters.config import MosLoraConfig
-from support.campaign import write_config
 from support.sdxl import IMPORTS, flags, losses, needs_diffusers, plain_losses
 from support.warm_server import WarmServer
+from support.zero_runs import configuration
 
 pytestmark = [needs_diffusers, pytest.mark.slow]
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -25,7 +25,10 @@ def expected(parts, cache):
 
 
 def started(server, parts, output, stage, world=2, **changes):
-    changes = {"deepspeed": write_config(output.parent, stage), "gradient_accumulation_steps": 4 // world} | changes
+    changes = {
+        "deepspeed": configuration(f"zero{stage}", output.parent),
+        "gradient_accumulation_steps": 4 // world,
+    } | changes
     launch = server.launch(flags(parts, output, **changes), output.with_suffix(".log"), world=world,
                            main="train_sdxl:main")  # fmt: skip
     assert launch.succeeded, launch.printed()[-3000:]
