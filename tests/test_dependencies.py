@@ -59,7 +59,7 @@ def imported(folder: str) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("llava_moslora", ["quant", "clip", "liger", "commonsense"]),
+        ("llava_moslora", ["quant", "clip", "liger", "commonsense", "diffusion"]),
         ("scripts", ["serve"]),
         ("playground", ["demo"]),
         ("benchmarks", ["dev"]),

@@ -18,13 +18,13 @@ FLOORS = [
     {"stopping", "_version"},
     {"errors"},
     {"config", "devices", "distributed", "flags", "noise", "pages", "private_api"},
-    {"files", "recompute"},
+    {"files", "recompute", "sdxl_settings"},
     {"adapters", "text"},
     {"models", "data"},
     {"runs"},
     {"inference"},
     {"training", "export", "evaluation", "planning"},
-    {"studies"},
+    {"studies", "diffusion"},
     {"cli"},
 ]
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
