@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_moslora"
 # Lowest first; packages of one floor never import each other.
 FLOORS = [
-    {"stopping", "_version"},
+    {"stopping", "defect_report", "_version"},
     {"errors"},
     {"config", "devices", "distributed", "flags", "noise", "pages", "private_api"},
     {"files", "recompute", "sdxl_settings"},
