@@ -65,6 +65,7 @@ def test_every_reader(tmp_path):
         outcome = fuzz(reader, tmp_path / str(place), SEED, numbers)
         add(results, outcome)
         print(f"{reader.name}: {dict(outcome.counts)}, {outcome.slowest:.1f} s, {outcome.megabytes:.0f} MB", flush=True)
+        print(*outcome.findings, sep="\n", end="\n" * bool(outcome.findings), flush=True)
         found += outcome.findings
     assert found == [], "\n".join(found)
 
