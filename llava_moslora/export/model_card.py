@@ -166,7 +166,8 @@ def _data(trained: TrainedRun) -> str:
     for one in report["files"]:
         share = one["seen_per_epoch"] / (one["kept"] or 1)
         often = "" if share == 1 else f", each seen {share:g} times per epoch"
-        held_out = f"; {one['held_out']:,} held out for validation" if one.get("held_out") else ""
+        why = "held out for validation" if trained.record.data.data_share == 1 else "not trained on"
+        held_out = f"; {one['held_out']:,} {why}" if one.get("held_out") else ""
         lines.append(f"- `{_file_name(one['file'])}`: {one['kept']:,} records of {one['records']:,}{often}{held_out}")
     data = trained.record.data
     images = "" if trained.text_only else f"{report['images']:,} images and "
