@@ -61,6 +61,8 @@ _SHAPES = "PEFT computes {0} from the shape of the weight, and 4-bit weights are
 METHODS: dict[str, AdapterMethod] = {
     "moslora": AdapterMethod("MoSLoRA", trained=_THREE, rate=3e-5),
     "lora": AdapterMethod("LoRA", rate=3e-5),
+    # MoSLoRA's start and LoRA's training: tells what of a difference is the start's.
+    "folded": AdapterMethod("mixer folded into A", fixed={"start": "folded"}),
     "tsmix": AdapterMethod("two-subspaces-mixing", saved=("lora_mixer",)),
     "dora": AdapterMethod(
         "DoRA", LoraConfig, {"use_dora": True}, _LORA, _RANKS, (*("lora_A", "lora_B"), "lora_magnitude_vector"),
@@ -133,6 +135,8 @@ def check_method(settings: AdapterSettings, bits: int, training: TrainingSetting
     if settings.tune_mm_mlp_adapter and method != defaults.method:
         raise Refusal("C-FLAG", "stage 1 trains no adapters", key="--method", found=method, fix="leave it out")
     for name in MIXER_FLAGS if method != "moslora" else ():
+        if method == "folded" and name.endswith("mixer_init"):
+            continue
         own = dict(zip(("mixer_init", "train_mixer"), FIXED_MIXERS.get(method, ()), strict=False))
         allowed = (getattr(defaults, name), own.get(name.removeprefix("vision_"), getattr(defaults, name)))
         if getattr(settings, name) not in allowed:
