@@ -33,6 +33,7 @@ class AdapterMethod:
         trained: the kinds of tensors that are trained. saved: those that are saved with them, because no base model
             has them.
         not_over_nf4: why it cannot be trained over NF4 weights; "" where it can.
+        not_under_zero3: why it cannot be trained under ZeRO-3; "" where it can.
         rate: the learning rate of the paper's Table 7; None: not in it.
     """
 
@@ -44,6 +45,7 @@ class AdapterMethod:
     trained: tuple[str, ...] = ("lora_A", "lora_B")
     saved: tuple[str, ...] = ()
     not_over_nf4: str = ""
+    not_under_zero3: str = ""
     rate: float | None = None
 
     @property
@@ -57,6 +59,7 @@ _LYCORIS = {"r": "r", "lora_alpha": "alpha"}
 _RANKS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 _THREE = ("lora_A", "lora_mixer", "lora_B")
 _SHAPES = "PEFT computes {0} from the shape of the weight, and 4-bit weights are stored in another one"
+_PARTS = "PEFT computes LoHa's factors from the shape of the weight, and ZeRO-3 has taken the weights apart by then"
 
 METHODS: dict[str, AdapterMethod] = {
     "moslora": AdapterMethod("MoSLoRA", trained=_THREE, rate=3e-5),
@@ -72,7 +75,7 @@ METHODS: dict[str, AdapterMethod] = {
     "pissa": AdapterMethod("PiSSA", fixed={"start": "pissa"}, saved=("lora_start_A", "lora_start_B")),
     "loha": AdapterMethod(
         "LoHa", LoHaConfig, {}, _LYCORIS, _RANKS, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-        not_over_nf4=_SHAPES.format("LoHa's factors"), rate=3e-5,
+        not_over_nf4=_SHAPES.format("LoHa's factors"), not_under_zero3=_PARTS, rate=3e-5,
     ),
     "lokr": AdapterMethod(
         "LoKr", LoKrConfig, {}, _LYCORIS, _RANKS, ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
@@ -83,7 +86,8 @@ METHODS: dict[str, AdapterMethod] = {
     "adalora": AdapterMethod(
         "AdaLoRA", AdaLoraConfig, {"total_step": 1, "tinit": 0, "tfinal": 0},
         {"r": "init_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}, {},
-        ("lora_A", "lora_E", "lora_B"), rate=3e-5,
+        ("lora_A", "lora_E", "lora_B"),
+        not_under_zero3="AdaLoRA's layers and its term share parameters, which ZeRO-3 then cannot free", rate=3e-5,
     ),
     "flora": AdapterMethod("FLoRA", fixed={"start": "flora"}, trained=_THREE, rate=3e-5),
     "loraxs": AdapterMethod("LoRA-XS", fixed={"start": "loraxs"}, trained=("lora_mixer",), saved=("lora_A", "lora_B")),

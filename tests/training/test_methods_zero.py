@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from llava_moslora.adapters.methods import METHODS as ROWS
 from llava_moslora.export.export import REPORT, export
 from support.export_runs import probe_here
 from support.launching import flags
@@ -47,8 +48,15 @@ def plain(warm_server, parts, data, tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
+CASES = [
+    (name, method)
+    for name in ("zero2", "zero3")
+    for method in METHODS
+    if name == "zero2" or not ROWS[method].not_under_zero3
+]
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
 def test_losses_resume_and_export(warm_server, parts, data, plain, tmp_path, monkeypatch, name, method):
     """In float32 without dropout; killed after its first checkpoint, resumed by the same command."""
     same = {"method": method, "deepspeed": configuration(name, tmp_path), "data_cache": tmp_path / "cache"}
@@ -71,3 +79,11 @@ def test_losses_resume_and_export(warm_server, parts, data, plain, tmp_path, mon
     (exported,) = export(run, tmp_path / "exported", ["llm"]).values()
     report = json.loads((exported / REPORT).read_text())
     assert report["largest_difference"]["logits"] <= 1e-5 and report["same_greedy_answers"]
+
+
+@pytest.mark.parametrize("method", [name for name, row in ROWS.items() if row.not_under_zero3])
+def test_refused_under_zero3_before_anything_is_loaded(warm_server, parts, data, tmp_path, method):
+    command = words(parts, data, tmp_path / "run", method=method, deepspeed=configuration("zero3", tmp_path))
+    launch = warm_server.launch(command, tmp_path / "launch", world=2)
+    assert not launch.succeeded and f"--method {method}, --deepspeed" in launch.printed()
+    assert "ZeRO-3" in launch.printed() and not (tmp_path / "run").exists()
