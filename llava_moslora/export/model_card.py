@@ -151,6 +151,8 @@ def _trained_rows(trained: TrainedRun) -> list[tuple[str, str]]:
 
 def _adapter(tower: TowerAdapter, method: str) -> str:
     mixer = "" if method == "moslora" else METHODS[method].title
+    if method == "folded":
+        mixer = f"{tower.mixer_init} mixer, folded into A at the start"
     mixer = mixer or f"mixers {'trained' if tower.train_mixer else 'frozen'}, {tower.mixer_init} at first"
     where = ", ".join(tower.target_modules) or "every linear"
     return f"rank {tower.r}, alpha {tower.lora_alpha:g}, dropout {tower.lora_dropout:g}; {mixer}; {where}"
