@@ -20,6 +20,12 @@ ASPECT_RATIOS = ("pad", "crop")
 IMAGE_ENGINES = ("pil", "torch")
 DATA_ORDERS = ("modality_length", "shuffle", "sequential")
 BAD_RECORD_POLICIES = ("fail", "quarantine")
+# Adapter methods; llava_moslora.adapters.methods has a row for each.
+ADAPTER_METHODS = ("moslora", "lora", "tsmix", "dora", "rslora", "pissa", "loha", "lokr", "adalora", "flora", "loraxs",
+                   "nlora")  # fmt: skip
+# Methods that decide what the mixer is, or have none → (how it starts, whether it is trained)
+FIXED_MIXERS = dict.fromkeys(("lora", "rslora", "pissa"), ("identity", False)) | {"tsmix": ("butterfly", False)}
+WITHOUT_DROPOUT = ("loha", "lokr")  # PEFT's have none on the input
 MIXER_INITS = ("kaiming_uniform", "orthogonal", "identity", "normal", "butterfly")
 LOSS_AVERAGES = ("tokens", "micro_batch")
 RECOMPUTE_MODES = "none | full | selective | every:N"
@@ -70,7 +76,7 @@ class ModelSettings(Settings):
     heading = MODEL
 
     model_name_or_path: str = setting(help="folder of the LLM, or of a complete LLaVA")
-    vision_tower: str | None = setting(None, "CLIP or SigLIP, or open_clip:ARCH@FILE; default: the LLaVA's, else none")
+    vision_tower: str | None = setting(None, "CLIP, SigLIP, open_clip:ARCH@FILE; default: the LLaVA's, or none")
     pretrain_mm_mlp_adapter: str | None = setting(None, "stage 1's projector; default: the LLaVA's, or random weights")
     version: str | None = setting(None, "conversation template; default: recognised from the tokenizer")
     bits: int = setting(16, "per weight of the frozen LLM: 16 | 4 (NF4, QMoSLoRA)", BITS)
@@ -108,6 +114,7 @@ class DataSettings(Settings):
     data_weights: list[float] = setting([], "how often each file is seen per epoch; default: once")
     eval_data_path: list[str] = setting([], "validation data: as --data_path, each FILE or NAME=FILE")
     validation_split: float = setting(0.0, "share of --data_path held out, by each record's content")
+    data_share: float = setting(1.0, "share of each file to train on, drawn by the seed; nested")
     image_folder: str | None = setting(None, "folder that image names are relative to")
     image_aspect_ratio: str = setting("pad", "pad to a square, or crop as the tower's processor does", ASPECT_RATIOS)
     image_engine: str = setting("pil", "pil: resized as for the tower's training; torch: faster", IMAGE_ENGINES)
@@ -123,6 +130,16 @@ class DataSettings(Settings):
     max_bad_share: float = setting(0.01, "with quarantine: the largest share of bad records")
     follow_image_links: bool = setting(False, "allow links that lead out of the image folder")
     decode_images: bool = setting(False, "decode every image before training, not only its header")
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            Refusal: C-FLAG, naming the flag, the value and what may be given.
+        """
+        super().__post_init__()
+        if not 0 < self.data_share <= 1:
+            expected = "a share above 0 and at most 1"
+            raise Refusal("C-FLAG", "out of range", key="--data_share", found=self.data_share, expected=expected)
 
 
 @dataclass(frozen=True)
@@ -148,6 +165,7 @@ class AdapterSettings(Settings):
     heading = ADAPTERS
 
     tune_mm_mlp_adapter: bool = setting(False, "stage 1: train the projector only, without adapters")
+    method: str = setting("moslora", " | ".join(ADAPTER_METHODS), ADAPTER_METHODS)
     lora_r: int = setting(64, "rank in the LLM; 0: no adapter there")
     lora_alpha: float = setting(128, "scaling = alpha / rank")
     lora_dropout: float = setting(0.05, "dropout before the LLM's adapters")
@@ -164,23 +182,23 @@ class AdapterSettings(Settings):
     @property
     def llm(self) -> TowerAdapter | None:
         """The LLM's adapter; None where its rank is 0."""
-        if not self.lora_r:
-            return None
-        return TowerAdapter(
-            self.lora_r, self.lora_alpha, self.lora_dropout, self.mixer_init, self.train_mixer,
-            tuple(self.lora_target_modules),
-        )  # fmt: skip
+        return self._tower("", self.mixer_init, self.train_mixer)
 
     @property
     def vision(self) -> TowerAdapter | None:
         """The vision tower's adapter; None where its rank is 0."""
-        if not self.vision_lora_r:
-            return None
         train_mixer = self.train_mixer if self.vision_train_mixer is None else self.vision_train_mixer
-        return TowerAdapter(
-            self.vision_lora_r, self.vision_lora_alpha, self.vision_lora_dropout,
-            self.vision_mixer_init or self.mixer_init, train_mixer, tuple(self.vision_lora_target_modules),
-        )  # fmt: skip
+        return self._tower("vision_", self.vision_mixer_init or self.mixer_init, train_mixer)
+
+    def _tower(self, prefix: str, mixer_init: str, train_mixer: bool) -> TowerAdapter | None:
+        r, alpha, dropout, targets = (
+            getattr(self, f"{prefix}lora_{name}") for name in ("r", "alpha", "dropout", "target_modules")
+        )
+        if not r:
+            return None
+        mixer_init, train_mixer = FIXED_MIXERS.get(self.method, (mixer_init, train_mixer))
+        dropout = 0.0 if self.method in WITHOUT_DROPOUT else dropout
+        return TowerAdapter(r, alpha, dropout, mixer_init, train_mixer, tuple(targets))
 
 
 @dataclass
@@ -194,6 +212,8 @@ class TrainingSettings(Settings):
     vision_lr: float | None = setting(None, "of the tower's adapters; default: as --learning_rate")
     mm_projector_lr: float | None = setting(None, "of the projector; default: as --learning_rate")
     mixer_lr: float | None = setting(None, "of the mixers; default: as the adapter around them")
+    lora_plus_ratio: float = setting(1.0, "LoRA+: the learning rate of B is so many times that of A")
+    riemannian: bool = setting(False, "gradients of LoRA's A and B preconditioned; without DeepSpeed")
     loss_average: str = setting(
         "tokens", "over the global batch's tokens, or of micro_batch means (XTuner)", LOSS_AVERAGES
     )
@@ -202,7 +222,7 @@ class TrainingSettings(Settings):
     early_stopping_patience: int | None = setting(None, "stop after N evaluations in a row that are no better")
     early_stopping_threshold: float = setting(0.0, "how much better counts as better")
     plan_check: bool = setting(True, "refuse a run that cannot fit the GPU's memory", group=SPEED)
-    sample_questions: str | None = setting(None, "LLaVA-format JSON with questions to answer meanwhile", group=LOGGING)
+    sample_questions: str | None = setting(None, "questions to answer meanwhile, as --data_path", group=LOGGING)
     sample_image_folder: str | None = setting(None, "of --sample_questions; default: as --image_folder", group=LOGGING)
     sample_steps: int = setting(500, "answer --sample_questions every N steps", group=LOGGING)
     sample_max_new_tokens: int = setting(64, "longest answer to --sample_questions, in tokens", group=LOGGING)

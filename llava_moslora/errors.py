@@ -16,27 +16,18 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-import platform
 import re
-import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from llava_moslora.stopping import (
-    Stopped,
-    catch_stop_signals,
-    end_progress_bars,
-    keep_standard_streams,
-    stdout_works,
-)
+from llava_moslora.defect_report import save_report
+from llava_moslora.stopping import Stopped, catch_stop_signals, end_progress_bars, keep_standard_streams, stdout_works
 
 EXIT_STATUS = {
     "C": 2,  # configuration: a flag, a configuration file, a combination of settings
@@ -76,7 +67,6 @@ NO_DEVICE = re.compile(
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-PACKAGES = ("llava_moslora", "torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "safetensors")
 
 
 class Refusal(ValueError):
@@ -297,33 +287,10 @@ def worker_failure(found: str) -> Refusal:
 
 def defect(error: BaseException) -> Refusal:
     """Saves a report of an unexpected exception; the refusal names its file."""
-    report = "\n".join([
-        f"command: {shlex.join([sys.executable, *sys.argv])}",
-        f"time: {time.strftime('%Y-%m-%d %H:%M:%S %z')}; folder: {os.getcwd()}",
-        f"rank {os.environ.get('RANK') or 0} of {os.environ.get('WORLD_SIZE') or 1}",
-        f"python {platform.python_version()}, {platform.platform()}",
-        *(f"{name} {_version(name)}" for name in PACKAGES),
-        "",
-        "".join(traceback.format_exception(error)),
-    ])  # fmt: skip
-    file, where = _save_report(report), traceback.extract_tb(error.__traceback__)
+    file, where = save_report(error, _place_of_output("--output_dir")), traceback.extract_tb(error.__traceback__)
     place = f" at {where[-1].filename}:{where[-1].lineno}" if where else ""
     saved = f"report it with {file}" if file else "LLAVA_MOSLORA_DEBUG=1 shows the traceback: report it"
     return Refusal("X-DEFECT", "a defect of this package", found=f"{_first_line(error)}{place}", fix=saved)
-
-
-def _save_report(report: str) -> Path | None:
-    """Into the output folder if it exists, else the current or the temporary one. The file is hidden: a run folder
-    with nothing else still counts as empty, and an export as unchanged."""
-    name = f".defect-{time.strftime('%Y%m%d-%H%M%S')}-{os.environ.get('RANK') or 0}-{os.getpid()}.txt"
-    for folder in (_place_of_output("--output_dir"), Path.cwd(), Path(tempfile.gettempdir())):
-        try:
-            if folder and folder.is_dir():
-                (folder / name).write_text(report, encoding="utf-8", errors="backslashreplace")
-                return (folder / name).absolute()
-        except OSError:
-            continue
-    return None
 
 
 def _place_of_output(*flags: str) -> Path | None:
@@ -333,13 +300,6 @@ def _place_of_output(*flags: str) -> Path | None:
     words = dict(itertools.pairwise(part for word in sys.argv[1:] for part in word.split("=", 1)))
     flags = flags or ("--output_dir", "--output", "--report_dir", "--data_cache")
     return next((Path(words[flag]) for flag in flags if flag in words), None)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _first_line(error: BaseException) -> str:

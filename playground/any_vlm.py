@@ -12,6 +12,10 @@ import json
 import re
 from pathlib import Path
 
+from llava_moslora.noise import quiet_libraries
+
+quiet_libraries()
+
 import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image

@@ -12,6 +12,10 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 
+from llava_moslora.noise import quiet_libraries
+
+quiet_libraries()
+
 from llava_moslora.data.images import load_image
 from llava_moslora.evaluation.ask import read_answers
 from llava_moslora.evaluation.question_file import VqaExample, accuracy, normalise, read_questions

@@ -12,6 +12,10 @@ import argparse
 import json
 from pathlib import Path
 
+from llava_moslora.noise import quiet_libraries
+
+quiet_libraries()
+
 from datasets import Dataset, Image, List
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer

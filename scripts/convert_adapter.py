@@ -87,7 +87,8 @@ def convert(source: Path, output: Path, form: str, rename: list[str], lora_alpha
     with new_folder(output) as staging:
         save(fold(adapter) if form == "lora" else adapter, staging)
     ranks = sorted({layer.rank for layer in adapter.layers.values() if isinstance(layer, LowRank)})
-    print(f"converted: {output}, {len(adapter.layers)} layers of rank {', '.join(map(str, ranks))}")
+    of_rank = f" of rank {', '.join(map(str, ranks))}" if ranks else ""
+    print(f"converted: {output}, {len(adapter.layers)} layers{of_rank}")
 
 
 def _renames(words: list[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from llava_moslora.noise import quiet_libraries
 MODEL_FLAGS = ("model_name_or_path", "vision_tower", "version")
 # Without effect before training: how images become pixels, in which order records are seen, what is held out.
 DATA_FLAGS = {f.name for f in fields(DataSettings)} - {"image_aspect_ratio", "image_engine", "data_order"}
-DATA_FLAGS -= {"eval_data_path", "validation_split"}
+DATA_FLAGS -= {"eval_data_path", "validation_split", "data_share"}
 
 
 @dataclass
@@ -59,6 +59,7 @@ from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
+from llava_moslora.training.text_only import check_flags_of_images
 
 
 def make_report_folder(folder: Path) -> None:
@@ -83,6 +84,7 @@ def make_report_folder(folder: Path) -> None:
 def main() -> None:
     model, data, report = parse(sys.argv[1:])
     model = name_parts(model)
+    check_flags_of_images(model, data)
     if report.report_dir:
         make_report_folder(Path(report.report_dir))
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -59,7 +59,7 @@ from llava_moslora.text.tokenizer import load_tokenizer
 from llava_moslora.training import process_group
 from llava_moslora.training.arguments import TrainingArguments, input_paths
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
-from llava_moslora.training.callbacks.sample_answers import SampleAnswers, read_samples
+from llava_moslora.training.callbacks.sample_answers import Sample, SampleAnswers, read_samples
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
 from llava_moslora.training.optimizer_state import trained_count
 from llava_moslora.training.text_only import check_text_only
@@ -100,10 +100,11 @@ def main() -> None:
         longest_text=longest_text(llm_config),
     )  # fmt: skip
     dataset = prepare_alike(data_settings)
-    trained, validation, keys = validation_data(dataset, data_settings, prepare_alike)
+    trained, validation, keys = validation_data(dataset, data_settings, prepare_alike, seed=args.batches["seed"])
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
     sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
     plan, seen = plan_first(model_settings, data_settings, adapter_settings, args, dataset, trained)
+    samples = read_samples_of(args, data_settings, tokenizer, template, image_tokens)
 
     # 4. With --resume: refuse settings and inputs that differ from the run's
     model_settings = replace(model_settings, version=template)
@@ -120,8 +121,7 @@ def main() -> None:
         model, args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption, seen],
         data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing), eval_dataset=validation,
     )  # fmt: skip
-    if args.sample_questions:
-        trainer.add_callback(sample_answers(args, ChatModel(model, tokenizer, template, transform), data_settings))
+    trainer.add_callback(sample_answers(args, samples, ChatModel(model, tokenizer, template, transform)))
     trainer.create_optimizer()  # before the first file is written: --optim may be refused
 
     # 6. Lock the run folder and write run.json, tokenizer and data report; --overwrite deletes the old run only now
@@ -129,7 +129,7 @@ def main() -> None:
     if main_process:
         lock, checkpoint = open_run(args, settings, fingerprints, inputs)
         check_space(run, trained_count(model), checkpoints=1 + (checkpoint is None) + (validation is not None))
-        report = partial(write_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer,
+        report = partial(write_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer, rows=trained,
                          batch_size=args.per_device_train_batch_size)  # fmt: skip
         write_first_files(args, settings, tokenizer, report, inputs)
     check_shared(run)
@@ -197,8 +197,17 @@ def build_model(
     return model
 
 
-def sample_answers(args: TrainingArguments, chat_model: ChatModel, data: DataSettings) -> SampleAnswers:
-    samples = read_samples(str(args.sample_questions), args.sample_image_folder or data.image_folder)
+def read_samples_of(
+    args: TrainingArguments, data: DataSettings, tokenizer: PreTrainedTokenizerFast, template: str, image_tokens: int
+) -> list[Sample]:
+    if not args.sample_questions:
+        return []
+    folder = args.sample_image_folder or data.image_folder
+    asked = replace(data, data_path=[args.sample_questions], image_folder=folder, data_weights=[])
+    return read_samples(asked, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens)
+
+
+def sample_answers(args: TrainingArguments, samples: list[Sample], chat_model: ChatModel) -> SampleAnswers:
     limits = {"steps": args.sample_steps, "max_new_tokens": args.sample_max_new_tokens}
     return SampleAnswers(samples, chat_model, args.run_folder, **limits)
 

@@ -33,6 +33,14 @@ PEFT_TYPE = "MOSLORA"  # ``peft_type`` in adapter_config.json
 # another one) with a mixer in between. PEFT's own LoRA variants are recognised from a mark in their field's metadata.
 NO_MEANING = ("lora_bias", "fan_in_fan_out", "use_qalora", "loftq_config", "megatron_config", "target_parameters",
               "ensure_weight_tying")  # fmt: skip
+# ``start`` → what it is. All but LoRA's and FLoRA's are made from the base weight W₀.
+STARTS = {
+    "lora": "A random, B = 0",
+    "flora": "W = 0, A and B random, all trained (FLoRA on a linear layer: ΔW = s·B·G·A)",
+    "loraxs": "B·A = the first r singular triples of W₀, frozen; W ~ N(0, 10⁻⁵) is trained (LoRA-XS)",
+    "nlora": "A, W, B = rows, corner and columns of W₀, all trained (NLoRA, as its authors' code)",
+    "pissa": "s·B·A = the first r singular triples of W₀, trained; ΔW = s·(B·A − B₀·A₀), no mixer (PiSSA)",
+}
 # setting → the field that maps module patterns to its values
 PATTERN_FIELDS = {
     "r": "rank_pattern",
@@ -76,6 +84,13 @@ class MosLoraConfig(LoraConfig):
         default=True,
         metadata={"help": "False freezes W: identity = LoRA (nothing stored), butterfly = two-subspaces mixing"},
     )
+    start: str = field(
+        default="lora",
+        metadata={
+            "help": "how A, B and W start, where that is not LoRA's way (B = 0, W as mixer_init says): "
+            + "; ".join(f"{name}: {what}" for name, what in STARTS.items())
+        },
+    )
     dropout_pattern: dict = field(default_factory=dict, metadata={"help": "module pattern → lora_dropout"})
     mixer_init_pattern: dict = field(default_factory=dict, metadata={"help": "module pattern → mixer_init"})
     train_mixer_pattern: dict = field(default_factory=dict, metadata={"help": "module pattern → train_mixer"})
@@ -92,6 +107,7 @@ class MosLoraConfig(LoraConfig):
         super().__post_init__()
         self._register_custom_module(self.layer_classes)
         self._refuse_combinations()
+        self._check_start()
         if isinstance(self.target_modules, str):
             _check_pattern("target_modules", self.target_modules)
         for setting, pattern_field in PATTERN_FIELDS.items():
@@ -122,6 +138,21 @@ class MosLoraConfig(LoraConfig):
                 found=self.init_lora_weights, expected="True, False or 'gaussian'",
                 fix="leave init_lora_weights out, or use peft.LoraConfig",
             )  # fmt: skip
+
+    def _check_start(self) -> None:
+        if self.start not in STARTS:
+            raise Refusal("C-ADAPTER", "unknown start", key="start", found=self.start, expected=", ".join(STARTS))
+        if self.start == "lora":
+            return
+        mixer_init, train_mixer = ("identity", False) if self.start == "pissa" else ("kaiming_uniform", True)
+        expected = {"mixer_init": mixer_init, "train_mixer": train_mixer, "init_lora_weights": True}
+        for name, value in expected.items():
+            others = getattr(self, PATTERN_FIELDS.get(name, ""), {}).values()
+            if any(given != value for given in (getattr(self, name), *others)):
+                raise Refusal(
+                    "C-ADAPTER", f"start {self.start!r} decides it itself", key=name, found=getattr(self, name),
+                    expected=value, fix="leave it out",
+                )  # fmt: skip
 
     @property
     def has_mixer(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,18 +51,32 @@ class Update(Protocol):
     def tensors(self) -> dict[str, LazyTensor]:
         """As PEFT stores them: the name after the linear's, such as ``lora_A.weight`` → tensor."""
 
+    def merged_rows(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        """``rows`` (n, in) of the weight, from row ``begin`` on, with the adapter: float32[n, in], or float64 of a
+        float64 adapter."""
+
+
+class Additive(ABC):
+    """An :class:`Update` that is added to the weight, whatever that is."""
+
+    @abstractmethod
     def delta_rows(self, begin: int, end: int) -> torch.Tensor:
         """Rows ``begin`` to ``end`` of ΔW: float32[end - begin, in], or float64 of a float64 adapter."""
 
+    def merged_rows(self, rows: torch.Tensor, begin: int) -> torch.Tensor:
+        update = self.delta_rows(begin, begin + len(rows)).to(rows.device)
+        return rows.to(update.dtype) + update
+
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
-    """The :class:`Update` of LoRA and MoSLoRA: ΔW = s·B·W·A, without W in a plain LoRA."""
+class LowRank(Additive):
+    """The :class:`Update` of LoRA and MoSLoRA: ΔW = s·B·W·A, without W in a plain LoRA; of PiSSA s·(B·A − B₀·A₀)."""
 
     a: LazyTensor  # (r, in)
     w: LazyTensor | None  # (r, r)
     b: LazyTensor  # (out, r)
     scaling: float
+    start: tuple[LazyTensor, LazyTensor] | None = None  # A₀ (r, in) and B₀ (out, r)
 
     @classmethod
     def of(cls, a: torch.Tensor, w: torch.Tensor | None, b: torch.Tensor, scaling: float) -> LowRank:
@@ -79,7 +94,9 @@ class LowRank:
 
     @property
     def tensors(self) -> dict[str, LazyTensor]:
+        a0, b0 = self.start or (None, None)
         parts = {"lora_A.weight": self.a, "lora_mixer.weight": self.w, "lora_B.weight": self.b}
+        parts |= {"lora_start_A.weight": a0, "lora_start_B.weight": b0}
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
 
     def delta_rows(self, begin: int, end: int) -> torch.Tensor:
@@ -87,14 +104,21 @@ class LowRank:
         return delta(a, None, b[begin:end], self.scaling)
 
     def folded(self) -> LowRank:
-        """The same ΔW without W: A is W·A, in float32."""
+        """The same ΔW without W: A is W·A, in float32. Of PiSSA it has twice the rank: A over A₀, B beside −B₀."""
         a = self.a.then(lambda a: folded(a, None if self.w is None else self.w.read()))
-        return LowRank(a, None, self.b, self.scaling)
+        if self.start is None:
+            return LowRank(a, None, self.b, self.scaling)
+        a0, b0 = self.start
+        (out, i), rank = self.shape, 2 * self.rank
+        a = a.then(lambda a: torch.cat([a, a0.read().to(a.dtype)]), (rank, i))
+        b = self.b.then(lambda b: torch.cat([b, -b0.read()], dim=1), (out, rank))
+        return LowRank(a, None, b, self.scaling)
 
 
 @lru_cache(maxsize=1)  # a weight is merged block by block: its factors are read and folded once
 def _folded_factors(layer: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
-    return layer.folded().a.read(), layer.b.read()
+    plain = layer.folded()
+    return plain.a.read(), plain.b.read()
 
 
 @dataclass(frozen=True)
@@ -135,7 +159,7 @@ def merge(weight: torch.Tensor, update: Update) -> torch.Tensor:
             expected=f"a floating-point matrix {update.shape}",
             fix="merge into the original 16-bit weights or into dequantised ones",
         )  # fmt: skip
-    return add(weight, update.delta_rows(0, len(weight)).to(weight.device))
+    return update.merged_rows(weight, 0).to(weight.dtype)
 
 
 def fold(adapter: Adapter) -> Adapter:
@@ -146,6 +170,11 @@ def fold(adapter: Adapter) -> Adapter:
     """
     layers = fold_layers(adapter.layers)
     fields = {f.name: getattr(adapter.config, f.name) for f in dataclasses.fields(LoraConfig)}
+    if any(isinstance(layer, LowRank) and layer.start for layer in adapter.layers.values()):  # at twice the rank
+        times = 2 * (0.5**0.5 if adapter.config.use_rslora else 1)
+        fields |= {"r": 2 * fields["r"], "lora_alpha": times * fields["lora_alpha"]}
+        fields["rank_pattern"] = {name: 2 * rank for name, rank in fields["rank_pattern"].items()}
+        fields["alpha_pattern"] = {name: times * alpha for name, alpha in fields["alpha_pattern"].items()}
     return Adapter(LoraConfig(**fields), layers, adapter.others)
 
 

@@ -17,6 +17,7 @@ from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 
 from llava_moslora import recompute
+from llava_moslora.adapters import starts
 from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
 from llava_moslora.adapters.fold import add, delta
 from llava_moslora.adapters.kernel import low_rank_update
@@ -38,17 +39,21 @@ class MosLoraVariant(LoraVariant):
     @staticmethod
     def init(module: MosLoraLayer, adapter_name: str, config: MosLoraConfig, **kwargs) -> None:
         """Create W with the settings of ``config``, which is this module's own; a frozen identity is not stored."""
-        if not config.has_mixer:
-            return
-        rank = module.r[adapter_name]
-        mixer = nn.Linear(rank, rank, bias=False)
-        if not mixer.weight.is_meta:
-            init_mixer(mixer.weight.data, config.mixer_init)
-        module.lora_mixer[adapter_name] = mixer
-        module._move_adapter_to_device_of_base_layer(adapter_name)
-        if not config.train_mixer:
+        frozen: tuple[str, ...] = ()
+        if config.has_mixer:
+            rank = module.r[adapter_name]
+            mixer = nn.Linear(rank, rank, bias=False)
+            if not mixer.weight.is_meta:
+                init_mixer(mixer.weight.data, config.mixer_init)
+            module.lora_mixer[adapter_name] = mixer
+            module._move_adapter_to_device_of_base_layer(adapter_name)
+            frozen = () if config.train_mixer else ("lora_mixer",)
+        if config.start != "lora":
+            starts.start(module, adapter_name, config)
+            frozen = starts.FROZEN.get(config.start, ())
+        if frozen:
             # PEFT applies this after everything that makes adapters trainable. The class default is shared.
-            module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter_name: ("lora_mixer",)}
+            module.frozen_peft_weight_names = {**module.frozen_peft_weight_names, adapter_name: frozen}
 
     @staticmethod
     def forward(module: MosLoraLayer, active_adapter: str, x: torch.Tensor, result: torch.Tensor, **kwargs):
@@ -106,7 +111,7 @@ def init_mixer(weight: torch.Tensor, how: str) -> None:
 class MosLoraLayer(PeftLayer):
     """Base of our layers, before a LoRA layer class of PEFT among the bases."""
 
-    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer")
+    adapter_layer_names = (*lora.LoraLayer.adapter_layer_names, "lora_mixer", "lora_start_A", "lora_start_B")
 
     keep_base = False  # see the function of that name
     _unchecked: MosLoraConfig | None = None  # of an adapter that PEFT is still adding to the model
@@ -124,6 +129,7 @@ class MosLoraLayer(PeftLayer):
         """
         if "lora_mixer" not in self._modules:
             self.lora_mixer = nn.ModuleDict()
+            self.lora_start_A, self.lora_start_B = nn.ModuleDict(), nn.ModuleDict()
         if isinstance(config, MosLoraConfig):
             config = config.for_module(target_name)
             if r > min(self.in_features, self.out_features):
@@ -200,9 +206,13 @@ class MosLoraLayer(PeftLayer):
         return super()._cast_input_dtype(x, dtype)
 
     def adapter_weights(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """A (r, in), W (r, r) or None without a mixer, B (out, r)."""
+        """A (r, in), W (r, r) or None without a mixer, B (out, r); of PiSSA with its frozen pair, at twice the rank."""
         w = self.lora_mixer[adapter].weight if adapter in self.lora_mixer else None
-        return self.lora_A[adapter].weight, w, self.lora_B[adapter].weight
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        if adapter in self.lora_start_A:  # s·(B·A − B₀·A₀)
+            a = torch.cat([a, self.lora_start_A[adapter].weight])
+            b = torch.cat([b, -self.lora_start_B[adapter].weight], dim=1)
+        return a, w, b
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """ΔW = s·B·W·A (out, in) in fp32 (fp64 for fp64 weights), for PEFT's merging."""

@@ -11,16 +11,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
 from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 
+from llava_moslora.adapters import diffusers_file
 from llava_moslora.adapters.config import PEFT_TYPE, MosLoraConfig, config_of_layers, exact_patterns, stores_mixer
-from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter, LowRank, Update, rename_adapter, replace_prefix
+from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter, LowRank, rename_adapter, replace_prefix
+from llava_moslora.adapters.kinds import DORA, KINDS, Kind
 from llava_moslora.errors import Refusal, few
 from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import LazyTensor, read_tensor_file
@@ -31,27 +32,10 @@ FORK_INITS = {True: "kaiming_uniform", "kai": "kaiming_uniform", "orth": "orthog
 Layers = dict[str, dict[str, LazyTensor]]  # adapted linear → its tensors by short name (Method.names)
 
 
-@dataclass(frozen=True)
-class Method:
-    """How the tensors that a method stores for an adapted linear become an :class:`Update` of its weight.
-
-    Attributes:
-        config: the class of its configuration.
-        names: name of a tensor after the linear's name, as PEFT or another implementation stores it → short name.
-        needed: (configuration, linear's name) → short names of all tensors that the linear must have.
-        update: (tensors by short name, configuration, linear's name) → the update; refuses (K-ADAPTER) shapes that do
-            not fit the configuration.
-    """
-
-    config: type[PeftConfig]
-    names: Mapping[str, str]
-    needed: Callable[[PeftConfig, str], set[str]]
-    update: Callable[[dict[str, LazyTensor], PeftConfig, str], Update]
-
-
-def _moslora_needed(config: MosLoraConfig, module: str) -> set[str]:
+def _moslora_needed(config: MosLoraConfig, module: str, present: set[str]) -> set[str]:
     settings = config.settings_of(module)
-    return {"A", "W", "B"} if stores_mixer(settings["mixer_init"], settings["train_mixer"]) else {"A", "B"}
+    mixer = {"W"} if stores_mixer(settings["mixer_init"], settings["train_mixer"]) else set()
+    return {"A", "B"} | mixer | ({"A0", "B0"} if config.start == "pissa" else set())
 
 
 def _moslora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: str) -> LowRank:
@@ -59,12 +43,14 @@ def _moslora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: str)
     rank = settings["r"]
     a, b = tensors["A"].shape, tensors["B"].shape
     expected = {"A": (rank, *a[1:2]), "W": (rank, rank), "B": (*b[:1], rank)}
+    expected |= {"A0": expected["A"], "B0": expected["B"]}
     for part, tensor in tensors.items():
         if tensor.shape != expected[part]:
             what, found = f"shape of {part}", tensor.shape
             raise Refusal("K-ADAPTER", what, file=tensor.file, key=module, found=found, expected=expected[part])
     scaling = settings["lora_alpha"] / (math.sqrt(rank) if config.use_rslora else rank)
-    return LowRank(tensors["A"], tensors.get("W"), tensors["B"], scaling)
+    start = (tensors["A0"], tensors["B0"]) if "A0" in tensors else None
+    return LowRank(tensors["A"], tensors.get("W"), tensors["B"], scaling, start)
 
 
 def _plain_lora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: str) -> LowRank:
@@ -74,29 +60,33 @@ def _plain_lora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: s
     return _moslora(tensors | {"W": identity}, config, module)
 
 
-LORA_NAMES = {"lora_A.weight": "A", "lora_B.weight": "B"}
-METHODS: dict[str, Method] = {  # by peft_type of adapter_config.json
-    "LORA": Method(MosLoraConfig, LORA_NAMES, lambda config, module: {"A", "B"}, _plain_lora),
-    # lora_AB: the mixer in the MoSLoRA authors' repository; their PEFT fork and this package call it lora_mixer
-    PEFT_TYPE: Method(
-        MosLoraConfig, LORA_NAMES | {"lora_mixer.weight": "W", "lora_AB.weight": "W"}, _moslora_needed, _moslora
-    ),
+LORA_NAMES = {"lora_A.weight": "A", "lora_B.weight": "B", **diffusers_file.NAMES}
+# lora_AB: the mixer in the MoSLoRA authors' repository; their PEFT fork and this package call it lora_mixer
+MIXED_NAMES = LORA_NAMES | {"lora_mixer.weight": "W", "lora_AB.weight": "W"} | diffusers_file.MIXER_NAMES
+MIXED_NAMES |= {"lora_start_A.weight": "A0", "lora_start_B.weight": "B0"}
+ALL_KINDS: dict[str, Kind] = {  # by peft_type of adapter_config.json
+    "LORA": Kind(MosLoraConfig, LORA_NAMES, lambda config, module, present: {"A", "B"}, _plain_lora),
+    PEFT_TYPE: Kind(MosLoraConfig, MIXED_NAMES, _moslora_needed, _moslora),
+    **KINDS,
 }
 
 
 def read_adapter(
     path: str | Path, *, rename: Mapping[str, str] | None = None, lora_alpha: float | Mapping[str, float] | None = None
 ) -> Adapter:
-    """Read an adapter of this package, the MoSLoRA authors' repository, their PEFT fork, XTuner, or a plain LoRA.
+    """Read an adapter of this package, the MoSLoRA authors' repository, their PEFT fork, XTuner, diffusers, or a plain
+    LoRA.
 
     Names, shapes and settings are checked; the tensors are read when they are asked for. A plain LoRA folder gets a
     trainable identity mixer, so that training can continue from it; it computes the same.
 
     Args:
-        path: an adapter folder, or one weight file without a configuration (XTuner's ``iter_N.pth``).
+        path: an adapter folder, or one weight file without a configuration (XTuner's ``iter_N.pth``, diffusers'
+            ``pytorch_lora_weights.safetensors``).
         rename: prefix of the names in the file → prefix in the model, such as ``{"llm.": "model.language_model."}``;
             of several that fit, the longest counts.
-        lora_alpha: for a file without a configuration, the alpha it was trained with, or prefix in the file → alpha.
+        lora_alpha: for a file without a configuration, the alpha it was trained with, or prefix in the file → alpha;
+            not needed for a file of diffusers (:mod:`llava_moslora.adapters.diffusers_file`).
 
     Raises:
         Refusal: K-ADAPTER for anything missing, unexpected, of the wrong shape or of unknown meaning.
@@ -104,12 +94,16 @@ def read_adapter(
     path = Path(path)
     layers, others = _by_module(_read_tensors(path), path)
     if path.is_dir():
-        method, config = _stored_config(path, layers)
+        kind, config = _stored_config(path, layers)
+        _check_others(config, others, path)
+    elif lora_alpha is None and diffusers_file.is_diffusers_file(layers):
+        alphas = diffusers_file.read_alphas(path, layers, others)
+        kind, config = ALL_KINDS[PEFT_TYPE], _config_from_tensors(layers, alphas, path)
         _check_others(config, others, path)
     else:  # XTuner saves all of a training in one file: the caller decides about its other tensors
-        method, config = METHODS[PEFT_TYPE], _config_from_tensors(layers, lora_alpha, path)
-    _check_layers(method, config, layers, path)
-    updates = {name: method.update(tensors, config, name) for name, tensors in layers.items()}
+        kind, config = ALL_KINDS[PEFT_TYPE], _config_from_tensors(layers, lora_alpha, path)
+    _check_layers(kind, config, layers, path)
+    updates = {name: kind.update(tensors, config, name) for name, tensors in layers.items()}
     adapter = Adapter(config, updates, others)
     return adapter if rename is None else rename_adapter(adapter, lambda name: replace_prefix(name, rename))
 
@@ -143,7 +137,7 @@ def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict
         if match:
             layers.setdefault(match["module"], {})[part] = tensor
             adapters.add(match["adapter"])
-        elif ".lora_" in bare:
+        elif ".lora_" in bare or ".lora." in bare:
             unknown.append(name)
         else:
             others[bare] = tensor
@@ -160,8 +154,8 @@ def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict
 
 
 def _name_patterns() -> list[tuple[re.Pattern[str], str]]:
-    """A pattern for each stored name of every method, and the short name."""
-    names = {name: part for method in METHODS.values() for name, part in method.names.items()}
+    """A pattern for each stored name of every kind, and the short name."""
+    names = {name: part for kind in ALL_KINDS.values() for name, part in kind.names.items()}
     patterns = []
     for name, part in names.items():
         stem, dot, ending = name.partition(".")
@@ -170,32 +164,34 @@ def _name_patterns() -> list[tuple[re.Pattern[str], str]]:
     return patterns
 
 
-def _stored_config(folder: Path, layers: Layers) -> tuple[Method, PeftConfig]:
-    """The method and the configuration of an adapter folder."""
+def _stored_config(folder: Path, layers: Layers) -> tuple[Kind, PeftConfig]:
+    """The kind and the configuration of an adapter folder."""
     if not (folder / CONFIG).is_file():
         raise Refusal("K-ADAPTER", "no adapter here", file=folder, expected=CONFIG)
     stored = read_json(folder / CONFIG, "K-ADAPTER")
-    kind = stored.pop("peft_type", None)
-    if not isinstance(kind, str) or kind not in METHODS:
-        known = " or ".join(sorted(METHODS))
-        raise Refusal("K-ADAPTER", "not a LoRA", file=folder, key="peft_type", found=kind, expected=known)
-    method = METHODS[kind]
-    if kind == "LORA":
-        method, stored = _translate_lora(stored, layers, folder)
-    known_fields = {f.name for f in dataclasses.fields(method.config)}
+    name = stored.pop("peft_type", None)
+    if name == "LORA" and stored.get("use_dora"):
+        name = DORA
+    if not isinstance(name, str) or name not in ALL_KINDS:
+        known = " or ".join(sorted(ALL_KINDS.keys() - {DORA}))
+        raise Refusal("K-ADAPTER", "not a LoRA", file=folder, key="peft_type", found=name, expected=known)
+    kind = ALL_KINDS[name]
+    if name == "LORA":
+        kind, stored = _translate_lora(stored, layers, folder)
+    known_fields = {f.name for f in dataclasses.fields(kind.config)}
     # Other versions of PEFT have other fields. One that is empty changes nothing; one that is set might.
     if foreign := [key for key in stored if key not in known_fields and stored[key] and key != "runtime_config"]:
         raise Refusal("K-ADAPTER", "settings of unknown meaning", file=folder, key=few(foreign), fix="upgrade peft")
     try:
-        return method, method.config(**{key: value for key, value in stored.items() if key in known_fields})
+        return kind, kind.config(**{key: value for key, value in stored.items() if key in known_fields})
     except Refusal:
         raise
     except (TypeError, ValueError) as error:  # PEFT's own checks
         raise Refusal("K-ADAPTER", f"a setting that PEFT refuses: {error}", file=folder) from error
 
 
-def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Method, dict]:
-    """The method of a configuration of type LORA, and its fields in this package's terms. The authors' repository and
+def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Kind, dict]:
+    """The kind of a configuration of type LORA, and its fields in this package's terms. The authors' repository and
     their PEFT fork keep the type LORA and have fields of their own for the mixer."""
     reference, pattern = stored.pop("lora_use_mixer", False), stored.pop("lora_use_mixer_pattern", None) or {}
     fork = stored.pop("use_moslora", False)
@@ -205,7 +201,7 @@ def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Method,
             raise Refusal("K-ADAPTER", "unknown mixer", file=folder, key=key, found=fork, expected=expected)
         mixed = {name: pattern.get(get_pattern_key(pattern.keys(), name), reference or fork) for name in layers}
         plain = [name for name in layers if not mixed[name]]
-        return METHODS[PEFT_TYPE], stored | {
+        return ALL_KINDS[PEFT_TYPE], stored | {
             "mixer_init": FORK_INITS.get(fork, "kaiming_uniform"),
             # a frozen identity: no mixer
             "mixer_init_pattern": exact_patterns(dict.fromkeys(plain, "identity")),
@@ -217,7 +213,7 @@ def _translate_lora(stored: dict, layers: Layers, folder: Path) -> tuple[Method,
             file=folder, found=few(mixers),
             fix=f'restore the configuration, or set "lora_use_mixer": true in {folder / CONFIG}',
         )  # fmt: skip
-    return METHODS["LORA"], stored | {"mixer_init": "identity"}
+    return ALL_KINDS["LORA"], stored | {"mixer_init": "identity"}
 
 
 def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float] | None, path: Path) -> MosLoraConfig:
@@ -243,14 +239,14 @@ def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float]
     return config_of_layers(settings, {})
 
 
-def _check_layers(method: Method, config: PeftConfig, layers: Layers, path: Path) -> None:
+def _check_layers(kind: Kind, config: PeftConfig, layers: Layers, path: Path) -> None:
     """Refuse layers with missing or unexpected tensors, and targets without a layer."""
     stored_names: dict[str, str] = {}
-    for name, part in method.names.items():
+    for name, part in kind.names.items():
         stored_names.setdefault(part, name.partition(".")[0])
     missing, unexpected = [], []
     for module, tensors in layers.items():
-        needed = method.needed(config, module)
+        needed = kind.needed(config, module, set(tensors))
         missing += [f"{module}.{stored_names[part]}" for part in sorted(needed - tensors.keys())]
         unexpected += [f"{module}.{stored_names.get(part, part)}" for part in sorted(tensors.keys() - needed)]
     all_adapted = isinstance(config.target_modules, set) and not config.exclude_modules

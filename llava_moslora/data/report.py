@@ -25,7 +25,7 @@ BARS = 40
 THUMBNAIL = 192
 
 
-def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int) -> dict:
+def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int, rows: np.ndarray | None = None) -> dict:
     """Counts by source and modality, histograms, padding waste; with what :func:`report_of` counted.
 
     A record's source is the first folder of its image's name (``coco``, ``gqa``, ...), or ``text``.
@@ -33,13 +33,19 @@ def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int) ->
     Args:
         settings: whose groups and weights decide the padding waste, for either order.
         batch_size: records per micro-batch, for the padding waste.
+        rows: int64[n], those that are trained on; default: all. The others are only counted, as ``held_out``.
+            ``records`` and what became of those that were too long or bad are the whole files'.
     """
     counted = report_of(dataset)
-    lengths, trained = np.asarray(dataset["length"][:]), np.asarray(dataset["trained"][:])
-    has_image = np.asarray(dataset["has_image"][:])
+    rows = np.arange(len(dataset)) if rows is None else rows
+    lengths, trained, has_image, file_of = (
+        np.asarray(dataset[name][:])[rows] for name in ("length", "trained", "has_image", "source")
+    )
+    names, shards = dataset["images"][:], dataset["shard"][:]
+    images = [names[row] for row in rows]
     first = [
-        None if not images else ImageRef.parse(images[0]).name if shard else images[0]
-        for images, shard in zip(dataset["images"][:], dataset["shard"][:], strict=True)
+        None if not given else ImageRef.parse(given[0]).name if shards[row] else given[0]
+        for given, row in zip(images, rows, strict=True)
     ]
     source = np.asarray(["text" if name is None else name.split("/")[0] if "/" in name else "." for name in first])
     sources = {
@@ -52,17 +58,22 @@ def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int) ->
     if len(lengths) >= batch_size:
         for order in ("shuffle", "modality_length"):
             ordered = replace(settings, data_order=order)
-            sampler = GlobalBatchSampler.of(dataset, ordered, per_device_batch_size=batch_size)
-            waste[order] = padding_waste(sampler, lengths)
-    shares = settings.data_weights or [1] * (max(dataset["source"][:]) + 1)
+            sampler = GlobalBatchSampler.of(dataset, ordered, per_device_batch_size=batch_size, records=rows)
+            waste[order] = padding_waste(sampler, dataset["length"][:])
+    parts = reports_of(dataset)
+    used = np.bincount(file_of, minlength=len(parts)).tolist()
     files = [
-        {name: part[name] for name in ("file", "formats", "records", "kept")}
-        | {"seen_per_epoch": weight * part["kept"]}
-        for part, weight in zip(reports_of(dataset), shares, strict=True)
+        {name: part[name] for name in ("file", "formats", "records")}
+        | {"kept": count, "held_out": part["kept"] - count, "seen_per_epoch": weight * count}
+        for part, weight, count in zip(parts, settings.data_weights or [1] * len(parts), used, strict=True)
     ]
     return {
         **counted,
-        "images": sum(len(images) for images in dataset["images"][:]),
+        "kept": len(rows),
+        "held_out": len(dataset) - len(rows),
+        "with_images": int(has_image.sum()),
+        "tokens": int(lengths.sum()),
+        "images": sum(map(len, images)),
         "trained_tokens": int(trained.sum()),
         "truncated_share": cut / counted["records"],
         "longest": int(lengths.max()),
@@ -99,6 +110,7 @@ def write_report(
     settings: DataSettings,
     tokenizer: PreTrainedTokenizerFast,
     batch_size: int,
+    rows: np.ndarray | None = None,
     title: str | None = None,
     samples: int = 10,
 ) -> Path:
@@ -107,14 +119,16 @@ def write_report(
     Args:
         settings: that ``dataset`` was prepared with.
         batch_size: records per micro-batch, for the padding waste.
+        rows: int64[n], those that are trained on; default: all. Only they are shown.
         title: of the page; default: the data files.
         samples: records that are shown, drawn at random.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    report = data_report(dataset, settings=settings, batch_size=batch_size)
+    rows = np.arange(len(dataset)) if rows is None else rows
+    report = data_report(dataset, settings=settings, batch_size=batch_size, rows=rows)
     replace_file(folder / "report.json", json.dumps(report, indent=1).encode())
-    chosen = sorted(np.random.default_rng(0).permutation(len(dataset))[:samples].tolist())
+    chosen = sorted(np.random.default_rng(0).permutation(rows)[:samples].tolist())
     files = [Path(one["file"]).name for one in report["files"]]
     shown = [_sample(dataset[k], files, tokenizer, settings) for k in chosen]
     page = folder / "report.html"
@@ -144,6 +158,7 @@ def _page(report: dict, samples: list[str], title: str) -> str:
     facts = {
         name: f"{report[name.replace(' ', '_')]:,}" for name in ("records", "kept", "with images", "images", "tokens")
     }
+    facts |= {"held out": f"{report['held_out']:,}"} if report["held_out"] else {}
     facts |= {
         "trained tokens": f"{report['trained_tokens']:,} ({report['trained_tokens'] / report['tokens']:.1%})",
         "longest record": f"{report['longest']:,} tokens",
@@ -152,11 +167,11 @@ def _page(report: dict, samples: list[str], title: str) -> str:
         "name a control token": f"{report['control_names_as_text']:,}",
         "problems": f"{len(report['problems']):,}",
     }
+    columns = ["records", "kept", *(["held_out"] if report["held_out"] else []), "seen_per_epoch"]
     cut = {"lost trailing turns": "turns_dropped", "answer cut": "answers_cut", "left out": "left_out"}
     tables = [
-        _table("Files", ["file", "format", "records", "kept", "seen per epoch"],
-               [[Path(row["file"]).name, ", ".join(row["formats"]),
-                 *(f"{row[key]:,.0f}" for key in ("records", "kept", "seen_per_epoch"))]
+        _table("Files", ["file", "format", *(column.replace("_", " ") for column in columns)],
+               [[Path(row["file"]).name, ", ".join(row["formats"]), *(f"{row[key]:,.0f}" for key in columns)]
                 for row in report["files"]]),
         _table("Sources", ["source", "records", "tokens", "trained"],
                [[name, *(f"{n:,}" for n in row.values())] for name, row in report["sources"].items()]),

@@ -1,8 +1,11 @@
-"""The validation data of a run: data files of their own, a share of the training files, or both.
+"""Which records a run trains on; its validation data: data files of their own, a share of the training files, or both.
 
 Which records that share is depends on each record's content alone (:func:`llava_moslora.data.tokenise.record_hash`):
 adding, removing or reordering records moves none of the others, and neither does another tokenizer, template or length
 limit. A larger share contains the records of a smaller one, and copies of a record are on one side.
+
+``--data_share`` trains on fewer of the records that are left, another choice for every seed: the same for every method,
+and a larger share contains the smaller ones (the paper's Figure 4).
 """
 
 from __future__ import annotations
@@ -81,7 +84,7 @@ def set_names(settings: DataSettings) -> list[str]:
 
 
 def validation_data(
-    dataset: Dataset, settings: DataSettings, prepare: Callable[[DataSettings], Dataset]
+    dataset: Dataset, settings: DataSettings, prepare: Callable[[DataSettings], Dataset], *, seed: int = 0
 ) -> tuple[np.ndarray, ValidationData | None, dict[str, list[str]]]:
     """The rows of ``dataset`` that are trained on, int64[n] in increasing order; the validation data, if any; and
     ``data``, ``validation``: fingerprints of both (:func:`llava_moslora.data.cache.keys_of`).
@@ -89,15 +92,17 @@ def validation_data(
     Args:
         dataset: of ``settings.data_path``.
         prepare: prepares a data set in the same way.
+        seed: of the order of the records, which also draws ``settings.data_share``.
 
     Raises:
-        Refusal: as ``prepare``; C-FLAG, two names alike; D-NONE, no record of a file falls into the share, or all;
-            D-TWICE, a file is trained on and evaluated.
+        Refusal: as ``prepare``; C-FLAG, two names alike; D-NONE, no record of a file falls into a share, or all into
+            the validation split; D-TWICE, a file is trained on and evaluated.
     """
     names, files = set_names(settings), eval_files(settings)
     rows = np.arange(len(dataset))
     if not names:
-        return rows, None, {"data": keys_of(dataset)}
+        rows = drawn_share(dataset, rows, settings, seed)
+        return rows, None, {"data": keys_of(dataset, rows)}
     sources = np.asarray(dataset["source"][:])
     sets: list[np.ndarray] = []
     keys: list[str] = []
@@ -113,6 +118,7 @@ def validation_data(
                 )  # fmt: skip
         rows = rows[~held_out]
         keys += keys_of(dataset, np.flatnonzero(held_out))
+    rows = drawn_share(dataset, rows, settings, seed)
     trained_keys = keys_of(dataset, rows)
     if files:
         evaluated = _prepare_eval(files, settings, prepare)
@@ -129,9 +135,44 @@ def validation_data(
     return rows, validation, {"data": trained_keys, "validation": keys}
 
 
+def drawn_share(dataset: Dataset, rows: np.ndarray, settings: DataSettings, seed: int) -> np.ndarray:
+    """Of ``rows``, int64[n], the share ``settings.data_share`` of each data file, to the nearest record; in order.
+
+    Each record has a place in a line, from its content and the seed alone; the first ones are taken. So shares of one
+    seed are nested, those of another seed are another choice, and neither follows the validation split.
+
+    Raises:
+        Refusal: D-NONE, no record of a file is left.
+    """
+    if settings.data_share == 1:
+        return rows
+    sources, hashes = (np.asarray(dataset[name][:])[rows] for name in ("source", "hash"))
+    places, chosen = _mixed(hashes.astype(np.uint64), seed), []
+    for number, file in enumerate(settings.data_path):
+        mine = np.flatnonzero(sources == number)
+        wanted = round(settings.data_share * len(mine))
+        if not wanted:
+            raise Refusal(
+                "D-NONE", f"of its {len(mine)} records none is in the share", file=file, key="--data_share",
+                found=settings.data_share, fix="a larger share",
+            )  # fmt: skip
+        chosen.append(mine[np.argsort(places[mine], kind="stable")[:wanted]])
+    return rows[np.sort(np.concatenate(chosen))]
+
+
+def _mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """uint64[n]: other numbers for every seed, by SplitMix64's finaliser (Steele, Lea and Flood 2014)."""
+    z = hashes + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)  # wraps around, as is meant
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
 def _prepare_eval(files: dict[str, str], settings: DataSettings, prepare: Callable[[DataSettings], Dataset]) -> Dataset:
     try:
-        return prepare(replace(settings, data_path=list(files.values()), data_weights=[], validation_split=0.0))
+        return prepare(
+            replace(settings, data_path=list(files.values()), data_weights=[], validation_split=0.0, data_share=1.0)
+        )
     except Refusal as refusal:  # which speaks of training data
         parts = {name: getattr(refusal, name) for name in ("key", "fix")}
         parts = {name: text and text.replace("--data_path", "--eval_data_path") for name, text in parts.items()}

@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
 from multiprocessing import get_context
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from llava_moslora.data.cache import Preparation, describe_file, read_json, using, write_json
 from llava_moslora.data.formats import Record, check_record, column_names
 from llava_moslora.data.images import check_bytes, check_image, load_bytes, load_image
-from llava_moslora.data.sources.container import CheckedImage, RawRecord
+from llava_moslora.data.sources.container import RawRecord
 from llava_moslora.data.sources.source import container_of
 from llava_moslora.errors import Refusal, printable
 from llava_moslora.files.disk import replace_file
@@ -169,7 +170,9 @@ class _Worker:
                 if masked := sum(not turn.trained for turn in record.turns if turn.role == "gpt"):
                     counts["turns_not_trained"] += masked
                 counts["control_names_as_text"] += any(self.control_names.search(turn.text) for turn in record.turns)
-                row = self._row(record, self._usable_images(record, raw.images, part.shard), part.shard, counts)
+                images = usable_images(record, raw, part.shard, self.preparation)
+                with naming(record, file):
+                    row = self._row(record, images, part.shard, counts)
             except Refusal as refusal:
                 problem = {"part": part.number, **as_problem(refusal)}
                 if record is not None and refusal.code.startswith("I-") and not part.shard:  # shards do not change
@@ -187,28 +190,6 @@ class _Worker:
             return iter(part.records)
         check = load_bytes if self.settings.decode_images else check_bytes
         return enumerate(container_of(part.shard).read(part.shard, check))
-
-    def _usable_images(self, record: Record, images: dict[str, CheckedImage], shard: str) -> list[str]:
-        """The record's images as its row names them. Raises the Refusal of the first that cannot be used."""
-        where: dict[str, Any] = {"record": record.index, "record_id": record.id or None}
-        if record.images and not self.preparation.tokens_per_image:
-            raise Refusal(
-                "D-IMAGES", "the record has an image, and there is no vision tower to see it",
-                file=shard or self.preparation.source.name, found=record.images[0],
-                fix="give --vision_tower, or data without images", **where,
-            )  # fmt: skip
-        if not shard:
-            check_image_files(record.images, self.preparation, **where)
-            return list(record.images)
-        for name in record.images:
-            if (image := images.get(name)) is None:
-                raise Refusal(
-                    "I-MISSING", "the shard holds no such image", file=shard, key="image", found=name,
-                    expected="the name of a member next to the record", **where,
-                )  # fmt: skip
-            if image.refusal is not None:
-                raise Refusal(**{**vars(image.refusal), **where})
-        return [str(images[name].ref) for name in record.images]
 
     def _row(self, record: Record, images: list[str], shard: str, counts: Counter) -> dict | None:
         """The record's row, shortened to ``model_max_length``; ``None`` if not even its first question fits."""
@@ -239,6 +220,44 @@ class _Worker:
             "has_image": bool(images),
             "hash": record_hash(record),
         }
+
+
+def usable_images(record: Record, raw: RawRecord, shard: str, preparation: Preparation) -> list[str]:
+    """The record's images as its row names them; ``shard`` is the file that they are in, or ``""``.
+
+    Raises:
+        Refusal: D-IMAGES, there is no vision tower; I-..., the first that cannot be used.
+    """
+    where: dict[str, Any] = {"record": record.index, "record_id": record.id or None}
+    if record.images and not preparation.tokens_per_image:
+        raise Refusal(
+            "D-IMAGES", "the record has an image, and there is no vision tower to see it",
+            file=shard or preparation.source.name, found=record.images[0],
+            fix="give --vision_tower, or data without images", **where,
+        )  # fmt: skip
+    if not shard:
+        check_image_files(record.images, preparation, **where)
+        return list(record.images)
+    for name in record.images:
+        if (image := raw.images.get(name)) is None:
+            raise Refusal(
+                "I-MISSING", "the shard holds no such image", file=shard, key="image", found=name,
+                expected="the name of a member next to the record", **where,
+            )  # fmt: skip
+        if image.refusal is not None:
+            raise Refusal(**{**vars(image.refusal), **where})
+    return [str(raw.images[name].ref) for name in record.images]
+
+
+@contextmanager
+def naming(record: Record, file: str) -> Iterator[None]:
+    """Refusals of a record's turns, which know nothing of data files, name file and record."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal(
+            **{**vars(refusal), "file": file, "record": record.index, "record_id": record.id or None}
+        ) from None
 
 
 def record_hash(record: Record) -> int:

@@ -158,6 +158,8 @@ def _method(adapter: AdapterSettings, backbone: Backbone) -> tuple[str, str]:
     plain as in the authors' own configuration file."""
     if adapter.tune_mm_mlp_adapter or adapter.llm is None:
         raise _Unknown("the LLM has no adapter")
+    if adapter.method not in ("moslora", "lora"):
+        raise _Unknown(f"no row is of --method {adapter.method}")
     starts = {"identity": "", "kaiming_uniform": "kaiming", "orthogonal": "orthogonal"}
     start = starts.get(adapter.llm.mixer_init)
     if start is None or adapter.llm.train_mixer != bool(start):

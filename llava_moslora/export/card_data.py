@@ -145,7 +145,7 @@ def front_matter(
     sets = ["/".join(one.split("/")[:2]) for one in sets]
     tags = [
         *([] if trained.text_only else ["llava"]),
-        *(["moslora"] if uses_mixers(trained) else ["lora"] if trained.adapter else []),
+        *([method_name(trained)] if trained.adapter else []),
     ]
     task = None if target.name == PROJECTOR else ONE_PART.get(target.name, ("", "image-text-to-text"))[1]
     if trained.text_only:
@@ -178,7 +178,13 @@ def uses_mixers(trained: TrainedRun) -> bool:
     """Whether an adapter of the run is one of MoSLoRA and no plain LoRA."""
     towers = (trained.record.adapter.llm, trained.record.adapter.vision)
     mixers = [tower.train_mixer or tower.mixer_init != "identity" for tower in towers if tower]
-    return trained.adapter is not None and any(mixers)
+    return trained.adapter is not None and trained.record.adapter.method == "moslora" and any(mixers)
+
+
+def method_name(trained: TrainedRun) -> str:
+    """The ``--method`` of a run with adapters; ``lora`` where mixers are frozen identities."""
+    method = trained.record.adapter.method
+    return "lora" if method == "moslora" and not uses_mixers(trained) else method
 
 
 def read_scores(output: str | Path, trained: TrainedRun) -> dict[str, Any]:

@@ -68,9 +68,11 @@ def merge_where_used(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
-    base, update = module, None
+    base, update, lengths = module, None, None
     if isinstance(module, BaseTunerLayer):
         base, update = module.get_base_layer(), module.get_delta_weight(ADAPTER_NAME)  # (out, in)
+        if ADAPTER_NAME in getattr(module, "lora_magnitude_vector", ()):
+            lengths = module.lora_magnitude_vector[ADAPTER_NAME].weight  # (out)
     weight = base.weight
     if _is_4bit(base):
         from llava_moslora.adapters.bnb import dequantised
@@ -79,7 +81,11 @@ def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
 
     def rows(begin: int, end: int) -> Tensor:
         block = weight[begin:end].float()
-        return (block if update is None else block + update[begin:end]).to(dtype).float()
+        if update is not None:
+            block = block + update[begin:end]
+        if lengths is not None:  # DoRA's rows have a length of their own
+            block = block * (lengths[begin:end] / block.norm(dim=1))[:, None]
+        return block.to(dtype).float()
 
     return probe.linear_by_rows(x, weight.shape, base.bias, rows)
 

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.export import mapped_weights, probe
 from llava_moslora.export.formats import DEQUANTIZED
 from llava_moslora.export.target import ExportPlan, Target
@@ -18,7 +19,7 @@ from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.inference.generate import Question, batch, first_logits, generate
 from llava_moslora.inference.load import ChatModel, load_run
 from llava_moslora.models.llava import Llava
-from llava_moslora.models.names import part_of
+from llava_moslora.models.names import adapter_tensor, part_of
 from llava_moslora.models.towers import kind_of
 
 MAX_NEW_TOKENS = 16
@@ -49,7 +50,8 @@ def answers_of_run(
         del chat_model  # one model in memory at a time
         chat_model = _load(trained, 16, mapped)
     if target.merged and trained.adapter is not None:
-        if "llm" not in target.merged:
+        # PEFT cannot unload LoHa and LoKr beside a module that it saves whole, as the projector is: merged in place
+        if "llm" not in target.merged or not (METHODS[trained.record.adapter.method].own_layer or mapped):
             _merge_parts(chat_model, target.merged)
         elif mapped:
             mapped_weights.merge_where_used(_base_model(chat_model), dtype)
@@ -96,11 +98,12 @@ def _merge_parts(chat_model: ChatModel, parts: Collection[str]) -> None:
 @torch.no_grad()
 def _round(chat_model: ChatModel, target: Target, plan: ExportPlan, dtype: torch.dtype) -> None:
     """Round the parameters that the export holds in ``dtype``; adapters and a projector with them are float32."""
-    float32 = ("lora_",) if "projector" in target.merged else ("lora_", "modules_to_save")
+    whole = "projector" in target.merged
     for name, parameter in chat_model.model.named_parameters():
         if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4; mapped, as it is stored
             continue
-        if part_of(name) in plan.rounded and not any(word in name for word in float32):
+        kept = adapter_tensor(name) or (not whole and "modules_to_save" in name)
+        if part_of(name) in plan.rounded and not kept:
             parameter.data = parameter.data.to(dtype).float()
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from llava_moslora._version import __version__
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.config import TowerAdapter
 from llava_moslora.data.sources.saved_dataset import HUB
 from llava_moslora.errors import Refusal
-from llava_moslora.export.card_data import Base, base_models, front_matter, license_copies, read_base, uses_mixers
+from llava_moslora.export.card_data import Base, base_models, front_matter, license_copies, method_name, read_base
 from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.target import Target
 from llava_moslora.export.targets.vllm import max_lora_rank
@@ -89,7 +90,8 @@ def _table(rows: list[tuple[str, str]]) -> str:
 def _method(trained: TrainedRun) -> str:
     if trained.adapter is None:
         return "a new projector (stage 1)"
-    return "MoSLoRA (mixture-of-subspaces LoRA)" if uses_mixers(trained) else "LoRA"
+    method = method_name(trained)
+    return "MoSLoRA (mixture-of-subspaces LoRA)" if method == "moslora" else METHODS[method].title
 
 
 def usage(trained: TrainedRun, target: Target, folder: Path) -> str:
@@ -124,11 +126,17 @@ def _trained_rows(trained: TrainedRun) -> list[tuple[str, str]]:
     if trained.adapter is None:
         rows.append(("trained", "the projector alone (stage 1)"))
     elif trained.text_only:
-        rows += [("trained", "adapters"), ("adapters of the LLM", _adapter(adapter.llm))] if adapter.llm else []
+        rows += (
+            [("trained", "adapters"), ("adapters of the LLM", _adapter(adapter.llm, adapter.method))]
+            if adapter.llm
+            else []
+        )
     else:
         rows.append(("trained", f"projector; adapters LLM r {adapter.lora_r}, tower r {adapter.vision_lora_r}"))
         towers = {"LLM": adapter.llm, "tower": adapter.vision}
-        rows += [(f"adapters of the {name}", _adapter(tower)) for name, tower in towers.items() if tower]
+        rows += [
+            (f"adapters of the {name}", _adapter(tower, adapter.method)) for name, tower in towers.items() if tower
+        ]
     steps = [str(trained.manifest["step"]), *([f"of {of}"] if (of := trained.manifest.get("of")) else [])]
     schedule = [str(value(name)) for name in ("lr_scheduler_type", "optim") if value(name)]
     rows += [
@@ -141,8 +149,9 @@ def _trained_rows(trained: TrainedRun) -> list[tuple[str, str]]:
     return rows
 
 
-def _adapter(tower: TowerAdapter) -> str:
-    mixer = f"mixers {'trained' if tower.train_mixer else 'frozen'}, {tower.mixer_init} at first"
+def _adapter(tower: TowerAdapter, method: str) -> str:
+    mixer = "" if method == "moslora" else METHODS[method].title
+    mixer = mixer or f"mixers {'trained' if tower.train_mixer else 'frozen'}, {tower.mixer_init} at first"
     where = ", ".join(tower.target_modules) or "every linear"
     return f"rank {tower.r}, alpha {tower.lora_alpha:g}, dropout {tower.lora_dropout:g}; {mixer}; {where}"
 
@@ -157,12 +166,15 @@ def _data(trained: TrainedRun) -> str:
     for one in report["files"]:
         share = one["seen_per_epoch"] / (one["kept"] or 1)
         often = "" if share == 1 else f", each seen {share:g} times per epoch"
-        lines.append(f"- `{_file_name(one['file'])}`: {one['kept']:,} records of {one['records']:,}{often}")
+        held_out = f"; {one['held_out']:,} held out for validation" if one.get("held_out") else ""
+        lines.append(f"- `{_file_name(one['file'])}`: {one['kept']:,} records of {one['records']:,}{often}{held_out}")
     data = trained.record.data
     images = "" if trained.text_only else f"{report['images']:,} images and "
     total = f"In all {images}{report['trained_tokens']:,} tokens{'' if data.train_on_prompt else ' of answers'}."
-    if data.validation_split:
+    if data.validation_split and "held_out" not in report:  # of an earlier version, which counted them
         total += f" Of these records a share of {data.validation_split:g} was held out and not trained on."
+    if data.data_share < 1:
+        total += f" Of the records that were left a share of {data.data_share:g} was trained on."
     return "\n".join([*lines, "", total])
 
 

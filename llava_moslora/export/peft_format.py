@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections import Counter
@@ -10,31 +11,39 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig, PeftConfig
 
-from llava_moslora.adapters.fold import Adapter, LowRank, named_tensors, save_config
+from llava_moslora.adapters.fold import Adapter, LowRank, Update, named_tensors, save_config
+from llava_moslora.adapters.kinds import DoraUpdate, PeftUpdate
 from llava_moslora.export.writer import PlannedTensor, WeightFiles
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """The folder ``name`` of an export: a plain LoRA over one part.
+    """The folder ``name`` of an export: a plain LoRA over one part, or a method of PEFT's own.
 
     Attributes:
-        layers: by module name of the base, without a mixer.
+        layers: by module name of the base, all of one kind; LoRAs without a mixer.
         base: the base's folder, as ``base_model_name_or_path``.
         depth: layers of the base, see :func:`adapter_config`. task: PEFT's ``task_type``.
     """
 
     name: str
-    layers: Mapping[str, LowRank]
+    layers: Mapping[str, Update]
     base: str
     depth: int | None = None
     task: str | None = None
 
     @property
-    def config(self) -> LoraConfig:
-        return adapter_config(self.layers, self.base, depth=self.depth, task=self.task)
+    def config(self) -> PeftConfig:
+        stock = {name: layer for name, layer in self.layers.items() if isinstance(layer, PeftUpdate)}
+        if stock:
+            return _stock_config(stock, self.base, self.task)
+        turned = {name: layer.direction for name, layer in self.layers.items() if isinstance(layer, DoraUpdate)}
+        plain = {name: layer for name, layer in self.layers.items() if isinstance(layer, LowRank)}
+        config = adapter_config(turned or plain, self.base, depth=self.depth, task=self.task)
+        config.use_dora = bool(turned)
+        return config
 
     @property
     def weights(self) -> WeightFiles:
@@ -75,6 +84,20 @@ def adapter_config(layers: Mapping[str, LowRank], base: str, *, depth: int | Non
     adapted = sorted({int(m[1]) for name in layers if (m := re.search(r"\blayers\.(\d+)\.", name))})
     if depth is not None and adapted != list(range(depth)):
         config.layers_to_transform, config.layers_pattern = adapted, "layers"
+    return config
+
+
+def _stock_config(layers: Mapping[str, PeftUpdate], base: str, task: str | None) -> PeftConfig:
+    """As :func:`adapter_config`, of a method of PEFT's own; the configuration names the layers one by one."""
+    config = copy.copy(next(iter(layers.values())).config)
+    for setting, field in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
+        if not isinstance(config, AdaLoraConfig):  # which has one for all
+            values = {name: getattr(layer.config, setting) for name, layer in layers.items()}
+            usual = Counter(values.values()).most_common(1)[0][0]
+            setattr(config, setting, usual)
+            setattr(config, field, {re.escape(name): value for name, value in values.items() if value != usual})
+    config.target_modules, config.inference_mode = sorted(layers), True
+    config.task_type, config.base_model_name_or_path = task, base
     return config
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.errors import Refusal
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles
@@ -88,4 +89,14 @@ def check_adapters(trained: TrainedRun, name: str) -> None:
         raise Refusal(
             "C-FORMAT", "stage 1 trains the projector and no adapters", file=trained.run, key=f"--format {name}",
             fix="--format projector",
+        )  # fmt: skip
+
+
+def check_lora(trained: TrainedRun, name: str) -> None:
+    """Refuse (C-FORMAT) a target of plain LoRAs for a run whose adapters are no product of A and B."""
+    row = METHODS[trained.record.adapter.method]
+    if trained.adapter is not None and not row.own_layer:
+        raise Refusal(
+            "C-FORMAT", "its readers know plain LoRA only", file=trained.run, key=f"--format {name}",
+            found=f"--method {trained.record.adapter.method}", fix="--format hf (merged), or peft (as PEFT's own kind)",
         )  # fmt: skip

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from llava_moslora.adapters.fold import LowRank, Update, fold_layers
 from llava_moslora.adapters.load import read_adapter
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.errors import Refusal, few
 from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.export.writer import PlannedTensor
@@ -105,6 +106,22 @@ class TrainedRun:
             rows = self.llm_config.vocab_size
             layers[LM_HEAD] = replace(head, b=head.b.then(lambda b: b[:rows], shape=(rows, head.rank)))
         return layers
+
+    def peft_updates(self, *parts: str) -> Mapping[str, Update]:
+        """What stock PEFT can load over the original base: :meth:`loras`, or a method of PEFT's own as it is.
+
+        Raises:
+            Refusal: C-FORMAT, such a method on an LM head with rows for appended tokens.
+        """
+        if METHODS[self.record.adapter.method].own_layer:
+            return self.loras(*parts)
+        updates = self.updates(*parts)
+        if LM_HEAD in updates and self.vocabulary > self.llm_config.vocab_size:
+            raise Refusal(
+                "C-FORMAT", "the adapter of the LM head has rows for appended tokens, the original head has not",
+                file=self.run, key="--format peft", fix="--format hf",
+            )  # fmt: skip
+        return updates
 
     def llm_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
         """The LLM's tensors, with rows for appended tokens, and a head of its own where it was tied.
@@ -199,6 +216,12 @@ def open_trained(
         raise Refusal(
             "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
             expected=ORIGINAL, fix="leave the flag out",
+        )  # fmt: skip
+    row = METHODS[record.adapter.method]
+    if merge_base == DEQUANTIZED and not row.own_layer:
+        raise Refusal(
+            "C-FLAG", f"{row.title} is merged into the original weights only", file=run, key="--merge_base",
+            found=merge_base, expected=ORIGINAL, fix="leave the flag out",
         )  # fmt: skip
     text_only, llm_folder = record.model.text_only, Path(llm or record.model.model_name_or_path)
     if text_only and vision_tower:

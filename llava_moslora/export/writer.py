@@ -26,6 +26,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import fsync, read_json, write_json
 from llava_moslora.files.tensors import LazyTensor, in_memory
 from llava_moslora.models.llm import with_old_rope
+from llava_moslora.models.names import adapter_tensor
 
 SHARD_BYTES = 2 * 1024**3
 BLOCK = 4 * 1024**2  # elements that are merged at a time
@@ -154,7 +155,7 @@ def _write_file(file: Path, tensors: list[PlannedTensor], dtype: torch.dtype, ba
 
 
 def merged_blocks(planned: PlannedTensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The tensor in blocks of its first dimension: weight + ΔW, summed in float32 and rounded once to ``dtype``.
+    """The tensor in blocks of its first dimension: with its adapter, in float32, rounded once to ``dtype``.
 
     Raises:
         Refusal: K-NONFINITE, the tensor would hold NaN or Inf.
@@ -165,7 +166,7 @@ def merged_blocks(planned: PlannedTensor, dtype: torch.dtype) -> Iterator[Tensor
     for begin in range(0, len(base), step):
         stored = rows = base[begin : begin + step]
         if update is not None:
-            rows = (rows.float() + update.delta_rows(begin, begin + len(rows))).float()
+            rows = update.merged_rows(rows, begin).float()
         rounded = rows.to(dtype).contiguous()
         check_finite(planned.name, stored, update, rows, rounded)
         yield rounded
@@ -181,7 +182,7 @@ def check_finite(name: str, stored: Tensor, update: Update | None, rows: Tensor,
     if rounded.isfinite().all():
         return
     if not stored.isfinite().all():
-        where = "in the adapter" if ".lora_" in name else "in the base or the projector"
+        where = "in the adapter" if adapter_tensor(f"{name}.") else "in the base or the projector"
         found, fix = f"{_not_finite(stored)} {where}", "download the base again, or export an earlier checkpoint"
     elif factors := [value for t in (update.tensors if update else {}).values() if (value := _not_finite(t.read()))]:
         found = f"{factors[0]} in the adapter"

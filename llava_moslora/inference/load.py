@@ -18,7 +18,7 @@ from llava_moslora.files.manifest import MANIFEST
 from llava_moslora.models.assemble import assemble
 from llava_moslora.models.llava_folder import is_llava_folder
 from llava_moslora.models.llm import read_llm_config
-from llava_moslora.models.names import ADAPTER_NAME
+from llava_moslora.models.names import ADAPTER_NAME, adapter_tensor
 from llava_moslora.models.projector import read_projector
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
@@ -154,7 +154,7 @@ def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
             model, str(checkpoint / "adapter"), adapter_name=ADAPTER_NAME, autocast_adapter_dtype=True
         )
         for name, parameter in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
+            if adapter_tensor(name) or "modules_to_save" in name:
                 parameter.data = parameter.data.to(dtype)
         return model
     config = model.config

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig
+from llava_moslora.adapters.methods import method_config
 from llava_moslora.config import AdapterSettings, TowerAdapter
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava import Llava, TextLlm
@@ -19,15 +18,15 @@ FLAG_PREFIX = {LLM: "--", LLM_ALONE: "--", VISION_TOWER: "--vision_"}
 
 
 def add_adapters(model: Llava | TextLlm, settings: AdapterSettings) -> PeftModel:
-    """One MoSLoRA adapter over the whole model, the vision tower's settings as patterns; all of the projector. Of an
-    LLM alone (``settings.vision`` must be None), its adapter.
+    """One adapter of ``settings.method`` over the whole model, the vision tower's settings as patterns; all of the
+    projector. Of an LLM alone (``settings.vision`` must be None), its adapter.
 
     The tower's unused last layer is not in the model, so every adapter gets a gradient. All trainable tensors get the
     model's dtype: ZeRO-3 asserts a single one.
 
     Raises:
         Refusal: C-FLAG, no adapter asked for; C-TARGET, a target that matches no linear; C-RANK, a rank above a
-            linear's smaller side; whatever :class:`MosLoraConfig` refuses.
+            linear's smaller side; whatever the configuration of the method refuses.
     """
     text_only = isinstance(model, TextLlm)
     asked = ((LLM_ALONE if text_only else LLM, settings.llm), (VISION_TOWER, settings.vision))
@@ -36,16 +35,12 @@ def add_adapters(model: Llava | TextLlm, settings: AdapterSettings) -> PeftModel
         _check_rank(model, tower, adapter)
     if not towers:
         raise Refusal("C-FLAG", "no adapter asked for", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
-    main = next(iter(towers.values()))
-    values: dict[str, Any] = {setting: getattr(main, setting) for setting in PATTERN_FIELDS}
-    if len(towers) == 2:
-        pattern, vision = rf"{re.escape(VISION_TOWER)}\..*", towers[VISION_TOWER]
-        values |= {key: {pattern: getattr(vision, setting)} for setting, key in PATTERN_FIELDS.items()}
-    config = MosLoraConfig(
-        **values,
+    main, *others = towers.values()
+    config = method_config(
+        settings.method, main, {rf"{re.escape(VISION_TOWER)}\..*": other for other in others},
         target_modules="|".join(_target_regex(model, tower, adapter) for tower, adapter in towers.items()),
         modules_to_save=None if text_only else [PROJECTOR],
-    )
+    )  # fmt: skip
     if VISION_TOWER in towers and is_deepspeed_zero3_enabled():
         # ZeRO-3 frees an adapted layer's weights by a backward hook on its inputs. The images ask for no gradient,
         # and on inputs without one torch fires that hook before the layer's backward instead of after it.
@@ -113,6 +108,7 @@ def _target_regex(model: nn.Module, tower: str, adapter: TowerAdapter) -> str:
 def parameter_table(model: nn.Module) -> str:
     """A row per part: its parameters, those trained, and those of them in mixers; also right under ZeRO-3."""
     titles = {"llm": "LLM", "vision_tower": "vision tower", "projector": "projector", "lm_head": "LM head"}
+    titles |= {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
     count = {part: [0, 0, 0] for part in titles}
     for name, parameter in model.named_parameters():
         if "original_module" in name:  # PEFT keeps the projector as it was loaded, next to the trained copy

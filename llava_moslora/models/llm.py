@@ -191,6 +191,9 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
     llm.config.name_or_path = str(folder)
     left = info["missing_keys"] - ({HEAD_WEIGHT} if config.tie_word_embeddings else set())
     assert not left, f"compared, yet missing: {sorted(left)[:3]}"
+    for module in llm.modules() if bits == 4 else ():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack weights at the first eval forward
+            module.support_avx512bf16_for_cpu = False
     return llm
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.flops import Flops
+from llava_moslora.models.names import adapter_tensor
 from llava_moslora.planning.setting import Model, Zero
 
 # --optim → bytes of its state per trained number; others keep two float32 as AdamW does
@@ -62,7 +63,7 @@ def count(model: Model) -> Counts:
         frozen=sum(p.numel() for p in frozen),
         nf4=tuple(in_nf4.values()),
         trained=trained,
-        merged=sum(p.numel() for name, p in named if "lora_" not in name and "original_module" not in name),
+        merged=sum(p.numel() for name, p in named if not (adapter_tensor(name) or "original_module" in name)),
         sizes=tuple(p.numel() for p in whole.parameters() if id(p) not in in_nf4),
         flops=Flops.of(whole),
     )

@@ -150,14 +150,15 @@ def input_paths(
     if tower.startswith(OPEN_CLIP):
         arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")
         tower = where if at else arch
+    files = [("--data_path", path) for path in data.data_path]
+    files += [("--eval_data_path", path) for path in eval_files(data).values()]
+    files += [("--sample_questions", path) for path in [args.sample_questions] if path]
     given: list[tuple[str, str | None]] = [
         ("--model_name_or_path", model.model_name_or_path),
         ("--vision_tower", tower if os.path.exists(tower) else None),  # not one of open_clip's tags
         ("--pretrain_mm_mlp_adapter", model.pretrain_mm_mlp_adapter),
-        *(("--data_path", path) for path in data.data_path if "://" not in path and not is_hub(path)),
-        *(("--eval_data_path", path) for path in eval_files(data).values() if "://" not in path and not is_hub(path)),
+        *((flag, path) for flag, path in files if "://" not in path and not is_hub(path)),
         ("--image_folder", data.image_folder),
-        ("--sample_questions", args.sample_questions),
         ("--sample_image_folder", args.sample_image_folder),
         ("--deepspeed", args.deepspeed),
         ("--config", early(argv).config),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import read_json, write_json
 from llava_moslora.files.tensors import save_tensors
 from llava_moslora.models.names import ADAPTER_NAME, standalone_name
-from llava_moslora.training.optimizer_state import SCALAR_DTYPE, frozen_mixers, trained_parameters
+from llava_moslora.training.optimizer_state import SCALAR_DTYPE, frozen_factors, trained_parameters
 
 ADAPTER_FILE, PROJECTOR_FILE = "adapter/adapter_model.safetensors", "projector/model.safetensors"
 OPTIMIZER_FILE, POSITION_FILE = "optimizer.safetensors", "position.json"
@@ -22,7 +23,7 @@ FIRST_FORMAT = "adam_steps"  # a key that position.json has in checkpoints of th
 
 
 def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
-    """The trained tensors and the frozen mixers: one adapter over the whole model, the projector included; in stage 1
+    """The trained tensors and the frozen factors: one adapter over the whole model, the projector included; in stage 1
     the projector alone."""
     if isinstance(model, PeftModel):
         place, what = (folder / ADAPTER_FILE).parent, [ADAPTER_NAME]
@@ -56,10 +57,8 @@ def read_trained(checkpoint: Path, model) -> dict[str, Tensor]:
     """
     adapted = isinstance(model, PeftModel)
     file = checkpoint / (ADAPTER_FILE if adapted else PROJECTOR_FILE)
-    expected = trained_parameters(model) | ({} if FIRST_FORMAT in _position(checkpoint) else frozen_mixers(model))
-    saved = {name: saved_name(name) for name in expected}
-    if not adapted:
-        saved = {name: other.removeprefix("model.") for name, other in saved.items()}
+    expected = trained_parameters(model) | ({} if FIRST_FORMAT in _position(checkpoint) else frozen_factors(model))
+    saved = saved_names(model, expected) if adapted else {name: name.removeprefix("model.") for name in expected}
     shapes = shapes_of(model)
     stored = _read(file, {other: (shapes[name], torch.float32) for name, other in saved.items()})
     return {name: stored[other] for name, other in saved.items()}
@@ -86,14 +85,22 @@ def read_optimizer(checkpoint: Path, created: dict[str, Tensor]) -> tuple[dict[s
 
 
 def shapes_of(model) -> dict[str, tuple[int, ...]]:
-    """Of the trained parameters and the frozen mixers, also of those that ZeRO-3 holds as empty shards."""
-    parameters = trained_parameters(model) | frozen_mixers(model)
+    """Of the trained parameters and the frozen factors, also of those that ZeRO-3 holds as empty shards."""
+    parameters = trained_parameters(model) | frozen_factors(model)
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
 
 
-def saved_name(name: str) -> str:
-    """PEFT's name of a trained tensor in a file, from its name in the model."""
-    return name.replace(f".modules_to_save.{ADAPTER_NAME}", "").replace(f".{ADAPTER_NAME}.", ".")
+def saved_names(model: PeftModel, names: Iterable[str]) -> dict[str, str]:
+    """Names of tensors in the model → PEFT's names of them in a file, which it has other rules for in each method.
+
+    PEFT is asked with a number in place of each tensor.
+    """
+    asked = {name: torch.tensor(number) for number, name in enumerate(names)}
+    saved = get_peft_model_state_dict(model, asked, ADAPTER_NAME, save_embedding_layers=False)
+    names_by_number = list(asked)
+    result = {names_by_number[int(number)]: other for other, number in saved.items()}
+    assert result.keys() == asked.keys(), "PEFT leaves a tensor of this run out of its file"
+    return result
 
 
 def _position(checkpoint: Path) -> dict:

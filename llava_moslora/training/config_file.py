@@ -1,4 +1,4 @@
-"""Reads the file of ``--config``, YAML or JSON, with every value as the text that is written.
+"""Reads the file of ``--config``, or another in YAML or JSON, with every value as the text that is written.
 
 YAML 1.1 reads ``2025_11_03`` as 20251103, ``0012`` as 10, ``no`` as False and ``1:30`` as 90. Here the command line's
 parser converts the text to the type of its flag. A flag whose value is ``null`` counts as not given.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,8 +26,26 @@ def read_config(path: Path) -> dict[str, str | list[str]]:
         Refusal: C-PATH, there is no such file, or it cannot be read; C-PARSE, not a mapping in UTF-8, a key twice, a
             tag or an alias, ``null`` or a list inside a list.
     """
+    node = _mapping(path, "--config", "flags to values")
+    given = {key: value for key, value in _pairs(node, path).items() if not _is_null(value)}
+    return {key: _as_text(value, key, path) for key, value in given.items()}
+
+
+def read_texts(path: Path, key: str, what: str) -> dict[str, Any]:
+    """Mappings, lists and texts as they are nested in the file; None where nothing or ``null`` is written.
+
+    Args:
+        key: that names the file on the command line. what: the file maps, for the refusal.
+
+    Raises:
+        Refusal: C-PATH, C-PARSE, as :func:`read_config`.
+    """
+    return _nested(_mapping(path, key, what), path)
+
+
+def _mapping(path: Path, key: str, what: str) -> yaml.MappingNode:
     if not path.is_file():
-        raise Refusal("C-PATH", "no such file", file=path, key="--config")
+        raise Refusal("C-PATH", "no such file", file=path, key=key)
     try:
         if (size := path.stat().st_size) > LARGEST:
             expected = f"at most {LARGEST} bytes: one line for each flag"
@@ -35,14 +54,13 @@ def read_config(path: Path) -> dict[str, str | list[str]]:
         node = _TextLoader(text).get_single_node()  # JSON is YAML
         if not isinstance(node, yaml.MappingNode):
             found = "nothing" if node is None else node.id
-            raise Refusal("C-PARSE", "not a mapping of flags to values", file=path, found=found)
-        given = {key: value for key, value in _pairs(node, path).items() if not _is_null(value)}
-        return {key: _as_text(value, key, path) for key, value in given.items()}
+            raise Refusal("C-PARSE", f"not a mapping of {what}", file=path, found=found)
+        return node
     except UnicodeDecodeError as error:
         found = f"byte 0x{error.object[error.start]:02x} at {error.start}"
         raise Refusal("C-PARSE", "not UTF-8", file=path, found=found, fix="save the file as UTF-8") from error
     except OSError as error:
-        raise Refusal("C-PATH", "cannot be read", file=path, key="--config", found=error.strerror) from error
+        raise Refusal("C-PATH", "cannot be read", file=path, key=key, found=error.strerror) from error
     except (yaml.YAMLError, RecursionError) as error:
         raise Refusal("C-PARSE", "neither YAML nor JSON", file=path, found=error) from error
 
@@ -59,6 +77,14 @@ class _TextLoader(yaml.SafeLoader):
         if node.tag not in (STR, SEQ, MAP):
             raise yaml.YAMLError(f"the tag {node.tag}, which is not read here")
         return node
+
+
+def _nested(node: yaml.Node, path: Path) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return {key: _nested(value, path) for key, value in _pairs(node, path).items()}
+    if isinstance(node, yaml.SequenceNode):
+        return [_nested(value, path) for value in node.value]
+    return None if _is_null(node) else node.value
 
 
 def _pairs(node: yaml.MappingNode, path: Path) -> dict[str, yaml.Node]:

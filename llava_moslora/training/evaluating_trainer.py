@@ -86,6 +86,12 @@ class EvaluatingTrainer(Trainer):
             add_facts(folder, validation_facts(self.args, self.state))
         return is_best or self.control.should_save  # early stopping and signals save a step that is not the best
 
+    def _compare_with_best(self) -> None:
+        """To be called before a checkpoint is written. With --save_strategy epoch the last step of an epoch is
+        evaluated first, as a step, and saved later, at the end of the epoch: it may be the best too."""
+        if metrics := evaluation_at(self.state, self.state.global_step):
+            super()._determine_best_metric(metrics, None)
+
     def evaluate_first(self) -> None:
         """Before the first step of this call: what ``--eval_on_start`` asks for, or the evaluation that a signal kept
         the run from at the step from which it is resumed."""

@@ -1,7 +1,7 @@
 """The float32 weights and the optimizer's state of a run, read and written independently of ZeRO stage and world size.
 
 For each trained parameter, unpartitioned: the float32 master weight and what the optimizer keeps for it (Adam: two
-moments and a step count), in the optimizer's own dtypes; also the frozen mixers, and the state of the fp16 loss scale.
+moments and a step count), in the optimizer's own dtypes; also the frozen factors, and the state of the fp16 loss scale.
 DeepSpeed's own checkpoints are not used: they are pickles, and another stage or world size cannot read them.
 """
 
@@ -58,14 +58,14 @@ class TrainState:
             master.data.copy_(parameters[name])
 
     def masters(self) -> dict[str, Tensor]:
-        """Every trained parameter and every frozen mixer, unpartitioned, float32, on the CPU. Collective."""
+        """Every trained parameter and every frozen factor, unpartitioned, float32, on the CPU. Collective."""
         if not self.partitioned:
             masters = {name: _to_cpu(tensor, torch.float32) for name, tensor in self._stepped_tensors.items()}
         else:
             from deepspeed.utils import safe_get_full_fp32_param  # imported here: not needed without DeepSpeed
 
             masters = {n: _to_cpu(safe_get_full_fp32_param(p), torch.float32) for n, p in self.parameters.items()}
-        frozen = frozen_mixers(self.model)
+        frozen = frozen_factors(self.model)
         with _gathered(frozen.values()):
             return masters | {name: _to_cpu(parameter, torch.float32) for name, parameter in frozen.items()}
 
@@ -116,8 +116,8 @@ class TrainState:
 
     def restore(self, masters: dict[str, Tensor], state: dict[str, Tensor], loss_scale: dict | None) -> None:
         """Set what :meth:`masters`, :meth:`optimizer_state` and :meth:`loss_scale` returned, under any stage and world
-        size. Frozen mixers that are not in ``masters`` stay as they are. Collective; before the first step."""
-        if differing := set(masters) - set(frozen_mixers(self.model)) ^ set(self.parameters):
+        size. Frozen factors that are not in ``masters`` stay as they are. Collective; before the first step."""
+        if differing := set(masters) - set(frozen_factors(self.model)) ^ set(self.parameters):
             raise KeyError(f"other parameters: {sorted(differing)[:4]}")
         if self.partitioned:
             self._restore_partitioned(masters, state)
@@ -209,9 +209,10 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def frozen_mixers(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Mixers that were drawn at random for this run and are not trained."""
-    return {name: p for name, p in model.named_parameters() if ".lora_mixer." in name and not p.requires_grad}
+def frozen_factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parts of the adapters that were drawn or computed for this run and are not trained: mixers, LoRA-XS' A and B,
+    PiSSA's start."""
+    return {name: p for name, p in model.named_parameters() if ".lora_" in name and not p.requires_grad}
 
 
 def trained_count(model: nn.Module) -> int:

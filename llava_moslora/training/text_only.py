@@ -31,27 +31,43 @@ def check_text_only(
         model: whose parts are named. training: values of the training flags by name.
 
     Raises:
-        Refusal: C-FLAG, without a vision tower a flag about images that is not at its default, or no adapter; with
-            one ``--train_on_prompt``.
+        Refusal: as :func:`check_flags_of_images`; C-FLAG, a run on text alone without an adapter.
+    """
+    check_flags_of_images(model, data, adapter, training)
+    if not model.text_only:
+        return adapter
+    if adapter.llm is None:
+        raise Refusal("C-FLAG", "nothing to train", key="--lora_r", found=0, expected="above 0")
+    return replace(adapter, vision_lora_r=0)
+
+
+def check_flags_of_images(
+    model: ModelSettings,
+    data: DataSettings,
+    adapter: AdapterSettings | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Check the flags that depend on whether there is a vision tower; the last two may not have been asked for.
+
+    Raises:
+        Refusal: C-FLAG, without a vision tower a flag about images that is not at its default; with one
+            ``--train_on_prompt``.
     """
     if not model.text_only:
         if data.train_on_prompt:
             raise Refusal("C-FLAG", "is for an LLM without a vision tower", key="--train_on_prompt", fix="leave it out")
-        return adapter
-    given = asdict(model) | asdict(data) | asdict(adapter) | dict(training)
+        return
+    given = asdict(model) | asdict(data) | asdict(adapter or AdapterSettings()) | dict(training or {})
     for settings, names in VISION_FLAGS.items():
         for f in fields(settings):
             default = [] if f.default is MISSING else f.default  # a list's is made anew
-            if f.name in names and given[f.name] != default:
+            if f.name in names and given.get(f.name, default) != default:
                 _refuse(f.name, given[f.name])
     vision_rank = next(f.default for f in fields(AdapterSettings) if f.name == "vision_lora_r")
-    if adapter.vision_lora_r not in (0, vision_rank):
-        _refuse("vision_lora_r", adapter.vision_lora_r)
+    if given["vision_lora_r"] not in (0, vision_rank):
+        _refuse("vision_lora_r", given["vision_lora_r"])
     if model.version == STAGE_1_TEMPLATE:
         _refuse("version", model.version)
-    if adapter.llm is None:
-        raise Refusal("C-FLAG", "nothing to train", key="--lora_r", found=0, expected="above 0")
-    return replace(adapter, vision_lora_r=0)
 
 
 def _refuse(name: str, value: object) -> None:

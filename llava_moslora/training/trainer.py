@@ -10,10 +10,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.optimizers import create_riemannian_optimizer
 from torch import distributed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from llava_moslora.adapters.adalora import OrthogonalityTerm, is_adalora
 from llava_moslora.adapters.kernel import triton_enabled
 from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
@@ -35,7 +37,7 @@ from llava_moslora.training.checkpoint import read_optimizer, read_trained, writ
 from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingTrainer
 from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
-from llava_moslora.training.optimizer_state import TrainState, frozen_mixers, trained_parameters
+from llava_moslora.training.optimizer_state import TrainState, frozen_factors, trained_parameters
 from llava_moslora.training.random_state import random_state, set_random_state
 from llava_moslora.training.throughput import Throughput
 from llava_moslora.training.validation import validation_facts
@@ -67,13 +69,13 @@ class MosLoraTrainer(EvaluatingTrainer):
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
         if self.args.loss_average == "micro_batch":
             self.model_accepts_loss_kwargs = False  # without a token count the model averages over its micro-batch
-        if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
-            from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
-
-            inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            fuse_layers(getattr(inner.model, "language_model", inner.model))  # of an LLM alone, the model itself
+        # A loss over the global batch's tokens is added up over micro-batches and ranks, another one averaged
+        summed = self.model_accepts_loss_kwargs and self.args.average_tokens_across_devices
+        parts = (self.args.gradient_accumulation_steps or 1) if self.model_accepts_loss_kwargs else 1
+        share = 1 / (parts * (self.args.world_size if summed else 1))
+        self.orthogonality = OrthogonalityTerm(self.model, share) if is_adalora(self.model) else None
+        self.throughput = self.prepare_model()
         self.finite_check = FiniteCheck(self.args.run_folder)
-        self.throughput = Throughput(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # added by callbacks to the next row of the log
         for callback in (PrinterCallback, ProgressCallback, TensorBoardCallback):
             self.pop_callback(callback)
@@ -86,6 +88,15 @@ class MosLoraTrainer(EvaluatingTrainer):
             self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_threshold))
         self.add_callback(Curves(self.args.run_folder))
         self.add_callback(EvaluateFirst(self))  # the last: its evaluations are shown by the others
+
+    def prepare_model(self) -> Throughput:
+        """What only an LLM has: fused layers, and FLOPs by its tokens."""
+        if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
+            from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
+
+            inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            fuse_layers(getattr(inner.model, "language_model", inner.model))  # of an LLM alone, the model itself
+        return Throughput(self.model, self.args.device)
 
     def get_train_dataloader(self) -> TrainDataLoader:
         """Not prepared by accelerate, which would shard and pad the records again."""
@@ -120,9 +131,14 @@ class MosLoraTrainer(EvaluatingTrainer):
             decay = self.args.weight_decay if dimensions(parameter) > 1 else 0.0
             groups.setdefault((self.learning_rate_of(name), decay), []).append(parameter)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = optimizer_class(
-            [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()], **settings
-        )
+        made = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+        if self.args.riemannian:
+            self.optimizer = create_riemannian_optimizer(self.model, optimizer_class, **settings)
+            self.optimizer.param_groups.clear()
+            for group in made:
+                self.optimizer.add_param_group(group)
+        else:
+            self.optimizer = optimizer_class(made, **settings)
         return self.optimizer
 
     def learning_rate_of(self, name: str) -> float:
@@ -132,6 +148,8 @@ class MosLoraTrainer(EvaluatingTrainer):
             rate = args.vision_lr
         if "lora_mixer" in name and args.mixer_lr is not None:
             rate = args.mixer_lr
+        if ".lora_B." in name:
+            rate *= args.lora_plus_ratio
         if part_of(name) == "projector" and args.mm_projector_lr is not None:
             rate = args.mm_projector_lr
         return rate
@@ -142,11 +160,15 @@ class MosLoraTrainer(EvaluatingTrainer):
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         records = [batch.pop("record").tolist() for batch in batches]
         for batch, numbers in zip(batches, records, strict=True):
-            labels = len(batch["label_positions"])
-            check_labels(labels, numbers)
-            self.throughput.add(batch.pop("lengths").tolist(), labels, images=len(batch.get("pixel_values", ())))
+            self.count(batch, numbers)
         self.finite_check.begin_step(records)
         return batches, tokens
+
+    def count(self, batch: dict, records: list[int]) -> None:
+        """Check a micro-batch that is about to be trained, and count it for the throughput."""
+        labels = len(batch["label_positions"])
+        check_labels(labels, records)
+        self.throughput.add(batch.pop("lengths").tolist(), labels, images=len(batch.get("pixel_values", ())))
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Trained tokens of the global batch, counted on the CPU; the Trainer's own count would wait for the device."""
@@ -197,6 +219,9 @@ class MosLoraTrainer(EvaluatingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput since the last log, and what callbacks have measured."""
         if "loss" in logs:
+            if self.orthogonality is not None:
+                term = self.orthogonality.take()
+                logs |= {"cross_entropy": logs["loss"] - term, "orthogonality": term}
             logs |= self.throughput.rates() | self.extra_logs
             self.extra_logs = {}
         super().log(logs, start_time)
@@ -204,6 +229,7 @@ class MosLoraTrainer(EvaluatingTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Publish ``checkpoint-N``: the float32 masters of what is trained, the optimizer's and the Trainer's state."""
         self.watchdog.report_progress()
+        self._compare_with_best()
         train_state = self._train_state()
         masters, optimizer_state = train_state.masters(), train_state.optimizer_state()
 
@@ -247,7 +273,7 @@ class MosLoraTrainer(EvaluatingTrainer):
             checkpoint, self.saved_step = Path(resume_from_checkpoint), self.state.global_step
             train_state.create_optimizer_state()
             masters = read_trained(checkpoint, self.model)
-            if (redrawn := len(frozen_mixers(self.model).keys() - masters.keys())) and rank() == 0:
+            if (redrawn := len(frozen_factors(self.model).keys() - masters.keys())) and rank() == 0:
                 print(f"{checkpoint} is of a version that saved no frozen mixers: {redrawn} drawn from the seed again")
             state, position = read_optimizer(checkpoint, train_state.optimizer_state())
             train_state.restore(masters, state, position["loss_scale"])

@@ -8,8 +8,9 @@ import torch
 from peft import LoHaConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from llava_moslora.adapters.fold import fold, merge, named_tensors, save
-from llava_moslora.adapters.load import METHODS, Method, read_adapter
+from llava_moslora.adapters.fold import Additive, fold, merge, named_tensors, save
+from llava_moslora.adapters.kinds import Kind
+from llava_moslora.adapters.load import ALL_KINDS, read_adapter
 from llava_moslora.errors import Refusal
 from llava_moslora.export.writer import PlannedTensor, merged_blocks
 from llava_moslora.files.tensors import LazyTensor, in_memory
@@ -19,7 +20,7 @@ NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
 @dataclass(frozen=True)
-class LoHa:
+class LoHa(Additive):
     """ΔW = s·(W1a·W1b ∘ W2a·W2b), as PEFT's LoHa."""
 
     factors: dict[str, LazyTensor]
@@ -38,10 +39,10 @@ class LoHa:
         return (w1_a[begin:end] @ w1_b) * (w2_a[begin:end] @ w2_b) * self.scaling
 
 
-ROW = Method(
+ROW = Kind(
     config=LoHaConfig,
     names={name: name for name in NAMES},
-    needed=lambda config, module: set(NAMES),
+    needed=lambda config, module, present: set(NAMES),
     update=lambda tensors, config, module: LoHa(tensors, config.alpha / config.r),
 )
 
@@ -49,7 +50,7 @@ ROW = Method(
 @pytest.fixture
 def model(tmp_path, monkeypatch):
     """Trained by stock PEFT and saved in ``tmp_path``."""
-    monkeypatch.setitem(METHODS, "LOHA", ROW)
+    monkeypatch.setitem(ALL_KINDS, "LOHA", ROW)
     torch.manual_seed(0)
     model = get_peft_model(Pair(), LoHaConfig(r=4, alpha=6, target_modules=["up", "down"], init_weights=False))
     model.save_pretrained(tmp_path)
@@ -97,6 +98,6 @@ def test_what_it_cannot_do_is_refused(model, tmp_path):
 
 
 def test_without_the_row_it_is_unknown(model, tmp_path, monkeypatch):
-    monkeypatch.delitem(METHODS, "LOHA")
+    monkeypatch.delitem(ALL_KINDS, "LOHA")
     with pytest.raises(Refusal, match="no LoRA tensors in it"):
         read_adapter(tmp_path)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from peft import AdaLoraConfig, LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.kernel import low_rank_update
@@ -90,38 +89,6 @@ def test_table_2_number_of_mixed_subspaces(settings, count):
     assert len(taking_part) == count
     total = sum(w[i, j] * torch.outer(b[:, i], a[j]) for i, j in taking_part)
     assert torch.allclose(1.5 * total, layer.get_delta_weight("default"), atol=1e-5)
-
-
-TABLE_4 = {
-    "LoRA": (LoraConfig, {}, "28.3M"),
-    "MoSLoRA": (MosLoraConfig, {}, "28.4M"),
-    "DoRA": (LoraConfig, {"use_dora": True}, "29.1M"),
-    "DoRA, r 32": (LoraConfig, {"use_dora": True, "r": 32}, "57.4M"),
-    "AdaLoRA": (AdaLoraConfig, {"init_r": 16, "target_r": 16, "total_step": 10}, "28.3M"),
-}
-
-
-@pytest.mark.parametrize("method", TABLE_4)
-def test_table_4_parameters_of_llama_3_8b(method):
-    """The "Param" column, with the targets and the rank of Table 7."""
-    config_class, settings, expected = TABLE_4[method]
-    with torch.device("meta"):
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=4096,
-                intermediate_size=14336,
-                num_hidden_layers=32,
-                num_attention_heads=32,
-                num_key_value_heads=8,
-                vocab_size=128256,
-            )
-        )
-        config = config_class(
-            **{"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]} | settings
-        )
-        model = get_peft_model(model, config, low_cpu_mem_usage=True)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert f"{trained / 1e6:.1f}M" == expected
 
 
 def test_figure_1_the_extra_parameters_are_r_squared():

@@ -10,12 +10,14 @@ import pytest
 import torch
 from datasets import Image, List, Value
 
+from llava_moslora.config import DataSettings
 from llava_moslora.data.cache import keys_of, report_of, summary
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.formats import FORMATS, column_names, read_records
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import IGNORE_INDEX, Turn
+from llava_moslora.training.callbacks.sample_answers import read_samples
 from support.labels import show_labels
 from support.training_runs import losses, train
 
@@ -183,6 +185,24 @@ def test_ids_labels_and_pixels_are_those_of_llavas_form(compared, image_folder, 
     assert all(torch.equal(batch[key], expected[key]) for key in batch if key != "record")
     assert re.match(rf"record format of \S+: {FILES[name][0]}\ndata: records: {len(rows)}  kept: ", summary(rows))
     assert "llava.json: LLaVA\n" in summary(llava)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_questions_to_answer_meanwhile_are_those_of_llavas_form(name, tiny, tmp_path, image_folder):
+    """The model is asked for the last answer of each record, and sees the pixels that training sees."""
+    source, talks, *_ = FILES[name][1](tmp_path)
+    inside = source.suffix in ("", ".parquet", ".tar") and any(talk.images for talk in talks)
+    asked = {"tokenizer": tiny("chatml"), "template": "chatml", "tokens_per_image": 4}
+    samples = read_samples(DataSettings([str(source)], image_folder=None if inside else str(image_folder)), **asked)
+    llava = array(tmp_path / "llava.json", [talk.llava() for talk in talks])
+    expected = read_samples(DataSettings([str(llava)], image_folder=str(image_folder)), **asked)
+    assert [[(turn.role, turn.text) for turn in sample.turns] for sample in samples] == [
+        [(turn.role, turn.text) for turn in sample.turns] for sample in expected
+    ]
+    assert [sample.reference for sample in samples] == [talk.rounds[-1][1] for talk in talks]
+    pixels = [[image.tobytes() for image in sample.images] for sample in samples]
+    assert pixels == [[image.tobytes() for image in sample.images] for sample in expected]
+    assert [len(sample.images) for sample in samples] == [len(talk.images) for talk in talks]
 
 
 def test_one_step_of_training_over_all_files(parts, tmp_path, image_folder):

@@ -54,6 +54,27 @@ def test_report(dataset, settings):
     assert report["problems"][0]["refusal"]["code"] == "I-MISSING"
 
 
+def test_what_is_held_out_is_not_counted_as_trained(dataset, settings, tiny, tmp_path):
+    """Rows 1 and 7 are validation data: the report is that of the others, and says how many they are."""
+    rows = np.array([0, 2, 3, 4, 5, 6])
+    report = data_report(dataset, settings=settings, batch_size=2, rows=rows)
+    assert {k: report[k] for k in ("records", "kept", "held_out", "with_images", "images")} == {
+        "records": 10, "kept": 6, "held_out": 2, "with_images": 6, "images": 6
+    }  # fmt: skip
+    lengths = np.asarray(dataset["length"][:])
+    assert report["tokens"] == lengths[rows].sum() < lengths.sum()
+    assert report["trained_tokens"] == np.asarray(dataset["trained"][:])[rows].sum()
+    assert {name: row["records"] for name, row in report["sources"].items()} == {"coco": 5, ".": 1}
+    (file,) = report["files"]
+    assert (file["kept"], file["held_out"], file["seen_per_epoch"]) == (6, 2, 6)
+    assert sum(report["trained_per_record"]["all"]["counts"]) == 6
+    how = {"settings": settings, "tokenizer": tiny("chatml"), "batch_size": 2}
+    page = Page()
+    page.feed(write_report(tmp_path / "r", dataset, rows=rows, **how).read_text())
+    assert "2held out" in page.text and "6 records, drawn at random" in page.text and "record 7" not in page.text
+    assert "held out" not in write_report(tmp_path / "all", dataset, **how).read_text()
+
+
 def test_padding_waste_by_hand():
     sampler = GlobalBatchSampler([1, 3, 2, 2], [True] * 4, per_device_batch_size=2, order="sequential")
     assert padding_waste(sampler, [1, 3, 2, 2]) == pytest.approx(1 - 8 / 10)

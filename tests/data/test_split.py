@@ -32,14 +32,14 @@ def write(tmp_path):
 def parted(tiny, tmp_path):
     """``parted(data_path, …)``: the trained rows' ids, and the ids of each validation set."""
 
-    def parted(*data_path: str, tokenizer: str = "chatml", template: str = "chatml", **settings):
+    def parted(*data_path: str, tokenizer: str = "chatml", template: str = "chatml", seed: int = 0, **settings):
         settings = DataSettings(list(data_path), data_cache=str(tmp_path / "cache"), **settings)
 
         def prepared(settings):
             return prepare(settings, tokenizer=tiny(tokenizer), template=template, tokens_per_image=4)
 
         dataset = prepared(settings)
-        trained, validation, keys = validation_data(dataset, settings, prepared)
+        trained, validation, keys = validation_data(dataset, settings, prepared, seed=seed)
         sampler = GlobalBatchSampler.of(dataset, settings, per_device_batch_size=2, records=trained)
         seen = {dataset[int(row)]["id"] for row in sampler.epoch_order()}
         assert seen == {dataset[int(row)]["id"] for row in trained}
@@ -145,3 +145,32 @@ def test_what_cannot_be_validation_data(parted, write):
         parted(file, eval_data_path=[f"v={file}"])
     with pytest.raises(Refusal, match=r"D-FILE.*nope.json: there is no such file; fix: check --eval_data_path"):
         parted(file, eval_data_path=["nope.json"])
+
+
+def test_shares_of_a_seed_are_nested_and_another_seed_draws_others(parted, write):
+    a, b = write("a.json", [record(n) for n in range(400)]), write("b.json", [record(n) for n in range(400, 500)])
+    shares = (0.125, 0.25, 0.5, 0.75, 1.0)
+    sets = [set(parted(a, b, data_share=share, seed=3)[0]) for share in shares]
+    assert [len(one) for one in sets] == [50 + 12, 100 + 25, 200 + 50, 300 + 75, 500]
+    assert sets[0] < sets[1] < sets[2] < sets[3] < sets[4]
+    other = set(parted(a, b, data_share=0.5, seed=4)[0])
+    assert len(other) == 250 and 100 < len(other & sets[2]) < 150  # as chance has it: 125 ± 4 · 7.9 / 2
+    backwards = write("c.json", [record(n) for n in reversed(range(400))])
+    assert set(parted(backwards, data_share=0.25, seed=3)[0]) == {one for one in sets[1] if int(one[1:]) < 400}
+
+
+def test_a_share_leaves_the_validation_data_alone_and_is_in_the_fingerprint(parted, write):
+    file = write("a.json", [record(n) for n in range(1000)])
+    whole, sets, keys = parted(file, validation_split=0.1)
+    part, same, others = parted(file, validation_split=0.1, data_share=0.1)
+    assert same == sets and len(part) == round(0.1 * len(whole)) and set(part) < set(whole)
+    assert others["validation"] == keys["validation"] and others["data"] != keys["data"]
+
+
+def test_a_share_out_of_range_or_of_too_few(parted, write):
+    file = write("a.json", [record(n) for n in range(20)])
+    with pytest.raises(Refusal, match=r"D-NONE.*a.json:--data_share: of its 20 records none is in the share"):
+        parted(file, data_share=0.02)
+    for share in (0.0, 1.5, float("nan")):
+        with pytest.raises(Refusal, match=r"C-FLAG\] --data_share: out of range; found .*; expected a share above 0"):
+            DataSettings(["a.json"], data_share=share)

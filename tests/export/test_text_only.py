@@ -55,6 +55,8 @@ def test_the_merged_llm(run, expected, tmp_path, monkeypatch, parts):
     base = AutoModelForCausalLM.from_pretrained(parts.llm)
     assert model.config.vocab_size == base.config.vocab_size  # nothing is appended without images
     assert (stock_logits(base, tokenizer, PROMPT) - expected).abs().max() > 1e-2  # and it has learned something
+    lines = (folder / "Modelfile").read_text().splitlines()
+    assert lines[0] == "FROM ./model.gguf" and "### Instruction:" in lines[1] and len(lines) == 4  # no second FROM
     report = json.loads((folder / "export_report.json").read_text())
     assert report["proof"] == "passed" and {"ids", "logits", "answer"} <= set(report["compared"])
     card = (folder / "README.md").read_text()

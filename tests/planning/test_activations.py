@@ -7,6 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from llava_moslora.config import AdapterSettings
 from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.planning import activations as module
 from llava_moslora.planning.activations import activations
@@ -108,6 +109,14 @@ def test_more_records_keep_in_proportion(mode):
     assert four.kept == pytest.approx(4 * one.kept, rel=0.001)
     assert four.loss == pytest.approx(4 * one.loss, rel=0.001)
     assert one.working < four.working < 4 * one.working * 1.02  # weights' gradients are as large
+
+
+@pytest.mark.parametrize("method", ["dora", "loha", "lokr", "adalora", "pissa"])
+def test_every_kind_of_adapter_can_be_measured(method):
+    equal = {"lora_r": 4, "vision_lora_r": 4, "lora_alpha": 8, "vision_lora_alpha": 8}
+    model = tiny_model(AdapterSettings(method=method, **equal))
+    kept = [activations(model, mode, Batch(2, 64, 1, 8)).kept for mode in ("none", "full")]
+    assert kept[0] > kept[1] > 0
 
 
 def test_recomputing_more_keeps_less():

@@ -7,7 +7,7 @@ import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-from llava_moslora.config import AdapterSettings
+from llava_moslora.config import ADAPTER_METHODS, AdapterSettings
 from llava_moslora.models.adapt import add_adapters, train_projector_only
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.vision import read_vision_config
@@ -25,6 +25,8 @@ EVERY_SETTING = {
     "fixed, drawn mixers": AdapterSettings(lora_r=4, vision_lora_r=4, train_mixer=False, mixer_init="orthogonal"),
     "stage 1": AdapterSettings(tune_mm_mlp_adapter=True),
 }
+EQUAL = {"lora_r": 4, "vision_lora_r": 4, "lora_alpha": 8, "vision_lora_alpha": 8}  # as AdaLoRA needs it
+EVERY_SETTING |= {name: AdapterSettings(method=name, **EQUAL) for name in ADAPTER_METHODS if name != "moslora"}
 
 
 @pytest.mark.parametrize("adapter", EVERY_SETTING.values(), ids=EVERY_SETTING)

@@ -23,6 +23,7 @@ BEFORE = {
     "training.packing": (False, True),
     "data.eval_data_path": ([], ["v.json"]),
     "data.validation_split": (0.0, 0.01),
+    "data.data_share": (1.0, 0.5),
     "training.early_stopping_threshold": (0.0, 0.1),
 }
 

@@ -1,15 +1,19 @@
 """A normal run prints what this package has to say, and progress bars; nothing of libraries that nobody can act on."""
 
+import ast
 import logging
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
 from llava_moslora.noise import LINES, quiet_libraries
-from support.launching import flags, run
+from support.launching import ROOT, flags, run
 
+PROGRAMS = sorted([*ROOT.glob("scripts/*.py"), *ROOT.glob("playground/*.py")])
+NOT_QUIET = {"swift_moslora.py": "ms-swift's process, which decides for itself"}
 BAR = r"[^|]*\d+%\|.*"  # tqdm
 OURS = {
     "prepare_data.py": [
@@ -76,3 +80,35 @@ def test_only_the_named_lines_are_left_out(recwarn):
             logger.filters, logger.handlers = before[name]
     assert shown == ["another line"] * len(LINES)
     assert [str(warning.message) for warning in recwarn] == ["another"]
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """Modules that a file imports when it is imported itself, with what those of this package import."""
+    found: set[str] = set()
+    waiting = [path]
+    while waiting:
+        for node in ast.parse(waiting.pop().read_text(encoding="utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            for name in set(names) - found:
+                found.add(name)
+                file = ROOT / f"{name.replace('.', '/')}.py"
+                waiting += [file] if file.is_file() else []
+    return found
+
+
+def is_quiet(path: Path) -> bool:
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    return any(isinstance(call.func, ast.Name) and call.func.id == "quiet_libraries" for call in calls)
+
+
+def test_every_program_that_imports_peft_makes_it_quiet():
+    loud = {path.name for path in PROGRAMS if "peft" in imported_at_once(path) and not is_quiet(path)}
+    assert loud == set(NOT_QUIET)
+    assert is_quiet(ROOT / "playground/demo_report.py") and not is_quiet(ROOT / "playground/ask_stock.py")
+
+
+@pytest.mark.slow
+def test_the_demos_table_says_nothing_of_libraries():
+    done = run([sys.executable, "playground/demo_report.py", "--help"])
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and done.stderr == ""

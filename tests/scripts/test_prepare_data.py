@@ -1,10 +1,13 @@
 """The flags of prepare_data.py are those of training that decide what it does."""
 
+import sys
+
 import pytest
 
 from llava_moslora.config import DataSettings
 from llava_moslora.errors import Refusal
-from scripts.prepare_data import parse
+from scripts.prepare_data import main, parse
+from support.text_runs import write_alpaca
 
 REQUIRED = ["--model_name_or_path", "llm", "--data_path", "a.json", "b.json"]
 
@@ -39,3 +42,24 @@ def test_wrong_flags_are_answered(words, message):
 def test_missing_flags_are_named():
     with pytest.raises(Refusal, match="--data_path"):
         parse(REQUIRED[:2])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--image_folder", "."], "--image_folder: has no effect without a vision tower"),
+        (["--follow_image_links", "True"], "--follow_image_links: has no effect without a vision tower"),
+        (["--decode_images", "True"], "--decode_images: has no effect without a vision tower"),
+        (["--version", "plain"], "--version: has no effect without a vision tower"),
+        (["--vision_tower", "CLIP", "--train_on_prompt", "True"], "--train_on_prompt: is for an LLM without a vision"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_flags_of_images_and_text_are_those_of_training(parts, tmp_path, monkeypatch, words, message):
+    data = write_alpaca(tmp_path / "alpaca.json")
+    words = [str(parts.clip) if word == "CLIP" else word for word in words]
+    given = ["--model_name_or_path", parts.llm, "--data_path", data, "--data_cache", tmp_path / "cache"]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, given), *words])
+    with pytest.raises(Refusal, match=r"C-FLAG\] " + message):
+        main()
+    assert not (tmp_path / "cache").exists()  # before the work

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from llava_moslora.adapters.methods import check_method
+from llava_moslora.diffusion.command_line import parse as parse_sdxl
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.llava_folder import name_parts
@@ -48,9 +50,21 @@ TABLE_8 = {
 }
 # Table 4: parameters in millions, as printed; Table 7's mixer
 TABLE_4 = {"llama3_8b_commonsense_lora": (28.3, NONE), "llama3_8b_commonsense_moslora": (28.4, KAIMING)}
+# Every row of Table 4 through --method: rank, "Param" as printed, learning rate (DoRA*, at rank 32, has its own)
+ANY_ROW = "llama3_8b_commonsense"
+TABLE_4_ROWS = {
+    ("lora", ""): (16, "28.3M", 3e-5),  # as the recipe of its own, above
+    ("lokr", ""): (8, "0.9M", 3e-5),
+    ("loha", ""): (8, "28.3M", 3e-5),
+    ("flora", ""): (16, "28.4M", 3e-5),
+    ("adalora", ""): (16, "28.3M", 3e-5),
+    ("dora", ""): (16, "29.1M", 3e-5),
+    ("dora", "32"): (32, "57.4M", 1e-5),
+    ("moslora", ""): (16, "28.4M", 3e-5),
+}
 RUN = "playground/runs/llama3-8b-moslora"
 STAGE_1 = ["llama3_8b_pretrain", "internlm2_7b_pretrain"]
-RECIPES = [*TABLE_8, *TABLE_4, *STAGE_1, "vicuna_7b_moslora"]
+RECIPES = [*TABLE_8, *TABLE_4, ANY_ROW, *STAGE_1, "vicuna_7b_moslora"]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +212,32 @@ def test_commonsense_is_the_papers_table_7_and_4(folders, recipe):
     assert count == trained(model, "model.layers") == 32 * 16 * sum(linears) + mixers
 
 
+@pytest.mark.parametrize(("method", "rank"), TABLE_4_ROWS)
+def test_every_row_of_table_4_has_its_parameters(folders, method, rank):
+    """Of the complete model, on the meta device. LoHa's and LoKr's are those of rank 8, not of Table 7's 16."""
+    expected_rank, millions, rate = TABLE_4_ROWS[method, rank]
+    variables = {"METHOD": method} | ({"RANK": rank} if rank else {})
+    assert one_row(folders, **variables) == (expected_rank, millions, rate)
+
+
+@pytest.mark.parametrize(("method", "millions"), [("loha", "56.6M"), ("lokr", "1.1M")])
+def test_table_7s_rank_gives_other_counts(folders, method, millions):
+    assert one_row(folders, METHOD=method, RANK="16") == (16, millions, 3e-5)
+
+
+def one_row(folders, **variables) -> tuple[int, str, float]:
+    """Rank, trained parameters of LLaMA-3-8B, learning rate."""
+    model_args, data_args, adapter_args, args = arguments(folders, ANY_ROW, **variables)
+    adapter_args = check_text_only(name_parts(model_args), data_args, adapter_args, vars(args))
+    check_method(adapter_args, model_args.bits, args)
+    llm = adapter_args.llm
+    assert llm.lora_alpha == 2 * llm.r
+    assert (args.num_train_epochs, args.warmup_steps, batches(folders, ANY_ROW, **variables)) == (3, 100, (4, 4))
+    model = model_on_meta(LlamaConfig(**EIGHT_B | {"num_hidden_layers": 32}), None, adapter_args)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return llm.r, f"{count / 1e6:.1f}M", args.learning_rate
+
+
 def test_more_flags_and_other_folders_win(folders):
     *_, args = arguments(folders, "llama3_8b_moslora", "--learning_rate", "1e-4", RUN="elsewhere", GPUS="8")
     assert (args.learning_rate, args.output_dir) == (1e-4, "elsewhere")
@@ -245,7 +285,29 @@ def test_what_slurm_starts_on_a_host(folders):
 
 def test_every_recipe_is_tested():
     written = {path.stem for path in (ROOT / "scripts").glob("*.sh")} - {"demo", "recipe_defaults"}
-    assert written == set(RECIPES)
+    assert written == {*RECIPES, "sdxl_cat"}
+
+
+@pytest.mark.parametrize("more", [[], ["--mixer_init", "identity", "--train_mixer", "False"]])
+def test_the_subject_is_trained_as_the_authors_script_did(folders, more):
+    """Section 4.3, whose settings are those of the authors' script: rank and alpha 4, batches of four, 500 steps."""
+    command = start(folders, "sdxl_cat", *more, PROMPT="a photo of ikat cat")
+    assert command[:3] == ["deepspeed", "--num_gpus", "1"]
+    words = command[command.index("scripts/train_sdxl.py") + 1 :]
+    model, data, adapter, training = parse_sdxl(words)
+    assert (adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout) == (4, 4, 0)
+    mixer = ("identity", False) if more else ("orthogonal", True)
+    assert (adapter.init_lora_weights, adapter.mixer_init, adapter.train_mixer) == ("gaussian", *mixer)
+    assert (data.prompt, data.resolution, data.resampling, data.center_crop) == (
+        "a photo of ikat cat", 1024, "bilinear", False,
+    )  # fmt: skip
+    assert model.vae and not adapter.train_text_encoder and adapter.snr_gamma is data.class_prompt is None
+    expected = {
+        "learning_rate": 1e-4, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 1e-4,
+        "max_grad_norm": 1, "max_steps": 500, "per_device_train_batch_size": 1, "global_batch_size": 4, "bf16": True,
+        "seed": 0, "resume": True,
+    }  # fmt: skip
+    assert {name: training[name] for name in expected} == expected
 
 
 STUB = """#!/usr/bin/env bash

@@ -11,7 +11,7 @@ from llava_moslora.export.export import export
 from llava_moslora.files.manifest import verify_manifest, write_manifest
 from llava_moslora.inference.load import load_run
 from llava_moslora.models.adapt import add_adapters
-from llava_moslora.training.optimizer_state import frozen_mixers
+from llava_moslora.training.optimizer_state import frozen_factors
 from support.export_runs import probe_here
 from support.training_runs import adapter, losses, train
 from support.zero_runs import configuration, run_successfully, settings
@@ -40,7 +40,7 @@ def test_a_frozen_mixer_is_saved_resumed_loaded_and_exported(parts, tmp_path, mo
 
     def drawn_otherwise(*args):
         model = add_adapters(*args)
-        for mixer in frozen_mixers(model).values():
+        for mixer in frozen_factors(model).values():
             mixer.data.zero_()
         return model
 

@@ -3,63 +3,19 @@
 import json
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig
 
 from llava_moslora.errors import Refusal
-from support.text_runs import text_flags, write_alpaca
+from support.text_runs import plain_loop, text_flags, write_alpaca
 from support.training_runs import adapter, losses, rows, train
 
 BOS_AND_EOS = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
-PROMPT = (  # LLM-Adapters' finetune.py, typed anew
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
-    "\n"
-    "                ### Instruction:\n"
-    "                {instruction}\n"
-    "                \n"
-    "                ### Response:\n"
-    "                {output}"
-)
 LORA = {"mixer_init": "identity", "train_mixer": False, "lora_dropout": 0, "lora_r": 4, "lora_alpha": 8}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_alpaca(tmp_path_factory.mktemp("alpaca") / "alpaca.json")
-
-
-def plain_loop(parts, data, first: dict[str, torch.Tensor], steps: int, on_prompt: bool) -> list[float]:
-    """Losses of stock transformers and PEFT's LoRA, two records a step in the order of the file."""
-    tokenizer = AutoTokenizer.from_pretrained(parts.llm)
-    model = AutoModelForCausalLM.from_pretrained(parts.llm)
-    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
-    loaded = {name: first[name] for name in dict(model.named_parameters()) if "lora_A" in name}
-    model.load_state_dict(loaded, strict=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
-    records, found = json.loads(data.read_text()), []
-    for step in range(steps):
-        batch = []
-        for record in records[2 * step : 2 * step + 2]:
-            text = PROMPT.format(**record)
-            if on_prompt:
-                ids = tokenizer(text).input_ids + [tokenizer.eos_token_id]
-                batch.append((ids, ids))
-            else:
-                prompt = tokenizer(text.removesuffix(record["output"])).input_ids
-                answer = tokenizer(record["output"]).input_ids + [tokenizer.eos_token_id]
-                batch.append((prompt + answer, [-100] * len(prompt) + answer))
-        longest = max(len(ids) for ids, _ in batch)
-        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in batch])
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in batch])
-        labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in batch])
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -79,7 +35,9 @@ def test_losses_are_those_of_stock_transformers_and_peft(parts, data, tmp_path, 
     changes |= {"lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0, "data_order": "sequential"}
     changes |= {"train_on_prompt": on_prompt, "packing": packing, "model_max_length": 512, "weight_decay": 0}
     train(parts, tmp_path / "run", **text_flags(parts, data, **changes))
-    expected = plain_loop(parts, data, first, 5, on_prompt)
+    targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets)
+    expected = plain_loop(parts, data, lora, first, 5, on_prompt)
     assert losses(tmp_path / "run") == pytest.approx(expected, abs=1e-5)
     assert expected[0] - expected[-1] > 0.1  # it learns
 

@@ -45,6 +45,12 @@ def test_the_defaults_pass(asked):
     asked("--bf16", "True", deepspeed={"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}})
 
 
+def test_riemannian_gradients_need_whole_gradients(asked):
+    asked("--method", "lora", "--riemannian", "True")
+    with pytest.raises(Refusal, match="--riemannian: DeepSpeed has divided or freed the gradients"):
+        asked("--method", "lora", "--riemannian", "True", "--bf16", "True", deepspeed=ZERO_2)
+
+
 # C2: an impossible rank
 # C3: alpha 0 or NaN
 # C11: rates out of range

@@ -215,6 +215,32 @@ def test_saving_only_the_best(parts, held_out, tmp_path, scripted):
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-1"]
 
 
+MIXED = [
+    # an epoch's last step is evaluated as a step, and saved at the end of the epoch
+    ({"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "epoch"}, (5.0, 3.0, 4.0, 2.0), {4: 3.0, 8: 2.0}),
+    ({"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "epoch"}, (1.0, 2.0), {4: 1.0, 8: 1.0}),
+    # saved as a step, and evaluated at the end of the epoch; nothing but steps 4 and 8 is evaluated
+    ({"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 2}, (3.0, 2.0), {4: 3.0, 6: 3.0, 8: 2.0}),
+    # evaluated at 3, 6 and at the end, 8
+    ({"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps", "save_steps": 2}, (1.0, 3.0, 2.0),
+     {6: 3.0, 8: 2.0}),
+    ({"eval_strategy": "steps", "eval_steps": 3, "save_strategy": "epoch"}, (1.0, 3.0, 2.0), {8: 2.0}),
+    ({"eval_strategy": "epoch", "save_strategy": "best"}, (2.0, 3.0), {4: 2.0}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "values", "best"), MIXED)
+def test_the_best_where_steps_and_epochs_are_mixed(parts, held_out, tmp_path, scripted, settings, values, best):
+    """Two epochs of four steps: of the steps that are both evaluated and saved, the best, whichever comes first."""
+    seen = scripted(*values)
+    same = {"num_train_epochs": 2, "max_steps": None, "per_device_train_batch_size": 4, "eval_data_path": held_out}
+    train(parts, tmp_path / "run", save_total_limit=9, **same, **settings)
+    facts = {path: read_facts(path) for path in checkpoints(tmp_path / "run")}
+    assert {f["step"]: f["best"]["value"] for f in facts.values() if "best" in f} == best and len(seen) == len(values)
+    newest = facts[model_checkpoint(tmp_path / "run", "newest")]
+    assert newest["best"]["step"] == min(s for s, value in best.items() if value == newest["best"]["value"])
+
+
 def test_evaluations_of_epochs(parts, held_out, tmp_path):
     """16 records, 12 of them trained or so: one evaluation at the end of each epoch and none between."""
     settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "eval_data_path": held_out, "max_steps": None}
@@ -280,6 +306,11 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(parts, held_out, tmp
     with pytest.raises(Refusal, match=r"R-NONFINITE.*the validation loss became NaN or Inf; found held_out"):
         train(parts, tmp_path / "run", eval_data_path=held_out, **EVERY_STEP)
     assert not checkpoints(tmp_path / "run")
+
+
+def test_the_data_report_counts_what_is_trained_on(evaluated):
+    report = json.loads((evaluated / "data/report.json").read_text())
+    assert report["records"] == 16 and report["held_out"] > 0 and report["kept"] == 16 - report["held_out"]
 
 
 def test_curves_show_both_losses_and_the_best(evaluated):

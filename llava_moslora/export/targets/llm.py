@@ -10,12 +10,13 @@ from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.target import ExportPlan, Target
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, known_to_transformers_4, save_config
+from llava_moslora.text.ollama import modelfile
 
 
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     return ExportPlan(
         weights=[weights(trained, dtype)],
-        write_files=lambda folder: write_files(trained, folder, dtype),
+        write_files=lambda folder: write_files_and_modelfile(trained, folder, dtype),
         load_from={"llm": "."},
         rounded=("llm", "lm_head"),
     )
@@ -46,3 +47,11 @@ def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
     trained.generation_config().save_pretrained(folder)
     trained.tokenizer_with_template().save_pretrained(folder)
     known_to_transformers_4(folder)
+
+
+def write_files_and_modelfile(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
+    """With Ollama's ``Modelfile`` for the GGUF files that llama.cpp's converters make of the run (docs/export.md)."""
+    write_files(trained, folder, dtype)
+    files = ["./model.gguf"] if trained.text_only else ["./model.gguf", "./mmproj.gguf"]
+    if (text := modelfile(trained.template, trained.tokenizer, files)) is not None:
+        (folder / "Modelfile").write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
-"""``peft``: plain LoRA adapters for stock PEFT, each over the part it was trained on, and the projector.
+"""``peft``: plain LoRA adapters, or those of PEFT's own methods, for stock PEFT, and the projector.
 
+Each adapter is over the part it was trained on:
 ``llm_adapter/`` is for the original LLM's folder (an InternLM2 converted by ``scripts/convert_internlm2.py``),
 ``vision_adapter/`` for the original vision tower's; ``projector/`` is complete. transformers 5.6 took a level away from
 the tower's names, and PEFT leaves out adapters of unknown names with no more than a warning: earlier versions need
@@ -31,7 +32,7 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
     check_adapters(trained, "peft")
     llm, vision = str(trained.llm_folder.resolve()), str(Path(trained.vision_spec).resolve())
     sees = not trained.text_only
-    layers, tower_layers = trained.loras("llm", "lm_head"), trained.loras("vision_tower")
+    layers, tower_layers = trained.peft_updates("llm", "lm_head"), trained.peft_updates("vision_tower")
     old_names = {f"vision_model.{name}": layer for name, layer in tower_layers.items()}
     depth = trained.llm_config.num_hidden_layers
     tower_depth = trained.vision_config.num_hidden_layers if sees else 0

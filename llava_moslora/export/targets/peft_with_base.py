@@ -16,7 +16,7 @@ from peft import LoraConfig
 from llava_moslora.adapters.fold import Adapter, LowRank, fold_layers, save_config
 from llava_moslora.export import peft_format
 from llava_moslora.export.formats import FORMATS
-from llava_moslora.export.target import ExportPlan, Target, check_adapters
+from llava_moslora.export.target import ExportPlan, Target, check_adapters, check_lora
 from llava_moslora.export.targets import hf
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles
@@ -28,6 +28,7 @@ from llava_moslora.models.projector import read_projector
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     """Raises C-FORMAT for a run without adapters."""
     check_adapters(trained, "peft")
+    check_lora(trained, "peft --with_base")
     start = trained.record.model.pretrain_mm_mlp_adapter
     widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
     projector = None if start is None else read_projector(start, *widths)

@@ -17,7 +17,7 @@ from llava_moslora.adapters.fold import Adapter, fold_layers, save_config
 from llava_moslora.errors import Refusal
 from llava_moslora.export import peft_format
 from llava_moslora.export.formats import FORMATS
-from llava_moslora.export.target import ExportPlan, Target, check_adapters
+from llava_moslora.export.target import ExportPlan, Target, check_adapters, check_lora
 from llava_moslora.export.targets import hf
 from llava_moslora.export.targets.peft_with_base import composed_names, target_patterns
 from llava_moslora.export.trained_run import TrainedRun
@@ -31,6 +31,7 @@ MERGED = ("vision_tower", "projector")
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     """Raises C-FORMAT for a run without adapters in the LLM, or of a rank that vLLM does not take."""
     check_adapters(trained, "vllm")
+    check_lora(trained, "vllm")
     layers = composed_names(fold_layers(trained.updates("llm", "lm_head")))
     if not layers:
         raise Refusal(

@@ -18,7 +18,7 @@ from llava_moslora.adapters.fold import LowRank
 from llava_moslora.errors import Refusal
 from llava_moslora.export.formats import FORMATS
 from llava_moslora.export.peft_format import AdapterFolder
-from llava_moslora.export.target import ExportPlan, Target, check_clip
+from llava_moslora.export.target import ExportPlan, Target, check_clip, check_lora
 from llava_moslora.export.targets import projector
 from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.models.internlm2 import LAYER_NAMES, NAMES
@@ -36,6 +36,7 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
             "C-FORMAT", "adapters need a tower's folder as their base", key="--format xtuner_adapters",
             found=trained.vision_spec, fix="--format xtuner, which holds the tower",
         )  # fmt: skip
+    check_lora(trained, "xtuner_adapters")
     layers = trained.loras("llm", "lm_head")
     if trained.is_internlm2:
         layers = to_internlm2(layers, trained.llm_config)

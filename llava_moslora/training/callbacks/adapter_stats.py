@@ -15,19 +15,27 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from llava_moslora.adapters.layers import MosLoraLayer
-from llava_moslora.models.names import ADAPTER_NAME, part_of
+from llava_moslora.models.names import ADAPTER_NAME, SDXL_PARTS, adapter_tensor, part_of
 from llava_moslora.training.optimizer_state import trained_parameters
 
-LOG_NAMES = {"llm": "llm", "vision_tower": "vision", "lm_head": "head"}  # part → its name in the log
-FACTORS = ("lora_A", "lora_mixer", "lora_B")
+# part → its name in the log
+LOG_NAMES = {
+    "llm": "llm",
+    "vision_tower": "vision",
+    "lm_head": "head",
+    **dict(zip(SDXL_PARTS, SDXL_PARTS, strict=True)),
+}
 
 
 class AdapterStats(TrainerCallback):
-    """Every ``steps`` steps logs, for each part (llm, vision, head) and over its adapted linears:
+    """Every ``steps`` steps logs, for each part (llm, vision, head; unet, text_encoder, text_encoder_2) and over
+    its adapted linears:
 
     - ``mixer/PART/largest``, ``smallest``: largest and smallest singular value of all mixers;
     - ``mixer/PART/rank``: their mean effective rank, exp of the entropy of the squared singular values' shares;
     - ``delta/PART``: ‖ΔW‖ of all linears together; ``delta_largest/PART``: the largest of one linear;
+    - ``weight/PART/KIND`` in place of these where the method is not this package's layer: norm of each kind of tensor
+      that is trained, such as ``hada_w1_a``;
     - ``gradient/PART/FACTOR`` and ``gradient/projector``: norm of the global batch's gradient, before clipping.
     """
 
@@ -46,6 +54,8 @@ class AdapterStats(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         if state.global_step % self.steps == 0:
             stats = mixer_and_update_stats(self.trainer.model, full_weight) | self.gradients
+            if not any(isinstance(module, MosLoraLayer) for module in self.trainer.model.modules()):
+                stats |= norms("weight", self.trainer.model, full_weight, adapters_only=True)
             self.trainer.extra_logs = {name: round(value, 8) for name, value in stats.items()}
             self.gradients = {}
             control.should_log = True
@@ -81,6 +91,9 @@ def mixer_and_update_stats(model: nn.Module, full: Callable[[nn.Parameter], Tens
         largest, smallest, ranks, squares = [], [], [], []
         for layer in adapted_layers(model, part):
             a, b = full(layer.lora_A[ADAPTER_NAME].weight), full(layer.lora_B[ADAPTER_NAME].weight)  # (r, k), (n, r)
+            if ADAPTER_NAME in layer.lora_start_A:
+                a = torch.cat([a, full(layer.lora_start_A[ADAPTER_NAME].weight)])
+                b = torch.cat([b, -full(layer.lora_start_B[ADAPTER_NAME].weight)], dim=1)
             if ADAPTER_NAME in layer.lora_mixer:  # a frozen identity is not stored
                 mixer = full(layer.lora_mixer[ADAPTER_NAME].weight)  # (r, r)
                 values = torch.linalg.svdvals(mixer)
@@ -106,14 +119,23 @@ def gradient_norms(model: nn.Module, full: Callable[[nn.Parameter], Tensor | Non
     Args:
         full: returns a parameter's unpartitioned gradient; None where it has none.
     """
+    return norms("gradient", model, full)
+
+
+def norms(
+    what: str, model: nn.Module, full: Callable[[nn.Parameter], Tensor | None], adapters_only: bool = False
+) -> dict[str, float]:
+    """``WHAT/PART/KIND`` and ``WHAT/projector`` → norm of what ``full`` returns of all trained parameters of a kind."""
     squares: dict[str, float] = defaultdict(float)
     for name, parameter in trained_parameters(model).items():
-        gradient = full(parameter)
         key = part_of(name)
+        if key == "projector" and adapters_only:
+            continue
+        value = full(parameter)
         if key != "projector":
-            key = f"{LOG_NAMES[key]}/{next(factor for factor in FACTORS if factor in name)}"
-        squares[key] += 0.0 if gradient is None else float(gradient.float().square().sum())
-    return {f"gradient/{key}": square**0.5 for key, square in squares.items()}
+            key = f"{LOG_NAMES[key]}/{adapter_tensor(name)}"
+        squares[key] += 0.0 if value is None else float(value.float().square().sum())
+    return {f"{what}/{key}": square**0.5 for key, square in squares.items()}
 
 
 def adapted_layers(model: nn.Module, part: str) -> Iterator[Any]:  # MosLoraLayers, whose attributes are PEFT's

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from llava_moslora import pages
-from llava_moslora.data.formats import read_records
-from llava_moslora.data.images import load_image
+from llava_moslora.config import DataSettings
+from llava_moslora.data.cache import Preparation
+from llava_moslora.data.collate import read_record_image
+from llava_moslora.data.formats import check_record, column_names
+from llava_moslora.data.images import load_bytes
+from llava_moslora.data.sources.source import Source, container_of
+from llava_moslora.data.tokenise import naming, usable_images
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import replace_file
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.runs.log import append_row, delete_rows_after, read_rows
-from llava_moslora.text.conversation import Turn
+from llava_moslora.text.conversation import ConversationEncoder, Turn
 from llava_moslora.training.eval_mode import eval_mode
 
 ANSWERS_FILE, ANSWERS_PAGE = "samples.jsonl", "samples.html"
@@ -37,31 +42,58 @@ class Sample:
     reference: str
 
 
-def read_samples(file: str | Path, image_folder: str | Path | None) -> list[Sample]:
-    """The records of a LLaVA-format file as questions: the model answers in place of the last answer of each.
+def read_samples(
+    settings: DataSettings, *, tokenizer: PreTrainedTokenizerFast, template: str, tokens_per_image: int
+) -> list[Sample]:
+    """The records of a file as questions: the model answers in place of the last answer of each.
+
+    Args:
+        settings: its ``data_path`` is the file, in any format of training data.
+        template: name of the prompt template.
+        tokens_per_image: placeholders per image; 0 without a vision tower: a record with an image is refused.
 
     Raises:
-        Refusal: as :func:`~llava_moslora.data.formats.read_records` and
-            :func:`~llava_moslora.data.images.load_image`; D-MANY, more than :data:`MAX_QUESTIONS` records.
+        Refusal: as :func:`llava_moslora.data.prepare.prepare` of the same file; D-MANY, more than
+            :data:`MAX_QUESTIONS` records.
     """
-    if not Path(file).is_file():
-        raise Refusal("D-FILE", "there is no such file", file=file, key="--sample_questions")
-    records = list(islice(read_records(file), MAX_QUESTIONS + 1))
-    if len(records) > MAX_QUESTIONS:
+    (file,) = settings.data_path
+    try:
+        preparation = Preparation(Source(file), settings, tokenizer, template, tokens_per_image)
+        given = list(islice(_records(preparation), MAX_QUESTIONS + 1))
+    except Refusal as refusal:  # which speaks of training data
+        parts = {name: text and _own_flags(text) for name, text in vars(refusal).items() if name in ("key", "fix")}
+        raise Refusal(**{**vars(refusal), **parts}) from None
+    if len(given) > MAX_QUESTIONS:
         raise Refusal(
             "D-MANY", "too many questions to answer them repeatedly", file=file, key="--sample_questions",
             found=f"more than {MAX_QUESTIONS}", expected=f"at most {MAX_QUESTIONS}", fix="a file with a few of them",
         )  # fmt: skip
-    if image_folder is None and any(record.images for record in records):
-        raise Refusal("I-FOLDER", "images without a folder", file=file, key="--sample_image_folder")
-    return [
-        Sample(
-            tuple(load_image(name, image_folder or "", record=r.index, record_id=r.id) for name in r.images),
-            r.turns[:-1],
-            r.turns[-1].text,
-        )
-        for r in records
-    ]
+    if not given:
+        raise Refusal("D-NONE", "there are no records", file=file, key="--sample_questions")
+    return given
+
+
+def _records(preparation: Preparation) -> Iterator[Sample]:
+    source, settings = preparation.source, preparation.settings
+    columns = column_names(settings.data_columns)
+    encoder = ConversationEncoder(preparation.tokenizer, preparation.template)
+    for file in source.shards if source.is_sharded else [source.name]:
+        shard = file if source.is_sharded else ""
+        for index, raw in enumerate(container_of(file).read(file, load_bytes if shard else None)):
+            record = check_record(raw.value, index, file, raw.problem, columns)
+            names = usable_images(record, raw, shard, preparation)
+            with naming(record, file):
+                encoder.encode_prompt(record.turns[:-1], [preparation.tokens_per_image] * len(names))
+            where = {"record": index, "record_id": record.id or None}
+            images = (
+                read_record_image({"shard": shard}, name, settings.image_folder, settings.follow_image_links, where)
+                for name in names
+            )
+            yield Sample(tuple(images), record.turns[:-1], record.turns[-1].text)
+
+
+def _own_flags(text: str) -> str:
+    return text.replace("--data_path", "--sample_questions").replace("--image_folder", "--sample_image_folder")
 
 
 class SampleAnswers(TrainerCallback):
@@ -71,6 +103,7 @@ class SampleAnswers(TrainerCallback):
     Training is not affected: random states, modes and gradients stay as they were.
 
     Args:
+        samples: without any it does nothing.
         chat_model: the model in training with its tokenizer, template and image transform.
         run: the run folder.
     """
@@ -80,7 +113,7 @@ class SampleAnswers(TrainerCallback):
         self.steps, self.max_new_tokens = steps, max_new_tokens
 
     def on_train_begin(self, args, state, control, **_):
-        if state.is_world_process_zero:
+        if self.samples and state.is_world_process_zero:
             delete_rows_after(self.run / ANSWERS_FILE, state.global_step)
             rows = read_rows(self.run / ANSWERS_FILE)
             if not rows or rows[-1]["step"] != state.global_step:  # a resumed run may have them already
@@ -88,7 +121,7 @@ class SampleAnswers(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         step = state.global_step
-        if state.is_world_process_zero and (step % self.steps == 0 or step == state.max_steps):
+        if self.samples and state.is_world_process_zero and (step % self.steps == 0 or step == state.max_steps):
             self.answer_samples(step)
 
     def answer_samples(self, step: int) -> None:

@@ -7,7 +7,12 @@ import shutil
 import pytest
 import torch
 
+from llava_moslora.config import DataSettings
+from llava_moslora.errors import Refusal
+from llava_moslora.text.tokenizer import load_tokenizer
+from llava_moslora.training.callbacks.sample_answers import read_samples
 from support.launching import flags, launch
+from support.text_runs import text_flags, write_alpaca
 from support.training_runs import adapter, losses, rows, train
 
 STEPS = 4
@@ -84,11 +89,73 @@ def test_answers_are_those_of_the_checkpoint(parts, watched, questions):
     """The model that answers while it is trained answers as the same checkpoint, loaded."""
     from llava_moslora.inference.generate import answer
     from llava_moslora.inference.load import load_run
-    from llava_moslora.training.callbacks.sample_answers import read_samples
 
-    asked = [(sample.images, sample.turns) for sample in read_samples(questions, parts.images)]
+    asked = [(sample.images, sample.turns) for sample in samples_of(parts, questions)]
     answered = [json.loads(line) for line in (watched / "samples.jsonl").read_text().splitlines()]
     assert list(answer(load_run(watched), asked, max_new_tokens=4)) == answered[-1]["answers"]
+
+
+def samples_of(parts, file, template="chatml", **changes):
+    settings = DataSettings([str(file)], **{"image_folder": str(parts.images)} | changes)
+    tokenizer = load_tokenizer(parts.llm)
+    return read_samples(settings, tokenizer=tokenizer, template=template, tokens_per_image=4)
+
+
+TALK = [{"role": "user", "content": "what colour is the shape?"}, {"role": "assistant", "content": "red"}]
+
+
+def test_questions_of_other_columns(parts, tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join([json.dumps({"dialog": TALK})] * 2))
+    sample, _ = samples_of(parts, file, data_columns=["messages=dialog"])
+    assert [turn.text for turn in sample.turns] == ["what colour is the shape?"] and sample.reference == "red"
+    with pytest.raises(Refusal, match=r"D-SCHEMA.*questions\.jsonl:record 0: not a record of a known format"):
+        samples_of(parts, file)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": [TALK[0]]}, r"D-ROLE.*q\.jsonl:record 0:messages: the turns are not in order"),
+        ({"messages": TALK, "tools": "[]x"}, r"D-ROLE.*q\.jsonl:record 0:tools: calls of tools are not trained on"),
+        ({"messages": TALK, "images": ["gone.png"]}, r"I-MISSING.*there is no such image.*check --sample_image_folder"),
+        ({"messages": [TALK[0], TALK[1] | {"loss": 0}]}, r"D-LABELS.*no turn of this record is trained on"),
+        (None, r"D-FILE.*there is no such file; fix: check --sample_questions"),
+        ([], r"D-NONE.*q\.jsonl:--sample_questions: there are no records"),
+    ],
+    ids=["order", "tools", "image", "labels", "missing", "empty"],
+)
+def test_questions_are_refused_as_training_data_are(parts, tmp_path, record, message):
+    if record is not None:
+        (tmp_path / "q.jsonl").write_text(json.dumps(record))
+    with pytest.raises(Refusal, match=message):
+        samples_of(parts, tmp_path / "q.jsonl")
+
+
+def test_too_many_questions_are_refused(parts, tmp_path):
+    (tmp_path / "q.jsonl").write_text("\n".join([json.dumps({"messages": TALK})] * 65))
+    with pytest.raises(Refusal, match=r"D-MANY.*--sample_questions.*found more than 64"):
+        samples_of(parts, tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": TALK * 2}, r"D-ROLE.*q\.jsonl:record 0: this prompt template has one round"),
+        ({"messages": TALK, "images": ["0.png"]}, r"D-IMAGES.*q\.jsonl:record 0: .*there is no vision tower to see it"),
+    ],
+    ids=["two rounds", "an image"],
+)
+def test_questions_that_cannot_be_asked_are_refused_before_the_model_is_loaded(
+    parts, tmp_path, monkeypatch, record, message
+):
+    import scripts.train_vit_llm as script
+
+    monkeypatch.setattr(script, "build_model", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "q.jsonl").write_text(json.dumps(record))
+    words = text_flags(parts, write_alpaca(tmp_path / "alpaca.json"), sample_questions=tmp_path / "q.jsonl")
+    with pytest.raises(Refusal, match=message):
+        train(parts, tmp_path / "run", **words)
 
 
 def test_tensorboard_has_the_same_losses(watched):
