@@ -35,6 +35,19 @@ def catch_stop_signals() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, stop)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _come_again
+
+
+def _come_again(lost: sys.UnraisableHookArgs) -> None:
+    """A signal that came inside a destructor or a callback of the garbage collector, where Python can only print its
+    exception and go on, comes again a moment later."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt | Stopped):
+        sys.__unraisablehook__(lost)
+        return
+    number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else signal.Signals[str(lost.exc_value)]
+    catch_stop_signals()
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 def keep_standard_streams() -> None:
