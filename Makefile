@@ -26,7 +26,7 @@ help:
 
 setup: $(STAMP)  ## create .venv and install the package into it
 
-demo: $(STAMP)  ## train, export and question a small LLaVA on real input (about 15 minutes on 2 CPU cores)
+demo: $(STAMP)  ## train, export and question a small LLaVA on real input (15 to 20 minutes on 2 CPU cores)
 	bash scripts/demo.sh
 
 demo-parts: $(STAMP)  ## make the checked-in demo parts again: the small CLIP tower and the pretrained projector

@@ -60,7 +60,7 @@ def print_recipes(names: list[str]) -> None:
         Refusal: C-FLAG, no such recipe, or several.
     """
     known = recipes()
-    if not names:
+    if not names or names[0] in ("-h", "--help"):
         for name, file in known.items():
             print(f"{name:34} {file.read_text(encoding='utf-8').splitlines()[1].lstrip('# ')}")
         return

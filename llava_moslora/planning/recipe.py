@@ -69,7 +69,10 @@ def read_recipe(script: Path, gpus: int | None) -> Call:
     words = [word for argument in call["argv"] for word in ([argument] if " " not in argument else argument.split())]
     at = next((i for i, word in enumerate(words) if word.endswith(TRAINING)), None)
     if at is None:
-        raise Refusal("C-RECIPE", "the recipe starts something else", file=script, found=" ".join(words[1:4]))
+        raise Refusal(
+            "C-RECIPE", "the recipe starts something else", file=script, found=" ".join(words[1:4]),
+            expected="train_vit_llm.py: no other training is planned",
+        )  # fmt: skip
     launcher, flags = words[:at], words[at + 1 :]
     return Call(flags, _gpus(launcher, script, Path(call["folder"]), given=gpus), Path(call["folder"]))
 
