@@ -22,6 +22,7 @@ from llava_moslora.errors import Refusal, run_script
 # Command → its script and what it does.
 COMMANDS = {
     "train": ("train_vit_llm.py", "fine-tune adapters in the LLM and the vision tower, and the projector"),
+    "train-sdxl": ("train_sdxl.py", "teach Stable Diffusion XL a subject from a few pictures"),
     "plan": ("plan.py", "will a training fit, how long does it take, and which flags are the fastest"),
     "prepare": ("prepare_data.py", "check and tokenise data, with a report"),
     "export": ("export.py", "make the folder of a run that other tools load"),

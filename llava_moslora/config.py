@@ -76,7 +76,7 @@ class ModelSettings(Settings):
     heading = MODEL
 
     model_name_or_path: str = setting(help="folder of the LLM, or of a complete LLaVA")
-    vision_tower: str | None = setting(None, "CLIP or SigLIP, or open_clip:ARCH@FILE; default: the LLaVA's, else none")
+    vision_tower: str | None = setting(None, "CLIP, SigLIP, open_clip:ARCH@FILE; default: the LLaVA's, or none")
     pretrain_mm_mlp_adapter: str | None = setting(None, "stage 1's projector; default: the LLaVA's, or random weights")
     version: str | None = setting(None, "conversation template; default: recognised from the tokenizer")
     bits: int = setting(16, "per weight of the frozen LLM: 16 | 4 (NF4, QMoSLoRA)", BITS)
@@ -114,7 +114,7 @@ class DataSettings(Settings):
     data_weights: list[float] = setting([], "how often each file is seen per epoch; default: once")
     eval_data_path: list[str] = setting([], "validation data: as --data_path, each FILE or NAME=FILE")
     validation_split: float = setting(0.0, "share of --data_path held out, by each record's content")
-    data_share: float = setting(1.0, "train on this share of each file, drawn by the seed; smaller in larger ones")
+    data_share: float = setting(1.0, "share of each file to train on, drawn by the seed; nested")
     image_folder: str | None = setting(None, "folder that image names are relative to")
     image_aspect_ratio: str = setting("pad", "pad to a square, or crop as the tower's processor does", ASPECT_RATIOS)
     image_engine: str = setting("pil", "pil: resized as for the tower's training; torch: faster", IMAGE_ENGINES)

@@ -191,7 +191,7 @@ class SettingsParser(ScriptParser):
         if self.more is not None:
             shown = f"{shown[:-1]}; --help all: the Trainer's."
         body = "\n".join(line for heading, lines in groups.items() if lines for line in (f"{heading}:", *lines))
-        return f"{self.format_usage()}\n{(self.description or '').strip()}\n\n{shown}\n\n{body}\n"
+        return f"{self.format_usage()}\n{(self.description or '').strip()}\n\n{shown}\n{body}\n"
 
 
 class _Help(argparse.Action):

@@ -17,7 +17,7 @@ import textwrap
 from pathlib import Path
 
 from llava_moslora.errors import Refusal, run_script
-from llava_moslora.export.formats import DEQUANTIZED, FORMATS, ORIGINAL
+from llava_moslora.export.formats import DEQUANTIZED, DIFFUSERS, FORMATS, ORIGINAL, SDXL_FORMATS
 from llava_moslora.flags import ScriptParser
 from llava_moslora.noise import quiet_libraries
 
@@ -29,7 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("run", help="the --output_dir of a training; with --push_to_hub alone a finished export")
     parser.add_argument("--output_dir", help="the folder to write")
     parser.add_argument(
-        "--format", nargs="+", default=["hf"], choices=list(FORMATS), metavar="FORMAT",
+        "--format", nargs="+", default=["hf"], choices=[*FORMATS, *SDXL_FORMATS], metavar="FORMAT",
         help="one or several of the formats above; default: hf",
     )  # fmt: skip
     parser.add_argument("--with_base", action="store_true", help="with --format peft: peft_with_base in its place")
@@ -42,7 +42,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--checkpoint",
         help="best (by validation), newest, or a step; default: newest, of a run with --load_best_model_at_end best",
     )
-    parser.add_argument("--model_name_or_path", help="the LLM's folder, if it moved since the training")
+    parser.add_argument("--kohya", action="store_true", help="with --format diffusers: also kohya.safetensors")
+    parser.add_argument("--model_name_or_path", help="the LLM's or the SDXL's folder, if it moved since the training")
     parser.add_argument("--vision_tower", help="the vision tower, if it moved since the training")
     parser.add_argument(
         "--overwrite", action="store_true",
@@ -69,6 +70,7 @@ def check_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
     if args.push_to_hub is not None and len(args.format) > 1:
         fix = "one --format, or push their folders one by one"
         raise Refusal("C-FLAG", "a repository holds one format", key="--format", found=", ".join(args.format), fix=fix)
+    check_sdxl_flags(args, parser)
     if args.output_dir is not None:
         return
     if args.push_to_hub is None:
@@ -80,14 +82,28 @@ def check_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
         raise Refusal("C-FLAG", what, key=f"--{given[0]}", fix="leave it out, or give a run and --output_dir")
 
 
+def check_sdxl_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
+    if DIFFUSERS not in args.format:
+        if args.kohya:
+            raise Refusal("C-FLAG", f"belongs to --format {DIFFUSERS}", key="--kohya")
+        return
+    if len(args.format) > 1:
+        fix, found = f"--format {DIFFUSERS} alone", ", ".join(args.format)
+        raise Refusal("C-FLAG", "a run is either of SDXL or not", key="--format", found=found, fix=fix)
+    others = ("with_base", "dtype", "merge_base", "vision_tower", "evaluation")
+    if given := [name for name in others if getattr(args, name) != parser.get_default(name)]:
+        raise Refusal("C-FLAG", f"no effect with --format {DIFFUSERS}", key=f"--{given[0]}", fix="leave it out")
+
+
 def format_list() -> str:
-    width = max(map(len, FORMATS)) + 2
+    formats = FORMATS | SDXL_FORMATS
+    width = max(map(len, formats)) + 2
     return "\n".join(
         textwrap.fill(
             summary.replace("`", ""), 100, initial_indent=f"    {name:{width}}",
             subsequent_indent=" " * (width + 4),
         )
-        for name, summary in FORMATS.items()
+        for name, summary in formats.items()
     )  # fmt: skip
 
 
@@ -97,6 +113,7 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
 
 import torch
 
+from llava_moslora.diffusion.export import export_lora
 from llava_moslora.export.export import export
 from llava_moslora.export.sharing import check_repository, files_to_push, push
 
@@ -115,6 +132,13 @@ def main() -> None:
 
 def export_run(args: argparse.Namespace) -> Path:
     """Returns the folder of the last format."""
+    if args.format == [DIFFUSERS]:
+        folder = export_lora(
+            args.run, args.output_dir, base=args.model_name_or_path, checkpoint=args.checkpoint, kohya=args.kohya,
+            overwrite=args.overwrite, prove=not args.no_proof,
+        )  # fmt: skip
+        print(f"exported: {folder} ({DIFFUSERS})", flush=True)
+        return folder
     dtype = getattr(torch, args.dtype) if args.dtype else None
     folders = export(
         args.run, args.output_dir, args.format, dtype=dtype, merge_base=args.merge_base,

@@ -6,20 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from llava_moslora import config, errors
+from llava_moslora import config, defect_report, errors, stopping
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings, TowerAdapter, TrainingSettings
 from llava_moslora.errors import Refusal
 
 
 def test_they_need_the_standard_library_alone():
     """A planner, a website or a test makes them without torch."""
-    for module in (config, errors):
+    for module in (config, errors, stopping, defect_report):
         tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
         names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-        assert module is errors or [name for name in names if name.startswith("llava_moslora")] == [errors.__name__]
-        others = {name.split(".")[0] for name in names} - sys.stdlib_module_names
-        assert others <= ({"llava_moslora"} if module is config else set())
+        own = {config: {errors.__name__}, errors: {stopping.__name__, defect_report.__name__}}.get(module, set())
+        assert {name for name in names if name.split(".")[0] not in sys.stdlib_module_names} == own
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def declared() -> dict[str, set[str]]:
 def imported(folder: str) -> dict[str, Path]:
     """Packages that are imported anywhere in a folder's files, each with one of them; neither Python's nor our own."""
     own = {"llava_moslora", "scripts", "support"} | {path.stem for path in ROOT.glob("*/*.py")}
+    own |= {path.stem for path in ROOT.glob("playground/*/*.py")}
     found = {}
     downloaded = [ROOT / "playground" / name for name in ("data", "models", "runs")]  # by the demo
     for path in (ROOT / folder).rglob("*.py"):
@@ -59,7 +60,7 @@ def imported(folder: str) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("llava_moslora", ["quant", "clip", "liger", "commonsense"]),
+        ("llava_moslora", ["quant", "clip", "liger", "commonsense", "diffusion"]),
         ("scripts", ["serve"]),
         ("playground", ["demo"]),
         ("benchmarks", ["dev"]),

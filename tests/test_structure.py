@@ -15,16 +15,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_moslora"
 # Lowest first; packages of one floor never import each other.
 FLOORS = [
-    {"stopping", "_version"},
+    {"stopping", "defect_report", "_version"},
     {"errors"},
     {"config", "devices", "distributed", "flags", "noise", "pages", "private_api"},
-    {"files", "recompute"},
+    {"files", "recompute", "sdxl_settings"},
     {"adapters", "text"},
     {"models", "data"},
     {"runs"},
     {"inference"},
     {"training", "export", "evaluation", "planning"},
-    {"studies"},
+    {"studies", "diffusion"},
     {"cli"},
 ]
 FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}

@@ -18,6 +18,7 @@ import torch
 from peft import PeftConfig
 from peft.utils.other import EMBEDDING_LAYER_NAMES, get_pattern_key
 
+from llava_moslora.adapters import diffusers_file
 from llava_moslora.adapters.config import PEFT_TYPE, MosLoraConfig, config_of_layers, exact_patterns, stores_mixer
 from llava_moslora.adapters.fold import PEFT_PREFIX, Adapter, LowRank, rename_adapter, replace_prefix
 from llava_moslora.adapters.kinds import DORA, KINDS, Kind
@@ -59,9 +60,9 @@ def _plain_lora(tensors: dict[str, LazyTensor], config: MosLoraConfig, module: s
     return _moslora(tensors | {"W": identity}, config, module)
 
 
-LORA_NAMES = {"lora_A.weight": "A", "lora_B.weight": "B"}
+LORA_NAMES = {"lora_A.weight": "A", "lora_B.weight": "B", **diffusers_file.NAMES}
 # lora_AB: the mixer in the MoSLoRA authors' repository; their PEFT fork and this package call it lora_mixer
-MIXED_NAMES = LORA_NAMES | {"lora_mixer.weight": "W", "lora_AB.weight": "W"}
+MIXED_NAMES = LORA_NAMES | {"lora_mixer.weight": "W", "lora_AB.weight": "W"} | diffusers_file.MIXER_NAMES
 MIXED_NAMES |= {"lora_start_A.weight": "A0", "lora_start_B.weight": "B0"}
 ALL_KINDS: dict[str, Kind] = {  # by peft_type of adapter_config.json
     "LORA": Kind(MosLoraConfig, LORA_NAMES, lambda config, module, present: {"A", "B"}, _plain_lora),
@@ -73,16 +74,19 @@ ALL_KINDS: dict[str, Kind] = {  # by peft_type of adapter_config.json
 def read_adapter(
     path: str | Path, *, rename: Mapping[str, str] | None = None, lora_alpha: float | Mapping[str, float] | None = None
 ) -> Adapter:
-    """Read an adapter of this package, the MoSLoRA authors' repository, their PEFT fork, XTuner, or a plain LoRA.
+    """Read an adapter of this package, the MoSLoRA authors' repository, their PEFT fork, XTuner, diffusers, or a plain
+    LoRA.
 
     Names, shapes and settings are checked; the tensors are read when they are asked for. A plain LoRA folder gets a
     trainable identity mixer, so that training can continue from it; it computes the same.
 
     Args:
-        path: an adapter folder, or one weight file without a configuration (XTuner's ``iter_N.pth``).
+        path: an adapter folder, or one weight file without a configuration (XTuner's ``iter_N.pth``, diffusers'
+            ``pytorch_lora_weights.safetensors``).
         rename: prefix of the names in the file → prefix in the model, such as ``{"llm.": "model.language_model."}``;
             of several that fit, the longest counts.
-        lora_alpha: for a file without a configuration, the alpha it was trained with, or prefix in the file → alpha.
+        lora_alpha: for a file without a configuration, the alpha it was trained with, or prefix in the file → alpha;
+            not needed for a file of diffusers (:mod:`llava_moslora.adapters.diffusers_file`).
 
     Raises:
         Refusal: K-ADAPTER for anything missing, unexpected, of the wrong shape or of unknown meaning.
@@ -91,6 +95,10 @@ def read_adapter(
     layers, others = _by_module(_read_tensors(path), path)
     if path.is_dir():
         kind, config = _stored_config(path, layers)
+        _check_others(config, others, path)
+    elif lora_alpha is None and diffusers_file.is_diffusers_file(layers):
+        alphas = diffusers_file.read_alphas(path, layers, others)
+        kind, config = ALL_KINDS[PEFT_TYPE], _config_from_tensors(layers, alphas, path)
         _check_others(config, others, path)
     else:  # XTuner saves all of a training in one file: the caller decides about its other tensors
         kind, config = ALL_KINDS[PEFT_TYPE], _config_from_tensors(layers, lora_alpha, path)
@@ -129,7 +137,7 @@ def _by_module(tensors: dict[str, LazyTensor], path: Path) -> tuple[Layers, dict
         if match:
             layers.setdefault(match["module"], {})[part] = tensor
             adapters.add(match["adapter"])
-        elif ".lora_" in bare:
+        elif ".lora_" in bare or ".lora." in bare:
             unknown.append(name)
         else:
             others[bare] = tensor

@@ -22,3 +22,9 @@ FORMATS: dict[str, str] = {
     "vision": "the merged vision tower alone, as transformers' `CLIPVisionModel` or `SiglipVisionModel`",
     "projector": "the projector alone, as XTuner publishes it; `--pretrain_mm_mlp_adapter` takes the folder",
 }
+# Of a run of scripts/train_sdxl.py
+DIFFUSERS = "diffusers"
+SDXL_FORMATS: dict[str, str] = {
+    DIFFUSERS: "of an SDXL run: `pytorch_lora_weights.safetensors`, a plain LoRA that diffusers and ComfyUI load; with "
+    "`--kohya` also in kohya's spelling",
+}

@@ -108,6 +108,7 @@ def _target_regex(model: nn.Module, tower: str, adapter: TowerAdapter) -> str:
 def parameter_table(model: nn.Module) -> str:
     """A row per part: its parameters, those trained, and those of them in mixers; also right under ZeRO-3."""
     titles = {"llm": "LLM", "vision_tower": "vision tower", "projector": "projector", "lm_head": "LM head"}
+    titles |= {"unet": "UNet", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
     count = {part: [0, 0, 0] for part in titles}
     for name, parameter in model.named_parameters():
         if "original_module" in name:  # PEFT keeps the projector as it was loaded, next to the trained copy

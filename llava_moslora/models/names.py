@@ -1,4 +1,4 @@
-"""Names of modules and parameters by part, in ``LlavaForConditionalGeneration`` and in an LLM alone."""
+"""Names of modules and parameters by part: in ``LlavaForConditionalGeneration``, in an LLM alone, in SDXL."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ ADAPTER_NAME = "default"  # PEFT's own default, and the name of the one adapter 
 PARTS = {"llm": LLM, "vision_tower": VISION_TOWER, "projector": PROJECTOR, "lm_head": LM_HEAD}
 # part → its prefix in the model of that part alone, such as LlamaForCausalLM or CLIPVisionModel
 STANDALONE = {"llm": "model.", "vision_tower": "", "projector": "", "lm_head": "lm_head."}
+# Parts of SDXL in training, which are named as diffusers names them in files of LoRAs.
+SDXL_PARTS = ("unet", "text_encoder", "text_encoder_2")
 # What a decoder of transformers has in it; PEFT's own wrapper is called model too.
 _ALONE = re.compile(rf"(?:^|\.){LLM_ALONE}\.((?:embed_tokens|layers|norm|rotary_emb)(?:\.|$).*)")
 # The last level of an adapter's tensor before the adapter's name: lora_A, hada_w1_a, lokr_w2 …
@@ -31,7 +33,8 @@ def adapter_tensor(name: str) -> str | None:
 
 
 def part_of(name: str) -> str:
-    """The part with this module or parameter, a key of :data:`PARTS`, whatever PEFT or DeepSpeed put before the name.
+    """The part with this module or parameter, a key of :data:`PARTS` or one of :data:`SDXL_PARTS`, whatever PEFT or
+    DeepSpeed put before the name.
 
     Raises:
         ValueError: not a name in one of these models.
@@ -46,7 +49,7 @@ def standalone_name(name: str) -> str:
         ValueError: not a name in one of these models.
     """
     part, rest = _split(name)
-    return (STANDALONE[part] + rest).removesuffix(".")
+    return (STANDALONE.get(part, "") + rest).removesuffix(".")
 
 
 def select_parts(named: Mapping[str, T], parts: Iterable[str]) -> dict[str, T]:
@@ -61,4 +64,8 @@ def _split(name: str) -> tuple[str, str]:
             return part, rest.removesuffix(".")
     if alone := _ALONE.search(name):
         return "llm", alone[1]
-    raise ValueError(f"{name} is not a name of LlavaForConditionalGeneration or of an LLM")
+    for part in SDXL_PARTS:
+        _, found, rest = f".{name}.".partition(f".{part}.")
+        if found:
+            return part, rest.removesuffix(".")
+    raise ValueError(f"{name} is not a name of LlavaForConditionalGeneration, of an LLM or of SDXL")

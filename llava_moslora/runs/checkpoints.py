@@ -90,7 +90,7 @@ def newest_checkpoint(run: Path) -> Path:
         found = "; ".join(refusal.line() for refusal in skipped) or "none at all"
         fix = "let the training reach its first --save_steps, or its end"
         raise Refusal("K-NONE", "the run has no valid checkpoint", file=run, found=found, fix=fix)
-    check_seed(read_run(run), checkpoint, read_facts(checkpoint))
+    check_seed(read_run(run, None), checkpoint, read_facts(checkpoint))
     return checkpoint
 
 
@@ -118,7 +118,7 @@ def _model_checkpoint(run: Path, which: str | None) -> Path:
     newest = newest_checkpoint(run)
     best = read_facts(newest).get("best")
     if which is None:
-        which = BEST if best and read_run(run).training_value("load_best_model_at_end") else NEWEST
+        which = BEST if best and read_run(run, None).training_value("load_best_model_at_end") else NEWEST
     if which == NEWEST:
         return newest
     name = f"checkpoint-{which.removeprefix('checkpoint-')}"
@@ -138,7 +138,7 @@ def _model_checkpoint(run: Path, which: str | None) -> Path:
         )  # fmt: skip
     manifest = verify_manifest(folder)
     _check_step(folder, manifest)
-    check_seed(read_run(run), folder, manifest)
+    check_seed(read_run(run, None), folder, manifest)
     return folder
 
 

@@ -26,17 +26,10 @@ from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.publish import sweep
 from llava_moslora.runs.checkpoints import checkpoints, lock_run, newest_valid
 from llava_moslora.runs.output_dir import DATA_REPORT, check_output, files_of_run, has_begun
-from llava_moslora.runs.record import GROUPS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
+from llava_moslora.runs.record import KINDS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
 
 SET_ASIDE = ".aside"  # suffix of folders that a replaced run waits in
 
-# What may differ when a run is resumed: where things are written, how fast, how often; and where the parts lie, because
-# the fingerprints identify them.
-FREE = {
-    "data": {"data_cache", "preprocessing_num_workers", "decode_images"},
-    "model": {"model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"},
-    "adapter": set(),
-}
 # Of the Trainer's many settings, those that change what is computed.
 TRAINING = (
     *("learning_rate", "vision_lr", "mm_projector_lr", "mixer_lr", "weight_decay", "max_grad_norm"),
@@ -65,7 +58,7 @@ def check_resume(training: TrainingSettings, settings: RunSettings, fingerprints
             facts = read_facts(checkpoint)
         except (Refusal, OSError):
             continue
-    _refuse_changes(run, changes(read_run(run), settings), facts, fingerprints, training.allow_change)
+    _refuse_changes(run, changes(read_run(run, settings.kind), settings), facts, fingerprints, training.allow_change)
 
 
 def open_run(
@@ -110,7 +103,7 @@ def _checkpoint_to_resume(
     run: Path, settings: RunSettings, fingerprints: dict[str, Any], allow_change: list[str]
 ) -> tuple[Path | None, list[Refusal]]:
     """The newest valid checkpoint, and why newer ones were skipped."""
-    record = read_run(run)
+    record = read_run(run, settings.kind)
     checkpoint, skipped = newest_valid(run)
     if checkpoint is None and skipped:
         raise Refusal(
@@ -155,8 +148,9 @@ def only_differing(then: object, now: object) -> tuple[object, object]:
 def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
     """Settings that decide what is computed and differ: name → (then, now)."""
     both: dict[str, tuple[Any, Any]] = {name: (value, None) for name, value in then.unknown.items()}
-    for group, kind in GROUPS.items():
-        for name in (f.name for f in fields(kind) if f.name not in FREE[group]):
+    kind = KINDS[now.kind]
+    for group, group_class in kind.groups.items():
+        for name in (f.name for f in fields(group_class) if f.name not in kind.free[group]):
             both[name] = getattr(getattr(then, group), name), getattr(getattr(now, group), name)
     both |= {name: (then.training_value(name), now.training_value(name)) for name in TRAINING}
     both["global_batch_size"] = then.global_batch_size, now.global_batch_size  # however ranks and accumulation split it
@@ -166,7 +160,7 @@ def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
 def write_first_files(
     training: TrainingSettings,
     settings: RunSettings,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerFast | None,
     report: Callable[[Path], object],
     inputs: Iterable[tuple[str, Path]] = (),
 ) -> None:
@@ -174,6 +168,7 @@ def write_first_files(
     is resumed, only the first two, again.
 
     Args:
+        tokenizer: None where the run has none of its own.
         report: as for :func:`begin_run`. inputs: as for :func:`open_run`.
 
     Raises:
@@ -182,7 +177,8 @@ def write_first_files(
 
     def record(run: Path) -> None:
         write_run(run, settings)
-        _save_tokenizer(tokenizer, run)
+        if tokenizer is not None:
+            _save_tokenizer(tokenizer, run)
 
     run = training.run_folder
     if training.resume and has_begun(run):

@@ -17,6 +17,7 @@ from llava_moslora.files.manifest import MANIFEST
 from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints
 from llava_moslora.runs.log import METRICS_FILE, read_rows
 from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, is_run
+from llava_moslora.sdxl_settings import SubjectSettings
 
 DATA_REPORT = "data"
 # Everything that a run writes, by its path in the run folder; NAMES are the first parts of these paths, but for
@@ -39,7 +40,9 @@ JOB_LOG = re.compile(r".*\.(out|err|log|[oe]\d+)|log")
 
 
 def check_output(
-    training: TrainingSettings, inputs: Iterable[tuple[str, Path]] = (), data: DataSettings | None = None
+    training: TrainingSettings,
+    inputs: Iterable[tuple[str, Path]] = (),
+    data: DataSettings | SubjectSettings | None = None,
 ) -> None:
     """Refuse a run folder that cannot be used, before anything is loaded.
 

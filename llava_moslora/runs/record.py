@@ -16,11 +16,34 @@ from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSetting
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import replace_json
 from llava_moslora.files.json import parse_json
+from llava_moslora.sdxl_settings import SdxlAdapterSettings, SdxlSettings, SubjectSettings
 
 RUN, TOKENIZER = "run.json", "tokenizer"
 EXPORT = "export.json"  # next to an export's weights: what it is an export of
-GROUPS = {"model": ModelSettings, "data": DataSettings, "adapter": AdapterSettings}
-# Of ``settings``, what resuming, exporting and answering need: group → key → type.
+LLAVA, SDXL = "llava", "sdxl"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run: what its record holds.
+
+    Attributes:
+        what: the run, for messages. script: what writes it.
+        groups: group of ``settings`` → its class.
+        needed: what resuming, exporting and answering need: group → key → type.
+        before: what older runs did, from before there was a setting for it.
+        free: what may differ when a run is resumed: where things are written, how fast, how often; and where the parts
+            lie, because the fingerprints identify them.
+    """
+
+    what: str
+    script: str
+    groups: dict[str, type]
+    needed: dict[str, dict[str, Any]]
+    before: dict[str, dict[str, Any]]
+    free: dict[str, set[str]]
+
+
 NEEDED: dict[str, dict[str, Any]] = {
     "model": {
         "model_name_or_path": str,
@@ -34,7 +57,6 @@ NEEDED: dict[str, dict[str, Any]] = {
     "training": {},
     "preprocessor": {},
 }
-# What older runs did, from before there was a setting for it.
 BEFORE: dict[str, dict[str, Any]] = {
     "model": {"attn_implementation": "sdpa"},
     "data": {
@@ -59,7 +81,40 @@ BEFORE: dict[str, dict[str, Any]] = {
         "load_best_model_at_end": False,
     },
 }
-_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "bitsandbytes", "safetensors")
+KINDS = {
+    LLAVA: Kind(
+        what="a LLaVA or an LLM",
+        script="scripts/train_vit_llm.py",
+        groups={"model": ModelSettings, "data": DataSettings, "adapter": AdapterSettings},
+        needed=NEEDED,
+        before=BEFORE,
+        free={
+            "data": {"data_cache", "preprocessing_num_workers", "decode_images"},
+            "model": {"model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter"},
+            "adapter": set(),
+        },
+    ),
+    SDXL: Kind(
+        what="Stable Diffusion XL",
+        script="scripts/train_sdxl.py",
+        groups={"model": SdxlSettings, "data": SubjectSettings, "adapter": SdxlAdapterSettings},
+        needed={
+            "model": {"model_name_or_path": str},
+            "data": {"image_folder": str, "prompt": str, "resolution": int},
+            "adapter": {"lora_r": int},
+            "training": {},
+            "preprocessor": {},
+        },
+        before={"model": {}, "data": {}, "adapter": {}, "training": BEFORE["training"]},
+        free={
+            "model": {"model_name_or_path", "vae"},
+            "data": {"image_folder", "class_image_folder", "data_cache"},
+            "adapter": set(),
+        },
+    ),
+}
+_PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "bitsandbytes", "safetensors",
+             "diffusers")  # fmt: skip
 _ABSENT = object()
 
 
@@ -68,6 +123,7 @@ class RunSettings:
     """The settings of a run, with every default resolved.
 
     Attributes:
+        kind: a key of :data:`KINDS`, whose classes ``model``, ``data`` and ``adapter`` have.
         model: with ``version``, the conversation template, and the three parts each by itself.
         training: the values of :class:`llava_moslora.training.arguments.TrainingArguments`, and ``dropout_masks``, the
             source of the masks.
@@ -81,6 +137,7 @@ class RunSettings:
     training: dict[str, Any]
     preprocessor: dict[str, Any]
     global_batch_size: int | None = None
+    kind: str = LLAVA
 
     def training_value(self, name: str) -> Any:
         """A value of ``training``; of a run older than the setting, what runs did then."""
@@ -109,7 +166,7 @@ def write_run(folder: Path, settings: RunSettings) -> None:
 
     On resume the record keeps the seeds that its earlier checkpoints were trained with.
     """
-    seeds = read_run(folder).seeds if (folder / RUN).is_file() else []
+    seeds = read_run(folder, settings.kind).seeds if (folder / RUN).is_file() else []
     record = {
         "llava_moslora": __version__,
         "settings": asdict(settings),
@@ -122,31 +179,36 @@ def write_run(folder: Path, settings: RunSettings) -> None:
     replace_json(folder / RUN, record)
 
 
-def read_run(folder: str | Path) -> RunRecord:
+def read_run(folder: str | Path, expected: str | None = LLAVA) -> RunRecord:
     """``run.json`` of a run folder, also of one that an earlier version of this package wrote.
 
+    Args:
+        expected: the kind of run that the caller understands; None: any.
+
     Raises:
-        Refusal: C-PATH, the folder is missing or holds no run; K-RUN, its record is damaged, of something else, or
-            lacks what this version of the package reads.
+        Refusal: C-PATH, the folder is missing or holds no run; K-RUN, its record is damaged, of something else, of
+            another kind of run, or lacks what this version of the package reads.
     """
     file = Path(folder) / RUN
     record = _read_ours(file)
-    _check_needed(record, file)
+    kind = _kind_of(record, file, expected)
+    _check_needed(record, file, KINDS[kind].needed)
     settings = record["settings"]
     known: dict[str, dict] = {}
     unknown: dict[str, Any] = {}
-    for group, kind in GROUPS.items():
-        stored, names = BEFORE[group] | settings[group], {f.name for f in fields(kind)}
+    for group, group_class in KINDS[kind].groups.items():
+        stored = KINDS[kind].before[group] | settings[group]
+        names = {f.name for f in fields(group_class)}
         known[group] = {name: value for name, value in stored.items() if name in names}
         unknown |= {name: value for name, value in stored.items() if name not in names}
-    if isinstance(path := known["data"]["data_path"], str):  # before there could be several
+    if isinstance(path := known["data"].get("data_path"), str):  # before there could be several
         known["data"]["data_path"] = [path]
-    for group, kind in GROUPS.items():
-        for f in fields(kind):
+    for group, group_class in KINDS[kind].groups.items():
+        for f in fields(group_class):
             if f.name in known[group] and not _fits(known[group][f.name], str(f.type)):
                 raise _lacks(record, file, ("settings", group, f.name), known[group][f.name], f.type)
     try:
-        groups = {group: kind(**known[group]) for group, kind in GROUPS.items()}
+        groups = {group: group_class(**known[group]) for group, group_class in KINDS[kind].groups.items()}
     except Refusal as refusal:
         raise Refusal(
             "K-RUN", "a value that this version of the package does not know", file=file, key=refusal.key,
@@ -157,6 +219,7 @@ def read_run(folder: str | Path) -> RunRecord:
         training=settings["training"],
         preprocessor=settings["preprocessor"],
         global_batch_size=settings.get("global_batch_size"),
+        kind=kind,
         seeds=record.get("seeds") or [settings["training"].get("seed")],
         command=record["command"],
         versions=record["versions"],
@@ -168,7 +231,7 @@ def _read_ours(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise Refusal(
             "C-PATH", "not a run folder" if file.parent.is_dir() else "no such folder", file=file.parent,
-            expected=f"a folder with {RUN}, as --output_dir of scripts/train_vit_llm.py",
+            expected=f"a folder with {RUN}, as --output_dir of {KINDS[LLAVA].script}",
             fix="give the --output_dir of a training run",
         )  # fmt: skip
     try:
@@ -180,9 +243,23 @@ def _read_ours(file: Path) -> dict[str, Any]:
     return record
 
 
-def _check_needed(record: dict[str, Any], file: Path) -> None:
-    needed: dict[tuple[str, ...], Any] = {(group,): dict for group in NEEDED}
-    needed |= {(group, key): kind for group, keys in NEEDED.items() for key, kind in keys.items()}
+def _kind_of(record: dict[str, Any], file: Path, expected: str | None) -> str:
+    kind = record["settings"].get("kind", LLAVA)
+    if kind not in KINDS:
+        what, fix = "a kind of run that this version of the package does not know", "use the version that wrote it"
+        raise Refusal("K-RUN", what, file=file, key="settings.kind", found=kind, expected=" | ".join(KINDS), fix=fix)
+    if expected is not None and kind != expected:
+        fix = "scripts/export.py --format diffusers takes it" if kind == SDXL else "give a run of that script"
+        raise Refusal(
+            "K-RUN", "another kind of run", file=file, found=f"{KINDS[kind].what}, by {KINDS[kind].script}",
+            expected=f"{KINDS[expected].what}, by {KINDS[expected].script}", fix=fix,
+        )  # fmt: skip
+    return kind
+
+
+def _check_needed(record: dict[str, Any], file: Path, groups: dict[str, dict[str, Any]]) -> None:
+    needed: dict[tuple[str, ...], Any] = {(group,): dict for group in groups}
+    needed |= {(group, key): kind for group, keys in groups.items() for key, kind in keys.items()}
     needed = {("settings", *path): kind for path, kind in needed.items()} | {("command",): list, ("versions",): dict}
     for path, kind in needed.items():
         value: Any = record

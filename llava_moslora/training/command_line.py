@@ -50,19 +50,27 @@ def parse(
         Refusal: an unknown flag (with the nearest name), a missing one, a value of the wrong type or no choice, out of
             range, or without effect; a configuration or DeepSpeed file that is missing or no JSON/YAML.
     """
-    parser = Parser(description)
+    (model, data, adapter, _), training = parse_with(Parser(description), SETTINGS, argv)
+    return model, data, adapter, training
+
+
+def parse_with(parser: SettingsParser, groups: Sequence[type], argv: Sequence[str]) -> tuple[list[Any], dict[str, Any]]:
+    """The flags of ``parser``, whose first is ``--config``, as one object of each of ``groups``, the last of which are
+    :class:`TrainingSettings`, and as values for ``TrainingArguments``. The parser may leave out flags of training.
+
+    Raises:
+        Refusal: as :func:`parse`.
+    """
     if file := early(argv).config:
         argv = [*_as_flags(read_config(Path(file)), {flag.name for flag in parser.flags[1:]}, file), *argv]
     if (deepspeed := early(argv).deepspeed) is not None:
         read_deepspeed_config(deepspeed)  # the Trainer looks into it while it reads its flags
     values = vars(parser.parse_args(argv))
-    *groups, own = ({f.name: values.pop(f.name) for f in fields(group)} for group in SETTINGS)
+    given = [{f.name: values.pop(f.name) for f in fields(group) if f.name in values} for group in groups]
     del values["config"]
     trainer_flags.check_flags(values)
     _check_timeout(values["ddp_timeout"])
-    model, data, adapter = (settings(**given) for settings, given in zip(SETTINGS, groups, strict=False))
-    TrainingSettings(**own)
-    return model, data, adapter, own | values
+    return [settings(**known) for settings, known in zip(groups, given, strict=True)], given[-1] | values
 
 
 def early(argv: Sequence[str]) -> argparse.Namespace:

@@ -22,10 +22,15 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Throughput:
-    """Counts what this rank trains on; :meth:`rates` gives the rates of all ranks since the last call."""
+    """Counts what this rank trains on; :meth:`rates` gives the rates of all ranks since the last call.
 
-    def __init__(self, model: nn.Module, device: torch.device):
-        self.flops, self.device, self.peak = Flops.of(model), device, peak_flops(device)
+    Args:
+        model: None where records have no tokens: then samples alone are counted.
+    """
+
+    def __init__(self, model: nn.Module | None, device: torch.device):
+        self.flops = None if model is None else Flops.of(model)
+        self.device, self.peak = device, peak_flops(device)
         self.reset()
 
     def reset(self) -> None:
@@ -40,8 +45,10 @@ class Throughput:
             labels: tokens with a label.
         """
         tokens, per = sum(lengths), self.flops
-        self.counts["tokens"] += tokens
         self.counts["samples"] += len(lengths)
+        if per is None:
+            return
+        self.counts["tokens"] += tokens
         self.counts["flops"] += per.token * tokens + per.pair * sum(length**2 for length in lengths)
         self.counts["flops"] += per.trained_token * labels + per.image * images
 
@@ -59,8 +66,10 @@ class Throughput:
         tokens, samples, flops, _ = map(sum, zip(*ranks, strict=True))
         memory = max(rank[-1] for rank in ranks)
         self.reset()
-        rates = {"tokens_per_second": round(tokens / seconds, 1), "samples_per_second": round(samples / seconds, 3)}
-        if self.peak is not None:
+        rates = {"samples_per_second": round(samples / seconds, 3)}
+        if self.flops is not None:
+            rates = {"tokens_per_second": round(tokens / seconds, 1)} | rates
+        if self.flops is not None and self.peak is not None:
             rates["mfu"] = round(flops / seconds / (self.peak * len(ranks)), 4)
         if memory:
             rates["peak_memory_gib"] = round(memory, 2)

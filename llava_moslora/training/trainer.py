@@ -69,18 +69,13 @@ class MosLoraTrainer(EvaluatingTrainer):
             raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
         if self.args.loss_average == "micro_batch":
             self.model_accepts_loss_kwargs = False  # without a token count the model averages over its micro-batch
-        if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
-            from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
-
-            inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            fuse_layers(getattr(inner.model, "language_model", inner.model))  # of an LLM alone, the model itself
         # A loss over the global batch's tokens is added up over micro-batches and ranks, another one averaged
         summed = self.model_accepts_loss_kwargs and self.args.average_tokens_across_devices
         parts = (self.args.gradient_accumulation_steps or 1) if self.model_accepts_loss_kwargs else 1
         share = 1 / (parts * (self.args.world_size if summed else 1))
         self.orthogonality = OrthogonalityTerm(self.model, share) if is_adalora(self.model) else None
+        self.throughput = self.prepare_model()
         self.finite_check = FiniteCheck(self.args.run_folder)
-        self.throughput = Throughput(self.model, self.args.device)
         self.extra_logs: dict[str, float] = {}  # added by callbacks to the next row of the log
         for callback in (PrinterCallback, ProgressCallback, TensorBoardCallback):
             self.pop_callback(callback)
@@ -93,6 +88,15 @@ class MosLoraTrainer(EvaluatingTrainer):
             self.add_callback(EarlyStopping(self.args.early_stopping_patience, self.args.early_stopping_threshold))
         self.add_callback(Curves(self.args.run_folder))
         self.add_callback(EvaluateFirst(self))  # the last: its evaluations are shown by the others
+
+    def prepare_model(self) -> Throughput:
+        """What only an LLM has: fused layers, and FLOPs by its tokens."""
+        if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
+            from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
+
+            inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+            fuse_layers(getattr(inner.model, "language_model", inner.model))  # of an LLM alone, the model itself
+        return Throughput(self.model, self.args.device)
 
     def get_train_dataloader(self) -> TrainDataLoader:
         """Not prepared by accelerate, which would shard and pad the records again."""
@@ -156,11 +160,15 @@ class MosLoraTrainer(EvaluatingTrainer):
         batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
         records = [batch.pop("record").tolist() for batch in batches]
         for batch, numbers in zip(batches, records, strict=True):
-            labels = len(batch["label_positions"])
-            check_labels(labels, numbers)
-            self.throughput.add(batch.pop("lengths").tolist(), labels, images=len(batch.get("pixel_values", ())))
+            self.count(batch, numbers)
         self.finite_check.begin_step(records)
         return batches, tokens
+
+    def count(self, batch: dict, records: list[int]) -> None:
+        """Check a micro-batch that is about to be trained, and count it for the throughput."""
+        labels = len(batch["label_positions"])
+        check_labels(labels, records)
+        self.throughput.add(batch.pop("lengths").tolist(), labels, images=len(batch.get("pixel_values", ())))
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Trained tokens of the global batch, counted on the CPU; the Trainer's own count would wait for the device."""

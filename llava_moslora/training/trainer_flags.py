@@ -88,7 +88,7 @@ FLAGS: dict[str, Honoured | Refused] = {
     "adam_beta1": Honoured(OPTIMIZER),
     "adam_beta2": Honoured(OPTIMIZER),
     "adam_epsilon": Honoured(OPTIMIZER),
-    "max_grad_norm": Honoured(OPTIMIZER, "longer gradients are cut to this length; 0: never", TRAINING),
+    "max_grad_norm": Honoured(OPTIMIZER, "longer gradients are cut to this length; 0: never"),
     "label_smoothing_factor": Refused("the loss has no label smoothing"),
     "neftune_noise_alpha": Honoured("test_neftune_changes_the_embeddings"),
     # Randomness

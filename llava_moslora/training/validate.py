@@ -64,7 +64,6 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
         Refusal: C-FLAG, a value out of its range or flags that exclude each other; C-DEEPSPEED, a DeepSpeed file that
             differs from the flags, every difference at once; E-MISSING, an optional package is not installed.
     """
-    _check_numbers(args)
     check_evaluation(data, args)
     _check_adapters(adapter)
     check_method(adapter, model.bits, args)
@@ -73,6 +72,16 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
             "C-FLAG", "DeepSpeed has divided or freed the gradients that would be preconditioned", key="--riemannian",
             fix="leave --deepspeed out (float32 on one GPU or several), or --riemannian",
         )  # fmt: skip
+    check_trainer(model, args)
+
+
+def check_trainer(model: ModelSettings, args: TrainingArguments) -> None:
+    """As :func:`check`, what does not depend on the data and on where the adapters are.
+
+    Raises:
+        Refusal: as :func:`check`.
+    """
+    _check_numbers(args)
     _check_precision(args)
     _check_packages(model, args)
     _check_attention(model, args)
@@ -100,7 +109,7 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
 def _check_numbers(args: TrainingArguments) -> None:
     for name, (smallest, allowed) in RANGES.items():
         if (value := getattr(args, name)) is not None:
-            _check_range(name, value, smallest, allowed)
+            check_range(name, value, smallest, allowed)
             if value >= BELOW.get(name, math.inf):
                 raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"below {BELOW[name]}")
     if unknown := [name for name in args.reporters if name not in INTEGRATION_TO_CALLBACK]:
@@ -117,13 +126,14 @@ def _check_numbers(args: TrainingArguments) -> None:
 def _check_adapters(adapter: AdapterSettings) -> None:
     for prefix in ("", "vision_"):
         for name, (smallest, allowed) in ADAPTER_RANGES.items():
-            _check_range(prefix + name, getattr(adapter, prefix + name), smallest, allowed)
+            check_range(prefix + name, getattr(adapter, prefix + name), smallest, allowed)
         if (dropout := getattr(adapter, f"{prefix}lora_dropout")) >= 1:
             key, expected = f"--{prefix}lora_dropout", "a probability below 1"
             raise Refusal("C-FLAG", "out of range", key=key, found=dropout, expected=expected)
 
 
-def _check_range(name: str, value: float, smallest: float, allowed: bool) -> None:
+def check_range(name: str, value: float, smallest: float, allowed: bool) -> None:
+    """Refuse (C-FLAG) a value of ``--name`` below ``smallest``; ``allowed``: that value itself may be given."""
     if not math.isfinite(value) or value < smallest or (value == smallest and not allowed):
         expected = f"{'at least' if allowed else 'above'} {smallest}"
         raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=expected)
@@ -219,7 +229,7 @@ def name_of(choice: object) -> str:
     return str(getattr(choice, "value", choice))
 
 
-def check_launch(deepspeed: object) -> None:
+def check_launch(deepspeed: object, script: str = "scripts/train_vit_llm.py") -> None:
     """Check how this process was started, before it joins the others; ``deepspeed`` is the flag's value.
 
     Raises:
@@ -228,7 +238,7 @@ def check_launch(deepspeed: object) -> None:
     if deepspeed and "RANK" not in os.environ:
         raise Refusal(
             "E-LAUNCH", "DeepSpeed needs a launcher", key="--deepspeed",
-            fix="deepspeed scripts/train_vit_llm.py …, or torchrun --nproc_per_node N scripts/train_vit_llm.py …",
+            fix=f"deepspeed {script} …, or torchrun --nproc_per_node N {script} …",
         )  # fmt: skip
     local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if devices and local >= devices:

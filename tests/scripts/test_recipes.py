@@ -10,6 +10,7 @@ import pytest
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_moslora.adapters.methods import check_method
+from llava_moslora.diffusion.command_line import parse as parse_sdxl
 from llava_moslora.errors import Refusal
 from llava_moslora.models.assemble import model_on_meta
 from llava_moslora.models.llava_folder import name_parts
@@ -284,7 +285,29 @@ def test_what_slurm_starts_on_a_host(folders):
 
 def test_every_recipe_is_tested():
     written = {path.stem for path in (ROOT / "scripts").glob("*.sh")} - {"demo", "recipe_defaults"}
-    assert written == set(RECIPES)
+    assert written == {*RECIPES, "sdxl_cat"}
+
+
+@pytest.mark.parametrize("more", [[], ["--mixer_init", "identity", "--train_mixer", "False"]])
+def test_the_subject_is_trained_as_the_authors_script_did(folders, more):
+    """Section 4.3, whose settings are those of the authors' script: rank and alpha 4, batches of four, 500 steps."""
+    command = start(folders, "sdxl_cat", *more, PROMPT="a photo of ikat cat")
+    assert command[:3] == ["deepspeed", "--num_gpus", "1"]
+    words = command[command.index("scripts/train_sdxl.py") + 1 :]
+    model, data, adapter, training = parse_sdxl(words)
+    assert (adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout) == (4, 4, 0)
+    mixer = ("identity", False) if more else ("orthogonal", True)
+    assert (adapter.init_lora_weights, adapter.mixer_init, adapter.train_mixer) == ("gaussian", *mixer)
+    assert (data.prompt, data.resolution, data.resampling, data.center_crop) == (
+        "a photo of ikat cat", 1024, "bilinear", False,
+    )  # fmt: skip
+    assert model.vae and not adapter.train_text_encoder and adapter.snr_gamma is data.class_prompt is None
+    expected = {
+        "learning_rate": 1e-4, "lr_scheduler_type": "constant", "warmup_steps": 0, "weight_decay": 1e-4,
+        "max_grad_norm": 1, "max_steps": 500, "per_device_train_batch_size": 1, "global_batch_size": 4, "bf16": True,
+        "seed": 0, "resume": True,
+    }  # fmt: skip
+    assert {name: training[name] for name in expected} == expected
 
 
 STUB = """#!/usr/bin/env bash

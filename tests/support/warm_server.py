@@ -39,7 +39,8 @@ class WarmServer:
 
     def __enter__(self) -> WarmServer:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        packages = ":".join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | ENVIRONMENT | {"PATH": path, "PYTHONPATH": packages}
         self.server = subprocess.Popen(
             [*self.before, sys.executable, "-m", "support.warm_server", *self.modules],
             stdin=subprocess.PIPE,

@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from llava_moslora.adapters.layers import MosLoraLayer
-from llava_moslora.models.names import ADAPTER_NAME, adapter_tensor, part_of
+from llava_moslora.models.names import ADAPTER_NAME, SDXL_PARTS, adapter_tensor, part_of
 from llava_moslora.training.optimizer_state import trained_parameters
 
-LOG_NAMES = {"llm": "llm", "vision_tower": "vision", "lm_head": "head"}  # part → its name in the log
+# part → its name in the log
+LOG_NAMES = {
+    "llm": "llm",
+    "vision_tower": "vision",
+    "lm_head": "head",
+    **dict(zip(SDXL_PARTS, SDXL_PARTS, strict=True)),
+}
 
 
 class AdapterStats(TrainerCallback):
-    """Every ``steps`` steps logs, for each part (llm, vision, head) and over its adapted linears:
+    """Every ``steps`` steps logs, for each part (llm, vision, head; unet, text_encoder, text_encoder_2) and over
+    its adapted linears:
 
     - ``mixer/PART/largest``, ``smallest``: largest and smallest singular value of all mixers;
     - ``mixer/PART/rank``: their mean effective rank, exp of the entropy of the squared singular values' shares;

@@ -57,7 +57,7 @@ def start_trackers(trainer: Trainer, run: Path) -> None:
 
 def _settings(run: Path) -> dict[str, Any]:
     """The settings of ``run.json`` that the Trainer's arguments lack: ``adapter.lora_r`` → 64."""
-    record = read_run(run)
+    record = read_run(run, None)
     groups: dict[str, Any] = {"model": record.model, "data": record.data, "adapter": record.adapter}
     return {f"{name}.{key}": value for name, group in groups.items() for key, value in asdict(group).items()}
 
