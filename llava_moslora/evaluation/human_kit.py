@@ -67,8 +67,6 @@ def write_kit(
     Raises:
         Refusal: C-COMPARE, C-FLAG; C-OUTPUT, there is a kit already: answers to it may be on their way.
     """
-    if (output / KEY).exists() or (output / KIT).exists():
-        raise Refusal("C-OUTPUT", "there is a kit already", file=output, key="--output", fix="choose another folder")
     chosen = choose_pairs(paired_images(a, b), per_subject, seed)
     known = {subject.name: subject for subject in subjects}
     if missing := {image.subject for image in chosen} - set(known):
@@ -84,6 +82,10 @@ def write_kit(
             for image, flipped in zip(chosen, left_is_b, strict=True)
         ],
     }  # fmt: skip
+    # The key comes first: without a page it was of nobody's answers yet, and the same command goes on.
+    if (output / KIT).exists() or ((output / KEY).exists() and read_json(output / KEY) != key):
+        raise Refusal("C-OUTPUT", "there is a kit already", file=output, key="--output", fix="choose another folder")
+    replace_json(output / KEY, key)
     photos = {name: [pages.thumbnail(one, 256) for one in known[name].images()[:PHOTOS_SHOWN]] for name in known}
     with replacing(output / KIT) as stream:
         stream.write(pages.begin("Which image is better?", STYLE, SCRIPT).encode())
@@ -93,7 +95,6 @@ def write_kit(
             drawn = [pages.thumbnail(folder.open(image), SIDE) for folder in sides]
             stream.write(_pair(number, image.prompt, photos[image.subject], drawn).encode())
         stream.write(f"<p><button id=save>Save the answers</button> <output></output></p>{pages.END}".encode())
-    replace_json(output / KEY, key)
     return len(chosen)
 
 

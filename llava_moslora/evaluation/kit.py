@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_moslora.errors import Refusal, few
+from llava_moslora.errors import Refusal, failure_in, few
 from llava_moslora.evaluation import kit_process
 from llava_moslora.evaluation.ask import Header, Questions, read_answers
 from llava_moslora.evaluation.judge import KEY
@@ -87,7 +87,7 @@ def score_by_kit(kit: Kit, output: Path, asked: Sequence[Questions], header: Hea
         header: of the source.
 
     Raises:
-        Refusal: E-KIT, the kit fails, or writes no tables; E-MEMORY, it was killed.
+        Refusal: E-KIT, the kit fails, or writes no tables; E-MEMORY, it was killed; E-DISK, there is no space for it.
     """
     scored = [questions for questions in asked if questions.benchmark.kind not in JUDGED]
     stored = {questions.benchmark.file: _answers(questions, output, header) for questions in scored}
@@ -136,6 +136,8 @@ def _tables(
     log = output / KIT_LOG
     replace_file(log, (done.stdout + done.stderr).encode())
     if done.returncode:
+        if failure := failure_in(done.stderr, work):
+            raise failure
         raise Refusal(
             "E-KIT", "VLMEvalKit failed", file=log, found=_last_line(done.stderr) or f"exit status {done.returncode}",
             fix="our scores are written; see this log, or leave --scorer out",

@@ -26,7 +26,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from llava_moslora.errors import EXIT_STATUS, Refusal
-from llava_moslora.files.disk import read_json, replace_json
+from llava_moslora.files.disk import naming, read_json, replace_json
 from llava_moslora.studies.runs import DIVERGED, DONE, LOG, Run, evaluation_folder, write_asked
 from llava_moslora.studies.study_file import Measure
 
@@ -250,9 +250,10 @@ def start(command: Sequence[str], run: Run, slot: Slot) -> subprocess.Popen:
     environment = dict(os.environ)
     if slot.gpus and LAUNCHER not in command:  # the launcher is told by --include
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
-    with (run.folder / LOG).open("ab") as log:
+    file = run.folder / LOG
+    with naming(file), file.open("ab") as log:
         log.write(f"$ {json.dumps(list(command), ensure_ascii=False)}\n".encode())
-        log.flush()
+    with file.open("ab") as log:
         return subprocess.Popen(
             command, cwd=run.start, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             start_new_session=True, preexec_fn=partial(_end_with, os.getpid()) if sys.platform == "linux" else None,

@@ -9,7 +9,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,46 +18,15 @@ from llava_moslora.runs.log import read_rows
 from llava_moslora.training import trainer
 from support import full_disk
 from support.campaign import Campaign
-from support.export_runs import internlm2, trained_run
-from support.full_disk import Command, Disk
+from support.export_runs import internlm2
+from support.full_disk import STEP, Command, every, none_wrong
 from support.golden_cases import tiny_files
 from support.launching import flags
 from support.tiny import write_data
 from support.warm_server import WarmServer
 
 pytestmark = pytest.mark.faults
-STEP = int(os.environ.get("DISK_STEP", "9"))
-SCRIPTS = "prepare_data export evaluate convert_adapter convert_internlm2".split()
 FORMATS = "hf peft peft_with_base vllm xtuner xtuner_adapters llava llm vision projector".split()
-
-
-def every(step: int) -> Callable[[int], Iterator[int]]:
-    """Of a count, each ``step``-th; it begins elsewhere for every count."""
-    return lambda count: iter(range(count % step, count, step))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    library = full_disk.library(tmp_path_factory.mktemp("library"))
-    modules = [*(f"scripts.{name}" for name in SCRIPTS), "llava_moslora.export.verify"]
-    with WarmServer(environment={"LD_PRELOAD": str(library)}, modules=modules) as warm_server:
-        yield warm_server
-
-
-@pytest.fixture
-def disk(server, tmp_path):
-    return Disk(server, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def run(parts, tmp_path_factory):
-    run = tmp_path_factory.mktemp("run") / "run"
-    trained_run(run, parts.llm, parts.clip, parts.projector)
-    return run
-
-
-def none_wrong(found: list[full_disk.Failed]) -> None:
-    assert not found, "\n\n".join(map(str, found))
 
 
 def training(parts, folder: Path, disk: Path) -> Command:

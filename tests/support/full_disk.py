@@ -13,7 +13,7 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from support.warm_server import Launch, WarmServer
 
 LAYOUT = "qqqq1024s1024s"  # struct state of full_disk.c
 SOURCE = Path(__file__).with_name("full_disk.c")
+STEP = int(os.environ.get("DISK_STEP", "9"))
 
 
 def library(folder: Path) -> Path:
@@ -99,7 +100,7 @@ class Disk:
         return self.counted()[0], files(self.disk, command.free)
 
     def fail_everywhere(
-        self, command: Command, numbers: Callable[[int], Iterator[int]] | None = None, error: int = errno.ENOSPC,
+        self, command: Command, numbers: Callable[[int], Iterable[int]] | None = None, error: int = errno.ENOSPC,
         codes: Sequence[str] = ("E-DISK",), stays: bool = True, again: bool = True,
     ) -> list[Failed]:  # fmt: skip
         """Everything that went wrong, over all operations or those that ``numbers`` chooses of their count."""
@@ -140,6 +141,15 @@ class Disk:
             if failed.wrong:
                 found.append(failed)
         return found
+
+
+def every(step: int) -> Callable[[int], Iterable[int]]:
+    """Of a count, each ``step``-th; it begins elsewhere for every count."""
+    return lambda count: range(count % step, count, step)
+
+
+def none_wrong(found: Sequence[Failed]) -> None:
+    assert not found, "\n\n".join(map(str, found))
 
 
 def ends_well(command: list[str]) -> bool:
