@@ -82,6 +82,9 @@ def main() -> None:
 
     # 1. Read the study, and check the flags of every run, before anything starts
     file = READY / f"{args.study}.yaml" if args.study in ready() else Path(args.study)
+    if not file.is_file():
+        expected = f"a YAML file, or one of {' | '.join(ready())}"
+        raise Refusal("C-PATH", "no such study", file=file, key="STUDY", expected=expected)
     study, output = read_study(file.absolute()), Path(args.output_dir).absolute()
     gpus = tuple(args.gpus) if args.gpus else visible_gpus()
     recipe = read_study_recipe(study, args.gpus_per_run)

@@ -150,6 +150,9 @@ def check_method(settings: AdapterSettings, bits: int, training: TrainingSetting
             _refuse(name, getattr(settings, name), f"PEFT's {row.title} has no dropout of its input")
     if training.mixer_lr is not None and "lora_mixer" not in row.trained:
         _refuse("mixer_lr", training.mixer_lr, f"{row.title} trains no mixer")
+    for name, off in (("mixer_lr", None), ("lora_plus_ratio", 1), ("riemannian", False)):
+        if settings.tune_mm_mlp_adapter and getattr(training, name) != off:
+            _refuse(name, getattr(training, name), "stage 1 trains no adapters")
     if training.lora_plus_ratio != 1 and "lora_B" not in row.trained:
         _refuse("lora_plus_ratio", training.lora_plus_ratio, f"{row.title} trains no B")
     if training.riemannian and not _is_pair(settings):

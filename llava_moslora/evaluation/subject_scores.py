@@ -198,6 +198,8 @@ def difference_table(differences: Mapping[str, SubjectDifference]) -> str:
     for metric, d in differences.items():
         span = f"{d.low:+.2f} to {d.high:+.2f}"
         lines.append(f"{METRICS[metric]:<8}{d.points:>+8.2f}{span:>22}{d.p:>8.3f}{d.win:>7}{d.tie:>7}{d.loss:>7}")
+    if differences and min(d.subjects for d in differences.values()) < 2:
+        return "\n".join([*lines, "One subject says nothing about others: the interval needs several."])
     better = [METRICS[m] for m, d in differences.items() if d.p < 0.05 and d.points > 0]
     worse = [METRICS[m] for m, d in differences.items() if d.p < 0.05 and d.points < 0]
     said = [f"{word} by {', '.join(of)}" for word, of in (("B is better", better), ("A is better", worse)) if of]
