@@ -80,7 +80,7 @@ def load_pipeline(base: str | Path, dtype: str) -> Any:
 
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
-            str(base), torch_dtype=getattr(torch, dtype), local_files_only=True, add_watermarker=False
+            str(base), dtype=getattr(torch, dtype), local_files_only=True, add_watermarker=False
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise Refusal("K-MISSING", "diffusers cannot load the pipeline", file=base, found=str(error)[:200]) from error
