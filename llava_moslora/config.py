@@ -21,8 +21,8 @@ IMAGE_ENGINES = ("pil", "torch")
 DATA_ORDERS = ("modality_length", "shuffle", "sequential")
 BAD_RECORD_POLICIES = ("fail", "quarantine")
 # Adapter methods; llava_moslora.adapters.methods has a row for each.
-ADAPTER_METHODS = ("moslora", "lora", "tsmix", "dora", "rslora", "pissa", "loha", "lokr", "adalora", "flora", "loraxs",
-                   "nlora")  # fmt: skip
+ADAPTER_METHODS = ("moslora", "lora", "folded", "tsmix", "dora", "rslora", "pissa", "loha", "lokr", "adalora", "flora",
+                   "loraxs", "nlora")  # fmt: skip
 # Methods that decide what the mixer is, or have none → (how it starts, whether it is trained)
 FIXED_MIXERS = dict.fromkeys(("lora", "rslora", "pissa"), ("identity", False)) | {"tsmix": ("butterfly", False)}
 WITHOUT_DROPOUT = ("loha", "lokr")  # PEFT's have none on the input
@@ -196,6 +196,7 @@ class AdapterSettings(Settings):
         )
         if not r:
             return None
+        train_mixer = train_mixer and self.method != "folded"
         mixer_init, train_mixer = FIXED_MIXERS.get(self.method, (mixer_init, train_mixer))
         dropout = 0.0 if self.method in WITHOUT_DROPOUT else dropout
         return TowerAdapter(r, alpha, dropout, mixer_init, train_mixer, tuple(targets))

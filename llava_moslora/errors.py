@@ -14,11 +14,9 @@ failure of the system or a library, or else a defect, whose traceback is saved.
 from __future__ import annotations
 
 import errno
-import io
 import itertools
 import os
 import re
-import select
 import signal
 import sys
 import threading
@@ -29,7 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from llava_moslora.defect_report import save_report
-from llava_moslora.stopping import Stopped, catch_stop_signals, keep_standard_streams
+from llava_moslora.stopping import Stopped, catch_stop_signals, end_progress_bars, keep_standard_streams, stdout_works
 
 EXIT_STATUS = {
     "C": 2,  # configuration: a flag, a configuration file, a combination of settings
@@ -183,7 +181,7 @@ def leave(refusal: Refusal) -> NoReturn:
         # within a second; a rank that is still alive then was alone in refusing.
         time.sleep(5)
     try:
-        _end_progress_bars(rank)
+        end_progress_bars(rank)
         if os.environ.get("LLAVA_MOSLORA_DEBUG"):
             traceback.print_exc()
         print(refusal.line(), file=sys.stderr, flush=True)
@@ -191,31 +189,9 @@ def leave(refusal: Refusal) -> NoReturn:
         pass  # stderr is closed
     if rank == 0 and ranks > 1 and refusal.code == "P-RANK":
         time.sleep(5)  # the launcher reports the first status: that should be the lost rank's
-    if not _stdout_works():
+    if not stdout_works():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else flushing the rest at exit would change the status
     sys.exit(refusal.exit_status)
-
-
-def _end_progress_bars(rank: int) -> None:
-    """The refusal must start a line. Some bars end without a newline; those of rank 0 are not known to other ranks,
-    which print to the same place."""
-    bars = list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())) if "tqdm" in sys.modules else []
-    for bar in bars:
-        bar.close()
-    if bars or rank > 0:
-        print(file=sys.stderr)
-
-
-def _stdout_works() -> bool:
-    try:
-        sys.stdout.flush()
-        poller = select.poll()
-        poller.register(sys.stdout.fileno(), 0)
-        return not poller.poll(0)  # with no event asked for, it reports only a closed reader
-    except (io.UnsupportedOperation, AttributeError):  # no file: captured, or closed from the start
-        return True
-    except (OSError, ValueError):
-        return False
 
 
 def known_failure(error: BaseException) -> Refusal | None:
@@ -240,7 +216,7 @@ def _failure_of_system(error: BaseException) -> Refusal | None:
     if not isinstance(error, OSError):
         return None
     if isinstance(error, ConnectionError):
-        if isinstance(error, BrokenPipeError) and not _stdout_works():
+        if isinstance(error, BrokenPipeError) and not stdout_works():
             return Refusal("E-OUTPUT", "nobody reads the output any more", found=first, fix="send it to a file")
         return Refusal(
             "P-CONNECTION", "a connection to another process was lost", found=first,
@@ -319,7 +295,7 @@ def defect(error: BaseException) -> Refusal:
 
 def _place_of_output(*flags: str) -> Path | None:
     """What the command writes: for an error that names no file."""
-    if not (flags or _stdout_works()):
+    if not (flags or stdout_works()):
         return Path("standard output")
     words = dict(itertools.pairwise(part for word in sys.argv[1:] for part in word.split("=", 1)))
     flags = flags or ("--output_dir", "--output", "--report_dir", "--data_cache")

@@ -11,7 +11,8 @@ All give the same losses and gradients: dropout's masks are functions of a seed 
 Selective is torch's checkpoint with a list of saved outputs. Adapted linears save and load theirs themselves
 (adapters/linear.py); for attention and other linears a dispatch mode does it, which is on only around them. torch's own
 ``create_selective_checkpoint_contexts`` has its mode on all the time, which costs the host more time than all the rest
-of a layer.
+of a layer. Of an adapter of stock PEFT only the frozen linear's output is saved, and its own products run again: they
+may be as large as the weight (DoRA, LoHa).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,6 +51,8 @@ class SavedOutputs:
         self.outputs: list[tuple[str, object, list[int]] | None] = []
         self.next: int | None = None  # index of the next output to load; None while the layer runs for the first time
         self.in_mode = False  # a _SaveOperations mode is on already
+        self.paused = False  # inside an adapter of stock PEFT: its operations just run again
+        self.overwritten = False  # what is saved may be overwritten by its caller
 
     @property
     def recomputing(self) -> bool:
@@ -125,15 +129,15 @@ class _SaveOperations(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         named = any(part in operation._schema.name for part in ("attention", "attn", "gemm_4bit"))
-        if not named and operation not in self.products:
+        if self.outputs.paused or not (named or operation in self.products):
             return operation(*args, **(kwargs or {}))
         name = operation._schema.name
         if self.outputs.recomputing:
             return self.outputs.load(name)
         output = operation(*args, **(kwargs or {}))
         # ZeRO-3 replaces F.linear by a product to which the bias is added in place.
-        overwritten = operation in self.products and not inspect.isbuiltin(F.linear)
-        self.outputs.save(name, output.clone() if overwritten else output)
+        overwritten = self.outputs.overwritten or not inspect.isbuiltin(F.linear)
+        self.outputs.save(name, output.clone() if overwritten and operation in self.products else output)
         return output
 
 
@@ -146,6 +150,21 @@ def save_operations():
 def _saving_forward(forward, *args, **kwargs):
     with save_operations():
         return forward(*args, **kwargs)
+
+
+def _stock_forward(forward, in_adapter, *args, **kwargs):
+    """``forward`` of an adapter of stock PEFT (``in_adapter``), or of the frozen linear inside it: PEFT may add the
+    adapter's branch to the linear's output in place (AdaLoRA)."""
+    outputs = saved_outputs()
+    if outputs is None:
+        return forward(*args, **kwargs)
+    before = outputs.paused, outputs.overwritten
+    outputs.paused, outputs.overwritten = in_adapter, True
+    try:
+        with nullcontext() if in_adapter else save_operations():
+            return forward(*args, **kwargs)
+    finally:
+        outputs.paused, outputs.overwritten = before
 
 
 def set_recompute(model: nn.Module, text: str) -> None:
@@ -173,5 +192,9 @@ def _save_outputs_of(layer: nn.Module) -> None:
         plain_linear = isinstance(module, nn.Linear) and not re.search(r"\b(base_layer|lora_\w+)\b", name)
         if plain_linear or name == "self_attn":
             module.forward = partial(_saving_forward, module.forward)
+        elif isinstance(module, BaseTunerLayer) and not hasattr(module, "ends_layer"):  # no layer of this package
+            module.forward = partial(_stock_forward, module.forward, True)
+            base = module.get_base_layer()
+            base.forward = partial(_stock_forward, base.forward, False)
     if (last := LAST_LINEAR.get(type(layer).__name__)) and hasattr(layer.get_submodule(last), "ends_layer"):
         layer.get_submodule(last).ends_layer = True

@@ -1,9 +1,13 @@
-"""Signals that ask a script to end, as an exception: files are closed, temporary ones deleted, and one line is said."""
+"""How a script ends from outside: signals as an exception, so that files are closed and temporary ones deleted, and
+standard streams that are closed."""
 
 from __future__ import annotations
 
+import io
 import os
+import select
 import signal
+import sys
 import threading
 
 # SIGHUP: the terminal was closed, or the connection to it lost. Ctrl-C is Python's own KeyboardInterrupt.
@@ -31,6 +35,19 @@ def catch_stop_signals() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, stop)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _come_again
+
+
+def _come_again(lost: sys.UnraisableHookArgs) -> None:
+    """A signal that came inside a destructor or a callback of the garbage collector, where Python can only print its
+    exception and go on, comes again a moment later."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt | Stopped):
+        sys.__unraisablehook__(lost)
+        return
+    number = signal.SIGINT if lost.exc_type is KeyboardInterrupt else signal.Signals[str(lost.exc_value)]
+    catch_stop_signals()
+    threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
 
 def keep_standard_streams() -> None:
@@ -41,3 +58,26 @@ def keep_standard_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+
+
+def end_progress_bars(rank: int) -> None:
+    """The refusal must start a line. Some bars end without a newline; those of rank 0 are not known to other ranks,
+    which print to the same place."""
+    bars = list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())) if "tqdm" in sys.modules else []
+    for bar in bars:
+        bar.close()
+    if bars or rank > 0:
+        print(file=sys.stderr)
+
+
+def stdout_works() -> bool:
+    """Whether somebody still reads the standard output."""
+    try:
+        sys.stdout.flush()
+        poller = select.poll()
+        poller.register(sys.stdout.fileno(), 0)
+        return not poller.poll(0)  # with no event asked for, it reports only a closed reader
+    except (io.UnsupportedOperation, AttributeError):  # no file: captured, or closed from the start
+        return True
+    except (OSError, ValueError):
+        return False

@@ -3,12 +3,16 @@
     python scripts/evaluate_commonsense.py runs/commonsense --data LLM-Adapters/dataset --output results/commonsense
 
 FOLDER/test.json of the eight sets are read from --data; nothing is downloaded. lm-evaluation-harness asks and scores:
-pip install 'llava_moslora[commonsense]'. Every set is kept in --output when it is done; the same command continues.
+pip install 'llava_moslora[commonsense]'. With --tasks likelihood it asks its own tasks, over TASK.jsonl in --data.
+Every set is kept in --output when it is done; the same command continues.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from llava_moslora.errors import Refusal, run_script
 from llava_moslora.evaluation.commonsense_sets import PAPER, SETS
@@ -19,13 +23,18 @@ from llava_moslora.noise import quiet_libraries
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument("model", help="a run on text alone, or the folder of an LLM: an export of --format llm")
-    parser.add_argument("--data", required=True, help="LLM-Adapters' folder dataset/")
+    parser.add_argument("--data", required=True, help="LLM-Adapters' folder dataset/; for likelihood: of TASK.jsonl")
     parser.add_argument("--output", required=True, help="folder for answers and results")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), metavar="SET", help=" ".join(SETS))
+    tasks = "llm_adapters: the paper's protocol; likelihood: the harness's own tasks, a second table"
+    parser.add_argument("--tasks", default="llm_adapters", choices=["llm_adapters", "likelihood"], help=tasks)
     parser.add_argument("--batch_size", type=int, default=1, help="1 as in the reference")
     parser.add_argument("--limit", type=int, help="ask only the first N records of each set")
-    parser.add_argument("--paper", default="moslora", choices=list(PAPER), help="the row of Table 4 to print beside it")
+    parser.add_argument("--paper", choices=list(PAPER), help="the row of Table 4 to print beside it; default: moslora")
     args = parser.parse_args(argv)
+    if args.paper and args.tasks == "likelihood":
+        what = "has no effect: Table 4 is not of these tasks"
+        raise Refusal("C-FLAG", what, key="--paper", found=args.paper, fix="leave it out")
     for name in ("batch_size", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="at least 1")
@@ -38,7 +47,6 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
 
 from llava_moslora.evaluation.ask import model_header, source_header
 from llava_moslora.evaluation.commonsense import (
-    SetScore,
     as_json,
     ask,
     find_files,
@@ -47,6 +55,14 @@ from llava_moslora.evaluation.commonsense import (
     read_kept,
     score,
     table,
+)
+from llava_moslora.evaluation.likelihood import (
+    PREFIX,
+    ask_likelihood,
+    find_stock_files,
+    likelihood_json,
+    likelihood_table,
+    score_likelihood,
 )
 from llava_moslora.evaluation.output import locked, new_output
 from llava_moslora.files.disk import replace_file, replace_json
@@ -59,34 +75,45 @@ from llava_moslora.runs.record import RUN
 def main() -> None:
     args = parse(sys.argv[1:])
     harness()
-    files = find_files(args.data, args.sets)
+    likelihood = args.tasks == "likelihood"
+    files = (find_stock_files if likelihood else find_files)(args.data, args.sets)
     output = new_output(args.output)
     with locked(output / ".lock"):
-        scores = evaluate(args, files, output)
-        text = table(scores, args.paper)
-        replace_file(output / "results.md", f"```\n{text}\n```\n".encode())
-        replace_json(output / "results.json", as_json(scores))
+        answers = evaluate(args, files, output)
+        if likelihood:
+            found = {name: score_likelihood(samples) for name, samples in answers.items()}
+            stem, text, numbers = "likelihood", likelihood_table(found), likelihood_json(found)
+        else:
+            scores = {name: score(samples) for name, samples in answers.items()}
+            stem, text, numbers = "results", table(scores, args.paper or "moslora"), as_json(scores)
+        replace_file(output / f"{stem}.md", f"```\n{text}\n```\n".encode())
+        replace_json(output / f"{stem}.json", numbers)
     print(text)
 
 
-def evaluate(args: argparse.Namespace, files: dict[str, Path], output: Path) -> dict[str, SetScore]:
-    """Ask what is not in ``output`` yet; the model is loaded only if anything is asked. Scores of all that is there."""
+def evaluate(args: argparse.Namespace, files: dict[str, Path], output: Path) -> dict[str, list[dict[str, Any]]]:
+    """Ask what is not in ``output`` yet; the model is loaded only if anything is asked. All answers that are there."""
+    ask_set, prefix, same = ask, "", {}
+    check: Callable[[Any], Any] = score
+    if args.tasks == "likelihood":
+        ask_set, prefix, check = ask_likelihood, PREFIX, score_likelihood
+        same = {"lm_eval": version("lm_eval")}  # whose tasks these are
     folder = Path(args.model)
     checkpoint = model_checkpoint(folder) if (folder / RUN).is_file() else None
-    header = source_header(folder, checkpoint) | {"batch_size": args.batch_size, "limit": args.limit}
+    header = source_header(folder, checkpoint) | {"batch_size": args.batch_size, "limit": args.limit} | same
     headers = {name: header | ({"data": sha256(files[name])} if name in files else {}) for name in SETS}
-    kept, model = read_kept(output, headers), None
+    kept, model = read_kept(output, headers, prefix, check), None
     for name in files:
         if name in kept:
             continue
         if model is None:
             chat_model = load(folder, checkpoint=checkpoint)
-            read_kept(output, {name: model_header(chat_model) for name in kept})
+            read_kept(output, {name: model_header(chat_model) for name in kept}, prefix, check)
             model = language_model(chat_model, args.batch_size)
-        kept[name] = ask(model, name, files[name], args.limit)
+        kept[name] = ask_set(model, name, files[name], args.limit)
         asked = headers[name] | model_header(chat_model)
-        replace_json(output / f"{name}.json", {"header": asked, "samples": kept[name]})
-    return {name: score(kept[name]) for name in SETS if name in kept}
+        replace_json(output / f"{prefix}{name}.json", {"header": asked, "samples": kept[name]})
+    return {name: kept[name] for name in SETS if name in kept}
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--report_only", action="store_true", help="train nothing: report what is done")
     parser.add_argument("--list", action="store_true", help="show the runs and whether they are done, and stop")
     args = parser.parse_args(argv)
+    if args.rerun_changed and (args.report_only or args.list):
+        key = f"--rerun_changed, --{'list' if args.list else 'report_only'}"
+        raise Refusal("C-FLAG", "one deletes runs to train them again, the other trains nothing", key=key)
     for name in ("gpus_per_run", "parallel"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="at least 1")
@@ -91,7 +94,9 @@ def main() -> None:
     # 2. Lock its folder, train and compare
     lock = lock_study(output)
     try:
-        changed = check_unchanged(study, every_run(study, recipe, output), per_run, rerun=args.rerun_changed)
+        trains = not (args.report_only or args.list)
+        runs = every_run(study, recipe, output)
+        changed = check_unchanged(study, runs, per_run if trains else None, rerun=args.rerun_changed)
         for run in changed:
             print(f"{run.name}: deleted, its flags have changed")
         if args.list:

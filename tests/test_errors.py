@@ -321,8 +321,19 @@ STOP = """
 import os, signal, sys, time
 from llava_moslora.errors import run_script
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a command in the background of a shell ignores it
+
 def stop():
     os.kill(os.getpid(), signal.{name})
+    time.sleep(20)
+
+class Late:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(20)
+
+def late():
+    Late()
     time.sleep(20)
 
 run_script({in_main})
@@ -330,7 +341,7 @@ stop()  # while the modules of a script are imported
 """
 
 
-@pytest.mark.parametrize("in_main", ["stop", "lambda: None"])
+@pytest.mark.parametrize("in_main", ["stop", "late", "lambda: None"])
 @pytest.mark.parametrize(("name", "said"), [("SIGINT", "Ctrl-C"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])
 def test_a_signal_ends_a_script_with_one_line(name, said, in_main):
     command = [sys.executable, "-c", STOP.format(name=name, in_main=in_main)]

@@ -1,10 +1,11 @@
 """Selective recomputation: what runs twice, what is saved, and gradients equal to those without recomputation."""
 
+import copy
 import gc
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     CLIPVisionConfig,
@@ -96,6 +97,57 @@ def test_a_bias_that_is_added_in_place_is_added_once(monkeypatch):
                 module.base_layer.register_forward_pre_hook(lambda *_: None)
         results.append(run(model, "clip"))
     assert same(*results)
+
+
+STOCK = {
+    "dora": LoraConfig(r=2, lora_dropout=0.2, use_dora=True, init_lora_weights=False, target_modules=LINEARS),
+    "loha": LoHaConfig(r=2, init_weights=False, target_modules=LINEARS),
+    "lokr": LoKrConfig(r=2, init_weights=False, target_modules=LINEARS),
+    "adalora": AdaLoraConfig(
+        init_r=2, target_r=2, total_step=9, lora_dropout=0.2, init_lora_weights=False, target_modules=LINEARS
+    ),
+}
+
+
+def with_stock(method: str, name: str, mode: str):
+    """A model with an adapter of stock PEFT."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model = get_peft_model(model, copy.deepcopy(STOCK[method]))
+    model.enable_input_require_grads()
+    set_recompute(model, mode)
+    return model.train()
+
+
+@pytest.mark.parametrize("name", ["llama", "clip"])
+@pytest.mark.parametrize("method", STOCK)
+def test_no_bit_changes_over_adapters_of_stock_peft(method, name):
+    """AdaLoRA adds its branch in place to the linear's output, with a bias (clip) and without one."""
+    results, counts = {}, {}
+    for mode in ("none", "selective", "full"):
+        model = with_stock(method, name, mode)
+        with Products() as counter:
+            results[mode] = run(model, name)
+        counts[mode] = counter.count
+    assert same(results["selective"], results["none"]) and same(results["full"], results["none"])
+    assert any(gradient.any() for gradient in results["none"][1:])
+    assert counts["none"] <= counts["selective"] < counts["full"]
+    assert counts["full"] - counts["selective"] >= 3 * 7  # the frozen linears and the attention of three layers
+
+
+@pytest.mark.parametrize("method", STOCK)
+def test_no_product_as_large_as_a_weight_is_saved(monkeypatch, method):
+    shapes, save = [], recompute.SavedOutputs.save
+
+    def noted(self, operation, output):
+        shapes.extend(t.shape for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor))
+        save(self, operation, output)
+
+    monkeypatch.setattr(recompute.SavedOutputs, "save", noted)
+    run(with_stock(method, "llama", "selective"), "llama")
+    assert shapes and not {(32, 32), (16, 32), (48, 32), (32, 48)} & {tuple(shape) for shape in shapes}
 
 
 class Products(torch.utils._python_dispatch.TorchDispatchMode):

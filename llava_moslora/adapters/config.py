@@ -39,6 +39,7 @@ STARTS = {
     "flora": "W = 0, A and B random, all trained (FLoRA on a linear layer: ΔW = s·B·G·A)",
     "loraxs": "B·A = the first r singular triples of W₀, frozen; W ~ N(0, 10⁻⁵) is trained (LoRA-XS)",
     "nlora": "A, W, B = rows, corner and columns of W₀, all trained (NLoRA, as its authors' code)",
+    "folded": "A = W·A₀ with W as mixer_init says and A₀ random, B = 0, then a plain LoRA: no mixer is kept",
     "pissa": "s·B·A = the first r singular triples of W₀, trained; ΔW = s·(B·A − B₀·A₀), no mixer (PiSSA)",
 }
 # setting → the field that maps module patterns to its values
@@ -146,6 +147,8 @@ class MosLoraConfig(LoraConfig):
             return
         mixer_init, train_mixer = ("identity", False) if self.start == "pissa" else ("kaiming_uniform", True)
         expected = {"mixer_init": mixer_init, "train_mixer": train_mixer, "init_lora_weights": True}
+        if self.start == "folded":
+            expected = {"train_mixer": False, "init_lora_weights": True}
         for name, value in expected.items():
             others = getattr(self, PATTERN_FIELDS.get(name, ""), {}).values()
             if any(given != value for given in (getattr(self, name), *others)):
@@ -157,7 +160,7 @@ class MosLoraConfig(LoraConfig):
     @property
     def has_mixer(self) -> bool:
         """Whether a layer with this configuration stores a W."""
-        return stores_mixer(self.mixer_init, self.train_mixer)
+        return self.start != "folded" and stores_mixer(self.mixer_init, self.train_mixer)
 
     def settings_of(self, module: str) -> dict:
         """The settings of one module, patterns applied: setting → value, for each of :data:`PATTERN_FIELDS`."""

@@ -67,6 +67,7 @@ def read_alphas(
 def _metadata(path: Path) -> dict:
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            found = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            return found if isinstance(found, dict) else {}
     except (SafetensorError, ValueError):  # a torch file has no header
         return {}

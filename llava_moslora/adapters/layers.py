@@ -40,15 +40,18 @@ class MosLoraVariant(LoraVariant):
     def init(module: MosLoraLayer, adapter_name: str, config: MosLoraConfig, **kwargs) -> None:
         """Create W with the settings of ``config``, which is this module's own; a frozen identity is not stored."""
         frozen: tuple[str, ...] = ()
-        if config.has_mixer:
+        if config.has_mixer or config.start == "folded":
             rank = module.r[adapter_name]
             mixer = nn.Linear(rank, rank, bias=False)
             if not mixer.weight.is_meta:
                 init_mixer(mixer.weight.data, config.mixer_init)
+        if config.start == "folded":  # after the same draws as with a mixer that stays
+            starts.fold_mixer(module.lora_A[adapter_name].weight, mixer.weight)
+        elif config.has_mixer:
             module.lora_mixer[adapter_name] = mixer
             module._move_adapter_to_device_of_base_layer(adapter_name)
             frozen = () if config.train_mixer else ("lora_mixer",)
-        if config.start != "lora":
+        if config.start not in ("lora", "folded"):
             starts.start(module, adapter_name, config)
             frozen = starts.FROZEN.get(config.start, ())
         if frozen:

@@ -34,7 +34,8 @@ Layers = dict[str, dict[str, LazyTensor]]  # adapted linear → its tensors by s
 
 def _moslora_needed(config: MosLoraConfig, module: str, present: set[str]) -> set[str]:
     settings = config.settings_of(module)
-    mixer = {"W"} if stores_mixer(settings["mixer_init"], settings["train_mixer"]) else set()
+    stores = config.start != "folded" and stores_mixer(settings["mixer_init"], settings["train_mixer"])
+    mixer = {"W"} if stores else set()
     return {"A", "B"} | mixer | ({"A0", "B0"} if config.start == "pissa" else set())
 
 

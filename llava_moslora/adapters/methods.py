@@ -33,6 +33,7 @@ class AdapterMethod:
         trained: the kinds of tensors that are trained. saved: those that are saved with them, because no base model
             has them.
         not_over_nf4: why it cannot be trained over NF4 weights; "" where it can.
+        not_under_zero3: why it cannot be trained under ZeRO-3; "" where it can.
         rate: the learning rate of the paper's Table 7; None: not in it.
     """
 
@@ -44,6 +45,7 @@ class AdapterMethod:
     trained: tuple[str, ...] = ("lora_A", "lora_B")
     saved: tuple[str, ...] = ()
     not_over_nf4: str = ""
+    not_under_zero3: str = ""
     rate: float | None = None
 
     @property
@@ -57,10 +59,13 @@ _LYCORIS = {"r": "r", "lora_alpha": "alpha"}
 _RANKS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 _THREE = ("lora_A", "lora_mixer", "lora_B")
 _SHAPES = "PEFT computes {0} from the shape of the weight, and 4-bit weights are stored in another one"
+_PARTS = "PEFT computes LoHa's factors from the shape of the weight, and ZeRO-3 has taken the weights apart by then"
 
 METHODS: dict[str, AdapterMethod] = {
     "moslora": AdapterMethod("MoSLoRA", trained=_THREE, rate=3e-5),
     "lora": AdapterMethod("LoRA", rate=3e-5),
+    # MoSLoRA's start and LoRA's training: tells what of a difference is the start's.
+    "folded": AdapterMethod("mixer folded into A", fixed={"start": "folded"}),
     "tsmix": AdapterMethod("two-subspaces-mixing", saved=("lora_mixer",)),
     "dora": AdapterMethod(
         "DoRA", LoraConfig, {"use_dora": True}, _LORA, _RANKS, (*("lora_A", "lora_B"), "lora_magnitude_vector"),
@@ -70,7 +75,7 @@ METHODS: dict[str, AdapterMethod] = {
     "pissa": AdapterMethod("PiSSA", fixed={"start": "pissa"}, saved=("lora_start_A", "lora_start_B")),
     "loha": AdapterMethod(
         "LoHa", LoHaConfig, {}, _LYCORIS, _RANKS, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-        not_over_nf4=_SHAPES.format("LoHa's factors"), rate=3e-5,
+        not_over_nf4=_SHAPES.format("LoHa's factors"), not_under_zero3=_PARTS, rate=3e-5,
     ),
     "lokr": AdapterMethod(
         "LoKr", LoKrConfig, {}, _LYCORIS, _RANKS, ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
@@ -81,7 +86,8 @@ METHODS: dict[str, AdapterMethod] = {
     "adalora": AdapterMethod(
         "AdaLoRA", AdaLoraConfig, {"total_step": 1, "tinit": 0, "tfinal": 0},
         {"r": "init_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}, {},
-        ("lora_A", "lora_E", "lora_B"), rate=3e-5,
+        ("lora_A", "lora_E", "lora_B"),
+        not_under_zero3="AdaLoRA's layers and its term share parameters, which ZeRO-3 then cannot free", rate=3e-5,
     ),
     "flora": AdapterMethod("FLoRA", fixed={"start": "flora"}, trained=_THREE, rate=3e-5),
     "loraxs": AdapterMethod("LoRA-XS", fixed={"start": "loraxs"}, trained=("lora_mixer",), saved=("lora_A", "lora_B")),
@@ -133,6 +139,8 @@ def check_method(settings: AdapterSettings, bits: int, training: TrainingSetting
     if settings.tune_mm_mlp_adapter and method != defaults.method:
         raise Refusal("C-FLAG", "stage 1 trains no adapters", key="--method", found=method, fix="leave it out")
     for name in MIXER_FLAGS if method != "moslora" else ():
+        if method == "folded" and name.endswith("mixer_init"):
+            continue
         own = dict(zip(("mixer_init", "train_mixer"), FIXED_MIXERS.get(method, ()), strict=False))
         allowed = (getattr(defaults, name), own.get(name.removeprefix("vision_"), getattr(defaults, name)))
         if getattr(settings, name) not in allowed:

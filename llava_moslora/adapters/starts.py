@@ -61,6 +61,13 @@ def start(module: Any, adapter: str, config: MosLoraConfig) -> None:
         module.lora_start_B[adapter].weight.copy_(b)
 
 
+@torch.no_grad()
+def fold_mixer(a: Tensor, w: Tensor) -> None:
+    """A ← W·A, in float32."""
+    if not (a.is_meta or w.is_meta):
+        a.copy_(w.to(a.device, torch.float32) @ a.float())
+
+
 def top_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first ``rank`` singular triples of (out, in): U (out, rank), S (rank) descending, V (in, rank), float64.
 

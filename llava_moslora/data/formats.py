@@ -197,7 +197,8 @@ def format_of(raw: dict) -> Format:
     raise Refusal(
         "D-SCHEMA", "not a record of a known format", found=f"keys {', '.join(raw)}" if raw else "no keys",
         expected=" | ".join(dict.fromkeys(" and ".join(one.keys) for one in FORMATS)),
-        fix="columns of other names are named with --data_columns, such as messages=dialog",
+        fix="columns of other names are named with --data_columns, such as messages=dialog; records inside another "
+        "object are written as a JSON array, or one per line",
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ which ``lm_eval --include_path`` takes as well. It is imported only where it is 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,20 @@ def language_model(chat_model: ChatModel, batch_size: int) -> Any:
     return Beams(pretrained=chat_model.model, tokenizer=chat_model.tokenizer, backend="causal", batch_size=batch_size)
 
 
+def run_task(model: Any, task: str | dict[str, Any], name: str, limit: int | None) -> list[dict[str, Any]]:
+    """What the harness notes of every record of a task, in order.
+
+    Args:
+        task: its configuration, or the YAML file of it. name: in the configuration.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    own = TaskManager(include_defaults=False)  # else every definition of the harness is read, thousands of files
+    found = simple_evaluate(model, tasks=[task], task_manager=own, limit=limit, bootstrap_iters=0, log_samples=True)
+    return sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+
+
 def ask(model: Any, name: str, file: Path, limit: int | None = None) -> list[dict[str, Any]]:
     """Ask the set ``name``: per record its ``index``, the ``prompt``, what was ``said``, the option that was ``read``
     in it ("" for none), the right ``answer``.
@@ -113,11 +127,8 @@ def ask(model: Any, name: str, file: Path, limit: int | None = None) -> list[dic
         model: of :func:`language_model`.
         limit: only so many records, from the first.
     """
-    from lm_eval import simple_evaluate
-
     task = task_config(name, file)
-    found = simple_evaluate(model, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True)
-    samples = sorted(found["samples"][task["task"]], key=lambda sample: sample["doc_id"])
+    samples = run_task(model, task, task["task"], limit)
     return [
         {
             "index": int(sample["doc_id"]),
@@ -130,24 +141,28 @@ def ask(model: Any, name: str, file: Path, limit: int | None = None) -> list[dic
     ]
 
 
-def read_kept(output: Path, headers: Mapping[str, Header]) -> dict[str, list[dict[str, Any]]]:
+def read_kept(
+    output: Path, headers: Mapping[str, Header], prefix: str = "", check: Callable[[Any], Any] | None = None
+) -> dict[str, list[dict[str, Any]]]:
     """Set → what :func:`ask` returned, of the sets that ``output`` has answers of.
 
     Args:
         headers: set → what its answers must be of; fields that it lacks are not compared.
+        prefix: of the files' names.
+        check: scores answers, or fails on what are none; default: :func:`score`.
 
     Raises:
         Refusal: C-ANSWERS, of another model, other data or other flags; K-JSON, damaged.
     """
     kept = {}
     for name, header in headers.items():
-        file = output / f"{name}.json"
+        file = output / f"{prefix}{name}.json"
         if not file.is_file():
             continue
         stored = read_json(file)
         try:
             found, samples = dict(stored["header"]), stored["samples"]
-            score(samples)
+            (check or score)(samples)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             fix = "delete the file: its questions are asked again"
             raise Refusal("K-JSON", "not the answers to a set", file=file, found=repr(error), fix=fix) from error

@@ -151,6 +151,8 @@ def _trained_rows(trained: TrainedRun) -> list[tuple[str, str]]:
 
 def _adapter(tower: TowerAdapter, method: str) -> str:
     mixer = "" if method == "moslora" else METHODS[method].title
+    if method == "folded":
+        mixer = f"{tower.mixer_init} mixer, folded into A at the start"
     mixer = mixer or f"mixers {'trained' if tower.train_mixer else 'frozen'}, {tower.mixer_init} at first"
     where = ", ".join(tower.target_modules) or "every linear"
     return f"rank {tower.r}, alpha {tower.lora_alpha:g}, dropout {tower.lora_dropout:g}; {mixer}; {where}"
@@ -166,7 +168,8 @@ def _data(trained: TrainedRun) -> str:
     for one in report["files"]:
         share = one["seen_per_epoch"] / (one["kept"] or 1)
         often = "" if share == 1 else f", each seen {share:g} times per epoch"
-        held_out = f"; {one['held_out']:,} held out for validation" if one.get("held_out") else ""
+        why = "held out for validation" if trained.record.data.data_share == 1 else "not trained on"
+        held_out = f"; {one['held_out']:,} {why}" if one.get("held_out") else ""
         lines.append(f"- `{_file_name(one['file'])}`: {one['kept']:,} records of {one['records']:,}{often}{held_out}")
     data = trained.record.data
     images = "" if trained.text_only else f"{report['images']:,} images and "

@@ -38,7 +38,7 @@ def read_model_config(file: Path) -> dict[str, Any]:
     Raises:
         Refusal: K-MISSING, K-JSON; K-CONFIG, a part that is no object, a size out of :data:`SIZES`.
     """
-    raw = read_json(file, largest=LARGEST_CONFIG)
+    raw = read_json(file, largest=LARGEST_CONFIG, finite=False)  # transformers writes Infinity; sizes have ranges
     _check(raw, file)
     return raw
 

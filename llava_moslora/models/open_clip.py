@@ -26,6 +26,7 @@ PREFIX = "open_clip:"
 SUPPORTED = f"{PREFIX}ARCH@FILE of a plain CLIP ViT, or {PREFIX}FOLDER"
 FIX = "choose one of these; give a SigLIP as its transformers folder"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+CONFIG = "open_clip_config.json"  # next to them
 
 # Fields of open_clip's vision_cfg that may have any value; the others must have open_clip's default. patch_dropout acts
 # only while open_clip trains; final_ln_after_pool changes nothing in a tower that pools its class token; the sine table
@@ -189,7 +190,7 @@ def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     if (weights := Path(where)).is_file():
         # A file from the model hub has the configuration that it was published with next to it, with the mean and std
         # of its training, which differ between checkpoints of one architecture.
-        published = weights.with_name("open_clip_config.json")
+        published = weights.with_name(CONFIG)
         return (
             model_cfg,
             (read_model_config(published).get("preprocess_cfg") or {}) if published.is_file() else {},
@@ -206,11 +207,17 @@ def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     return model_cfg, tag_cfg, Path(open_clip.download_pretrained(tag_cfg))
 
 
+def described_in(weights: Path) -> Path:
+    """The file that an error in the configuration of ``weights`` names: the one published with them, if it is there."""
+    published = weights.with_name(CONFIG)
+    return published if published.is_file() else weights
+
+
 def _open_clip_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Path]:
     if not folder.is_dir():
         what = "neither ARCH@FILE nor a folder"
         raise Refusal("K-MISSING", what, file=f"{PREFIX}{folder}", expected=SUPPORTED)
-    file = folder / "open_clip_config.json"
+    file = folder / CONFIG
     config = read_model_config(file)
     model_cfg = config.get("model_cfg")
     if not (isinstance(model_cfg, dict) and isinstance(model_cfg.get("vision_cfg"), dict) and "embed_dim" in model_cfg):

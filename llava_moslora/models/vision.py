@@ -85,7 +85,9 @@ def read_image_settings(spec: str | Path) -> dict[str, Any]:
     spec = str(spec)
     if spec.startswith(open_clip.PREFIX):
         model_cfg, preprocess_cfg, weights = open_clip.find_source(spec)
-        return open_clip.preprocessing(preprocess_cfg, open_clip.tower_config(model_cfg, weights).image_size, weights)
+        described = open_clip.described_in(weights)
+        size = open_clip.tower_config(model_cfg, described).image_size
+        return open_clip.preprocessing(preprocess_cfg, size, described)
     folder, config = Path(spec), _folder_config(Path(spec))
     whole = llava_folder.is_llava_folder(folder)
     return read_preprocessing(llava_folder.tower_description(folder) if whole else folder, config.image_size)
@@ -102,7 +104,7 @@ def read_vision_config(spec: str | Path) -> PreTrainedConfig:
     if not spec.startswith(open_clip.PREFIX):
         return _folder_config(Path(spec))
     model_cfg, _, weights = open_clip.find_source(spec)
-    return open_clip.tower_config(model_cfg, weights)
+    return open_clip.tower_config(model_cfg, open_clip.described_in(weights))
 
 
 def from_open_clip(

@@ -11,6 +11,7 @@ import torch
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.data.prepare import find_prepared
+from llava_moslora.data.split import validation_data
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import read_llm_config
@@ -123,18 +124,22 @@ def _records(
     asked: Asked, model: ModelSettings, data: DataSettings, image_tokens: int, training: Mapping[str, Any]
 ) -> Records:
     """Of the prepared data where there are any and no flag says otherwise, else from flags and assumptions."""
-    records = None
+    records, data_seed = None, training.get("data_seed")
+    seed = int(training.get("seed", 42) if data_seed is None else data_seed)
     if asked.tokens is None and asked.labels is None:
-        records = _prepared(model, data, image_tokens, packing=bool(training.get("packing")))
+        records = _prepared(model, data, image_tokens, packing=bool(training.get("packing")), seed=seed)
     if records is None:
         images = asked.images
         if images is None and data.image_folder is None and asked.tokens is not None:
             images = 0
-        records = assumed(data.model_max_length, asked.records, asked.tokens, images, asked.labels, image_tokens)
+        trained = round(asked.records * data.data_share) if asked.records else asked.records
+        records = assumed(data.model_max_length, trained, asked.tokens, images, asked.labels, image_tokens)
     return records
 
 
-def _prepared(model: ModelSettings, data: DataSettings, image_tokens: int, *, packing: bool) -> Records | None:
+def _prepared(
+    model: ModelSettings, data: DataSettings, image_tokens: int, *, packing: bool, seed: int
+) -> Records | None:  # fmt: skip
     if not all(Path(path).is_file() for path in data.data_path):
         return None
     try:
@@ -143,4 +148,7 @@ def _prepared(model: ModelSettings, data: DataSettings, image_tokens: int, *, pa
     except Refusal:  # a folder with config.json alone: enough for a plan, not for a key of the cache
         return None
     dataset = find_prepared(data, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens)
-    return None if dataset is None else of_dataset(dataset, data, vision=not model.text_only, packing=packing)
+    if dataset is None:
+        return None
+    rows, *_ = validation_data(dataset, replace(data, eval_data_path=[]), lambda _: dataset, seed=seed)
+    return of_dataset(dataset, data, rows, vision=not model.text_only, packing=packing)

@@ -33,6 +33,7 @@ SET_ASIDE = ".aside"  # suffix of folders that a replaced run waits in
 # Of the Trainer's many settings, those that change what is computed.
 TRAINING = (
     *("learning_rate", "vision_lr", "mm_projector_lr", "mixer_lr", "weight_decay", "max_grad_norm"),
+    *("lora_plus_ratio", "riemannian"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("loss_average", "packing", "seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),

@@ -206,8 +206,11 @@ def _origin(study: Study, run: Run, flag: str) -> str:
     return "recipe"
 
 
-def check_unchanged(study: Study, runs: Sequence[Run], gpus: int, *, rerun: bool) -> list[Run]:
+def check_unchanged(study: Study, runs: Sequence[Run], gpus: int | None, *, rerun: bool) -> list[Run]:
     """The runs that were made otherwise than the study asks now; with ``rerun`` they are deleted, to be made again.
+
+    Args:
+        gpus: of a run; None where nothing is trained, so that a report can be made on a machine with others.
 
     Raises:
         Refusal: C-CHANGED, there are some, without ``rerun``: results of two studies are never mixed.
@@ -225,11 +228,12 @@ def check_unchanged(study: Study, runs: Sequence[Run], gpus: int, *, rerun: bool
     return [run for run, _ in changed]
 
 
-def _difference(run: Run, gpus: int) -> tuple[str, str] | None:
+def _difference(run: Run, gpus: int | None) -> tuple[str, str] | None:
     """What differs from what the run was made with, then and now; None if nothing does."""
     if not (run.folder / ASKED).is_file():
         return None
-    then, now = read_json(run.folder / ASKED), run.asked(gpus)
+    then = read_json(run.folder / ASKED)
+    now = run.asked(then.get("gpus", 0) if gpus is None else gpus)
     if then == now:
         return None
     flat = [{**{k: v for k, v in side.items() if k != "flags"}, **side.get("flags", {})} for side in (then, now)]

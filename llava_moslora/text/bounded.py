@@ -6,15 +6,21 @@ Jinja's sandbox keeps it from files and from code, and limits one ``range``, but
 from __future__ import annotations
 
 import re
+import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from jinja2 import Environment, TemplateError, nodes
+
 STEPS = 2_000_000  # lines of Python; the longest published templates take some ten thousand for a conversation
-CODE = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
-HUGE = re.compile(r"\*\*|\*[^{}]*?\d{5}|\d{8}")  # a power, a product or a number that could fill the memory in one step
+SECONDS = 3.0  # of the processor
+MEMORY = 1 << 30  # bytes, above what the process has
+MANY_DIGITS = re.compile(r"\d{8}")  # also in texts, which filters make numbers of
+TRACKED = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own tags, of no effect here
 
 
 class TooManySteps(ValueError):
@@ -23,8 +29,9 @@ class TooManySteps(ValueError):
 
 @contextmanager
 def bounded_steps(limit: int = STEPS) -> Iterator[None]:
-    """Raises :class:`TooManySteps` in this thread after ``limit`` lines of Python that run in templates."""
-    left = limit
+    """Raises :class:`TooManySteps` in this thread after ``limit`` lines of Python that run in templates, or after
+    :data:`SECONDS`, since a line may join long texts; MemoryError above :data:`MEMORY`."""
+    left, end = limit, time.thread_time() + SECONDS
     before = sys.gettrace()
 
     def trace_lines(frame: FrameType, event: str, argument: object) -> Any:
@@ -32,18 +39,55 @@ def bounded_steps(limit: int = STEPS) -> Iterator[None]:
         left -= 1
         if left < 0:
             raise TooManySteps(f"stopped after {limit} steps")
+        if time.thread_time() > end:
+            raise TooManySteps(f"stopped after {SECONDS:g} seconds")
         return trace_lines
 
     def trace_calls(frame: FrameType, event: str, argument: object) -> Any:
         return trace_lines if frame.f_code.co_filename == "<template>" else None
 
-    sys.settrace(trace_calls)
+    with _bounded_memory():
+        sys.settrace(trace_calls)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    try:
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # not Linux: the other limits hold
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limits = [limit for limit in (mapped + MEMORY, soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
     try:
         yield
     finally:
-        sys.settrace(before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def huge_number(template: str) -> str | None:
-    """The first place in the code of ``template`` that computes a huge number or text at once, or None."""
-    return next((found[0] for code in CODE.findall(template) if (found := HUGE.search(code))), None)
+    """What in the code of ``template`` could compute a huge number or text at once, or None: a power, a product without
+    a small constant, a number of many digits. None too for what is no template: rendering it says why."""
+    try:
+        tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(TRACKED.sub("", template))
+        found = next(tree.find_all(nodes.Pow), None) or next((p for p in tree.find_all(nodes.Mul) if _grows(p)), None)
+        if found is not None:
+            return f"{found.operator} in line {found.lineno}"
+        constants = (str(constant.value) for constant in tree.find_all(nodes.Const))
+        return next((digits[0] for text in constants if (digits := MANY_DIGITS.search(text))), None)
+    except TemplateError:
+        return None
+    except (RecursionError, MemoryError):
+        return "brackets nested too deeply"
+
+
+def _grows(product: nodes.BinExpr) -> bool:
+    """Whether a product is none by a small constant: repeated, it would square a number or a text."""
+    factors = (side.value for side in (product.left, product.right) if isinstance(side, nodes.Const))
+    return not any(len(str(factor)) < 5 for factor in factors)

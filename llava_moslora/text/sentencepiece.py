@@ -24,6 +24,7 @@ INTERNLM2_NAMES = {
     "[UNUSED_TOKEN_145]": "<|im_end|>",
     "[UNUSED_TOKEN_146]": "<|im_start|>",
 }
+LONGEST_PIECE = 1024  # characters; SentencePiece's own limit in training is 16, and control names are longer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
 
 
@@ -44,11 +45,12 @@ def read_sentencepiece(path: str | Path, *, begins: bool = True) -> tuple[dict, 
     names = [INTERNLM2_NAMES.get(piece.piece, piece.piece) for piece in model.pieces]
     if len(set(names)) != len(names):
         raise Refusal("K-TOKENIZER", "a piece occurs twice", file=path)
-    named = {
-        f"{kind}_token": names[number]
-        for kind, number in [("bos", trainer.bos_id), ("eos", trainer.eos_id), ("unk", trainer.unk_id)]
-        if number >= 0
-    }
+    numbers = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
+    for kind, number in numbers.items():
+        if number >= len(names):
+            what, expected = f"the {kind} token is none of the pieces", f"0 to {len(names) - 1}, or -1 without one"
+            raise Refusal("K-TOKENIZER", what, file=path, key=f"{kind}_id", found=number, expected=expected)
+    named = {f"{kind}_token": names[number] for kind, number in numbers.items() if number >= 0}
     first = _bos_processor(named["bos_token"], trainer.bos_id) if begins and trainer.bos_id >= 0 else None
     return _tokenizer_state(model, names, named.get("unk_token"), first), named
 
@@ -65,6 +67,12 @@ def _read_model(path: Path) -> pb.ModelProto:
         what = "only SentencePiece BPE models with byte fallback and no normalisation are supported"
         found = f"{pb.TrainerSpec.ModelType.Name(trainer.model_type)}, {normalizer.name}"
         raise Refusal("K-TOKENIZER", what, file=path, found=found)
+    for number, piece in enumerate(model.pieces):
+        if not isinstance(piece.piece, str) or len(piece.piece) > LONGEST_PIECE:  # bytes where it is not UTF-8
+            raise Refusal(
+                "K-TOKENIZER", "a piece that cannot be one", file=path, key=f"piece {number}", found=piece.piece,
+                expected=f"UTF-8 of at most {LONGEST_PIECE} characters", fix="download it again",
+            )  # fmt: skip
     return model
 
 

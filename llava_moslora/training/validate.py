@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from llava_moslora.adapters.methods import check_method
+from llava_moslora.adapters.methods import METHODS, check_method
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.training import deepspeed_config
@@ -73,6 +73,11 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
             fix="leave --deepspeed out (float32 on one GPU or several), or --riemannian",
         )  # fmt: skip
     check_trainer(model, args)
+    deepspeed = deepspeed_config.read_deepspeed_config(args.deepspeed) if args.deepspeed else None
+    why = METHODS[adapter.method].not_under_zero3
+    if why and deepspeed is not None and deepspeed_config.zero_stage(deepspeed) == 3:
+        key, fix = f"--method {adapter.method}, --deepspeed {args.deepspeed}", "zero_configs/zero2.json"
+        raise Refusal("C-FLAG", why, key=key, fix=fix)
 
 
 def check_trainer(model: ModelSettings, args: TrainingArguments) -> None:

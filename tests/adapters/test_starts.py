@@ -13,13 +13,13 @@ from llava_moslora.errors import Refusal
 from support.adapter_models import Pair
 
 R = 4
-STARTS = ["flora", "loraxs", "nlora", "pissa"]
+STARTS = ["flora", "loraxs", "nlora", "pissa", "folded"]
 NO_MIXER = {"mixer_init": "identity", "train_mixer": False}
 
 
 def adapted(start: str, **changes):
     torch.manual_seed(0)
-    mixer = NO_MIXER if start == "pissa" else {}
+    mixer = NO_MIXER if start == "pissa" else {"train_mixer": False} if start == "folded" else {}
     settings = {"r": R, "lora_alpha": 6, "target_modules": ["up", "down"], "start": start} | mixer | changes
     return get_peft_model(Pair(), MosLoraConfig(**settings))
 
@@ -102,6 +102,17 @@ def test_pissa_starts_at_the_base_and_its_factors_are_pefts():
     assert torch.allclose(model(x), stock(x), atol=1e-4)
 
 
+@pytest.mark.parametrize("init", ["kaiming_uniform", "orthogonal", "butterfly"])
+def test_a_folded_mixer_is_moslora_s_start_as_a_lora(init):
+    """A is W·A of the MoSLoRA of the same seed, and nothing but A and B is there."""
+    model = adapted("folded", mixer_init=init, train_mixer=False)
+    for layer, other in zip(layers(model), layers(adapted("lora", mixer_init=init)), strict=True):
+        a, w, b = layer.adapter_weights("default")
+        a0, mixer, _ = other.adapter_weights("default")
+        assert w is None and not b.any() and a.requires_grad and b.requires_grad
+        assert torch.allclose(a, mixer @ a0, atol=1e-6) and not torch.allclose(a, a0, atol=1e-2)
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_saved_loaded_and_merged(tmp_path, monkeypatch, start):
     model, x = moved(start), torch.randn(5, 64)
@@ -135,6 +146,7 @@ def test_folded_it_is_a_plain_lora_for_stock_peft(tmp_path, start, rslora):
         ({"start": "olora"}, "start: unknown start; found olora; expected lora, flora"),
         ({"start": "flora", "mixer_init": "orthogonal"}, "mixer_init: start 'flora' decides it itself"),
         ({"start": "loraxs", "train_mixer": False}, "train_mixer: start 'loraxs' decides it itself"),
+        ({"start": "folded"}, "train_mixer: start 'folded' decides it itself; found True; expected False"),
         ({"start": "pissa"}, "mixer_init: start 'pissa' decides it itself; found kaiming_uniform; expected identity"),
         ({"start": "nlora", "mixer_init_pattern": {"up": "normal"}}, "mixer_init: start 'nlora' decides it itself"),
         ({"start": "nlora", "init_lora_weights": "gaussian"}, "init_lora_weights: start 'nlora' decides it itself"),

@@ -404,6 +404,16 @@ def test_columns_of_other_names(prepare_files, write_json, image_folder):
         prepare_files(write_json(others, "b.json"), image_folder)
 
 
+@pytest.mark.parametrize("shape", [list, dict], ids=["an array", "a line"])
+def test_one_record_with_columns_of_other_names(prepare_files, write_json, shape):
+    record = {"key": "a", "dialog": [HUMAN, GPT]}
+    file = write_json([record] if shape is list else record, "one.jsonl")
+    rows = prepare_files(file, model_max_length=100, data_columns=["messages=dialog", "id=key"])
+    assert len(rows) == 1 and rows[0]["id"] == "a"
+    with pytest.raises(Refusal, match=r"\[D-SCHEMA\] .*one\.jsonl:record 0: .*; found keys key, dialog; .*_columns"):
+        prepare_files(file, model_max_length=100)
+
+
 def test_columns_are_part_of_the_caches_key(prepare_files, write_json):
     file = write_json([{"messages": [HUMAN, GPT], "other": [HUMAN, GPT | {"content": "Another"}]}])
     given = ([], ["messages=messages"], ["messages=other"], ["messages=other", "id=id"], ["id=id", "messages=other"])

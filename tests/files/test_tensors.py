@@ -1,6 +1,7 @@
 """Weights in files: every layout gives the same tensors, and every way to be incomplete is named."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,3 +107,31 @@ def test_no_weights(tmp_path):
 def test_a_file_that_is_no_dictionary(tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "pytorch_model.bin")
     assert refused(tmp_path).code == "K-DAMAGED"
+
+
+def _odd(folder: Path) -> dict:
+    """What a torch file may hold next to tensors, and tensors that weights cannot be."""
+    return {
+        7: torch.zeros(2),
+        ("a", "b"): torch.zeros(2),
+        "note": "text",
+        "sparse": torch.eye(3).to_sparse(),
+        "nowhere": torch.zeros(2, device="meta"),
+        "quantised": torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8),
+    }
+
+
+def test_odd_names_and_tensors_of_a_torch_file_are_left_out(tmp_path):
+    torch.save(TENSORS | _odd(tmp_path), tmp_path / "x.bin")
+    assert read_tensor_file(tmp_path / "x.bin").keys() == TENSORS.keys()
+    with pytest.raises(Refusal, match=r"K-DAMAGED\] .*x.bin: not a file of named tensors; found .*and 3 more"):
+        read_tensor_file(tmp_path / "x.bin", only_tensors=True)
+
+
+def test_a_dtype_that_torch_cannot_read_is_named(tmp_path):
+    header = json.dumps({"t0": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    (stored,) = read_tensor_folder(tmp_path).values()
+    with pytest.raises(Refusal, match=r"K-DAMAGED\] .*model.safetensors:t0: a tensor that cannot be read; found .*F6"):
+        stored.read()

@@ -178,6 +178,31 @@ def test_another_kind_of_llava_is_refused(complete, tmp_path, changes, key):
         assert (caught.value.code, caught.value.key) == ("C-MODEL", key)
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda raw: raw.update(text_config=[]), "text_config"),
+        (lambda raw: raw.update(vision_config="clip"), "vision_config"),
+        (lambda raw: raw.update(architectures="LlavaForConditionalGeneration"), "architectures"),
+        (lambda raw: raw.update(model_type=3), "model_type"),
+        (lambda raw: raw["text_config"].update(num_hidden_layers=10**9), "num_hidden_layers"),
+        (lambda raw: raw["text_config"].update(vocab_size=-1), "vocab_size"),
+        (lambda raw: raw["vision_config"].update(hidden_size=2**40), "hidden_size"),
+        (lambda raw: raw["vision_config"].update(patch_size=0), "patch_size"),
+    ],
+)
+def test_sizes_and_parts_out_of_range_are_refused_before_anything_is_built(complete, tmp_path, change, key):
+    folder = shutil.copytree(complete[0], tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text())
+    change(raw)
+    (folder / "config.json").write_text(json.dumps(raw))
+    for read in (read_llm_config, load_vision_tower, lambda f: read_projector(f, 32, 64), named):
+        with pytest.raises(Refusal) as caught:
+            read(folder)
+        assert (caught.value.code, caught.value.key) == ("K-CONFIG", key)
+        assert caught.value.file == folder / "config.json"
+
+
 def named(folder) -> tuple[str, ...]:
     """What stands for LLM, vision tower and projector where only this folder was named."""
     parts = name_parts(ModelSettings(str(folder)))

@@ -417,6 +417,30 @@ def test_open_clip_names_that_do_not_exist(tmp_path):
     assert refused(f"open_clip:{tmp_path}").code == "K-CONFIG"
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"width": "64"}, "not a usable"),
+        ({"head_width": 0}, "head_width: out of range"),
+        ({"head_width": None}, "not a usable"),
+        ({"mlp_ratio": []}, "not a usable"),
+        ({"norm_kwargs": 3}, "not a usable"),
+        ({"act_kwargs": "tanh"}, "act_kwargs = tanh"),
+        ({"layers": 10**9}, "layers: out of range"),
+        ({"image_size": [32, 32]}, "image_size = "),
+        ({"timm_model_name": ["x"]}, "timm model"),
+        ({"": 1}, "vision_cfg has  = 1"),
+    ],
+)
+def test_open_clips_vision_cfg_that_is_none(tmp_path, change, said):
+    cfg, model = tiny_open_clip()
+    folder = open_clip_folder(tmp_path / "f", cfg, model)
+    edit(folder / "open_clip_config.json", model_cfg=cfg | {"vision_cfg": cfg["vision_cfg"] | change})
+    refusal = refused(f"open_clip:{folder}")
+    assert refusal.code in ("K-CONFIG", "K-TOWER") and said in refusal.line(), refusal.line()
+    assert refusal.file == folder / "open_clip_config.json"
+
+
 def test_a_tag_trained_with_the_other_gelu_is_refused():
     refusal = refused("open_clip:ViT-L-14@openai")
     assert (refusal.code, refusal.expected) == ("C-TOWER", "ViT-L-14-quickgelu")

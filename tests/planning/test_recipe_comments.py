@@ -17,7 +17,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("recipe", recipes())
+FIRST = ("llama3_8b_moslora.sh", "llama3_8b_qmoslora_24gb.sh", "llama3_8b_commonsense.sh")  # the others are slow
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in recipes()]
+)
 def test_the_comment_is_the_plan(folder, recipe, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     monkeypatch.chdir(ROOT)

@@ -111,3 +111,16 @@ def test_the_deepspeed_files_are_read(name, stage, fp32):
     assert (found.stage, found.fp32_gradients) == (stage, fp32)
     if stage:
         assert found.bucket == 50_000_000 and found.overlap
+
+
+def test_what_deepspeed_decides_itself_has_its_own_defaults():
+    """ "auto", a part that is left out, and sizes that JSON writes as fractions."""
+    own = Zero(stage=3, overlap=True)
+    auto = dict.fromkeys(
+        ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold",
+         "stage3_max_live_parameters"), "auto",
+    )  # fmt: skip
+    assert Zero.of({"zero_optimization": {"stage": 3, **auto}}) == Zero.of({"zero_optimization": {"stage": 3}}) == own
+    assert Zero.of({"zero_optimization": {"stage": 3, "reduce_bucket_size": 5e8}}).bucket == 500_000_000
+    assert Zero.of({}) == Zero.of({"zero_optimization": {}}) == Zero(stage=0)
+    assert Zero.of(None) == Zero()

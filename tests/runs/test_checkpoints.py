@@ -72,9 +72,17 @@ def damage_link(folder: Path) -> None:
 
 def damage_way_out(folder: Path) -> None:
     (folder.parent / "out.bin").write_bytes(b"weights")
+    reseal(folder, files={"../out.bin": file_entry(folder)})
+
+
+def file_entry(folder: Path) -> dict:
+    return json.loads((folder / MANIFEST).read_text())["files"]["adapter/w.bin"]
+
+
+def reseal(folder: Path, **facts) -> None:
+    """Other facts in the manifest, under a hash that is right for them."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    listed = {"../out.bin": manifest["files"].pop("adapter/w.bin")}
-    content = {k: v for k, v in manifest.items() if k != "sha256"} | {"files": listed}
+    content = {k: v for k, v in manifest.items() if k != "sha256"} | facts
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     (folder / MANIFEST).write_text(json.dumps(content | {"sha256": digest}))
 
@@ -95,6 +103,12 @@ def damage_way_out(folder: Path) -> None:
         (damage_fact, "K-HASH"),
         (damage_link, "K-PATH"),
         (damage_way_out, "K-PATH"),
+        (lambda folder: reseal(folder, files={"w\0.bin": file_entry(folder)}), "K-MANIFEST"),
+        (lambda folder: reseal(folder, files={"w.bin": {"size": "7", "sha256": "x"}}), "K-MANIFEST"),
+        (lambda folder: reseal(folder, files=["w.bin"]), "K-MANIFEST"),
+        (lambda folder: reseal(folder, best={"step": "3"}), "K-MANIFEST"),
+        (lambda folder: reseal(folder, best=3), "K-MANIFEST"),
+        (lambda folder: reseal(folder, best={"loss": 0.5}), "K-MANIFEST"),
     ],
 )
 def test_damage_is_found_and_the_older_checkpoint_used(tmp_path, damage, code):

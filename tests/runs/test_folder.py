@@ -12,13 +12,14 @@ from llava_moslora.errors import Refusal, defect
 from llava_moslora.files import disk
 from llava_moslora.runs.checkpoints import checkpoints, lock_run, model_checkpoint, newest_checkpoint, prune
 from llava_moslora.runs.folder import (
+    TRAINING,
     check_shared,
     check_space,
     checkpoint_bytes,
     only_differing,
 )
 from llava_moslora.runs.output_dir import has_begun
-from llava_moslora.runs.record import RUN, read_run, write_run
+from llava_moslora.runs.record import BEFORE, RUN, read_run, write_run
 from support.run_folders import FACTS, FILE, begin, check, content, edit_record, open_new, reopen, save, settings
 
 
@@ -287,3 +288,9 @@ def test_of_a_changed_folder_only_the_changed_files_are_told():
         {"model.safetensors": "4", "old.json": "missing"},
     )
     assert only_differing(2, 3) == (2, 3) and only_differing(None, now) == (None, now)
+
+
+def test_every_setting_that_later_versions_added_is_compared_on_resume():
+    """What run.json lacks is taken from ``BEFORE``: it must not be possible to change it and say nothing."""
+    free = {"load_best_model_at_end"}  # which checkpoint is exported
+    assert set(BEFORE["training"]) - set(TRAINING) == free

@@ -116,6 +116,36 @@ def test_a_record_of_another_version_is_refused(run, key, value):
     assert raised.value.exit_status == 3
 
 
+TYPED = {
+    "settings.adapter.lora_r": (True, "int"),
+    "settings.adapter.lora_alpha": ("16", "int | float"),
+    "settings.adapter.lora_target_modules": ([1], "list"),
+    "settings.model.attn_implementation": (None, "str"),
+    "settings.data.data_weights": (["x"], "list"),
+    "settings.data.validation_split": ({}, "float"),
+    "settings.data.image_folder": (["a"], "str | None"),
+    "settings.global_batch_size": ("4", "int"),
+    "settings.data.data_path": ([["a.json"]], "list"),
+    "seeds": (42, "list"),
+    "command": ("train", "list"),
+}
+
+
+@pytest.mark.parametrize("key", TYPED)
+def test_a_value_of_another_type_is_refused(run, key):
+    """Before anything computes with it."""
+    value, _ = TYPED[key]
+    record = json.loads((run / RUN).read_text())
+    *groups, name = key.split(".")
+    group = record
+    for part in groups:
+        group = group[part]
+    group[name] = value
+    (run / RUN).write_text(json.dumps(record))
+    with pytest.raises(Refusal, match=rf"K-RUN\] .*run.json:{key}: .*found {re.escape(str(value))}, written by"):
+        read_run(run)
+
+
 def test_a_damaged_record_of_the_run_is_named(run):
     (run / RUN).write_text('{"settings": ')
     with pytest.raises(Refusal, match=rf"K-RUN.*{RUN}: not JSON: damaged"):

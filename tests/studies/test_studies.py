@@ -189,6 +189,7 @@ def compare_killed(tmp_path: Path, moments: list[float]) -> None:
         assert text == (tmp_path / "whole" / "out" / name).read_text().replace(str(tmp_path / "whole"), "FOLDER")
 
 
+@pytest.mark.slow
 def test_a_study_killed_twice_ends_in_the_same_table(tmp_path):
     compare_killed(tmp_path, [0.3, 0.8])
 

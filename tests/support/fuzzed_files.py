@@ -145,6 +145,11 @@ def _prepare(folder: Path, name: str, images: bool = False) -> None:
     assert len(rows) > 0 and rows[0]["input_ids"]
 
 
+def _read_samples(folder: Path) -> None:
+    given = DataSettings([str(folder / "data.json")], image_folder=str(folder / "images"))
+    assert read_samples(given, tokenizer=_tokenizer(folder.parent), template="chatml", tokens_per_image=4)
+
+
 _TOKENIZERS: dict = {}
 
 
@@ -252,5 +257,5 @@ READERS = [
            _write_saved, partial(_prepare, name="saved")),
     Reader("data cache", {"made/report.json": "json", "made/000000.arrow": "bytes", "made/000000.json": "json"},
            _write_cache, _read_cache),
-    Reader("sample questions", {"data.json": "json"}, _rows, lambda f: read_samples(f / "data.json", f / "images")),
+    Reader("sample questions", {"data.json": "json"}, _rows, _read_samples),
 ]  # fmt: skip

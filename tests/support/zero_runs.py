@@ -29,5 +29,6 @@ def settings(parts, run: Path, **changes) -> list[str]:
 
 def run_successfully(warm_server: WarmServer, arguments: list[str], output: Path, **how) -> Launch:
     launch = warm_server.launch(arguments, output, **how)
-    assert launch.succeeded, launch.printed()[-3000:]
+    how_it_ended = f"status {launch.status}{', stopped at its time limit' if launch.stuck else ''}"
+    assert launch.succeeded, f"{how_it_ended}\n{launch.printed()[-3000:]}"
     return launch

@@ -1,9 +1,11 @@
 """``<image>`` and pad tokens by name, what is refused, and text that never becomes a control token."""
 
+import contextlib
 import json
 import shutil
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2 as pb
 from transformers import AutoTokenizer
 
 from llava_moslora.errors import Refusal
@@ -154,6 +156,34 @@ def test_half_downloaded_and_newer_files_are_refused(tiny_folder, tmp_path, case
     with pytest.raises(Refusal, match=rf"K-TOKENIZER\] .*{message}") as refusal:
         load_tokenizer(folder)
     assert refusal.value.fix or "not a tokenizer" in message
+
+
+def _sentencepiece(pieces: list[str], **numbers: int) -> pb.ModelProto:
+    model = pb.ModelProto()
+    for number, piece in enumerate(pieces):
+        model.pieces.add(piece=piece, score=-float(number), type=3 if piece.startswith("<") else 1)
+    model.trainer_spec.model_type, model.trainer_spec.byte_fallback = pb.TrainerSpec.BPE, True
+    for name, number in ({"unk_id": 0, "bos_id": 1, "eos_id": 2} | numbers).items():
+        setattr(model.trainer_spec, name, number)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("pieces", "numbers", "before", "message"),
+    [
+        (["a", "b"], {}, b"", None),
+        (["ab"], {}, b"ab", r"tokenizer.model:piece 3: a piece that cannot be one; found .*expected UTF-8"),
+        (["a", "x" * 5000], {}, b"", r"tokenizer.model:piece 4: a piece that cannot be one; .*at most 1024 characters"),
+        (["a", "a"], {}, b"", r"a piece occurs twice"),
+        (["a"], {"bos_id": 4}, b"", r"tokenizer.model:bos_id: the bos token is none of the pieces; found 4; .*0 to 3"),
+        (["a"], {"eos_id": 2**31 - 1}, b"", r"tokenizer.model:eos_id: the eos token is none of the pieces"),
+    ],
+)
+def test_sentencepiece_models_that_cannot_be(tmp_path, pieces, numbers, before, message):
+    content = _sentencepiece(["<unk>", "<s>", "</s>", *pieces], **numbers).SerializeToString()
+    (tmp_path / "tokenizer.model").write_bytes(content.replace(before, b"\xff\xfe") if before else content)
+    with pytest.raises(Refusal, match=message) if message else contextlib.nullcontext():
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["llama2-legacy", "llama2-always", "llama2-first"])

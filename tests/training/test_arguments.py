@@ -6,6 +6,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.training import command_line
 from llava_moslora.training.arguments import TrainingArguments, accumulation_steps
+from llava_moslora.training.config_file import LARGEST
 from llava_moslora.training.text_only import check_text_only
 
 
@@ -167,6 +168,7 @@ def test_null_is_a_flag_that_is_not_given(tmp_path, null):
         (b"data_path: [[a]]", r"data_path: a list holds plain values only; found sequence"),
         (b"[a]: b", r"a key that is not text; found line 1"),
         (b"[" * 9000, r"neither YAML nor JSON"),
+        (b"#" * (LARGEST + 1), rf"C-PARSE\] .*too large; found {LARGEST + 1} bytes; expected at most {LARGEST} bytes"),
     ],
 )
 def test_files_that_cannot_be_read_as_written(tmp_path, content, message):
@@ -197,9 +199,14 @@ def test_deepspeed_file_is_looked_at_first(tmp_path):
     with pytest.raises(Refusal, match=r"--deepspeed: no such file"):  # "$ZERO" with the variable unset
         parse([*required(tmp_path), "--deepspeed", ""])
     file = tmp_path / "ds.json"
-    file.write_text('{"zero_optimization": {"stage": 2,}}')
-    with pytest.raises(Refusal, match=r"ds\.json:--deepspeed: not JSON; found line 1"):
-        parse([*required(tmp_path), "--deepspeed", str(file)])
+    for text, said in {
+        '{"zero_optimization": {"stage": 2,}}': "not JSON; found line 1",
+        '{"zero_optimization": {}, "zero_optimization": {}}': "not usable; found the key 'zero_optimization' occurs",
+        '{"gradient_clipping": NaN}': "not usable; found NaN is not a JSON value",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(Refusal, match=rf"C-PARSE\] .*ds\.json:--deepspeed: {said}"):
+            parse([*required(tmp_path), "--deepspeed", str(file)])
 
 
 @pytest.mark.parametrize(("n", "per_device", "ranks", "steps"), [(64, 8, 4, 2), (64, 8, 8, 1), (64, 4, 1, 16)])

@@ -267,6 +267,20 @@ def test_flash_attention_needs_a_gpu_and_16_bits(asked, monkeypatch):
         ),
         ({"train_batch_size": "auto", "bf16": True}, r"bf16: not a mapping; found True"),
         ([], r"--deepspeed: not a mapping; found \[\]"),
+        ({"train_batch_size": "auto", "data_types": "fp32"}, r"data_types: not a mapping; found fp32"),
+        (
+            {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            r"offload_optimizer: not a mapping; found cpu; expected \{…\}",
+        ),
+        ({"train_batch_size": "auto", "zero_optimization": {"stage": True}}, r"stage: unknown stage; found True"),
+        ({"train_batch_size": "auto", "zero_optimization": {"stage": [2]}}, r"stage: unknown stage; found \[2\]"),
+        *(
+            (
+                {"train_batch_size": "auto", "zero_optimization": {"stage": 3, "reduce_bucket_size": size}},
+                r"C-DEEPSPEED\] .*reduce_bucket_size: not a number of elements; .*expected 0 or more, or \"auto\"",
+            )
+            for size in (-1, True, "5e8", [5])
+        ),
     ],
     ids=str,
 )

@@ -19,8 +19,6 @@ from llava_moslora.errors import Refusal
 
 WINDOW = 1 << 20  # characters read at once
 LONGEST_VALUE = 64 << 20  # characters of one record; a longer one is a missing bracket or quote
-# A file that is one object without any of these keys is no JSONL file of one record.
-RECORD_KEYS = ("conversations", "messages", "prompt", "texts", "instruction")
 EXPECTED = "a JSON array of records, or one record per line"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _TYPES = {dict: "an object", list: "an array", str: "a string", int: "a number", float: "a number", bool: "a boolean"}
@@ -78,11 +76,6 @@ class JsonStream:
             self._start += 1
             yield from self._array()
         elif first == "{":
-            value, problem = self._value()
-            if not self._peek() and not any(key in value for key in RECORD_KEYS):
-                keys = f"keys {', '.join(value)}"
-                raise Refusal("D-TYPE", "the top level is an object", file=self.name, found=keys, expected=EXPECTED)
-            yield value, problem
             while self._peek():
                 yield self._value()
         else:

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import distributed
@@ -138,4 +138,5 @@ def ignore_signals(_worker: int) -> None:
 
 
 def _print_from_handler(line: str) -> None:
-    os.write(2, f"{line}\n".encode())  # print is not reentrant: the signal may have interrupted one
+    with suppress(OSError):  # of a terminal that is gone: an error here would end the step that is being finished
+        os.write(2, f"{line}\n".encode())  # print is not reentrant: the signal may have interrupted one

@@ -194,6 +194,12 @@ def test_decoding_is_offered_here_too(build, tmp_path, images):
         build(tmp_path / "s.tar", decode_images=True)
 
 
+def test_a_tar_of_one_record_with_columns_of_other_names(build, tmp_path, images):
+    one = record(id="one")
+    write_tar(tmp_path / "s.tar", [{"dialog": one.pop("conversations")} | one], images)
+    assert build(tmp_path / "s.tar", data_columns=["conversations=dialog"])["id"] == ["one"]
+
+
 def test_a_shard_that_changed_is_not_trained_on(build, tmp_path, images):
     write_tar(tmp_path / "s.tar", [record()], images)
     rows = build(tmp_path / "s.tar")
