@@ -95,13 +95,32 @@ def check(data: SubjectSettings, adapter: SdxlAdapterSettings, training: dict[st
     if data.class_image_folder is None and adapter.prior_loss_weight != 1.0:
         fix = "give --class_image_folder and --class_prompt, or leave it out"
         raise Refusal("C-FLAG", "no effect without class pictures", key="--prior_loss_weight", fix=fix)
-    if adapter.lora_r < 1:
-        raise Refusal("C-FLAG", "nothing to train", key="--lora_r", found=adapter.lora_r, expected="at least 1")
-    for name, value in (("snr_gamma", adapter.snr_gamma), ("prior_loss_weight", adapter.prior_loss_weight)):
-        if value is not None and not 0 < value < float("inf"):
-            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="above 0")
+    check_adapter(adapter, training["mixer_lr"])
     if training["recompute"] not in (None, "none", "full"):
         raise Refusal(
             "C-FLAG", "diffusers recomputes all blocks of the UNet or none", key="--recompute",
             found=training["recompute"], expected="none | full",
         )  # fmt: skip
+
+
+def check_adapter(adapter: SdxlAdapterSettings, mixer_lr: float | None) -> None:
+    """What PEFT, or nobody, would find out after everything was loaded.
+
+    Raises:
+        Refusal: C-FLAG, a value out of range, or without effect; C-RANK, an odd rank of butterfly mixers.
+    """
+    if adapter.lora_r < 1:
+        raise Refusal("C-FLAG", "nothing to train", key="--lora_r", found=adapter.lora_r, expected="at least 1")
+    if adapter.mixer_init == "butterfly" and adapter.lora_r % 2:
+        what = "the butterfly mixer pairs halves of the rank"
+        raise Refusal("C-RANK", what, key="--lora_r", found=adapter.lora_r, expected="even")
+    if not 0 <= adapter.lora_dropout < 1:
+        expected = "a probability below 1"
+        raise Refusal("C-FLAG", "out of range", key="--lora_dropout", found=adapter.lora_dropout, expected=expected)
+    for name in ("lora_alpha", "snr_gamma", "prior_loss_weight"):
+        value = getattr(adapter, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="above 0")
+    if mixer_lr is not None and not adapter.train_mixer:
+        what, fix = "no effect with --train_mixer False", "leave one of the two out"
+        raise Refusal("C-FLAG", what, key="--mixer_lr", found=mixer_lr, fix=fix)

@@ -25,10 +25,12 @@ from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.subjects import Subject
 from llava_moslora.files.disk import read_json, replace_json
 from llava_moslora.files.manifest import sha256
+from llava_moslora.models.names import SDXL_PARTS
 from llava_moslora.runs.fingerprint import fingerprint
 
 IMAGES = "images.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
+DOWN = ("lora_A", "lora.down.", "lora_down")  # of each layer one, in the spellings that diffusers reads
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def planned(subjects: Sequence[Subject], seeds: Sequence[int]) -> list[Drawn]:
 
 
 def load_pipeline(base: str | Path, dtype: str) -> Any:
-    """diffusers' SDXL pipeline of a local folder, on the GPU where there is one.
+    """diffusers' SDXL pipeline of a local folder, on the GPU where there is one; without its invisible watermark, which
+    is drawn only where another package is installed.
 
     Raises:
         Refusal: E-MISSING, diffusers is not installed; K-MISSING, K-JSON, no folder of an SDXL pipeline.
@@ -73,12 +76,13 @@ def load_pipeline(base: str | Path, dtype: str) -> Any:
     if read_json(Path(base) / "model_index.json").get("_class_name") != "StableDiffusionXLPipeline":
         raise Refusal("K-JSON", "not an SDXL pipeline", file=Path(base) / "model_index.json", key="_class_name")
     from diffusers import StableDiffusionXLPipeline
+    from safetensors import SafetensorError
 
     try:
         pipeline = StableDiffusionXLPipeline.from_pretrained(
-            str(base), torch_dtype=getattr(torch, dtype), local_files_only=True
+            str(base), dtype=getattr(torch, dtype), local_files_only=True, add_watermarker=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise Refusal("K-MISSING", "diffusers cannot load the pipeline", file=base, found=str(error)[:200]) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,16 +101,28 @@ def load_lora(pipeline: Any, lora: str | Path) -> Path:
 
     try:
         with safe_open(file, "pt") as stream:
-            mixers = [key for key in stream.keys() if "lora_mixer" in key or "downB" in key]  # noqa: SIM118
+            keys = list(stream.keys())
+        mixers = [key for key in keys if "lora_mixer" in key or "downB" in key]
         if mixers:  # diffusers drops them with one line in its log, and draws other images
             fix = "give the folder that scripts/export.py made of the run"
             raise Refusal("K-ADAPTER", "holds mixers, which diffusers ignores", file=file, found=mixers[0], fix=fix)
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         if isinstance(error, Refusal):
             raise
         raise Refusal("K-ADAPTER", "diffusers cannot load it", file=file, found=str(error)[:200]) from error
+    stored, loaded = sum(any(word in key for word in DOWN) for key in keys), _adapted_layers(pipeline)
+    if loaded < stored or not stored:  # also one line in diffusers' log
+        raise Refusal(
+            "K-ADAPTER", "not a LoRA of this model: diffusers leaves layers of the file out", file=file,
+            found=f"{stored} layers, of which {loaded} were loaded", fix="give a LoRA that was trained on --base",
+        )  # fmt: skip
     return file
+
+
+def _adapted_layers(pipeline: Any) -> int:
+    parts = [getattr(pipeline, part) for part in SDXL_PARTS]
+    return sum(1 for part in parts for module in part.modules() if len(getattr(module, "lora_A", ())))
 
 
 def draw(

@@ -1,19 +1,31 @@
 """The subjects' data set, drawing, scores and the human evaluation, on tiny images and models."""
 
+import importlib.util
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation import human_kit
-from llava_moslora.evaluation.subject_images import Drawn, draw, paired_images, planned, read_drawn
+from llava_moslora.evaluation.subject_images import (
+    LORA_FILE,
+    Drawn,
+    draw,
+    load_pipeline,
+    paired_images,
+    planned,
+    read_drawn,
+)
 from llava_moslora.evaluation.subject_scores import Encoders, compare_scores, load_encoders, score_folder
 from llava_moslora.evaluation.subjects import read_subjects
 from scripts import evaluate_subjects
+from support.sdxl import needs_diffusers, train, write_pictures, write_sdxl
 from support.subjects import COLOURS, TEXT, write_clip_model, write_drawn, write_subjects, write_vit
 
 
@@ -104,6 +116,72 @@ def test_drawing_goes_on_after_a_kill_and_starts_from_the_same_latents(data, tmp
     assert paired_images(a, b) == planned(read_subjects(data), range(2))
     with pytest.raises(Refusal, match=r"C-ANSWERS.*images.json:settings: .*another model or of other settings"):
         start(tmp_path / "killed", FakePipeline(), steps=3)
+
+
+def test_diffusers_is_not_installed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Refusal, match=r"E-MISSING.*diffusers.*pip install 'llava_moslora\[diffusion\]'"):
+        load_pipeline("base", "float32")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A tiny SDXL; exports of a LoRA and a MoSLoRA trained on it; files with zero B, with mixers, of another model."""
+    from llava_moslora.diffusion.export import export_lora
+
+    folder = tmp_path_factory.mktemp("tuned")
+    parts = SimpleNamespace(sdxl=write_sdxl(folder / "sdxl"), pictures=write_pictures(folder / "pictures", count=2))
+    for name, how in {"lora": {"mixer_init": "identity", "train_mixer": False}, "moslora": {}}.items():
+        train(parts, folder / f"{name}-run", max_steps=2, **how)
+        setattr(parts, name, export_lora(folder / f"{name}-run", folder / name, prove=False))
+    tensors = load_file(parts.lora / LORA_FILE)
+    parts.untrained, parts.unfolded = folder / "untrained.safetensors", folder / "unfolded.safetensors"
+    save_file({name: tensor * ("lora_B" not in name) for name, tensor in tensors.items()}, parts.untrained)
+    one = next(name for name in tensors if "lora_A" in name)
+    save_file(tensors | {one.replace("lora_A", "lora_mixer"): torch.eye(4)}, parts.unfolded)
+    parts.foreign = folder / "foreign.safetensors"
+    save_file({name.replace("unet.", "transformer."): tensor for name, tensor in tensors.items()}, parts.foreign)
+    return parts
+
+
+@needs_diffusers
+def test_a_real_pipeline_draws_with_exports(data, tuned, tmp_path, monkeypatch):
+    """From the same latents: B = 0 changes nothing; what was trained does, each method in its own way."""
+
+    def start(output, lora=None):
+        (tmp_path / output).mkdir(exist_ok=True)
+        pipeline = load_pipeline(tuned.sdxl, "float32")
+        assert pipeline.watermark is None
+        draw(pipeline, read_subjects(data, ["cat"]), tmp_path / output, identifiers={"cat": "ikat"}, seeds=range(1),
+             loras={} if lora is None else {"cat": lora}, base=tuned.sdxl, steps=2, guidance=5.0, size=64)  # fmt: skip
+        files = sorted((tmp_path / output).rglob("*.png"))
+        return np.array([np.asarray(Image.open(file), dtype=int) for file in files])  # (2, 64, 64, 3)
+
+    base, untrained = start("base"), start("untrained", tuned.untrained)
+    assert base.shape == (2, 64, 64, 3) and (base == untrained).all()
+    lora, moslora = start("lora", tuned.lora), start("moslora", tuned.moslora)
+    for one, other in ((base, lora), (base, moslora), (lora, moslora)):
+        assert (abs(one - other).max(axis=(1, 2, 3)) > 0).all()
+    assert len(paired_images(read_drawn(tmp_path / "lora"), read_drawn(tmp_path / "moslora"))) == 2
+
+    calls: list[int] = []
+
+    def killed(self, *args):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        saved(self, *args)
+
+    saved = Image.Image.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", killed)
+        start("killed", tuned.moslora)
+    assert len(read_drawn(tmp_path / "killed").images) == 1
+    assert (start("killed", tuned.moslora) == moslora).all()
+    with pytest.raises(Refusal, match=r"K-ADAPTER.*holds mixers, which diffusers ignores.*lora_mixer.*export.py"):
+        start("unfolded", tuned.unfolded)
+    with pytest.raises(Refusal, match=r"K-ADAPTER.*not a LoRA of this model.*layers, of which 0 were loaded"):
+        start("foreign", tuned.foreign)
 
 
 @pytest.fixture(scope="module")
