@@ -11,7 +11,9 @@ llava-moslora COMMAND --help shows a command's flags. On several GPUs `train --n
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -54,6 +56,13 @@ def usage() -> str:
     return (__doc__ or "").format(commands="\n".join(lines))
 
 
+def summary(recipe: Path) -> str:
+    """The first sentence of a recipe's comment."""
+    lines = itertools.takewhile(lambda line: len(line) > 1, recipe.read_text(encoding="utf-8").splitlines()[1:])
+    text = " ".join(line.lstrip("# ") for line in lines)
+    return re.split(r"\.(?=\s|$)", text)[0] + "."
+
+
 def print_recipes(names: list[str]) -> None:
     """
     Raises:
@@ -62,7 +71,7 @@ def print_recipes(names: list[str]) -> None:
     known = recipes()
     if not names or names[0] in ("-h", "--help"):
         for name, file in known.items():
-            print(f"{name:34} {file.read_text(encoding='utf-8').splitlines()[1].lstrip('# ')}")
+            print(f"{name:34} {summary(file)}")
         return
     if len(names) > 1 or names[0].removesuffix(".sh") not in known:
         raise Refusal("C-FLAG", "no such recipe", key="recipes", found=" ".join(names), expected=" | ".join(known))

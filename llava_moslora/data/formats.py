@@ -238,7 +238,8 @@ def _check_places(images: tuple[str, ...], questions: list[str]) -> None:
     if images and places != len(images):
         what = "the human turns have another number of <image> than the record has images"
         expected = f"{len(images)} for {len(images)} images"
-        raise Refusal("D-IMAGES", what, found=f"{places} <image>", expected=expected)
+        fix = "put <image> into a human turn, once for each image"
+        raise Refusal("D-IMAGES", what, found=f"{places} <image>", expected=expected, fix=fix)
     if not images and any(_IMAGE_LINE.search(text) for text in questions):
         what = "the record has a place for an image but no image"
         fix = "add the key 'image', or remove the <image> line"

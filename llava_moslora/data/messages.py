@@ -82,8 +82,8 @@ def _read_message(message: object, key: str, names: tuple[str, str], roles: Mapp
         found = f"keys {', '.join(given)}" if isinstance(message, dict) else json_type(message)
         raise Refusal("D-SCHEMA", what, key=key, found=found)
     if (role := roles.get(given[name])) is None:
-        expected = " | ".join(roles)
-        raise Refusal("D-ROLE", "unknown role", key=f"{key}.{name}", found=given[name], expected=expected)
+        expected, fix = " | ".join(roles), "rename the speaker, or leave the record out"
+        raise Refusal("D-ROLE", "unknown role", key=f"{key}.{name}", found=given[name], expected=expected, fix=fix)
     if isinstance(text, list):
         text, images = _join_parts(text, f"{key}.{content}", role)
     read = said(role, text, f"{key}.{content}", trained=is_plain or _is_trained(given, key, role))
