@@ -322,6 +322,7 @@ import os, signal, sys, time
 from llava_moslora.errors import run_script
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a command in the background of a shell ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and one below nohup this
 
 def stop():
     os.kill(os.getpid(), signal.{name})
