@@ -22,6 +22,7 @@ from support.launching import LAUNCHER, ROOT, flags, free_port
 @pytest.fixture
 def pause():
     before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a test run below nohup ignores it
     pause = Preemption()
     yield pause
     for number, handler in before.items():
