@@ -110,7 +110,7 @@ def test_stage_1_trains_the_projector_alone(parts, tmp_path, monkeypatch):
 
     trainers = []
     make = script.MosLoraTrainer
-    monkeypatch.setattr(script, "MosLoraTrainer", lambda **parts: trainers.append(make(**parts)) or trainers[-1])
+    monkeypatch.setattr(script, "MosLoraTrainer", lambda *a, **kw: trainers.append(make(*a, **kw)) or trainers[-1])
     train(parts, tmp_path / "run", tune_mm_mlp_adapter=True, health_steps=1, max_steps=2)
     assert {name.split(".")[1] for name in trained_parameters(trainers[0].model)} == {"multi_modal_projector"}
     assert (tmp_path / "run" / "checkpoint-2" / "projector" / "model.safetensors").is_file()
