@@ -90,7 +90,7 @@ def ends_at_call(function, number):
     return called
 
 
-@pytest.mark.parametrize("moment", ["in step 4", "in the second save"])
+@pytest.mark.parametrize("moment", ["in step 4", pytest.param("in the second save", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_bytes(parts, whole, tmp_path, monkeypatch, moment):
     """tests/faults/test_sdxl.py kills processes. Here the latents are computed again too."""
     if moment == "in step 4":
