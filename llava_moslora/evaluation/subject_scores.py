@@ -120,11 +120,13 @@ def score_folder(drawn: DrawnFolder, subjects: Sequence[Subject], encoders: Enco
         pictures, photos = [drawn.open(image) for image in own], known[name].images()
         columns: dict[str, torch.Tensor] = {}
         for metric, encode in (("clip_i", encoders.clip_image), ("dino", encoders.dino)):
-            if encode is not None:
-                columns[metric] = (encode(pictures) @ encode(photos).T).mean(dim=1)
-        if encoders.clip_image is not None and encoders.clip_text is not None:
-            texts = encoders.clip_text([image.prompt for image in own])
-            columns["clip_t"] = (encoders.clip_image(pictures) * texts).sum(dim=1)
+            if encode is None:
+                continue
+            embedded = encode(pictures)
+            columns[metric] = (embedded @ encode(photos).T).mean(dim=1)
+            if metric == "clip_i" and encoders.clip_text is not None:
+                texts = encoders.clip_text([image.prompt for image in own])
+                columns["clip_t"] = (embedded * texts).sum(dim=1)
         for row, image in enumerate(own):
             scores[image] = {metric: 100 * float(column[row]) for metric, column in columns.items()}
         bar.update(len(own))

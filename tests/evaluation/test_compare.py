@@ -187,7 +187,10 @@ def test_what_a_comparison_says():
     )
     back = compare(b, a)
     assert back.sentence.startswith("A is better on seed;") and back.points == -12.5
-    assert compare(a, a).sentence.startswith("The difference is inside the noise on every benchmark. Average: +0.0 ")
+    same = compare(a, a)
+    average = f"Average: +0.0 points, 95 % interval {same.low:+.1f} to {same.high:+.1f}, so inside the noise."
+    assert same.sentence == f"The difference is inside the noise on every benchmark. {average}"
+    assert -2 < same.low < 0 < same.high < 2  # 200 questions that are answered alike prove something, not all
     assert compare({"seed": a["seed"]}, b).sentence == "B is better on seed."
 
 

@@ -225,7 +225,7 @@ def test_score_prints_both_methods_and_the_difference(data, drawn, encoders, tmp
     run(monkeypatch, "score", *drawn, "--subjects", data, "--clip", encoders[0], "--dino", encoders[1],
         "--output", tmp_path)  # fmt: skip
     text = capsys.readouterr().out
-    assert text.count("CLIP-I") == 2 or "CLIP-T" in text
+    assert [text.count(metric) for metric in ("CLIP-I", "DINO", "CLIP-T")] == [2, 2, 2]  # scores, and their difference
     content = json.loads((tmp_path / "subjects.json").read_text())
     assert set(content["differences"]) == {"clip_i", "dino", "clip_t"} and len(content["scores"][0]) == 12
     clip_image = load_encoders(str(encoders[0]), None).clip_image
