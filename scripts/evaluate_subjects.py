@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from llava_moslora.errors import Refusal, run_script
+from llava_moslora.errors import Refusal, run_script, unknown_value
 from llava_moslora.flags import ScriptParser
 from llava_moslora.noise import quiet_libraries
 
@@ -66,7 +66,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     if args.step not in STEPS:
-        raise Refusal("C-FLAG", "unknown step", found=args.step, expected=" | ".join(STEPS))
+        raise unknown_value("STEP", args.step, list(STEPS), "unknown step")
     counts, needed, allowed = STEPS[args.step]
     given = {name for name, value in vars(args).items() if value is not None} - {"step", "inputs"}
     if lacking := [name for name in needed if name not in given]:

@@ -8,7 +8,8 @@
 stand alone. Only configurations are read. The lengths of records are those of the prepared data, where
 scripts/prepare_data.py or a training has left them in --data_cache, else --tokens, --images and --labels of a record.
 
-Exit status: 0 it fits, 6 it does not, 7 it may or may not; 2 and 3 as everywhere. docs/planning.md has the formulae.
+Exit status: 0 it fits, 6 it does not, 7 it may or may not, or cannot be said; 2 and 3 as everywhere.
+docs/planning.md has the formulae.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
@@ -121,14 +123,16 @@ if __name__ == "__main__":  # wrong flags are answered here, before the seconds 
     quiet_libraries()
     leave_out_compiler()
 
+from llava_moslora.adapters.methods import check_method
 from llava_moslora.files.disk import replace_file
 from llava_moslora.planning.plan import make_plan
 from llava_moslora.planning.plan_page import plan_page
 from llava_moslora.planning.report import as_json, exit_status, text
-from llava_moslora.planning.request import Asked, make_request
+from llava_moslora.planning.request import Asked, make_request, optimizer_of
 from llava_moslora.planning.seen import PLAN, read_pair
 from llava_moslora.planning.setting import Pair
 from llava_moslora.training.arguments import accumulation_steps
+from llava_moslora.training.validate import check_method_under, check_optimizer
 
 
 def main() -> None:
@@ -136,6 +140,7 @@ def main() -> None:
     asked = Asked(own.gpu, gpus, own.records, own.tokens, own.images, own.labels)
     training = settings[3]
     content = None if training["deepspeed"] is None else read_deepspeed_config(training["deepspeed"])
+    check_as_training(settings, content)
     request = make_request(asked, *settings[:3], training, accumulation(training, gpus), content, zero_files())
     request = replace(request, pairs=seen_pairs(own, request.device_name))
     plan = make_plan(request, with_suggestions=own.suggest)
@@ -144,6 +149,15 @@ def main() -> None:
     print(json.dumps(as_json(plan), indent=1) if own.json else text(plan, suggested=own.suggest))
     sys.stdout.flush()
     sys.exit(exit_status(plan))
+
+
+def check_as_training(settings: Settings, deepspeed: dict[str, Any] | None) -> None:
+    """What a training would refuse is not planned: its methods and optimizers."""
+    model, _, adapter, training = settings
+    given: Any = SimpleNamespace(**training)
+    check_method(adapter, model.bits, given)
+    check_method_under(adapter, deepspeed, training["deepspeed"])
+    check_optimizer(optimizer_of(training), deepspeed)
 
 
 def seen_pairs(own: argparse.Namespace, device_name: str) -> tuple[Pair, ...]:

@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from llava_moslora.adapters.methods import METHODS, check_method
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, did_you_mean
 from llava_moslora.training import deepspeed_config
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.evaluation_flags import check_evaluation
@@ -74,9 +74,20 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
         )  # fmt: skip
     check_trainer(model, args)
     deepspeed = deepspeed_config.read_deepspeed_config(args.deepspeed) if args.deepspeed else None
+    check_method_under(adapter, deepspeed, args.deepspeed)
+
+
+def check_method_under(adapter: AdapterSettings, deepspeed: dict[str, Any] | None, file: object) -> None:
+    """
+    Args:
+        deepspeed: the content of ``file``.
+
+    Raises:
+        Refusal: C-FLAG, a method that cannot be trained under ZeRO-3.
+    """
     why = METHODS[adapter.method].not_under_zero3
     if why and deepspeed is not None and deepspeed_config.zero_stage(deepspeed) == 3:
-        key, fix = f"--method {adapter.method}, --deepspeed {args.deepspeed}", "zero_configs/zero2.json"
+        key, fix = f"--method {adapter.method}, --deepspeed {file}", "zero_configs/zero2.json"
         raise Refusal("C-FLAG", why, key=key, fix=fix)
 
 
@@ -106,7 +117,7 @@ def check_trainer(model: ModelSettings, args: TrainingArguments) -> None:
                 key="--sample_questions",
                 fix="zero_configs/zero2.json, or ask the checkpoints with scripts/evaluate.py",
             )  # fmt: skip
-    _check_optimizer(args, deepspeed)
+    check_optimizer(name_of(args.optim), deepspeed)
     _check_optimizers_arguments(args)
     _check_schedule(args)
 
@@ -119,7 +130,10 @@ def _check_numbers(args: TrainingArguments) -> None:
                 raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"below {BELOW[name]}")
     if unknown := [name for name in args.reporters if name not in INTEGRATION_TO_CALLBACK]:
         expected = ", ".join(sorted(INTEGRATION_TO_CALLBACK)) + ", or none"
-        raise Refusal("C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected)
+        raise Refusal(
+            "C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected,
+            fix=did_you_mean(unknown[0], INTEGRATION_TO_CALLBACK) or None,
+        )  # fmt: skip
     if args.max_steps == 0 or args.max_steps < -1:
         expected = "at least 1, or -1 for as many as --num_train_epochs makes"
         raise Refusal("C-FLAG", "nothing to train", key="--max_steps", found=args.max_steps, expected=expected)
@@ -156,9 +170,12 @@ def _check_precision(args: TrainingArguments) -> None:
         )  # fmt: skip
 
 
-def _check_optimizer(args: TrainingArguments, deepspeed: dict[str, Any] | None) -> None:
-    """Whether its state can be saved: otherwise the first checkpoint would fail."""
-    name = name_of(args.optim)
+def check_optimizer(name: str, deepspeed: dict[str, Any] | None) -> None:
+    """Whether its state can be saved: otherwise the first checkpoint would fail.
+
+    Raises:
+        Refusal: C-FLAG, it cannot.
+    """
     known: tuple[str, ...] = PER_WEIGHT + PER_PARAMETER
     what, fix = "this optimizer's state cannot be saved", "--optim adamw_torch_fused, or another of those"
     if deepspeed and deepspeed_config.offloads_optimizer(deepspeed):
