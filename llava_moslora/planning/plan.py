@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.devices import COMMAND_LINE, DEVICES, GIB, Device
 from llava_moslora.errors import Refusal, did_you_mean
 from llava_moslora.planning.duration import Duration, duration, factors_of
@@ -121,8 +122,9 @@ def make_plan(request: Request, *, with_suggestions: bool = False, with_largest:
     suggestions = []
     if with_suggestions:
         suggestions = suggest(
-            choice, request.zeros, request.gpus, request.fits, lambda other: request.duration(other).step
-        )
+            choice, request.zeros, request.gpus, request.fits, lambda other: request.duration(other).step,
+            nf4=not METHODS[request.model.adapter.method].not_over_nf4,
+        )  # fmt: skip
     largest = largest_micro_batch(choice, lambda c: request.fits(replace(c, accumulation=1))) if with_largest else 0
     return Plan(
         request=request,

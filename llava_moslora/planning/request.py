@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.data.prepare import find_prepared
 from llava_moslora.data.split import validation_data
@@ -98,7 +99,7 @@ def make_request(
         records=_records(asked, model, data, parts.image_tokens, training),
         device_name=device_name,
         gpus=asked.gpus,
-        zeros=_zeros(choice, zeros, training, optimizer),
+        zeros=_zeros(choice, zeros, training, optimizer, adapter.method),
         state_bytes=STATE_BYTES[optimizer],
         epochs=float(training.get("num_train_epochs") or 1),
         max_steps=int(training.get("max_steps") or -1),
@@ -139,7 +140,7 @@ def _not_counted(why: str, key: str, found: str, fix: str) -> Refusal:
 
 
 def _zeros(
-    choice: Choice, files: Mapping[str, dict[str, Any]], training: Mapping[str, Any], optimizer: str
+    choice: Choice, files: Mapping[str, dict[str, Any]], training: Mapping[str, Any], optimizer: str, method: str
 ) -> tuple[tuple[str | None, Zero], ...]:
     """The DeepSpeed files that go with the flags, that of the flags first."""
     own: tuple[tuple[str | None, Zero], ...] = ((choice.zero_file, choice.zero),)
@@ -152,7 +153,7 @@ def _zeros(
         for file, zero in others
         if zero != choice.zero
         and not (zero.stage == 0 and training.get("fp16"))
-        and not (zero.stage == 3 and training.get("sample_questions"))
+        and not (zero.stage == 3 and (training.get("sample_questions") or METHODS[method].not_under_zero3))
         and (adam or not zero.offload_optimizer)
     )
 
