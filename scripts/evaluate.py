@@ -57,44 +57,58 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
     """The flags, and the mode that they ask for."""
     parser = ScriptParser(__doc__)
     parser.add_argument("run", nargs="+", help="a run or an export; with --compare or --radar results")
+    both = parser.add_argument_group("benchmarks and question file")
+    both.add_argument(
+        "--output", metavar="PLACE", help="folder of answers, results, a comparison; file for --questions"
+    )
+    both.add_argument("--batch_size", type=int, metavar="N", help="questions asked at once; 16 by default")
+    benchmarks = parser.add_argument_group("benchmarks; --data and --mistakes with --compare too")
     names = Names([*BENCHMARKS, "all"])
-    parser.add_argument("--benchmark", nargs="+", choices=names, metavar="NAME", help="benchmarks, or all")
-    parser.add_argument("--data", help="folder with the benchmarks' TSV files")
-    parser.add_argument("--limit", type=int, help="ask a sample of so many questions of each benchmark")
-    parser.add_argument(
+    benchmarks.add_argument(
+        "--benchmark", nargs="+", choices=names, metavar="NAME", help="one or several of the nine, or all"
+    )
+    benchmarks.add_argument("--data", metavar="FOLDER", help="folder with the benchmarks' TSV files")
+    benchmarks.add_argument(
+        "--limit", type=int, metavar="N", help="ask a sample of so many questions of each benchmark"
+    )
+    benchmarks.add_argument(
         "--prompts", choices=list(PROMPTS), metavar="SET",
-        help=f"set of prompts: {', '.join(PROMPTS)}; the first is the paper's",
+        help=f"set of prompts: {', '.join(PROMPTS)}; the first is the paper's, and the default",
     )  # fmt: skip
-    parser.add_argument(
+    benchmarks.add_argument(
         "--rules", choices=list(RULES), metavar="SET",
-        help=f"how answers are read: {', '.join(RULES)}; rules-2024 are the paper's",
+        help=f"how answers are read: {', '.join(RULES)}; rules-2024 are the paper's, and the default",
     )  # fmt: skip
-    parser.add_argument(
+    benchmarks.add_argument(
         "--judge", nargs=2, metavar=("URL", "MODEL"),
         help="OpenAI-compatible server and its model that judge MathVista and MM-Vet; key: OPENAI_API_KEY",
     )  # fmt: skip
-    parser.add_argument(
+    benchmarks.add_argument(
         "--scorer", choices=[SCORER], metavar="NAME",
         help=f"{SCORER}: let the installed VLMEvalKit score the same answers as well",
     )  # fmt: skip
-    parser.add_argument("--kit_python", metavar="PATH", help="Python that has VLMEvalKit; this one by default")
-    parser.add_argument(
+    benchmarks.add_argument("--kit_python", metavar="PATH", help="Python that has VLMEvalKit; this one by default")
+    benchmarks.add_argument(
         "--paper", choices=[*PAPER_ROWS, NO_ROW], metavar="ROW",
         help=f"show a row of the paper's Table 5: {', '.join([*PAPER_ROWS, NO_ROW])}; default: the model's, if certain",
     )  # fmt: skip
-    parser.add_argument(
+    benchmarks.add_argument(
         "--mistakes", type=int, metavar="N", help=f"of each benchmark so many in {PAGE}, {PER_BENCHMARK} by default"
     )
-    parser.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
-    parser.add_argument("--radar", metavar="FILE", help="draw the abilities of MMBench for one or several results")
-    parser.add_argument("--normalise", action="store_true", help="in the radar divide each axis by the best model")
-    parser.add_argument("--questions", help="JSON array of questions")
-    parser.add_argument("--image_folder", help="images of --questions")
-    parser.add_argument("--untrained", action="store_true", help="the model as it was before the first training step")
-    parser.add_argument("--blank", action="store_true", help="blank the images: how much is guessed from the questions")
-    parser.add_argument("--output", help="folder for answers, results, a comparison; file for --questions")
-    parser.add_argument("--probe", metavar="FILE", help="write the first-token logits of the first 32 questions there")
-    parser.add_argument("--batch_size", type=int, help="16 by default")
+    questions = parser.add_argument_group("question file")
+    questions.add_argument("--questions", metavar="FILE", help="JSON array of questions")
+    questions.add_argument("--image_folder", metavar="FOLDER", help="images of --questions")
+    questions.add_argument(
+        "--untrained", action="store_true", help="the model as it was before the first training step"
+    )
+    questions.add_argument("--blank", action="store_true", help="blank images: how much is guessed from the questions")
+    questions.add_argument(
+        "--probe", metavar="FILE", help="write the scores of every first token for the first 32 questions there"
+    )
+    results = parser.add_argument_group("results that are there")
+    results.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
+    results.add_argument("--radar", metavar="FILE", help="draw the abilities of MMBench for one or several results")
+    results.add_argument("--normalise", action="store_true", help="in the radar divide each axis by the best model")
     args = parser.parse_args(argv)
     return args, check_flags(args)
 

@@ -46,19 +46,25 @@ def own_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="%(prog)s --gpu GPU [--gpus N] [--config FILE] [--FLAG VALUE ...]",
     )  # fmt: skip
-    parser.add_argument("--config", help="a recipe (.sh), a file of flags (YAML, JSON), or a run folder")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a recipe (.sh), a file of flags (YAML, JSON), or a run folder"
+    )
     parser.add_argument("--gpu", help=" | ".join(COMMAND_LINE))
-    parser.add_argument("--gpus", type=int, help="GPUs, all together; default: as the recipe says, else 1")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs, all together; default: as the recipe says, else 1")
     parser.add_argument("--suggest", action="store_true", help="the fastest setting that fits, and three others")
     parser.add_argument(
-        "--seen", nargs="+", default=[], help="run folders on such GPUs: their first steps narrow the ranges"
+        "--seen",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs on such GPUs: their first steps narrow the ranges",
     )
     parser.add_argument("--html", metavar="FILE", help="write the plan as a page too")
-    parser.add_argument("--json", action="store_true", help="sizes in bytes, times in seconds")
-    parser.add_argument("--records", type=int, help="in the data set")
-    parser.add_argument("--tokens", type=int, help="of a record, image placeholders included")
-    parser.add_argument("--images", type=int, help="of a record; default: 1 with an image folder")
-    parser.add_argument("--labels", type=int, help="tokens of a record that are trained")
+    parser.add_argument("--json", action="store_true", help="print JSON: sizes in bytes, times in seconds")
+    parser.add_argument("--records", type=int, metavar="N", help="in the data set; else only a step has a time")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of a record, image placeholders included")
+    parser.add_argument("--images", type=int, metavar="N", help="of a record; default: 1 with an image folder")
+    parser.add_argument("--labels", type=int, metavar="N", help="tokens of a record that are trained")
     return parser
 
 

@@ -29,10 +29,12 @@ def ready() -> list[str]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument("study", help=f"the study's YAML file, or a ready one: {', '.join(ready())}")
-    parser.add_argument("--output_dir", required=True, help="folder of the study: runs, study.json, study.html")
+    parser.add_argument(
+        "--output_dir", required=True, metavar="FOLDER", help="where runs, study.json and study.html go"
+    )
     parser.add_argument("--gpus", nargs="+", metavar="GPU", help="their indices; default: all that are visible")
-    parser.add_argument("--gpus_per_run", type=int, help="default: as the recipe says, else 1")
-    parser.add_argument("--parallel", type=int, default=1, help="on a CPU: so many runs side by side")
+    parser.add_argument("--gpus_per_run", type=int, metavar="N", help="default: as the recipe says, else 1")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="on a CPU: runs side by side; default: 1")
     parser.add_argument("--rerun_changed", action="store_true", help="delete and repeat runs whose flags have changed")
     parser.add_argument("--report_only", action="store_true", help="train nothing: report what is done")
     parser.add_argument("--list", action="store_true", help="show the runs and whether they are done, and stop")
