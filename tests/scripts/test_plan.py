@@ -64,6 +64,14 @@ def test_flags_behind_a_recipe_win_and_what_does_not_fit_is_status_6(plan):
     assert done.status == 0
 
 
+def test_a_range_that_contains_the_cards_size_is_status_7(plan):
+    given = ["--gpu", "a100-40", "--gpus", 1, "--recompute", "every:2", "--per_device_train_batch_size", 4]
+    done = plan("--config", RECIPE, *given, "--tokens", 2048, "--labels", 200, "--json")
+    found = json.loads(done.stdout)
+    assert done.status == 7 and found["fits"] is None and found["verdict"].startswith("may not fit on 1 × A100")
+    assert found["device"][0] <= found["capacity"] < found["device"][1]
+
+
 def test_suggestions_and_bars(plan):
     done = plan("--config", RECIPE, "--gpu", "h100-80", "--tokens", 900, "--labels", 130, "--suggest")
     assert done.status == 0
