@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_moslora.errors import Refusal
 from llava_moslora.planning.states import STATE_BYTES
-from llava_moslora.training.validate import PER_PARAMETER, PER_WEIGHT
+from llava_moslora.training.compatible import PER_PARAMETER, PER_WEIGHT
 from support.launching import ROOT
 from support.planned import CLIP_L_336, LLAMA_3_8B
 
