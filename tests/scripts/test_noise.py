@@ -22,7 +22,8 @@ OURS = {
     ],
     "train_vit_llm.py": [
         r"device: .*", r"conversation template: \w+", r"record format of .*", r"data: records: \d+.*", BAR,
-        r"part +parameters +trained .*", r"(LLM|vision tower|projector|LM head|all) +[\d,]+ .*", r"trained: .*",
+        r"part +parameters +trained .*", r"(LLM|vision tower|projector|LM head|all) +[\d,]+ .*", r"training into .*",
+        r"trained: .*",
     ],
     "export.py": [BAR, r"proof of hf: passed: the merge is exact: .*", r"exported: .*"],
     "chat.py": [BAR, r"you> .*", r"answer.*"],
