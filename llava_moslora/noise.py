@@ -6,6 +6,7 @@ program that imports this package decides for itself.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from typing import NamedTuple
@@ -43,6 +44,25 @@ def quiet_libraries() -> None:
         logging.getLogger(line.logger).addFilter(_Without(line.words))
     for category, message in WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
+
+
+def quiet_loading() -> None:
+    """Leave out the bars with which transformers and diffusers load the parts of a model, and transformers' report of
+    tensors that a model has no use for, in this process. What a model lacks is reported still."""
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    logging.getLogger("transformers.modeling_utils").addFilter(_MissingOnly())
+    if importlib.util.find_spec("diffusers") is not None:
+        from diffusers.utils import logging as of_diffusers
+
+        of_diffusers.disable_progress_bar()
+
+
+class _MissingOnly(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or any(word in text for word in ("MISSING", "MISMATCH", "CONVERSION"))
 
 
 class _Without(logging.Filter):

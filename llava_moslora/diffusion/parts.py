@@ -183,10 +183,9 @@ def _check_unet(config: dict[str, Any], folder: Path) -> None:
 
 def _loaded(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The weights of ``folder``, every one of them, as ``dtype``."""
-    names = {"torch_dtype": dtype} if kind.__module__.startswith("diffusers") else {"dtype": dtype}
     try:
         module, info = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **names
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {error}".splitlines()[0]

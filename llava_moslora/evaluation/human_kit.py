@@ -22,7 +22,7 @@ import numpy as np
 
 from llava_moslora import pages
 from llava_moslora.errors import Refusal
-from llava_moslora.evaluation.compare import RESAMPLES, interval
+from llava_moslora.evaluation.compare import RESAMPLES, bonett_price, interval
 from llava_moslora.evaluation.human_kit_page import SCRIPT, STYLE
 from llava_moslora.evaluation.subject_images import Drawn, DrawnFolder, paired_images
 from llava_moslora.evaluation.subjects import Subject
@@ -142,7 +142,9 @@ def count_answers(key_file: Path, answer_files: Sequence[Path], *, seed: int = 0
     """Question → how B was judged next to A.
 
     The interval resamples people and pairs, each with replacement (Owen 2007, the pigeonhole bootstrap): judgements of
-    one person, or of one pair, are no independent ones.
+    one person, or of one pair, are no independent ones. Where all judgements are alike, no draw differs from another:
+    then it is Bonett and Price's, of as many judgements as there are people, or pairs if these are fewer. A single
+    person, or pair, says nothing about others: then the other number counts.
 
     Raises:
         Refusal: K-JSON, a file is not of this form; C-COMPARE, answers to another kit, or a person's twice.
@@ -198,7 +200,13 @@ def _preference(left: Mapping[str, str], people: Sequence[Mapping[str, Any]], qu
     sums = ((rows @ filled) * columns).sum(axis=1)
     counts = ((rows @ there.astype(float)) * columns).sum(axis=1)
     low, high = interval(100 * sums[counts > 0] / counts[counts > 0])
-    win, tie, loss = (100 * float((values[there] == v).sum()) / count for v in (1, 0, -1))
+    wins, ties, losses = (int((values[there] == v).sum()) for v in (1, 0, -1))
+    if count in (wins, ties, losses):
+        several = [n for n in (int(there.any(axis=1).sum()), int(there.any(axis=0).sum())) if n > 1]
+        independent = min(several, default=1)
+        won, lost = independent * (wins == count), independent * (losses == count)
+        low, high = bonett_price(won, lost, independent)
+    win, tie, loss = (100 * n / count for n in (wins, ties, losses))
     return Preference(win, tie, loss, win - loss, low, high, count)
 
 

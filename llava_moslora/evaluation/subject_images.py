@@ -88,30 +88,47 @@ def load_pipeline(base: str | Path, dtype: str) -> Any:
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_lora(pipeline: Any, lora: str | Path) -> Path:
-    """Load a folded LoRA by diffusers' own reader; its file.
+def lora_file(lora: str | Path) -> Path:
+    """The file of a folded LoRA, which may be given by its folder.
 
     Raises:
-        Refusal: K-MISSING, no such file; K-ADAPTER, diffusers does not take it whole.
+        Refusal: K-MISSING, no such file; K-ADAPTER, no safetensors, or with mixers.
     """
     file = Path(lora) / LORA_FILE if Path(lora).is_dir() else Path(lora)
     if not file.is_file():
         raise Refusal("K-MISSING", "no such file", file=file, key="--lora", fix=f"give the folder with {LORA_FILE}")
+    if mixers := [key for key in _tensor_names(file) if "lora_mixer" in key or "downB" in key]:
+        # diffusers drops them with one line in its log, and draws other images
+        fix = "give the folder that scripts/export.py made of the run"
+        raise Refusal("K-ADAPTER", "holds mixers, which diffusers ignores", file=file, found=mixers[0], fix=fix)
+    return file
+
+
+def _tensor_names(file: Path) -> list[str]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, "pt") as stream:
-            keys = list(stream.keys())
-        mixers = [key for key in keys if "lora_mixer" in key or "downB" in key]
-        if mixers:  # diffusers drops them with one line in its log, and draws other images
-            fix = "give the folder that scripts/export.py made of the run"
-            raise Refusal("K-ADAPTER", "holds mixers, which diffusers ignores", file=file, found=mixers[0], fix=fix)
+            return list(stream.keys())
+    except (OSError, SafetensorError) as error:
+        fix = f"give the folder with {LORA_FILE}"
+        raise Refusal("K-ADAPTER", "not a safetensors file", file=file, key="--lora", found=error, fix=fix) from error
+
+
+def load_lora(pipeline: Any, lora: str | Path) -> Path:
+    """Load a folded LoRA by diffusers' own reader; its file.
+
+    Raises:
+        Refusal: as :func:`lora_file`; K-ADAPTER, diffusers does not take it whole.
+    """
+    from safetensors import SafetensorError
+
+    file = lora_file(lora)
+    try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, Refusal):
-            raise
         raise Refusal("K-ADAPTER", "diffusers cannot load it", file=file, found=str(error)[:200]) from error
-    stored, loaded = sum(any(word in key for word in DOWN) for key in keys), _adapted_layers(pipeline)
+    stored, loaded = sum(any(word in key for word in DOWN) for key in _tensor_names(file)), _adapted_layers(pipeline)
     if loaded < stored or not stored:  # also one line in diffusers' log
         raise Refusal(
             "K-ADAPTER", "not a LoRA of this model: diffusers leaves layers of the file out", file=file,
@@ -144,7 +161,7 @@ def draw(
         "steps": steps, "guidance": guidance, "size": size, "dtype": str(pipeline.unet.dtype),
         "scheduler": type(pipeline.scheduler).__name__,
     }  # fmt: skip
-    drawn_by = {name: sha256(_file(lora)) for name, lora in loras.items()}
+    drawn_by = {name: sha256(lora_file(lora)) for name, lora in loras.items()}
     content: dict[str, Any] = {"settings": settings, "loras": drawn_by, "identifiers": dict(identifiers), "images": {}}
     if (output / IMAGES).is_file():
         stored = read_json(output / IMAGES)
@@ -181,10 +198,6 @@ def draw(
         if subject.name in loras:
             pipeline.unload_lora_weights()
     bar.close()
-
-
-def _file(lora: Path) -> Path:
-    return lora / LORA_FILE if lora.is_dir() else lora
 
 
 @dataclass(frozen=True)

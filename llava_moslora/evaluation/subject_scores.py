@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, few
 from llava_moslora.evaluation.compare import bootstrap, holm, interval, sign_flip, with_spread
 from llava_moslora.evaluation.scoring import Unit
 from llava_moslora.evaluation.subject_images import Drawn, DrawnFolder
@@ -47,7 +47,7 @@ def load_encoders(clip: str | None, dino: str | None) -> Encoders:
         dino: folder of a vision transformer with its processor; the metric's is facebook/dino-vits16.
 
     Raises:
-        Refusal: K-MISSING, K-JSON, no such model; C-FLAG, neither is given.
+        Refusal: K-MISSING, K-JSON, no such model; K-KEYS, without some of its weights; C-FLAG, neither is given.
     """
     if clip is None and dino is None:
         raise Refusal("C-FLAG", "missing: nothing to score by", key="--clip, --dino", fix="name a model folder")
@@ -81,9 +81,16 @@ def _load(folder: str, kind: str | None, device: str) -> tuple[Any, Any, Any]:
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if kind else None
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        # A ViT's pooler is not used, and DINO's files have none
+        without = {"add_pooling_layer": False} if found == "vit" else {}
+        model, info = AutoModel.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **without
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise Refusal("K-MISSING", "transformers cannot load it", file=folder, found=str(error)[:200]) from error
+    if lacking := sorted(info["missing_keys"]):  # transformers would draw them at random
+        what, fix = f"{len(lacking)} tensors are missing", "download it again"
+        raise Refusal("K-KEYS", what, file=folder, key=few(lacking), fix=fix)
     return model.to(device).eval(), processor, tokenizer
 
 

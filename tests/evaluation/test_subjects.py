@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -184,6 +186,28 @@ def test_a_real_pipeline_draws_with_exports(data, tuned, tmp_path, monkeypatch):
         start("foreign", tuned.foreign)
 
 
+@needs_diffusers
+def test_draw_prints_its_own_lines_and_checks_before_it_writes(data, tuned, tmp_path, monkeypatch, capfd):
+    """A wrong base or LoRA leaves nothing behind."""
+    words = ["draw", "--subjects", data, "--names", "cat", "--output", tmp_path / "out", "--seeds", 1, "--steps", 1,
+             "--size", 64, "--dtype", "float32"]  # fmt: skip
+    for base, lora, match in (
+        (data, None, r"K-MISSING\] .*model_index.json"),
+        (tuned.sdxl, data, r"K-MISSING\] .*--lora: no such file"),
+        (tuned.sdxl, data / "cat" / "00.jpg", "not a safetensors file"),
+        (tuned.sdxl, tuned.unfolded, "holds mixers"),
+    ):
+        with pytest.raises(Refusal, match=match):
+            run(monkeypatch, *words, "--base", base,
+                *([] if lora is None else ["--lora", f"cat={lora}", "--identifier", "ikat"]))  # fmt: skip
+        assert not (tmp_path / "out").exists()
+    capfd.readouterr()
+    run(monkeypatch, *words, "--base", tuned.sdxl)
+    printed = capfd.readouterr()
+    lines = re.split(r"[\r\n]+", printed.out + printed.err)
+    assert [line for line in lines if line and not line.startswith("images: ")] == [f"drawn: {tmp_path / 'out'}"]
+
+
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     """A tiny CLIP with its processor and tokenizer, and a tiny ViT, as folders."""
@@ -221,10 +245,11 @@ def test_the_difference_is_paired_and_over_subjects():
     assert compare_scores(a, b, tie=3)["dino"].tie == 9
 
 
-def test_score_prints_both_methods_and_the_difference(data, drawn, encoders, tmp_path, monkeypatch, capsys):
+def test_score_prints_both_methods_and_the_difference(data, drawn, encoders, tmp_path, monkeypatch, capfd):
     run(monkeypatch, "score", *drawn, "--subjects", data, "--clip", encoders[0], "--dino", encoders[1],
         "--output", tmp_path)  # fmt: skip
-    text = capsys.readouterr().out
+    text, others = capfd.readouterr()
+    assert all(line.startswith(tuple(map(str, drawn))) for line in re.split(r"[\r\n]+", others) if line)
     assert [text.count(metric) for metric in ("CLIP-I", "DINO", "CLIP-T")] == [2, 2, 2]  # scores, and their difference
     content = json.loads((tmp_path / "subjects.json").read_text())
     assert set(content["differences"]) == {"clip_i", "dino", "clip_t"} and len(content["scores"][0]) == 12
@@ -233,6 +258,17 @@ def test_score_prints_both_methods_and_the_difference(data, drawn, encoders, tmp
     first = folder.images[0]
     cosines = clip_image([folder.open(first)]) @ clip_image(can.images()).T
     assert content["scores"][1][0]["clip_i"] == pytest.approx(100 * float(cosines.mean()), rel=1e-5)
+
+
+def test_an_encoder_without_some_of_its_weights_is_refused(encoders, tmp_path):
+    """transformers would draw them at random. A ViT's pooler is not used: DINO's files have none."""
+    shutil.copytree(encoders[1], tmp_path / "vit")
+    tensors = load_file(tmp_path / "vit" / "model.safetensors")
+    assert not any("pooler" in name for name in tensors)
+    del tensors["layernorm.weight"]
+    save_file(tensors, tmp_path / "vit" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=r"K-KEYS\] .*vit:layernorm.weight: 1 tensors are missing"):
+        load_encoders(None, str(tmp_path / "vit"))
 
 
 def test_the_kit_is_blind_and_counted_by_hand(data, drawn, tmp_path, monkeypatch, capsys):
@@ -280,6 +316,28 @@ def test_the_pigeonhole_interval_is_wider_than_one_of_independent_judgements():
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(slow, (0.025, 0.975))), abs=1)
 
 
+@pytest.mark.parametrize(
+    "people, pairs, choice, low, high",
+    [
+        # (1.96, the normal quantile, is 1.959964.) 6 of 6 for B, one more each way: 7/8 and 1/8;
+        # 6/8 ± 1.96 √((1 − 36/64) / 8) = 0.75 ± 0.458346
+        (6, 20, "left", 29.1654, 100.0),
+        # 5 of 5 alike: 1/7 and 1/7; 0 ± 1.96 √(2/7 / 7) = ± 0.395973. 5 pairs judged by 9 people are the same
+        (5, 8, "same", -39.5973, 39.5973),
+        (9, 5, "same", -39.5973, 39.5973),
+        # one person and 8 pairs, all for A: 1/10 and 9/10; −8/10 ± 1.96 √((1 − 64/100) / 10) = −0.8 ± 0.371877
+        (1, 8, "right", -100.0, -42.8123),
+        # one judgement: 2/3 and 1/3; 1/3 ± 1.96 √((1 − 1/9) / 3) = 0.333333 ± 1.066869
+        (1, 1, "left", -73.3536, 100.0),
+    ],
+)
+def test_judgements_that_are_all_alike_have_an_interval_too(people, pairs, choice, low, high):
+    left = {str(n): "B" for n in range(pairs)}
+    found = human_kit._preference(left, [{n: {"prompt": choice} for n in left}] * people, "prompt", 0)
+    assert found.points == {"left": 100, "same": 0, "right": -100}[choice]
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
+
+
 def test_methods_that_cannot_be_compared(data, drawn, tmp_path):
     a = read_drawn(drawn[0])
     other = read_drawn(write_drawn(tmp_path / "c", data, fade=0.2, settings={"steps": 9}))
@@ -304,3 +362,18 @@ def test_methods_that_cannot_be_compared(data, drawn, tmp_path):
 def test_flags(words, match):
     with pytest.raises(Refusal, match=match):
         evaluate_subjects.parse(words)
+
+
+def test_help_says_which_step_a_flag_belongs_to(capsys):
+    """Every flag stands below its step, or below "several steps" with their names; what a step needs, beside it."""
+    with pytest.raises(SystemExit):
+        evaluate_subjects.parse(["--help"])
+    parts = re.split(r"\n\n(draw|score|kit|count|several steps):\n", capsys.readouterr().out)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert list(sections) == [*evaluate_subjects.STEPS, "several steps"] and len(evaluate_subjects.FLAGS) == 16
+    for name, step in evaluate_subjects.STEPS.items():
+        assert all(f"--{flag}" in sections[name].splitlines()[0] for flag in step.needed)
+        for flag in (*step.needed, *step.allowed):
+            row = next(line for line in "\n".join([sections[name], sections["several steps"]]).splitlines()
+                       if line.startswith(f"  --{flag} "))  # fmt: skip
+            assert row in sections[name].splitlines() or name in row or flag == "names"
