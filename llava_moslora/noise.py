@@ -31,6 +31,10 @@ LINES = (
         "torch.utils.cpp_extension", "No CUDA runtime is found, using CUDA_HOME=",
         "where the CUDA toolkit is installed and no GPU; the training itself prints its device",
     ),
+    Line(
+        "diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel",
+        "of every LoRA of the UNet alone; how many of its layers diffusers loaded is counted",
+    ),
 )  # fmt: skip
 WARNINGS = (
     # PEFT asks models of transformers 5.23 for the old name of is_activation_checkpointing.

@@ -202,7 +202,8 @@ def test_draw_prints_its_own_lines_and_checks_before_it_writes(data, tuned, tmp_
                 *([] if lora is None else ["--lora", f"cat={lora}", "--identifier", "ikat"]))  # fmt: skip
         assert not (tmp_path / "out").exists()
     capfd.readouterr()
-    run(monkeypatch, *words, "--base", tuned.sdxl)
+    evaluate_subjects.quiet_libraries()  # as the script does at its start
+    run(monkeypatch, *words, "--base", tuned.sdxl, "--lora", f"cat={tuned.lora}", "--identifier", "ikat")
     printed = capfd.readouterr()
     lines = re.split(r"[\r\n]+", printed.out + printed.err)
     assert [line for line in lines if line and not line.startswith("images: ")] == [f"drawn: {tmp_path / 'out'}"]
