@@ -23,6 +23,11 @@ from llava_moslora.studies.statistics import difference
 BOX = {"circle": (10, 20, 34, 44), "rectangle": (8, 22, 34, 44), "triangle": (8, 18, 34, 44)}
 
 
+def small(colour: str, shape: str) -> Image.Image:
+    """16 × 16, as the base draws."""
+    return drawing(colour, shape).crop((4, 16, 36, 48)).resize((16, 16), Image.Resampling.BOX)
+
+
 def drawing(colour: str, shape: str) -> Image.Image:
     """As EasyVQA's, 64 × 64."""
     image = Image.new("RGB", (64, 64), (240, 250, 236))
@@ -73,13 +78,13 @@ def test_images_as_asked_for_score_full_marks(drawings, tmp_path):
     prompts = subject.WITH_WORD + subject.WITHOUT
     assert len(subject.WITH_WORD) == len(subject.WITHOUT) == 24 == len(set(subject.WITHOUT))
     asked = [prompt.replace("ikat", SUBJECT_COLOUR).split()[1:] for prompt in prompts]
-    images = [drawing(colour, shape).crop((4, 16, 36, 48)).resize((16, 16), Image.Resampling.BOX) for colour, shape in asked]
+    images = [small(colour, shape) for colour, shape in asked]
     images[0].save(tmp_path / "0.png")
     tower, reader = ROOT / "playground/clip-tiny", PixelReader(drawings)
     found = measure(images, prompts, tmp_path, reader, tower)
     assert found == {**dict.fromkeys(found, 100), "likeness": pytest.approx(100, abs=1e-3),
                      "mean": pytest.approx(100, abs=1e-3)}  # fmt: skip
-    red = [drawing("red", "circle").crop((4, 16, 36, 48)).resize((16, 16), Image.Resampling.BOX)] * 48
+    red = [small("red", "circle")] * 48
     found = measure(red, prompts, tmp_path, reader, tower)
     assert (found["colour"], found["shape"], found["kept"]) == (0, pytest.approx(100 / 3), pytest.approx(100 / 24))
     assert found["likeness"] < 99.9
