@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -148,6 +149,32 @@ def test_rows_of_the_paper():
         "llama-3-lora", "llama-3-moslora-orthogonal", "llama-3-moslora-kaiming", "internlm2-qlora",
         "internlm2-qmoslora-orthogonal", "internlm2-qmoslora-kaiming",
     ]  # fmt: skip
+
+
+WRONG = {  # key → a value that it cannot have
+    "header.benchmark": "-1",
+    "header.prompts": {},
+    "score.rules": "none",
+    "score.outcomes.0.index": None,
+    "score.by.subtask.OCR": {},
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_result_with_a_wrong_value_is_refused(tmp_path, key):
+    outcome = {"index": "1", "read": None, "rule": "unread", "right": 0.0}
+    score = {"value": 1, "rules": "rules", "units": [], "by": {"subtask": {"OCR": 1.0}}, "outcomes": [outcome]}
+    content: Any = {"header": {"benchmark": "mme", "prompts": "prompts"}, "score": score}
+    (tmp_path / "score.json").write_text(json.dumps(content))
+    assert read_result(tmp_path / "score.json").score.by == score["by"]
+    *above, name = [int(word) if word.isdigit() else word for word in key.split(".")]
+    inner = content
+    for word in above:
+        inner = inner[word]
+    inner[name] = WRONG[key]
+    (tmp_path / "score.json").write_text(json.dumps(content))
+    with pytest.raises(Refusal, match=rf"K-JSON\] .*score.json:{key}: not the score of a benchmark; found .*evaluate"):
+        read_result(tmp_path / "score.json")
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "x", '{"header": {}, "score": {}}', '{"header": 1, "score": 2}'])
