@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -39,6 +41,8 @@ LINES = (
 WARNINGS = (
     # PEFT asks models of transformers 5.23 for the old name of is_activation_checkpointing.
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated and will be removed in v6"),
+    # The old name of activation_checkpointing_enable, which the oldest supported transformers has not.
+    (FutureWarning, r"`gradient_checkpointing_enable` is deprecated and will be removed in v6"),
 )
 
 
@@ -51,22 +55,34 @@ def quiet_libraries() -> None:
 
 
 def quiet_loading() -> None:
-    """Leave out the bars with which transformers and diffusers load the parts of a model, and transformers' report of
-    tensors that a model has no use for, in this process. What a model lacks is reported still."""
+    """Leave out the bars with which transformers and diffusers load the parts of a model, in this process."""
     from transformers.utils import logging as of_transformers
 
     of_transformers.disable_progress_bar()
-    logging.getLogger("transformers.modeling_utils").addFilter(_MissingOnly())
     if importlib.util.find_spec("diffusers") is not None:
         from diffusers.utils import logging as of_diffusers
 
         of_diffusers.disable_progress_bar()
 
 
-class _MissingOnly(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return "LOAD REPORT" not in text or any(word in text for word in ("MISSING", "MISMATCH", "CONVERSION"))
+@contextmanager
+def collected_reports() -> Iterator[list[str]]:
+    """transformers' reports of tensors that a loaded model lacks, or has no use for: collected in place of printed, for
+    a caller that looks at what is missing itself."""
+    reports: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" in (text := record.getMessage()):
+            reports.append(text)
+            return False
+        return True
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield reports
+    finally:
+        logger.removeFilter(keep)
 
 
 class _Without(logging.Filter):

@@ -112,7 +112,11 @@ def check_flags(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None and not least <= value < 1e6:
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"at least {least}")
     if args.size is not None and args.size % 8:
-        raise Refusal("C-FLAG", "not a multiple of 8", key="--size", found=args.size)
+        fix = f"{args.size // 8 * 8}, or leave it out"
+        raise Refusal("C-FLAG", "not a multiple of 8", key="--size", found=args.size, fix=fix)
+    if args.identifier is not None and not args.identifier.strip():
+        fix = "the word of the training's prompt, as ikat"
+        raise Refusal("C-FLAG", "an empty word", key="--identifier", found=repr(args.identifier), fix=fix)
     if bool(args.lora) != bool(args.identifier):
         raise Refusal("C-FLAG", "one without the other", key="--lora, --identifier", fix="give both, or neither")
 

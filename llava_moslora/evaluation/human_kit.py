@@ -149,14 +149,15 @@ def count_answers(key_file: Path, answer_files: Sequence[Path], *, seed: int = 0
     Raises:
         Refusal: K-JSON, a file is not of this form; C-COMPARE, answers to another kit, or a person's twice.
     """
-    key = read_json(key_file)
+    key = _read(key_file, "give the key.json that kit wrote")
     try:
         left = {str(number): pair["left"] for number, pair in enumerate(key["pairs"], 1)}
         kit = str(key["kit"])
         if not left or not set(left.values()) <= {"A", "B"}:
             raise ValueError("no pairs, or a side that is neither A nor B")
     except (KeyError, TypeError, ValueError) as error:
-        raise Refusal("K-JSON", "not the key of a kit", file=key_file, found=repr(error)) from error
+        fix = "give the key.json that kit wrote"
+        raise Refusal("K-JSON", "not the key of a kit", file=key_file, found=repr(error), fix=fix) from error
     people: dict[str, dict[str, Any]] = {}
     for file in answer_files:
         person, answers = _read_answers(file, kit, left)
@@ -166,8 +167,15 @@ def count_answers(key_file: Path, answer_files: Sequence[Path], *, seed: int = 0
     return {question: _preference(left, list(people.values()), question, seed) for question in QUESTIONS}
 
 
+def _read(file: Path, fix: str) -> dict[str, Any]:
+    if not file.is_file():
+        what = "a folder, not a file" if file.is_dir() else "no such file"
+        raise Refusal("K-MISSING", what, file=file, fix=fix)
+    return read_json(file)
+
+
 def _read_answers(file: Path, kit: str, left: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    content = read_json(file)
+    content = _read(file, "give the file that a person saved in the page")
     if content.get("kit") != kit:
         fix = "give the key of the kit that was judged"
         raise Refusal(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_moslora.data.images import load_image
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, few
 from llava_moslora.evaluation.subjects import Subject
 from llava_moslora.files.disk import read_json, replace_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.models.names import SDXL_PARTS
+from llava_moslora.noise import collected_reports
 from llava_moslora.runs.fingerprint import fingerprint
 
 IMAGES = "images.json"
@@ -73,19 +75,42 @@ def load_pipeline(base: str | Path, dtype: str) -> Any:
         raise Refusal(
             "E-MISSING", "needs diffusers, which is not installed", fix="pip install 'llava_moslora[diffusion]'"
         )
-    if read_json(Path(base) / "model_index.json").get("_class_name") != "StableDiffusionXLPipeline":
-        raise Refusal("K-JSON", "not an SDXL pipeline", file=Path(base) / "model_index.json", key="_class_name")
+    index, fix = Path(base) / "model_index.json", "give the folder of a Stable Diffusion XL in diffusers' layout"
+    if not index.is_file():
+        raise Refusal("K-MISSING", "no such file", file=index, key="--base", fix=fix)
+    if (kind := read_json(index).get("_class_name")) != "StableDiffusionXLPipeline":
+        raise Refusal("K-JSON", "not an SDXL pipeline", file=index, key="_class_name", found=kind, fix=fix)
     from diffusers import StableDiffusionXLPipeline
     from safetensors import SafetensorError
 
+    fix = "download it again"
     try:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            str(base), dtype=getattr(torch, dtype), local_files_only=True, add_watermarker=False
-        )
+        with collected_reports() as reports:
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                str(base), dtype=getattr(torch, dtype), local_files_only=True, add_watermarker=False
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise Refusal("K-MISSING", "diffusers cannot load the pipeline", file=base, found=str(error)[:200]) from error
+        what, found = "diffusers cannot load the pipeline", str(error)[:200]
+        raise Refusal("K-MISSING", what, file=base, key="--base", found=found, fix=fix) from error
+    if lacking := _missing(pipeline, reports):
+        raise Refusal(
+            "K-KEYS", "tensors of the model are missing", file=base, key="--base", found=few(lacking), fix=fix
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _missing(pipeline: Any, reports: Sequence[str]) -> list[str]:
+    """Tensors that no file has: diffusers leaves its own empty, transformers draws its own at random."""
+    empty = [
+        f"{part}.{name}"
+        for part in (*SDXL_PARTS, "vae")
+        for name, parameter in getattr(pipeline, part).named_parameters()
+        if parameter.is_meta
+    ]
+    # Older encoders' files have their positions, which are no weights, and newer ones lack them
+    reported = [name for text in reports for name in re.findall(r"^(\S+) +\| +MISSING", text, re.MULTILINE)]
+    return empty + [name for name in reported if "position_ids" not in name]
 
 
 def lora_file(lora: str | Path) -> Path:
@@ -221,7 +246,9 @@ def read_drawn(folder: str | Path) -> DrawnFolder:
     Raises:
         Refusal: K-MISSING, no ``images.json``; K-JSON, not as :func:`draw` writes it.
     """
-    file = Path(folder) / IMAGES
+    file, fix = Path(folder) / IMAGES, "give a folder that evaluate_subjects.py draw wrote"
+    if not file.is_file():
+        raise Refusal("K-MISSING", "no drawn images", file=file, fix=fix)
     content = read_json(file)
     try:
         images = tuple(Drawn(**entry) for entry in content["images"].values())
@@ -229,7 +256,8 @@ def read_drawn(folder: str | Path) -> DrawnFolder:
             raise ValueError("no images, or names that are not theirs")
         return DrawnFolder(Path(folder), dict(content["settings"]), images)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Refusal("K-JSON", "not a list of drawn images", file=file, found=repr(error)[:200]) from error
+        what, found = "not a list of drawn images", repr(error)[:200]
+        raise Refusal("K-JSON", what, file=file, found=found, fix=fix) from error
 
 
 def paired_images(a: DrawnFolder, b: DrawnFolder) -> list[Drawn]:

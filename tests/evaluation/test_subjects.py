@@ -186,6 +186,17 @@ def test_a_real_pipeline_draws_with_exports(data, tuned, tmp_path, monkeypatch):
         start("foreign", tuned.foreign)
 
 
+def without(sdxl, part, end):
+    """A copy of the model without a tensor of a part."""
+    folder = sdxl.with_name(f"without-{part}")
+    shutil.copytree(sdxl, folder)
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    del tensors[next(name for name in sorted(tensors) if name.endswith(end))]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
 @needs_diffusers
 def test_draw_prints_its_own_lines_and_checks_before_it_writes(data, tuned, tmp_path, monkeypatch, capfd):
     """A wrong base or LoRA leaves nothing behind."""
@@ -196,6 +207,8 @@ def test_draw_prints_its_own_lines_and_checks_before_it_writes(data, tuned, tmp_
         (tuned.sdxl, data, r"K-MISSING\] .*--lora: no such file"),
         (tuned.sdxl, data / "cat" / "00.jpg", "not a safetensors file"),
         (tuned.sdxl, tuned.unfolded, "holds mixers"),
+        (without(tuned.sdxl, "unet", "conv_in.bias"), None, r"K-KEYS\] .*--base: tensors .*found unet.conv_in.bias"),
+        (without(tuned.sdxl, "text_encoder", "norm1.weight"), None, r"K-KEYS\] .*--base: tensors .*norm1.weight"),
     ):
         with pytest.raises(Refusal, match=match):
             run(monkeypatch, *words, "--base", base,
@@ -270,6 +283,12 @@ def test_an_encoder_without_some_of_its_weights_is_refused(encoders, tmp_path):
     save_file(tensors, tmp_path / "vit" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(Refusal, match=r"K-KEYS\] .*vit:layernorm.weight: 1 tensors are missing"):
         load_encoders(None, str(tmp_path / "vit"))
+    with pytest.raises(Refusal, match=r"K-JSON\] .*model_type: a CLIP model; found clip; fix: give it as --clip"):
+        load_encoders(None, str(encoders[0]))
+    with pytest.raises(Refusal, match=r"K-JSON\] .*model_type: not a CLIP model; found vit; fix: give CLIP"):
+        load_encoders(str(encoders[1]), None)
+    with pytest.raises(Refusal, match=r"K-MISSING\] .*config.json:--dino: no such file"):
+        load_encoders(None, str(tmp_path))
 
 
 def test_the_kit_is_blind_and_counted_by_hand(data, drawn, tmp_path, monkeypatch, capsys):
@@ -303,6 +322,10 @@ def test_the_kit_is_blind_and_counted_by_hand(data, drawn, tmp_path, monkeypatch
     files[1].write_text(json.dumps(other))
     with pytest.raises(Refusal, match=r"C-COMPARE.*answers to another kit"):
         human_kit.count_answers(tmp_path / "kit" / "key.json", files)
+    with pytest.raises(Refusal, match=r"K-MISSING\] .*kit: a folder, not a file; fix: give the key.json"):
+        human_kit.count_answers(tmp_path / "kit", files)
+    with pytest.raises(Refusal, match=r"K-MISSING\] .*images.json: no drawn images; fix: give a folder that .* wrote"):
+        read_drawn(tmp_path / "kit")
 
 
 def test_the_pigeonhole_interval_is_wider_than_one_of_independent_judgements():
@@ -358,7 +381,8 @@ def test_methods_that_cannot_be_compared(data, drawn, tmp_path):
      "--pairs: has no effect with score"), (["kit", "a", "--subjects", "s", "--output", "o"], "two drawn folders"),
      (["count", "key.json"], "at least one file"), (["score", "a", "--subjects", "s", "--tie", "-1"], "out of range"),
      (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--size", "100"], "multiple of 8"),
-     (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--lora", "x=y"], "one without the other")],
+     (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--lora", "x=y"], "one without the other"),
+     (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--lora", "x=y", "--identifier", " "], "empty word")],
 )  # fmt: skip
 def test_flags(words, match):
     with pytest.raises(Refusal, match=match):
