@@ -13,7 +13,7 @@ Protocol, written down before a result was seen:
   for both methods at a seed, and so are the latents that every image is drawn from.
 - The learning rate is chosen for each method on seed 100 alone, out of 2.5e-4, 1e-3, 4e-3 and 1.6e-2: the highest mean
   of the four measures. Then seeds 0 to 4. (The lowest rate was added when both methods had chosen 1e-3 of the other
-  three, before a seed of the comparison was measured.)
+  three, before a result of the comparison had been seen.)
 - 24 images of "a ikat circle", "a ikat rectangle", "a ikat triangle", and 24 of a colour and a shape that the base
   knows, without the word. 20 steps, guidance 3. Four measures, in percent:
 
