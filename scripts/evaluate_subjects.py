@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_moslora.errors import Refusal, run_script
+from llava_moslora.errors import Refusal, run_script, unknown_value
 from llava_moslora.flags import WIDTH, ScriptParser
 from llava_moslora.noise import quiet_libraries, quiet_loading
 
@@ -47,7 +47,7 @@ SEVERAL, DTYPES = "several steps", ("float16", "bfloat16", "float32")
 # Flag → its heading in --help, a step where it belongs to one alone; how it is read; and its text.
 FLAGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "base": ("draw", {}, "folder of the SDXL pipeline"),
-    "lora": ("draw", {"nargs": "+", "metavar": "NAME=FOLDER"}, "of each subject its exported LoRA"),
+    "lora": ("draw", {"nargs": "+", "metavar": "SUBJECT=FOLDER"}, "of each subject its exported LoRA"),
     "identifier": ("draw", {"metavar": "WORD"}, "the subject's word in the training's prompt, as ikat; with --lora"),
     "seeds": ("draw", {"type": int, "metavar": "N"}, "images of each prompt"),
     "steps": ("draw", {"type": int, "metavar": "N"}, "of the sampler, as in the reference"),
@@ -97,7 +97,7 @@ def told(step: Step) -> str:
 
 def check_flags(args: argparse.Namespace) -> None:
     if args.step not in STEPS:
-        raise Refusal("C-FLAG", "unknown step", found=args.step, expected=" | ".join(STEPS))
+        raise unknown_value("STEP", args.step, list(STEPS), "unknown step")
     counts, expected, needed, allowed = STEPS[args.step]
     given = {name for name, value in vars(args).items() if value is not None} - {"step", "inputs"}
     if lacking := [name for name in needed if name not in given]:

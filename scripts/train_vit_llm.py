@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from llava_moslora.errors import run_script
+from llava_moslora.errors import Refusal, run_script
 from llava_moslora.noise import quiet_libraries
 from llava_moslora.training.command_line import parse
 
@@ -175,7 +175,7 @@ def make_plan(
             deepspeed=deepspeed,
         )  # fmt: skip
     except Exception as error:  # what is only advice does not end a training
-        print(f"no plan of the memory: {error}")
+        print(f"no plan of the memory: {error.what if isinstance(error, Refusal) else error}")
         return None
 
 
