@@ -6,8 +6,11 @@ program that imports this package decides for itself.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -30,10 +33,16 @@ LINES = (
         "torch.utils.cpp_extension", "No CUDA runtime is found, using CUDA_HOME=",
         "where the CUDA toolkit is installed and no GPU; the training itself prints its device",
     ),
+    Line(
+        "diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel",
+        "of every LoRA of the UNet alone; how many of its layers diffusers loaded is counted",
+    ),
 )  # fmt: skip
 WARNINGS = (
     # PEFT asks models of transformers 5.23 for the old name of is_activation_checkpointing.
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated and will be removed in v6"),
+    # The old name of activation_checkpointing_enable, which the oldest supported transformers has not.
+    (FutureWarning, r"`gradient_checkpointing_enable` is deprecated and will be removed in v6"),
 )
 
 
@@ -43,6 +52,37 @@ def quiet_libraries() -> None:
         logging.getLogger(line.logger).addFilter(_Without(line.words))
     for category, message in WARNINGS:
         warnings.filterwarnings("ignore", message=message, category=category)
+
+
+def quiet_loading() -> None:
+    """Leave out the bars with which transformers and diffusers load the parts of a model, in this process."""
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    if importlib.util.find_spec("diffusers") is not None:
+        from diffusers.utils import logging as of_diffusers
+
+        of_diffusers.disable_progress_bar()
+
+
+@contextmanager
+def collected_reports() -> Iterator[list[str]]:
+    """transformers' reports of tensors that a loaded model lacks, or has no use for: collected in place of printed, for
+    a caller that looks at what is missing itself."""
+    reports: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if "LOAD REPORT" in (text := record.getMessage()):
+            reports.append(text)
+            return False
+        return True
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(keep)
+    try:
+        yield reports
+    finally:
+        logger.removeFilter(keep)
 
 
 class _Without(logging.Filter):

@@ -2,8 +2,7 @@
 
     python scripts/evaluate_subjects.py draw --base SDXL --subjects dreambooth --lora cat=exports/cat dog=exports/dog \\
         --identifier ikat --output drawn/moslora
-    python scripts/evaluate_subjects.py score drawn/lora drawn/moslora --subjects dreambooth --clip CLIP --dino DINO \\
-        --output results/subjects
+    python scripts/evaluate_subjects.py score drawn/lora drawn/moslora --subjects dreambooth --clip CLIP --dino DINO
     python scripts/evaluate_subjects.py kit drawn/lora drawn/moslora --subjects dreambooth --output human
     python scripts/evaluate_subjects.py count human/key.json answers-*.json
 
@@ -15,24 +14,55 @@ that stays with you. count: who won, with intervals over people and pairs. Nothi
 import argparse
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from llava_moslora.errors import Refusal, run_script, unknown_value
-from llava_moslora.flags import ScriptParser
-from llava_moslora.noise import quiet_libraries
+from llava_moslora.flags import WIDTH, ScriptParser
+from llava_moslora.noise import quiet_libraries, quiet_loading
 
-# Step → how many folders or files it takes, the flags it needs, and those it may have besides.
-STEPS: dict[str, tuple[range, tuple[str, ...], tuple[str, ...]]] = {
-    "draw": (
-        range(1), ("base", "subjects", "output"),
+
+class Step(NamedTuple):
+    """``inputs``: what it takes besides flags, and ``counts`` of them; the flags it needs, and others it may have."""
+
+    counts: range
+    inputs: str
+    needed: tuple[str, ...]
+    allowed: tuple[str, ...]
+
+
+STEPS = {
+    "draw": Step(
+        range(1), "none", ("base", "subjects", "output"),
         ("lora", "identifier", "names", "seeds", "steps", "guidance", "size", "dtype"),
     ),
-    "score": (range(1, 3), ("subjects",), ("clip", "dino", "names", "tie", "output")),
-    "kit": (range(2, 3), ("subjects", "output"), ("names", "pairs", "seed")),
-    "count": (range(2, 10_000), (), ("seed", "output")),
+    "score": Step(range(1, 3), "one or two drawn folders", ("subjects",), ("clip", "dino", "names", "tie", "output")),
+    "kit": Step(range(2, 3), "two drawn folders", ("subjects", "output"), ("names", "pairs", "seed")),
+    "count": Step(range(2, 10_000), "key.json and at least one file of answers", (), ("seed", "output")),
 }  # fmt: skip
 DEFAULTS = {"seeds": 4, "steps": 50, "guidance": 5.0, "dtype": "float16", "pairs": 8, "seed": 0, "tie": 0.5}
 LEAST = {"seeds": 1, "steps": 1, "guidance": 0.0, "size": 64, "pairs": 1, "seed": 0, "tie": 0.0}
+SEVERAL, DTYPES = "several steps", ("float16", "bfloat16", "float32")
+# Flag → its heading in --help, a step where it belongs to one alone; how it is read; and its text.
+FLAGS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "base": ("draw", {}, "folder of the SDXL pipeline"),
+    "lora": ("draw", {"nargs": "+", "metavar": "SUBJECT=FOLDER"}, "of each subject its exported LoRA"),
+    "identifier": ("draw", {"metavar": "WORD"}, "the subject's word in the training's prompt, as ikat; with --lora"),
+    "seeds": ("draw", {"type": int, "metavar": "N"}, "images of each prompt"),
+    "steps": ("draw", {"type": int, "metavar": "N"}, "of the sampler, as in the reference"),
+    "guidance": ("draw", {"type": float, "metavar": "X"}, "as in diffusers' pipeline"),
+    "size": ("draw", {"type": int, "metavar": "PIXELS"}, "of a side; default: as the base was trained for"),
+    "dtype": ("draw", {"choices": DTYPES, "metavar": "TYPE"}, " | ".join(DTYPES)),
+    "clip": ("score", {}, "folder of CLIP ViT-B/32, for CLIP-I and CLIP-T"),
+    "dino": ("score", {}, "folder of DINO ViT-S/16; one of the two, or both"),
+    "tie": ("score", {"type": float, "metavar": "POINTS"}, "of 100: scores closer than this are alike"),
+    "pairs": ("kit", {"type": int, "metavar": "N"}, "prompts of each subject, as in the paper"),
+    "subjects": (SEVERAL, {}, "google/dreambooth's folder, or one like it"),
+    "names": (SEVERAL, {"nargs": "+", "metavar": "SUBJECT"}, "only these; default: all of the folder"),
+    "seed": (SEVERAL, {"type": int, "metavar": "N"}, "of the kit's choice, and of the intervals"),
+    "output": (SEVERAL, {"metavar": "FOLDER"}, "to write into; score and count print without it too"),
+}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -40,55 +70,41 @@ def parse(argv: list[str]) -> argparse.Namespace:
     Raises:
         Refusal: C-FLAG, also of a flag that the step does not have, a missing one, or a number out of range.
     """
-    parser = ScriptParser(__doc__)
-    parser.add_argument("step", help=" | ".join(STEPS))
-    parser.add_argument("inputs", nargs="*", help="drawn folders, A then B; for count the key and the answers")
-    shared = parser.add_argument_group("of several steps")
-    shared.add_argument("--output", metavar="FOLDER", help="folder to write into")
-    shared.add_argument("--subjects", metavar="FOLDER", help="google/dreambooth's folder, or one like it")
-    shared.add_argument("--names", nargs="+", metavar="NAME", help="only these subjects; default: all of the folder")
-    shared.add_argument("--seed", type=int, metavar="N", help="of the kit's choice and of the intervals; 0 by default")
-    draw = parser.add_argument_group("draw")
-    draw.add_argument("--base", metavar="FOLDER", help="folder of the SDXL pipeline")
-    draw.add_argument("--lora", nargs="+", metavar="SUBJECT=FOLDER", help="of each subject its exported LoRA")
-    draw.add_argument(
-        "--identifier", metavar="WORD", help="the word that stands for the subject in the training's prompt, as ikat"
-    )
-    draw.add_argument("--seeds", type=int, metavar="N", help="images of each prompt; 4 by default")
-    draw.add_argument("--steps", type=int, metavar="N", help="of the sampler; 50 by default, as in the reference")
-    draw.add_argument(
-        "--guidance", type=float, metavar="X",
-        help="how strictly the prompt is followed; 5.0 by default, as in diffusers' pipeline",
-    )  # fmt: skip
-    draw.add_argument("--size", type=int, metavar="N", help="pixels of a side; default: as the base was trained for")
-    draw.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="float16 by default")
-    score = parser.add_argument_group("score")
-    score.add_argument("--clip", metavar="FOLDER", help="folder of CLIP ViT-B/32, for CLIP-I and CLIP-T")
-    score.add_argument("--dino", metavar="FOLDER", help="folder of DINO ViT-S/16")
-    score.add_argument(
-        "--tie", type=float, metavar="X", help="scores closer than this count as a tie; 0.5 by default, of 100"
-    )
-    kit = parser.add_argument_group("kit")
-    kit.add_argument(
-        "--pairs", type=int, metavar="N", help="prompts of each subject in the kit; 8 by default, as in the paper"
-    )
+    form = partial(argparse.RawDescriptionHelpFormatter, width=WIDTH, max_help_position=24)
+    parser = ScriptParser(__doc__, usage="%(prog)s STEP [INPUT ...] --FLAG VALUE ...", formatter_class=form)
+    parser.add_argument("step", metavar="STEP", help=" | ".join(STEPS))
+    parser.add_argument("inputs", metavar="INPUT", nargs="*", help="drawn folders, A then B; for count the files")
+    groups = {name: parser.add_argument_group(name, told(step)) for name, step in STEPS.items()}
+    groups[SEVERAL] = parser.add_argument_group(SEVERAL)
+    for name, (heading, how, text) in FLAGS.items():
+        where = ", ".join(step for step, s in STEPS.items() if name in (*s.needed, *s.allowed))
+        text = f"{where}: {text}" if heading == SEVERAL else text
+        text += f"; default: {DEFAULTS[name]}" if name in DEFAULTS else ""
+        groups[heading].add_argument(f"--{name}", **{"metavar": "FOLDER"} | how, help=text)
     args = parser.parse_args(argv)
     check_flags(args)
     return argparse.Namespace(**{k: DEFAULTS.get(k) if v is None else v for k, v in vars(args).items()})
 
 
+def told(step: Step) -> str:
+    """What a step takes, for --help."""
+    also = [name for name in step.allowed if FLAGS[name][0] == SEVERAL]
+    parts = ["inputs: " + step.inputs]
+    parts += [f"needs {' '.join(f'--{name}' for name in step.needed)}"] if step.needed else []
+    parts += [f"may have {' '.join(f'--{name}' for name in also)}"] if also else []
+    return "; ".join(parts)
+
+
 def check_flags(args: argparse.Namespace) -> None:
     if args.step not in STEPS:
         raise unknown_value("STEP", args.step, list(STEPS), "unknown step")
-    counts, needed, allowed = STEPS[args.step]
+    counts, expected, needed, allowed = STEPS[args.step]
     given = {name for name, value in vars(args).items() if value is not None} - {"step", "inputs"}
     if lacking := [name for name in needed if name not in given]:
         raise Refusal("C-FLAG", f"missing: {args.step} needs it", key=f"--{lacking[0]}")
     if other := sorted(given - {*needed, *allowed}):
         raise Refusal("C-FLAG", f"has no effect with {args.step}", key=f"--{other[0]}", fix="leave it out")
     if len(args.inputs) not in counts:
-        what = {"draw": "none", "score": "one or two drawn folders", "kit": "two drawn folders"}
-        expected = what.get(args.step, "key.json and at least one file of answers")
         raise Refusal(
             "C-FLAG", f"{args.step} takes other inputs", found=" ".join(args.inputs) or "none", expected=expected
         )
@@ -96,7 +112,11 @@ def check_flags(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None and not least <= value < 1e6:
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"at least {least}")
     if args.size is not None and args.size % 8:
-        raise Refusal("C-FLAG", "not a multiple of 8", key="--size", found=args.size)
+        fix = f"{args.size // 8 * 8}, or leave it out"
+        raise Refusal("C-FLAG", "not a multiple of 8", key="--size", found=args.size, fix=fix)
+    if args.identifier is not None and not args.identifier.strip():
+        fix = "the word of the training's prompt, as ikat"
+        raise Refusal("C-FLAG", "an empty word", key="--identifier", found=repr(args.identifier), fix=fix)
     if bool(args.lora) != bool(args.identifier):
         raise Refusal("C-FLAG", "one without the other", key="--lora, --identifier", fix="give both, or neither")
 
@@ -107,7 +127,14 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
 
 from llava_moslora.evaluation import human_kit
 from llava_moslora.evaluation.output import locked, new_output
-from llava_moslora.evaluation.subject_images import DrawnFolder, draw, load_pipeline, paired_images, read_drawn
+from llava_moslora.evaluation.subject_images import (
+    DrawnFolder,
+    draw,
+    load_pipeline,
+    lora_file,
+    paired_images,
+    read_drawn,
+)
 from llava_moslora.evaluation.subject_scores import (
     compare_scores,
     difference_table,
@@ -129,10 +156,12 @@ def draw_images(args: argparse.Namespace) -> None:
     loras = lora_of(args.lora or [], subjects)
     if args.lora:
         subjects = [subject for subject in subjects if subject.name in loras]
+    quiet_loading()
+    pipeline = load_pipeline(args.base, args.dtype)  # before the folder is made: the base may be a wrong one
     output = new_output(args.output)
     with locked(output / ".lock"):
         draw(
-            load_pipeline(args.base, args.dtype), subjects, output, loras=loras, seeds=range(args.seeds),
+            pipeline, subjects, output, loras=loras, seeds=range(args.seeds),
             identifiers=dict.fromkeys([s.name for s in subjects], args.identifier or ""), base=args.base,
             steps=args.steps, guidance=args.guidance, size=args.size,
         )  # fmt: skip
@@ -140,7 +169,7 @@ def draw_images(args: argparse.Namespace) -> None:
 
 
 def lora_of(words: list[str], subjects: list[Subject]) -> dict[str, Path]:
-    """Subject → folder, of ``SUBJECT=FOLDER``."""
+    """Subject → file, of ``SUBJECT=FOLDER``."""
     loras: dict[str, Path] = {}
     known = [subject.name for subject in subjects]
     for word in words:
@@ -148,7 +177,7 @@ def lora_of(words: list[str], subjects: list[Subject]) -> dict[str, Path]:
         if not equals or not folder or name not in known or name in loras:
             expected = f"SUBJECT=FOLDER, each subject once, of {' '.join(known)}"
             raise Refusal("C-FLAG", "not a subject and its LoRA", key="--lora", found=word, expected=expected)
-        loras[name] = Path(folder)
+        loras[name] = lora_file(folder)
     return loras
 
 
@@ -157,8 +186,9 @@ def score_images(args: argparse.Namespace) -> None:
     folders = [chosen(read_drawn(folder), args.names) for folder in args.inputs]
     if len(folders) == 2:
         paired_images(*folders)
-    output = new_output(args.output) if args.output else None
+    quiet_loading()
     encoders = load_encoders(args.clip, args.dino)
+    output = new_output(args.output) if args.output else None
     scores = [score_folder(folder, subjects, encoders) for folder in folders]
     text = scores_table(dict(zip(args.inputs, scores, strict=True)))
     content: dict = {"scores": [[asdict(image) | of for image, of in one.items()] for one in scores]}

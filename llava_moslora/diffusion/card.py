@@ -46,7 +46,7 @@ def write_card(
         "mixers are folded in, and the scaling is in `lora_B`, so that alpha is the rank.",
         "```python\nimport torch\nfrom diffusers import StableDiffusionXLPipeline\n"
         f'pipeline = StableDiffusionXLPipeline.from_pretrained("{base.hub_id or base.name}", '
-        'torch_dtype=torch.float16).to("cuda")\n'
+        'dtype=torch.float16).to("cuda")  # before diffusers 0.42: torch_dtype\n'
         f'pipeline.load_lora_weights(".", weight_name="{LORA_FILE}")  # this folder, or its name on the Hub\n'
         f"pipeline({data.prompt!r}).images[0]\n```",
     ]

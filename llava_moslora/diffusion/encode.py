@@ -97,8 +97,15 @@ def _from_cache(
     if embed:
         for name in pictures:
             tensors |= {f"{name}.{key}": value for key, value in embed_prompt(folder, prompts[name], device).items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, save(tensors))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, save(tensors))
+    except OSError as error:
+        raise Refusal(
+            "E-DISK", "the data cache cannot be used", file=error.filename or file.parent, key="--data_cache",
+            found=error.strerror or error, expected="a folder that can be written, with space",
+            fix="free space, correct its permissions, or name another folder",
+        ) from error  # fmt: skip
     return tensors
 
 
@@ -147,7 +154,7 @@ def prompt_ids(folder: SdxlFolder, prompt: str) -> dict[str, Tensor]:
     for part in TOKENIZERS:
         tokenizer = folder.tokenizer(part)
         length = tokenizer.model_max_length
-        words = tokenizer(prompt).input_ids
+        words = tokenizer(prompt, verbose=False).input_ids  # its length is refused here
         if len(words) > length:
             raise Refusal(
                 "D-PROMPT", "the prompt is too long, and its end would be cut off", key="--prompt",

@@ -18,6 +18,7 @@ from torch import nn
 from llava_moslora.errors import Refusal, few
 from llava_moslora.files.disk import read_json
 from llava_moslora.files.tensors import INDEX
+from llava_moslora.noise import collected_reports
 from llava_moslora.runs.fingerprint import fingerprint
 
 # Folder of a part → key of its config.json and the value that SDXL's has
@@ -130,7 +131,7 @@ def open_folder(path: str | Path, vae: str | Path | None = None) -> SdxlFolder:
     """
     root = Path(path)
     if not root.is_dir():
-        what, fix = "no such folder", "download the model, or check the path"
+        what, fix = ("a file, not a folder", FIX) if root.exists() else ("no such folder", "check the path")
         raise Refusal("C-PATH", what, file=root, key="--model_name_or_path", expected=EXPECTED, fix=fix)
     vae_folder = root / "vae"
     if vae is not None:
@@ -162,7 +163,7 @@ def _check_part(part: str, folder: Path, given: object) -> None:
     if expected not in (found if isinstance(found, list) else [found]):
         raise Refusal(
             "K-MODEL", f"the {part} is not a Stable Diffusion XL's", file=folder / "config.json", key=key, found=found,
-            expected=expected, fix="give a Stable Diffusion XL",
+            expected=expected, fix="give a Stable Diffusion XL" if given is None else "give a VAE of diffusers",
         )  # fmt: skip
     stems = [WEIGHTS[part] + suffix for suffix in (".safetensors", f".safetensors{INDEX}")]
     if not any((folder / name).is_file() for name in stems):
@@ -183,11 +184,11 @@ def _check_unet(config: dict[str, Any], folder: Path) -> None:
 
 def _loaded(kind: Any, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The weights of ``folder``, every one of them, as ``dtype``."""
-    names = {"torch_dtype": dtype} if kind.__module__.startswith("diffusers") else {"dtype": dtype}
     try:
-        module, info = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **names
-        )
+        with collected_reports():  # what is missing is refused below
+            module, info = kind.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, output_loading_info=True, dtype=dtype
+            )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         found = f"{type(error).__name__}: {error}".splitlines()[0]
         raise Refusal("K-DAMAGED", "the weights cannot be loaded", file=folder, found=found, fix=FIX) from error

@@ -19,7 +19,7 @@ def load_base(question: dict) -> StableDiffusionXLPipeline:
     """The base model in float32 on the device; without a watermark, which would hide small differences."""
     torch.backends.cudnn.allow_tf32 = False
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        question["base"], torch_dtype=torch.float32, local_files_only=True, add_watermarker=False
+        question["base"], dtype=torch.float32, local_files_only=True, add_watermarker=False
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(question["device"])

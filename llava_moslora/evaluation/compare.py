@@ -197,6 +197,16 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return max(0.0, min(low, 100 * share)), min(100.0, max(high, 100 * share))  # of none or all, but for rounding
 
 
+def bonett_price(gained: int, lost: int, total: int) -> tuple[float, float]:
+    """95 % interval of (gained − lost) / total, in percent, and never empty: one more unit each way is counted in the
+    shares and in their variance (Bonett and Price 2012, the adjusted Wald interval of paired proportions)."""
+    plus, minus = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
+    middle = plus - minus
+    half = NORMAL_975 * sqrt((plus + minus - middle**2) / (total + 2))
+    points = 100 * (gained - lost) / total
+    return max(-100.0, min(100 * (middle - half), points)), min(100.0, max(100 * (middle + half), points))
+
+
 def bootstrap(units: Sequence[Unit], generator: np.random.Generator, resamples: int = RESAMPLES) -> np.ndarray:
     """Scores of ``resamples`` draws of the units with replacement, within each stratum; float64[resamples].
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from llava_moslora import pages
 from llava_moslora.errors import Refusal
-from llava_moslora.evaluation.compare import RESAMPLES, interval
+from llava_moslora.evaluation.compare import RESAMPLES, bonett_price, interval
 from llava_moslora.evaluation.human_kit_page import SCRIPT, STYLE
 from llava_moslora.evaluation.subject_images import Drawn, DrawnFolder, paired_images
 from llava_moslora.evaluation.subjects import Subject
@@ -142,19 +142,22 @@ def count_answers(key_file: Path, answer_files: Sequence[Path], *, seed: int = 0
     """Question → how B was judged next to A.
 
     The interval resamples people and pairs, each with replacement (Owen 2007, the pigeonhole bootstrap): judgements of
-    one person, or of one pair, are no independent ones.
+    one person, or of one pair, are no independent ones. Where all judgements are alike, no draw differs from another:
+    then it is Bonett and Price's, of as many judgements as there are people, or pairs if these are fewer. A single
+    person, or pair, says nothing about others: then the other number counts.
 
     Raises:
         Refusal: K-JSON, a file is not of this form; C-COMPARE, answers to another kit, or a person's twice.
     """
-    key = read_json(key_file)
+    key = _read(key_file, "give the key.json that kit wrote")
     try:
         left = {str(number): pair["left"] for number, pair in enumerate(key["pairs"], 1)}
         kit = str(key["kit"])
         if not left or not set(left.values()) <= {"A", "B"}:
             raise ValueError("no pairs, or a side that is neither A nor B")
     except (KeyError, TypeError, ValueError) as error:
-        raise Refusal("K-JSON", "not the key of a kit", file=key_file, found=repr(error)) from error
+        fix = "give the key.json that kit wrote"
+        raise Refusal("K-JSON", "not the key of a kit", file=key_file, found=repr(error), fix=fix) from error
     people: dict[str, dict[str, Any]] = {}
     for file in answer_files:
         person, answers = _read_answers(file, kit, left)
@@ -164,8 +167,15 @@ def count_answers(key_file: Path, answer_files: Sequence[Path], *, seed: int = 0
     return {question: _preference(left, list(people.values()), question, seed) for question in QUESTIONS}
 
 
+def _read(file: Path, fix: str) -> dict[str, Any]:
+    if not file.is_file():
+        what = "a folder, not a file" if file.is_dir() else "no such file"
+        raise Refusal("K-MISSING", what, file=file, fix=fix)
+    return read_json(file)
+
+
 def _read_answers(file: Path, kit: str, left: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    content = read_json(file)
+    content = _read(file, "give the file that a person saved in the page")
     if content.get("kit") != kit:
         fix = "give the key of the kit that was judged"
         raise Refusal(
@@ -198,7 +208,13 @@ def _preference(left: Mapping[str, str], people: Sequence[Mapping[str, Any]], qu
     sums = ((rows @ filled) * columns).sum(axis=1)
     counts = ((rows @ there.astype(float)) * columns).sum(axis=1)
     low, high = interval(100 * sums[counts > 0] / counts[counts > 0])
-    win, tie, loss = (100 * float((values[there] == v).sum()) / count for v in (1, 0, -1))
+    wins, ties, losses = (int((values[there] == v).sum()) for v in (1, 0, -1))
+    if count in (wins, ties, losses):
+        several = [n for n in (int(there.any(axis=1).sum()), int(there.any(axis=0).sum())) if n > 1]
+        independent = min(several, default=1)
+        won, lost = independent * (wins == count), independent * (losses == count)
+        low, high = bonett_price(won, lost, independent)
+    win, tie, loss = (100 * n / count for n in (wins, ties, losses))
     return Preference(win, tie, loss, win - loss, low, high, count)
 
 

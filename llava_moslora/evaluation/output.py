@@ -33,7 +33,8 @@ def new_output(folder: str) -> Path:
         if error.errno in FULL:
             raise
         what = "nothing can be written in this folder"
-        raise Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror) from error
+        fix = "choose another"
+        raise Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror, fix=fix) from error
 
 
 def writable(file: str | None, flag: str) -> Path | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +22,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava_moslora.data.images import load_image
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, few
 from llava_moslora.evaluation.subjects import Subject
 from llava_moslora.files.disk import read_json, replace_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.models.names import SDXL_PARTS
+from llava_moslora.noise import collected_reports
 from llava_moslora.runs.fingerprint import fingerprint
 
 IMAGES = "images.json"
@@ -73,45 +75,85 @@ def load_pipeline(base: str | Path, dtype: str) -> Any:
         raise Refusal(
             "E-MISSING", "needs diffusers, which is not installed", fix="pip install 'llava_moslora[diffusion]'"
         )
-    if read_json(Path(base) / "model_index.json").get("_class_name") != "StableDiffusionXLPipeline":
-        raise Refusal("K-JSON", "not an SDXL pipeline", file=Path(base) / "model_index.json", key="_class_name")
+    index, fix = Path(base) / "model_index.json", "give the folder of a Stable Diffusion XL in diffusers' layout"
+    if not index.is_file():
+        raise Refusal("K-MISSING", "no such file", file=index, key="--base", fix=fix)
+    if (kind := read_json(index).get("_class_name")) != "StableDiffusionXLPipeline":
+        raise Refusal("K-JSON", "not an SDXL pipeline", file=index, key="_class_name", found=kind, fix=fix)
     from diffusers import StableDiffusionXLPipeline
     from safetensors import SafetensorError
 
+    fix = "download it again"
     try:
-        pipeline = StableDiffusionXLPipeline.from_pretrained(
-            str(base), dtype=getattr(torch, dtype), local_files_only=True, add_watermarker=False
-        )
+        with collected_reports() as reports:
+            pipeline = StableDiffusionXLPipeline.from_pretrained(
+                str(base), dtype=getattr(torch, dtype), local_files_only=True, add_watermarker=False
+            )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise Refusal("K-MISSING", "diffusers cannot load the pipeline", file=base, found=str(error)[:200]) from error
+        what, found = "diffusers cannot load the pipeline", str(error)[:200]
+        raise Refusal("K-MISSING", what, file=base, key="--base", found=found, fix=fix) from error
+    if lacking := _missing(pipeline, reports):
+        raise Refusal(
+            "K-KEYS", "tensors of the model are missing", file=base, key="--base", found=few(lacking), fix=fix
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _missing(pipeline: Any, reports: Sequence[str]) -> list[str]:
+    """Tensors that no file has: diffusers leaves its own empty, transformers draws its own at random."""
+    empty = [
+        f"{part}.{name}"
+        for part in (*SDXL_PARTS, "vae")
+        for name, parameter in getattr(pipeline, part).named_parameters()
+        if parameter.is_meta
+    ]
+    # Older encoders' files have their positions, which are no weights, and newer ones lack them
+    reported = [name for text in reports for name in re.findall(r"^(\S+) +\| +MISSING", text, re.MULTILINE)]
+    return empty + [name for name in reported if "position_ids" not in name]
+
+
+def lora_file(lora: str | Path) -> Path:
+    """The file of a folded LoRA, which may be given by its folder.
+
+    Raises:
+        Refusal: K-MISSING, no such file; K-ADAPTER, no safetensors, or with mixers.
+    """
+    file = Path(lora) / LORA_FILE if Path(lora).is_dir() else Path(lora)
+    if not file.is_file():
+        raise Refusal("K-MISSING", "no such file", file=file, key="--lora", fix=f"give the folder with {LORA_FILE}")
+    if mixers := [key for key in _tensor_names(file) if "lora_mixer" in key or "downB" in key]:
+        # diffusers drops them with one line in its log, and draws other images
+        fix = "give the folder that scripts/export.py made of the run"
+        raise Refusal("K-ADAPTER", "holds mixers, which diffusers ignores", file=file, found=mixers[0], fix=fix)
+    return file
+
+
+def _tensor_names(file: Path) -> list[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as stream:
+            return list(stream.keys())
+    except (OSError, SafetensorError) as error:
+        fix = f"give the folder with {LORA_FILE}"
+        raise Refusal("K-ADAPTER", "not a safetensors file", file=file, key="--lora", found=error, fix=fix) from error
 
 
 def load_lora(pipeline: Any, lora: str | Path) -> Path:
     """Load a folded LoRA by diffusers' own reader; its file.
 
     Raises:
-        Refusal: K-MISSING, no such file; K-ADAPTER, diffusers does not take it whole.
+        Refusal: as :func:`lora_file`; K-ADAPTER, diffusers does not take it whole.
     """
-    file = Path(lora) / LORA_FILE if Path(lora).is_dir() else Path(lora)
-    if not file.is_file():
-        raise Refusal("K-MISSING", "no such file", file=file, key="--lora", fix=f"give the folder with {LORA_FILE}")
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
+    file = lora_file(lora)
     try:
-        with safe_open(file, "pt") as stream:
-            keys = list(stream.keys())
-        mixers = [key for key in keys if "lora_mixer" in key or "downB" in key]
-        if mixers:  # diffusers drops them with one line in its log, and draws other images
-            fix = "give the folder that scripts/export.py made of the run"
-            raise Refusal("K-ADAPTER", "holds mixers, which diffusers ignores", file=file, found=mixers[0], fix=fix)
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, Refusal):
-            raise
         raise Refusal("K-ADAPTER", "diffusers cannot load it", file=file, found=str(error)[:200]) from error
-    stored, loaded = sum(any(word in key for word in DOWN) for key in keys), _adapted_layers(pipeline)
+    stored, loaded = sum(any(word in key for word in DOWN) for key in _tensor_names(file)), _adapted_layers(pipeline)
     if loaded < stored or not stored:  # also one line in diffusers' log
         raise Refusal(
             "K-ADAPTER", "not a LoRA of this model: diffusers leaves layers of the file out", file=file,
@@ -144,7 +186,7 @@ def draw(
         "steps": steps, "guidance": guidance, "size": size, "dtype": str(pipeline.unet.dtype),
         "scheduler": type(pipeline.scheduler).__name__,
     }  # fmt: skip
-    drawn_by = {name: sha256(_file(lora)) for name, lora in loras.items()}
+    drawn_by = {name: sha256(lora_file(lora)) for name, lora in loras.items()}
     content: dict[str, Any] = {"settings": settings, "loras": drawn_by, "identifiers": dict(identifiers), "images": {}}
     if (output / IMAGES).is_file():
         stored = read_json(output / IMAGES)
@@ -183,10 +225,6 @@ def draw(
     bar.close()
 
 
-def _file(lora: Path) -> Path:
-    return lora / LORA_FILE if lora.is_dir() else lora
-
-
 @dataclass(frozen=True)
 class DrawnFolder:
     """The images of one method, as :func:`draw` wrote them."""
@@ -208,7 +246,9 @@ def read_drawn(folder: str | Path) -> DrawnFolder:
     Raises:
         Refusal: K-MISSING, no ``images.json``; K-JSON, not as :func:`draw` writes it.
     """
-    file = Path(folder) / IMAGES
+    file, fix = Path(folder) / IMAGES, "give a folder that evaluate_subjects.py draw wrote"
+    if not file.is_file():
+        raise Refusal("K-MISSING", "no drawn images", file=file, fix=fix)
     content = read_json(file)
     try:
         images = tuple(Drawn(**entry) for entry in content["images"].values())
@@ -216,7 +256,8 @@ def read_drawn(folder: str | Path) -> DrawnFolder:
             raise ValueError("no images, or names that are not theirs")
         return DrawnFolder(Path(folder), dict(content["settings"]), images)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Refusal("K-JSON", "not a list of drawn images", file=file, found=repr(error)[:200]) from error
+        what, found = "not a list of drawn images", repr(error)[:200]
+        raise Refusal("K-JSON", what, file=file, found=found, fix=fix) from error
 
 
 def paired_images(a: DrawnFolder, b: DrawnFolder) -> list[Drawn]:

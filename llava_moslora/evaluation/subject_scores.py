@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, few
 from llava_moslora.evaluation.compare import bootstrap, holm, interval, sign_flip, with_spread
 from llava_moslora.evaluation.scoring import Unit
 from llava_moslora.evaluation.subject_images import Drawn, DrawnFolder
 from llava_moslora.evaluation.subjects import Subject
 from llava_moslora.files.disk import read_json
+from llava_moslora.noise import collected_reports
 
 METRICS = {"clip_i": "CLIP-I", "dino": "DINO", "clip_t": "CLIP-T"}
 BATCH = 32
@@ -47,7 +48,7 @@ def load_encoders(clip: str | None, dino: str | None) -> Encoders:
         dino: folder of a vision transformer with its processor; the metric's is facebook/dino-vits16.
 
     Raises:
-        Refusal: K-MISSING, K-JSON, no such model; C-FLAG, neither is given.
+        Refusal: K-MISSING, K-JSON, no such model; K-KEYS, without some of its weights; C-FLAG, neither is given.
     """
     if clip is None and dino is None:
         raise Refusal("C-FLAG", "missing: nothing to score by", key="--clip, --dino", fix="name a model folder")
@@ -75,15 +76,29 @@ def _load(folder: str, kind: str | None, device: str) -> tuple[Any, Any, Any]:
     """Model, image processor and tokenizer; of a vision transformer no tokenizer."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    found = read_json(Path(folder) / "config.json").get("model_type")
-    if kind is not None and found != kind:
-        raise Refusal("K-JSON", "not a CLIP model", file=Path(folder) / "config.json", key="model_type", found=found)
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        fix = "give the folder of a model of transformers"
+        raise Refusal("K-MISSING", "no such file", file=config, key="--clip" if kind else "--dino", fix=fix)
+    found = read_json(config).get("model_type")
+    if (found == "clip") != (kind == "clip"):
+        what, fix = ("not a CLIP model", "give CLIP") if kind else ("a CLIP model", "give it as --clip, and DINO here")
+        raise Refusal("K-JSON", what, file=config, key="model_type", found=found, fix=fix)
     try:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True) if kind else None
-        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise Refusal("K-MISSING", "transformers cannot load it", file=folder, found=str(error)[:200]) from error
+        # A ViT's pooler is not used, and DINO's files have none
+        without = {"add_pooling_layer": False} if found == "vit" else {}
+        with collected_reports():
+            model, info = AutoModel.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, **without
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        what, text, fix = "transformers cannot load it", str(error)[:200], "download it again"
+        raise Refusal("K-MISSING", what, file=folder, found=text, fix=fix) from error
+    if lacking := sorted(info["missing_keys"]):  # transformers would draw them at random
+        what, fix = f"{len(lacking)} tensors are missing", "download it again"
+        raise Refusal("K-KEYS", what, file=folder, key=few(lacking), fix=fix)
     return model.to(device).eval(), processor, tokenizer
 
 

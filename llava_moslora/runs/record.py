@@ -190,7 +190,7 @@ def read_run(folder: str | Path, expected: str | None = LLAVA) -> RunRecord:
             another kind of run, or lacks what this version of the package reads.
     """
     file = Path(folder) / RUN
-    record = _read_ours(file)
+    record = _read_ours(file, expected)
     kind = _kind_of(record, file, expected)
     _check_needed(record, file, KINDS[kind].needed)
     settings = record["settings"]
@@ -227,11 +227,12 @@ def read_run(folder: str | Path, expected: str | None = LLAVA) -> RunRecord:
     )
 
 
-def _read_ours(file: Path) -> dict[str, Any]:
+def _read_ours(file: Path, expected: str | None) -> dict[str, Any]:
     if not file.is_file():
+        scripts = " or ".join(kind.script for name, kind in KINDS.items() if expected in (name, None))
         raise Refusal(
             "C-PATH", "not a run folder" if file.parent.is_dir() else "no such folder", file=file.parent,
-            expected=f"a folder with {RUN}, as --output_dir of {KINDS[LLAVA].script}",
+            expected=f"a folder with {RUN}, as --output_dir of {scripts}",
             fix="give the --output_dir of a training run",
         )  # fmt: skip
     try:

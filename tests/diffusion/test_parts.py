@@ -14,7 +14,7 @@ from llava_moslora.diffusion.parts import open_folder, require_diffusers
 from llava_moslora.diffusion.subjects import find_pictures
 from llava_moslora.errors import Refusal
 from llava_moslora.sdxl_settings import SubjectSettings
-from support.sdxl import PROMPT, needs_diffusers
+from support.sdxl import PROMPT, needs_diffusers, pictures_of
 
 GIVEN = ["--model_name_or_path", "sdxl", "--image_folder", "p", "--prompt", "a photo of ikat cat", "--output_dir", "r"]
 
@@ -54,6 +54,14 @@ def test_wrong_flags(more, message):
     parse(GIVEN)
     with pytest.raises(Refusal, match=message):
         parse([*GIVEN, *more])
+
+
+def test_a_model_that_is_no_folder(tmp_path):
+    with pytest.raises(Refusal, match=r"C-PATH\] .*--model_name_or_path: no such folder.*fix: check the path"):
+        open_folder(tmp_path / "none")
+    (tmp_path / "sd_xl_base_1.0.safetensors").write_bytes(b"")
+    with pytest.raises(Refusal, match=r"C-PATH\] .*: a file, not a folder.*converted by diffusers' scripts"):
+        open_folder(tmp_path / "sd_xl_base_1.0.safetensors")
 
 
 def without(name):
@@ -153,3 +161,10 @@ def test_what_is_computed_once_is_found_again(parts, tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
     file.write_bytes(b"damaged")  # computed again, and written again
     assert all(torch.equal(first[name], encoded()[name]) for name in first) and file.stat().st_size > 1000
+
+
+@needs_diffusers
+def test_a_data_cache_that_is_a_file(parts, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refusal, match=r"E-DISK\] .*file:--data_cache: the data cache cannot be used; found File"):
+        pictures_of(parts, tmp_path / "file")

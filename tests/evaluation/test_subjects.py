@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -184,6 +186,42 @@ def test_a_real_pipeline_draws_with_exports(data, tuned, tmp_path, monkeypatch):
         start("foreign", tuned.foreign)
 
 
+def without(sdxl, part, end):
+    """A copy of the model without a tensor of a part."""
+    folder = sdxl.with_name(f"without-{part}")
+    shutil.copytree(sdxl, folder)
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    del tensors[next(name for name in sorted(tensors) if name.endswith(end))]
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@needs_diffusers
+def test_draw_prints_its_own_lines_and_checks_before_it_writes(data, tuned, tmp_path, monkeypatch, capfd):
+    """A wrong base or LoRA leaves nothing behind."""
+    words = ["draw", "--subjects", data, "--names", "cat", "--output", tmp_path / "out", "--seeds", 1, "--steps", 1,
+             "--size", 64, "--dtype", "float32"]  # fmt: skip
+    for base, lora, match in (
+        (data, None, r"K-MISSING\] .*model_index.json"),
+        (tuned.sdxl, data, r"K-MISSING\] .*--lora: no such file"),
+        (tuned.sdxl, data / "cat" / "00.jpg", "not a safetensors file"),
+        (tuned.sdxl, tuned.unfolded, "holds mixers"),
+        (without(tuned.sdxl, "unet", "conv_in.bias"), None, r"K-KEYS\] .*--base: tensors .*found unet.conv_in.bias"),
+        (without(tuned.sdxl, "text_encoder", "norm1.weight"), None, r"K-KEYS\] .*--base: tensors .*norm1.weight"),
+    ):
+        with pytest.raises(Refusal, match=match):
+            run(monkeypatch, *words, "--base", base,
+                *([] if lora is None else ["--lora", f"cat={lora}", "--identifier", "ikat"]))  # fmt: skip
+        assert not (tmp_path / "out").exists()
+    capfd.readouterr()
+    evaluate_subjects.quiet_libraries()  # as the script does at its start
+    run(monkeypatch, *words, "--base", tuned.sdxl, "--lora", f"cat={tuned.lora}", "--identifier", "ikat")
+    printed = capfd.readouterr()
+    lines = re.split(r"[\r\n]+", printed.out + printed.err)
+    assert [line for line in lines if line and not line.startswith("images: ")] == [f"drawn: {tmp_path / 'out'}"]
+
+
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory):
     """A tiny CLIP with its processor and tokenizer, and a tiny ViT, as folders."""
@@ -221,10 +259,11 @@ def test_the_difference_is_paired_and_over_subjects():
     assert compare_scores(a, b, tie=3)["dino"].tie == 9
 
 
-def test_score_prints_both_methods_and_the_difference(data, drawn, encoders, tmp_path, monkeypatch, capsys):
+def test_score_prints_both_methods_and_the_difference(data, drawn, encoders, tmp_path, monkeypatch, capfd):
     run(monkeypatch, "score", *drawn, "--subjects", data, "--clip", encoders[0], "--dino", encoders[1],
         "--output", tmp_path)  # fmt: skip
-    text = capsys.readouterr().out
+    text, others = capfd.readouterr()
+    assert all(line.startswith(tuple(map(str, drawn))) for line in re.split(r"[\r\n]+", others) if line)
     assert [text.count(metric) for metric in ("CLIP-I", "DINO", "CLIP-T")] == [2, 2, 2]  # scores, and their difference
     content = json.loads((tmp_path / "subjects.json").read_text())
     assert set(content["differences"]) == {"clip_i", "dino", "clip_t"} and len(content["scores"][0]) == 12
@@ -233,6 +272,23 @@ def test_score_prints_both_methods_and_the_difference(data, drawn, encoders, tmp
     first = folder.images[0]
     cosines = clip_image([folder.open(first)]) @ clip_image(can.images()).T
     assert content["scores"][1][0]["clip_i"] == pytest.approx(100 * float(cosines.mean()), rel=1e-5)
+
+
+def test_an_encoder_without_some_of_its_weights_is_refused(encoders, tmp_path):
+    """transformers would draw them at random. A ViT's pooler is not used: DINO's files have none."""
+    shutil.copytree(encoders[1], tmp_path / "vit")
+    tensors = load_file(tmp_path / "vit" / "model.safetensors")
+    assert not any("pooler" in name for name in tensors)
+    del tensors["layernorm.weight"]
+    save_file(tensors, tmp_path / "vit" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refusal, match=r"K-KEYS\] .*vit:layernorm.weight: 1 tensors are missing"):
+        load_encoders(None, str(tmp_path / "vit"))
+    with pytest.raises(Refusal, match=r"K-JSON\] .*model_type: a CLIP model; found clip; fix: give it as --clip"):
+        load_encoders(None, str(encoders[0]))
+    with pytest.raises(Refusal, match=r"K-JSON\] .*model_type: not a CLIP model; found vit; fix: give CLIP"):
+        load_encoders(str(encoders[1]), None)
+    with pytest.raises(Refusal, match=r"K-MISSING\] .*config.json:--dino: no such file"):
+        load_encoders(None, str(tmp_path))
 
 
 def test_the_kit_is_blind_and_counted_by_hand(data, drawn, tmp_path, monkeypatch, capsys):
@@ -266,6 +322,10 @@ def test_the_kit_is_blind_and_counted_by_hand(data, drawn, tmp_path, monkeypatch
     files[1].write_text(json.dumps(other))
     with pytest.raises(Refusal, match=r"C-COMPARE.*answers to another kit"):
         human_kit.count_answers(tmp_path / "kit" / "key.json", files)
+    with pytest.raises(Refusal, match=r"K-MISSING\] .*kit: a folder, not a file; fix: give the key.json"):
+        human_kit.count_answers(tmp_path / "kit", files)
+    with pytest.raises(Refusal, match=r"K-MISSING\] .*images.json: no drawn images; fix: give a folder that .* wrote"):
+        read_drawn(tmp_path / "kit")
 
 
 def test_the_pigeonhole_interval_is_wider_than_one_of_independent_judgements():
@@ -278,6 +338,28 @@ def test_the_pigeonhole_interval_is_wider_than_one_of_independent_judgements():
     rng = np.random.default_rng(1)
     slow = [np.mean([2 * (p % 2) - 1 for p in rng.integers(0, 6, 6)]) * 100 for _ in range(20_000)]
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(slow, (0.025, 0.975))), abs=1)
+
+
+@pytest.mark.parametrize(
+    "people, pairs, choice, low, high",
+    [
+        # (1.96, the normal quantile, is 1.959964.) 6 of 6 for B, one more each way: 7/8 and 1/8;
+        # 6/8 ± 1.96 √((1 − 36/64) / 8) = 0.75 ± 0.458346
+        (6, 20, "left", 29.1654, 100.0),
+        # 5 of 5 alike: 1/7 and 1/7; 0 ± 1.96 √(2/7 / 7) = ± 0.395973. 5 pairs judged by 9 people are the same
+        (5, 8, "same", -39.5973, 39.5973),
+        (9, 5, "same", -39.5973, 39.5973),
+        # one person and 8 pairs, all for A: 1/10 and 9/10; −8/10 ± 1.96 √((1 − 64/100) / 10) = −0.8 ± 0.371877
+        (1, 8, "right", -100.0, -42.8123),
+        # one judgement: 2/3 and 1/3; 1/3 ± 1.96 √((1 − 1/9) / 3) = 0.333333 ± 1.066869
+        (1, 1, "left", -73.3536, 100.0),
+    ],
+)
+def test_judgements_that_are_all_alike_have_an_interval_too(people, pairs, choice, low, high):
+    left = {str(n): "B" for n in range(pairs)}
+    found = human_kit._preference(left, [{n: {"prompt": choice} for n in left}] * people, "prompt", 0)
+    assert found.points == {"left": 100, "same": 0, "right": -100}[choice]
+    assert (found.low, found.high) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
 
 
 def test_methods_that_cannot_be_compared(data, drawn, tmp_path):
@@ -299,8 +381,24 @@ def test_methods_that_cannot_be_compared(data, drawn, tmp_path):
      "--pairs: has no effect with score"), (["kit", "a", "--subjects", "s", "--output", "o"], "two drawn folders"),
      (["count", "key.json"], "at least one file"), (["score", "a", "--subjects", "s", "--tie", "-1"], "out of range"),
      (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--size", "100"], "multiple of 8"),
-     (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--lora", "x=y"], "one without the other")],
+     (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--lora", "x=y"], "one without the other"),
+     (["draw", "--base", "b", "--subjects", "s", "--output", "o", "--lora", "x=y", "--identifier", " "], "empty word")],
 )  # fmt: skip
 def test_flags(words, match):
     with pytest.raises(Refusal, match=match):
         evaluate_subjects.parse(words)
+
+
+def test_help_says_which_step_a_flag_belongs_to(capsys):
+    """Every flag stands below its step, or below "several steps" with their names; what a step needs, beside it."""
+    with pytest.raises(SystemExit):
+        evaluate_subjects.parse(["--help"])
+    parts = re.split(r"\n\n(draw|score|kit|count|several steps):\n", capsys.readouterr().out)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True))
+    assert list(sections) == [*evaluate_subjects.STEPS, "several steps"] and len(evaluate_subjects.FLAGS) == 16
+    for name, step in evaluate_subjects.STEPS.items():
+        assert all(f"--{flag}" in sections[name].splitlines()[0] for flag in step.needed)
+        for flag in (*step.needed, *step.allowed):
+            row = next(line for line in "\n".join([sections[name], sections["several steps"]]).splitlines()
+                       if line.startswith(f"  --{flag} "))  # fmt: skip
+            assert row in sections[name].splitlines() or name in row or flag == "names"

@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 
 from llava_moslora.errors import Refusal
-from llava_moslora.runs.record import RUN, RunSettings, read_run, write_run
+from llava_moslora.runs.record import LLAVA, RUN, SDXL, RunSettings, read_run, write_run
 from support.run_folders import check, edit_record, reopen, settings
 
 BEFORE = {
@@ -170,3 +170,13 @@ def test_a_record_without_a_batch_size_is_another(run):
     edit_record(run, lambda record: record["settings"].pop("global_batch_size"))
     with pytest.raises(Refusal, match=r"K-CHANGED.*found global_batch_size 4; expected global_batch_size None"):
         reopen(run)
+
+
+@pytest.mark.parametrize(
+    "expected, scripts",
+    [(LLAVA, "scripts/train_vit_llm.py"), (SDXL, "scripts/train_sdxl.py"),
+     (None, "scripts/train_vit_llm.py or scripts/train_sdxl.py")],
+)  # fmt: skip
+def test_a_missing_run_names_the_script_that_makes_one(tmp_path, expected, scripts):
+    with pytest.raises(Refusal, match=rf"C-PATH\] .*no such folder; expected .* --output_dir of {scripts}; fix: "):
+        read_run(tmp_path / "none", expected)
