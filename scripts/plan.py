@@ -79,7 +79,7 @@ def read_settings(own: argparse.Namespace, flags: list[str]) -> tuple[int, Setti
     """The number of GPUs and the settings, from ``--config`` and the flags over it."""
     config = None if own.config is None else Path(own.config)
     if config is not None and config.is_dir():
-        record = read_run(config)
+        record = read_run(config).located
         if flags:
             raise Refusal("C-FLAG", "a run folder is planned as it is", key="--config", found=" ".join(flags))
         given = {

@@ -23,6 +23,7 @@ from llava_moslora.files.disk import read_json, replace_file, replace_json
 SCORE, RESULTS, TABLE, PAGE = "score.json", "results.json", "results.md", "mistakes.html"
 # Rows of the paper's Table 5 as the command line names them: llama-3-moslora-kaiming.
 PAPER_ROWS = {"-".join(filter(None, key)).lower(): numbers for key, numbers in PAPER.items()}
+FIX = "run the evaluation again: answers that are there are kept"
 NO_ROW = "none"  # of --paper: none of them
 # What two results must have in common to be compared.
 SAME_QUESTIONS = ("data", "prompts", "max_new_tokens", "limit", "judge", "judge_prompts")
@@ -76,10 +77,16 @@ def read_result(file: Path) -> Result:
         stored["outcomes"] = tuple(Outcome(**outcome) for outcome in stored["outcomes"])
         stored["units"] = tuple(Unit(**unit) for unit in stored["units"])
         header = dict(content["header"])
-        assert header["benchmark"] in BENCHMARKS
-        return Result(header, Score(**stored))
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
-        raise Refusal("K-JSON", "not the score of a benchmark", file=file, found=repr(error)) from error
+        result = Result(header, Score(**stored))
+        name = header["benchmark"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal("K-JSON", "not the score of a benchmark", file=file, found=repr(error), fix=FIX) from error
+    if not isinstance(name, str) or name not in BENCHMARKS:
+        raise Refusal(
+            "K-JSON", "the score of an unknown benchmark", file=file, key="header.benchmark", found=name,
+            expected=" | ".join(BENCHMARKS), fix=FIX,
+        )  # fmt: skip
+    return result
 
 
 def read_results(output: str | Path) -> dict[str, Result]:

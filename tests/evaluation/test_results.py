@@ -157,6 +157,15 @@ def test_a_damaged_result_is_refused(tmp_path, content):
         read_result(tmp_path / "score.json")
 
 
+def test_a_result_of_an_unknown_benchmark_is_refused(results, tmp_path):
+    write_result(tmp_path, results["seed"])
+    text = (tmp_path / "score.json").read_text().replace('"benchmark": "seed"', '"benchmark": "sead"')
+    (tmp_path / "score.json").write_text(text)
+    said = r"score\.json:header\.benchmark: the score of an unknown benchmark; found sead; expected .*seed.*; fix: run"
+    with pytest.raises(Refusal, match=said):
+        read_result(tmp_path / "score.json")
+
+
 def test_a_folder_without_results_is_refused(tmp_path):
     with pytest.raises(Refusal, match=r"C-PATH\] .*no results"):
         read_results(tmp_path)
