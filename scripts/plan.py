@@ -21,9 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llava_moslora.errors import Refusal, run_script
+
+if __name__ == "__main__":
+    run_script(lambda: None)  # a signal is one line also while the next ones are imported
+
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.devices import COMMAND_LINE
-from llava_moslora.errors import Refusal, run_script
 from llava_moslora.noise import quiet_libraries
 from llava_moslora.planning.recipe import read_recipe
 from llava_moslora.runs.record import read_run

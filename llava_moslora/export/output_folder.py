@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from llava_moslora.errors import FULL, Refusal, few
+from llava_moslora.errors import NOT_OF_THE_PLACE, Refusal, few
 from llava_moslora.files.disk import fsync, replace_json
 from llava_moslora.files.json import parse_json
 from llava_moslora.files.manifest import MANIFEST, read_facts, sha256
@@ -138,7 +138,7 @@ def lock_output(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(file)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in NOT_OF_THE_PLACE:
             raise
         raise Refusal(
             "C-OUTPUT", "cannot be written to", file=folder.parent, key="--output_dir", found=error.strerror,
