@@ -79,8 +79,8 @@ def type_two_questions() -> None:
     sys.stdin = io.StringIO("what is this?\nand this?\n")
 
 
-def come_to_serve(*, port: int) -> None:
-    """A hook: as soon as the page is there, the server is told to end."""
+def come_to_serve(*, port: int, name: int = signal.SIGTERM) -> None:
+    """A hook: as soon as the page is there, the server gets a signal."""
     import threading
     import time
     import urllib.request
@@ -95,7 +95,7 @@ def come_to_serve(*, port: int) -> None:
                 break
             except OSError:
                 continue
-        os.kill(owner, signal.SIGTERM)
+        os.kill(owner, name)
 
     threading.Thread(target=visit, daemon=True).start()
 
@@ -183,3 +183,18 @@ def test_while_it_works(server, run, parts, tmp_path, name):
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     again = launch()
     assert again.succeeded, again.printed()[-3000:]
+
+
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_a_page_that_is_served(server, run, tmp_path, kind):
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip("needs gradio")
+    port = free_port()
+    hooks = [["support.stops:at", {"state": str(tmp_path / "state"), "number": -1, "name": 0}]]
+    hooks += [["faults.test_signals_scripts:come_to_serve", {"port": port, "name": int(kind)}]]
+    served = server.launch(
+        [run, "--port", port], tmp_path / "launch", main="scripts.serve:main", hooks=hooks, limit=120
+    )
+    printed = served.printed()
+    assert served.succeeded and printed.splitlines()[-1] == "stopped", printed[-3000:]
+    assert "Traceback" not in printed and "error[" not in printed, printed[-3000:]
