@@ -36,18 +36,18 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         folder: absolute, links resolved.
 
     Raises:
-        Refusal: C-OUTPUT: it exists and ``overwrite`` is not set; it is not an export, or one that changed since it was
-            written; a folder that no export made has the name of its staging.
+        Refusal: C-OUTPUT: the current folder is in it; it exists and ``overwrite`` is not set; it is not an export, or
+            one that changed since it was written; a folder that no export made has the name of its staging.
     """
-    if folder.exists() and not overwrite:
-        fix = "choose another, or --overwrite"
-        raise Refusal("C-OUTPUT", "already exists", file=folder, key="--output_dir", fix=fix)
     if folder.exists():
         if Path.cwd().is_relative_to(folder):
             raise Refusal(
                 "C-OUTPUT", "the current folder is not replaced", file=folder, key="--output_dir",
-                fix="start the command in another folder",
+                fix="start the command in another folder, or choose another --output_dir",
             )  # fmt: skip
+        if not overwrite:
+            fix = "choose another, or --overwrite"
+            raise Refusal("C-OUTPUT", "already exists", file=folder, key="--output_dir", fix=fix)
         files_of_export(folder)
     staging = staging_of(folder)
     if staging.exists() and not _is_staging(staging):
