@@ -31,7 +31,7 @@ from llava_moslora.devices import COMMAND_LINE
 from llava_moslora.noise import quiet_libraries
 from llava_moslora.planning.recipe import read_recipe
 from llava_moslora.runs.record import read_run
-from llava_moslora.training.command_line import parse
+from llava_moslora.training.command_line import accumulation_steps, parse
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +132,6 @@ from llava_moslora.planning.report import as_json, exit_status, text
 from llava_moslora.planning.request import Asked, make_request
 from llava_moslora.planning.seen import PLAN, read_pair
 from llava_moslora.planning.setting import Pair
-from llava_moslora.training.arguments import accumulation_steps
 
 
 def main() -> None:

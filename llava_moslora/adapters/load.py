@@ -170,6 +170,12 @@ def _stored_config(folder: Path, layers: Layers) -> tuple[Kind, PeftConfig]:
     if not (folder / CONFIG).is_file():
         raise Refusal("K-ADAPTER", "no adapter here", file=folder, expected=CONFIG)
     stored = read_json(folder / CONFIG, "K-ADAPTER")
+    saved = stored.get("modules_to_save") or []
+    if not (isinstance(saved, list) and all(isinstance(module, str) for module in saved)):
+        expected = "a list of names of modules"
+        raise Refusal(
+            "K-ADAPTER", "not a list", file=folder / CONFIG, key="modules_to_save", found=saved, expected=expected
+        )
     name = stored.pop("peft_type", None)
     if name == "LORA" and stored.get("use_dora"):
         name = DORA

@@ -8,14 +8,16 @@ product) changes which rank computes a record, never at which step.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 
 from llava_moslora.config import DATA_GROUP, DATA_ORDERS, DataSettings
 from llava_moslora.errors import Refusal
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes a second, and a plan may need none
 
 
 class GlobalBatchSampler:

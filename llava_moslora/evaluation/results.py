@@ -6,10 +6,13 @@ An output folder holds ``NAME/answers-RANK.jsonl`` and ``NAME/score.json`` for e
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal
@@ -17,13 +20,12 @@ from llava_moslora.evaluation.benchmarks import BENCHMARKS, PAPER
 from llava_moslora.evaluation.compare import Comparison, score_interval
 from llava_moslora.evaluation.prompts import PROMPTS
 from llava_moslora.evaluation.reading import RULES
-from llava_moslora.evaluation.scoring import JUDGED, Outcome, Score, Unit
+from llava_moslora.evaluation.scoring import JUDGED, Score
 from llava_moslora.files.disk import read_json, replace_file, replace_json
 
 SCORE, RESULTS, TABLE, PAGE = "score.json", "results.json", "results.md", "mistakes.html"
 # Rows of the paper's Table 5 as the command line names them: llama-3-moslora-kaiming.
 PAPER_ROWS = {"-".join(filter(None, key)).lower(): numbers for key, numbers in PAPER.items()}
-FIX = "run the evaluation again: answers that are there are kept"
 NO_ROW = "none"  # of --paper: none of them
 # What two results must have in common to be compared.
 SAME_QUESTIONS = ("data", "prompts", "max_new_tokens", "limit", "judge", "judge_prompts")
@@ -60,6 +62,26 @@ class Result:
         return "; ".join(filter(None, (self.score.note, self.judge, sample, benchmark.paper)))
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What is read of a header, of everything that it holds."""
+
+    benchmark: str
+    prompts: str
+    limit: int | None = None
+    judge: str = ""
+    judge_host: str = ""
+
+
+@dataclass(frozen=True)
+class _ScoreFile:
+    header: _Header
+    score: Score
+
+
+_SCORE_FILE = TypeAdapter(_ScoreFile)
+
+
 def write_result(folder: Path, result: Result) -> None:
     """Keep a benchmark's score with every outcome, atomically."""
     replace_json(folder / SCORE, {"header": result.header, "score": asdict(result.score)})
@@ -73,20 +95,24 @@ def read_result(file: Path) -> Result:
     """
     content = read_json(file)
     try:
-        stored = dict(content["score"])
-        stored["outcomes"] = tuple(Outcome(**outcome) for outcome in stored["outcomes"])
-        stored["units"] = tuple(Unit(**unit) for unit in stored["units"])
-        header = dict(content["header"])
-        result = Result(header, Score(**stored))
-        name = header["benchmark"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise Refusal("K-JSON", "not the score of a benchmark", file=file, found=repr(error), fix=FIX) from error
-    if not isinstance(name, str) or name not in BENCHMARKS:
-        raise Refusal(
-            "K-JSON", "the score of an unknown benchmark", file=file, key="header.benchmark", found=name,
-            expected=" | ".join(BENCHMARKS), fix=FIX,
-        )  # fmt: skip
-    return result
+        stored = _SCORE_FILE.validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _no_score(file, ".".join(map(str, first["loc"])), first["input"], first["msg"].lower()) from error
+    header, score = stored.header, stored.score
+    for key, found, known in (
+        ("header.benchmark", header.benchmark, BENCHMARKS),
+        ("header.prompts", header.prompts, PROMPTS),
+        ("score.rules", score.rules, RULES),
+    ):
+        if found not in known:
+            raise _no_score(file, key, found, " | ".join(known))
+    return Result(content["header"], score)
+
+
+def _no_score(file: Path, key: str, found: object, expected: str) -> Refusal:
+    what, fix = "not the score of a benchmark", "evaluate again, into another --output"
+    return Refusal("K-JSON", what, file=file, key=key, found=repr(found)[:80], expected=expected, fix=fix)
 
 
 def read_results(output: str | Path) -> dict[str, Result]:

@@ -272,7 +272,7 @@ def _loss(trained: TrainedRun) -> str:
     try:
         log = parse_json(file.read_bytes(), finite=False)["log_history"]
         losses = [(int(row["step"]), float(row["loss"])) for row in log if "loss" in row]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, OverflowError) as error:
         fix = "export another checkpoint"
         raise Refusal("K-JSON", "not the Trainer's log", file=file, found=repr(error), fix=fix) from error
     if not losses:

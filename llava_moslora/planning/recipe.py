@@ -56,8 +56,9 @@ def read_recipe(script: Path, gpus: int | None) -> Call:
             environment["GPUS"] = str(gpus)
         try:
             done = subprocess.run(
-                ["bash", str(script)], env=environment, capture_output=True, text=True, timeout=SECONDS, check=False
-            )
+                ["bash", str(script)], env=environment, capture_output=True, text=True, errors="replace",
+                timeout=SECONDS, check=False,
+            )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired) as error:
             raise Refusal("C-RECIPE", "cannot be run", file=script, found=error) from error
         if done.returncode or not answer.is_file():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset
 
 from llava_moslora.config import DataSettings
 from llava_moslora.data.collate import pack
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.models.flops import Flops
 from llava_moslora.planning.setting import Batch
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # takes a second, and a plan may need none
 
 TOKENS = 900  # of a record with an image, where nothing is known: 576 of the image and a text as LLaVA's
 TEXT_TOKENS = 128  # of a record of text alone, where nothing is known: as commonsense_170k's

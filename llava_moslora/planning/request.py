@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.data.prepare import find_prepared
-from llava_moslora.data.split import validation_data
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import read_llm_config
@@ -140,8 +138,12 @@ def _records(
 def _prepared(
     model: ModelSettings, data: DataSettings, image_tokens: int, *, packing: bool, seed: int
 ) -> Records | None:  # fmt: skip
-    if not all(Path(path).is_file() for path in data.data_path):
+    if not (Path(data.data_cache).is_dir() and all(Path(path).is_file() for path in data.data_path)):
         return None
+    # here: `datasets` takes a second to import
+    from llava_moslora.data.prepare import find_prepared
+    from llava_moslora.data.split import validation_data
+
     try:
         tokenizer = load_tokenizer(model.model_name_or_path, images=not model.text_only)
         template = model.version or recognise_template(tokenizer)

@@ -257,7 +257,7 @@ def _read_ours(file: Path) -> dict[str, Any]:
 
 def _kind_of(record: dict[str, Any], file: Path, expected: str | None) -> str:
     kind = record["settings"].get("kind", LLAVA)
-    if kind not in KINDS:
+    if not (isinstance(kind, str) and kind in KINDS):
         what, fix = "a kind of run that this version of the package does not know", "use the version that wrote it"
         raise Refusal("K-RUN", what, file=file, key="settings.kind", found=kind, expected=" | ".join(KINDS), fix=fix)
     if expected is not None and kind != expected:

@@ -20,7 +20,7 @@ from llava_moslora.data.split import eval_files
 from llava_moslora.distributed import world_size
 from llava_moslora.errors import Refusal
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
-from llava_moslora.training.command_line import early
+from llava_moslora.training.command_line import accumulation_steps, early
 from llava_moslora.training.evaluation_flags import resolve_evaluation
 from llava_moslora.training.trainer_fields import check_fields
 
@@ -119,27 +119,6 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
             "rank": self.process_index,
             "seed": self.seed if self.data_seed is None else self.data_seed,
         }
-
-
-def accumulation_steps(global_batch_size: int, per_device: int, ranks: int) -> int:
-    """Micro-batches of ``per_device`` records that make ``global_batch_size`` on ``ranks`` ranks.
-
-    Raises:
-        Refusal: C-FLAG, no number of them is exactly ``global_batch_size``.
-    """
-    micro_batch = max(per_device, 1) * ranks  # a batch size below 1 is refused later (validate.py)
-    steps, rest = divmod(global_batch_size, micro_batch)
-    if steps > 0 and not rest:
-        return steps
-    nearest = [k * micro_batch for k in (steps, steps + 1) if k > 0]
-    smaller = [n for n in range(per_device, 0, -1) if global_batch_size > 0 and global_batch_size % (n * ranks) == 0]
-    fixes = [f"--global_batch_size {' or '.join(map(str, nearest))}"]
-    fixes += [f"--per_device_train_batch_size {n}" for n in smaller[:1]]
-    raise Refusal(
-        "C-FLAG", "not a multiple of what the ranks compute at a time", key="--global_batch_size",
-        found=global_batch_size, expected=f"a multiple of {micro_batch} = {per_device} per device × {ranks} ranks",
-        fix=", or ".join(fixes),
-    )  # fmt: skip
 
 
 def input_paths(

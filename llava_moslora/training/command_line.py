@@ -97,3 +97,24 @@ def _as_flags(content: dict[str, str | list[str]], known: set[str], path: str) -
             raise Refusal("C-FLAG", "unknown key", file=path, key=str(key), fix=nearest_flag(str(key), known))
         flags += [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]
     return flags
+
+
+def accumulation_steps(global_batch_size: int, per_device: int, ranks: int) -> int:
+    """Micro-batches of ``per_device`` records that make ``global_batch_size`` on ``ranks`` ranks.
+
+    Raises:
+        Refusal: C-FLAG, no number of them is exactly ``global_batch_size``.
+    """
+    micro_batch = max(per_device, 1) * ranks  # a batch size below 1 is refused later (validate.py)
+    steps, rest = divmod(global_batch_size, micro_batch)
+    if steps > 0 and not rest:
+        return steps
+    nearest = [k * micro_batch for k in (steps, steps + 1) if k > 0]
+    smaller = [n for n in range(per_device, 0, -1) if global_batch_size > 0 and global_batch_size % (n * ranks) == 0]
+    fixes = [f"--global_batch_size {' or '.join(map(str, nearest))}"]
+    fixes += [f"--per_device_train_batch_size {n}" for n in smaller[:1]]
+    raise Refusal(
+        "C-FLAG", "not a multiple of what the ranks compute at a time", key="--global_batch_size",
+        found=global_batch_size, expected=f"a multiple of {micro_batch} = {per_device} per device × {ranks} ranks",
+        fix=", or ".join(fixes),
+    )  # fmt: skip

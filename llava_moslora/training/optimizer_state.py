@@ -123,6 +123,7 @@ class TrainState:
             self._restore_partitioned(masters, state)
         else:
             self._restore_unpartitioned(masters, state)
+        self._repeat_powers()
         self._set_working_weights(masters)
         if loss_scale is not None and self._loss_scaler is not None:  # a run without DeepSpeed has no scaler
             vars(self._loss_scaler).update(loss_scale)
@@ -186,6 +187,21 @@ class TrainState:
         largest = {key: max(state[f"{name}.{key}"] for name in names if f"{name}.{key}" in state) for key in scalars}
         for flat in self._flat_masters():
             _overwrite(optimizer.state[flat], largest)
+
+    def _repeat_powers(self) -> None:
+        """Bring DeepSpeed's Adam on the CPU to the powers of its betas that an uninterrupted run has.
+
+        Its C++ side keeps βᵗ in float32, multiplied by β at each step, and takes pow(β, t) where steps do not follow on
+        each other, as after a resume (csrc/includes/cpu_adam.h, IncrementStep). The two differ in the last bit at some
+        steps, in 1 - βᵗ by more, and so would all weights from there on.
+        """
+        adam = self._torch_optimizer
+        if not hasattr(adam, "ds_opt_adam"):
+            return
+        done = max((int(state["step"]) for state in adam.state.values() if "step" in state), default=0)
+        betas, nothing = adam.param_groups[0]["betas"], [torch.zeros(1) for _ in range(4)]
+        for step in range(1, done + 1):  # on one weight of 0, with a learning rate of 0
+            adam.ds_opt_adam.adam_update(adam.opt_id, step, 0.0, *betas, 1.0, 0.0, True, *nothing)
 
     def _link_state(self) -> None:
         """Make ZeRO-1 and -2 find each parameter's part of the optimizer's flat state.

@@ -245,6 +245,7 @@ DAMAGES = {
     ),
     "DoRA with mixers": (None, {"use_dora": True}, "use_dora: has no meaning together with a mixer"),
     "a setting from the future": (None, {"use_telepathy": True}, "use_telepathy: settings of unknown meaning"),
+    "modules to save that are no list": (None, {"modules_to_save": 5}, "modules_to_save: not a list; found 5"),
     "an unknown fork": (None, {"peft_type": "LORA", "use_moslora": "xavier"}, "unknown mixer; found xavier"),
     "no LoRA at all": (lambda t: {"base_model.model.up.weight": torch.ones(1)}, {}, "no LoRA tensors"),
 }

@@ -52,7 +52,7 @@ def reports(run, folder, kind: str, **how) -> dict:
 def test_it_proves_what_the_whole_model_in_memory_does(run, tmp_path, monkeypatch, kind):
     """Over NF4 also into the dequantised weights; the figures of both ways are the same up to the order of sums."""
     probe_here(monkeypatch)
-    bases = [ORIGINAL] if run.bits == 16 or "adapters" in kind or "peft" in kind else [ORIGINAL, DEQUANTIZED]
+    bases = [ORIGINAL] if run.bits == 16 or "llm" not in TARGETS[kind].merged else [ORIGINAL, DEQUANTIZED]
     for base in bases:
         held = reports(run, tmp_path / f"held-{base}", kind, merge_base=base)
         with monkeypatch.context() as patch:

@@ -60,6 +60,12 @@ def test_a_setting_of_a_later_version_is_not_ignored(run):
         reopen(run)
 
 
+def test_a_kind_of_run_that_is_no_name_is_refused(run):
+    edit_record(run, lambda record: record["settings"].update(kind={}))
+    with pytest.raises(Refusal, match=r"K-RUN\] .*settings\.kind: a kind of run that this version"):
+        read_run(run)
+
+
 def test_a_value_of_a_later_version_is_refused(run):
     edit_record(run, lambda record: record["settings"]["model"].update(bits=8))
     with pytest.raises(Refusal, match=r"K-RUN.*run.json:--bits: .*found 8; expected 16 \| 4"):

@@ -17,7 +17,8 @@ NOT_QUIET = {"swift_moslora.py": "ms-swift's process, which decides for itself"}
 BAR = r"[^|]*\d+%\|.*"  # tqdm
 OURS = {
     "prepare_data.py": [
-        r"conversation template: \w+", r"records: .*", r"report: .*/report\.html", BAR, r"prepared .*data\.json: .*",
+        r"conversation template: \w+", r"record format of .*: .*", r"data: records: .*", r"report: .*/report\.html",
+        BAR, r"prepared .*data\.json: .*",
     ],
     "train_vit_llm.py": [
         r"device: .*", r"conversation template: \w+", r"data: records \d+.*", BAR, r"part +parameters +trained .*",

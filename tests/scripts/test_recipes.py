@@ -17,8 +17,8 @@ from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.names import LLM, LM_HEAD, PROJECTOR, VISION_TOWER
 from llava_moslora.models.vision import read_vision_config
-from llava_moslora.training.arguments import TrainingArguments, accumulation_steps
-from llava_moslora.training.command_line import parse
+from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.command_line import accumulation_steps, parse
 from llava_moslora.training.text_only import check_text_only
 from support.internlm2_reference import CONFIG as INTERNLM2
 from support.launching import ROOT

@@ -5,7 +5,8 @@ import pytest
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.training import command_line
-from llava_moslora.training.arguments import TrainingArguments, accumulation_steps
+from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.command_line import accumulation_steps
 from llava_moslora.training.config_file import LARGEST
 from llava_moslora.training.text_only import check_text_only
 

@@ -25,6 +25,8 @@ IN_DEEPSPEED = [
     *((stage, name, 3) for stage in (1, 2, 3) for name in PER_WEIGHT),
     *((stage, "adamw_torch_fused", 0) for stage in (0, 1, 2, 3)),
     *(("1 with float32 gradients", "adamw_torch_fused", stop) for stop in (0, 3)),  # DeepSpeed's BF16_Optimizer
+    # DeepSpeed's Adam on the CPU: 0.999³ as a product in float32 is another number than by pow
+    *((f"{stage}, offloaded", "adamw_torch_fused", stop) for stage in (2, 3) for stop in (0, 2, 5)),
 ]
 FEW = 4  # tensor operations a parameter and step
 
@@ -79,6 +81,11 @@ class InDeepSpeed:
         config |= {"gradient_clipping": 1.0, "zero_allow_untested_optimizer": True}
         self.model = Net(seed).bfloat16()
         optimizer = optimizer_of(name, self.model)
+        if "offloaded" in str(stage):
+            from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
+
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            optimizer = map_pytorch_optim_to_deepspeed(optimizer)  # as the Trainer does
         self.engine, *_ = deepspeed.initialize(model=self.model, optimizer=optimizer, config=config)
         self.train_state = TrainState(self.model, optimizer, self.engine)
         self.train_state.undo_initial_step()

@@ -47,7 +47,8 @@ class Tar(Container):
                         images[member.name] = CheckedImage(ImageRef(at, 0, member.name), too_large)
                     else:
                         images[member.name] = CheckedImage.of(content.read(), file, member.name, at, check)
-        except (tarfile.TarError, EOFError) as error:
+        # ValueError: a header's field that is no number, from Python's tarfile
+        except (tarfile.TarError, EOFError, ValueError) as error:
             raise Refusal(
                 "D-PARSE", "not a complete uncompressed tar file", file=file, found=error,
                 fix="copy it again; unpack a compressed one (gunzip): an image is read by its position",

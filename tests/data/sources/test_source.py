@@ -221,6 +221,12 @@ def test_what_cannot_be_read_by_position_is_refused(build, tmp_path, images, mon
     (tmp_path / "z.tar").write_bytes(gzip.compress(whole))
     with pytest.raises(Refusal, match=r"\[D-PARSE\] .*z\.tar: not a complete uncompressed tar file.*gunzip"):
         build(tmp_path / "z.tar")
+    with tarfile.open(tmp_path / "sparse.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("data.json")
+        member.pax_headers = {"GNU.sparse.map": "x"}
+        archive.addfile(member)
+    with pytest.raises(Refusal, match=r"\[D-PARSE\] .*sparse\.tar"):
+        build(tmp_path / "sparse.tar")
     (tmp_path / "cut.tar").write_bytes(whole[:700])
     with pytest.raises(Refusal, match=r"\[D-PARSE\] .*cut\.tar"):
         build(tmp_path / "cut.tar")
