@@ -10,7 +10,6 @@ llava-moslora COMMAND --help shows a command's flags. On several GPUs `train --n
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import os
 import re
@@ -19,7 +18,7 @@ import sys
 from pathlib import Path
 
 from llava_moslora._version import __version__
-from llava_moslora.errors import Refusal, run_script
+from llava_moslora.errors import Refusal, did_you_mean, run_script
 
 # Command → its script and what it does.
 COMMANDS = {
@@ -86,8 +85,7 @@ def run_command(name: str, words: list[str]) -> None:
     """
     if name not in COMMANDS:
         known = [*COMMANDS, "recipes"]
-        close = difflib.get_close_matches(name, known, n=1)
-        fix = f"did you mean {close[0]}?" if close else "see llava-moslora --help"
+        fix = did_you_mean(name, known) or "see llava-moslora --help"
         raise Refusal("C-FLAG", "unknown command", found=name, expected=" | ".join(known), fix=fix)
     script = str(code_root() / "scripts" / COMMANDS[name][0])
     if name == "train" and words[:1] in (["--num_gpus"], ["--num-gpus"]):

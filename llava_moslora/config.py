@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, unknown_value
 
 BITS = (16, 4)
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
@@ -70,8 +70,7 @@ class Settings:
         for f in dataclasses.fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             choices, value = f.metadata.get("choices"), getattr(self, f.name)
             if choices is not None and value != f.default and value not in choices:
-                expected = " | ".join(map(str, choices))
-                raise Refusal("C-FLAG", "unknown value", key=f"--{f.name}", found=value, expected=expected)
+                raise unknown_value(f"--{f.name}", value, list(map(str, choices)))
 
 
 @dataclass

@@ -13,6 +13,7 @@ failure of the system or a library, or else a defect, whose traceback is saved.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import itertools
 import os
@@ -22,7 +23,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,7 +46,8 @@ EXIT_STATUS = {
     "K": 3,  # checkpoint or model file
     "E": 4,  # environment: disk, memory, compiler, device, a judge's server
     "R": 5,  # the run itself: a non-finite loss
-    "M": 6,  # a plan: the setting does not fit the GPU's memory; 7 (scripts/plan.py alone): it may or may not
+    "M": 6,  # a plan: the setting does not fit the GPU's memory
+    "N": 7,  # a plan: the planner cannot say; also where the range says that it may or may not fit
     "P": 75,  # interrupted by a signal, another rank or a device: the same command, started again, resumes
     "X": 70,  # a defect of this package: starting again does not help
 }
@@ -155,6 +157,20 @@ def few(names: Iterable[object], count: int = 3) -> str:
     """The first ``count`` of ``names`` for a message, and how many more there are."""
     texts = list(map(str, names))
     return ", ".join(texts[:count]) + (f" and {len(texts) - count} more" if len(texts) > count else "")
+
+
+def did_you_mean(value: str, known: Iterable[str]) -> str:
+    """Which of the ``known`` words was probably meant, in another case or mistyped, as the ``fix`` of a refusal; "" if
+    none is near."""
+    words = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(value.lower(), words, n=1)
+    return f"did you mean {words[near[0]]}?" if near else ""
+
+
+def unknown_value(flag: str, found: object, known: Sequence[str], what: str = "unknown value") -> Refusal:
+    """The refusal of a flag's value that is not one of the ``known`` ones."""
+    fix = did_you_mean(str(found), known) or None
+    return Refusal("C-FLAG", what, key=flag, found=found, expected=" | ".join(known), fix=fix)
 
 
 def run_script(main: Callable[[], object]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, did_you_mean
 
 WIDTH, HELP_COLUMN = 100, 35  # of --help
 NOT_KNOWN = object()  # the default of a flag whose value only its library knows
@@ -38,6 +38,12 @@ class ScriptParser(argparse.ArgumentParser):
         """What to do about an unknown flag ``name`` (without dashes), as the ``fix`` of a refusal."""
         return nearest_flag(name, [action.dest for action in self._actions if action.option_strings])
 
+    def _nearest_choice(self, name: str | None, message: str) -> str:
+        """The fix for a value that is not among the choices of the flag ``name``, from argparse's message; else ""."""
+        found = re.match(r"invalid choice: (.*?) \(choose from", message, re.DOTALL)
+        named = (a for a in self._actions if name in ("/".join(a.option_strings), a.dest, a.metavar))
+        return did_you_mean(found[1].strip("'\""), map(str, next(named).choices or ())) if found else ""
+
     def parse_args(self, args=None, namespace=None):
         """
         Raises:
@@ -51,7 +57,8 @@ class ScriptParser(argparse.ArgumentParser):
         try:
             namespace, rest = self.parse_known_args(words, namespace)
         except argparse.ArgumentError as error:
-            raise Refusal("C-FLAG", error.message, key=error.argument_name, fix="see --help") from error
+            fix = self._nearest_choice(error.argument_name, error.message) or "see --help"
+            raise Refusal("C-FLAG", error.message, key=error.argument_name, fix=fix) from error
         if rest:
             raise Refusal("C-FLAG", "a value without a flag", found=" ".join(rest))
         return namespace

@@ -8,7 +8,7 @@
     /help         list these commands
     /exit         or /quit, or end of input
 
-Prompts are made by the function that made the training ids. Ctrl-C stops an answer; twice at the prompt, it exits.
+Prompts are put together exactly as in the training. Ctrl-C stops an answer; twice at the prompt, it exits.
 """
 
 import argparse

@@ -22,7 +22,9 @@ from llava_moslora.noise import quiet_libraries
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument("adapter", type=Path, help="an adapter folder, or a weight file (XTuner's iter_N.pth)")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write; it must not exist")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="FOLDER", help="the folder to write; it must not exist"
+    )
     parser.add_argument(
         "--format",
         choices=("moslora", "lora"),

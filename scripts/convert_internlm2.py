@@ -18,7 +18,9 @@ from llava_moslora.noise import quiet_libraries
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument("folder", type=Path, help="the downloaded InternLM2")
-    parser.add_argument("--output_dir", type=Path, required=True, help="the folder to write; it must not exist")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="FOLDER", help="the folder to write; it must not exist"
+    )
     return parser.parse_args(argv)
 
 

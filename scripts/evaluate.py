@@ -28,6 +28,7 @@ from llava_moslora.errors import Refusal, run_script
 if __name__ == "__main__":
     run_script(lambda: None)  # a signal is one line also while the next ones are imported
 
+from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.prompts import PROMPTS
 from llava_moslora.evaluation.reading import RULES
 from llava_moslora.evaluation.results import NO_ROW, PAGE, PAPER_ROWS
@@ -49,38 +50,69 @@ FLAGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+class Names(tuple):
+    """Choices of a flag whose words may be several of them, separated by commas."""
+
+    def __contains__(self, word: object) -> bool:
+        return all(super(Names, self).__contains__(name) for name in str(word).split(",") if name)
+
+
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
     """The flags, and the mode that they ask for."""
     parser = ScriptParser(__doc__)
     parser.add_argument("run", nargs="+", help="a run or an export; with --compare or --radar results")
-    parser.add_argument("--benchmark", nargs="+", metavar="NAME", help="benchmarks, or all")
-    parser.add_argument("--data", help="folder with the benchmarks' TSV files")
-    parser.add_argument("--limit", type=int, help="ask a sample of so many questions of each benchmark")
-    parser.add_argument("--prompts", help=f"set of prompts: {', '.join(PROMPTS)}; the first is the paper's")
-    parser.add_argument("--rules", help=f"how answers are read: {', '.join(RULES)}; rules-2024 are the paper's")
-    parser.add_argument(
+    both = parser.add_argument_group("benchmarks and question file")
+    both.add_argument(
+        "--output", metavar="PLACE", help="folder of answers, results, a comparison; file for --questions"
+    )
+    both.add_argument("--batch_size", type=int, metavar="N", help="questions asked at once; 16 by default")
+    benchmarks = parser.add_argument_group("benchmarks; --data and --mistakes with --compare too")
+    names = Names([*BENCHMARKS, "all"])
+    benchmarks.add_argument(
+        "--benchmark", nargs="+", choices=names, metavar="NAME", help="one or several of the nine, or all"
+    )
+    benchmarks.add_argument("--data", metavar="FOLDER", help="folder with the benchmarks' TSV files")
+    benchmarks.add_argument(
+        "--limit", type=int, metavar="N", help="ask a sample of so many questions of each benchmark"
+    )
+    benchmarks.add_argument(
+        "--prompts", choices=list(PROMPTS), metavar="SET",
+        help=f"set of prompts: {', '.join(PROMPTS)}; the first is the paper's, and the default",
+    )  # fmt: skip
+    benchmarks.add_argument(
+        "--rules", choices=list(RULES), metavar="SET",
+        help=f"how answers are read: {', '.join(RULES)}; rules-2024 are the paper's, and the default",
+    )  # fmt: skip
+    benchmarks.add_argument(
         "--judge", nargs=2, metavar=("URL", "MODEL"),
         help="OpenAI-compatible server and its model that judge MathVista and MM-Vet; key: OPENAI_API_KEY",
     )  # fmt: skip
-    parser.add_argument("--scorer", help=f"{SCORER}: let the installed VLMEvalKit score the same answers as well")
-    parser.add_argument("--kit_python", metavar="PATH", help="Python that has VLMEvalKit; this one by default")
-    parser.add_argument(
-        "--paper", metavar="ROW",
+    benchmarks.add_argument(
+        "--scorer", choices=[SCORER], metavar="NAME",
+        help=f"{SCORER}: let the installed VLMEvalKit score the same answers as well",
+    )  # fmt: skip
+    benchmarks.add_argument("--kit_python", metavar="PATH", help="Python that has VLMEvalKit; this one by default")
+    benchmarks.add_argument(
+        "--paper", choices=[*PAPER_ROWS, NO_ROW], metavar="ROW",
         help=f"show a row of the paper's Table 5: {', '.join([*PAPER_ROWS, NO_ROW])}; default: the model's, if certain",
     )  # fmt: skip
-    parser.add_argument(
+    benchmarks.add_argument(
         "--mistakes", type=int, metavar="N", help=f"of each benchmark so many in {PAGE}, {PER_BENCHMARK} by default"
     )
-    parser.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
-    parser.add_argument("--radar", metavar="FILE", help="draw the abilities of MMBench for one or several results")
-    parser.add_argument("--normalise", action="store_true", help="in the radar divide each axis by the best model")
-    parser.add_argument("--questions", help="JSON array of questions")
-    parser.add_argument("--image_folder", help="images of --questions")
-    parser.add_argument("--untrained", action="store_true", help="the model as it was before the first training step")
-    parser.add_argument("--blank", action="store_true", help="blank the images: how much is guessed from the questions")
-    parser.add_argument("--output", help="folder for answers, results, a comparison; file for --questions")
-    parser.add_argument("--probe", metavar="FILE", help="write the first-token logits of the first 32 questions there")
-    parser.add_argument("--batch_size", type=int, help="16 by default")
+    questions = parser.add_argument_group("question file")
+    questions.add_argument("--questions", metavar="FILE", help="JSON array of questions")
+    questions.add_argument("--image_folder", metavar="FOLDER", help="images of --questions")
+    questions.add_argument(
+        "--untrained", action="store_true", help="the model as it was before the first training step"
+    )
+    questions.add_argument("--blank", action="store_true", help="blank images: how much is guessed from the questions")
+    questions.add_argument(
+        "--probe", metavar="FILE", help="write the scores of every first token for the first 32 questions there"
+    )
+    results = parser.add_argument_group("results that are there")
+    results.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
+    results.add_argument("--radar", metavar="FILE", help="draw the abilities of MMBench for one or several results")
+    results.add_argument("--normalise", action="store_true", help="in the radar divide each axis by the best model")
     args = parser.parse_args(argv)
     return args, check_flags(args)
 
@@ -116,6 +148,8 @@ def check_flags(args: argparse.Namespace) -> str:
     if len(args.run) != expected and modes[0] != "radar":
         what = "two results are compared" if expected == 2 else "one run or export is evaluated"
         raise Refusal("C-FLAG", what, key=f"--{modes[0]}", found=" ".join(args.run))
+    if args.benchmark is not None:
+        args.benchmark = list(dict.fromkeys(name for word in args.benchmark for name in word.split(",") if name))
     return modes[0]
 
 
@@ -128,7 +162,6 @@ from torch import distributed
 
 from llava_moslora.distributed import from_all_ranks, from_rank_0, rank
 from llava_moslora.evaluation.ask import Questions, ask, source_header
-from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.checks import open_benchmark
 from llava_moslora.evaluation.judge import Judge
 from llava_moslora.evaluation.kit import find_kit, score_by_kit
@@ -150,13 +183,6 @@ def main() -> None:
     args.mistakes = PER_BENCHMARK if args.mistakes is None else args.mistakes
     modes = {"benchmark": evaluate_benchmarks, "questions": ask_question_file, "compare": compare_results}
     (modes | {"radar": draw_radar})[mode](args)
-
-
-def one_of(value: str | None, known: Collection[str], flag: str, default: str = "") -> str:
-    """A flag's value, which must be known; of a flag that is not given its default."""
-    if value is not None and value not in known:
-        raise Refusal("C-FLAG", "unknown", key=flag, found=value, expected=" | ".join(known))
-    return default if value is None else value
 
 
 def compare_results(args: argparse.Namespace) -> None:
@@ -186,10 +212,8 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
     """Ask what is open, score everything, write and print the results."""
     join_ranks()
     logging.basicConfig(level=logging.WARNING if rank() == 0 else logging.ERROR, format="%(message)s")
-    prompts = one_of(args.prompts, PROMPTS, "--prompts", "prompts-2024")
-    rules = RULES[one_of(args.rules, RULES, "--rules", "rules-2024")]
-    kit = find_kit(args.kit_python) if one_of(args.scorer, [SCORER], "--scorer") else None
-    paper = one_of(args.paper, [*PAPER_ROWS, NO_ROW], "--paper")
+    prompts, rules = args.prompts or "prompts-2024", RULES[args.rules or "rules-2024"]
+    kit = find_kit(args.kit_python) if args.scorer else None
     wanted, missing = benchmarks_of(args.benchmark, Path(args.data))
     judge = judge_of(args.judge, wanted)
     output, source = new_output(args.output), Path(args.run[0])
@@ -216,7 +240,7 @@ def evaluate_benchmarks(args: argparse.Namespace) -> None:
             missing = [name for name in missing if name not in results]
             tables = {questions.benchmark.name: questions.table for questions in asked}
             text = write_report(
-                output, args.run[0], results, tables, missing=missing, paper=paper, mistakes=args.mistakes
+                output, args.run[0], results, tables, missing=missing, paper=args.paper or "", mistakes=args.mistakes
             )
             print(text, end="", flush=True)
             if kit is not None:
@@ -243,13 +267,10 @@ def benchmarks_of(names: list[str], data: Path) -> tuple[list[str], list[str]]:
     """Benchmarks to evaluate; of ``all`` those whose file is there, and the names of the others.
 
     Raises:
-        Refusal: C-FLAG, unknown; D-FILE, no file of any is there.
+        Refusal: D-FILE, no file of any is there.
     """
-    names = [name for word in names for name in word.split(",") if name]
-    for name in names:
-        one_of(name, [*BENCHMARKS, "all"], "--benchmark")
     if "all" not in names:
-        return list(dict.fromkeys(names)), []
+        return names, []
     there = [name for name, benchmark in BENCHMARKS.items() if (data / f"{benchmark.file}.tsv").is_file()]
     if not there:
         raise Refusal(

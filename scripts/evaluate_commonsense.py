@@ -23,14 +23,17 @@ from llava_moslora.noise import quiet_libraries
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument("model", help="a run on text alone, or the folder of an LLM: an export of --format llm")
-    parser.add_argument("--data", required=True, help="LLM-Adapters' folder dataset/; for likelihood: of TASK.jsonl")
-    parser.add_argument("--output", required=True, help="folder for answers and results")
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="LLM-Adapters' dataset/, or of TASK.jsonl")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="for answers and results")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), metavar="SET", help=" ".join(SETS))
     tasks = "llm_adapters: the paper's protocol; likelihood: the harness's own tasks, a second table"
     parser.add_argument("--tasks", default="llm_adapters", choices=["llm_adapters", "likelihood"], help=tasks)
-    parser.add_argument("--batch_size", type=int, default=1, help="1 as in the reference")
-    parser.add_argument("--limit", type=int, help="ask only the first N records of each set")
-    parser.add_argument("--paper", choices=list(PAPER), help="the row of Table 4 to print beside it; default: moslora")
+    parser.add_argument(
+        "--batch_size", type=int, default=1, metavar="N", help="questions asked at once; default: 1, as the reference"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N records of each set")
+    paper = f"row of Table 4 to print beside it: {', '.join(PAPER)}; default: moslora"
+    parser.add_argument("--paper", choices=list(PAPER), metavar="ROW", help=paper)
     args = parser.parse_args(argv)
     if args.paper and args.tasks == "likelihood":
         what = "has no effect: Table 4 is not of these tasks"

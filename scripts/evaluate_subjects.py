@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from llava_moslora.errors import Refusal, run_script
+from llava_moslora.errors import Refusal, run_script, unknown_value
 from llava_moslora.flags import ScriptParser
 from llava_moslora.noise import quiet_libraries
 
@@ -43,22 +43,35 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument("step", help=" | ".join(STEPS))
     parser.add_argument("inputs", nargs="*", help="drawn folders, A then B; for count the key and the answers")
-    parser.add_argument("--base", help="folder of the SDXL pipeline")
-    parser.add_argument("--subjects", help="google/dreambooth's folder, or one like it")
-    parser.add_argument("--names", nargs="+", help="only these subjects; default: all of the folder")
-    parser.add_argument("--lora", nargs="+", metavar="SUBJECT=FOLDER", help="of each subject its exported LoRA")
-    parser.add_argument("--identifier", help="the word that stands for the subject in the training's prompt, as ikat")
-    parser.add_argument("--seeds", type=int, help="images of each prompt; 4 by default")
-    parser.add_argument("--steps", type=int, help="of the sampler; 50 by default, as in the reference")
-    parser.add_argument("--guidance", type=float, help="5.0 by default, as in diffusers' pipeline")
-    parser.add_argument("--size", type=int, help="pixels of a side; default: as the base was trained for")
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="float16 by default")
-    parser.add_argument("--clip", help="folder of CLIP ViT-B/32, for CLIP-I and CLIP-T")
-    parser.add_argument("--dino", help="folder of DINO ViT-S/16")
-    parser.add_argument("--tie", type=float, help="scores closer than this count as a tie; 0.5 by default, of 100")
-    parser.add_argument("--pairs", type=int, help="prompts of each subject in the kit; 8 by default, as in the paper")
-    parser.add_argument("--seed", type=int, help="of the kit's choice and of the intervals; 0 by default")
-    parser.add_argument("--output", help="folder to write into")
+    shared = parser.add_argument_group("of several steps")
+    shared.add_argument("--output", metavar="FOLDER", help="folder to write into")
+    shared.add_argument("--subjects", metavar="FOLDER", help="google/dreambooth's folder, or one like it")
+    shared.add_argument("--names", nargs="+", metavar="NAME", help="only these subjects; default: all of the folder")
+    shared.add_argument("--seed", type=int, metavar="N", help="of the kit's choice and of the intervals; 0 by default")
+    draw = parser.add_argument_group("draw")
+    draw.add_argument("--base", metavar="FOLDER", help="folder of the SDXL pipeline")
+    draw.add_argument("--lora", nargs="+", metavar="SUBJECT=FOLDER", help="of each subject its exported LoRA")
+    draw.add_argument(
+        "--identifier", metavar="WORD", help="the word that stands for the subject in the training's prompt, as ikat"
+    )
+    draw.add_argument("--seeds", type=int, metavar="N", help="images of each prompt; 4 by default")
+    draw.add_argument("--steps", type=int, metavar="N", help="of the sampler; 50 by default, as in the reference")
+    draw.add_argument(
+        "--guidance", type=float, metavar="X",
+        help="how strictly the prompt is followed; 5.0 by default, as in diffusers' pipeline",
+    )  # fmt: skip
+    draw.add_argument("--size", type=int, metavar="N", help="pixels of a side; default: as the base was trained for")
+    draw.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), help="float16 by default")
+    score = parser.add_argument_group("score")
+    score.add_argument("--clip", metavar="FOLDER", help="folder of CLIP ViT-B/32, for CLIP-I and CLIP-T")
+    score.add_argument("--dino", metavar="FOLDER", help="folder of DINO ViT-S/16")
+    score.add_argument(
+        "--tie", type=float, metavar="X", help="scores closer than this count as a tie; 0.5 by default, of 100"
+    )
+    kit = parser.add_argument_group("kit")
+    kit.add_argument(
+        "--pairs", type=int, metavar="N", help="prompts of each subject in the kit; 8 by default, as in the paper"
+    )
     args = parser.parse_args(argv)
     check_flags(args)
     return argparse.Namespace(**{k: DEFAULTS.get(k) if v is None else v for k, v in vars(args).items()})
@@ -66,7 +79,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     if args.step not in STEPS:
-        raise Refusal("C-FLAG", "unknown step", found=args.step, expected=" | ".join(STEPS))
+        raise unknown_value("STEP", args.step, list(STEPS), "unknown step")
     counts, needed, allowed = STEPS[args.step]
     given = {name for name, value in vars(args).items() if value is not None} - {"step", "inputs"}
     if lacking := [name for name in needed if name not in given]:

@@ -27,7 +27,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(f"{__doc__}\nformats:\n{format_list()}")
     parser.add_argument("run", help="the --output_dir of a training; with --push_to_hub alone a finished export")
-    parser.add_argument("--output_dir", help="the folder to write")
+    parser.add_argument("--output_dir", metavar="FOLDER", help="the folder to write")
     parser.add_argument(
         "--format", nargs="+", default=["hf"], choices=[*FORMATS, *SDXL_FORMATS], metavar="FORMAT",
         help="one or several of the formats above; default: hf",
@@ -36,15 +36,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="of merged weights; default: the LLM folder's")
     parser.add_argument(
         "--merge_base", choices=[ORIGINAL, DEQUANTIZED], default=ORIGINAL,
-        help="of a run with --bits 4: merge into the original weights, or into the dequantised ones that training saw",
+        help="of a run with --bits 4: into the original weights (default), or the dequantised ones that training saw",
     )  # fmt: skip
     parser.add_argument(
-        "--checkpoint",
+        "--checkpoint", metavar="WHICH",
         help="best (by validation), newest, or a step; default: newest, of a run with --load_best_model_at_end best",
-    )
+    )  # fmt: skip
     parser.add_argument("--kohya", action="store_true", help="with --format diffusers: also kohya.safetensors")
-    parser.add_argument("--model_name_or_path", help="the LLM's or the SDXL's folder, if it moved since the training")
-    parser.add_argument("--vision_tower", help="the vision tower, if it moved since the training")
+    parser.add_argument(
+        "--model_name_or_path", metavar="FOLDER", help="the LLM's or the SDXL's folder, if it moved since the training"
+    )
+    parser.add_argument("--vision_tower", metavar="PLACE", help="the vision tower, if it moved since the training")
     parser.add_argument(
         "--overwrite", action="store_true",
         help="replace the export in --output_dir, if none of its files changed; and write to a repository of the Hub "

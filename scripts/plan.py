@@ -8,7 +8,8 @@
 stand alone. Only configurations are read. The lengths of records are those of the prepared data, where
 scripts/prepare_data.py or a training has left them in --data_cache, else --tokens, --images and --labels of a record.
 
-Exit status: 0 it fits, 6 it does not, 7 it may or may not; 2 and 3 as everywhere. docs/planning.md has the formulae.
+Exit status: 0 it fits, 6 it does not, 7 it may or may not, or cannot be said; 2 and 3 as everywhere.
+docs/planning.md has the formulae.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from llava_moslora.errors import Refusal, run_script
@@ -48,19 +50,25 @@ def own_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="%(prog)s --gpu GPU [--gpus N] [--config FILE] [--FLAG VALUE ...]",
     )  # fmt: skip
-    parser.add_argument("--config", help="a recipe (.sh), a file of flags (YAML, JSON), or a run folder")
+    parser.add_argument(
+        "--config", metavar="FILE", help="a recipe (.sh), a file of flags (YAML, JSON), or a run folder"
+    )
     parser.add_argument("--gpu", help=" | ".join(COMMAND_LINE))
-    parser.add_argument("--gpus", type=int, help="GPUs, all together; default: as the recipe says, else 1")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs, all together; default: as the recipe says, else 1")
     parser.add_argument("--suggest", action="store_true", help="the fastest setting that fits, and three others")
     parser.add_argument(
-        "--seen", nargs="+", default=[], help="run folders on such GPUs: their first steps narrow the ranges"
+        "--seen",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="runs on such GPUs: their first steps narrow the ranges",
     )
     parser.add_argument("--html", metavar="FILE", help="write the plan as a page too")
-    parser.add_argument("--json", action="store_true", help="sizes in bytes, times in seconds")
-    parser.add_argument("--records", type=int, help="in the data set")
-    parser.add_argument("--tokens", type=int, help="of a record, image placeholders included")
-    parser.add_argument("--images", type=int, help="of a record; default: 1 with an image folder")
-    parser.add_argument("--labels", type=int, help="tokens of a record that are trained")
+    parser.add_argument("--json", action="store_true", help="print JSON: sizes in bytes, times in seconds")
+    parser.add_argument("--records", type=int, metavar="N", help="in the data set; else only a step has a time")
+    parser.add_argument("--tokens", type=int, metavar="N", help="of a record, image placeholders included")
+    parser.add_argument("--images", type=int, metavar="N", help="of a record; default: 1 with an image folder")
+    parser.add_argument("--labels", type=int, metavar="N", help="tokens of a record that are trained")
     return parser
 
 
@@ -125,13 +133,15 @@ if __name__ == "__main__":  # wrong flags are answered here, before the seconds 
     quiet_libraries()
     leave_out_compiler()
 
+from llava_moslora.adapters.methods import check_method
 from llava_moslora.files.disk import replace_file
 from llava_moslora.planning.plan import make_plan
 from llava_moslora.planning.plan_page import plan_page
 from llava_moslora.planning.report import as_json, exit_status, text
-from llava_moslora.planning.request import Asked, make_request
+from llava_moslora.planning.request import Asked, make_request, optimizer_of
 from llava_moslora.planning.seen import PLAN, read_pair
 from llava_moslora.planning.setting import Pair
+from llava_moslora.training.compatible import check_method_under, check_optimizer
 
 
 def main() -> None:
@@ -139,6 +149,7 @@ def main() -> None:
     asked = Asked(own.gpu, gpus, own.records, own.tokens, own.images, own.labels)
     training = settings[3]
     content = None if training["deepspeed"] is None else read_deepspeed_config(training["deepspeed"])
+    check_as_training(settings, content)
     request = make_request(asked, *settings[:3], training, accumulation(training, gpus), content, zero_files())
     request = replace(request, pairs=seen_pairs(own, request.device_name))
     plan = make_plan(request, with_suggestions=own.suggest)
@@ -147,6 +158,15 @@ def main() -> None:
     print(json.dumps(as_json(plan), indent=1) if own.json else text(plan, suggested=own.suggest))
     sys.stdout.flush()
     sys.exit(exit_status(plan))
+
+
+def check_as_training(settings: Settings, deepspeed: dict[str, Any] | None) -> None:
+    """What a training would refuse is not planned: its methods and optimizers."""
+    model, _, adapter, training = settings
+    given: Any = SimpleNamespace(**training)
+    check_method(adapter, model.bits, given)
+    check_method_under(adapter, deepspeed, training["deepspeed"])
+    check_optimizer(optimizer_of(training), deepspeed)
 
 
 def seen_pairs(own: argparse.Namespace, device_name: str) -> tuple[Pair, ...]:

@@ -12,6 +12,7 @@ the table in the terminal compare every arm with the baseline, paired by seed. d
 import argparse
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from llava_moslora.errors import NOT_OF_THE_PLACE, Refusal, run_script
@@ -28,10 +29,12 @@ def ready() -> list[str]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument("study", help=f"the study's YAML file, or a ready one: {', '.join(ready())}")
-    parser.add_argument("--output_dir", required=True, help="folder of the study: runs, study.json, study.html")
+    parser.add_argument(
+        "--output_dir", required=True, metavar="FOLDER", help="where runs, study.json and study.html go"
+    )
     parser.add_argument("--gpus", nargs="+", metavar="GPU", help="their indices; default: all that are visible")
-    parser.add_argument("--gpus_per_run", type=int, help="default: as the recipe says, else 1")
-    parser.add_argument("--parallel", type=int, default=1, help="on a CPU: so many runs side by side")
+    parser.add_argument("--gpus_per_run", type=int, metavar="N", help="default: as the recipe says, else 1")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="on a CPU: runs side by side; default: 1")
     parser.add_argument("--rerun_changed", action="store_true", help="delete and repeat runs whose flags have changed")
     parser.add_argument("--report_only", action="store_true", help="train nothing: report what is done")
     parser.add_argument("--list", action="store_true", help="show the runs and whether they are done, and stop")
@@ -50,8 +53,11 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here
 
 from filelock import FileLock, Timeout
 
+from llava_moslora.evaluation.benchmarks import BENCHMARKS
+from llava_moslora.evaluation.commonsense_sets import SETS
 from llava_moslora.files.disk import replace_file, replace_json
 from llava_moslora.studies import report
+from llava_moslora.studies.metrics import check_logged, check_metrics, check_value
 from llava_moslora.studies.page import study_page
 from llava_moslora.studies.processes import (
     Failure,
@@ -74,7 +80,7 @@ from llava_moslora.studies.runs import (
     tuned_runs,
     tuning_runs,
 )
-from llava_moslora.studies.study_file import Study, read_study
+from llava_moslora.studies.study_file import MEAN, Measure, Study, read_study
 
 
 def main() -> None:
@@ -91,7 +97,8 @@ def main() -> None:
     per_run = (args.gpus_per_run or recipe.gpus or 1) if gpus else 0
     slots = slots_of(gpus, per_run, args.parallel)
     first = tuning_runs(study, recipe, output) or runs_of(study, recipe, output)
-    check_flags(study, first)
+    for run, settings in check_flags(study, first):
+        check_metrics(study, run, settings)
     check_evaluations(study, first[0])
 
     # 2. Lock its folder, train and compare
@@ -140,7 +147,8 @@ def make(
     def trained(runs: list[Run]) -> list[Run]:
         left = [run for run in runs if not run.done]
         print(f"{len(runs)} runs, {len(runs) - len(left)} of them done, {len(slots)} side by side", flush=True)
-        failures.extend(run_all(runs, study.measures, slots, gpus, lambda line: print(line, flush=True)))
+        check = partial(check_logged, study, runs)
+        failures.extend(run_all(runs, study.measures, slots, gpus, partial(print, flush=True), check))
         return runs
 
     tuning = tuning_runs(study, recipe, output)
@@ -169,7 +177,7 @@ def check_evaluations(study: Study, run: Run) -> None:
     """Let the scripts that evaluate read their flags, which they do before --help.
 
     Raises:
-        Refusal: the script's, with the study's file and key.
+        Refusal: the script's, with the study's file and key; C-STUDY, a value that the script will not give.
     """
     for number, measure in enumerate(study.measures):
         if not measure.script:
@@ -182,6 +190,15 @@ def check_evaluations(study: Study, run: Run) -> None:
                 "C-STUDY", f"{measure.script} refuses these flags", file=study.file, key=f"measures[{number}].flags",
                 found=said, fix=f"see python scripts/{measure.script} --help",
             )  # fmt: skip
+        check_value(study, number, values_of(measure))
+
+
+def values_of(measure: Measure) -> list[str]:
+    """What the measure's script can give: the sets or benchmarks that it is asked for, and their mean."""
+    names = SETS if measure.script == "evaluate_commonsense.py" else BENCHMARKS
+    asked = dict(measure.flags).get("sets" if names is SETS else "benchmark", ())
+    asked = tuple(name for word in asked for name in word.split(",") if name)
+    return [*(names if not asked or "all" in asked else asked), MEAN]
 
 
 def lock_study(output: Path) -> FileLock:

@@ -1,7 +1,9 @@
+import configparser
 import errno
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,8 @@ from torch import distributed
 from tqdm import tqdm
 
 from llava_moslora.errors import EXIT_STATUS, Refusal, failure_in, printable, run_script
+from llava_moslora.planning.report import CANNOT_SAY, DOES_NOT_FIT, FITS
+from support.launching import ROOT
 
 
 def test_line_names_place_found_expected_and_fix():
@@ -41,6 +45,42 @@ def test_what_is_wrong_and_the_remedy_may_repeat_what_was_given():
 
 def test_lone_surrogate_can_be_printed():
     printable("\ud83d").encode()
+
+
+TABLES = ("README.md", *(f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md"))))
+
+
+def statuses(page: str) -> list[dict[int, str]]:
+    """Of every table of a page whose first column is of exit statuses: status → the row's other cells."""
+    tables = re.findall(r"^\| (?:exit )?status \|.*\n\|[ |-]+\n((?:\|.*\n)+)", (ROOT / page).read_text(), re.MULTILINE)
+    rows = [[row.strip("| \n").split("|", 1) for row in table.splitlines()] for table in tables]
+    return [{int(number): cells for first, cells in table for number in first.split(",")[:1]} for table in rows]
+
+
+def test_the_pages_tables_of_exit_statuses_are_the_codes():
+    """All of them where a page lists all, with the letter where there is a column of letters; 0 is success."""
+    found = {page: tables for page in TABLES if (tables := statuses(page))}
+    assert list(found) == ["docs/design.md", "docs/planning.md", "docs/training.md"]
+    ((design,), (planning,), (training,)) = found.values()
+    everywhere = {0, *EXIT_STATUS.values()}
+    assert set(design) == set(training) == everywhere
+    assert set(planning) == {FITS, DOES_NOT_FIT, CANNOT_SAY} <= everywhere
+    letters = {status: set(re.findall(r"`([A-Z])-`", cells.split("|")[0])) for status, cells in design.items()}
+    assert letters == {status: {key for key, value in EXIT_STATUS.items() if value == status} for status in everywhere}
+    restarted = {status for status, cells in training.items() if cells.split("|")[-1].strip().startswith("yes")}
+    assert restarted == {EXIT_STATUS["P"]}
+
+
+def test_a_checkout_is_installed_by_one_form_of_line():
+    """On every page ``pip install -e '.[EXTRA]'``, with an extra that there is."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = set(setup["options.extras_require"])
+    for page in (*TABLES, "CONTRIBUTING.md"):
+        for words in re.findall(r"pip install ([^`\n]*)", (ROOT / page).read_text()):
+            if re.search(r"(^|[ '\"])\.(\[|$|[ '\"])", words):
+                match = re.match(r"-e '\.\[([\w,]+)\]'", words)
+                assert match and set(match[1].split(",")) <= extras, f"{page}: pip install {words}"
 
 
 def test_survives_a_process_boundary():

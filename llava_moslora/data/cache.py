@@ -14,10 +14,11 @@ import re
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -33,6 +34,20 @@ from llava_moslora.text.templates import TOKENIZER_TEMPLATE, get_template
 
 CODE_VERSION = 5  # raise it whenever ids, labels or columns of the same data would change
 REPORT = "report.json"
+NAMING = "with a control token's name in a text, where it is plain text"
+# Count of a report → what it says to people
+COUNTS = {
+    "records": "records",
+    "kept": "kept",
+    "with_images": "with images",
+    "tokens": "tokens",
+    "left_out": "left out, too long",
+    "turns_dropped": "too long, without their last turns",
+    "answers_cut": "too long, their answer cut",
+    "turns_not_trained": "answers not trained on",
+    "duplicate_ids": "with an earlier one's id",
+    "control_names_as_text": NAMING,
+}
 CHECKSUM = "crc32"  # key of a checksum of all other keys, in the report and in a part's JSON
 
 
@@ -134,8 +149,13 @@ def reports_of(dataset: Dataset) -> list[dict]:
 def summary(dataset: Dataset) -> str:
     """For people: a line per source with the record format that it was read as, and a line of all counts."""
     lines = [f"record format of {report['file']}: {_names(report['formats'])}" for report in reports_of(dataset)]
-    counts = {name: count for name, count in report_of(dataset).items() if isinstance(count, int)}
-    return "\n".join([*lines, "data: " + "  ".join(f"{name}: {count:,}" for name, count in counts.items())])
+    return "\n".join([*lines, f"data: {in_words(report_of(dataset))}"])
+
+
+def in_words(report: Mapping[str, Any]) -> str:
+    """The counts of a report on one line; of nothing but ``records`` and ``kept`` a zero is said."""
+    counts = {words: report.get(name, 0) for name, words in COUNTS.items()}
+    return "  ".join(f"{words}: {n:,}" for words, n in counts.items() if n or words in ("records", "kept"))
 
 
 def _names(formats: dict[str, int]) -> str:

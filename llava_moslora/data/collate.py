@@ -84,7 +84,8 @@ class Collator:
         """
         for record in records:
             if all(label == IGNORE_INDEX for label in record["labels"]):
-                raise Refusal("D-LABELS", "no token of this record is trained", **self._where(record))
+                fix = "remove the record, or raise --model_max_length, which may have cut its answers"
+                raise Refusal("D-LABELS", "no token of this record is trained", fix=fix, **self._where(record))
         rows = [[record] for record in records] if self.pack_to is None else pack(records, self.pack_to)
         records = list(chain.from_iterable(rows))
         batch = {

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from llava_moslora.data.messages import (
     EMPTY,
     FROM_VALUE,
+    MEND,
     ROLE_CONTENT,
     ROLES,
     WITHOUT_VIDEO,
@@ -60,7 +61,8 @@ def read_records(file: str | Path) -> Iterator[Record]:
     """
     container = container_of(str(file))
     if container.holds_images(str(file)):
-        raise Refusal("D-SHARD", "the images are inside this file", file=file, expected="names of images in a folder")
+        expected, fix = "names of images in a folder", "give the records as JSON or JSONL"
+        raise Refusal("D-SHARD", "the images are inside this file", file=file, expected=expected, fix=fix)
     for index, raw in enumerate(container.read(str(file), None)):
         yield check_record(raw.value, index, file, raw.problem)
 
@@ -85,11 +87,11 @@ def check_record(
     own_id = raw.get(columns.get("id", "id")) if isinstance(raw, dict) else None
     try:
         if problem is not None:
-            raise Refusal("D-JSON", problem)
+            raise Refusal("D-JSON", problem, fix=MEND)
         if not isinstance(raw, dict):
-            raise Refusal("D-TYPE", "a record must be an object", found=json_type(raw))
+            raise Refusal("D-TYPE", "a record must be an object", found=json_type(raw), fix=MEND)
         if own_id is not None and (isinstance(own_id, bool) or not isinstance(own_id, str | int)):
-            raise Refusal("D-SCHEMA", "must be a string or a number", key="id", found=json_type(own_id))
+            raise Refusal("D-SCHEMA", "must be a string or a number", key="id", found=json_type(own_id), fix=MEND)
         raw = _rename(raw, columns) if columns else raw
         record_format = format_of(raw)
         images, turns = record_format.read(raw)
@@ -136,7 +138,7 @@ def read_cauldron(raw: dict) -> Content:
     for k, pair in list_under(raw, "texts"):
         if not isinstance(pair, dict):
             what = "must be an object with 'user' and 'assistant'"
-            raise Refusal("D-SCHEMA", what, key=f"texts[{k}]", found=json_type(pair))
+            raise Refusal("D-SCHEMA", what, key=f"texts[{k}]", found=json_type(pair), fix=MEND)
         messages += [said(ROLES[name], pair.get(name), f"texts[{k}].{name}") for name in ("user", "assistant")]
     return images_and_turns(raw, messages, in_front=True)
 
@@ -147,7 +149,8 @@ def read_alpaca(raw: dict) -> Content:
     for k, pair in list_under(raw, "history") if raw.get("history") not in EMPTY else ():
         if not isinstance(pair, list) or len(pair) != 2:
             found, expected = json_type(pair), "[question, answer]"
-            raise Refusal("D-SCHEMA", "not an earlier round", key=f"history[{k}]", found=found, expected=expected)
+            what, key = "not an earlier round", f"history[{k}]"
+            raise Refusal("D-SCHEMA", what, key=key, found=found, expected=expected, fix=MEND)
         messages += [said("human", pair[0], f"history[{k}][0]"), said("gpt", pair[1], f"history[{k}][1]")]
     question = said("human", raw["instruction"], "instruction")
     if raw.get("input") not in EMPTY:
@@ -229,7 +232,8 @@ def _rename(raw: dict, columns: Mapping[str, str]) -> dict:
 def _check_characters(*texts: str) -> None:
     for text in texts:
         if not text.isascii() and (match := _SURROGATE.search(text)):
-            raise Refusal("D-UNICODE", "half of a surrogate pair is no character", found=match.group())
+            what, fix = "half of a surrogate pair is no character", "write the whole character, or remove it"
+            raise Refusal("D-UNICODE", what, found=match.group(), fix=fix)
 
 
 def _check_places(images: tuple[str, ...], questions: list[str]) -> None:

@@ -21,6 +21,7 @@ from PIL import Image, ImageOps
 from llava_moslora.errors import Refusal
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+SMALLER = "make it smaller, or remove the record"
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200  # with more, the short side is less than two of a tower's 336 pixels
 BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
@@ -108,7 +109,8 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
     lexical = os.path.normpath(name)
     if "\0" in name or "\\" in name or os.path.isabs(name) or lexical.split(os.sep)[0] == "..":
         expected = f"a relative name with forward slashes, below {root}"
-        raise Refusal("I-PATH", "the name leads out of the image folder", found=name, expected=expected, **where)
+        what, fix = "the name leads out of the image folder", "write such a name, or name another --image_folder"
+        raise Refusal("I-PATH", what, found=name, expected=expected, fix=fix, **where)
     path = root / lexical
     try:
         real_root, real = Path(os.path.realpath(root)), Path(os.path.realpath(path, strict=True))
@@ -124,9 +126,11 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
             fix="check --image_folder" + ("" if root.is_dir() else f": {root} does not exist"), **where,
         ) from None  # fmt: skip
     except OSError as error:  # a name too long for the file system, a loop of links
-        raise Refusal("I-PATH", "the name cannot be a file's", found=f"{name}: {error.strerror}", **where) from None
+        what, found = "the name cannot be a file's", f"{name}: {error.strerror}"
+        raise Refusal("I-PATH", what, found=found, fix="rename the file", **where) from None
     if not stat.S_ISREG(mode):
-        raise Refusal("I-FILE", "not a regular file", file=path, found=stat.filemode(mode), **where)
+        found, fix = stat.filemode(mode), "put the image's file there"
+        raise Refusal("I-FILE", "not a regular file", file=path, found=found, fix=fix, **where)
     return path
 
 
@@ -137,24 +141,28 @@ def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Ima
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS below is stricter
             image = Image.open(source, formats=FORMATS)
     except Image.DecompressionBombError as error:
-        raise Refusal("I-SIZE", "the image is too large", file=path, found=error, **where) from None
+        raise Refusal("I-SIZE", "the image is too large", file=path, found=error, fix=SMALLER, **where) from None
     except PermissionError as error:
-        raise Refusal("I-FILE", "the image cannot be read", file=path, found=error.strerror, **where) from None
+        found, fix = error.strerror, "give this user permission to read it"
+        raise Refusal("I-FILE", "the image cannot be read", file=path, found=found, fix=fix, **where) from None
     except Exception as error:  # see load_image
         empty = (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else source.stat().st_size) == 0
         raise Refusal(
             "I-FORMAT", "the file is empty" if empty else "not an image in a known format", file=path,
-            found=None if empty else type(error).__name__, expected=" | ".join(FORMATS), **where,
+            found=None if empty else type(error).__name__, expected=" | ".join(FORMATS),
+            fix="copy or download it again" if empty else "convert it, or copy it again", **where,
         ) from None  # fmt: skip
     width, height = image.size
     if width * height > MAX_PIXELS:
         image.close()
         found, expected = f"{width}×{height} = {width * height / 1e6:.0f} MP", f"at most {MAX_PIXELS // 10**6} MP"
-        raise Refusal("I-SIZE", "the image is too large", file=path, found=found, expected=expected, **where)
+        what, fix = "the image is too large", SMALLER
+        raise Refusal("I-SIZE", what, file=path, found=found, expected=expected, fix=fix, **where)
     if max(width, height) > MAX_ASPECT * min(width, height):
         image.close()
         found, expected = f"{width}×{height}", f"sides no more than 1:{MAX_ASPECT}"
-        raise Refusal("I-SHAPE", "the image is too narrow", file=path, found=found, expected=expected, **where)
+        what, fix = "the image is too narrow", "cut it, or remove the record"
+        raise Refusal("I-SHAPE", what, file=path, found=found, expected=expected, fix=fix, **where)
     return image
 
 

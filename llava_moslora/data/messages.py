@@ -23,6 +23,8 @@ CALLS = ("tool_calls", "function_call")  # keys of a message that calls tools
 MARKS = ("train", "loss", "weight")  # keys that say whether a turn is trained on
 RARE = frozenset(CALLS + MARKS)  # nearly no turn has them: they are looked for once
 FROM_VALUE, ROLE_CONTENT = ("from", "value"), ("role", "content")
+MEND = "correct the record in the data file"
+TOOLS = "calls of tools are not trained on"
 WITHOUT_TOOLS = "remove the record, or write the call and its result as ordinary text of the turns"
 WITHOUT_VIDEO = "remove the record, or save frames as images: a list under 'image', one <image> for each"
 EMPTY: tuple = (None, "", [], "[]")  # what data sets have in a column that a record does not use
@@ -55,16 +57,18 @@ def list_under(raw: dict, key: str) -> Iterator[tuple[int, Any]]:
     value = raw.get(key)
     if not isinstance(value, list) or not value:
         found = "no such key" if key not in raw else json_type(value) if value != [] else "an empty list"
-        raise Refusal("D-SCHEMA", "a record needs a list of turns that is not empty", key=key, found=found)
+        what, fix = "a record needs a list of turns that is not empty", "write its turns, or remove the record"
+        raise Refusal("D-SCHEMA", what, key=key, found=found, fix=fix)
     return enumerate(value)
 
 
 def said(role: Role, text: object, key: str, trained: bool = True) -> Message:
     """A turn that is a plain string; ``<image>`` in a human one are places of the record's images."""
     if not isinstance(text, str):
-        raise Refusal("D-SCHEMA", "must be a string", key=key, found=json_type(text))
+        raise Refusal("D-SCHEMA", "must be a string", key=key, found=json_type(text), fix=MEND)
     if not text.strip():
-        raise Refusal("D-EMPTY", f"the {role} turn is empty", key=key)
+        found = "an empty text" if not text else "white space alone"
+        raise Refusal("D-EMPTY", f"the {role} turn is empty", key=key, found=found, fix=f"{MEND}, or remove it")
     return Message(Turn(role, text, trained), (None,) * text.count(IMAGE_TOKEN) if role == "human" else ())
 
 
@@ -75,12 +79,12 @@ def _read_message(message: object, key: str, names: tuple[str, str], roles: Mapp
     call = None if is_plain else next((call for call in CALLS if given.get(call) not in EMPTY), None)
     if call or given.get(name) in TOOL_ROLES:
         found = call or given[name]
-        raise Refusal("D-ROLE", "calls of tools are not trained on", key=key, found=found, fix=WITHOUT_TOOLS)
+        raise Refusal("D-ROLE", TOOLS, key=key, found=found, fix=WITHOUT_TOOLS)
     text, images = given.get(content), None
     if not isinstance(given.get(name), str) or not isinstance(text, (str, list)):
         what = f"a turn must be an object with '{name}', a string, and '{content}', a string or a list of parts"
         found = f"keys {', '.join(given)}" if isinstance(message, dict) else json_type(message)
-        raise Refusal("D-SCHEMA", what, key=key, found=found)
+        raise Refusal("D-SCHEMA", what, key=key, found=found, fix=MEND)
     if (role := roles.get(given[name])) is None:
         expected, fix = " | ".join(roles), "rename the speaker, or leave the record out"
         raise Refusal("D-ROLE", "unknown role", key=f"{key}.{name}", found=given[name], expected=expected, fix=fix)
@@ -95,10 +99,10 @@ def _is_trained(message: dict, key: str, role: Role) -> bool:
     marks = {name: message[name] for name in MARKS if message.get(name) is not None}
     for name, value in marks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            what = "a turn is either trained on or not"
             raise Refusal(
-                "D-SCHEMA", what, key=f"{key}.{name}", found=repr(value)[:80], expected="true | false | 1 | 0"
-            )
+                "D-SCHEMA", "a turn is either trained on or not", key=f"{key}.{name}", found=repr(value)[:80],
+                expected="true | false | 1 | 0", fix=MEND,
+            )  # fmt: skip
         if value and role != "gpt":
             what, fix = "only the assistant's turns are trained on", f"remove '{name}', or write false"
             raise Refusal("D-SCHEMA", what, key=f"{key}.{name}", found=f"{value!r} of a {role} turn", fix=fix)
@@ -119,7 +123,8 @@ def _join_parts(parts: list, key: str, role: Role) -> tuple[str, tuple[str | Non
             images += [None] * texts[-1].count(IMAGE_TOKEN)
         elif kind in ("image", "image_url"):
             if role != "human":
-                raise Refusal("D-IMAGES", "an image outside the user's turns", key=place, fix="move it to a user turn")
+                what, found, fix = "an image outside the user's turns", f"a {role} turn", "move it to a user turn"
+                raise Refusal("D-IMAGES", what, key=place, found=found, fix=fix)
             texts.append(IMAGE_TOKEN)
             images.append(_image_of_part(part, place))
         elif kind in ("video", "video_url"):
@@ -127,7 +132,7 @@ def _join_parts(parts: list, key: str, role: Role) -> tuple[str, tuple[str | Non
         else:
             found = f"type {kind}" if isinstance(kind, str) else json_type(part)
             expected = '{"type": "text", "text": ...} | {"type": "image"} | {"type": "image_url", "image_url": ...}'
-            raise Refusal("D-SCHEMA", "not a content part", key=place, found=found, expected=expected)
+            raise Refusal("D-SCHEMA", "not a content part", key=place, found=found, expected=expected, fix=MEND)
     return "\n".join(texts), tuple(images) if role == "human" else ()
 
 
@@ -146,7 +151,7 @@ def _image_name(value: object, key: str) -> str:
     name = value.get("path") if isinstance(value, dict) else value
     if not isinstance(name, str) or not name.strip():
         what = "must be a file name or a list of file names"
-        raise Refusal("D-SCHEMA", what, key=key, found=repr(value)[:80])
+        raise Refusal("D-SCHEMA", what, key=key, found=repr(value)[:80], fix=MEND)
     if is_url(name):
         what, fix = "images are read from files, never from a URL", "save it as a file and write the file's name"
         raise Refusal("I-PATH", what, key=key, found=name, fix=fix)
@@ -157,7 +162,8 @@ def _images_of(raw: dict) -> list[str]:
     """The names under ``image`` or ``images``, one or a list."""
     given = [key for key in ("image", "images") if raw.get(key) not in (None, [])]
     if len(given) > 1:
-        raise Refusal("D-SCHEMA", "images under two keys", key="image, images", fix="keep one of them")
+        found, fix = " and ".join(given), "keep one of them"
+        raise Refusal("D-SCHEMA", "images under two keys", key="image, images", found=found, fix=fix)
     if not given:
         return []
     value = raw[given[0]]
@@ -179,11 +185,12 @@ def images_and_turns(
         if raw.get(key) not in EMPTY:
             raise Refusal("D-VIDEO", "videos are not trained on", key=key, fix=WITHOUT_VIDEO)
     if raw.get("tools") not in EMPTY:
-        raise Refusal("D-ROLE", "calls of tools are not trained on", key="tools", fix=WITHOUT_TOOLS)
+        raise Refusal("D-ROLE", TOOLS, key="tools", found=json_type(raw["tools"]), fix=WITHOUT_TOOLS)
     turns = [message.turn for message in messages]
     if raw.get("system") not in EMPTY:
         if turns[0].role == "system":
-            raise Refusal("D-ROLE", "two system texts", key="system", fix="keep the key or the system turn")
+            what, found, fix = "two system texts", "the key and a turn", "keep one of them"
+            raise Refusal("D-ROLE", what, key="system", found=found, fix=fix)
         turns.insert(0, said("system", raw["system"], "system").turn)
     own = _images_of(raw)
     places = [image for message in messages for image in message.images]

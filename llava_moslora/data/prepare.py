@@ -27,6 +27,7 @@ from llava_moslora.data.cache import (
     cache_key,
     copy_parts,
     find_damage,
+    in_words,
     publish,
     read_report,
     report_in,
@@ -165,7 +166,8 @@ def _prepare_source(preparation: Preparation, cache: Path) -> Path:
     problems = report["problems"]
     if settings.on_bad_record == "fail":  # the refusal is about the first of them, as it is now
         problems = _recheck_images(problems[:1], preparation)[0] + problems[1:]
-    _apply_policy(problems, report["records"], settings)
+    if (refusal := _refusal(problems, report["records"], settings)) is not None:
+        raise refusal
     return target
 
 
@@ -288,16 +290,19 @@ def _build(preparation: Preparation, target: Path) -> None:
         counts["duplicate_ids"] = _count_duplicate_ids([staging / f"{part['name']}.arrow" for part in parts])
     if counts["duplicate_ids"]:
         log.warning("%s: %d records have the id of an earlier one", name, counts["duplicate_ids"])
-    if len(problems) > 1 or settings.on_bad_record == "quarantine":  # a single one is the refusal itself
-        for problem in problems[:LOGGED_PROBLEMS]:
-            log.error("%s", problem["line"])
+    refusal = _refusal(problems, counts["records"], settings)
+    for problem in problems[int(refusal is not None) : LOGGED_PROBLEMS]:  # the first one is the refusal itself
+        log.error("%s", problem["line"])
     with using(target.parent):
         for number in {problem["part"] for problem in problems}:  # checked again in the next build
             (staging / f"{number:06d}.json").unlink()
-    _apply_policy(problems, counts["records"], settings)
+    if refusal is not None:
+        raise refusal
     if not counts["kept"]:
         what = "no record is short enough" if counts["records"] else "there are no records"
-        raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=name, found=f"{counts['records']} records")
+        fix = "raise --model_max_length" if counts["records"] else "name a file with records"
+        found = f"{counts['records']} records"
+        raise Refusal("D-NONE", f"{what}: 0 optimizer steps", file=name, found=found, fix=fix)
     report = {"file": name, **counts, "formats": dict(formats), "shards": shards, "problems": problems,
               "decoded": settings.decode_images, "image_folder": _image_folder(settings), "parts": parts}  # fmt: skip
     with using(target.parent):
@@ -305,7 +310,7 @@ def _build(preparation: Preparation, target: Path) -> None:
             stray.unlink()
         write_json(staging / REPORT, report)
         publish(staging, target)
-    log.info("prepared %s: %s", name, ", ".join(f"{key} {count}" for key, count in sorted(counts.items())))
+    log.info("prepared %s: %s", name, in_words(counts))
 
 
 def _open_staging(preparation: Preparation, target: Path) -> Path:
@@ -332,14 +337,14 @@ def _count_duplicate_ids(files: list[Path]) -> int:
     return ids.total() - len(ids)
 
 
-def _apply_policy(problems: list[dict], records: int, settings: DataSettings) -> None:
-    """Refuse the data if the policy for bad records does not allow its problems."""
+def _refusal(problems: list[dict], records: int, settings: DataSettings) -> Refusal | None:
+    """The first bad record's, with the number of the others, if the policy for bad records does not allow so many."""
     quarantine, share = settings.on_bad_record == "quarantine", settings.max_bad_share
     if not problems or (quarantine and len(problems) <= share * records):
-        return
+        return None
     parts = dict(problems[0]["refusal"])
     if quarantine:
         parts["fix"] = f"this is more than the share of {share:g} allowed by --max_bad_share"
     if len(problems) > 1:
         parts["what"] += f" (and {len(problems) - 1} more of {records} records cannot be used)"
-    raise Refusal(**parts)
+    return Refusal(**parts)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_moslora import pages
 from llava_moslora.config import DataSettings
-from llava_moslora.data.cache import report_of, reports_of
+from llava_moslora.data.cache import NAMING, report_of, reports_of
 from llava_moslora.data.collate import read_record_image
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.sources.container import ImageRef
@@ -164,7 +164,7 @@ def _page(report: dict, samples: list[str], title: str) -> str:
         "longest record": f"{report['longest']:,} tokens",
         "truncated": f"{report['truncated_share']:.2%}",
         "duplicate ids": f"{report.get('duplicate_ids', 0):,}",
-        "name a control token": f"{report['control_names_as_text']:,}",
+        **({NAMING: f"{n:,}"} if (n := report["control_names_as_text"]) else {}),
         "problems": f"{len(report['problems']):,}",
     }
     columns = ["records", "kept", *(["held_out"] if report["held_out"] else []), "seen_per_epoch"]

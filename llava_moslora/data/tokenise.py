@@ -242,7 +242,8 @@ def usable_images(record: Record, raw: RawRecord, shard: str, preparation: Prepa
         if (image := raw.images.get(name)) is None:
             raise Refusal(
                 "I-MISSING", "the shard holds no such image", file=shard, key="image", found=name,
-                expected="the name of a member next to the record", **where,
+                expected="the name of a member next to the record",
+                fix="write the image into the shard, or correct its name", **where,
             )  # fmt: skip
         if image.refusal is not None:
             raise Refusal(**{**vars(image.refusal), **where})

@@ -28,7 +28,7 @@ from pathlib import Path
 from PIL import Image
 
 from llava_moslora.data.images import load_image
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, unknown_value
 
 PROMPT_FILE = "prompts_and_classes.txt"
 PHOTOS = (".jpg", ".jpeg", ".png", ".webp")
@@ -87,7 +87,7 @@ def read_subjects(data: str | Path, names: Sequence[str] = ()) -> list[Subject]:
         )  # fmt: skip
     classes, prompts = parse_prompts(file)
     if unknown := [name for name in names if name not in classes]:
-        raise Refusal("C-FLAG", "unknown subject", key="--names", found=unknown[0], expected=" | ".join(classes))
+        raise unknown_value("--names", unknown[0], list(classes), "unknown subject")
     subjects = []
     for name in names or classes:
         folder = root / name

@@ -215,6 +215,12 @@ def read_scores(output: str | Path, trained: TrainedRun) -> dict[str, Any]:
         raise Refusal("K-JSON", "not the results of an evaluation", file=file, found=repr(error)) from error
     ours = sha256(trained.checkpoint / MANIFEST)
     for model, checkpoint, export_of in asked:
+        if not checkpoint and not export_of:
+            raise Refusal(
+                "C-COMPARE", "results of a model that did not say of which checkpoint it is an export", file=file,
+                key="--evaluation", found=f"{source}: an export, or answers, of before 2026-11-27, or another tool's",
+                fix=f"evaluate again into a new --output: {trained.run} itself, or an export of it that is made now",
+            )  # fmt: skip
         if ours != (model if checkpoint else export_of):
             raise Refusal(
                 "C-COMPARE", "results of another model", file=file, key="--evaluation",

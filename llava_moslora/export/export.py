@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from llava_moslora.config import ModelSettings
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, did_you_mean
 from llava_moslora.export import output_folder
 from llava_moslora.export.card_data import read_scores
 from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
@@ -132,8 +132,9 @@ def export(
 def _check_flags(formats: Sequence[str], with_base: bool, merge_base: str) -> None:
     if unknown := [name for name in formats if name not in TARGETS]:
         raise Refusal(
-            "C-FLAG", "unknown format", key="--format", found=unknown[0], expected=", ".join(TARGETS), fix="choose one"
-        )
+            "C-FLAG", "unknown format", key="--format", found=unknown[0], expected=", ".join(TARGETS),
+            fix=did_you_mean(unknown[0], TARGETS) or "choose one",
+        )  # fmt: skip
     if with_base and "peft" not in formats:
         raise Refusal("C-FLAG", "belongs to --format peft", key="--with_base", found=", ".join(formats))
     if merge_base == DEQUANTIZED and (unmerged := [name for name in formats if "llm" not in TARGETS[name].merged]):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.devices import GIB
 from llava_moslora.errors import Refusal
 from llava_moslora.planning.plan import Plan
@@ -43,6 +44,7 @@ def less_memory(plan: Plan) -> str:
         request.choice, request.zeros, request.gpus,
         fits=lambda choice: request.memory(choice).peak <= most and request.fits(choice),
         seconds=lambda choice: request.duration(choice).step, alternatives=0,
+        nf4=not METHODS[request.model.adapter.method].not_over_nf4,
     )  # fmt: skip
     if not found:
         return "nothing that trains the same needs less: more GPUs, zero_configs/zero3.json, or less --model_max_length"

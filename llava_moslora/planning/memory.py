@@ -62,7 +62,7 @@ class Memory:
 
 
 def memory(
-    model: Model, choice: Choice, batch: Batch, device: Device, gpus: int, state_bytes: int = ADAM_BYTES
+    model: Model, choice: Choice, batch: Batch, device: Device, gpus: int, state_bytes: int | None = ADAM_BYTES
 ) -> Memory:
     """The peak is the larger of two moments: in forward and backward, with the activations and what works on them, and
     in the optimizer's step, with gradients in float32 and no activations.
@@ -70,7 +70,7 @@ def memory(
     Args:
         batch: the largest micro-batch.
         gpus: N, ranks.
-        state_bytes: of the optimizer, per trained number.
+        state_bytes: of the optimizer, per trained number, or ``states.FACTORED``.
     """
     model = model.variant(choice.bits, choice.zero.stage == 3)
     s = states(count(model), choice.zero, gpus, model.dtype.itemsize, state_bytes)

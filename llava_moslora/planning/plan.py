@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.devices import COMMAND_LINE, DEVICES, GIB, Device
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, did_you_mean
 from llava_moslora.planning.duration import Duration, duration, factors_of
 from llava_moslora.planning.memory import Memory, memory
 from llava_moslora.planning.records import Records
@@ -27,7 +28,7 @@ class Request:
         device_name: a key of ``devices.DEVICES``.
         gpus: N, on one host as far as communication goes.
         zeros: DeepSpeed files that ``--suggest`` may choose, with what they say.
-        state_bytes: of the optimizer, per trained number.
+        state_bytes: of the optimizer, per trained number, or ``states.FACTORED``.
         epochs, max_steps: the length of the run; ``max_steps`` counts where it is above 0.
         save_steps, save_total_limit: checkpoints that are kept.
         pairs: of earlier runs on such a GPU, which narrow the ranges.
@@ -39,7 +40,7 @@ class Request:
     device_name: str
     gpus: int
     zeros: tuple[tuple[str | None, Zero], ...] = ()
-    state_bytes: int = ADAM_BYTES
+    state_bytes: int | None = ADAM_BYTES
     epochs: float = 1
     max_steps: int = -1
     workers: int = 4
@@ -121,8 +122,9 @@ def make_plan(request: Request, *, with_suggestions: bool = False, with_largest:
     suggestions = []
     if with_suggestions:
         suggestions = suggest(
-            choice, request.zeros, request.gpus, request.fits, lambda other: request.duration(other).step
-        )
+            choice, request.zeros, request.gpus, request.fits, lambda other: request.duration(other).step,
+            nf4=not METHODS[request.model.adapter.method].not_over_nf4,
+        )  # fmt: skip
     largest = largest_micro_batch(choice, lambda c: request.fits(replace(c, accumulation=1))) if with_largest else 0
     return Plan(
         request=request,
@@ -146,7 +148,10 @@ def device_of(name: str) -> str:
         return COMMAND_LINE[wanted]
     if name in DEVICES:
         return name
-    raise Refusal("C-FLAG", "unknown GPU", key="--gpu", found=name, expected=" | ".join(COMMAND_LINE))
+    raise Refusal(
+        "C-FLAG", "unknown GPU", key="--gpu", found=name, expected=" | ".join(COMMAND_LINE),
+        fix=did_you_mean(name, COMMAND_LINE) or None,
+    )  # fmt: skip
 
 
 def _disk(request: Request, counts: Counts) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llava_moslora.adapters.methods import METHODS
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
@@ -20,6 +21,12 @@ from llava_moslora.planning.setting import Choice, Model, Zero
 from llava_moslora.planning.states import ADAM_BYTES, STATE_BYTES
 from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
+
+# Flags that change what is kept between forward and backward, in ways that are not counted
+NOT_COUNTED = {
+    "torch_compile": "torch.compile decides itself what is kept and what is recomputed",
+    "use_liger_kernel": "what Liger's kernels keep is not counted",
+}
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,10 @@ def make_request(
         zeros: DeepSpeed files to choose from, by path, with their content.
 
     Raises:
-        Refusal: C-FLAG, an unknown GPU or a number out of range; whatever reading the configurations refuses.
+        Refusal: C-FLAG, an unknown GPU or a number out of range; N-PLAN, a setting whose memory is not counted;
+            whatever reading the configurations refuses.
     """
+    check_counted(training, deepspeed)
     device_name = device_of(asked.gpu)
     model = name_parts(model)
     llm = read_llm_config(model.model_name_or_path)
@@ -81,15 +90,15 @@ def make_request(
         int(training["per_device_train_batch_size"]), accumulation, recompute, model.bits, zero,
         None if file is None else str(file),
     )  # fmt: skip
-    optimizer = str(getattr(training.get("optim"), "value", training.get("optim")))
+    optimizer = optimizer_of(training)
     return Request(
         model=parts,
         choice=choice,
         records=_records(asked, model, data, parts.image_tokens, training),
         device_name=device_name,
         gpus=asked.gpus,
-        zeros=_zeros(choice, zeros, training, optimizer),
-        state_bytes=STATE_BYTES.get(optimizer, ADAM_BYTES),
+        zeros=_zeros(choice, zeros, training, optimizer, adapter.method),
+        state_bytes=STATE_BYTES[optimizer],
         epochs=float(training.get("num_train_epochs") or 1),
         max_steps=int(training.get("max_steps") or -1),
         workers=max(1, int(training.get("dataloader_num_workers") or 1)),
@@ -99,12 +108,41 @@ def make_request(
     )
 
 
+def check_counted(training: Mapping[str, Any], deepspeed: dict[str, Any] | None) -> None:
+    """
+    Raises:
+        Refusal: N-PLAN, a setting that decides about memory in a way that is not counted here.
+    """
+    optimizer = optimizer_of(training)
+    if optimizer not in STATE_BYTES:
+        raise _not_counted("the size of this optimizer's state is not known", "--optim", optimizer, "another --optim")
+    for flag, why in NOT_COUNTED.items():
+        if str(training.get(flag)) == "True":
+            raise _not_counted(why, f"--{flag}", "True", f"plan without --{flag}")
+    zero = (deepspeed or {}).get("zero_optimization", {})
+    for block in ("offload_optimizer", "offload_param"):
+        if zero.get(block, {}).get("device") == "nvme":
+            why = "what stays in the host's memory beside the disk is not counted"
+            key = f"--deepspeed {training.get('deepspeed')}: zero_optimization.{block}.device"
+            raise _not_counted(why, key, "nvme", 'plan with "cpu", which needs more of the host')
+
+
+def optimizer_of(training: Mapping[str, Any]) -> str:
+    """``--optim``, where it is not given the Trainer's own."""
+    given = training.get("optim") or "adamw_torch_fused"
+    return str(getattr(given, "value", given))
+
+
+def _not_counted(why: str, key: str, found: str, fix: str) -> Refusal:
+    return Refusal("N-PLAN", f"the planner cannot say: {why}", key=key, found=found, fix=fix)
+
+
 def _zeros(
-    choice: Choice, files: Mapping[str, dict[str, Any]], training: Mapping[str, Any], optimizer: str
+    choice: Choice, files: Mapping[str, dict[str, Any]], training: Mapping[str, Any], optimizer: str, method: str
 ) -> tuple[tuple[str | None, Zero], ...]:
     """The DeepSpeed files that go with the flags, that of the flags first."""
     own: tuple[tuple[str | None, Zero], ...] = ((choice.zero_file, choice.zero),)
-    if choice.zero.stage is None or optimizer in STATE_BYTES:  # an optimizer that not every stage can partition
+    if choice.zero.stage is None or STATE_BYTES[optimizer] != ADAM_BYTES:  # that not every stage can partition
         return own
     others = [(file, Zero.of(content)) for file, content in files.items()]
     adam = optimizer in ("adamw_torch", "adamw_torch_fused")  # the only ones that can be offloaded
@@ -113,7 +151,7 @@ def _zeros(
         for file, zero in others
         if zero != choice.zero
         and not (zero.stage == 0 and training.get("fp16"))
-        and not (zero.stage == 3 and training.get("sample_questions"))
+        and not (zero.stage == 3 and (training.get("sample_questions") or METHODS[method].not_under_zero3))
         and (adam or not zero.offload_optimizer)
     )
 

@@ -17,12 +17,19 @@ from llava_moslora.models.flops import Flops
 from llava_moslora.models.names import adapter_tensor
 from llava_moslora.planning.setting import Model, Zero
 
-# --optim → bytes of its state per trained number; others keep two float32 as AdamW does
-STATE_BYTES = {"sgd": 0, "lion_32bit": 4, "paged_lion_32bit": 4, "rmsprop": 4, "rmsprop_bnb_32bit": 4,
-               "adamw_bnb_8bit": 2, "adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1,
-               "rmsprop_bnb": 1, "rmsprop_bnb_8bit": 1, "paged_ademamix_32bit": 12, "ademamix": 12,
-               "ademamix_8bit": 3, "paged_ademamix_8bit": 3}  # fmt: skip
 ADAM_BYTES = 8
+FACTORED = None  # Adafactor's (Shazeer and Stern 2018): two float32 vectors for a matrix
+# --optim → bytes of its state per trained number
+STATE_BYTES = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), ADAM_BYTES),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop", "rmsprop_bnb_32bit"), 4),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit"), 2),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit"), 1),
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), 12),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3),
+    "sgd": 0,
+    "adafactor": FACTORED,
+}
 NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256  # numbers that share a scale, scales that share one
 
 
@@ -33,7 +40,7 @@ class Counts:
     Args:
         frozen: that are kept in the model's dtype, of all parts.
         nf4: (numbers, ...) of each weight that is kept in NF4.
-        trained: of adapters and projector.
+        trained: of adapters and projector. factored: of Adafactor's state for them.
         merged: of the model that an export writes: no adapters, and not the projector as it was loaded, which PEFT
             keeps beside the trained copy.
         sizes: of each parameter that is not in NF4: ZeRO-3 leaves small ones whole.
@@ -42,6 +49,7 @@ class Counts:
     frozen: int
     nf4: tuple[int, ...]
     trained: int
+    factored: int
     merged: int
     sizes: tuple[int, ...]
     flops: Flops
@@ -57,12 +65,13 @@ def count(model: Model) -> Counts:
     llm = getattr(inner.model, "language_model", inner.model)  # of an LLM alone, the model itself
     in_nf4 = _quantised(llm) if model.bits == 4 else {}
     frozen = [p for p in whole.parameters() if not p.requires_grad and id(p) not in in_nf4]
-    trained = sum(p.numel() for p in whole.parameters() if p.requires_grad)
+    trained = [p for p in whole.parameters() if p.requires_grad]
     named = whole.named_parameters()
     return Counts(
         frozen=sum(p.numel() for p in frozen),
         nf4=tuple(in_nf4.values()),
-        trained=trained,
+        trained=sum(p.numel() for p in trained),
+        factored=sum(p.numel() if p.ndim < 2 else sum(p.numel() // n for n in p.shape[-2:]) for p in trained),
         merged=sum(p.numel() for name, p in named if not (adapter_tensor(name) or "original_module" in name)),
         sizes=tuple(p.numel() for p in whole.parameters() if id(p) not in in_nf4),
         flops=Flops.of(whole),
@@ -113,7 +122,7 @@ class States:
         return self.frozen + self.nf4 + self.trained + self.masters + self.moments + self.gradients + self.buffers
 
 
-def states(counts: Counts, zero: Zero, gpus: int, item: int = 2, state_bytes: int = ADAM_BYTES) -> States:
+def states(counts: Counts, zero: Zero, gpus: int, item: int = 2, state_bytes: int | None = ADAM_BYTES) -> States:
     """By ZeRO stage (DeepSpeed 0.19.8; Rajbhandari et al. 2020), A = ``counts.trained``, s = ``item``:
 
     - without DeepSpeed: gradients s·A, no masters, moments 8·A.
@@ -127,12 +136,12 @@ def states(counts: Counts, zero: Zero, gpus: int, item: int = 2, state_bytes: in
     Args:
         gpus: N.
         item: s.
-        state_bytes: per trained number, 8 for Adam.
+        state_bytes: per trained number, 8 for Adam; :data:`FACTORED`.
     """
     a, f, n, stage = counts.trained, counts.frozen, gpus, zero.stage
     share = n if stage else 1
     masters = 0 if stage is None else math.ceil(4 * a / share)
-    moments = math.ceil(state_bytes * a / share)
+    moments = math.ceil((4 * counts.factored if state_bytes is FACTORED else state_bytes * a) / share)
     frozen, trained = item * f, item * a
     gradients, in_step, buffers, host = item * a, 4 * a if stage == 0 else 0, 0, 0
     if stage == 1 and zero.fp32_gradients:

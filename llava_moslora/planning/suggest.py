@@ -32,6 +32,8 @@ def suggest(
     fits: Callable[[Choice], bool],
     seconds: Callable[[Choice], float],
     alternatives: int = 3,
+    *,
+    nf4: bool = True,
 ) -> list[Candidate]:
     """The fastest setting that fits, and the next ones that recompute in another way; of equally fast ones that with
     the smaller micro-batch, and then the first in ``zeros``.
@@ -45,10 +47,11 @@ def suggest(
         zeros: DeepSpeed files to choose from, with what they say.
         fits: whether a setting certainly fits.
         seconds: of an optimizer step.
+        nf4: whether the method can be trained over NF4 weights.
     """
     global_batch = now.micro_batch * now.accumulation * gpus
     sizes = micro_batches(global_batch, gpus)
-    for bits in dict.fromkeys((now.bits, 4)):
+    for bits in dict.fromkeys((now.bits, 4) if nf4 else (now.bits,)):
         best: dict[str, Candidate | None] = {}
         for file, zero in zeros:
             if bits == 4 and zero.stage == 3:

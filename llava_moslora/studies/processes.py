@@ -133,8 +133,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def steps_of(run: Run, measures: Sequence[Measure], gpus: int, slot: Callable[[], Slot]) -> Iterator:
-    """What is left to do for a run: a name and a command, each taken when the one before has ended well."""
+def steps_of(
+    run: Run, measures: Sequence[Measure], gpus: int, slot: Callable[[], Slot], trained: Callable[[], None]
+) -> Iterator:
+    """What is left to do for a run: a name and a command, each taken when the one before has ended well. ``trained`` is
+    called when the training has."""
     if run.diverged:
         return
     if not run.done:
@@ -144,6 +147,7 @@ def steps_of(run: Run, measures: Sequence[Measure], gpus: int, slot: Callable[[]
         replace_json(
             run.folder / DONE, {"ended": time.strftime("%Y-%m-%d %H:%M:%S %z"), "seconds": time.time() - began}
         )
+        trained()
     for measure in measures:
         kept = evaluation_folder(run, measure).with_suffix(".json")
         if measure.script and not kept.is_file():
@@ -152,16 +156,23 @@ def steps_of(run: Run, measures: Sequence[Measure], gpus: int, slot: Callable[[]
 
 
 def run_all(
-    runs: Sequence[Run], measures: Sequence[Measure], slots: Sequence[Slot], gpus: int, say: Callable[[str], None]
+    runs: Sequence[Run],
+    measures: Sequence[Measure],
+    slots: Sequence[Slot],
+    gpus: int,
+    say: Callable[[str], None],
+    check: Callable[[], None],
 ) -> list[Failure]:
     """Make the runs that are not done, each on the next free slot, and return those that failed. The others go on.
 
     Args:
         gpus: of a run; 0 on a CPU.
+        check: called first and whenever a training has ended well; its refusal, of code C-STUDY, ends the study.
 
     Raises:
-        Refusal: P-STOPPED, a signal came: the processes were stopped and ended.
+        Refusal: P-STOPPED, a signal came: the processes were stopped and ended; ``check``'s.
     """
+    check()
     waiting = deque(runs)
     working: dict[Slot, Job] = {}
     failures: list[Failure] = []
@@ -171,7 +182,7 @@ def run_all(
         while (waiting or working) and not stopped:
             for slot in slots:
                 if slot not in working and waiting:
-                    working[slot] = _job(waiting.popleft(), measures, gpus, slot)
+                    working[slot] = _job(waiting.popleft(), measures, gpus, slot, check)
             for slot, job in list(working.items()):
                 if _advance(job, failures, say, f"{len(waiting)} waiting"):
                     del working[slot]
@@ -194,8 +205,8 @@ def diverged(runs: Sequence[Run]) -> list[Failure]:
     return [Failure(run, TRAIN, status, read_json(run.folder / DIVERGED)["line"]) for run in runs if run.diverged]
 
 
-def _job(run: Run, measures: Sequence[Measure], gpus: int, slot: Slot) -> Job:
-    return Job(run, steps_of(run, measures, gpus, lambda: slot), slot)
+def _job(run: Run, measures: Sequence[Measure], gpus: int, slot: Slot, trained: Callable[[], None]) -> Job:
+    return Job(run, steps_of(run, measures, gpus, lambda: slot, trained), slot)
 
 
 def _advance(job: Job, failures: list[Failure], say: Callable[[str], None], left: str) -> bool:
@@ -219,6 +230,8 @@ def _advance(job: Job, failures: list[Failure], say: Callable[[str], None], left
         except StopIteration:
             return True
         except Refusal as refusal:  # results of an evaluation that cannot be read
+            if refusal.code == "C-STUDY":  # it concerns every run
+                raise
             failures.append(Failure(job.run, job.what, refusal.exit_status, refusal.line()))
             say(f"{job.run.name}: {refusal.line()}")
             return True

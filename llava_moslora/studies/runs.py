@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal, few
 from llava_moslora.files.disk import delete, read_json, replace_json
 from llava_moslora.files.manifest import sha256
@@ -24,6 +25,7 @@ from llava_moslora.training.command_line import early, parse
 
 ASKED, DONE, DIVERGED, LOG, RUN = "asked.json", "done.json", "diverged.json", "log.txt", "run"
 RUNS = "runs"  # below the study's --output_dir
+Settings = tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]  # the last: training, by name
 
 
 @dataclass(frozen=True)
@@ -158,20 +160,20 @@ def _run(
     return Run(name, own.name, point, seed, tuned, tuning, folder, (*recipe.flags, *words), recipe.folder)
 
 
-def check_flags(study: Study, runs: Iterable[Run]) -> None:
-    """Parse every run's command line as the training would, once for all seeds.
+def check_flags(study: Study, runs: Iterable[Run]) -> list[tuple[Run, Settings]]:
+    """Parse every run's command line as the training would, once for all seeds; those runs with their settings.
 
     Raises:
         Refusal: the parser's, with the study's file and the key that the flag comes from.
     """
-    seen = set()
+    seen, settings = set(), []
     for run in runs:
         if (key := (run.arm, run.point, run.tuned)) in seen:
             continue
         seen.add(key)
         try:
             with _started_in(run.start):
-                parse(run.words)
+                settings.append((run, parse(run.words)))
         except Refusal as refusal:
             where = _origin(study, run, refusal.key or "")
             also = f"{refusal.file}: " if refusal.file is not None else ""
@@ -179,6 +181,7 @@ def check_flags(study: Study, runs: Iterable[Run]) -> None:
                 refusal.code, f"{also}{refusal.key or ''}: {refusal.what}".lstrip(": "), file=study.file, key=where,
                 found=refusal.found, expected=refusal.expected, fix=refusal.fix,
             ) from refusal  # fmt: skip
+    return settings
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, did_you_mean
 from llava_moslora.training.config_file import read_texts
 
 Flags = dict[str, tuple[str, ...]]  # flag without dashes → its words
@@ -141,7 +141,7 @@ def read_study(path: Path) -> Study:
     seeds = reader.seeds(content["seeds"], "seeds")
     baseline = reader.text(content["baseline"], "baseline") if "baseline" in content else arms[0].name
     if baseline not in (names := [arm.name for arm in arms]):
-        reader.refuse("baseline", "not the name of an arm", baseline, " | ".join(names))
+        reader.refuse("baseline", "not the name of an arm", baseline, " | ".join(names), did_you_mean(baseline, names))
     study = Study(
         path, reader.text(content.get("about", ""), "about"), _recipe(reader, content["recipe"]),
         reader.flags(content.get("flags", {}), "flags"), seeds, arms, baseline, points,
@@ -198,7 +198,8 @@ def _measure(reader: _Reader, value: Any, key: str) -> Measure:
     row |= {name: reader.text(text, f"{key}.{name}") for name, text in row.items() if name != "flags"}
     for name, known in (("better", BETTER), ("at", AT), ("script", SCRIPTS)):
         if name in row and row[name] not in known:
-            reader.refuse(f"{key}.{name}", "unknown value", row[name], " | ".join(known))
+            fix = did_you_mean(row[name], known)
+            reader.refuse(f"{key}.{name}", "unknown value", row[name], " | ".join(known), fix)
     flags = reader.flags(row.pop("flags", {}), f"{key}.flags", own={"output": "every evaluation has its own folder"})
     return Measure(**row, flags=tuple(flags.items()))
 
@@ -232,7 +233,8 @@ class _Reader:
         known = (*needed, *also)
         for name in value:
             if name not in known:
-                self.refuse(f"{key}.{name}".lstrip("."), "unknown key", name, " | ".join(known))
+                fix = did_you_mean(str(name), known) or None
+                self.refuse(f"{key}.{name}".lstrip("."), "unknown key", name, " | ".join(known), fix)
         for name in needed:
             if value.get(name) is None:
                 self.refuse(f"{key}.{name}".lstrip("."), "missing", None, f"the key {name}")

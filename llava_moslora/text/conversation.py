@@ -112,7 +112,8 @@ class ConversationEncoder:
         if places != len(image_tokens):
             what = "the human turns have another number of <image> than there are images"
             expected = f"{len(image_tokens)} for {len(image_tokens)} images"
-            raise Refusal("D-IMAGES", what, found=f"{places} <image>", expected=expected)
+            fix = "put <image> into a human turn, once for each image"
+            raise Refusal("D-IMAGES", what, found=f"{places} <image>", expected=expected, fix=fix)
         ids: list[int] = []
         labels: list[int] = []
         ends: list[int] = []
@@ -153,7 +154,8 @@ class ConversationEncoder:
         said = [turn.text if template.keeps_space else turn.text.strip() for turn in turns]
         system = said[0] if turns[0].role == "system" else template.default_system
         if turns[0].role == "system" and not template.system:
-            raise Refusal("D-ROLE", "this prompt template has no place for a system turn", found=turns[0].text)
+            what, fix = "this prompt template has no place for a system turn", "remove the turn, or another --version"
+            raise Refusal("D-ROLE", what, found=turns[0].text, fix=fix)
         if template.one_round and sum(turn.role == "human" for turn in turns) > 1:
             fix = "records of one round, or another --version; in a chat, /clear"
             raise Refusal("D-ROLE", "this prompt template has one round", found=f"{len(turns)} turns", fix=fix)
@@ -207,6 +209,7 @@ def check_order(turns: Sequence[Turn], last: str, key: str | None = None) -> Non
         raise Refusal(
             "D-ROLE", "the turns are not in order", key=key, found=", ".join(roles) or "no turns",
             expected=f"an optional system turn, then human (user) and gpt (assistant) in turn, ending with {last}",
+            fix="put the turns in this order, or remove the record",
         )  # fmt: skip
 
 
@@ -297,7 +300,8 @@ class TextEncoder:
         backend.encode_special_tokens = False
         if not self.controls.keys().isdisjoint(ids):
             name = next(self.controls[i] for i in ids if i in self.controls)
-            raise Refusal("D-CONTROL", f"the tokenizer reads this text as its control token {name}", found=text)
+            what, fix = f"the tokenizer reads this text as its control token {name}", "write it otherwise, or remove it"
+            raise Refusal("D-CONTROL", what, found=text, fix=fix)
         return ids
 
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerFast
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, did_you_mean
 from llava_moslora.text.template import BOS, EOS, SYSTEM, TEXT, Control, Segments, Template
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 from llava_moslora.text.tokenizer_template import derive_template
@@ -100,7 +100,8 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
         return derive_template(tokenizer)
     if name not in TEMPLATES:
         expected = " | ".join([*sorted(TEMPLATES), TOKENIZER_TEMPLATE])
-        raise Refusal("C-TEMPLATE", "unknown prompt template", key="--version", found=name, expected=expected)
+        fix = did_you_mean(name, [*TEMPLATES, TOKENIZER_TEMPLATE]) or None
+        raise Refusal("C-TEMPLATE", "unknown prompt template", key="--version", found=name, expected=expected, fix=fix)
     return TEMPLATES[name]
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llava_moslora.config import DataSettings
 from llava_moslora.data.split import set_names
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, unknown_value
 
 # ``args`` below are llava_moslora.training.arguments.TrainingArguments, which use this file.
 
@@ -95,13 +96,15 @@ def check_evaluation(data: DataSettings, args: Any) -> None:
         key = "--eval_on_start" if strategy == "no" else f"--eval_strategy {strategy}"
         fix = "--validation_split 0.01, or --eval_data_path FILE"
         raise Refusal("C-FLAG", "there are no validation data", key=key, fix=fix)
-    sets = ["", *(f"{name}_" for name in names)] if len(names) > 1 else [""]
-    metrics = [prefix + metric for prefix in sets for metric in METRICS]
+    metrics = metric_names(names)
     if strategy != "no" and args.metric_for_best_model not in metrics:
-        raise Refusal(
-            "C-FLAG", "unknown metric", key="--metric_for_best_model", found=args.metric_for_best_model,
-            expected=", ".join(metrics),
-        )  # fmt: skip
+        raise unknown_value("--metric_for_best_model", args.metric_for_best_model, metrics, "unknown metric")
+
+
+def metric_names(sets: Sequence[str]) -> list[str]:
+    """Of the evaluations over these validation sets: of all together, and of several also of each."""
+    prefixes = ["", *(f"{name}_" for name in sets)] if len(sets) > 1 else [""]
+    return [prefix + metric for prefix in prefixes for metric in METRICS]
 
 
 def _name(strategy: Any) -> str:

@@ -12,11 +12,12 @@ import torch
 from transformers import Trainer, get_scheduler
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from llava_moslora.adapters.methods import METHODS, check_method
+from llava_moslora.adapters.methods import check_method
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, did_you_mean
 from llava_moslora.training import deepspeed_config
 from llava_moslora.training.arguments import TrainingArguments
+from llava_moslora.training.compatible import check_method_under, check_optimizer
 from llava_moslora.training.evaluation_flags import check_evaluation
 
 # flag → smallest value, and whether that value itself is allowed
@@ -32,14 +33,6 @@ RANGES = {
          "sample_max_new_tokens", "per_device_eval_batch_size", "early_stopping_patience"), (1, True)),
 }  # fmt: skip
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
-# Optimizers whose state can be saved. ZeRO flattens and concatenates parameters: it can partition only state with one
-# number per weight, not blocks of 8-bit numbers or factored rows, which belong to a parameter.
-PER_WEIGHT = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "lion_32bit", "paged_lion_32bit", "sgd",
-              "rmsprop", "rmsprop_bnb_32bit")  # fmt: skip
-PER_PARAMETER = ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "rmsprop_bnb",
-                 "rmsprop_bnb_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit",
-                 "adafactor")  # fmt: skip
-OFFLOADABLE = ("adamw_torch", "adamw_torch_fused")  # in place of any other, DeepSpeed silently uses its Adam
 BITSANDBYTES_NAMES = ("bit", "bnb", "ademamix")  # its optimizers are recognised from these parts of their names
 ADAPTER_RANGES = {"lora_r": (0, True), "lora_alpha": (0, False), "lora_dropout": (0, True)}  # of the LLM and the tower
 # --attn_implementation → the package that it needs, how to install it
@@ -74,10 +67,7 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
         )  # fmt: skip
     check_trainer(model, args)
     deepspeed = deepspeed_config.read_deepspeed_config(args.deepspeed) if args.deepspeed else None
-    why = METHODS[adapter.method].not_under_zero3
-    if why and deepspeed is not None and deepspeed_config.zero_stage(deepspeed) == 3:
-        key, fix = f"--method {adapter.method}, --deepspeed {args.deepspeed}", "zero_configs/zero2.json"
-        raise Refusal("C-FLAG", why, key=key, fix=fix)
+    check_method_under(adapter, deepspeed, args.deepspeed)
 
 
 def check_trainer(model: ModelSettings, args: TrainingArguments) -> None:
@@ -106,7 +96,7 @@ def check_trainer(model: ModelSettings, args: TrainingArguments) -> None:
                 key="--sample_questions",
                 fix="zero_configs/zero2.json, or ask the checkpoints with scripts/evaluate.py",
             )  # fmt: skip
-    _check_optimizer(args, deepspeed)
+    check_optimizer(name_of(args.optim), deepspeed)
     _check_optimizers_arguments(args)
     _check_schedule(args)
 
@@ -119,7 +109,10 @@ def _check_numbers(args: TrainingArguments) -> None:
                 raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"below {BELOW[name]}")
     if unknown := [name for name in args.reporters if name not in INTEGRATION_TO_CALLBACK]:
         expected = ", ".join(sorted(INTEGRATION_TO_CALLBACK)) + ", or none"
-        raise Refusal("C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected)
+        raise Refusal(
+            "C-FLAG", "unknown reporter", key="--report_to", found=", ".join(unknown), expected=expected,
+            fix=did_you_mean(unknown[0], INTEGRATION_TO_CALLBACK) or None,
+        )  # fmt: skip
     if args.max_steps == 0 or args.max_steps < -1:
         expected = "at least 1, or -1 for as many as --num_train_epochs makes"
         raise Refusal("C-FLAG", "nothing to train", key="--max_steps", found=args.max_steps, expected=expected)
@@ -154,21 +147,6 @@ def _check_precision(args: TrainingArguments) -> None:
             "C-FLAG", "without DeepSpeed there are no float32 masters, and 16-bit weights round small updates away",
             key=flag, fix="--deepspeed zero_configs/zero2.json, also on one GPU; or leave it out for float32",
         )  # fmt: skip
-
-
-def _check_optimizer(args: TrainingArguments, deepspeed: dict[str, Any] | None) -> None:
-    """Whether its state can be saved: otherwise the first checkpoint would fail."""
-    name = name_of(args.optim)
-    known: tuple[str, ...] = PER_WEIGHT + PER_PARAMETER
-    what, fix = "this optimizer's state cannot be saved", "--optim adamw_torch_fused, or another of those"
-    if deepspeed and deepspeed_config.offloads_optimizer(deepspeed):
-        known, what = OFFLOADABLE, "DeepSpeed replaces an offloaded optimizer by its Adam"
-    elif deepspeed and deepspeed_config.zero_stage(deepspeed) and name in PER_PARAMETER:
-        known, what = PER_WEIGHT, "ZeRO concatenates parameters, and cannot partition this optimizer's state"
-        fix = "zero_configs/zero0.json, or an optimizer of those"
-    if name not in known:
-        expected = ", ".join(known)
-        raise Refusal("C-FLAG", what, key="--optim", found=name, expected=expected, fix=fix)
 
 
 def _check_optimizers_arguments(args: TrainingArguments) -> None:

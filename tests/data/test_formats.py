@@ -126,7 +126,7 @@ BAD_RECORDS = [
     ("D11", bad(image={"file": "x"}), r"\[D-SCHEMA\] .*image: must be a file name or a list of file names"),
     ("D11", bad(image=""), r"\[D-SCHEMA\] .*image: must be a file name"),
     ("D11", bad(image=["0.png", None]), r"\[D-SCHEMA\] .*image: must be a file name"),
-    ("D11", bad(images=["x"]), r"\[D-SCHEMA\] .*image, images: images under two keys; fix: keep one of them"),
+    ("D11", bad(images=["x"]), r"\[D-SCHEMA\] .*image, images: images under two keys; found image and"),
     # D12: turns out of order, or an unknown role
     ("D12", turns(("gpt", "x"), ("human", "x")), r"\[D-ROLE\] .*not in order; found gpt, human"),
     ("D12", turns(("human", "x"), ("human", "x"), ("gpt", "x")), r"\[D-ROLE\] .*found human, human, gpt"),

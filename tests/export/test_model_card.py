@@ -174,10 +174,13 @@ def test_scores_of_another_model(run, exported, tmp_path, monkeypatch):
     ours = sha256(run / "checkpoint-1" / MANIFEST)
     of_export = source_header(exported("llm"), None)
     assert of_export["export_of"] == ours
-    others = {"model": "0", "checkpoint": "checkpoint-1"}, {"model": ours, "checkpoint": None}
-    for asked in (*others, of_export | {"export_of": "0"}):
+    for asked in ({"model": "0", "checkpoint": "checkpoint-1"}, of_export | {"export_of": "0"}):
         results(tmp_path / "evaluation", run, asked)
         with pytest.raises(Refusal, match=r"C-COMPARE.*--evaluation: results of another model"):
+            export(run, tmp_path / "out", evaluation=tmp_path / "evaluation", prove=False)
+    for asked in ({"model": ours, "checkpoint": None}, {"model": ours, "checkpoint": None, "export_of": None}):
+        results(tmp_path / "evaluation", "old/export", asked)  # of before the checkpoint's hash was kept
+        with pytest.raises(Refusal, match=r"did not say of which checkpoint.*found old/.*fix: evaluate again"):
             export(run, tmp_path / "out", evaluation=tmp_path / "evaluation", prove=False)
     results(tmp_path / "evaluation", "a/path/as/it/was/typed", of_export)  # an export of this checkpoint, wherever
     export(run, tmp_path / "out", evaluation=tmp_path / "evaluation" / "results.json", prove=False)

@@ -12,7 +12,7 @@ from llava_moslora.models.adapt import add_adapters, train_projector_only
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.planning.setting import Model, Zero
-from llava_moslora.planning.states import Counts, count, nf4_bytes, states
+from llava_moslora.planning.states import FACTORED, Counts, count, nf4_bytes, states
 from support.assembled import build
 from support.planned import TINY_ADAPTERS, zero
 
@@ -65,8 +65,25 @@ def test_what_is_quantised_is_what_bitsandbytes_quantises(parts):
     assert counts.frozen == sum(p.numel() for p in real.parameters() if not p.requires_grad and id(p) not in others)
 
 
+def test_adafactors_state_is_that_of_the_real_optimizer(parts):
+    """After a step, without its step counts and the RMS of the weights, which are numbers."""
+    from transformers import Adafactor
+
+    real, tokenizer = build(parts)
+    config = read_llm_config(parts.llm)
+    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    trained = [p for p in add_adapters(real, TINY_ADAPTERS).parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = Adafactor(trained, lr=1e-3, scale_parameter=False, relative_step=False)  # as the Trainer makes it
+    optimizer.step()
+    kept = [v for state in optimizer.state.values() for n, v in state.items() if n not in ("step", "RMS")]
+    found = states(count(Model(config, read_vision_config(parts.clip), TINY_ADAPTERS)), Zero(), 1, 2, FACTORED)
+    assert found.moments == sum(v.numel() * v.element_size() for v in kept) > 0
+
+
 def all_trained(numbers: int) -> Counts:
-    return Counts(frozen=0, nf4=(), trained=numbers, merged=0, sizes=(numbers,), flops=None)
+    return Counts(frozen=0, nf4=(), trained=numbers, factored=0, merged=0, sizes=(numbers,), flops=None)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4, 8])
@@ -92,7 +109,7 @@ def test_zero3_is_deepspeeds_estimate_where_all_is_trained(gpus):
 
 def test_what_is_not_trained_costs_only_its_weights():
     """DeepSpeed's estimators count gradients and moments for frozen weights too."""
-    counts = Counts(frozen=10**9, nf4=(), trained=10**6, merged=0, sizes=(10**9, 10**6), flops=None)
+    counts = Counts(frozen=10**9, nf4=(), trained=10**6, factored=0, merged=0, sizes=(10**9, 10**6), flops=None)
     found = states(counts, Zero(stage=2, bucket=0), gpus=1)
     assert found.total == 2 * 10**9 + (2 + 2 + 12) * 10**6
 

@@ -70,6 +70,7 @@ def test_nf4_only_where_nothing_fits_in_16_bits():
     four = suggest(now, ZEROS[:1], 1, fits=lambda c: c.bits == 4, seconds=lambda c: 1.0)
     assert {c.choice.bits for c in four} == {4}
     assert suggest(now, ZEROS, 1, fits=lambda c: False, seconds=lambda c: 1.0) == []
+    assert suggest(now, ZEROS, 1, fits=lambda c: c.bits == 4, seconds=lambda c: 1.0, nf4=False) == []
 
 
 def test_of_equally_fast_settings_the_first_file_and_the_smaller_micro_batch():

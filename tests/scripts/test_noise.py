@@ -17,12 +17,12 @@ NOT_QUIET = {"swift_moslora.py": "ms-swift's process, which decides for itself"}
 BAR = r"[^|]*\d+%\|.*"  # tqdm
 OURS = {
     "prepare_data.py": [
-        r"conversation template: \w+", r"record format of .*: .*", r"data: records: .*", r"report: .*/report\.html",
-        BAR, r"prepared .*data\.json: .*",
+        r"conversation template: \w+", r"record format of .*", r"data: records: \d+.*", r"report: .*/report\.html", BAR,
+        r"prepared .*data\.json: records: \d+.*",
     ],
     "train_vit_llm.py": [
-        r"device: .*", r"conversation template: \w+", r"data: records \d+.*", BAR, r"part +parameters +trained .*",
-        r"(LLM|vision tower|projector|LM head|all) +[\d,]+ .*", r"trained: .*",
+        r"device: .*", r"conversation template: \w+", r"record format of .*", r"data: records: \d+.*", BAR,
+        r"part +parameters +trained .*", r"(LLM|vision tower|projector|LM head|all) +[\d,]+ .*", r"trained: .*",
     ],
     "export.py": [BAR, r"proof of hf: passed: the merge is exact: .*", r"exported: .*"],
     "chat.py": [BAR, r"you> .*", r"answer.*"],

@@ -12,6 +12,8 @@ import pytest
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_moslora.errors import Refusal
+from llava_moslora.planning.states import STATE_BYTES
+from llava_moslora.training.compatible import PER_PARAMETER, PER_WEIGHT
 from support.launching import ROOT
 from support.planned import CLIP_L_336, LLAMA_3_8B
 
@@ -62,6 +64,14 @@ def test_flags_behind_a_recipe_win_and_what_does_not_fit_is_status_6(plan):
     assert done.status == 0
 
 
+def test_a_range_that_contains_the_cards_size_is_status_7(plan):
+    given = ["--gpu", "a100-40", "--gpus", 1, "--recompute", "every:2", "--per_device_train_batch_size", 4]
+    done = plan("--config", RECIPE, *given, "--tokens", 2048, "--labels", 200, "--json")
+    found = json.loads(done.stdout)
+    assert done.status == 7 and found["fits"] is None and found["verdict"].startswith("may not fit on 1 × A100")
+    assert found["device"][0] <= found["capacity"] < found["device"][1]
+
+
 def test_suggestions_and_bars(plan):
     done = plan("--config", RECIPE, "--gpu", "h100-80", "--tokens", 900, "--labels", 130, "--suggest")
     assert done.status == 0
@@ -109,6 +119,43 @@ def test_a_wrong_input_is_refused(plan, arguments, says):
     with pytest.raises(Refusal) as refused:
         plan(*arguments)
     assert says in str(refused.value) and refused.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--torch_compile", "True"], "--torch_compile: the planner cannot say: torch.compile decides itself what is"),
+        (["--use_liger_kernel", "True"], "--use_liger_kernel: the planner cannot say"),
+        (["--deepspeed", "nvme.json"], "zero_optimization.offload_param.device: the planner cannot say: .*found nvme"),
+    ],
+)
+def test_what_the_planner_cannot_say_is_status_7_in_one_line(plan, tmp_path, flags, says):
+    nvme = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/nvme"}}
+    (tmp_path / "nvme.json").write_text(json.dumps({"zero_optimization": nvme}))
+    flags = [str(tmp_path / word) if word == "nvme.json" else word for word in flags]
+    with pytest.raises(Refusal, match=says) as refused:
+        plan("--config", RECIPE, "--gpu", "h100-80", *flags)
+    assert refused.value.exit_status == 7 and refused.value.line().startswith("error[N-PLAN] ")
+    assert "fix: plan with" in refused.value.line()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--optim", "galore_adamw"], "--optim: this optimizer's state cannot be saved; found galore_adamw"),
+        (["--optim", "adafactor"], "ZeRO concatenates parameters, and cannot partition this optimizer's state"),
+        (["--method", "loha", "--bits", "4"], "--method loha, --bits 4: PEFT computes LoHa's factors"),
+        (["--method", "loha", "--deepspeed", "zero_configs/zero3.json"], "--method loha, --deepspeed zero_con"),
+    ],
+)
+def test_what_a_training_would_refuse_is_not_planned(plan, flags, says):
+    with pytest.raises(Refusal, match=says) as refused:
+        plan("--config", RECIPE, "--gpu", "h100-80", *flags)
+    assert refused.value.exit_status == 2
+
+
+def test_the_state_of_every_optimizer_that_can_be_trained_with_is_counted():
+    assert set(STATE_BYTES) == {*PER_WEIGHT, *PER_PARAMETER}
 
 
 def test_a_recipe_whose_folders_are_missing_is_refused(plan):

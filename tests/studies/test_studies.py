@@ -158,9 +158,66 @@ def test_points_are_an_axis_of_the_figure(study, tmp_path):
     assert "validation loss against --lora_r" in page and page.count("<polyline") == 2
 
 
-def test_a_measure_that_no_run_has_is_said(study):
-    report = study(measures=[LOSS | {"metric": "eval_lost"}])
-    assert report["notes"] == ["validation loss: no finished run has a value of eval_lost"]
+def test_a_metric_that_only_a_log_can_tell_is_checked_when_the_first_run_has_ended(study, tmp_path):
+    """What was done is kept, and the same study with the name mended goes on from there."""
+    wrong = [LOSS | {"metric": "delta/lmm"}]
+    expected = (
+        r"measures\[0\].metric: LoRA/seed-1 has ended without this metric; found delta/lmm; .* has: eval_loss, loss"
+    )
+    with pytest.raises(
+        Refusal, match=r"C-STUDY\].*tiny.yaml:" + expected + "; fix: one that it has; what is done is kept"
+    ):
+        study(measures=wrong)
+    done = list(tmp_path.glob("out/runs/*/*/done.json"))
+    assert [path.parent.parent.name for path in done] == ["LoRA"]
+    with pytest.raises(Refusal, match=expected):  # at once
+        study(measures=wrong)
+    assert list(tmp_path.glob("out/runs/*/*/done.json")) == done
+    notes = study("--report_only", measures=wrong)["notes"]
+    assert notes == ["validation loss: no finished run has a value of delta/lmm"]
+    assert len(study()["measures"][0]["rows"][1]["values"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (
+            {"metric": "eval_lost"},
+            "LoRA: its runs will not log this metric; found eval_lost; expected loss | grad_norm",
+        ),
+        ({"metric": "eval_lost"}, "fix: did you mean eval_loss?"),
+        ({"metric": "Eval_Loss"}, "fix: did you mean eval_loss?"),
+        ({"metric": "eval_b_loss"}, "eval_loss | eval_token_accuracy | eval_runtime; fix: did you mean eval_loss?"),
+        ({"metric": "step"}, "its runs will not log this metric; found step"),
+        ({"script": "evaluate_commonsense.py", "flags": {"data": "d"}, "value": "boolqq"}, "fix: did you mean boolq?"),
+        (
+            {"script": "evaluate_commonsense.py", "flags": {"data": "d", "sets": ["piqa"]}, "value": "boolq"},
+            "measures[0].value: evaluate_commonsense.py will not give this value; found boolq; expected piqa | mean",
+        ),
+        ({"script": "evaluate.py", "flags": {"data": "d", "benchmark": "seed,mme"}, "value": "sed"}, "mean seed?"),
+        (
+            {"script": "evaluate.py", "flags": {"data": "d", "benchmark": "sed"}},
+            "flags: evaluate.py refuses these flags",
+        ),
+    ],
+)
+def test_what_no_run_will_have_is_refused_before_any_starts(study, tmp_path, measure, message):
+    with pytest.raises(Refusal) as caught:
+        study(measures=[{"name": "a", "better": "lower"} | measure])
+    assert caught.value.code == "C-STUDY" and message in caught.value.line() and "measures[0]" in caught.value.line()
+    assert not (tmp_path / "out").exists()
+
+
+def test_metrics_follow_from_every_runs_own_flags(study):
+    """Of several validation sets also each one's; where one arm evaluates nothing, that arm is named."""
+    two = {"eval_data_path": ["x=a.json", "y=b.json"], "validation_split": "0"}
+    with pytest.raises(Refusal, match=r"found eval_z_loss; expected .*eval_x_loss.*eval_y_token_accuracy.*mean eval_"):
+        study(flags=two, measures=[LOSS | {"metric": "eval_z_loss"}])
+    arms = [{"name": "LoRA", "flags": LORA}, {"name": "b", "flags": {"eval_strategy": "no", "validation_split": "0"}}]
+    with pytest.raises(
+        Refusal, match=r"metric: b: its runs will not log this metric; found eval_loss; .*fix: evaluate"
+    ):
+        study(arms=arms)
 
 
 def kill_at(file: Path, output: Path, moments: list[float]) -> None:

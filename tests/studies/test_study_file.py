@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from llava_moslora.errors import Refusal
+from llava_moslora.studies.metrics import check_metrics
 from llava_moslora.studies.runs import check_flags, read_study_recipe, runs_of, tuned_runs, tuning_runs
 from llava_moslora.studies.study_file import label, read_study
 from support.launching import ROOT
@@ -19,7 +20,9 @@ TUNE = {"flag": "learning_rate", "values": ["1e-3", "2e-3"], "seeds": ["11"]}
 def checked(file: Path) -> None:
     study = read_study(file)
     recipe = read_study_recipe(study, None)
-    check_flags(study, tuning_runs(study, recipe, file.parent) or runs_of(study, recipe, file.parent))
+    runs = tuning_runs(study, recipe, file.parent) or runs_of(study, recipe, file.parent)
+    for run, settings in check_flags(study, runs):
+        check_metrics(study, run, settings)
 
 
 def refused(tmp_path, text: str | None = None, **changes) -> str:

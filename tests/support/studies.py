@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STEPS = 8
-RECIPE = ["--model_name_or_path", "llm", "--data_path", "a.json", "--lora_r", "4", "--learning_rate", "1e-3"]
+RECIPE = ["--model_name_or_path", "llm", "--data_path", "a.json", "--lora_r", "4", "--learning_rate", "1e-3",
+          "--validation_split", "0.1", "--eval_strategy", "steps"]  # fmt: skip
 LORA = {"mixer_init": "identity", "train_mixer": "False"}
 LOSS = {"name": "validation loss", "metric": "eval_loss", "better": "lower"}
 # scripts/study.py with this file in the place of the training script.

@@ -81,6 +81,24 @@ def test_losses_resume_and_export(warm_server, parts, data, plain, tmp_path, mon
     assert report["largest_difference"]["logits"] <= 1e-5 and report["same_greedy_answers"]
 
 
+STOCK = [name for name, row in ROWS.items() if not row.own_layer]  # whose layers are PEFT's
+SELECTIVE = [("zero3", name) for name in STOCK if not ROWS[name].not_under_zero3]
+SELECTIVE += [("nf4", name) for name in STOCK if not ROWS[name].not_over_nf4]
+
+
+@pytest.mark.parametrize(("setting", "method"), SELECTIVE)
+def test_selective_recomputation_of_stock_layers_changes_nothing(warm_server, parts, data, tmp_path, setting, method):
+    """Under ZeRO-3 on two ranks, and over NF4 weights; what runs there in backward is what ran in forward."""
+    same = {"method": method, "data_cache": tmp_path / "cache", "per_device_train_batch_size": 2}
+    same |= {"deepspeed": configuration("zero3", tmp_path)} if setting == "zero3" else {"bits": 4}
+    found = {}
+    for mode in ("none", "selective"):
+        command = words(parts, data, tmp_path / mode, recompute=mode, **same)
+        run_successfully(warm_server, command, tmp_path / f"launch-{mode}", world=2 if setting == "zero3" else 1)
+        found[mode] = losses(tmp_path / mode)
+    assert found["selective"] == found["none"] and len(set(found["none"])) == STEPS
+
+
 @pytest.mark.parametrize("method", [name for name, row in ROWS.items() if row.not_under_zero3])
 def test_refused_under_zero3_before_anything_is_loaded(warm_server, parts, data, tmp_path, method):
     command = words(parts, data, tmp_path / "run", method=method, deepspeed=configuration("zero3", tmp_path))

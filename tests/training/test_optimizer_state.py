@@ -13,8 +13,8 @@ from transformers import Trainer
 from transformers import TrainingArguments as HfTrainingArguments
 
 from llava_moslora.training.checkpoint import read_optimizer, write_optimizer
+from llava_moslora.training.compatible import PER_PARAMETER, PER_WEIGHT
 from llava_moslora.training.optimizer_state import TrainState
-from llava_moslora.training.validate import PER_PARAMETER, PER_WEIGHT
 from support.launching import ROOT, free_port, run
 
 STEPS = 6

@@ -27,10 +27,10 @@ from llava_moslora.training import trainer as trainer_module
 from llava_moslora.training import trainer_flags
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.command_line import parse
+from llava_moslora.training.compatible import PER_PARAMETER, PER_WEIGHT
 from llava_moslora.training.flag_texts import more_help, table
 from llava_moslora.training.trainer_fields import trainer_fields
 from llava_moslora.training.trainer_flags import FLAGS, FORMER, WITH_ARGS, Honoured, Refused, check_flags
-from llava_moslora.training.validate import PER_PARAMETER, PER_WEIGHT
 from support.training_runs import rows, train
 
 ROOT = Path(__file__).parents[2]

@@ -128,9 +128,9 @@ def test_values_out_of_range(asked, flags, message):
         ("--save_strategy best", r"--save_strategy: no checkpoint is known to be the best without an evaluation"),
         (f"{SPLIT} --eval_strategy epoch --eval_steps 5", r"--eval_steps: has no effect with --eval_strategy epoch"),
         (f"{SPLIT} --eval_strategy steps --eval_steps 0", r"--eval_steps: out of range; found 0"),
-        (f"{SPLIT} --eval_strategy steps --metric_for_best_model f1", r"unknown metric; found f1; expected loss, tok"),
+        (f"{SPLIT} --eval_strategy steps --metric_for_best_model f1", r"unknown metric; found f1; expected loss . tok"),
         (f"{SPLIT} --eval_strategy steps --eval_data_path v.json --metric_for_best_model eval_w_loss",
-         r"found w_loss; expected loss, token_accuracy, d_loss, d_token_accuracy, v_loss, v_token_accuracy"),
+         r"found w_loss; expected loss . token_accuracy . d_loss . d_token_accuracy . v_loss . v_token_accuracy"),
         (f"{SPLIT} --eval_strategy epoch --load_best_model_at_end True", r"found --eval_strategy epoch, --save_strat"
          "egy steps; fix: --save_strategy epoch"),
         (f"{SPLIT} --eval_strategy steps --eval_steps 40 --save_steps 50 --load_best_model_at_end True",

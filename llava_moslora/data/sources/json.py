@@ -71,7 +71,7 @@ class JsonStream:
     def __iter__(self) -> Iterator[tuple[object, str | None]]:
         self._read_more()
         if not (first := self._peek()):
-            raise Refusal("D-PARSE", "the file is empty", file=self.name)
+            raise Refusal("D-PARSE", "the file is empty", file=self.name, fix="copy or download it again")
         if first == "[":
             self._start += 1
             yield from self._array()
@@ -162,7 +162,8 @@ class JsonStream:
         column = position - before.rindex("\n") if newlines else self._column + position + 1
         what = f"line {self._lines + newlines + 1} column {column}: {what[0].lower()}{what[1:]}"
         found = self._window[position : position + 30] or None
-        return Refusal(code, what, file=self.name, found=found, expected=EXPECTED)
+        fix = "correct the file there, or write it again"
+        return Refusal(code, what, file=self.name, found=found, expected=EXPECTED, fix=fix)
 
     def _ended(self) -> Refusal:
         what = f"the file ends at byte {self.bytes_read} inside a record or array; probably an interrupted copy"

@@ -63,6 +63,7 @@ def _read_with_images(parquet: pq.ParquetFile, file: str, check: CheckImage) -> 
         raise Refusal(
             "D-SHARD", "a Parquet shard without the images' bytes", file=file, key="image",
             found=", ".join(parquet.schema_arrow.names), expected='a column {"bytes", "path"}',
+            fix="write the shard with the images in it: datasets' to_parquet does",
         )  # fmt: skip
     for group in range(parquet.num_row_groups):
         if (size := parquet.metadata.row_group(group).total_byte_size) > LARGEST_ROW_GROUP:

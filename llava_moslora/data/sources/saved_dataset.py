@@ -112,7 +112,8 @@ def _load_from_hub(file: str) -> Dataset:
 
     if (match := _HUB_NAME.fullmatch(file.removeprefix(HUB))) is None:
         expected = f"{HUB}OWNER/NAME[/CONFIG][@REVISION][:SPLIT]"
-        raise Refusal("D-HUB", "not a data set of the Hub", file=file, key="--data_path", expected=expected)
+        what, fix = "not a data set of the Hub", "see its name on its page"
+        raise Refusal("D-HUB", what, file=file, key="--data_path", expected=expected, fix=fix)
     asked = match.groupdict()
     try:
         split = asked["split"] or "train"

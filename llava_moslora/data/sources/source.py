@@ -62,7 +62,8 @@ class Source:
                 path = _escape_folders(path)
             found = system.glob(path) if _is_pattern(path) else [path] * system.exists(path)
         except (ImportError, ValueError, OSError) as error:
-            raise Refusal("D-FILE", "the storage cannot be reached", file=self.name, found=error) from None
+            fix = "check the address, the network, and that the storage's package is installed"
+            raise Refusal("D-FILE", "the storage cannot be reached", file=self.name, found=error, fix=fix) from None
         if not found:
             raise Refusal("D-FILE", "there is no such file", file=self.name, fix="check --data_path")
         for file in found:

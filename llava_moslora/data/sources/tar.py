@@ -40,7 +40,8 @@ class Tar(Container):
                         records += JsonStream(cast(BinaryIO, content), f"{file}:{member.name}")
                         continue
                     if member.name in images:
-                        raise Refusal("D-SHARD", "two members have the same name", file=file, found=member.name)
+                        what, fix = "two members have the same name", "write the shard with each name once"
+                        raise Refusal("D-SHARD", what, file=file, found=member.name, fix=fix)
                     at = (member.offset_data, member.size, 0)
                     if member.size > LARGEST_IMAGE:
                         too_large = _too_large(file, member.name, member.size)
@@ -64,4 +65,5 @@ class Tar(Container):
 
 def _too_large(file: str, name: str, size: int) -> Refusal:
     return Refusal("I-SIZE", "the image's file is too large", file=f"{file}:{name}", key="image",
-                   found=f"{size / 2**20:.0f} MiB", expected=f"at most {LARGEST_IMAGE >> 20} MiB")  # fmt: skip
+                   found=f"{size / 2**20:.0f} MiB", expected=f"at most {LARGEST_IMAGE >> 20} MiB",
+                   fix="make it smaller, or remove the record")  # fmt: skip

@@ -1,0 +1,81 @@
+"""Whether a study's runs will have what it measures: before any of them starts, and again when the first has ended.
+
+What an evaluation logs follows from a run's flags, and so does what every step logs. Figures of adapters (with a slash
+in their name) and those that depend on the machine are known only from a log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from llava_moslora.data.split import set_names
+from llava_moslora.errors import Refusal, did_you_mean
+from llava_moslora.runs.log import METRICS_FILE, read_rows
+from llava_moslora.studies.runs import Run, Settings
+from llava_moslora.studies.study_file import Measure, Study
+from llava_moslora.training.evaluation_flags import metric_names
+
+EVERY_STEP = ("loss", "grad_norm", "learning_rate", "epoch", "samples_per_second", "tokens_per_second")
+OF_A_GPU = ("mfu", "peak_memory_gib")
+OF_ADALORA = ("cross_entropy", "orthogonality")
+NOT_MEASURED = ("step",)  # in every row, but a count
+
+
+def check_metrics(study: Study, run: Run, settings: Settings) -> None:
+    """
+    Args:
+        settings: the run's, as its flags give them.
+
+    Raises:
+        Refusal: C-STUDY, the run will not log a metric of the study, with those that it will, and the nearest name.
+    """
+    _, data, adapter, training = settings
+    evaluates = str(training["eval_strategy"]) != "no" or training["eval_on_start"]
+    evaluated = [f"eval_{name}" for name in metric_names(set_names(data))] + ["eval_runtime"]
+    known = [*EVERY_STEP, *(OF_ADALORA if adapter.method == "adalora" else ()), *(evaluated if evaluates else ())]
+    for number, measure in enumerate(study.measures):
+        metric = measure.metric
+        if not metric or metric in known or metric in OF_A_GPU or "/" in metric:
+            continue
+        fix = did_you_mean(metric, known)
+        if not evaluates and (metric in evaluated or metric.startswith("eval")):
+            fix = "evaluate it: flags: {validation_split: 0.01, eval_strategy: epoch}"
+        raise Refusal(
+            "C-STUDY", f"{run.arm}: its runs will not log this metric", file=study.file,
+            key=f"measures[{number}].metric", found=metric, expected=" | ".join(known),
+            fix=fix or f"a name of {METRICS_FILE}",
+        )  # fmt: skip
+
+
+def check_logged(study: Study, runs: Iterable[Run]) -> None:
+    """
+    Raises:
+        Refusal: C-STUDY, runs have ended, and none of them has logged a metric of the study; with what the first has.
+    """
+    done = [run for run in runs if run.done]
+    logged = [{name for row in read_rows(run.output / METRICS_FILE) for name in row} for run in done]
+    for number, measure in enumerate(study.measures):
+        if not measure.metric or not done or any(measure.metric in names for names in logged):
+            continue
+        has = sorted(logged[0] - set(NOT_MEASURED), key=lambda name: ("/" in name, name))
+        raise Refusal(
+            "C-STUDY", f"{done[0].name} has ended without this metric", file=study.file,
+            key=f"measures[{number}].metric", found=measure.metric, expected=f"one that it has: {', '.join(has)}",
+            fix=did_you_mean(measure.metric, has) or "one that it has; what is done is kept",
+        )  # fmt: skip
+
+
+def check_value(study: Study, number: int, values: Sequence[str]) -> None:
+    """
+    Args:
+        number: of a measure that a script makes. values: that the script will give.
+
+    Raises:
+        Refusal: C-STUDY, the script will not give the measure's value.
+    """
+    measure: Measure = study.measures[number]
+    if measure.value not in values:
+        raise Refusal(
+            "C-STUDY", f"{measure.script} will not give this value", file=study.file, key=f"measures[{number}].value",
+            found=measure.value, expected=" | ".join(values), fix=did_you_mean(measure.value, values) or None,
+        )  # fmt: skip
