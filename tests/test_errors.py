@@ -416,11 +416,12 @@ print("went on")
     ids=["and nothing else", "and an import fails", "in main"],
 )
 @pytest.mark.parametrize(("name", "said"), [("SIGINT", "Ctrl-C"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])
-def test_a_signal_that_a_library_loses(name, said, first, in_main):
+def test_a_signal_that_a_library_loses(name, said, first, in_main, tmp_path):
     """As torch does, which imports NumPy in C++. After Ctrl-C a script's main may go on: a chat does."""
     begin = STOP.split("def stop()")[0]
     program = begin + LOST.format(name=name, first=first, in_main=in_main)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)  # for its report
     if not first and name == "SIGINT":
         assert done.returncode == 70 and "ZeroDivisionError" in done.stderr
         return
