@@ -8,6 +8,7 @@ No torch is imported here, no file is opened, no process group is needed.
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,6 +38,10 @@ HEADINGS = (MODEL, DATA, ADAPTERS, TRAINING, SPEED, SAVING, LOGGING)
 LR_SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
                 "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
                 "warmup_stable_decay")  # fmt: skip
+
+# What a value that names a file or folder may begin with, or hold
+HUB, OPEN_CLIP, WILDCARDS = "hub:", "open_clip:", "*?["
+NAMED_FILE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)  # of --eval_data_path
 
 XTUNER_DATA_GROUP = 50  # global batches that XTuner's sampler sorts by length together
 # Lengths like mix665k's at 16 per device lose 1.9 % to padding with groups of 50, 0.9 % with 100 (shuffled: 42 %), on

@@ -28,7 +28,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from llava_moslora.defect_report import save_report
-from llava_moslora.stopping import Stopped, catch_stop_signals, end_progress_bars, keep_standard_streams, stdout_works
+from llava_moslora.stopping import (
+    Stopped,
+    came,
+    catch_stop_signals,
+    end_progress_bars,
+    keep_standard_streams,
+    note_interrupts,
+    refuse_if_stopped,
+    stdout_works,
+)
 
 EXIT_STATUS = {
     "C": 2,  # configuration: a flag, a configuration file, a combination of settings
@@ -68,6 +77,8 @@ NO_DEVICE = re.compile(
     re.IGNORECASE,
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What a folder's name and rights are no reason for: these errors have a line of their own
+NOT_OF_THE_PLACE = (*FULL, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -172,11 +183,13 @@ def run_script(main: Callable[[], object]) -> None:
     catch_stop_signals()
     sys.excepthook = _leave_while_importing
     try:
+        note_interrupts(False)
+        refuse_if_stopped()
         main()
+        refuse_if_stopped()
         if sys.stdout is not None:  # None: it was closed from the start
             sys.stdout.flush()  # while a full disk behind it can still change the exit status
-    except Refusal as refusal:
-        leave(refusal)
+        note_interrupts(True)
     except SystemExit:
         raise
     except BaseException as error:  # the boundary: nothing leaves a script as a traceback
@@ -212,6 +225,8 @@ def leave(refusal: Refusal) -> NoReturn:
 
 def known_failure(error: BaseException) -> Refusal | None:
     """The refusal for an error, or its cause, of the system, a device or another process; None for a defect."""
+    if came:
+        return _stopped(came[0])
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, Refusal):  # a library wrapped it
@@ -225,8 +240,7 @@ def known_failure(error: BaseException) -> Refusal | None:
 def _failure_of_system(error: BaseException) -> Refusal | None:
     first = _first_line(error)
     if isinstance(error, KeyboardInterrupt | Stopped):
-        by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
-        return Refusal("P-STOPPED", f"stopped by {by}", fix="start the same command again")
+        return _stopped("Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error))
     if isinstance(error, MemoryError):
         return Refusal("E-MEMORY", "the machine's memory is not enough", found=first, fix="a machine with more memory")
     if not isinstance(error, OSError):
@@ -239,6 +253,10 @@ def _failure_of_system(error: BaseException) -> Refusal | None:
             fix="see why it ended, then start the same command again",
         )  # fmt: skip
     return _failure_by_number(error.errno, error.filename2 or error.filename or _place_of_output(), first)
+
+
+def _stopped(by: str) -> Refusal:
+    return Refusal("P-STOPPED", f"stopped by {by}", fix="start the same command again")
 
 
 def failure_in(text: str, file: object) -> Refusal | None:

@@ -9,9 +9,13 @@ import select
 import signal
 import sys
 import threading
+from types import FrameType
 
 # SIGHUP: the terminal was closed, or the connection to it lost. Ctrl-C is Python's own KeyboardInterrupt.
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+# Names of signals that came. Libraries may lose their exception: torch imports NumPy in C++, drops what is raised
+# there, and goes on with half a NumPy. Whatever fails then, or does not, the script was stopped.
+came: list[str] = []
 
 
 class Stopped(BaseException):
@@ -30,13 +34,36 @@ def catch_stop_signals() -> None:
         if os.getpid() != owner:
             os.kill(os.getpid(), number)
         else:
-            raise Stopped(signal.Signals(number).name)
+            came.append(signal.Signals(number).name)
+            raise Stopped(came[-1])
 
     for number in SIGNALS:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, stop)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _come_again
+
+
+def note_interrupts(noted: bool) -> None:
+    """Whether Ctrl-C is kept in :data:`came`, as while modules are imported. A script may go on after one: not there.
+
+    Where another handler is set, or it is ignored as in a shell's background, it stays so.
+    """
+    if threading.current_thread() is threading.main_thread():
+        before, after = (signal.default_int_handler, _interrupt)[:: 1 if noted else -1]
+        if signal.getsignal(signal.SIGINT) is before:
+            signal.signal(signal.SIGINT, after)
+
+
+def refuse_if_stopped() -> None:
+    """Raise :class:`Stopped` where its exception was lost: what was done since may be half of what it should be."""
+    if came:
+        raise Stopped(came[0])
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    came.append("Ctrl-C")
+    signal.default_int_handler(number, frame)
 
 
 def _come_again(lost: sys.UnraisableHookArgs) -> None:

@@ -24,6 +24,10 @@ from datetime import timedelta
 from pathlib import Path
 
 from llava_moslora.errors import Refusal, run_script
+
+if __name__ == "__main__":
+    run_script(lambda: None)  # a signal is one line also while the next ones are imported
+
 from llava_moslora.evaluation.benchmarks import BENCHMARKS
 from llava_moslora.evaluation.prompts import PROMPTS
 from llava_moslora.evaluation.reading import RULES

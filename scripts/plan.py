@@ -23,9 +23,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from llava_moslora.errors import Refusal, run_script
+
+if __name__ == "__main__":
+    run_script(lambda: None)  # a signal is one line also while the next ones are imported
+
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.devices import COMMAND_LINE
-from llava_moslora.errors import Refusal, run_script
 from llava_moslora.noise import quiet_libraries
 from llava_moslora.planning.recipe import read_recipe
 from llava_moslora.runs.record import read_run
@@ -87,7 +91,7 @@ def read_settings(own: argparse.Namespace, flags: list[str]) -> tuple[int, Setti
     """The number of GPUs and the settings, from ``--config`` and the flags over it."""
     config = None if own.config is None else Path(own.config)
     if config is not None and config.is_dir():
-        record = read_run(config)
+        record = read_run(config).located
         if flags:
             raise Refusal("C-FLAG", "a run folder is planned as it is", key="--config", found=" ".join(flags))
         given = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from llava_moslora.config import DataSettings, ModelSettings, Settings, setting
-from llava_moslora.errors import FULL, Refusal, run_script
+from llava_moslora.errors import NOT_OF_THE_PLACE, Refusal, run_script
 from llava_moslora.flags import SettingsParser, flags_of
 from llava_moslora.noise import quiet_libraries
 
@@ -73,7 +73,7 @@ def make_report_folder(folder: Path) -> None:
         with TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in NOT_OF_THE_PLACE:
             raise
         raise Refusal(
             "C-PATH", "the report cannot be written there", file=folder, key="--report_dir", found=error.strerror,

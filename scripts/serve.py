@@ -7,7 +7,7 @@
 Runs, exports, or one of each. It listens on this machine only, unless --host names another address; there is no
 password. Only requests under the server's own names are answered: localhost, the address of --host (0.0.0.0: every
 address of this machine), and those of --allowed_hosts. Nothing is fetched from a network, and what is uploaded is
-deleted after a day and at the end. Ctrl-C or SIGTERM ends it, with status 0 once the page is served.
+deleted after a day and at the end. Ctrl-C, SIGTERM or a closed terminal ends it, with status 0 once the page is there.
 Needs gradio: pip install 'llava_moslora[serve]'.
 """
 
@@ -85,7 +85,6 @@ DAY = 24 * 60 * 60
 
 def main() -> None:
     args = parse(sys.argv[1:])
-    signal.signal(signal.SIGTERM, on_sigterm)
     folder = tempfile.TemporaryDirectory(prefix="llava_moslora-", ignore_cleanup_errors=True)
     with folder as uploads, listen(args.host, args.port) as listener:
         prepare_gradio(uploads)
@@ -93,10 +92,6 @@ def main() -> None:
         if args.compare_untrained:
             chat_models.append(load_run(args.model[0], trained=False))
         serve(dict(zip(args.names, chat_models, strict=True)), listener, Path(uploads), args)
-
-
-def on_sigterm(*_) -> None:
-    raise Refusal("P-STOPPED", "stopped by SIGTERM", fix="start the same command again")
 
 
 def prepare_gradio(uploads: str) -> None:
@@ -148,7 +143,7 @@ def listen(host: str, port: int) -> socket.socket:
 def serve(
     chat_models: dict[str, ChatModel], listener: socket.socket, uploads: Path, settings: argparse.Namespace
 ) -> None:
-    """Answer requests until Ctrl-C or SIGTERM; an answer that is being given ends then."""
+    """Answer requests until Ctrl-C, SIGTERM or SIGHUP; an answer that is being given ends then."""
     import fastapi
     import gradio
     import uvicorn
@@ -176,7 +171,10 @@ def serve(
     )  # fmt: skip
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     print(f"the page: http://{host}:{settings.port}", flush=True)
-    Server(config).run(sockets=[listener])
+    server = Server(config)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it; uvicorn takes the two other signals
+        signal.signal(signal.SIGHUP, server.handle_exit)
+    server.run(sockets=[listener])
     print("stopped", flush=True)
 
 

@@ -15,7 +15,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from llava_moslora.errors import FULL, Refusal, run_script
+from llava_moslora.errors import NOT_OF_THE_PLACE, Refusal, run_script
 from llava_moslora.flags import ScriptParser
 
 READY = Path(__file__).parent / "studies"
@@ -216,7 +216,7 @@ def lock_study(output: Path) -> FileLock:
         fix = "wait for it, stop it, or choose another --output_dir"
         raise Refusal("C-LOCKED", "another process works on this study", file=output, fix=fix) from error
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in NOT_OF_THE_PLACE:
             raise
         raise Refusal("C-OUTPUT", "cannot be made", file=output, key="--output_dir", found=error) from error
 

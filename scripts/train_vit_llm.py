@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_moslora.errors import Refusal, run_script
+
+if __name__ == "__main__":
+    run_script(lambda: None)  # a signal is one line also while the next ones are imported
+
 from llava_moslora.noise import quiet_libraries
 from llava_moslora.training.command_line import parse
 

@@ -391,6 +391,44 @@ def test_a_signal_ends_a_script_with_one_line(name, said, in_main):
     assert (done.returncode, done.stdout, done.stderr) == (75, "", line)
 
 
+LOST = """
+def lose():
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(20)
+    except BaseException:
+        pass
+
+run_script(lambda: None)
+{first}
+run_script({in_main})
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "in_main"),
+    [
+        ("lose()", "lambda: print('main')"),
+        ("lose(); import not_there", "lambda: None"),
+        ("", "lambda: lose() or 1 / 0"),
+    ],
+    ids=["and nothing else", "and an import fails", "in main"],
+)
+@pytest.mark.parametrize(("name", "said"), [("SIGINT", "Ctrl-C"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGHUP")])
+def test_a_signal_that_a_library_loses(name, said, first, in_main, tmp_path):
+    """As torch does, which imports NumPy in C++. After Ctrl-C a script's main may go on: a chat does."""
+    begin = STOP.split("def stop()")[0]
+    program = begin + LOST.format(name=name, first=first, in_main=in_main)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)  # for its report
+    if not first and name == "SIGINT":
+        assert done.returncode == 70 and "ZeroDivisionError" in done.stderr
+        return
+    line = f"error[P-STOPPED] stopped by {said}; fix: start the same command again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", line)
+
+
 def test_a_hangup_that_is_ignored_stays_ignored():
     """As under nohup."""
     script = "import os, signal; from llava_moslora.errors import run_script; signal.signal(1, signal.SIG_IGN)"

@@ -19,11 +19,9 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from llava_moslora.config import DataSettings
+from llava_moslora.config import NAMED_FILE, DataSettings
 from llava_moslora.data.cache import folders_of, keys_of
 from llava_moslora.errors import Refusal
-
-_NAMED = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,7 @@ def eval_files(settings: DataSettings) -> dict[str, str]:
     """
     files: dict[str, str] = {}
     for value in settings.eval_data_path:
-        named = None if Path(value).exists() else _NAMED.fullmatch(value)
+        named = None if Path(value).exists() else NAMED_FILE.fullmatch(value)
         name, file = named.groups() if named else (_name_of(value), value)
         if name in files:
             raise Refusal(

@@ -50,7 +50,7 @@ def export_lora(
     run, place = Path(run), Path(output).resolve()
     record = read_run(run, SDXL)
     model: Any = record.model
-    root = Path(base or model.model_name_or_path)
+    root = Path(base or record.located.model.model_name_or_path)
     output_folder.check_outside(place, run)
     output_folder.check_output_folder(place, overwrite)
     output_folder.check_inputs(place, [run, root])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from llava_moslora.errors import FULL, Refusal
+from llava_moslora.errors import NOT_OF_THE_PLACE, Refusal
 from llava_moslora.evaluation.ask import Questions, read_answers
 from llava_moslora.evaluation.judge import Judge, judge_answers
 from llava_moslora.evaluation.kept import Header
@@ -30,7 +30,7 @@ def new_output(folder: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return Path(folder)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in NOT_OF_THE_PLACE:
             raise
         what = "nothing can be written in this folder"
         fix = "choose another"
@@ -52,7 +52,7 @@ def writable(file: str | None, flag: str) -> Path | None:
         with tempfile.TemporaryFile(dir=path.parent):
             return path
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in NOT_OF_THE_PLACE:
             raise
         raise Refusal(
             "C-OUTPUT", "nothing can be written in this folder", file=path.parent, key=flag, found=error.strerror,

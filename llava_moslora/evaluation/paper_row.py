@@ -112,7 +112,7 @@ def _recorded(source: Path) -> tuple[ModelSettings, AdapterSettings]:
     """The base and the adapters of a run or an export."""
     try:
         if (source / RUN).is_file():
-            record = read_run(source)
+            record = read_run(source).located
             return record.model, record.adapter
         facts = read_json(source / EXPORT)
         base = _settings(ModelSettings, facts.get("base"))

@@ -69,7 +69,7 @@ def read_questions(path: str | Path) -> list[VqaExample]:
         if wrong := [key for key in ("image", "question", "answer") if not isinstance(row[key], str)]:
             raise Refusal(
                 "D-TYPE", "not text", file=path, record=index, key=wrong[0], found=type(row[wrong[0]]).__name__,
-                expected="text; of several answers (VQAv2) choose one",
+                expected="text", fix="of several answers (VQAv2) choose one" if wrong[0] == "answer" else None,
             )  # fmt: skip
         examples.append(VqaExample(str(row["id"]), row["image"], row["question"], row["answer"]))
     return examples

@@ -99,7 +99,7 @@ def export(
     _check_flags(formats, with_base, merge_base)
     folders = {name: Path(output) if len(formats) == 1 else Path(output) / name for name in formats}
     places = {name: folder.resolve() for name, folder in folders.items()}  # of a link: what it points to
-    inputs = _inputs(Path(run), read_run(run).model, llm, vision_tower)
+    inputs = _inputs(Path(run), read_run(run).located.model, llm, vision_tower)
     for place in places.values():
         output_folder.check_outside(place, Path(run))
         output_folder.check_output_folder(place, overwrite)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from llava_moslora.errors import FULL, Refusal, few
+from llava_moslora.errors import NOT_OF_THE_PLACE, Refusal, few
 from llava_moslora.files.disk import fsync, replace_json
 from llava_moslora.files.json import parse_json
 from llava_moslora.files.manifest import MANIFEST, read_facts, sha256
@@ -36,18 +36,18 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
         folder: absolute, links resolved.
 
     Raises:
-        Refusal: C-OUTPUT: it exists and ``overwrite`` is not set; it is not an export, or one that changed since it was
-            written; a folder that no export made has the name of its staging.
+        Refusal: C-OUTPUT: the current folder is in it; it exists and ``overwrite`` is not set; it is not an export, or
+            one that changed since it was written; a folder that no export made has the name of its staging.
     """
-    if folder.exists() and not overwrite:
-        fix = "choose another, or --overwrite"
-        raise Refusal("C-OUTPUT", "already exists", file=folder, key="--output_dir", fix=fix)
     if folder.exists():
         if Path.cwd().is_relative_to(folder):
             raise Refusal(
                 "C-OUTPUT", "the current folder is not replaced", file=folder, key="--output_dir",
-                fix="start the command in another folder",
+                fix="start the command in another folder, or choose another --output_dir",
             )  # fmt: skip
+        if not overwrite:
+            fix = "choose another, or --overwrite"
+            raise Refusal("C-OUTPUT", "already exists", file=folder, key="--output_dir", fix=fix)
         files_of_export(folder)
     staging = staging_of(folder)
     if staging.exists() and not _is_staging(staging):
@@ -138,7 +138,7 @@ def lock_output(folder: Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(file)
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in NOT_OF_THE_PLACE:
             raise
         raise Refusal(
             "C-OUTPUT", "cannot be written to", file=folder.parent, key="--output_dir", found=error.strerror,

@@ -223,10 +223,11 @@ def open_trained(
             "C-FLAG", f"{row.title} is merged into the original weights only", file=run, key="--merge_base",
             found=merge_base, expected=ORIGINAL, fix="leave the flag out",
         )  # fmt: skip
-    text_only, llm_folder = record.model.text_only, Path(llm or record.model.model_name_or_path)
+    base = record.located.model
+    text_only, llm_folder = base.text_only, Path(llm or base.model_name_or_path)
     if text_only and vision_tower:
         raise Refusal("C-FLAG", "the run has no vision tower", file=run, key="--vision_tower", fix="leave it out")
-    spec = "" if text_only else str(vision_tower or record.model.vision_tower)
+    spec = "" if text_only else str(vision_tower or base.vision_tower)
     llm_config = read_llm_config(llm_folder)
     check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
     vision_config: PreTrainedConfig | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import fsync, replace_json, write_json
@@ -65,19 +66,39 @@ def read_facts(folder: Path) -> dict:
         raise Refusal("K-MANIFEST", "no manifest: the folder was never completed", file=folder, fix=FIX)
     try:
         manifest = parse_json(path.read_bytes())
-        schema, files = manifest["schema"], manifest["files"]
-        assert all(isinstance(e["size"], int) and isinstance(e["sha256"], str) for e in files.values()), "entries"
-        assert not any("\0" in name for name in files), "a file's name"
-        assert type((manifest.get("best") or {"step": 0})["step"]) is int, "best"
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except (OSError, ValueError) as error:
         raise Refusal("K-MANIFEST", "unreadable manifest", file=path, found=error, fix=FIX) from error
-    if schema != SCHEMA:
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != SCHEMA and isinstance(schema, int):
         what, fix = "a manifest of another version", "use the version of this package that wrote it"
         raise Refusal("K-MANIFEST", what, file=path, found=schema, expected=SCHEMA, fix=fix)
+    if wrong := _wrong_form(manifest):
+        key, found, expected = wrong
+        raise Refusal(
+            "K-MANIFEST", "unreadable manifest", file=path, key=key, found=found, expected=expected, fix=FIX
+        )  # fmt: skip
     own = manifest.pop("sha256", None)
     if own != _own_hash(manifest):
         raise Refusal("K-HASH", "the manifest changed since it was written", file=path, fix=FIX)
     return manifest
+
+
+def _wrong_form(manifest: Any) -> tuple[str | None, object, str] | None:
+    """Key, what is found there and what is expected, of the first thing that :func:`write_manifest` does not write."""
+    if not isinstance(manifest, dict):
+        return None, manifest, "an object"
+    for key, kind in {"schema": int, "files": dict}.items():
+        if type(manifest.get(key)) is not kind:
+            return key, manifest.get(key, "no such key"), f"schema {SCHEMA}" if kind is int else "file: size and hash"
+    for name, entry in manifest["files"].items():
+        if "\0" in name:
+            return "files", name, "the name of a file"
+        if not (isinstance(entry, dict) and type(entry.get("size")) is int and isinstance(entry.get("sha256"), str)):
+            return f"files.{name}", entry, '{"size": bytes, "sha256": text}'
+    best = manifest.get("best")
+    if best is not None and not (isinstance(best, dict) and type(best.get("step")) is int):
+        return "best", best, '{"step": number}'
+    return None
 
 
 def verify_manifest(folder: Path) -> dict:

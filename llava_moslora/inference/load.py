@@ -91,11 +91,12 @@ def load_run(
     """
     run = Path(run)
     record = read_run(run)
+    base = record.located.model
     model_settings = replace(
-        record.model,
-        model_name_or_path=str(llm or record.model.model_name_or_path),
-        vision_tower=None if record.model.text_only else vision_tower or record.model.vision_tower,
-        bits=bits or record.model.bits,
+        base,
+        model_name_or_path=str(llm or base.model_name_or_path),
+        vision_tower=None if base.text_only else vision_tower or base.vision_tower,
+        bits=bits or base.bits,
         attn_implementation="sdpa",  # which every machine has, whatever it was trained with
     )
     for _ in range(1 if checkpoint else ATTEMPTS):

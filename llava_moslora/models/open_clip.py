@@ -17,12 +17,12 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
+from llava_moslora.config import OPEN_CLIP as PREFIX
 from llava_moslora.errors import Refusal
 from llava_moslora.files.tensors import read_tensor_file
 from llava_moslora.models.config_file import make_config, read_model_config
 from llava_moslora.models.preprocessing import BICUBIC, BILINEAR, check_settings, processor_settings
 
-PREFIX = "open_clip:"
 SUPPORTED = f"{PREFIX}ARCH@FILE of a plain CLIP ViT, or {PREFIX}FOLDER"
 FIX = "choose one of these; give a SigLIP as its transformers folder"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")

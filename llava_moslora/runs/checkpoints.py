@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from llava_moslora.errors import FULL, Refusal
+from llava_moslora.errors import NOT_OF_THE_PLACE, Refusal
 from llava_moslora.files.disk import write_text
 from llava_moslora.files.manifest import MANIFEST, read_facts, verify_manifest
 from llava_moslora.files.publish import discard, publish
@@ -182,7 +182,7 @@ def lock_run(run: Path, patience: float = 15) -> FileLock:
             fix="wait for it, stop it, or choose another --output_dir",
         ) from error  # fmt: skip
     except OSError as error:
-        if error.errno in FULL:
+        if error.errno in NOT_OF_THE_PLACE:
             raise
         raise Refusal("C-OUTPUT", "cannot be written to", file=run, key="--output_dir", found=error) from error
     return lock

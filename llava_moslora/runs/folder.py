@@ -26,6 +26,7 @@ from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.publish import sweep
 from llava_moslora.runs.checkpoints import checkpoints, lock_run, newest_valid
 from llava_moslora.runs.output_dir import DATA_REPORT, check_output, files_of_run, has_begun
+from llava_moslora.runs.paths import located, same_paths
 from llava_moslora.runs.record import KINDS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
 
 SET_ASIDE = ".aside"  # suffix of folders that a replaced run waits in
@@ -151,8 +152,10 @@ def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
     both: dict[str, tuple[Any, Any]] = {name: (value, None) for name, value in then.unknown.items()}
     kind = KINDS[now.kind]
     for group, group_class in kind.groups.items():
-        for name in (f.name for f in fields(group_class) if f.name not in kind.free[group]):
-            both[name] = getattr(getattr(then, group), name), getattr(getattr(now, group), name)
+        old, new = getattr(then, group), getattr(now, group)
+        same = same_paths(located(old, then.folder), located(new, None))
+        for name in (f.name for f in fields(group_class) if f.name not in kind.free[group] | same):
+            both[name] = getattr(old, name), getattr(new, name)
     both |= {name: (then.training_value(name), now.training_value(name)) for name in TRAINING}
     both["global_batch_size"] = then.global_batch_size, now.global_batch_size  # however ranks and accumulation split it
     return {name: (old, new) for name, (old, new) in both.items() if old != new}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSetting
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import replace_json
 from llava_moslora.files.json import parse_json
+from llava_moslora.runs.paths import located
 from llava_moslora.sdxl_settings import SdxlAdapterSettings, SdxlSettings, SubjectSettings
 
 RUN, TOKENIZER = "run.json", "tokenizer"
@@ -151,14 +153,22 @@ class RunRecord(RunSettings):
 
     Attributes:
         seeds: several where a run was resumed with ``--allow_change seed``.
-        command: the command line. versions: of the packages it ran with.
+        command: the command line. folder: which its relative paths are from; None: of an earlier version.
+        versions: of the packages it ran with.
         unknown: settings that this version of the package does not know, by name.
     """
 
     seeds: list[int | None] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
+    folder: str | None = None
     versions: dict[str, str | None] = field(default_factory=dict)
     unknown: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def located(self) -> RunRecord:
+        """The same with absolute paths of the parts and the data."""
+        model, data = located(self.model, self.folder), located(self.data, self.folder)
+        return replace(self, model=model, data=data)
 
 
 def write_run(folder: Path, settings: RunSettings) -> None:
@@ -172,6 +182,7 @@ def write_run(folder: Path, settings: RunSettings) -> None:
         "settings": asdict(settings),
         "seeds": list(dict.fromkeys([*seeds, settings.training.get("seed")])),
         "command": sys.argv,
+        "folder": os.getcwd(),
         "python": platform.python_version(),
         "versions": {name: _installed(name) for name in _PACKAGES},
         "commit": _commit(),
@@ -222,6 +233,7 @@ def read_run(folder: str | Path, expected: str | None = LLAVA) -> RunRecord:
         kind=kind,
         seeds=record.get("seeds") or [settings["training"].get("seed")],
         command=record["command"],
+        folder=record.get("folder"),
         versions=record["versions"],
         unknown=unknown,
     )
@@ -268,8 +280,8 @@ def _check_needed(record: dict[str, Any], file: Path, groups: dict[str, dict[str
             value = value.get(key, _ABSENT)  # its group is a dict: groups are checked first
         if not isinstance(value, kind):
             raise _lacks(record, file, path, value, kind)
-    for key, kind in (("seeds", list), ("settings.global_batch_size", int)):
-        value = record.get(key) if key == "seeds" else record["settings"].get("global_batch_size")
+    for key, kind in (("seeds", list), ("folder", str), ("settings.global_batch_size", int)):
+        value = record["settings"].get("global_batch_size") if "." in key else record.get(key)
         if value is not None and not isinstance(value, kind):
             raise _lacks(record, file, (key,), value, kind)
 

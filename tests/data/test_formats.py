@@ -175,6 +175,26 @@ def test_a_bad_record_is_named_by_index_and_id(read):
         read(json.dumps(records))
 
 
+@pytest.mark.parametrize(("keys", "wrong"), [(1000, False), (1001, True)])
+def test_keys_of_a_record(read, tmp_path, keys, wrong):
+    """Also inside a record, and of columns."""
+    many = {f"k{k}": 0 for k in range(keys)}
+    good = record(id="many")
+    as_row = good | dict.fromkeys(list(many)[: keys - len(good)], 0)
+    pq.write_table(pa.Table.from_pylist([as_row]), tmp_path / "rows.parquet")
+    for content in (as_row, good | {"more": many}):
+        if not wrong:
+            assert read(json.dumps([content]))[0].id == "many"
+            continue
+        with pytest.raises(Refusal, match=r"D-JSON\] .*json:record 0 id=many: 1001 keys in one object, of at most"):
+            read(json.dumps([content]))
+    if not wrong:
+        assert next(iter(read_records(tmp_path / "rows.parquet"))).id == "many"
+        return
+    with pytest.raises(Refusal, match=r"rows\.parquet:record 0 id=many: 1001 keys in one object, of at most 1000"):
+        list(read_records(tmp_path / "rows.parquet"))
+
+
 # D16: <image> in running text
 def test_image_in_running_text_is_text(read):
     (found,) = read(json.dumps([record("what does <image> mean in HTML?", "<image>\nis a tag", image=None)]))

@@ -1,16 +1,18 @@
 """What an export may replace, and that nothing but an export is ever deleted."""
 
+import errno
 import json
 import os
+import re
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, known_failure
 from llava_moslora.export import export as export_module
-from llava_moslora.export import verify
+from llava_moslora.export import output_folder, verify
 from llava_moslora.export.export import export
 from llava_moslora.files.manifest import verify_manifest
 from support.export_runs import newer, probe_here, trained_run
@@ -144,6 +146,25 @@ def test_a_foreign_staging_folder_is_not_deleted(run, tmp_path):
 def test_the_current_folder_is_not_replaced(run, out, monkeypatch):
     monkeypatch.chdir(out)
     refused(run, ".", r"C-OUTPUT\] .*out:--output_dir: the current folder is not replaced", watched=out)
+    with pytest.raises(Refusal, match="the current folder is not replaced"):  # and not: try --overwrite
+        export(run, ".", prove=False)
+
+
+@pytest.mark.parametrize(("number", "line"), [
+    (errno.EIO, r"E-DISK\] .*\.out\.lock: the disk cannot be read or written"),
+    (errno.EMFILE, r"E-FILES\] .*too many open files"),
+    (errno.ENAMETOOLONG, r"C-OUTPUT\] .*--output_dir: cannot be written to"),
+])  # fmt: skip
+def test_a_lock_that_cannot_be_made(run, tmp_path, monkeypatch, number, line):
+    """Another folder helps only where the folder is the reason."""
+
+    def fails(file):
+        raise OSError(number, os.strerror(number), str(file))
+
+    monkeypatch.setattr(output_folder, "_lock", fails)
+    with pytest.raises((Refusal, OSError)) as raised:
+        export(run, tmp_path / "out", prove=False)
+    assert re.search(line, known_failure(raised.value).line())
 
 
 def test_two_exports_into_one_folder(run, tmp_path, monkeypatch):
@@ -201,8 +222,6 @@ def test_a_checkpoint_that_is_pruned_meanwhile(run, tmp_path, monkeypatch, targe
 
 def test_a_checkpoint_that_is_pruned_while_it_is_read(run, tmp_path, monkeypatch):
     copy = shutil.copytree(run, tmp_path / "run")
-    from llava_moslora.export import output_folder
-
     link, seen = output_folder._link, []
 
     def pruned_before_the_second_file(file, other):

@@ -22,7 +22,8 @@ def parts(tmp_path_factory) -> SimpleNamespace:
 
 
 SCRIPTS = (
-    "prepare_data export evaluate convert_adapter convert_internlm2 evaluate_commonsense evaluate_subjects plan study"
+    "prepare_data export evaluate convert_adapter convert_internlm2 evaluate_commonsense evaluate_subjects plan study "
+    "chat serve"
 )
 
 

@@ -90,7 +90,7 @@ def test_proving(disk, run):
     """Also in the process of the proof, which is another one."""
     words = [run, "--output_dir", disk.disk / "out", "--format", "projector"]
     command = Command("scripts.export:main", words)
-    none_wrong(disk.fail_everywhere(command, every(3), again=False))
+    none_wrong(disk.fail_everywhere(command, every(STEP), again=False))
 
 
 def test_evaluating(disk, run, tmp_path):

@@ -120,6 +120,24 @@ def test_damage_is_found_and_the_older_checkpoint_used(tmp_path, damage, code):
     assert (tmp_path / "checkpoint-20").is_dir()  # left alone
 
 
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        ({"files": ["w.bin"]}, r"MANIFEST\.json:files: unreadable .*; found \['w\.bin'\]; expected file: size and"),
+        ({"files": {"w.bin": 7}}, r'MANIFEST\.json:files\.w\.bin: unreadable manifest; found 7; expected \{"size"'),
+        ({"files": {"w\0": {}}}, r"MANIFEST\.json:files: .*; found w\\x00; expected the name of a file"),
+        ({"best": 3}, r'MANIFEST\.json:best: .*; found 3; expected \{"step": number\}; fix: use another checkpoint$'),
+        ({"schema": "2"}, r"MANIFEST\.json:schema: unreadable manifest; found 2; expected schema 2"),
+        ({"schema": 3, "files": 0}, r"MANIFEST\.json: a manifest of another version; found 3; expected 2"),
+    ],
+)
+def test_a_manifest_in_another_form(tmp_path, facts, said):
+    folder = make(tmp_path, 10)
+    reseal(folder, **facts)
+    with pytest.raises(Refusal, match=said):
+        verify_manifest(folder)
+
+
 def test_order_is_by_number_and_decoys_are_ignored(tmp_path):
     for step in (9, 10, 100):
         make(tmp_path, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -13,6 +13,8 @@ from typing import BinaryIO
 import fsspec
 
 from llava_moslora.errors import Refusal
+
+MOST_KEYS = 1000  # of one object of a record; real ones have a few dozen
 
 # Called with the bytes of an image and the name that refusals give it; raises a Refusal if it cannot be used.
 CheckImage = Callable[[bytes, str], object]
@@ -104,6 +106,11 @@ class Container(ABC):
             OSError, IndexError: the file is missing or has changed.
         """
         raise NotImplementedError(f"{type(self).__name__} files hold no images")
+
+
+def too_many_keys(found: Sized) -> str | None:
+    """Why an object of a record, or a row, is none; a file of all records under their ids is not a record."""
+    return f"{len(found)} keys in one object, of at most {MOST_KEYS}" if len(found) > MOST_KEYS else None
 
 
 def open_file(file: str) -> AbstractContextManager[BinaryIO]:

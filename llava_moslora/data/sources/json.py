@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from llava_moslora.data.sources.container import CheckImage, Container, RawRecord, open_file
+from llava_moslora.data.sources.container import CheckImage, Container, RawRecord, open_file, too_many_keys
 from llava_moslora.errors import Refusal
 
 WINDOW = 1 << 20  # characters read at once
@@ -175,7 +175,9 @@ class JsonStream:
         found = dict(pairs)
         if len(found) < len(pairs):
             name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            self._problem = f"the key {name!r} occurs twice in one object"
+            self._problem = f"the key {name[:100]!r} occurs twice in one object"
+        elif problem := too_many_keys(found):
+            self._problem = problem
         return found
 
     def _constant(self, name: str) -> None:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_moslora.config import HUB
 from llava_moslora.data.sources.container import CheckImage, Container, RawRecord
 from llava_moslora.data.sources.table import ROWS, ROWS_WITH_IMAGES, image_columns, image_in_row, record_of_row
 from llava_moslora.errors import Refusal
@@ -20,7 +21,6 @@ from llava_moslora.errors import Refusal
 if TYPE_CHECKING:
     from datasets import Dataset
 
-HUB = "hub:"
 STATE, SPLITS = "state.json", "dataset_dict.json"  # what save_to_disk writes of a data set, and of one with splits
 _HUB_NAME = re.compile(
     r"(?P<path>[\w.-]+/[\w.-]+)(/(?P<name>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:(?P<split>[\w.-]+))?"

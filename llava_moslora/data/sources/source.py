@@ -20,6 +20,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
+from llava_moslora.config import WILDCARDS
 from llava_moslora.data.sources.container import Container, ImageRef, open_file
 from llava_moslora.data.sources.json import Json
 from llava_moslora.data.sources.parquet import Parquet
@@ -28,7 +29,6 @@ from llava_moslora.data.sources.tar import Tar
 from llava_moslora.errors import Refusal
 
 CONTAINERS: tuple[Container, ...] = (SavedDataset(), Tar(), Parquet(), Json())  # the first that can reads a file
-WILDCARDS = "*?["
 BLOCK = 1 << 22  # bytes of a file that are hashed at once
 
 

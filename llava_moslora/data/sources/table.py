@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from llava_moslora.data.sources.container import CheckedImage, CheckImage, ImageRef, RawRecord
+from llava_moslora.data.sources.container import CheckedImage, CheckImage, ImageRef, RawRecord, too_many_keys
 from llava_moslora.errors import Refusal
 
 ROWS, ROWS_WITH_IMAGES = 1024, 32  # read at once
@@ -47,7 +47,7 @@ def record_of_row(
             names.append(name)
         if column in record:
             record[column] = names
-    return RawRecord(record, images=images)
+    return RawRecord(record, too_many_keys(row), images)
 
 
 def image_in_row(row: dict, columns: Sequence[str], number: int) -> bytes:

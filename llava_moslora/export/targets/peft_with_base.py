@@ -29,7 +29,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     """Raises C-FORMAT for a run without adapters."""
     check_adapters(trained, "peft")
     check_lora(trained, "peft --with_base")
-    start = trained.record.model.pretrain_mm_mlp_adapter
+    start = trained.record.located.model.pretrain_mm_mlp_adapter
     widths = trained.vision_config.hidden_size, trained.llm_config.hidden_size
     projector = None if start is None else read_projector(start, *widths)
     layers = composed_names(fold_layers(trained.updates("llm", "lm_head")))

@@ -1,0 +1,66 @@
+"""Paths among a run's settings. ``run.json`` has them as they were given, and the folder that the run was started in,
+which relative ones are from: a run is resumed, exported and asked from any folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import Any
+
+from llava_moslora.config import HUB, NAMED_FILE, OPEN_CLIP, WILDCARDS
+
+# Fields of the model and data settings of every kind of run
+PATHS = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "vae", "data_path", "eval_data_path",
+         "image_folder", "class_image_folder")  # fmt: skip
+
+
+def located(settings: Any, folder: str | None) -> Any:
+    """A copy of model or data ``settings`` with absolute paths.
+
+    Args:
+        folder: which relative paths are from; None (of a run that an earlier version started): the current folder. It
+            is meant too where the file is there and no longer in ``folder``: a whole project was moved.
+    """
+    given = {name: getattr(settings, name) for name in PATHS if getattr(settings, name, None)}
+    return replace(settings, **{name: _located(name, value, folder) for name, value in given.items()})
+
+
+def _located(name: str, value: Any, folder: str | None) -> Any:
+    if isinstance(value, list):
+        return [_located(name, one, folder) for one in value]
+    before, path = _parts(name, value)
+    here, there = os.path.abspath(path), os.path.abspath(os.path.join(folder or "", path))
+    no_file = before.startswith(OPEN_CLIP) and not (_exists(here) or _exists(there))  # one of open_clip's tags
+    if no_file or "://" in path or path.startswith(HUB):
+        return value
+    return before + (here if _exists(here) and not _exists(there) else there)
+
+
+def _parts(name: str, value: str) -> tuple[str, str]:
+    """What stands before a path, and the path: ``open_clip:ARCH@FILE``, ``NAME=FILE`` of validation data."""
+    if name == "vision_tower" and value.startswith(OPEN_CLIP):
+        path = value.removeprefix(OPEN_CLIP)
+        path = path.partition("@")[2] or path
+    elif name == "eval_data_path" and not os.path.exists(value) and (named := NAMED_FILE.fullmatch(value)):
+        path = named[2]
+    else:
+        path = value
+    return value.removesuffix(path), path
+
+
+def _exists(path: str) -> bool:
+    """Whether it is there; of a pattern, the folder in front of it."""
+    pattern = re.split(rf"[{re.escape(WILDCARDS)}]", path)
+    return os.path.exists(path) or (len(pattern) > 1 and os.path.exists(os.path.dirname(pattern[0])))
+
+
+def same_paths(one: Any, other: Any) -> set[str]:
+    """The settings that lead to the same files in both of two :func:`located` ones, links followed."""
+    return {name for name in PATHS if hasattr(one, name) and _followed(name, one) == _followed(name, other)}
+
+
+def _followed(name: str, settings: Any) -> list[tuple[str, str]]:
+    value = getattr(settings, name)
+    parts = [_parts(name, one) for one in (value if isinstance(value, list) else [value]) if one]
+    return [(before, path if "://" in path else os.path.realpath(path)) for before, path in parts]
