@@ -42,7 +42,7 @@ test-faults: $(STAMP)  ## kills, full disks, fuzzing
 	$(PY) -m pytest -m faults $(PYTEST_ARGS)
 
 test-nightly: $(STAMP)  ## the tier of faults, with 500 kills and 20,000 wrong files (hours on 2 cores)
-	KILLS=250 FUZZ_CASES=20000 STOPS=10 $(PY) -m pytest -m faults $(PYTEST_ARGS)
+	KILLS=250 FUZZ_CASES=20000 STOPS=10 DISK_STEP=3 $(PY) -m pytest -m faults $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)  ## what needs a CUDA device
 	$(PY) -m pytest -m gpu $(PYTEST_ARGS)

@@ -191,6 +191,8 @@ def run_script(main: Callable[[], object]) -> None:
             sys.stdout.flush()  # while a full disk behind it can still change the exit status
         note_interrupts(True)
     except SystemExit:
+        if came:  # and a library lost its exception
+            leave(_stopped(came[0]))
         raise
     except BaseException as error:  # the boundary: nothing leaves a script as a traceback
         leave(known_failure(error) or defect(error))

@@ -32,7 +32,7 @@ from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.devices import COMMAND_LINE
 from llava_moslora.noise import quiet_libraries
 from llava_moslora.planning.recipe import read_recipe
-from llava_moslora.runs.record import read_run
+from llava_moslora.runs.record import BEFORE, read_run
 from llava_moslora.training.command_line import accumulation_steps, parse
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
 
@@ -91,14 +91,19 @@ def read_settings(own: argparse.Namespace, flags: list[str]) -> tuple[int, Setti
     """The number of GPUs and the settings, from ``--config`` and the flags over it."""
     config = None if own.config is None else Path(own.config)
     if config is not None and config.is_dir():
-        record = read_run(config).located
+        run = read_run(config)
+        record = run.located
         if flags:
             raise Refusal("C-FLAG", "a run folder is planned as it is", key="--config", found=" ".join(flags))
-        given = {
+        given = BEFORE["training"] | {
             name: None if value == "None" else value for name, value in record.training.items()
         }  # as it is written
         training = given | {"global_batch_size": record.global_batch_size}
-        return own.gpus or 1, (record.model, record.data, record.adapter, training)
+        start = Path(run.folder or "")  # which relative paths are from
+        if training.get("deepspeed"):
+            training["deepspeed"] = str(start / training["deepspeed"])
+        data = replace(record.data, data_cache=str(start / record.data.data_cache))
+        return own.gpus or 1, (record.model, data, record.adapter, training)
     gpus, words = own.gpus, list(flags)
     if config is not None and config.suffix == ".sh":
         call = read_recipe(config, own.gpus)

@@ -6,7 +6,7 @@
 #   PICTURES=pictures/can PROMPT="a photo of sks can" bash scripts/sdxl_cat.sh
 #
 # Every variable can be set from outside, and more flags of train_sdxl.py follow the script's name (the last one wins).
-# The same command resumes an interrupted run. Needs diffusers: pip install '.[diffusion]'. Where the GPU's memory is not
+# The same command resumes an interrupted run. Needs diffusers: pip install -e '.[diffusion]'. Where the GPU's memory is not
 # enough add --recompute full.
 #
 # The paper gives no settings for this experiment. These are those of its authors' script, but for:

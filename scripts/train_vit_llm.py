@@ -15,7 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from llava_moslora.errors import Refusal, run_script
+from llava_moslora.errors import run_script
 
 if __name__ == "__main__":
     run_script(lambda: None)  # a signal is one line also while the next ones are imported
@@ -179,7 +179,7 @@ def make_plan(
             deepspeed=deepspeed,
         )  # fmt: skip
     except Exception as error:  # what is only advice does not end a training
-        print(f"no plan of the memory: {error.what if isinstance(error, Refusal) else error}")
+        print(f"no plan of the memory: {error}")
         return None
 
 

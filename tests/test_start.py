@@ -9,7 +9,7 @@ import pytest
 from support.launching import ROOT
 
 SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
-HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes", "gradio")
+HEAVY = ("torch", "transformers", "peft", "datasets", "accelerate", "deepspeed", "bitsandbytes", "gradio", "pydantic")
 # Run first: at the end of the process those of them that were imported are named, and its status is 99.
 NOTING = f"""
 import atexit, os, runpy, sys

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation.benchmarks import BENCHMARKS, PAPER
@@ -79,9 +77,6 @@ class _ScoreFile:
     score: Score
 
 
-_SCORE_FILE = TypeAdapter(_ScoreFile)
-
-
 def write_result(folder: Path, result: Result) -> None:
     """Keep a benchmark's score with every outcome, atomically."""
     replace_json(folder / SCORE, {"header": result.header, "score": asdict(result.score)})
@@ -93,9 +88,11 @@ def read_result(file: Path) -> Result:
     Raises:
         Refusal: K-MISSING or K-JSON, no such file or it is damaged.
     """
+    from pydantic import TypeAdapter, ValidationError  # imported here: --help and a comparison's flags do without
+
     content = read_json(file)
     try:
-        stored = _SCORE_FILE.validate_json(json.dumps(content), strict=True)
+        stored = TypeAdapter(_ScoreFile).validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         raise _no_score(file, ".".join(map(str, first["loc"])), first["input"], first["msg"].lower()) from error

@@ -109,7 +109,9 @@ def _missing(pipeline: Any, reports: Sequence[str]) -> list[str]:
         if parameter.is_meta
     ]
     # Older encoders' files have their positions, which are no weights, and newer ones lack them
-    reported = [name for text in reports for name in re.findall(r"^(\S+) +\| +MISSING", text, re.MULTILINE)]
+    plain = [re.sub(r"\x1b\[[\d;]*m", "", text) for text in reports]  # coloured on a terminal
+    # one line may stand for a tensor of several layers: "layers.{0, 1}.weight"
+    reported = [name for text in plain for name in re.findall(r"^(\S.*?) +\| +MISSING", text, re.MULTILINE)]
     return empty + [name for name in reported if "position_ids" not in name]
 
 

@@ -106,9 +106,13 @@ def usage(trained: TrainedRun, target: Target, folder: Path) -> str:
     text = "\n".join([FOLDER, *lines])
     text = text.replace("TEMPLATE", repr(XTUNER_TEMPLATES[trained.template]))
     places = {"LLM": str(trained.llm_folder)} | ({} if trained.text_only else {"TOWER": trained.vision_spec})
+    given, found = trained.record.model, trained.record.located.model  # the card shows paths as they were given
+    shown = {found.model_name_or_path: given.model_name_or_path}
+    if found.vision_tower is not None and given.vision_tower is not None:
+        shown[found.vision_tower] = given.vision_tower
     for name, place in places.items():
-        base = read_base(name, place)
-        text = text.replace(f'"{name}"', json.dumps(base.hub_id if base.certain else str(base.folder)))
+        base, folder = read_base(name, place), str(place)
+        text = text.replace(f'"{name}"', json.dumps(base.hub_id if base.certain else shown.get(folder, folder)))
     if "MAX_LORA_RANK" in text:
         text = text.replace("MAX_LORA_RANK", str(max_lora_rank(trained.record.adapter.lora_r)))
     if trained.text_only:

@@ -23,8 +23,11 @@ from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 
 # Flags that change what is kept between forward and backward, in ways that are not counted
+COMPILED = "torch.compile decides itself what is kept and what is recomputed"
 NOT_COUNTED = {
-    "torch_compile": "torch.compile decides itself what is kept and what is recomputed",
+    "torch_compile": COMPILED,
+    "torch_compile_backend": COMPILED,
+    "torch_compile_mode": COMPILED,
     "use_liger_kernel": "what Liger's kernels keep is not counted",
 }
 
@@ -113,12 +116,9 @@ def check_counted(training: Mapping[str, Any], deepspeed: dict[str, Any] | None)
     Raises:
         Refusal: N-PLAN, a setting that decides about memory in a way that is not counted here.
     """
-    optimizer = optimizer_of(training)
-    if optimizer not in STATE_BYTES:
-        raise _not_counted("the size of this optimizer's state is not known", "--optim", optimizer, "another --optim")
     for flag, why in NOT_COUNTED.items():
-        if str(training.get(flag)) == "True":
-            raise _not_counted(why, f"--{flag}", "True", f"plan without --{flag}")
+        if (found := str(training.get(flag))) not in ("None", "False"):
+            raise _not_counted(why, f"--{flag}", found, f"plan without --{flag}")
     zero = (deepspeed or {}).get("zero_optimization", {})
     for block in ("offload_optimizer", "offload_param"):
         if zero.get(block, {}).get("device") == "nvme":
@@ -142,7 +142,7 @@ def _zeros(
 ) -> tuple[tuple[str | None, Zero], ...]:
     """The DeepSpeed files that go with the flags, that of the flags first."""
     own: tuple[tuple[str | None, Zero], ...] = ((choice.zero_file, choice.zero),)
-    if choice.zero.stage is None or STATE_BYTES[optimizer] != ADAM_BYTES:  # that not every stage can partition
+    if choice.zero.stage is None or STATE_BYTES[optimizer] != ADAM_BYTES:  # some cannot be partitioned
         return own
     others = [(file, Zero.of(content)) for file, content in files.items()]
     adam = optimizer in ("adamw_torch", "adamw_torch_fused")  # the only ones that can be offloaded

@@ -19,8 +19,9 @@ def located(settings: Any, folder: str | None) -> Any:
     """A copy of model or data ``settings`` with absolute paths.
 
     Args:
-        folder: which relative paths are from; None (of a run that an earlier version started): the current folder. It
-            is meant too where the file is there and no longer in ``folder``: a whole project was moved.
+        folder: which relative paths are from; None (of a run that an earlier version started): the current folder. The
+            current folder also counts for a file that is in it and no longer in ``folder``, as after a move of a whole
+            project.
     """
     given = {name: getattr(settings, name) for name in PATHS if getattr(settings, name, None)}
     return replace(settings, **{name: _located(name, value, folder) for name, value in given.items()})
@@ -29,21 +30,24 @@ def located(settings: Any, folder: str | None) -> Any:
 def _located(name: str, value: Any, folder: str | None) -> Any:
     if isinstance(value, list):
         return [_located(name, one, folder) for one in value]
-    before, path = _parts(name, value)
+    before, path = _parts(name, value, folder)
     here, there = os.path.abspath(path), os.path.abspath(os.path.join(folder or "", path))
-    no_file = before.startswith(OPEN_CLIP) and not (_exists(here) or _exists(there))  # one of open_clip's tags
-    if no_file or "://" in path or path.startswith(HUB):
+    # ARCH@TAG, where no file has the tag's name, which a folder may have
+    is_tag = before.startswith(OPEN_CLIP) and before.endswith("@") and not any(map(os.path.isfile, (here, there)))
+    if is_tag or "://" in path or path.startswith(HUB):
         return value
     return before + (here if _exists(here) and not _exists(there) else there)
 
 
-def _parts(name: str, value: str) -> tuple[str, str]:
-    """What stands before a path, and the path: ``open_clip:ARCH@FILE``, ``NAME=FILE`` of validation data."""
+def _parts(name: str, value: str, folder: str | None = None) -> tuple[str, str]:
+    """What stands before a path, and the path: ``open_clip:ARCH@FILE``; ``NAME=FILE`` of validation data, unless a file
+    here or in ``folder`` has all of that as its name."""
     if name == "vision_tower" and value.startswith(OPEN_CLIP):
         path = value.removeprefix(OPEN_CLIP)
         path = path.partition("@")[2] or path
-    elif name == "eval_data_path" and not os.path.exists(value) and (named := NAMED_FILE.fullmatch(value)):
-        path = named[2]
+    elif name == "eval_data_path" and (named := NAMED_FILE.fullmatch(value)):
+        is_file = os.path.exists(value) or os.path.exists(os.path.join(folder or "", value))
+        path = value if is_file else named[2]
     else:
         path = value
     return value.removesuffix(path), path

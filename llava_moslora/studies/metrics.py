@@ -1,7 +1,8 @@
 """Whether a study's runs will have what it measures: before any of them starts, and again when the first has ended.
 
-What an evaluation logs follows from a run's flags, and so does what every step logs. Figures of adapters (with a slash
-in their name) and those that depend on the machine are known only from a log.
+What an evaluation logs follows from a run's flags, and so does what every step logs. Of the adapters' figures, with a
+slash in their name, the names are known, and not which of them an arm has. Those that depend on the machine are known
+only from a log.
 """
 
 from __future__ import annotations
@@ -18,6 +19,13 @@ from llava_moslora.training.evaluation_flags import metric_names
 EVERY_STEP = ("loss", "grad_norm", "learning_rate", "epoch", "samples_per_second", "tokens_per_second")
 OF_A_GPU = ("mfu", "peak_memory_gib")
 OF_ADALORA = ("cross_entropy", "orthogonality")
+# Of training.callbacks.adapter_stats, with which llm, vision or head is meant; more where the method is stock PEFT's
+OF_ADAPTERS = tuple(
+    name.format(part)
+    for part in ("llm", "vision", "head")
+    for name in ("mixer/{}/largest", "mixer/{}/smallest", "mixer/{}/rank", "delta/{}", "delta_largest/{}")
+)
+OPEN_ENDED = ("weight/", "gradient/")  # of a part and a kind of tensor, which are the method's
 NOT_MEASURED = ("step",)  # in every row, but a count
 
 
@@ -35,8 +43,10 @@ def check_metrics(study: Study, run: Run, settings: Settings) -> None:
     known = [*EVERY_STEP, *(OF_ADALORA if adapter.method == "adalora" else ()), *(evaluated if evaluates else ())]
     for number, measure in enumerate(study.measures):
         metric = measure.metric
-        if not metric or metric in known or metric in OF_A_GPU or "/" in metric:
+        if not metric or metric in (*known, *OF_A_GPU, *OF_ADAPTERS) or metric.startswith(OPEN_ENDED):
             continue
+        if "/" in metric:
+            known = list(OF_ADAPTERS)
         fix = did_you_mean(metric, known)
         if not evaluates and (metric in evaluated or metric.startswith("eval")):
             fix = "evaluate it: flags: {validation_split: 0.01, eval_strategy: epoch}"
@@ -51,11 +61,12 @@ def check_logged(study: Study, runs: Iterable[Run]) -> None:
     """
     Raises:
         Refusal: C-STUDY, runs have ended, and none of them has logged a metric of the study; with what the first has.
+            Figures of adapters may be of some arms alone, as LoRA has no mixer to measure, and are not looked for.
     """
     done = [run for run in runs if run.done]
     logged = [{name for row in read_rows(run.output / METRICS_FILE) for name in row} for run in done]
     for number, measure in enumerate(study.measures):
-        if not measure.metric or not done or any(measure.metric in names for names in logged):
+        if not measure.metric or "/" in measure.metric or not done or any(measure.metric in names for names in logged):
             continue
         has = sorted(logged[0] - set(NOT_MEASURED), key=lambda name: ("/" in name, name))
         raise Refusal(

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from support.launching import ROOT
 
 if importlib.util.find_spec("diffusers") is None:
-    pytest.skip("diffusers is not installed: pip install '.[diffusion]'", allow_module_level=True)
+    pytest.skip("diffusers is not installed: pip install -e '.[diffusion]'", allow_module_level=True)
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import subject

@@ -281,7 +281,7 @@ MALFORMED = [
     (said([{"type": "image", "image": 5}]), r"SCHEMA\] .*content\[0\].image: must be a file name .*; found 5"),
     (said([{"type": "image", "image": {"bytes": "AA"}}]), r"SCHEMA\] .*must be a file name"),
     ({"messages": [HUMAN, GPT | {"content": [{"type": "image"}]}]}, r"IMAGES\] .*messages\[1\].content\[0\]: an image "
-     r"outside the user's turns; found a gpt turn"),
+     r"outside the user's turns; found a gpt turn.*; fix: move it"),
     # URLs: nothing is downloaded
     (said([{"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}]),
      r"I-PATH\] .*content\[0\].image_url: images are read from files, never from a URL; found https://a.b/c.png; "
@@ -296,7 +296,7 @@ MALFORMED = [
     (said([{"type": "image", "path": "a.png"}], images=["a.png"]),
      r"IMAGES\] .*found 1 <image>; expected 2 for 2 images"),
     (said("x", images=[None]), r"SCHEMA\] .*images: must be a file name .*; found None"),
-    (said("x", images=["a"], image="b"), r"SCHEMA\] .*image, images: images under two keys; found image and"),
+    (said("x", images=["a"], image="b"), r"SCHEMA\] .*image, images: images under two keys; found image and.*: keep"),
     (said("x", videos=["a.mp4"]), r"VIDEO\] .*:videos: videos are not trained on"),
     # tools
     ({"messages": [HUMAN, {"role": "tool", "content": "4"}, GPT]},

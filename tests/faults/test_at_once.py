@@ -150,6 +150,7 @@ def test_two_evaluations_of_commonsense(parts, tmp_path):
 def test_a_run_is_read_while_its_training_saves_and_prunes(run, tmp_path):
     """Far more often than any training does: a checkpoint lives about as long as it takes to load it."""
     ended = CONTEXT.Event()
+    load_run(run)  # imports what it needs
     begun = time.monotonic()
     load_run(run)
     pause = max(0.2, (time.monotonic() - begun) / 2)  # on a slow machine both are slow

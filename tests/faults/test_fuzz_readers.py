@@ -193,7 +193,7 @@ def _read_tar(folder):
 
 
 HOSTILE = {
-    "200,000 keys": (_keys(""), _records, "200000 keys in one object"),
+    "200,000 keys": (_keys(""), _records, "200000 keys in one record"),
     "200,000 keys and one twice": (_keys(', "last": 1, "last": 2'), _records, "'last' occurs twice"),
     "200,000 flags in YAML": (_flags, _parse, "too large"),
     "a tar member of 10^14 bytes": (_tar, _read_tar, "not a complete"),

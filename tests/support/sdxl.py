@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 needs_diffusers = pytest.mark.skipif(
-    importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed: pip install '.[diffusion]'"
+    importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed: pip install -e '.[diffusion]'"
 )
 PROMPT, SEED = "a photo of ikat cat", 42
 # Of UNet2DConditionModel, as stabilityai/stable-diffusion-xl-base-1.0's unet/config.json has it

@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 
 OPERATIONS = ("import", "open", "os.rename", "os.remove", "os.mkdir", "os.scandir", "subprocess.Popen", "socket.bind")
-STATE = "qq"  # operations until now, and the number of the one at which the signal came, or -1
+# operations until now, the number of the one at which the signal came, or -1, and whether torch was imported before
+# signals were handled
+STATE = "qq?"
 
 
 def at(*, state: str, number: int, name: int) -> None:
@@ -26,7 +28,7 @@ def at(*, state: str, number: int, name: int) -> None:
     for other in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(other, signal.SIG_DFL)
     with open(state, "w+b") as file:
-        file.write(struct.pack(STATE, 0, -1))
+        file.write(struct.pack(STATE, 0, -1, False))
         file.flush()
         counts = mmap.mmap(file.fileno(), 0)
     owner = os.getpid()
@@ -34,10 +36,12 @@ def at(*, state: str, number: int, name: int) -> None:
     def note(event: str, _arguments: tuple) -> None:
         if event not in OPERATIONS or os.getpid() != owner or signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             return
-        count, came = struct.unpack(STATE, counts[:])
+        count, came, late = struct.unpack(STATE, counts[:])
         if count == number:
             came = count
-        counts[:] = struct.pack(STATE, count + 1, came)
+        if count == 0:
+            late = "torch" in sys.modules
+        counts[:] = struct.pack(STATE, count + 1, came, late)
         if count == number:
             os.kill(owner, name)
 
@@ -46,8 +50,13 @@ def at(*, state: str, number: int, name: int) -> None:
 
 def counted(state: Path) -> tuple[int, bool]:
     """How many operations there were, and whether the signal came."""
-    count, came = struct.unpack(STATE, state.read_bytes())
+    count, came, _ = struct.unpack(STATE, state.read_bytes())
     return count, came >= 0
+
+
+def handled_late(state: Path) -> bool:
+    """Whether a script imported torch, which takes seconds, before it handled signals."""
+    return struct.unpack(STATE, state.read_bytes())[2]
 
 
 if __name__ == "__main__":

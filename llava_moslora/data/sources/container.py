@@ -109,8 +109,8 @@ class Container(ABC):
 
 
 def too_many_keys(found: Sized) -> str | None:
-    """Why an object of a record, or a row, is none; a file of all records under their ids is not a record."""
-    return f"{len(found)} keys in one object, of at most {MOST_KEYS}" if len(found) > MOST_KEYS else None
+    """Why an object or a row is no record; a file of all records under their ids is none."""
+    return f"{len(found)} keys in one record, of at most {MOST_KEYS}" if len(found) > MOST_KEYS else None
 
 
 def open_file(file: str) -> AbstractContextManager[BinaryIO]:

@@ -120,7 +120,7 @@ class JsonStream:
             else:
                 # A number at the window's edge would be cut short, but numbers are no records and are refused anyway.
                 self._start = end
-                return value, self._problem
+                return value, self._problem or (too_many_keys(value) if isinstance(value, dict) else None)
 
     def _peek(self) -> str:
         """The next character that is not space, ``""`` at the end of the file."""
@@ -176,8 +176,6 @@ class JsonStream:
         if len(found) < len(pairs):
             name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
             self._problem = f"the key {name[:100]!r} occurs twice in one object"
-        elif problem := too_many_keys(found):
-            self._problem = problem
         return found
 
     def _constant(self, name: str) -> None:

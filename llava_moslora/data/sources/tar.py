@@ -48,6 +48,8 @@ class Tar(Container):
                         images[member.name] = CheckedImage(ImageRef(at, 0, member.name), too_large)
                     else:
                         images[member.name] = CheckedImage.of(content.read(), file, member.name, at, check)
+        except Refusal:  # which is a ValueError
+            raise
         # ValueError: a header's field that is no number, from Python's tarfile
         except (tarfile.TarError, EOFError, ValueError) as error:
             raise Refusal(

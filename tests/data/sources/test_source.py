@@ -251,7 +251,7 @@ def test_refused_sources(build, tmp_path, images):
             member = tarfile.TarInfo("0.png")
             member.size = len(images["0.png"])
             archive.addfile(member, io.BytesIO(images["0.png"]))
-    with pytest.raises(Refusal, match=r"\[D-SHARD\] .*two members have the same name; found 0\.png"):
+    with pytest.raises(Refusal, match=r"^error\[D-SHARD\] .*two members have the same name; found 0\.png"):
         build(tmp_path / "twice.tar")
     (tmp_path / "half.parquet").write_bytes(write_parquet(tmp_path / "p.parquet", [record()], images).read_bytes()[:-9])
     with pytest.raises(Refusal, match=r"\[D-PARSE\] .*half\.parquet: not a Parquet file"):
