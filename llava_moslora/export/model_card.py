@@ -111,8 +111,8 @@ def usage(trained: TrainedRun, target: Target, folder: Path) -> str:
     if found.vision_tower is not None and given.vision_tower is not None:
         shown[found.vision_tower] = given.vision_tower
     for name, place in places.items():
-        base, folder = read_base(name, place), str(place)
-        text = text.replace(f'"{name}"', json.dumps(base.hub_id if base.certain else shown.get(folder, folder)))
+        base, where = read_base(name, place), str(place)
+        text = text.replace(f'"{name}"', json.dumps(base.hub_id if base.certain else shown.get(where, where)))
     if "MAX_LORA_RANK" in text:
         text = text.replace("MAX_LORA_RANK", str(max_lora_rank(trained.record.adapter.lora_r)))
     if trained.text_only:
