@@ -153,7 +153,9 @@ def _launch(request: dict) -> dict:
     first_death, sent, stuck = None, False, False
     while children:
         now = time.monotonic()
-        due = at is not None and now >= at
+        # One rank alone dies when all have found each other: before that the others wait for it, until a launcher ends
+        # them, which these ranks have not.
+        due = at is not None and now >= at and ("ranks" not in request or _together(Path(f"{output}-0.out")))
         due = due or ("at_step" in request and _began(Path(f"{output}-0.steps"), request["at_step"]))
         if due and not sent:
             for rank in request.get("ranks", range(len(pids))):
@@ -189,6 +191,10 @@ def _launch(request: dict) -> dict:
         "began": begin,
         "stuck": stuck,
     }
+
+
+def _together(output: Path) -> bool:
+    return "\ndevice: " in "\n" + output.read_text(errors="replace")
 
 
 def _began(watch: Path, step: int) -> bool:
