@@ -17,6 +17,7 @@ from support.commonsense import write_sets
 from support.full_disk import STEP, Command, every, none_wrong
 from support.golden_cases import tiny_files
 from support.launching import ROOT
+from support.planned import plan_words
 from support.subjects import write_clip_model, write_drawn, write_subjects
 
 pytestmark = pytest.mark.faults
@@ -64,19 +65,14 @@ def test_the_kits_files(disk, run, tmp_path):
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "JSON"])
 def test_planning(disk, parts, tmp_path, more):
     none_wrong(
-        disk.fail_everywhere(Command("scripts.plan:main", plan(parts, "--html", disk.disk / "plan.html", *more)))
+        disk.fail_everywhere(Command("scripts.plan:main", plan_words(parts, "--html", disk.disk / "plan.html", *more)))
     )
-
-
-def plan(parts, *more: object) -> list:
-    words = ["--model_name_or_path", parts.llm, "--vision_tower", parts.clip, "--gpu", "rtx4090", "--tokens", "64"]
-    return [*words, "--records", "100", "--labels", "8", "--lora_r", "4", "--vision_lora_r", "2", *more]
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]], ids=["text", "JSON"])
 def test_a_plan_for_a_full_disk(parts, more):
     """Its exit status says whether the training fits: a plan that nobody can read must not say so."""
-    command = [sys.executable, ROOT / "scripts" / "plan.py", *plan(parts, *more)]
+    command = [sys.executable, ROOT / "scripts" / "plan.py", *plan_words(parts, *more)]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
     assert done.returncode == 4 and done.stderr.splitlines()[-1].startswith("error[E-DISK] "), done.stderr

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pytest
 
-from faults.test_disk_others import plan
 from support import stops
 from support.commonsense import write_sets
 from support.export_runs import internlm2
 from support.golden_cases import tiny_files
 from support.launching import ROOT, free_port
+from support.planned import plan_words
 from support.studies import write_study
 from support.subjects import write_clip_model, write_drawn, write_subjects
 
@@ -134,7 +134,7 @@ def commands(run: Path, parts, folder: Path) -> dict[str, tuple]:
         "evaluate_subjects kit": (
             "evaluate_subjects", ["kit", *drawn, "--subjects", data, "--pairs", "1", *output]
         ),
-        "plan": ("plan", plan(parts, "--html", out)),
+        "plan": ("plan", plan_words(parts, "--html", out)),
         "study": (
             "study", [write_study(folder), "--output_dir", out],
             ["faults.test_disk_others:train_by_a_stub", {"folder": str(folder)}],

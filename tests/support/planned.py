@@ -37,3 +37,9 @@ def zero(name: str) -> Zero:
 def choice(micro_batch: int = 8, recompute: str = "full", bits: int = 16, stage: str = "zero1", **changes) -> Choice:
     settings = {"accumulation": 1, "zero_file": f"zero_configs/{stage}.json"} | changes
     return Choice(micro_batch=micro_batch, recompute=recompute, bits=bits, zero=zero(stage), **settings)
+
+
+def plan_words(parts, *more: object) -> list:
+    """Flags of scripts/plan.py for tiny parts, and more of them."""
+    words = ["--model_name_or_path", parts.llm, "--vision_tower", parts.clip, "--gpu", "rtx4090", "--tokens", "64"]
+    return [*words, "--records", "100", "--labels", "8", "--lora_r", "4", "--vision_lora_r", "2", *more]
