@@ -18,6 +18,7 @@ from llava_moslora.evaluation import human_kit
 from llava_moslora.evaluation.subject_images import (
     LORA_FILE,
     Drawn,
+    _missing,
     draw,
     load_pipeline,
     paired_images,
@@ -26,6 +27,7 @@ from llava_moslora.evaluation.subject_images import (
 )
 from llava_moslora.evaluation.subject_scores import Encoders, compare_scores, load_encoders, score_folder
 from llava_moslora.evaluation.subjects import read_subjects
+from llava_moslora.models.names import SDXL_PARTS
 from scripts import evaluate_subjects
 from support.sdxl import needs_diffusers, train, write_pictures, write_sdxl
 from support.subjects import COLOURS, TEXT, write_clip_model, write_drawn, write_subjects, write_vit
@@ -124,6 +126,15 @@ def test_diffusers_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Refusal, match=r"E-MISSING.*diffusers.*pip install 'llava_moslora\[diffusion\]'"):
         load_pipeline("base", "float32")
+
+
+def test_missing_tensors_are_found_in_a_report_for_a_terminal():
+    """Coloured, and with one line for several layers."""
+    red = "\x1b[31mMISSING\x1b[0m"
+    rows = [f"layers.{{0, 1}}.weight | {red} |", "head.bias | MISSING |", "x | UNEXPECTED |"]
+    report = "\n".join(["Key | Status", "--+--", *rows])
+    parts = SimpleNamespace(**{name: torch.nn.Linear(1, 1) for name in (*SDXL_PARTS, "vae")})
+    assert _missing(parts, [report]) == ["layers.{0, 1}.weight", "head.bias"]
 
 
 @pytest.fixture(scope="module")

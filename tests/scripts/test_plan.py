@@ -16,6 +16,7 @@ from llava_moslora.planning.states import STATE_BYTES
 from llava_moslora.training.compatible import PER_PARAMETER, PER_WEIGHT
 from support.launching import ROOT
 from support.planned import CLIP_L_336, LLAMA_3_8B
+from support.run_folders import edit_record
 
 SCRIPT = str(ROOT / "scripts" / "plan.py")
 RECIPE = str(ROOT / "scripts" / "llama3_8b_moslora.sh")
@@ -88,6 +89,15 @@ def test_a_run_folder_and_its_prepared_data(plan, parts, tmp_path):
     assert done.status == 0
     found = json.loads(done.stdout)
     assert found["records"] == "the prepared data" and found["steps"] == 1
+
+    def as_started_before_a_flag_and_elsewhere(record):
+        training = record["settings"]["training"]
+        del training["lora_plus_ratio"], training["riemannian"]
+        training["deepspeed"], record["folder"] = "zero.json", str(tmp_path)
+
+    (tmp_path / "zero.json").write_text((ROOT / "zero_configs" / "zero2.json").read_text())
+    edit_record(run, as_started_before_a_flag_and_elsewhere)
+    assert plan("--config", run, "--gpu", "a100-80").status == 0
 
 
 def test_bare_flags(plan, folders):
