@@ -32,6 +32,7 @@ from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.devices import COMMAND_LINE
 from llava_moslora.noise import quiet_libraries
 from llava_moslora.planning.recipe import read_recipe
+from llava_moslora.runs.paths import located_path
 from llava_moslora.runs.record import BEFORE, read_run
 from llava_moslora.training.command_line import accumulation_steps, parse
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
@@ -99,10 +100,9 @@ def read_settings(own: argparse.Namespace, flags: list[str]) -> tuple[int, Setti
             name: None if value == "None" else value for name, value in record.training.items()
         }  # as it is written
         training = given | {"global_batch_size": record.global_batch_size}
-        start = Path(run.folder or "")  # which relative paths are from
         if training.get("deepspeed"):
-            training["deepspeed"] = str(start / training["deepspeed"])
-        data = replace(record.data, data_cache=str(start / record.data.data_cache))
+            training["deepspeed"] = located_path(training["deepspeed"], run.folder)
+        data = replace(record.data, data_cache=located_path(record.data.data_cache, run.folder))
         return own.gpus or 1, (record.model, data, record.adapter, training)
     gpus, words = own.gpus, list(flags)
     if config is not None and config.suffix == ".sh":

@@ -27,16 +27,20 @@ def located(settings: Any, folder: str | None) -> Any:
     return replace(settings, **{name: _located(name, value, folder) for name, value in given.items()})
 
 
+def located_path(path: str, folder: str | None) -> str:
+    """One path, made absolute by the rule of :func:`located`."""
+    here, there = os.path.abspath(path), os.path.abspath(os.path.join(folder or "", path))
+    return here if _exists(here) and not _exists(there) else there
+
+
 def _located(name: str, value: Any, folder: str | None) -> Any:
     if isinstance(value, list):
         return [_located(name, one, folder) for one in value]
     before, path = _parts(name, value, folder)
-    here, there = os.path.abspath(path), os.path.abspath(os.path.join(folder or "", path))
+    found = located_path(path, folder)
     # ARCH@TAG, where no file has the tag's name, which a folder may have
-    is_tag = before.startswith(OPEN_CLIP) and before.endswith("@") and not any(map(os.path.isfile, (here, there)))
-    if is_tag or "://" in path or path.startswith(HUB):
-        return value
-    return before + (here if _exists(here) and not _exists(there) else there)
+    is_tag = before.startswith(OPEN_CLIP) and before.endswith("@") and not os.path.isfile(found)
+    return value if is_tag or "://" in path or path.startswith(HUB) else before + found
 
 
 def _parts(name: str, value: str, folder: str | None = None) -> tuple[str, str]:

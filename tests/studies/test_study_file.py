@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from llava_moslora.errors import Refusal
-from llava_moslora.studies.metrics import check_metrics
+from llava_moslora.models.names import SDXL_PARTS
+from llava_moslora.studies.metrics import OF_ADAPTERS, check_metrics
 from llava_moslora.studies.runs import check_flags, read_study_recipe, runs_of, tuned_runs, tuning_runs
 from llava_moslora.studies.study_file import label, read_study
+from llava_moslora.training.callbacks.adapter_stats import LOG_NAMES
 from support.launching import ROOT
 from support.studies import LOSS, RECIPE, write_study
 
@@ -153,3 +155,8 @@ def test_the_ready_studies_pass_the_parser(file):
     study = read_study(file)
     assert study.about and len(study.seeds) >= 3
     checked(file)
+
+
+def test_the_parts_of_adapters_are_those_that_a_training_logs():
+    parts = {name.split("/")[1] for name in OF_ADAPTERS}
+    assert parts == set(LOG_NAMES.values()) - set(SDXL_PARTS)  # a study trains no SDXL

@@ -14,7 +14,7 @@ import fsspec
 
 from llava_moslora.errors import Refusal
 
-MOST_KEYS = 1000  # of one object of a record; real ones have a few dozen
+MOST_KEYS = 1000  # of a record; real ones have a few dozen
 
 # Called with the bytes of an image and the name that refusals give it; raises a Refusal if it cannot be used.
 CheckImage = Callable[[bytes, str], object]
