@@ -102,7 +102,16 @@ PARTS = {
         *_parts(ZERO_1_2, "_lazy_init_hp_params_optimizer_state()", caller=ZERO_1_2),
         *_parts(ZERO_1_2, "_hp_optimizer_states_linked loss_scaler"),
         *_parts(BF16, "_lazy_init_hp_params_optimizer_state()", caller=BF16),
-        *_parts(BF16, "_hp_optimizer_states_linked"),
+        *_parts(
+            BF16,
+            "get_grads_for_norm(for_clipping) _update_hp_grad(lp, group_idx, param_idx, clear_lp_grads)",
+            caller=BF16,
+        ),
+        *_parts(
+            BF16,
+            """_hp_optimizer_states_linked fp32_groups_actual_gradients_flat fp32_groups_gradients
+            fp32_groups_has_gradients""",
+        ),
         *_parts(ZERO_3, "fp32_partitioned_groups_flat sub_group_to_group_id loss_scaler"),
         *_parts(STAGE_0, "fp16_groups fp32_groups"),
         *_parts("deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler", "dynamic cur_scale min_scale"),

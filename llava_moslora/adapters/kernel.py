@@ -143,9 +143,9 @@ class Factors:
         """Gradients of u (N, r), A, W and B, the last three as far as ``needs`` says, from ``grad`` (N, O)."""
         need_a, need_w, need_b = needs
         grad_a = grad_w = grad_b = None
-        grad_u = (grad @ self.b).mul_(scale)  # (N, r), of u·Wᵀ
+        grad_u = _scaled_product(grad, self.b, scale)  # (N, r), of u·Wᵀ
         if need_b or self.folded_into == "b":
-            grad_b = (grad.T @ self.apply_mixer(u)).mul_(scale)
+            grad_b = _scaled_product(grad.T, self.apply_mixer(u), scale)
         if self.w is not None:
             if need_w:
                 grad_w = grad_u.T @ u
@@ -172,6 +172,11 @@ def folds_mixer(rows: int, i: int, o: int) -> bool:
 def branch_scale(scaling: float, drop: int) -> float:
     """c = s / (1 − p)."""
     return scaling * DROPOUT_STEPS / (DROPOUT_STEPS - drop)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale·left·right in one operation, rounded once; left (n, k), right (k, m)."""
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
 
 
 def _add_branch(result: Tensor, v: Tensor, bt: Tensor, scale: float) -> Tensor:

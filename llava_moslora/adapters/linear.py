@@ -142,8 +142,30 @@ _library.define(
 )
 _library.impl("adapted_linear", _adapted_linear, "CompositeExplicitAutograd")
 _library.impl("adapted_linear_backward", _adapted_linear_backward, "CompositeExplicitAutograd")
-_forward = torch.ops.llava_moslora.adapted_linear.default
-_backward = torch.ops.llava_moslora.adapted_linear_backward.default
+
+
+def _run_forward(x: Tensor, *operands) -> tuple[Tensor, Tensor]:
+    run = torch.ops.llava_moslora.adapted_linear.default if _is_watched(x) else _adapted_linear
+    return run(x, *operands)
+
+
+def _run_backward(grad: Tensor, *operands) -> list[Tensor]:
+    run = torch.ops.llava_moslora.adapted_linear_backward.default if _is_watched(grad) else _adapted_linear_backward
+    return run(grad, *operands)
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether something wants to see one operation, and not the Python function behind it, whose call takes half as
+    long: a mode of torch (FLOP counter, fake tensors), a kind of tensor of its own, the meta device, the compiler."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _versions(a: Tensor, w: Tensor | None, b: Tensor) -> tuple[int, ...]:
+    """They grow when a tensor is overwritten."""
+    return (a._version, 0 if w is None else w._version, b._version)
+
 
 
 @torch.library.register_fake("llava_moslora::adapted_linear", lib=_library)
@@ -168,24 +190,34 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, _, *quantisation, layout, quant_type, a, w, b, seed, scaling, drop = operands
         saved = recompute.saved_outputs()
         if saved is None:
-            y, u = _forward(*operands)
+            y, u = _run_forward(*operands)
         elif saved.recomputing:
             y, u = saved.load("adapted_linear")
             y = x.new_empty(*x.shape[:-1], len(b)) if y is None else y
         else:
-            y, u = _forward(*operands)
+            y, u = _run_forward(*operands)
             saved.save("adapted_linear", (None if ends_layer else y, u))
-        ctx.layout, ctx.quant_type, ctx.scaling, ctx.drop = layout, quant_type, scaling, drop
-        ctx.save_for_backward(x, weight, *quantisation, a, w, b, seed, u)
+        ctx.settings = layout, quant_type, scaling, drop
+        parameters = (weight, *quantisation, a, w, b, seed)
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(x, u, *parameters)
+        else:
+            # Checkpointing calls a Python function for every saved tensor, so only activations are saved: parameters
+            # live anyway, and backward looks itself whether they are still those of forward.
+            ctx.parameters, ctx.versions = parameters, _versions(a, w, b)
+            ctx.save_for_backward(x, u)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         needs_input = ctx.needs_input_grad
         needs = [needs_input[0], *needs_input[9:12]]
-        x, weight, *quantisation, a, w, b, seed, u = ctx.saved_tensors
-        operands = (x, weight, *quantisation, ctx.layout, ctx.quant_type, a, w, b, seed, u, ctx.scaling, ctx.drop)
-        grads = [g if need else None for g, need in zip(_backward(grad, *operands, needs), needs, strict=True)]
+        layout, quant_type, scaling, drop = ctx.settings
+        x, u, *parameters = ctx.saved_tensors
+        weight, *quantisation, a, w, b, seed = parameters or ctx.parameters
+        assert parameters or _versions(a, w, b) == ctx.versions, "an adapter was overwritten before backward"
+        operands = (x, weight, *quantisation, layout, quant_type, a, w, b, seed, u, scaling, drop)
+        grads = [g if need else None for g, need in zip(_run_backward(grad, *operands, needs), needs, strict=True)]
         return grads[0], *[None] * 8, *grads[1:], None, None, None, None
 
 

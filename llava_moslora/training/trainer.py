@@ -35,7 +35,7 @@ from llava_moslora.training.callbacks.preemption import catch_lost_ranks, ignore
 from llava_moslora.training.callbacks.trackers import start_trackers
 from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
 from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingTrainer
-from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
+from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once, use_flat_gradients
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
 from llava_moslora.training.optimizer_state import TrainState, frozen_factors, trained_parameters
 from llava_moslora.training.random_state import random_state, set_random_state
@@ -267,6 +267,7 @@ class MosLoraTrainer(EvaluatingTrainer):
             check_private_api("deepspeed")
             switch_mode_once(self.engine)
             clear_trained_gradients(self.engine, self.trained)
+            use_flat_gradients(self.engine)
         train_state = self._train_state()
         train_state.undo_initial_step()
         if resume_from_checkpoint is not None:
