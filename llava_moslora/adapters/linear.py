@@ -53,7 +53,7 @@ def adapted_linear(
         scaling: s.
         dropout: probability of dropping an element of x on its way into the branch; 0 outside training.
         ends_layer: y is only added to the residual, so backward needs nothing that is computed from y in this layer:
-            recomputing the layer skips y.
+            recomputing the layer skips its product.
     """
     drop, seed = draw_seed(dropout)
     frozen = (base.weight, base.bias, *_quantisation(base))
@@ -124,6 +124,14 @@ def _adapted_linear_backward(
     return [g if need else x.new_empty(0) for g, need in zip((grad_x, *grads), needs, strict=True)]
 
 
+def _kept_u(x: Tensor, a: Tensor, w: Tensor | None, b: Tensor, seed: Tensor | None, drop: int) -> Tensor:
+    """u (N, r), or an empty tensor if it is not kept for backward."""
+    if not keeps_u(len(a), x.shape[-1]):
+        return x.new_empty(0)
+    rows = x.reshape(-1, x.shape[-1])
+    return dropped_input(rows, seed, drop).project(Factors(a, w, b, len(rows)).a)
+
+
 def keeps_u(r: int, i: int) -> bool:
     """Whether u is kept for backward."""
     return r <= KEEP_U_UP_TO * i
@@ -189,14 +197,18 @@ class _AdaptedLinear(torch.autograd.Function):
         *operands, ends_layer = inputs
         x, weight, _, *quantisation, layout, quant_type, a, w, b, seed, scaling, drop = operands
         saved = recompute.saved_outputs()
-        if saved is None:
+        if saved is None or not saved.recomputing:
             y, u = _run_forward(*operands)
-        elif saved.recomputing:
+            if saved is not None:
+                saved.save("adapted_linear", (None if ends_layer else y, u))
+        elif saved.selective:
             y, u = saved.load("adapted_linear")
-            y = x.new_empty(*x.shape[:-1], len(b)) if y is None else y
+        elif ends_layer and not _is_watched(x):
+            y, u = None, _kept_u(x, a, w, b, seed, drop)
         else:
             y, u = _run_forward(*operands)
-            saved.save("adapted_linear", (None if ends_layer else y, u))
+        if y is None:
+            y = x.new_empty(*x.shape[:-1], len(b))  # nobody reads it
         ctx.settings = layout, quant_type, scaling, drop
         parameters = (weight, *quantisation, a, w, b, seed)
         if torch.compiler.is_compiling():

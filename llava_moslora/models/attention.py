@@ -1,10 +1,11 @@
-"""The attention implementation of LLM and vision tower, and an ``sdpa`` for the LLM that needs no T×T mask.
+"""The attention implementation of LLM and vision tower, and an ``sdpa`` that needs no T×T mask.
 
 transformers looks the attention function up by the name in a configuration's ``_attn_implementation``. This one,
 ``sdpa_maskless``, is its ``sdpa`` for everything except the training forward of
 :class:`~llava_moslora.models.llava.Llava`, which passes an empty mask (:func:`empty_mask`): that stands for causal
 attention within each sequence, which torch's causal and variable-length kernels compute without a mask. transformers
-passes masks with four dimensions on as they are, so it makes none, and reads no value of the batch.
+passes masks with four dimensions on as they are, so it makes none, and reads no value of the batch. It also saves its
+output itself under selective recomputation, for which the vision tower has it too.
 
 Shapes: B rows, T tokens, H heads, K key heads, D head width, R records of packed rows, each row's padding being one.
 """
@@ -21,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llava_moslora.errors import Refusal
+from llava_moslora.recompute import save_operations
 
 MASKLESS = "sdpa_maskless"
 # LLMs with only causal attention, in some layers with a window (others keep transformers' masks), and with layers of
@@ -41,6 +43,9 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
     if implementation == "sdpa":
         if text.model_type in LLM_FAMILIES and text._attn_implementation == "sdpa":
             model.set_attn_implementation(MASKLESS if text is model.config else {"text_config": MASKLESS})
+        vision = getattr(model.config, "vision_config", None)
+        if vision is not None and vision._attn_implementation == "sdpa":
+            model.set_attn_implementation({"vision_config": MASKLESS})
         return
     try:
         model.set_attn_implementation(implementation)
@@ -110,11 +115,16 @@ def attention_forward(
             window = (-1 if sliding_window is None else sliding_window - 1, 0)
             flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B·T, H or K, D)
             lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-            out = varlen_attn(*flat, *lengths, scale=scaling, window_size=window, **GQA)
+            with save_operations():
+                out = varlen_attn(*flat, *lengths, scale=scaling, window_size=window, **GQA)
             return out.unflatten(0, (query.shape[0], -1)), None
         attention_mask = None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+    with save_operations():
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
 
 
+attention_forward.saves_outputs = True  # what recompute.py asks
 AttentionInterface.register(MASKLESS, attention_forward)
 AttentionMaskInterface.register(MASKLESS, sdpa_mask)
