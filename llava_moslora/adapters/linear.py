@@ -175,7 +175,6 @@ def _versions(a: Tensor, w: Tensor | None, b: Tensor) -> tuple[int, ...]:
     return (a._version, 0 if w is None else w._version, b._version)
 
 
-
 @torch.library.register_fake("llava_moslora::adapted_linear", lib=_library)
 def _(x, weight, bias, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, scaling, drop):
     u = x.new_empty(x.shape[:-1].numel(), len(a)) if keeps_u(len(a), x.shape[-1]) else x.new_empty(0)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+CLIP_EPSILON = 1e-6  # DeepSpeed's
+
 
 def switch_mode_once(engine) -> None:
     """Make a DeepSpeed engine's ``train()``, which the Trainer calls at every step, visit the modules only if the mode
@@ -35,21 +37,22 @@ def clear_trained_gradients(engine, trained: dict[str, nn.Parameter]) -> None:
     engine.zero_grad = zero_grad
 
 
-def use_flat_gradients(engine) -> None:
-    """Make DeepSpeed's ``BF16_Optimizer`` (ZeRO-1 with float32 gradients) use the flat buffer in which it has a group's
-    gradients; engines with another optimizer stay as they are.
+def step_without_waiting(engine) -> bool:
+    """Make the step of DeepSpeed's ``BF16_Optimizer`` (ZeRO-1 with float32 gradients) one that the host only launches;
+    with another optimizer the engine stays as it is, and False is returned.
 
-    Norm and clipping go over the buffers, where DeepSpeed goes from parameter to parameter, and a gradient is added to
-    its part in one operation instead of two: with 1,090 trained parameters, a step launches 4,360 fewer kernels. The
-    gradients are the same bits; the norm is their sum of squares in another order.
+    DeepSpeed's own reads the gradient's norm to decide whether to update and whether to clip, and the GPU has nothing
+    to do until the next step's kernels come. Here the device decides about clipping, by a factor that is 1 below the
+    limit, and :class:`~llava_moslora.training.nonfinite.FiniteCheck` reads the norm when it has arrived: the update has
+    then been made also with a norm that is not finite, and the run ends without saving it.
+
+    Norm and factor go over the flat buffer in which the optimizer has a group's gradients, where DeepSpeed goes from
+    parameter to parameter, and a gradient is added to its part of it in one operation instead of two: with 1,090
+    trained parameters a step launches 4,360 fewer kernels. Only the norm's sum is taken in another order.
     """
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_groups_actual_gradients_flat"):
-        return
-
-    def gradients(for_clipping: bool = False):
-        flat = list(optimizer.fp32_groups_actual_gradients_flat)  # 0 where a parameter has no gradient
-        return flat if for_clipping else (flat, {})
+        return False
 
     @torch.no_grad()
     def add_gradient(parameter: Tensor, group: int, index: int, clear_lp_grads: bool) -> None:
@@ -62,4 +65,20 @@ def use_flat_gradients(engine) -> None:
         if clear_lp_grads:
             parameter.grad.zero_()
 
-    optimizer.get_grads_for_norm, optimizer._update_hp_grad = gradients, add_gradient
+    @torch.no_grad()
+    def step() -> None:
+        gradients = optimizer.fp32_groups_actual_gradients_flat  # 0 where a parameter has none
+        norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
+        optimizer._global_grad_norm = norm
+        if optimizer.clip_grad > 0:
+            torch._foreach_mul_(gradients, (optimizer.clip_grad / (norm + CLIP_EPSILON)).clamp(max=1))
+        parts = zip(optimizer.fp32_groups_flat_partition, optimizer.fp32_groups_gradient_flat_partition, strict=True)
+        for masters, gradient in parts:
+            masters.grad = gradient
+        optimizer.optimizer.step()
+        optimizer._lazy_init_hp_params_optimizer_state()  # it exists from the first step on
+        optimizer.update_lp_params()
+        optimizer.clear_hp_grads()
+
+    optimizer.step, optimizer._update_hp_grad = step, add_gradient
+    return True

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.optimizers import create_riemannian_optimizer
-from torch import distributed
+from torch import Tensor, distributed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -33,9 +33,15 @@ from llava_moslora.training.callbacks.early_stopping import EarlyStopping
 from llava_moslora.training.callbacks.metrics import MetricsWriter, ProgressBar
 from llava_moslora.training.callbacks.preemption import catch_lost_ranks, ignore_signals
 from llava_moslora.training.callbacks.trackers import start_trackers
-from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
+from llava_moslora.training.checkpoint import (
+    read_optimizer,
+    read_trained,
+    set_scheduler_step,
+    write_optimizer,
+    write_trained,
+)
 from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingTrainer
-from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once, use_flat_gradients
+from llava_moslora.training.host_overhead import clear_trained_gradients, step_without_waiting, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
 from llava_moslora.training.optimizer_state import TrainState, frozen_factors, trained_parameters
 from llava_moslora.training.random_state import random_state, set_random_state
@@ -76,6 +82,7 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.orthogonality = OrthogonalityTerm(self.model, share) if is_adalora(self.model) else None
         self.throughput = self.prepare_model()
         self.finite_check = FiniteCheck(self.args.run_folder)
+        self.runs_ahead = False  # the host does not wait for the device at every step
         self.extra_logs: dict[str, float] = {}  # added by callbacks to the next row of the log
         for callback in (PrinterCallback, ProgressCallback, TensorBoardCallback):
             self.pop_callback(callback)
@@ -211,13 +218,20 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.finite_check.add_loss(result[0] if return_outputs else result)
         return result
 
-    def _get_grad_norm(self, model, grad_norm=None) -> float | None:
+    def _clip_grad_norm(self, model):
+        """As the Trainer's: under DeepSpeed the norm, which the engine has clipped by."""
+        return self.engine.get_global_grad_norm() if self.runs_ahead else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None) -> Tensor | float | None:
         """As the Trainer's; NaN or Inf in a loss or the gradient stops the run, without DeepSpeed before the update."""
+        if self.runs_ahead:
+            return self.finite_check.check_later(self.state.global_step, self.engine.get_global_grad_norm())
         norm = super()._get_grad_norm(model, grad_norm)
         return self.finite_check.check(self.state.global_step, norm, self.engine, self.trained)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput since the last log, and what callbacks have measured."""
+        self.finite_check.settle()
         if "loss" in logs:
             if self.orthogonality is not None:
                 term = self.orthogonality.take()
@@ -229,6 +243,7 @@ class MosLoraTrainer(EvaluatingTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Publish ``checkpoint-N``: the float32 masters of what is trained, the optimizer's and the Trainer's state."""
         self.watchdog.report_progress()
+        self.finite_check.settle()
         self._compare_with_best()
         train_state = self._train_state()
         masters, optimizer_state = train_state.masters(), train_state.optimizer_state()
@@ -267,7 +282,7 @@ class MosLoraTrainer(EvaluatingTrainer):
             check_private_api("deepspeed")
             switch_mode_once(self.engine)
             clear_trained_gradients(self.engine, self.trained)
-            use_flat_gradients(self.engine)
+            self.runs_ahead = step_without_waiting(self.engine)
         train_state = self._train_state()
         train_state.undo_initial_step()
         if resume_from_checkpoint is not None:
@@ -328,16 +343,6 @@ def check_rotary_frequencies(model: torch.nn.Module) -> None:
                 found=buffer.dtype, expected=torch.float32,
                 fix="deepspeed 0.19.8 or newer, and no data_types.buffer_dtype in its file",
             )  # fmt: skip
-
-
-def set_scheduler_step(scheduler, steps: int) -> None:
-    """Set a LambdaLR, or accelerate's wrapper of one, to its state after ``steps`` steps."""
-    scheduler = getattr(scheduler, "scheduler", scheduler)
-    scheduler.last_epoch, scheduler._step_count = steps, steps + 1
-    rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def dimensions(parameter: torch.nn.Parameter) -> int:

@@ -23,6 +23,7 @@ import scripts.train_vit_llm as script
 from llava_moslora.config import LR_SCHEDULES
 from llava_moslora.errors import Refusal
 from llava_moslora.flags import NOT_KNOWN, ScriptParser
+from llava_moslora.training import checkpoint as checkpoint_module
 from llava_moslora.training import trainer as trainer_module
 from llava_moslora.training import trainer_flags
 from llava_moslora.training.arguments import TrainingArguments
@@ -335,7 +336,7 @@ def test_a_schedule_is_restored_from_its_step_alone(name):
     for _ in range(5):
         one.optimizer.step()
         one.step()
-    trainer_module.set_scheduler_step(other, 5)
+    checkpoint_module.set_scheduler_step(other, 5)
     assert other.get_last_lr() == one.get_last_lr()
 
 
