@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_moslora.config import parse_recompute
 from llava_moslora.private_api import check_private_api
@@ -41,7 +40,7 @@ check_private_api("recompute")
 # Layer → its last linear, whose output backward does not need: it is only added to the residual.
 LAST_LINEAR = {f"{name}DecoderLayer": "mlp.down_proj" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 LAST_LINEAR |= {"CLIPEncoderLayer": "mlp.fc2", "SiglipEncoderLayer": "mlp.fc2"}
-
+SAVING_ATTENTION: set[str] = set()  # implementations whose function saves its output itself
 Output = Any  # of an operation: a tensor, or a flat tuple or list of tensors and others
 _state = threading.local()  # backward recomputes in a thread of its own
 
@@ -213,5 +212,4 @@ def _save_outputs_of(layer: nn.Module) -> None:
 def _saves_itself(attention: nn.Module) -> bool:
     """Whether the attention function of this module saves its output (models/attention.py): the mode is then on for
     that function alone, and not for the linears around it."""
-    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
-    return hasattr(ALL_ATTENTION_FUNCTIONS.get(implementation), "saves_outputs")
+    return getattr(getattr(attention, "config", None), "_attn_implementation", None) in SAVING_ATTENTION

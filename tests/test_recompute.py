@@ -21,6 +21,7 @@ from transformers import (
 from llava_moslora import recompute
 from llava_moslora.adapters import linear
 from llava_moslora.adapters.config import MosLoraConfig
+from llava_moslora.adapters.shared_input import share_inputs
 from llava_moslora.errors import Refusal
 from llava_moslora.recompute import parse_recompute, set_recompute
 
@@ -44,6 +45,7 @@ def adapted(name: str, mode: str, linears=tuple(LINEARS)):
     targets = [suffix for suffix in linears if any(n.endswith(suffix) for n, _ in model.named_modules())]
     config = MosLoraConfig(r=2, target_modules=targets, lora_dropout=0.2, init_lora_weights=False)
     model = get_peft_model(model, config)
+    share_inputs(model)
     model.enable_input_require_grads()
     set_recompute(model, mode)
     return model.train()

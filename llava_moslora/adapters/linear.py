@@ -27,7 +27,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from llava_moslora import recompute
 from llava_moslora.adapters import kernel
-from llava_moslora.adapters.kernel import Factors, add_low_rank, branch_scale, draw_seed, dropped_input
+from llava_moslora.adapters.dropout import add_low_rank, draw_seed, dropped_input
+from llava_moslora.adapters.kernel import Factors, branch_scale
+from llava_moslora.adapters.shared_input import Gradient
 
 KEEP_U_UP_TO = 1 / 16  # r / I up to which u is kept; above, recomputing it costs less than its memory
 
@@ -41,6 +43,7 @@ def adapted_linear(
     scaling: float,
     dropout: float = 0.0,
     ends_layer: bool = False,
+    gradient: Gradient | None = None,
 ) -> Tensor:
     """``base(x)`` plus the adapter's branch, float[..., O].
 
@@ -54,10 +57,11 @@ def adapted_linear(
         dropout: probability of dropping an element of x on its way into the branch; 0 outside training.
         ends_layer: y is only added to the residual, so backward needs nothing that is computed from y in this layer:
             recomputing the layer skips its product.
+        gradient: of x, which other linears with the same input add to.
     """
     drop, seed = draw_seed(dropout)
     frozen = (base.weight, base.bias, *_quantisation(base))
-    return _AdaptedLinear.apply(x, *frozen, a, w, b, seed, float(scaling), drop, ends_layer)
+    return _AdaptedLinear.apply(x, *frozen, a, w, b, seed, float(scaling), drop, ends_layer, gradient)
 
 
 def frozen_dtype(base: nn.Module) -> torch.dtype | None:
@@ -108,9 +112,10 @@ def _adapted_linear(
 
 def _adapted_linear_backward(
     grad, x, weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, u, scaling, drop,
-    needs,
+    needs, gradient: Gradient | None = None,
 ):  # fmt: skip
-    """Gradients of x, a, w, b as far as ``needs`` says; an empty tensor in place of the others."""
+    """Gradients of x, a, w, b as far as ``needs`` says; an empty tensor in place of the others. With ``gradient`` that
+    of x is added to it, and is empty until it is whole."""
     rows = dropped_input(x.reshape(-1, x.shape[-1]), seed, drop)
     f = Factors(a, w, b, len(rows.rows))
     grad = grad.reshape(-1, grad.shape[-1])
@@ -120,8 +125,13 @@ def _adapted_linear_backward(
     grad_x = None
     if needs[0]:
         frozen = _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, x.dtype)
-        grad_x = rows.add_gradient_of_x(grad @ frozen, grad_u, f.a).view(x.shape)
-    return [g if need else x.new_empty(0) for g, need in zip((grad_x, *grads), needs, strict=True)]
+        if gradient is None:
+            grad_x = rows.add_gradient_of_x(grad @ frozen, grad_u, f.a)
+        else:
+            grad_x = gradient.add(grad, frozen, rows, grad_u, f.a)
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+    needed = zip((grad_x, *grads), needs, strict=True)
+    return [g if need and g is not None else x.new_empty(0) for g, need in needed]
 
 
 def _kept_u(x: Tensor, a: Tensor, w: Tensor | None, b: Tensor, seed: Tensor | None, drop: int) -> Tensor:
@@ -157,9 +167,15 @@ def _run_forward(x: Tensor, *operands) -> tuple[Tensor, Tensor]:
     return run(x, *operands)
 
 
-def _run_backward(grad: Tensor, *operands) -> list[Tensor]:
-    run = torch.ops.llava_moslora.adapted_linear_backward.default if _is_watched(grad) else _adapted_linear_backward
-    return run(grad, *operands)
+def _run_backward(gradient: Gradient | None, grad: Tensor, operands: tuple, needs: list[bool]) -> list[Tensor | None]:
+    """Gradients of x, a, w, b; None where there is none."""
+    if gradient is not None:
+        found = _adapted_linear_backward(grad, *operands, needs, gradient)
+    elif _is_watched(grad):
+        found = torch.ops.llava_moslora.adapted_linear_backward.default(grad, *operands, needs)
+    else:
+        found = _adapted_linear_backward(grad, *operands, needs, None)
+    return [g if need and g.numel() else None for g, need in zip(found, needs, strict=True)]
 
 
 def _is_watched(x: Tensor) -> bool:
@@ -193,7 +209,7 @@ def _(
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *operands, ends_layer = inputs
+        *operands, ends_layer, gradient = inputs
         x, weight, _, *quantisation, layout, quant_type, a, w, b, seed, scaling, drop = operands
         saved = recompute.saved_outputs()
         if saved is None or not saved.recomputing:
@@ -209,6 +225,7 @@ class _AdaptedLinear(torch.autograd.Function):
         if y is None:
             y = x.new_empty(*x.shape[:-1], len(b))  # nobody reads it
         ctx.settings = layout, quant_type, scaling, drop
+        ctx.gradient = gradient
         parameters = (weight, *quantisation, a, w, b, seed)
         if torch.compiler.is_compiling():
             ctx.save_for_backward(x, u, *parameters)
@@ -228,8 +245,8 @@ class _AdaptedLinear(torch.autograd.Function):
         weight, *quantisation, a, w, b, seed = parameters or ctx.parameters
         assert parameters or _versions(a, w, b) == ctx.versions, "an adapter was overwritten before backward"
         operands = (x, weight, *quantisation, layout, quant_type, a, w, b, seed, u, scaling, drop)
-        grads = [g if need else None for g, need in zip(_run_backward(grad, *operands, needs), needs, strict=True)]
-        return grads[0], *[None] * 8, *grads[1:], None, None, None, None
+        grads = _run_backward(ctx.gradient, grad, operands, needs)
+        return grads[0], *[None] * 8, *grads[1:], None, None, None, None, None
 
 
 def flops(rows: int, i: int, o: int, r: int, mixed: bool, need_x: bool = True) -> dict[str, int]:

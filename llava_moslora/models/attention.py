@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llava_moslora.errors import Refusal
-from llava_moslora.recompute import save_operations
+from llava_moslora.recompute import SAVING_ATTENTION, save_operations
 
 MASKLESS = "sdpa_maskless"
 # LLMs with only causal attention, in some layers with a window (others keep transformers' masks), and with layers of
@@ -125,6 +125,6 @@ def attention_forward(
         )
 
 
-attention_forward.saves_outputs = True  # what recompute.py asks
+SAVING_ATTENTION.add(MASKLESS)
 AttentionInterface.register(MASKLESS, attention_forward)
 AttentionMaskInterface.register(MASKLESS, sdpa_mask)

@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 from transformers import TrainingArguments as HfTrainingArguments
 
-from llava_moslora.adapters.kernel import mask_source
+from llava_moslora.adapters.dropout import mask_source
 from llava_moslora.config import DataSettings, ModelSettings, TrainerSettings, TrainingSettings, parse_recompute
 from llava_moslora.data.loader import default_workers
 from llava_moslora.data.sources.saved_dataset import is_hub

@@ -16,7 +16,7 @@ from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llava_moslora.adapters.adalora import OrthogonalityTerm, is_adalora
-from llava_moslora.adapters.kernel import triton_enabled
+from llava_moslora.adapters.dropout import triton_enabled
 from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.distributed import rank

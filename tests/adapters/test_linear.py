@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from llava_moslora.adapters import dropout as masks
 from llava_moslora.adapters import kernel, linear
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.adapters.linear import adapted_linear
@@ -214,10 +215,21 @@ for n, i, r in ((100, 96, 8), (130, 200, 64), (70, 130, 150)):
         for found, expected in (
             (products.dropped_project(x, a, seed, drop), (x * mask) @ a.T),
             (products.dropped_outer(grad_u, x, seed, drop), grad_u.T @ (x * mask)),
-            (products.add_dropped(grad_x.clone(), grad_u, a, seed, drop), grad_x + (grad_u @ a) * mask),
+            (products.add_dropped(grad_x.clone(), [(grad_u, a, seed, drop)]), grad_x + (grad_u @ a) * mask),
             (products.add_low_rank(y.clone(), grad_u, b, 0.7), y + 0.7 * grad_u @ b.T),
         ):
             assert (found - expected).norm() <= 1e-6 * expected.norm(), (n, i, r)
+
+# of linears with one input: up to three in one pass, also of other ranks or probabilities, and more than three
+n, i = 100, 200
+cases = [[(8, 3277)] * 2, [(8, 3277)] * 3, [(8, 3277), (16, 3277)], [(8, 3277), (8, 40000)], [(8, 3277)] * 4]
+for case in cases:
+    torch.manual_seed(len(case))
+    grad_x, x = torch.randn(n, i), torch.empty(n, i)
+    branches = [(torch.randn(n, r), torch.randn(r, i), torch.randint(2**63 - 1, ()), drop) for r, drop in case]
+    expected = grad_x + sum((gu @ a) * hashed(x, seed, drop) for gu, a, seed, drop in branches)
+    found = products.add_dropped(grad_x.clone(), branches)
+    assert (found - expected).norm() <= 1e-6 * expected.norm(), case
 """
 
 
@@ -261,8 +273,8 @@ def test_gpu_is_the_formula_in_float64(shape, dtype, tolerance, dropout):
     dropped = x
     if dropout:
         torch.manual_seed(3)
-        drop, seed = kernel.draw_seed(dropout)
-        dropped = x * hashed(x, seed, drop) / (1 - drop / kernel.DROPOUT_STEPS)
+        drop, seed = masks.draw_seed(dropout)
+        dropped = x * hashed(x, seed, drop) / (1 - drop / masks.DROPOUT_STEPS)
     z = F.linear(x, base.weight.double(), base.bias.double()) + 0.7 * dropped @ a.T @ w.T @ b.T
     torch.manual_seed(4)
     grad = torch.randn(y.shape).cuda()
