@@ -167,15 +167,13 @@ def _run_forward(x: Tensor, *operands) -> tuple[Tensor, Tensor]:
     return run(x, *operands)
 
 
-def _run_backward(gradient: Gradient | None, grad: Tensor, operands: tuple, needs: list[bool]) -> list[Tensor | None]:
+def _run_backward(gradient: Gradient | None, *operands) -> list[Tensor | None]:
     """Gradients of x, a, w, b; None where there is none."""
-    if gradient is not None:
-        found = _adapted_linear_backward(grad, *operands, needs, gradient)
-    elif _is_watched(grad):
-        found = torch.ops.llava_moslora.adapted_linear_backward.default(grad, *operands, needs)
+    if gradient is None and _is_watched(operands[0]):
+        found = torch.ops.llava_moslora.adapted_linear_backward.default(*operands)
     else:
-        found = _adapted_linear_backward(grad, *operands, needs, None)
-    return [g if need and g.numel() else None for g, need in zip(found, needs, strict=True)]
+        found = _adapted_linear_backward(*operands, gradient)
+    return [g if need and g.numel() else None for g, need in zip(found, operands[-1], strict=True)]
 
 
 def _is_watched(x: Tensor) -> bool:
@@ -245,7 +243,7 @@ class _AdaptedLinear(torch.autograd.Function):
         weight, *quantisation, a, w, b, seed = parameters or ctx.parameters
         assert parameters or _versions(a, w, b) == ctx.versions, "an adapter was overwritten before backward"
         operands = (x, weight, *quantisation, layout, quant_type, a, w, b, seed, u, scaling, drop)
-        grads = _run_backward(ctx.gradient, grad, operands, needs)
+        grads = _run_backward(ctx.gradient, grad, *operands, needs)
         return grads[0], *[None] * 8, *grads[1:], None, None, None, None, None
 
 
