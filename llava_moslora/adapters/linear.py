@@ -172,7 +172,7 @@ def _run_backward(gradient: Gradient | None, *operands) -> list[Tensor | None]:
     if gradient is None and _is_watched(operands[0]):
         found = torch.ops.llava_moslora.adapted_linear_backward.default(*operands)
     else:
-        found = _adapted_linear_backward(*operands, gradient)
+        found = _adapted_linear_backward(*(*operands, gradient))
     return [g if need and g.numel() else None for g, need in zip(found, operands[-1], strict=True)]
 
 
