@@ -30,10 +30,11 @@ from llava_moslora.text.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[1]
 LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_3_8B |= {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "bos_token_id": None}
+LLAMA_3_8B |= {"max_position_embeddings": 8192}
 CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 CLIP_L_336 |= {"image_size": 336, "patch_size": 14}
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-TINY |= {"num_key_value_heads": 2, "vocab_size": 400, "bos_token_id": None}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 400, "bos_token_id": None, "max_position_embeddings": 8192}
 LENGTHS = ("uniform", "ragged", "text")
 # tokens of a record, labels included, and labels
 SIZES = {"uniform": (2048, 200), "text": (4096, 200), "tiny": (96, 12)}
@@ -129,19 +130,25 @@ def max_length(lengths: str) -> int:
     return SIZES["text"][0] if lengths == "text" else SIZES["uniform"][0]
 
 
-def make_data(file: Path, folder: Path, lengths: str, count: int, *, tiny: bool) -> None:
-    """``count`` records in ``file``, tokenised into ``folder/cache``; the first ones are the same for every count."""
-    tokenizer = load_tokenizer(folder / "llm")
-    patches = tokens_per_image(read_vision_config(str(folder / "clip")))
-    if not file.exists():
-        sizes = record_sizes(lengths, count, patches, tiny)
-        file.write_text(json.dumps(records(sizes, tokenizer, patches)))
-    settings = DataSettings(
+def data_settings(file: Path, folder: Path, lengths: str, *, images: bool) -> DataSettings:
+    """Of every row; ``images``: for a LLaVA, not for an LLM alone."""
+    return DataSettings(
         data_path=[str(file)],
-        image_folder=str(folder / "images"),
+        image_folder=str(folder / "images") if images else None,
         model_max_length=max_length(lengths),
         data_cache=str(folder / "cache"),
     )
+
+
+def make_data(file: Path, folder: Path, lengths: str, count: int, *, tiny: bool, images: bool = True) -> None:
+    """``count`` records in ``file``, tokenised into ``folder/cache``; the first ones are the same for every count.
+    ``images``: for a LLaVA, not for an LLM alone."""
+    tokenizer = load_tokenizer(folder / "llm", images=images)
+    patches = tokens_per_image(read_vision_config(str(folder / "clip"))) if images else 0
+    if not file.exists():
+        sizes = record_sizes(lengths, count, patches, tiny)
+        file.write_text(json.dumps(records(sizes, tokenizer, patches)))
+    settings = data_settings(file, folder, lengths, images=images)
     dataset = prepare(settings, tokenizer=tokenizer, template=TEMPLATE, tokens_per_image=patches)
     assert len(dataset) == count, f"{len(dataset)} records of {count}"
     if lengths != "ragged":
@@ -171,7 +178,7 @@ def record_sizes(lengths: str, count: int, patches: int, tiny: bool) -> list[tup
 def records(sizes: list[tuple[bool, int, int]], tokenizer, patches: int) -> list[dict]:
     """LLaVA's JSON of records with exactly those sizes."""
     random = np.random.default_rng(1)
-    fixed_sizes = {image: _fixed_size(image, tokenizer, patches) for image in (True, False)}
+    fixed_sizes = {image: _fixed_size(image, tokenizer, patches) for image in {image for image, _, _ in sizes}}
     rows = []
     for index, (image, tokens, labels) in enumerate(sizes):
         fixed, fixed_labels = fixed_sizes[image]
