@@ -235,7 +235,7 @@ def common_settings(job: Job) -> dict[str, object]:
         "learning_rate": 2e-5,
         "lr_scheduler_type": "constant",
         "optim": "adamw_torch_fused",
-        "logging_steps": 1,
+        "logging_steps": job.total_steps + 1,  # the meter keeps the losses; a log makes the host wait
         "save_strategy": "no",
         "report_to": "none",
         "dataloader_num_workers": job.workers,

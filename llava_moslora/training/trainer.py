@@ -97,12 +97,11 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.add_callback(EvaluateFirst(self))  # the last: its evaluations are shown by the others
 
     def prepare_model(self) -> Throughput:
-        """What only an LLM has: fused layers, and FLOPs by its tokens."""
+        """What an LLM and its vision tower have: fused layers, and FLOPs by tokens."""
         if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
-            from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
+            from llava_moslora.models.fused_layers import fuse_model  # imported here: needs Triton
 
-            inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            fuse_layers(getattr(inner.model, "language_model", inner.model))  # of an LLM alone, the model itself
+            fuse_model(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         return Throughput(self.model, self.args.device)
 
     def get_train_dataloader(self) -> TrainDataLoader:
