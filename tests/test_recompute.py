@@ -264,6 +264,8 @@ def test_what_is_no_mode_is_refused():
     for text in ("every", "every:0", "every:-1", "half", "Full"):
         with pytest.raises(Refusal, match=r"--recompute: unknown way to recompute; found .*; expected auto \| none"):
             parse_recompute(text)
+    with pytest.raises(AssertionError, match="auto is decided before"):
+        parse_recompute("auto")
 
 
 def test_outside_of_it_nothing_is_saved():

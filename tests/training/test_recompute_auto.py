@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import scripts.train_vit_llm as script
 from llava_moslora.config import AUTO
 from llava_moslora.errors import Refusal
 from support.described_gpus import H100, described, planned_on
+from support.launching import flags, run
 from support.training_runs import adapter, losses, train
 from support.zero_runs import run_successfully, settings
 
@@ -101,6 +103,14 @@ def test_where_the_planner_cannot_say_all_is_recomputed(flag, why, capsys):
     assert args.recompute == "full" and planned() is None
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("--recompute auto: full; no plan of the memory: ") and why in line
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_everything_of_a_tiny_model_fits(parts, tmp_path):
+    words = flags(parts, tmp_path / "run", recompute="auto", dataloader_num_workers=0)
+    done = run([sys.executable, "scripts/train_vit_llm.py", *words])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert recorded(tmp_path / "run") == "none" and "; no way is faster" in said(done.stdout)[0]
 
 
 def test_another_rank_takes_what_rank_0_has_sent(monkeypatch, capsys):
