@@ -2,11 +2,14 @@
 
 none       nothing: fastest, most memory
 every:N    every N-th layer
-selective  in every layer what is cheap (norms, activations, rotary embedding, residuals); outputs of linears and
-           attention are saved, so that no matrix product runs twice
+selective  in every layer of the LLM what is cheap (norms, activations, rotary embedding, residuals); outputs of linears
+           and attention are saved, so that no matrix product runs twice; in the vision tower nothing
 full       every layer: slowest, least memory
 
 All give the same losses and gradients: dropout's masks are functions of a seed that recomputation restores.
+
+The tower's layers are small: of a step with selective recomputation they keep a twentieth of the memory, but their
+kernels end before Python has asked for the next one, and recomputation doubles what it asks for.
 
 Selective is torch's checkpoint with a list of saved outputs. Adapted linears save and load theirs themselves
 (adapters/linear.py); for attention and other linears a dispatch mode does it, which is on only around them. torch's own
@@ -40,6 +43,8 @@ check_private_api("recompute")
 # Layer → its last linear, whose output backward does not need: it is only added to the residual.
 LAST_LINEAR = {f"{name}DecoderLayer": "mlp.down_proj" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 LAST_LINEAR |= {"CLIPEncoderLayer": "mlp.fc2", "SiglipEncoderLayer": "mlp.fc2"}
+VISION_TOWER = re.compile(r"\bvision_tower\b")  # in the name of a layer
+SELECTIVE_IN_TOWER = False
 SAVING_ATTENTION: set[str] = set()  # implementations whose function saves its output itself
 Output = Any  # of an operation: a tensor, or a flat tuple or list of tensors and others
 _state = threading.local()  # backward recomputes in a thread of its own
@@ -186,15 +191,24 @@ def set_recompute(model: nn.Module, text: str) -> None:
     """
     mode, n = parse_recompute(text)
     checkpointed = partial(checkpoint, use_reentrant=False, context_fn=partial(_contexts, mode == "selective"))
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    named = model.named_modules()
+    layers = {name: module for name, module in named if isinstance(module, GradientCheckpointingLayer)}
     assert layers, "no layer of this model can be recomputed"
-    for index, layer in enumerate(layers):
+    for index, (name, layer) in enumerate(layers.items()):
         layer._gradient_checkpointing_func = checkpointed
-        layer.gradient_checkpointing = mode != "none" and index % n == 0
-        if mode == "selective":
+        layer.gradient_checkpointing = recomputes(mode, n, index, in_tower=bool(VISION_TOWER.search(name)))
+        if mode == "selective" and layer.gradient_checkpointing:
             _save_outputs_of(layer)
         if (last := LAST_LINEAR.get(type(layer).__name__)) and hasattr(layer.get_submodule(last), "ends_layer"):
             layer.get_submodule(last).ends_layer = True
+
+
+def recomputes(mode: str, n: int, index: int, *, in_tower: bool) -> bool:
+    """Whether a layer recomputes anything; ``index`` counts over both towers, ``mode`` and ``n`` are those of
+    :func:`parse_recompute`."""
+    if mode == "selective":
+        return SELECTIVE_IN_TOWER or not in_tower
+    return mode != "none" and index % n == 0
 
 
 def _save_outputs_of(layer: nn.Module) -> None:
