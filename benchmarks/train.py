@@ -183,10 +183,10 @@ def run_child(text: str) -> None:
 
         jobs = [Job(**job) for job in words["prepare"]]
         folder = Path(jobs[0].folder)
-        make_models(folder, tiny=jobs[0].tiny, layers=jobs[0].layers)
+        make_models(folder, jobs[0].llm, tiny=jobs[0].tiny, layers=jobs[0].layers)
         for job in jobs:
             alone = Row.parse(job.row).llm_alone
-            make_data(Path(job.data), folder, job.lengths, job.records, tiny=job.tiny, images=not alone)
+            make_data(Path(job.data), folder, job.llm, job.lengths, job.records, tiny=job.tiny, images=not alone)
         (folder / "facts.json").write_text(json.dumps(facts()))
     else:
         run_row(Job(**words))

@@ -38,6 +38,7 @@ TINY |= {"num_key_value_heads": 2, "vocab_size": 400, "bos_token_id": None, "max
 LENGTHS = ("uniform", "ragged", "text")
 # tokens of a record, labels included, and labels
 SIZES = {"uniform": (2048, 200), "text": (4096, 200), "tiny": (96, 12)}
+INDEX = "model.safetensors.index.json"
 IMAGES = 8  # different ones; more would only fill the disk
 IMAGE_SIZE = 336
 LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")  # the tokenizer merges none of them
@@ -45,32 +46,31 @@ TEMPLATE = "chatml"
 THREADS = 8
 
 
-def make_models(folder: Path, *, tiny: bool, layers: int | None) -> None:
-    """``llm/ clip/ projector.safetensors images/`` in ``folder``, unless they are there; with ``layers`` an
-    ``llm-N/`` of the first N layers too, which shares the files of ``llm/``."""
-    if not (folder / "done").exists():
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        sys.path.insert(0, str(ROOT / "tests"))
-        from support.tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
+def make_models(folder: Path, llm: Path, *, tiny: bool, layers: int | None) -> None:
+    """``clip/ projector.safetensors images/`` in ``folder`` and the LLM in ``llm``, of its first N layers with
+    ``layers``, unless they are there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
 
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (llm / INDEX).exists():
         tokenizer = tiny_tokenizer()
-        shape = TINY if tiny else LLAMA_3_8B
+        tokenizer.save_pretrained(llm)
+        shape = (TINY if tiny else LLAMA_3_8B) | ({} if layers is None else {"num_hidden_layers": layers})
         config = LlamaConfig(**shape, eos_token_id=tokenizer.eos_token_id, pad_token_id=None, dtype="bfloat16")
-        write_random_llm(config, folder / "llm", device)
-        tokenizer.save_pretrained(folder / "llm")
+        write_random_llm(config, llm, device)
+    if not (folder / "done").exists():
         with torch.device(device):
             write_clip(folder / "clip", **({} if tiny else CLIP_L_336))
         sizes = {} if tiny else {"vision": CLIP_L_336["hidden_size"], "llm": LLAMA_3_8B["hidden_size"]}
         write_projector(folder / "projector.safetensors", **sizes)
         write_images(folder / "images")
         (folder / "done").touch()
-    if layers is not None and not (folder / f"llm-{layers}").exists():
-        cut_layers(folder / "llm", folder / f"llm-{layers}", layers)
 
 
 def write_random_llm(config: LlamaConfig, folder: Path, device: str) -> None:
-    """One file per layer and one for the rest: the GPU never holds the whole model."""
+    """One file per layer and one for the rest: the GPU never holds the whole model. ``INDEX`` is written last."""
     folder.mkdir(exist_ok=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -83,7 +83,7 @@ def write_random_llm(config: LlamaConfig, folder: Path, device: str) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda file: write_random_tensors(files[file], folder / file, device), files))
     index = {name: file for file, names in files.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def write_random_tensors(shapes: dict[str, tuple[int, ...]], file: Path, device: str) -> None:
@@ -105,17 +105,6 @@ def write_random_tensors(shapes: dict[str, tuple[int, ...]], file: Path, device:
         drawn = torch.empty(shape, device=device, dtype=torch.bfloat16)
         drawn.fill_(1) if name.endswith("norm.weight") else drawn.normal_(std=0.02)
         mapped[begin:stop].view(torch.bfloat16).view(shape).copy_(drawn)
-
-
-def cut_layers(whole: Path, folder: Path, layers: int) -> None:
-    folder.mkdir()
-    index = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
-    kept = {name: file for name, file in index.items() if ".layers." not in name or int(name.split(".")[2]) < layers}
-    for file in {*kept.values(), *(path.name for path in whole.glob("*token*.json"))}:
-        os.link(whole / file, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": kept}))
-    config = json.loads((whole / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
 
 
 def write_images(folder: Path) -> None:
@@ -140,10 +129,10 @@ def data_settings(file: Path, folder: Path, lengths: str, *, images: bool) -> Da
     )
 
 
-def make_data(file: Path, folder: Path, lengths: str, count: int, *, tiny: bool, images: bool = True) -> None:
+def make_data(file: Path, folder: Path, llm: Path, lengths: str, count: int, *, tiny: bool, images: bool) -> None:
     """``count`` records in ``file``, tokenised into ``folder/cache``; the first ones are the same for every count.
     ``images``: for a LLaVA, not for an LLM alone."""
-    tokenizer = load_tokenizer(folder / "llm", images=images)
+    tokenizer = load_tokenizer(llm, images=images)
     patches = tokens_per_image(read_vision_config(str(folder / "clip"))) if images else 0
     if not file.exists():
         sizes = record_sizes(lengths, count, patches, tiny)
