@@ -11,7 +11,7 @@
 # The reference averages the loss over each micro-batch, here over all trained tokens of the global batch; for the
 # reference's way add --loss_average micro_batch.
 # Planned, python scripts/plan.py --config scripts/llama3_8b_lora.sh --gpu a100-80 --records 665298:
-#   fits on 4 × A100 with 79.1 GiB: 67.1 to 75.6 GiB a GPU, 6.3 to 14.3 h for 10,396 steps; --recompute auto: selective
+#   fits on 4 × A100 with 79.1 GiB: 68.2 to 76.9 GiB a GPU, 5.9 to 13.5 h for 10,396 steps; --recompute auto: selective
 set -euo pipefail
 source "$(dirname "$0")/recipe_defaults.sh"
 

@@ -13,7 +13,7 @@ IMAGES=${IMAGES:-playground/data}
 COMMON=(
     --lr_scheduler_type cosine --warmup_steps 0.03 --weight_decay 0 --max_grad_norm 1 --num_train_epochs 1 --seed 1024
     --bf16 True --recompute auto --model_max_length 2048 --dataloader_num_workers 4 --preprocessing_num_workers 16
-    --save_total_limit 2 --resume True
+    --save_total_limit 2 --resume True --logging_steps 10  # a log makes the host wait for the GPU
 )
 # Stage 2, on the 665K records of LLaVA-1.5.
 STAGE_2=("${COMMON[@]}" --image_aspect_ratio pad --data_order modality_length --save_steps 1000)
