@@ -1,11 +1,11 @@
-"""The attention implementation of LLM and vision tower, and an ``sdpa`` that needs no T×T mask.
+"""The attention implementation of LLM and vision tower, and an ``sdpa`` for the LLM that needs no T×T mask.
 
 transformers looks the attention function up by the name in a configuration's ``_attn_implementation``. This one,
 ``sdpa_maskless``, is its ``sdpa`` for everything except the training forward of
 :class:`~llava_moslora.models.llava.Llava`, which passes an empty mask (:func:`empty_mask`): that stands for causal
 attention within each sequence, which torch's causal and variable-length kernels compute without a mask. transformers
 passes masks with four dimensions on as they are, so it makes none, and reads no value of the batch. It also saves its
-output itself under selective recomputation, for which the vision tower has it too.
+output itself under selective recomputation.
 
 Shapes: B rows, T tokens, H heads, K key heads, D head width, R records of packed rows, each row's padding being one.
 """
@@ -43,9 +43,6 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
     if implementation == "sdpa":
         if text.model_type in LLM_FAMILIES and text._attn_implementation == "sdpa":
             model.set_attn_implementation(MASKLESS if text is model.config else {"text_config": MASKLESS})
-        vision = getattr(model.config, "vision_config", None)
-        if vision is not None and vision._attn_implementation == "sdpa":
-            model.set_attn_implementation({"vision_config": MASKLESS})
         return
     try:
         model.set_attn_implementation(implementation)
