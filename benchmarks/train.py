@@ -23,7 +23,6 @@ tiny models, also on a CPU; its figures mean nothing, and nothing is written unl
 
 On a lent GPU; what is worth most comes first, and what 6 minutes do not suffice for is not measured:
 
-    export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
     python benchmarks/train.py --steps 7 --warm-up 3 --limit 60 --deadline 350 --rows zero1+selective stock \\
         stock-bf16 zero1+full zero1+none@4 zero1+selective+llm@4 stock+llm@4 zero1+selective+packed stock+ragged
     python -m pytest -m gpu
@@ -57,6 +56,7 @@ postpone_cuda()
 from train_report import Results, comparisons, read_rows, table  # noqa: E402
 from train_row import PROFILED, ROOT, STOCK, Job, Row, common_settings, ours_command, run_row  # noqa: E402
 
+from llava_moslora.devices import use_expandable_segments  # noqa: E402
 from llava_moslora.errors import Refusal, run_script  # noqa: E402
 
 ROWS = ["stock", "stock-bf16", "zero1+full", "zero1+full+4bit", "zero1+selective"]
@@ -64,6 +64,7 @@ ROWS = ["stock", "stock-bf16", "zero1+full", "zero1+full+4bit", "zero1+selective
 
 def main() -> None:
     begin, args = time.monotonic(), parse()
+    use_expandable_segments()  # as a training does itself; here for the stock rows too
     rows = [Row.parse(text) for text in args.rows]
     if not args.tiny and not args.dry_run and not torch.cuda.is_available():
         raise Refusal("E-DEVICE", "needs a GPU with about 40 GB", found="none", fix="--tiny runs the code on a CPU")

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -86,25 +85,26 @@ class StepTimer(TrainerCallback):
         self.cuda = trainer.args.device.type == "cuda"
         self.throughput = Throughput(trainer.model, trainer.args.device)
         self.steps: list[dict[str, float]] = []  # tokens and FLOPs of each
-        self.marks: list[Any] = []  # the beginning of the first step and the ends of all
+        self.marks: list[list[Any]] = []  # the beginning and the end of each step
         self.losses: list[torch.Tensor] = []  # of each step, on the device
         self.startup = {"until_trainer": time.monotonic() - self.begin - self.waited}
         self.at_rest = self.clock = self.profiler = self.profile = None
         self.clock_line = ""
 
-    def mark(self) -> None:
+    def mark(self) -> Any:
+        """A moment: on a GPU when it has done what it was given so far."""
         if not self.cuda:
-            self.marks.append(time.monotonic())
-            return
-        self.marks.append(torch.cuda.Event(enable_timing=True))
-        self.marks[-1].record()
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def milliseconds(self) -> list[float]:
-        """Of all steps so far. Waits for them."""
+        """Of all ended steps. Waits for them."""
         if not self.cuda:
-            return [1e3 * (end - begin) for begin, end in pairwise(self.marks)]
+            return [1e3 * (end - begin) for begin, end in self.marks]
         torch.cuda.synchronize()
-        return [begin.elapsed_time(end) for begin, end in pairwise(self.marks)]
+        return [begin.elapsed_time(end) for begin, end in self.marks]
 
     def seconds_until_now(self) -> float:
         if self.cuda:
@@ -116,7 +116,7 @@ class StepTimer(TrainerCallback):
             self.at_rest = torch.cuda.memory_allocated() / GIB
             torch.cuda.reset_peak_memory_stats()
         self.startup["until_first_step"] = self.seconds_until_now()
-        self.mark()
+        self.begins = self.mark()
 
     def on_step_begin(self, args, state, control, **_):
         if self.job.profile and state.global_step == self.job.steps:
@@ -124,11 +124,12 @@ class StepTimer(TrainerCallback):
             self.profiler = torch.profiler.profile(activities=[kinds.CUDA if self.cuda else kinds.CPU])
             write_result(self.job, {"status": "ok", **self.result()})  # in case the profiler ends the process
             self.profiler.start()
-            self.marks.pop()  # this step begins after what the profiler needed
-            self.mark()
+            self.begins = self.mark()  # after what the profiler needed
 
     def on_step_end(self, args, state, control, **_):
-        self.mark()
+        end = self.mark()
+        self.marks.append([self.begins, end])
+        self.begins = end
         counted = self.throughput.counts
         self.steps.append({"tokens": counted["tokens"], "flops": counted["flops"]})
         self.throughput.counts = dict.fromkeys(counted, 0)

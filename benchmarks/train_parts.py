@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_moslora.config import DataSettings
 from llava_moslora.data.prepare import prepare
+from llava_moslora.devices import ALLOCATOR
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.text.conversation import IGNORE_INDEX, Turn, encode
@@ -201,4 +202,5 @@ def facts() -> dict:
         except metadata.PackageNotFoundError:
             versions[name] = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "python": platform.python_version(), "versions": versions}
+    allocator = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    return {"device": device, "python": platform.python_version(), "versions": versions, "allocator": allocator}

@@ -61,6 +61,7 @@ def train_stock(job: Job, row: Row) -> None:
         "remove_unused_columns": False,
         "use_cpu": not torch.cuda.is_available(),
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # for which the host would wait at every step
     }
     args = TrainingArguments(**common_settings(job) | own)
     Stock(model=model, args=args, train_dataset=dataset, data_collator=collate).train()

@@ -106,7 +106,8 @@ PARTS = {
         *_parts(BF16, "step(closure)", caller=ENGINE),
         *_parts(
             BF16,
-            """update_lp_params() clear_hp_grads() _hp_optimizer_states_linked clip_grad _global_grad_norm
+            """update_lp_params() clear_hp_grads() _hp_optimizer_states_linked clip_grad _global_grad_norm mpu
+            has_moe_layers _uses_muon grad_acc_dtype norm_type
             fp32_groups_actual_gradients_flat fp32_groups_gradients fp32_groups_has_gradients
             fp32_groups_flat_partition fp32_groups_gradient_flat_partition""",
         ),

@@ -31,7 +31,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -44,7 +44,6 @@ check_private_api("recompute")
 LAST_LINEAR = {f"{name}DecoderLayer": "mlp.down_proj" for name in ("Llama", "Mistral", "Qwen2", "Qwen3")}
 LAST_LINEAR |= {"CLIPEncoderLayer": "mlp.fc2", "SiglipEncoderLayer": "mlp.fc2"}
 VISION_TOWER = re.compile(r"\bvision_tower\b")  # in the name of a layer
-SELECTIVE_IN_TOWER = False
 SAVING_ATTENTION: set[str] = set()  # implementations whose function saves its output itself
 Output = Any  # of an operation: a tensor, or a flat tuple or list of tensors and others
 _state = threading.local()  # backward recomputes in a thread of its own
@@ -79,13 +78,17 @@ class SavedOutputs:
 
     def load(self, operation: str) -> Output:
         """The next output, which must be of this operation, and is released here."""
-        assert self.next is not None and self.next < len(self.outputs), f"{operation} runs only while recomputing"
+        if self.next is None or self.next >= len(self.outputs):
+            raise RuntimeError(f"{operation} runs only while recomputing")
         entry, self.outputs[self.next] = self.outputs[self.next], None
-        assert entry is not None, "a second backward through a layer that recomputes selectively"
+        if entry is None:
+            raise RuntimeError("a second backward through a layer that recomputes selectively")
         saved_operation, output, versions = entry
-        assert saved_operation == operation, f"while recomputing, {operation} runs in place of {saved_operation}"
+        if saved_operation != operation:
+            raise RuntimeError(f"while recomputing, {operation} runs in place of {saved_operation}")
         self.next += 1
-        assert _versions(_parts(output)) == versions, "a saved output was overwritten before backward"
+        if _versions(_parts(output)) != versions:
+            raise RuntimeError("a saved output was overwritten before backward")
         return output
 
 
@@ -99,12 +102,12 @@ def _versions(parts: tuple | list) -> list[int]:
 
 
 def saved_outputs() -> SavedOutputs | None:
-    """Of the layer that is running; None without selective recomputation."""
+    """Of the layer that is running; None in a layer that recomputes nothing."""
     return getattr(_state, "outputs", None)
 
 
 class _LayerContext:
-    """Makes the layer that runs inside save its outputs, or load them when recomputing."""
+    """Makes the layer that runs inside know that it saves, or that it recomputes and loads what was saved."""
 
     def __init__(self, outputs: SavedOutputs, recomputing: bool):
         self.outputs, self.recomputing = outputs, recomputing
@@ -155,6 +158,13 @@ class _SaveOperations(TorchDispatchMode):
         return output
 
 
+def in_foreign_mode() -> bool:
+    """Whether a dispatch mode is on that is not this module's, such as torch's FLOP counter."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return any(not isinstance(mode, _SaveOperations) for mode in _get_current_dispatch_mode_stack())
+
+
 def save_operations():
     """A context that saves or loads matrix products and attention, under selective recomputation; else an empty one."""
     outputs = saved_outputs()
@@ -184,7 +194,8 @@ def _stock_forward(forward, in_adapter, *args, **kwargs):
 
 
 def set_recompute(model: nn.Module, text: str) -> None:
-    """Set ``--recompute`` for the layers of both towers; it acts in training mode only. Called once per model.
+    """Set ``--recompute`` for the layers of both towers; it acts in training mode only. Called once per model, a whole
+    one: the vision tower is known by its name there.
 
     Raises:
         Refusal: C-FLAG, see :func:`parse_recompute`.
@@ -207,7 +218,7 @@ def recomputes(mode: str, n: int, index: int, *, in_tower: bool) -> bool:
     """Whether a layer recomputes anything; ``index`` counts over both towers, ``mode`` and ``n`` are those of
     :func:`parse_recompute`."""
     if mode == "selective":
-        return SELECTIVE_IN_TOWER or not in_tower
+        return not in_tower
     return mode != "none" and index % n == 0
 
 

@@ -184,9 +184,9 @@ def _is_watched(x: Tensor) -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def _versions(a: Tensor, w: Tensor | None, b: Tensor) -> tuple[int, ...]:
-    """They grow when a tensor is overwritten."""
-    return (a._version, 0 if w is None else w._version, b._version)
+def _versions(parameters: tuple[Tensor | None, ...]) -> list[int]:
+    """They grow when a tensor is overwritten; tensors made without autograd in mind have none, and no backward."""
+    return [t._version for t in parameters if t is not None and not t.is_inference()]
 
 
 @torch.library.register_fake("llava_moslora::adapted_linear", lib=_library)
@@ -225,12 +225,13 @@ class _AdaptedLinear(torch.autograd.Function):
         ctx.settings = layout, quant_type, scaling, drop
         ctx.gradient = gradient
         parameters = (weight, *quantisation, a, w, b, seed)
-        if torch.compiler.is_compiling():
+        ctx.parameters = None
+        if torch.compiler.is_compiling() or not (a.is_leaf and b.is_leaf):  # PiSSA's are made for each forward
             ctx.save_for_backward(x, u, *parameters)
         else:
             # Checkpointing calls a Python function for every saved tensor, so only activations are saved: parameters
             # live anyway, and backward looks itself whether they are still those of forward.
-            ctx.parameters, ctx.versions = parameters, _versions(a, w, b)
+            ctx.parameters, ctx.versions = parameters, _versions(parameters)
             ctx.save_for_backward(x, u)
         return y
 
@@ -240,8 +241,13 @@ class _AdaptedLinear(torch.autograd.Function):
         needs = [needs_input[0], *needs_input[9:12]]
         layout, quant_type, scaling, drop = ctx.settings
         x, u, *parameters = ctx.saved_tensors
-        weight, *quantisation, a, w, b, seed = parameters or ctx.parameters
-        assert parameters or _versions(a, w, b) == ctx.versions, "an adapter was overwritten before backward"
+        if ctx.parameters is not None:
+            parameters = ctx.parameters
+            if _versions(parameters) != ctx.versions:
+                raise RuntimeError("a weight of an adapted linear was overwritten between forward and backward")
+            if torch.is_grad_enabled():
+                raise RuntimeError("an adapted linear has no second derivative")
+        weight, *quantisation, a, w, b, seed = parameters
         operands = (x, weight, *quantisation, layout, quant_type, a, w, b, seed, u, scaling, drop)
         grads = _run_backward(ctx.gradient, grad, *operands, needs)
         return grads[0], *[None] * 8, *grads[1:], None, None, None, None, None

@@ -5,7 +5,8 @@ Here the linear whose backward comes first makes it, the others add to it inside
 all branches in one pass and hands it to autograd.
 
 Only linears whose outputs are all used may share: the gradient is whole when each has been through backward. That is
-so in the modules listed here; if it is not, backward fails.
+so in the modules listed here. If it is not, as in a backward for one of their weights alone, backward fails; without
+``shared_input`` on these linears autograd adds.
 
 Shapes: N rows (all leading dimensions of x), I in, O out, r rank.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from llava_moslora import recompute
 from llava_moslora.adapters.dropout import DroppedInput, TritonDroppedInput, add_dropped
 
 # module of transformers → its linears with the same input, in the order in which its forward calls them
@@ -39,12 +41,14 @@ class Gradient:
         done: how many of them have been through backward.
         total: float[N, I], from the first one on.
         products: of adapters, still to be added: Triton's kernel takes several in one pass.
+        task: number of autograd's backward that goes through them.
     """
 
     linears: int = 0
     done: int = 0
     total: Tensor | None = None
     products: list[tuple[Tensor, Tensor, Tensor, int]] = field(default_factory=list)
+    task: int = -1
 
     def add(self, grad: Tensor, frozen: Tensor, rows: DroppedInput, grad_u: Tensor, a: Tensor) -> Tensor | None:
         """Add what one linear contributes, grad·W₀ + D(grad_u·A).
@@ -59,8 +63,8 @@ class Gradient:
         Returns:
             float[N, I] from the last linear, None from the others.
         """
-        if self.total is None:
-            Variable._execution_engine.queue_callback(self._check_whole)  # when this backward ends
+        if self.total is None or self.task != torch._C._current_graph_task_id():
+            self._begin()
             self.total = grad @ frozen
         else:
             torch.addmm(self.total, grad, frozen, out=self.total)
@@ -72,11 +76,20 @@ class Gradient:
         if self.done < self.linears:
             return None
         total, products = self.total, self.products
-        self.done, self.total, self.products = 0, None, []  # for a second backward through a kept graph
+        self.done, self.total, self.products = 0, None, []
         return add_dropped(total, products) if products else total
 
+    def _begin(self) -> None:
+        """A backward, perhaps through a graph that another has gone through, or has failed in."""
+        self.done, self.products, self.task = 0, [], torch._C._current_graph_task_id()
+        Variable._execution_engine.queue_callback(self._check_whole)  # when this backward ends
+
     def _check_whole(self) -> None:
-        assert self.done == 0, f"backward has gone through {self.done} of {self.linears} linears with one input"
+        if self.total is not None:
+            raise RuntimeError(
+                f"backward has gone through {self.done} of {self.linears} adapted linears with one input, whose "
+                "gradient they make together; set their shared_input to None for gradients of a part of them"
+            )
 
 
 class SharedInput:
@@ -91,12 +104,15 @@ class SharedInput:
         self._x: weakref.ref | None = None
         self._gradient = Gradient()
 
+    def __getstate__(self) -> dict:
+        return {"size": self.size, "_x": None, "_gradient": Gradient()}  # not what a forward has left
+
     def gradient_of(self, x: Tensor) -> Gradient | None:
         """For the next linear that is called with x; None where no gradient of x will be asked for, or where the linear
-        is one operation to torch (fake tensors, the compiler), whose gradients are made by themselves."""
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        is one operation to torch (fake tensors, the compiler, a FLOP counter), whose gradients are its own."""
+        if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+        if type(x) is not Tensor or x.is_meta or recompute.in_foreign_mode():
             return None
         if self._x is None or self._x() is not x or self._gradient.linears == self.size:
             self._x, self._gradient = weakref.ref(x), Gradient()

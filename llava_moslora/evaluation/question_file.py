@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal
+from llava_moslora.evaluation.ask import source_header
 from llava_moslora.evaluation.output import locked, writable
 from llava_moslora.files.disk import fsync, naming, replace_file, replace_json
 from llava_moslora.files.json import parse_json
@@ -156,6 +157,7 @@ def _evaluate(
     facts = {
         "run": str(Path(run).resolve()),
         "checkpoint": None if checkpoint is None else checkpoint.name,
+        "model": None if (Path(run) / RUN).is_file() else source_header(run, None)["model"],
         "questions": sha256(Path(file)),
         "image_folder": str(Path(image_folder).resolve()),
         "blank": blank,

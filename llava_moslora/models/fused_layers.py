@@ -57,7 +57,12 @@ def fuse_activation(tower: nn.Module) -> None:
 
 
 def _quick_gelu_of(x: Tensor) -> Tensor:
-    return _QuickGelu.apply(x) if x.is_cuda else x * torch.sigmoid(1.702 * x)
+    return _QuickGelu.apply(x) if _has_kernel(x) else x * torch.sigmoid(1.702 * x)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """The kernels compute in float32: float64 is left to torch."""
+    return x.is_cuda and x.dtype != torch.float64
 
 
 def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
 
 def _mlp(self: nn.Module, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(_SiluMul.apply(gate, up) if gate.is_cuda else F.silu(gate) * up)
+    return self.down_proj(_SiluMul.apply(gate, up) if _has_kernel(gate) else F.silu(gate) * up)
 
 
 class _ApplyRotary:

@@ -82,7 +82,8 @@ def fastest_recompute(
     ways = sorted((replace(now, recompute=recompute) for recompute in RECOMPUTE), key=seconds)
     full = [choice.recompute for choice in ways].index("full")
     at = next((number for number, choice in enumerate(ways) if fits(choice)), full)
-    return ways[at], ways[at - 1] if at else None
+    faster = [way for way in ways[:at] if seconds(way) < seconds(ways[at])]
+    return ways[at], faster[-1] if faster else None
 
 
 def _order(candidate: Candidate) -> tuple[float, int]:

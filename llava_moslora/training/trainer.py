@@ -40,6 +40,7 @@ from llava_moslora.training.checkpoint import (
     write_optimizer,
     write_trained,
 )
+from llava_moslora.training.deepspeed_config import check_rotary_frequencies
 from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingTrainer
 from llava_moslora.training.host_overhead import clear_trained_gradients, step_without_waiting, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
@@ -224,9 +225,17 @@ class MosLoraTrainer(EvaluatingTrainer):
     def _get_grad_norm(self, model, grad_norm=None) -> Tensor | float | None:
         """As the Trainer's; NaN or Inf in a loss or the gradient stops the run, without DeepSpeed before the update."""
         if self.runs_ahead:
-            return self.finite_check.check_later(self.state.global_step, self.engine.get_global_grad_norm())
+            norm = self.finite_check.check_later(self.state.global_step, self.engine.get_global_grad_norm())
+            if self.weights_are_used_after(self.state.global_step + 1):
+                self.finite_check.settle()
+            return norm
         norm = super()._get_grad_norm(model, grad_norm)
         return self.finite_check.check(self.state.global_step, norm, self.engine, self.trained)
+
+    def weights_are_used_after(self, step: int) -> bool:
+        """Whether a callback measures or asks the model after so many steps: it must not be one of NaN."""
+        often = (self.args.health_steps, getattr(self.args, "sample_steps", 0))
+        return step == self.state.max_steps or any(steps and step % steps == 0 for steps in often)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput since the last log, and what callbacks have measured."""
@@ -327,21 +336,6 @@ class AfterEachStep(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         self.trainer.finite_check.require_checked()
         state.epoch = state.global_step / self.trainer.sampler.global_batches
-
-
-def check_rotary_frequencies(model: torch.nn.Module) -> None:
-    """
-    Raises:
-        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32: late positions would rotate by other angles than in
-            the exported model.
-    """
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
-            raise Refusal(
-                "C-DEEPSPEED", "DeepSpeed has rounded the rotary frequencies", key=name,
-                found=buffer.dtype, expected=torch.float32,
-                fix="deepspeed 0.19.8 or newer, and no data_types.buffer_dtype in its file",
-            )  # fmt: skip
 
 
 def dimensions(parameter: torch.nn.Parameter) -> int:

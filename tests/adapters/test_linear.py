@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -98,13 +99,44 @@ def test_backward_keeps_x_and_a_small_u(shape, kept_u):
     assert sizes == kept_u  # the seed is 8 bytes of the host
 
 
-def test_a_factor_that_is_overwritten_before_backward_is_noticed():
-    tensors = inputs(*SHAPES[0])
-    y = adapted_linear(*tensors, 0.7)
+@pytest.mark.parametrize("which", ["W0", "A", "W", "B"])
+def test_a_weight_that_is_overwritten_before_backward_is_noticed(which):
+    x, base, *factors = inputs(*SHAPES[0])
+    y = adapted_linear(x, base, *factors, 0.7)
     with torch.no_grad():
-        tensors[-1].mul_(2)
-    with pytest.raises(AssertionError, match="overwritten before backward"):
+        {"W0": base.weight, "A": factors[0], "W": factors[1], "B": factors[2]}[which].mul_(2)
+    with pytest.raises(RuntimeError, match="overwritten between forward and backward"):
         y.sum().backward()
+
+
+def test_factors_that_are_made_for_a_forward_are_not_kept_by_checkpointing():
+    """PiSSA's A and B at twice the rank; autograd keeps the parameters they are made of."""
+    x, base, a, w, b = inputs(*SHAPES[0])
+    alive = []
+
+    def run(x):
+        doubled = torch.cat([a, a]), torch.cat([b, b], dim=1)
+        alive.extend(weakref.ref(t) for t in doubled)
+        return adapted_linear(x, base, doubled[0], None, doubled[1], 0.7, 0.3)
+
+    y = checkpoint(run, x, use_reentrant=False)
+    assert [reference() for reference in alive] == [None, None]
+    y.sum().backward()
+    assert a.grad.any() and w.grad is None
+
+
+def test_there_is_no_second_derivative():
+    x, base, *factors = inputs(*SHAPES[0])
+    y = adapted_linear(x, base, *factors, 0.7, 0.3).square().sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+def test_inference_mode_needs_no_versions():
+    x, base, *factors = inputs(*SHAPES[0])
+    with torch.inference_mode():
+        made = [factor + 0 for factor in factors]
+        assert torch.equal(adapted_linear(x + 0, base, *made, 0.7), adapted_linear(x, base, *factors, 0.7))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,6 +1,11 @@
 """One gradient of an input that several adapted linears share: the sum of theirs, made in place."""
 
+import copy
 import gc
+import os
+import pickle
+import subprocess
+import sys
 import weakref
 from functools import partial
 
@@ -9,10 +14,13 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 from llava_moslora.adapters.config import MosLoraConfig
-from llava_moslora.adapters.shared_input import SHARING, share_inputs
+from llava_moslora.adapters.dropout import DroppedInput
+from llava_moslora.adapters.shared_input import SHARING, Gradient, share_inputs
+from support.launching import ROOT
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = SIZES | {"num_key_value_heads": 2, "vocab_size": 50, "head_dim": 8}
@@ -47,6 +55,7 @@ def gradients(model, name: str, dtype=torch.float64) -> list[torch.Tensor]:
     else:
         given = {"input_ids": torch.arange(1, 25).view(2, 12)}
     model.zero_grad()
+    given = {key: value.to(model.device) for key, value in given.items()}
     model(**given).last_hidden_state.square().sum().backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
@@ -77,10 +86,10 @@ def test_they_are_rounded_less_often_in_16_bits():
     for shared in (True, False):
         found = gradients(adapted("llama", shared, dtype=torch.bfloat16), "llama", torch.bfloat16)
         errors.append(sum(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)))
-    assert errors[0] <= 1.1 * errors[1]
+    assert errors[0] < errors[1]
 
 
-def test_a_graph_can_be_gone_through_twice():
+def test_a_graph_can_be_gone_through_twice(passes):
     model = adapted("llama", True)
     torch.manual_seed(1)
     loss = model(input_ids=torch.arange(1, 25).view(2, 12)).last_hidden_state.square().sum()
@@ -89,22 +98,68 @@ def test_a_graph_can_be_gone_through_twice():
     loss.backward()
     for two, one in zip((p.grad for p in model.parameters() if p.grad is not None), once, strict=True):
         torch.testing.assert_close(two, 2 * one)
+    assert sorted(passes) == [2] * 4 + [3] * 4
 
 
 def attention_inputs() -> tuple[nn.Module, torch.Tensor]:
+    """An attention whose q, k and v share their input's gradient, and an input."""
     layer = adapted("llama", True).base_model.model.layers[0].self_attn
+    assert layer.q_proj.shared_input is layer.k_proj.shared_input is layer.v_proj.shared_input is not None
     return layer, torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.fixture
+def passes(monkeypatch) -> list[int]:
+    """How many linears each gradient that was handed to autograd was made of."""
+    found, add = [], Gradient.add
+
+    def noted(self, *args):
+        whole = add(self, *args)
+        if whole is not None:
+            found.append(self.linears)
+        return whole
+
+    monkeypatch.setattr(Gradient, "add", noted)
+    return found
 
 
 def test_an_output_that_is_not_used_is_noticed():
     layer, x = attention_inputs()
     q, k, v = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
-    with pytest.raises(AssertionError, match="gone through 2 of 3 linears"):
-        (q.sum() + v.sum()).backward()
-    assert k.requires_grad
+    with pytest.raises(RuntimeError, match=r"gone through 2 of 3 adapted linears.*shared_input to None"):
+        (q.sum() + v.sum()).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gone through 1 of 3"):  # and nothing of it is left
+        q.sum().backward(retain_graph=True)
+    results = []
+    for outputs in ((q, k, v), [linear.base_layer(x) for linear in (layer.q_proj, layer.k_proj, layer.v_proj)]):
+        x.grad = None
+        sum(output.sum() for output in outputs).backward()
+        results.append(x.grad)
+    assert not torch.equal(*results) and k.requires_grad  # the branches are in it
 
 
-def test_other_inputs_are_not_mixed():
+def test_a_backward_that_fails_leaves_nothing(monkeypatch):
+    """For another one through the same graph."""
+    layer, x = attention_inputs()
+    loss = layer.q_proj(x).sum() + layer.k_proj(x).sum() + layer.v_proj(x).sum()
+    loss.backward(retain_graph=True)
+    expected, x.grad = x.grad, None
+    add, failures = DroppedInput.add_gradient_of_x, [True]
+
+    def failing(self, *args):
+        if failures and failures.pop():
+            raise torch.OutOfMemoryError("there is not enough memory")
+        return add(self, *args)
+
+    monkeypatch.setattr(DroppedInput, "add_gradient_of_x", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        loss.backward(retain_graph=True)
+    x.grad = None
+    loss.backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
+def test_other_inputs_are_not_mixed(passes):
     """Of two calls in a row, and of a call that ends after its first linear, as recomputation may."""
     layer, x = attention_inputs()
     other = torch.randn_like(x, requires_grad=True)
@@ -118,10 +173,11 @@ def test_other_inputs_are_not_mixed():
         results.append(torch.autograd.grad(sum(o.square().sum() for o in outputs), (x, other)))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected)
+    assert passes == [3, 3]
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointing_changes_no_bit(use_reentrant):
+def test_checkpointing_changes_no_bit(use_reentrant, passes):
     results = []
     for recomputed in (True, False):
         layer, _ = attention_inputs()
@@ -135,7 +191,7 @@ def test_checkpointing_changes_no_bit(use_reentrant):
         y = checkpoint(run, x, use_reentrant=use_reentrant) if recomputed else run(x)
         y.square().sum().backward()
         results.append([x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)])
-    assert len(results[0]) == 10 and all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert passes == [3, 3] and len(results[0]) == 10 and all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_nothing_keeps_an_input_alive():
@@ -151,7 +207,28 @@ def test_without_gradients_there_is_nothing_to_share():
     layer, x = attention_inputs()
     with torch.no_grad():
         layer.q_proj(x)
+    assert layer.q_proj.shared_input._gradient.linears == 0
     assert layer.q_proj.shared_input.gradient_of(x.detach()) is None
+
+
+def test_where_operations_are_watched_each_is_seen():
+    """All FLOPs are counted, as without sharing."""
+    counts = []
+    for shared in (True, False):
+        model = adapted("llama", shared)
+        with FlopCounterMode(display=False) as counter:
+            gradients(model, "llama")
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_a_model_can_be_copied_after_a_forward():
+    layer, x = attention_inputs()
+    layer.q_proj(x)
+    shared = pickle.loads(pickle.dumps(layer.q_proj.shared_input))
+    assert (shared.size, shared._x, shared._gradient.linears) == (3, None, 0)
+    again = copy.deepcopy(layer)
+    assert again.q_proj.shared_input is again.k_proj.shared_input is not layer.q_proj.shared_input
 
 
 def note(seen: list, place: str, module, args) -> None:
@@ -173,3 +250,35 @@ def test_the_listed_linears_are_called_with_one_input():
             for start in range(0, len(calls), len(linears)):
                 group = calls[start : start + len(linears)]
                 assert tuple(linear for linear, _ in group) == linears and len({i for _, i in group}) == 1
+
+
+INTERPRETED = """
+import torch
+from adapters import test_shared_input as tests
+from llava_moslora.adapters import dropout
+
+dropout.uses_triton = lambda rows: rows.dtype != torch.float64
+for name in ("llama", "clip"):
+    results = [tests.gradients(tests.adapted(name, s, dtype=torch.float32), name, torch.float32) for s in (True, False)]
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 2e-6 * expected.norm(), name
+"""
+
+
+def test_tritons_products_are_added_in_one_pass():
+    """As on a GPU, here by Triton's interpreter, which must be asked for before Triton is imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_gpu_gradients_are_autograds(name):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    results = []
+    for shared in (True, False):
+        model = adapted(name, shared, dtype=torch.float32).cuda()
+        results.append(gradients(model, name, torch.float32))
+    for found, expected in zip(*results, strict=True):
+        assert (found - expected).norm() <= 2e-5 * expected.norm()

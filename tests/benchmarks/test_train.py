@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from support.launching import ROOT, run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import train_meter
 import train_row
 from train_meter import PROFILED, figures, kernel_table
 from train_parts import LENGTHS, LLAMA_3_8B, TINY, max_length, record_sizes
@@ -186,6 +188,42 @@ def test_figures_are_medians():
         "mfu": 0.25,
     }
     assert figures([], None) == {}
+
+
+class SlowProfiler:
+    """In place of torch's, which needs seconds to start and to stop."""
+
+    def __init__(self, **_):
+        pass
+
+    def start(self):
+        time.sleep(0.3)
+
+    def stop(self):
+        time.sleep(0.3)
+
+    def events(self):
+        return []
+
+
+def test_what_a_profiler_needs_is_in_no_step(job, monkeypatch):
+    monkeypatch.setattr(torch.profiler, "profile", SlowProfiler)
+    job = replace(job, profile=True)
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), model=None)
+    monkeypatch.setattr(
+        train_meter, "Throughput", lambda *_: SimpleNamespace(counts={"tokens": 8, "flops": 2}, peak=None)
+    )
+    timer = train_meter.StepTimer(trainer, job, 0.0, time.monotonic())
+    timer.on_train_begin()
+    for step in range(job.total_steps):
+        state = SimpleNamespace(global_step=step)
+        timer.on_step_begin(None, state, None)
+        time.sleep(0.01)
+        timer.losses.append(torch.tensor(float(step)))
+        timer.on_step_end(None, SimpleNamespace(global_step=step + 1), None)
+    found = timer.result()
+    assert len(found["ms"]) == len(found["losses"]) == 3 + PROFILED and all(9 < ms < 200 for ms in found["ms"])
+    assert found["losses"] == [0, 1, 2, 3, 4] and found["profile"]["wall_ms"] < 200
 
 
 def test_a_profile_is_grouped_and_per_step():

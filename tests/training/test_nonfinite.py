@@ -76,6 +76,35 @@ def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, b
     assert [batch["loss"] == "nan" for batch in batches] == [False, where == "loss"]
 
 
+LATER = {  # what is done after the second step, the broken one, where a log comes later
+    "save": {"save_steps": 1, "max_steps": 3},
+    "evaluate": {"eval_strategy": "steps", "eval_steps": 2, "validation_split": 0.25, "save_steps": 1, "max_steps": 5},
+    "health": {"health_steps": 2, "save_steps": 1, "max_steps": 5},
+    "samples": {"sample_steps": 2, "save_steps": 1, "max_steps": 5},
+    "end": {"max_steps": 2, "save_strategy": "no"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", LATER)
+def test_a_step_that_was_only_launched_is_looked_at_before_its_weights_are_used(parts, tmp_path, what):
+    """ZeRO-1 in bf16, logging every ten steps: nothing of the step is logged, saved, evaluated, measured or asked."""
+    (tmp_path / "broken.py").write_text(BROKEN_RUN.replace("{where}", "gradient"))
+    folder, settings = tmp_path / "run", {"logging_steps": 10, "bf16": True} | LATER[what]
+    if what == "samples":
+        record = {"id": "0", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]}
+        (tmp_path / "samples.json").write_text(json.dumps([record]))
+        settings["sample_questions"] = tmp_path / "samples.json"
+    words = flags(parts, folder, deepspeed="zero_configs/zero1.json", **settings)
+    done = run([*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests")
+    assert done.returncode == 5, done.stderr[-2000:]
+    assert "the gradient became NaN or Inf (gradient norm nan) at step 1" in done.stderr
+    kept = [] if what == "end" else ["checkpoint-1"]
+    assert [path.name for path in folder.glob("checkpoint-*")] == kept
+    rows = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert all(row.get("step", 0) < 2 for row in rows), rows
+
+
 def engine(*, skipped: int, scale: float, fp16: bool = True, dynamic: bool = True):
     scaler = SimpleNamespace(dynamic=dynamic, cur_scale=scale, min_scale=1.0)
     return SimpleNamespace(
