@@ -170,6 +170,10 @@ def test_of_equally_fast_ways_the_one_that_recomputes_least():
     best, faster = fastest_recompute(now, fits=lambda c: True, seconds=lambda c: 1.0)
     assert best == replace(now, recompute="none") and faster is None
     best, faster = fastest_recompute(now, fits=lambda c: c.recompute == "selective", seconds=lambda c: 1.0)
+    assert best.recompute == "selective" and faster is None  # what is as fast is not faster
+    best, faster = fastest_recompute(
+        now, fits=lambda c: c.recompute == "selective", seconds=lambda c: RECOMPUTE.index(c.recompute)
+    )
     assert (best.recompute, faster.recompute) == ("selective", "every:2")
     none, _ = fastest_recompute(now, fits=lambda c: False, seconds=lambda c: len(c.recompute))
     assert none.recompute == "full"
