@@ -9,13 +9,23 @@ projector:
   gradient checkpointing; its adapters are in float32, as they are by default; stock-bf16: in bf16;
 - scripts/train_vit_llm.py in bf16 with a trained mixer everywhere, joined with "+": a file of zero_configs, what
   backward recomputes (none, full, every:2, selective), liger for its kernels in place of this package's fused layers,
-  the adapters' kernels (torch, triton), 4bit for an NF4 LLM; "@4" sets the records per step of the row.
+  the adapters' kernels (torch, triton), 4bit for an NF4 LLM;
+- words for both: ragged (records of LLaVA's lengths), llm (an LLM alone on texts of 4,096 tokens), and for this package
+  packed (ragged records, several in a row of the batch); "@4" sets the records per step of the row. With --lengths text
+  and without the word llm, a LLaVA is trained on texts: this package then runs the vision tower on one blank image a
+  step, stock does not.
 
 Each row is written to --output when its run has ended, one that failed with its message. The table shows tokens per
-second (without padding) and MFU, medians after the warm-up, and the peak memory of a step; the file also holds every
-step's time and loss and, where one was computed, the lower bound of a roofline. --profile adds two steps under torch's
-profiler. --tiny runs the same code with tiny models, also on a CPU; its figures mean nothing, and nothing is written
-unless --output names a file.
+second (without padding) and MFU, medians after the warm-up, the peak memory of a step and the last loss; below it,
+every row of this package is set beside stock's. The file also holds every step's time and loss and, where one was
+computed, the lower bound of a roofline. --profile adds two steps under torch's profiler. --tiny runs the same code with
+tiny models, also on a CPU; its figures mean nothing, and nothing is written unless --output names a file.
+
+On a lent GPU; what is worth most comes first, and what 6 minutes do not suffice for is not measured:
+
+    python benchmarks/train.py --steps 7 --warm-up 3 --limit 60 --deadline 350 --rows zero1+selective stock \\
+        stock-bf16 zero1+full zero1+none@4 zero1+selective+llm@4 stock+llm@4 zero1+selective+packed stock+ragged
+    python -m pytest -m gpu
 """
 
 from __future__ import annotations
@@ -43,9 +53,10 @@ from train_process import can_fork, measure, postpone_cuda, resume_cuda
 
 postpone_cuda()
 
-from train_report import Results, read_rows, table  # noqa: E402
+from train_report import Results, comparisons, read_rows, table  # noqa: E402
 from train_row import PROFILED, ROOT, STOCK, Job, Row, common_settings, ours_command, run_row  # noqa: E402
 
+from llava_moslora.devices import use_expandable_segments  # noqa: E402
 from llava_moslora.errors import Refusal, run_script  # noqa: E402
 
 ROWS = ["stock", "stock-bf16", "zero1+full", "zero1+full+4bit", "zero1+selective"]
@@ -53,6 +64,7 @@ ROWS = ["stock", "stock-bf16", "zero1+full", "zero1+full+4bit", "zero1+selective
 
 def main() -> None:
     begin, args = time.monotonic(), parse()
+    use_expandable_segments()  # as a training does itself; here for the stock rows too
     rows = [Row.parse(text) for text in args.rows]
     if not args.tiny and not args.dry_run and not torch.cuda.is_available():
         raise Refusal("E-DEVICE", "needs a GPU with about 40 GB", found="none", fix="--tiny runs the code on a CPU")
@@ -62,7 +74,8 @@ def main() -> None:
         if args.dry_run:
             print("\n".join(described(job) for job in jobs))
             return
-        preparing = subprocess.Popen([sys.executable, __file__, "--child", json.dumps({"prepare": asdict(jobs[0])})])
+        words = json.dumps({"prepare": [asdict(job) for job in jobs]})
+        preparing = subprocess.Popen([sys.executable, __file__, "--child", words])
         by_fork = not args.fresh and can_fork()  # imports for seconds, while the models are made
         result = prepared(preparing, folder, args)
         results = Results(args.output, result, read_rows(args.output, result["device"]) if args.append else [])
@@ -74,6 +87,7 @@ def main() -> None:
         if args.keep is None:
             shutil.rmtree(folder, ignore_errors=True)
     print("\n" + table(results.rows))
+    print("\n" + comparisons(results.rows))
     if args.output is not None:
         print(f"written: {args.output}")
     if not any(row["status"] == "ok" for row in results.rows[before:]):
@@ -90,7 +104,8 @@ def parse() -> argparse.Namespace:
         "--lengths",
         default="uniform",
         choices=["uniform", "ragged", "text"],
-        help="uniform: 2,048 tokens with an image, 200 of them trained; ragged: as LLaVA's; text: 4,096, no image",
+        help="of rows without a word: uniform: 2,048 tokens with an image, 200 of them trained; ragged: as LLaVA's; "
+        "text: 4,096, no image",
     )
     parser.add_argument("--layers", type=int, help="use only the first so many layers of the LLM")
     parser.add_argument("--profile", action="store_true", help="two more steps under torch's profiler")
@@ -120,19 +135,19 @@ def parse() -> argparse.Namespace:
 def make_job(row: Row, number: int, folder: Path, args: argparse.Namespace) -> Job:
     largest = max(Row.parse(text).batch or args.batch for text in args.rows)
     count = largest * (args.steps + PROFILED * args.profile)
-    label = re.sub(r"[^\w.-]+", "-", row.name)
+    lengths, label = row.lengths(args.lengths), re.sub(r"[^\w.-]+", "-", row.name)
     return Job(
         row=row.name,
         batch=row.batch or args.batch,
         steps=args.steps,
         warm_up=args.warm_up,
-        lengths=args.lengths,
+        lengths=lengths,
         layers=args.layers,
         tiny=args.tiny,
         profile=args.profile,
         workers=args.workers,
         folder=str(folder),
-        data=str(folder / f"data-{args.lengths}-{count}.json"),
+        data=str(folder / f"data-{lengths}-{count}.json"),
         records=count,
         run=str(folder / f"run-{number}-{label}"),
         port=0,
@@ -167,10 +182,12 @@ def run_child(text: str) -> None:
     if "prepare" in words:
         from train_parts import facts, make_data, make_models
 
-        job = Job(**words["prepare"])
-        folder = Path(job.folder)
-        make_models(folder, tiny=job.tiny, layers=job.layers)
-        make_data(Path(job.data), folder, job.lengths, job.records, tiny=job.tiny)
+        jobs = [Job(**job) for job in words["prepare"]]
+        folder = Path(jobs[0].folder)
+        make_models(folder, jobs[0].llm, tiny=jobs[0].tiny, layers=jobs[0].layers)
+        for job in jobs:
+            alone = Row.parse(job.row).llm_alone
+            make_data(Path(job.data), folder, job.llm, job.lengths, job.records, tiny=job.tiny, images=not alone)
         (folder / "facts.json").write_text(json.dumps(facts()))
     else:
         run_row(Job(**words))

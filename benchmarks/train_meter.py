@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import wraps
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -43,7 +44,7 @@ def timed_trainers(wait: Callable[[], float], timers: list[StepTimer], job: Job,
         timers: the timers are appended to it.
         begin: ``time.monotonic()`` when the process began.
     """
-    init, get_batch_samples = Trainer.__init__, Trainer.get_batch_samples
+    init, get_batch_samples, training_step = Trainer.__init__, Trainer.get_batch_samples, Trainer.training_step
 
     def timed_init(self, *args, **kwargs):
         waited = wait()
@@ -59,15 +60,22 @@ def timed_trainers(wait: Callable[[], float], timers: list[StepTimer], job: Job,
             timers[-1].throughput.add(lengths, len(batch["label_positions"]), images)
         return batches, tokens
 
-    Trainer.__init__, Trainer.get_batch_samples = timed_init, counted_batches
+    @wraps(training_step)
+    def noted_step(self, *args, **kwargs):
+        loss = training_step(self, *args, **kwargs)
+        timers[-1].losses.append(loss.detach())
+        return loss
+
+    Trainer.__init__, Trainer.get_batch_samples, Trainer.training_step = timed_init, counted_batches, noted_step
     try:
         yield
     finally:
-        Trainer.__init__, Trainer.get_batch_samples = init, get_batch_samples
+        Trainer.__init__, Trainer.get_batch_samples, Trainer.training_step = init, get_batch_samples, training_step
 
 
 class StepTimer(TrainerCallback):
-    """Times the steps of one Trainer on the host's clock, with the device synchronised at the end of each.
+    """Times the steps of one Trainer: on a GPU by its own clock, from the end of a step's work to the end of the next
+    one's, so that the host may run ahead as in a user's run; on a CPU by the host's.
 
     The last ``PROFILED`` steps of a job with ``profile`` are not among those that count.
     """
@@ -76,37 +84,57 @@ class StepTimer(TrainerCallback):
         self.job, self.waited, self.begin = job, waited, begin
         self.cuda = trainer.args.device.type == "cuda"
         self.throughput = Throughput(trainer.model, trainer.args.device)
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[dict[str, float]] = []  # tokens and FLOPs of each
+        self.marks: list[list[Any]] = []  # the beginning and the end of each step
+        self.losses: list[torch.Tensor] = []  # of each step, on the device
         self.startup = {"until_trainer": time.monotonic() - self.begin - self.waited}
         self.at_rest = self.clock = self.profiler = self.profile = None
         self.clock_line = ""
 
-    def now(self) -> float:
+    def mark(self) -> Any:
+        """A moment: on a GPU when it has done what it was given so far."""
+        if not self.cuda:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self) -> list[float]:
+        """Of all ended steps. Waits for them."""
+        if not self.cuda:
+            return [1e3 * (end - begin) for begin, end in self.marks]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) for begin, end in self.marks]
+
+    def seconds_until_now(self) -> float:
         if self.cuda:
             torch.cuda.synchronize()
-        return time.monotonic()
+        return time.monotonic() - self.begin - self.waited
 
     def on_train_begin(self, *_, **__):
         if self.cuda:
             self.at_rest = torch.cuda.memory_allocated() / GIB
             torch.cuda.reset_peak_memory_stats()
-        self.before = self.now()
-        self.startup["until_first_step"] = self.before - self.begin - self.waited
+        self.startup["until_first_step"] = self.seconds_until_now()
+        self.begins = self.mark()
 
     def on_step_begin(self, args, state, control, **_):
         if self.job.profile and state.global_step == self.job.steps:
             kinds = torch.profiler.ProfilerActivity
             self.profiler = torch.profiler.profile(activities=[kinds.CUDA if self.cuda else kinds.CPU])
             write_result(self.job, {"status": "ok", **self.result()})  # in case the profiler ends the process
-            self.before = self.now()
             self.profiler.start()
+            self.begins = self.mark()  # after what the profiler needed
 
     def on_step_end(self, args, state, control, **_):
-        now, counted = self.now(), self.throughput.counts
-        step = {"ms": 1e3 * (now - self.before), "tokens": counted["tokens"], "flops": counted["flops"]}
-        self.steps.append(step)
+        end = self.mark()
+        self.marks.append([self.begins, end])
+        self.begins = end
+        counted = self.throughput.counts
+        self.steps.append({"tokens": counted["tokens"], "flops": counted["flops"]})
+        self.throughput.counts = dict.fromkeys(counted, 0)
         if len(self.steps) == 1:
-            self.startup["until_first_step_ended"] = now - self.begin - self.waited
+            self.startup["until_first_step_ended"] = self.seconds_until_now()
         if self.cuda and len(self.steps) == self.job.warm_up + 1 and shutil.which("nvidia-smi"):
             self.clock = subprocess.Popen(
                 ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv,noheader"],
@@ -114,18 +142,14 @@ class StepTimer(TrainerCallback):
                 text=True,
             )
         if self.profiler is not None and len(self.steps) == self.job.steps + PROFILED:
+            wall = sum(self.milliseconds()[self.job.steps :])
             self.profiler.stop()
-            wall = sum(step["ms"] for step in self.steps[self.job.steps :])
             self.profile = kernel_table(self.profiler, wall)
-        self.throughput.counts = dict.fromkeys(counted, 0)
-        self.before = self.now()
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if self.steps and "loss" in (logs or {}):
-            self.steps[-1]["loss"] = logs["loss"]
 
     def result(self) -> dict[str, object]:
-        found = figures(self.steps[self.job.warm_up : self.job.steps], self.throughput.peak)
+        ms = self.milliseconds()
+        timed = [step | {"ms": t} for step, t in zip(self.steps, ms, strict=True)][self.job.warm_up : self.job.steps]
+        found = figures(timed, self.throughput.peak)
         if self.cuda:
             found["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
             found["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
@@ -136,7 +160,7 @@ class StepTimer(TrainerCallback):
         if self.profile is not None:
             found["profile"] = self.profile
         startup = {name: round(seconds, 2) for name, seconds in self.startup.items()}
-        steps = {"ms": [round(s["ms"], 2) for s in self.steps], "losses": [s.get("loss") for s in self.steps]}
+        steps = {"ms": [round(t, 2) for t in ms], "losses": [round(float(loss), 6) for loss in self.losses]}
         return found | {"startup_seconds": startup, "waited_for_gpu": round(self.waited, 2), **steps}
 
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_moslora.config import DataSettings
 from llava_moslora.data.prepare import prepare
+from llava_moslora.devices import ALLOCATOR
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.text.conversation import IGNORE_INDEX, Turn, encode
@@ -30,13 +31,15 @@ from llava_moslora.text.tokenizer import load_tokenizer
 ROOT = Path(__file__).parents[1]
 LLAMA_3_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_3_8B |= {"num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "bos_token_id": None}
+LLAMA_3_8B |= {"max_position_embeddings": 8192}
 CLIP_L_336 = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 CLIP_L_336 |= {"image_size": 336, "patch_size": 14}
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-TINY |= {"num_key_value_heads": 2, "vocab_size": 400, "bos_token_id": None}
+TINY |= {"num_key_value_heads": 2, "vocab_size": 400, "bos_token_id": None, "max_position_embeddings": 8192}
 LENGTHS = ("uniform", "ragged", "text")
 # tokens of a record, labels included, and labels
 SIZES = {"uniform": (2048, 200), "text": (4096, 200), "tiny": (96, 12)}
+INDEX = "model.safetensors.index.json"
 IMAGES = 8  # different ones; more would only fill the disk
 IMAGE_SIZE = 336
 LETTERS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")  # the tokenizer merges none of them
@@ -44,32 +47,31 @@ TEMPLATE = "chatml"
 THREADS = 8
 
 
-def make_models(folder: Path, *, tiny: bool, layers: int | None) -> None:
-    """``llm/ clip/ projector.safetensors images/`` in ``folder``, unless they are there; with ``layers`` an
-    ``llm-N/`` of the first N layers too, which shares the files of ``llm/``."""
-    if not (folder / "done").exists():
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        sys.path.insert(0, str(ROOT / "tests"))
-        from support.tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
+def make_models(folder: Path, llm: Path, *, tiny: bool, layers: int | None) -> None:
+    """``clip/ projector.safetensors images/`` in ``folder`` and the LLM in ``llm``, of its first N layers with
+    ``layers``, unless they are there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.tiny import tiny_tokenizer, write_clip, write_projector  # the tests' tokenizer serves here
 
-        folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (llm / INDEX).exists():
         tokenizer = tiny_tokenizer()
-        shape = TINY if tiny else LLAMA_3_8B
+        tokenizer.save_pretrained(llm)
+        shape = (TINY if tiny else LLAMA_3_8B) | ({} if layers is None else {"num_hidden_layers": layers})
         config = LlamaConfig(**shape, eos_token_id=tokenizer.eos_token_id, pad_token_id=None, dtype="bfloat16")
-        write_random_llm(config, folder / "llm", device)
-        tokenizer.save_pretrained(folder / "llm")
+        write_random_llm(config, llm, device)
+    if not (folder / "done").exists():
         with torch.device(device):
             write_clip(folder / "clip", **({} if tiny else CLIP_L_336))
         sizes = {} if tiny else {"vision": CLIP_L_336["hidden_size"], "llm": LLAMA_3_8B["hidden_size"]}
         write_projector(folder / "projector.safetensors", **sizes)
         write_images(folder / "images")
         (folder / "done").touch()
-    if layers is not None and not (folder / f"llm-{layers}").exists():
-        cut_layers(folder / "llm", folder / f"llm-{layers}", layers)
 
 
 def write_random_llm(config: LlamaConfig, folder: Path, device: str) -> None:
-    """One file per layer and one for the rest: the GPU never holds the whole model."""
+    """One file per layer and one for the rest: the GPU never holds the whole model. ``INDEX`` is written last."""
     folder.mkdir(exist_ok=True)
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -82,7 +84,7 @@ def write_random_llm(config: LlamaConfig, folder: Path, device: str) -> None:
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(lambda file: write_random_tensors(files[file], folder / file, device), files))
     index = {name: file for file, names in files.items() for name in names}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
 def write_random_tensors(shapes: dict[str, tuple[int, ...]], file: Path, device: str) -> None:
@@ -106,17 +108,6 @@ def write_random_tensors(shapes: dict[str, tuple[int, ...]], file: Path, device:
         mapped[begin:stop].view(torch.bfloat16).view(shape).copy_(drawn)
 
 
-def cut_layers(whole: Path, folder: Path, layers: int) -> None:
-    folder.mkdir()
-    index = json.loads((whole / "model.safetensors.index.json").read_text())["weight_map"]
-    kept = {name: file for name, file in index.items() if ".layers." not in name or int(name.split(".")[2]) < layers}
-    for file in {*kept.values(), *(path.name for path in whole.glob("*token*.json"))}:
-        os.link(whole / file, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": kept}))
-    config = json.loads((whole / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-
-
 def write_images(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
@@ -129,19 +120,25 @@ def max_length(lengths: str) -> int:
     return SIZES["text"][0] if lengths == "text" else SIZES["uniform"][0]
 
 
-def make_data(file: Path, folder: Path, lengths: str, count: int, *, tiny: bool) -> None:
-    """``count`` records in ``file``, tokenised into ``folder/cache``; the first ones are the same for every count."""
-    tokenizer = load_tokenizer(folder / "llm")
-    patches = tokens_per_image(read_vision_config(str(folder / "clip")))
-    if not file.exists():
-        sizes = record_sizes(lengths, count, patches, tiny)
-        file.write_text(json.dumps(records(sizes, tokenizer, patches)))
-    settings = DataSettings(
+def data_settings(file: Path, folder: Path, lengths: str, *, images: bool) -> DataSettings:
+    """Of every row; ``images``: for a LLaVA, not for an LLM alone."""
+    return DataSettings(
         data_path=[str(file)],
-        image_folder=str(folder / "images"),
+        image_folder=str(folder / "images") if images else None,
         model_max_length=max_length(lengths),
         data_cache=str(folder / "cache"),
     )
+
+
+def make_data(file: Path, folder: Path, llm: Path, lengths: str, count: int, *, tiny: bool, images: bool) -> None:
+    """``count`` records in ``file``, tokenised into ``folder/cache``; the first ones are the same for every count.
+    ``images``: for a LLaVA, not for an LLM alone."""
+    tokenizer = load_tokenizer(llm, images=images)
+    patches = tokens_per_image(read_vision_config(str(folder / "clip"))) if images else 0
+    if not file.exists():
+        sizes = record_sizes(lengths, count, patches, tiny)
+        file.write_text(json.dumps(records(sizes, tokenizer, patches)))
+    settings = data_settings(file, folder, lengths, images=images)
     dataset = prepare(settings, tokenizer=tokenizer, template=TEMPLATE, tokens_per_image=patches)
     assert len(dataset) == count, f"{len(dataset)} records of {count}"
     if lengths != "ragged":
@@ -171,7 +168,7 @@ def record_sizes(lengths: str, count: int, patches: int, tiny: bool) -> list[tup
 def records(sizes: list[tuple[bool, int, int]], tokenizer, patches: int) -> list[dict]:
     """LLaVA's JSON of records with exactly those sizes."""
     random = np.random.default_rng(1)
-    fixed_sizes = {image: _fixed_size(image, tokenizer, patches) for image in (True, False)}
+    fixed_sizes = {image: _fixed_size(image, tokenizer, patches) for image in {image for image, _, _ in sizes}}
     rows = []
     for index, (image, tokens, labels) in enumerate(sizes):
         fixed, fixed_labels = fixed_sizes[image]
@@ -205,4 +202,5 @@ def facts() -> dict:
         except metadata.PackageNotFoundError:
             versions[name] = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {"device": device, "python": platform.python_version(), "versions": versions}
+    allocator = {name: os.environ[name] for name in ALLOCATOR if name in os.environ}
+    return {"device": device, "python": platform.python_version(), "versions": versions, "allocator": allocator}

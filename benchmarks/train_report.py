@@ -94,32 +94,72 @@ def read_rows(output: Path, device: str) -> list[dict]:
 
 
 def setting(row: dict) -> tuple:
-    return row["lengths"], row["layers"], row["batch"]
+    """Rows that are alike in it train on the same batches."""
+    return row["lengths"], row["layers"], Row.parse(row["row"]).llm_alone, row["batch"]
+
+
+def label(row: dict) -> str:
+    words = [f"{row['row']}@{row['batch']}"]
+    words += [row["lengths"]] * (row["lengths"] != "uniform" and Row.parse(row["row"]).data is None)
+    return " ".join([*words, *[f"{row['layers']} layers"] * bool(row["layers"])])
 
 
 def table(rows: list[dict], last: bool = False) -> str:
     """A line per row, or a longer one for the last row only; ratios are to the last ``stock`` of the same size."""
-    base = {setting(r): r["tokens_per_second"] for r in rows if r["row"] == "stock" and r["status"] == "ok"}
-    lines = [f"{'':<36}{'tokens/s':>9}{'MFU':>7}{'GiB':>7}{'reserved':>9}{'× stock':>8}"] if not last else []
+    base = {setting(r): r["tokens_per_second"] for r in of_base("stock", rows)}
+    profiled = any("profile" in row for row in rows)  # on a GPU: the time in which a kernel runs
+    head = f"{'':<36}{'tokens/s':>9}{'MFU':>7}{'GiB':>7}{'reserved':>9}{'loss':>8}"
+    lines = [] if last else [f"{head}{'busy ms':>9}{'× stock':>8}" if profiled else f"{head}{'× stock':>8}"]
     for row in rows[-1:] if last else rows:
-        words = [f"{row['row']}@{row['batch']}"]
-        words += [row["lengths"]] * (row["lengths"] != "uniform") + [f"{row['layers']} layers"] * bool(row["layers"])
-        line = f"{' '.join(words):<36}"
-        if row["status"] == "ok":
-            line += f"{row['tokens_per_second']:>9.0f}"
-            line += f"{row['mfu']:>7.1%}" if "mfu" in row else f"{'':>7}"
-            memory = (row.get("peak_allocated_gib"), row.get("peak_reserved_gib"))
-            line += "".join(
-                f"{'' if gib is None else f'{gib:.1f}':>{width}}" for gib, width in zip(memory, (7, 9), strict=True)
-            )
-            ratio = row["tokens_per_second"] / base[setting(row)] if setting(row) in base else None
-            line += "" if ratio is None else f"{ratio:>8.2f}"
-            if last:
-                startup = row["startup_seconds"]["until_first_step"]
-                line += f"  {row['ms_per_step']:.0f} ms, loss {row['losses'][-1]}, start-up {startup:.0f} s"
-        else:
-            line += f" {row['status']}: {' '.join(row['message'].split())[:120]}"
+        if row["status"] != "ok":
+            lines.append(f"{label(row):<36} {row['status']}: {' '.join(row['message'].split())[:120]}")
+            continue
+        cells = [("tokens_per_second", 9, ".0f"), ("mfu", 7, ".1%")]
+        cells += [("peak_allocated_gib", 7, ".1f"), ("peak_reserved_gib", 9, ".1f")]
+        found = row | {"loss": last_loss(row), "busy": row.get("profile", {}).get("busy_ms")}
+        found["ratio"] = row["tokens_per_second"] / base[setting(row)] if setting(row) in base else None
+        cells += [("loss", 8, ".4f"), *[("busy", 9, ".0f")] * profiled, ("ratio", 8, ".2f")]
+        line = f"{label(row):<36}" + "".join(_cell(found.get(name), width, form) for name, width, form in cells)
+        if last:
+            startup = row["startup_seconds"]["until_first_step"]
+            line += f"  {row['ms_per_step']:.0f} ms, start-up {startup:.0f} s"
         lines.append(line)
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, width: int, form: str) -> str:
+    return f"{'' if value is None else format(value, form):>{width}}"
+
+
+def last_loss(row: dict) -> float | None:
+    """After the last step. Every row starts from the same weights, but stock's adapters are others: only shown."""
+    return next((loss for loss in reversed(row.get("losses", [])) if loss is not None), None)
+
+
+def of_base(base: str, rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["status"] == "ok" and Row.parse(row["row"]).base == base]
+
+
+def comparisons(rows: list[dict]) -> str:
+    """A line for each row of this package and each of stock on the same data, with the same records per step where
+    there is such a row, else with others; and for a row without any."""
+    lines = []
+    for row in rows:
+        if Row.parse(row["row"]).base in STOCK or row["status"] != "ok":
+            continue
+        compared = False
+        for base in STOCK:
+            like = [other for other in of_base(base, rows) if setting(other)[:-1] == setting(row)[:-1]]
+            other = next((o for o in reversed(like) if o["batch"] == row["batch"]), like[-1] if like else None)
+            if other is None:
+                continue
+            compared = True
+            speed = row["tokens_per_second"] / other["tokens_per_second"]
+            line = f"{label(row)} : {label(other)}  {speed:.2f} × tokens/s"
+            if row.get("peak_allocated_gib") and other.get("peak_allocated_gib"):
+                line += f", {row['peak_allocated_gib'] / other['peak_allocated_gib']:.2f} × memory"
+            lines.append(line)
+        lines += [f"{label(row)} : no stock row on the same data has ended"] * (not compared)
     return "\n".join(lines)
 
 

@@ -29,7 +29,8 @@ FIXED_MIXERS = dict.fromkeys(("lora", "rslora", "pissa"), ("identity", False)) |
 WITHOUT_DROPOUT = ("loha", "lokr")  # PEFT's have none on the input
 MIXER_INITS = ("kaiming_uniform", "orthogonal", "identity", "normal", "butterfly")
 LOSS_AVERAGES = ("tokens", "micro_batch")
-RECOMPUTE_MODES = "none | full | selective | every:N"
+AUTO = "auto"  # --recompute: the planner chooses (llava_moslora.planning)
+RECOMPUTE_MODES = f"{AUTO} | none | full | selective | every:N"
 # Headings in --help, in their order there
 MODEL, DATA, ADAPTERS, TRAINING = "model", "data", "adapters", "training"
 SPEED, SAVING, LOGGING = "precision, memory and speed", "saving and resuming", "logging"
@@ -223,7 +224,7 @@ class TrainingSettings(Settings):
         "tokens", "over the global batch's tokens, or of micro_batch means (XTuner)", LOSS_AVERAGES
     )
     packing: bool = setting(False, "several records per row; for --data_order shuffle")
-    recompute: str | None = setting(None, f"{RECOMPUTE_MODES}, to save memory; default: none", group=SPEED)
+    recompute: str | None = setting(None, f"{RECOMPUTE_MODES}; default: none", group=SPEED)
     early_stopping_patience: int | None = setting(None, "stop after N evaluations in a row that are no better")
     early_stopping_threshold: float = setting(0.0, "how much better counts as better")
     plan_check: bool = setting(True, "refuse a run that cannot fit the GPU's memory", group=SPEED)
@@ -246,7 +247,7 @@ class TrainingSettings(Settings):
             raise Refusal("C-FLAG", "missing flag", key="--output_dir", fix="name the folder of the run")
         if self.resume and self.overwrite:
             raise Refusal("C-FLAG", "a run is either continued or deleted", key="--resume, --overwrite")
-        if self.recompute is not None:
+        if self.recompute not in (None, AUTO):
             parse_recompute(self.recompute)
 
     @property
@@ -291,8 +292,9 @@ def parse_recompute(text: str) -> tuple[str, int]:
     """``--recompute``'s value as (mode, N): ("none", 0), ("full", 1), ("selective", 1) or ("full", N) for every:N.
 
     Raises:
-        Refusal: C-FLAG for anything else.
+        Refusal: C-FLAG for anything else. ``auto`` must have been decided before.
     """
+    assert text != AUTO, "--recompute auto is decided before it is used"
     if text in ("none", "full", "selective"):
         return text, int(text != "none")
     name, _, count = text.partition(":")

@@ -98,11 +98,19 @@ PARTS = {
     "deepspeed": [
         *_parts(ENGINE, "train(mode) zero_grad()", caller=TRAINER),
         *_parts(ENGINE, "step(lr_kwargs)", caller="accelerate.utils.deepspeed:DeepSpeedEngineWrapper"),
-        *_parts(ENGINE, "fp16_enabled() skipped_steps"),
+        *_parts(ENGINE, "fp16_enabled() get_global_grad_norm() skipped_steps"),
         *_parts(ZERO_1_2, "_lazy_init_hp_params_optimizer_state()", caller=ZERO_1_2),
         *_parts(ZERO_1_2, "_hp_optimizer_states_linked loss_scaler"),
         *_parts(BF16, "_lazy_init_hp_params_optimizer_state()", caller=BF16),
-        *_parts(BF16, "_hp_optimizer_states_linked"),
+        *_parts(BF16, "_update_hp_grad(lp, group_idx, param_idx, clear_lp_grads)", caller=BF16),
+        *_parts(BF16, "step(closure)", caller=ENGINE),
+        *_parts(
+            BF16,
+            """update_lp_params() clear_hp_grads() _hp_optimizer_states_linked clip_grad _global_grad_norm mpu
+            has_moe_layers _uses_muon grad_acc_dtype norm_type
+            fp32_groups_actual_gradients_flat fp32_groups_gradients fp32_groups_has_gradients
+            fp32_groups_flat_partition fp32_groups_gradient_flat_partition""",
+        ),
         *_parts(ZERO_3, "fp32_partitioned_groups_flat sub_group_to_group_id loss_scaler"),
         *_parts(STAGE_0, "fp16_groups fp32_groups"),
         *_parts("deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler", "dynamic cur_scale min_scale"),

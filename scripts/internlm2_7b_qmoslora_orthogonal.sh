@@ -13,7 +13,7 @@
 # HYPER=paper (default) takes the paper's values, HYPER=authors the file's. The file's run also averages the loss
 # over each micro-batch instead of over all trained tokens of the global batch: --loss_average micro_batch.
 # Planned, python scripts/plan.py --config scripts/internlm2_7b_qmoslora_orthogonal.sh --gpu a100-80 --records 665298:
-#   fits on 4 × A100 with 79.1 GiB: 26.3 to 30.3 GiB a GPU, 11.2 to 25.5 h for 10,396 steps
+#   fits on 4 × A100 with 79.1 GiB: 26.3 to 30.3 GiB a GPU, 11.2 to 25.5 h for 10,396 steps; --recompute auto: full
 set -euo pipefail
 source "$(dirname "$0")/recipe_defaults.sh"
 

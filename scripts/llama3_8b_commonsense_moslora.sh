@@ -14,7 +14,7 @@
 # wins). The same command resumes an interrupted run. For the average of the reference's loss, each micro-batch by
 # itself, add --loss_average micro_batch. Afterwards: python scripts/evaluate_commonsense.py RUN --data DATASET
 # Planned, python scripts/plan.py --config scripts/llama3_8b_commonsense_moslora.sh --gpu a100-80 --records 170420:
-#   fits on 1 × A100 with 79.1 GiB: 19.4 to 22.1 GiB a GPU, 13.3 to 30.4 h for 31,956 steps
+#   fits on 1 × A100 with 79.1 GiB: 19.4 to 22.1 GiB a GPU, 8.0 to 18.2 h for 31,956 steps
 set -euo pipefail
 source "$(dirname "$0")/recipe_defaults.sh"
 

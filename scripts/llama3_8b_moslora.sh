@@ -8,12 +8,10 @@
 # Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
 # wins). The same command resumes an interrupted run.
 #
-# With 80 GB a GPU add --recompute selective: 1.3 times as fast as full recomputation (8 records, one H100).
-#
 # The reference averages the loss over each micro-batch, here over all trained tokens of the global batch; for the
 # reference's way add --loss_average micro_batch.
 # Planned, python scripts/plan.py --config scripts/llama3_8b_moslora.sh --gpu a100-80 --records 665298:
-#   fits on 4 × A100 with 79.1 GiB: 25.9 to 29.9 GiB a GPU, 8.9 to 20.3 h for 10,396 steps
+#   fits on 4 × A100 with 79.1 GiB: 68.2 to 76.9 GiB a GPU, 5.9 to 13.5 h for 10,396 steps; --recompute auto: selective
 set -euo pipefail
 source "$(dirname "$0")/recipe_defaults.sh"
 

@@ -11,7 +11,7 @@
 # Hyper-parameters are XTuner's for the projector that the paper starts from (its iter_2181.pth). The captions are asked
 # for in the LLM's chat format, as there; LLaVA's own stage 1 shows the bare caption instead: --version plain.
 # Planned, python scripts/plan.py --config scripts/llama3_8b_pretrain.sh --gpu a100-80 --records 558128:
-#   fits on 4 × A100 with 79.1 GiB: 40.8 to 46.4 GiB a GPU, 7.1 to 16.2 h for 2,181 steps
+#   fits on 4 × A100 with 79.1 GiB: 40.8 to 46.4 GiB a GPU, 7.1 to 16.2 h for 2,181 steps; --recompute auto: full
 set -euo pipefail
 DATA=${DATA:-playground/data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json}
 IMAGES=${IMAGES:-playground/data/LLaVA-Pretrain/images}

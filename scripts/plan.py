@@ -1,7 +1,7 @@
 """Will it fit, how long will it take, and which flags are the fastest: a plan of a training, without weights or GPU.
 
     python scripts/plan.py --config scripts/llama3_8b_moslora.sh --gpu h100-80 --gpus 4 --suggest
-    python scripts/plan.py --config run.yaml --gpu a100-40 --gpus 8 --recompute selective
+    python scripts/plan.py --config run.yaml --gpu a100-40 --gpus 8 --recompute auto
     python scripts/plan.py --config runs/llama3-moslora --gpu rtx4090
 
 --config is a recipe, a YAML or JSON file of flags, or a run folder; flags of scripts/train_vit_llm.py go over it, or

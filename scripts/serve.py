@@ -69,7 +69,7 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
 
 from llava_moslora.data.images import load_image
 from llava_moslora.inference.generate import Question
-from llava_moslora.inference.load import ChatModel, load, load_run
+from llava_moslora.inference.load import ChatModel, load
 from llava_moslora.inference.stream import stream
 from llava_moslora.inference.web_guard import Guard
 from llava_moslora.text.conversation import Turn
@@ -90,7 +90,7 @@ def main() -> None:
         prepare_gradio(uploads)
         chat_models = [load(model) for model in args.model]
         if args.compare_untrained:
-            chat_models.append(load_run(args.model[0], trained=False))
+            chat_models.append(load(args.model[0], trained=False))
         serve(dict(zip(args.names, chat_models, strict=True)), listener, Path(uploads), args)
 
 

@@ -19,12 +19,14 @@ from llava_moslora.errors import run_script
 if __name__ == "__main__":
     run_script(lambda: None)  # a signal is one line also while the next ones are imported
 
+from llava_moslora.devices import use_expandable_segments
 from llava_moslora.diffusion.command_line import parse
 from llava_moslora.noise import quiet_libraries
 
 if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
     run_script(lambda: parse(sys.argv[1:], __doc__))
     quiet_libraries()
+    use_expandable_segments()
 
 from transformers import set_seed
 

@@ -20,19 +20,21 @@ from llava_moslora.errors import run_script
 if __name__ == "__main__":
     run_script(lambda: None)  # a signal is one line also while the next ones are imported
 
+from llava_moslora.devices import use_expandable_segments
 from llava_moslora.noise import quiet_libraries
 from llava_moslora.training.command_line import parse
 
 if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
     run_script(lambda: parse(sys.argv[1:], __doc__))
     quiet_libraries()
+    use_expandable_segments()
 
 import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TrainerState, set_seed
 
-from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
+from llava_moslora.config import AUTO, AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.data.cache import summary
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
@@ -50,8 +52,9 @@ from llava_moslora.models.llm import longest_text, read_llm_config
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_image_settings, read_vision_config
 from llava_moslora.planning.advice import advice_where_memory_ends
-from llava_moslora.planning.check import check_plan, plan_of_training
+from llava_moslora.planning.check import check_plan, plan_of_training, smallest_memory
 from llava_moslora.planning.plan import Plan
+from llava_moslora.planning.report import chosen
 from llava_moslora.planning.seen import SeenSteps
 from llava_moslora.recompute import set_recompute
 from llava_moslora.runs.fingerprint import base_fingerprints
@@ -156,30 +159,45 @@ def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str
 
 
 def plan_first(*settings: Any) -> tuple[Callable[[], Plan | None], SeenSteps]:
-    """:func:`make_plan` of these, made once, and what sets it beside the first steps. Its first line is printed, or
-    what cannot fit refused, before anything is loaded."""
-    planned, args = cache(partial(make_plan, *settings)), settings[3]
+    """:func:`make_plan` of these, made once, and what sets it beside the first steps. ``--recompute auto`` is decided,
+    for all ranks. The plan's first line is printed, or what cannot fit refused, before anything is loaded."""
+    args = settings[3]
+    given = [*settings, smallest_memory(args.device)]
+    planned = cache(partial(make_plan, *given))
     plan = planned() if args.process_index == 0 else None
+    if args.recompute == AUTO:
+        args.recompute = from_rank_0(decide_recompute(plan, args) if args.process_index == 0 else None)
     if plan is not None and args.plan_check:
         print(check_plan(plan))
-    return planned, SeenSteps(args.run_folder, plan)
+    return planned, SeenSteps(args.run_folder, None if plan is None or plan.request.stands_for else plan)
+
+
+def decide_recompute(plan: Plan | None, args: TrainingArguments) -> str:
+    """What ``--recompute auto`` is in this training; says so."""
+    if args.device.type != "cuda":
+        print(f"--recompute auto: none; the memory of a {args.device.type} is not planned")
+        return "none"
+    if plan is None:  # make_plan has said why
+        return "full"
+    print(chosen(plan))
+    return plan.request.choice.recompute
 
 
 def make_plan(
     model: ModelSettings, data: DataSettings, adapter: AdapterSettings, args: TrainingArguments, dataset: Dataset,
-    trained: np.ndarray | None,
+    trained: np.ndarray | None, memory: int | None,
 ) -> Plan | None:  # fmt: skip
-    """The plan of this training; None on a CPU, on an unknown GPU, and where making it failed."""
-    if args.device.type != "cuda":
+    """The plan of this training on GPUs with ``memory`` bytes; None on a CPU, and where making it failed."""
+    if memory is None:
         return None
     deepspeed = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
     try:
         return plan_of_training(
             model, data, adapter, vars(args), dataset, rows=trained, gpus=args.world_size, device=args.device,
-            deepspeed=deepspeed,
+            memory=memory, deepspeed=deepspeed,
         )  # fmt: skip
     except Exception as error:  # what is only advice does not end a training
-        print(f"no plan of the memory: {error}")
+        print(f"{'--recompute auto: full; ' if args.recompute == AUTO else ''}no plan of the memory: {error}")
         return None
 
 

@@ -14,9 +14,8 @@ It avoids two costs of the plain formula:
   and linears that share an input share it. The mask is a function of an int64 seed that is drawn on the CPU, so that
   the host waits for no device; activation checkpointing restores the generator and so draws the same seed.
 
-On a GPU dropout happens inside the products (:mod:`llava_moslora.adapters.triton_dropout`), which read x once and store
-no mask. ``LLAVA_MOSLORA_KERNEL=torch`` in the environment selects plain torch operations there too, with other masks.
-:mod:`llava_moslora.adapters.linear` computes this branch together with the frozen linear.
+:mod:`llava_moslora.adapters.dropout` draws the masks, and :mod:`llava_moslora.adapters.linear` computes this branch
+together with the frozen linear.
 
 It is a custom operation, not an ``autograd.Function``: a ``torch.Generator`` inside one breaks
 ``torch.compile(fullgraph=True)``, and torch's FLOP counter sees only operations.
@@ -24,20 +23,13 @@ It is a custom operation, not an ``autograd.Function``: a ``torch.Generator`` in
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from llava_moslora.errors import Refusal
-
-# Dropout probabilities are multiples of 2⁻¹⁶, so that one 64-bit draw gives the masks of four elements. A mask is 16
-# bits that are and-ed with the bits of x: on a CPU ten times as fast as masked_fill in bf16, twice in fp32.
-DROPOUT_STEPS = 1 << 16
-INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+from llava_moslora.adapters.dropout import DROPOUT_STEPS, DroppedInput, draw_seed, dropped_input
 
 
 def low_rank_update(
@@ -63,15 +55,6 @@ def low_rank_update(
     # Generation calls this once per layer and token: without gradients the operation's overhead is avoided.
     run = _low_rank if torch.is_grad_enabled() or drop else _forward
     return run(result, x, a, w, b, seed, float(scaling), drop, dtype)
-
-
-def draw_seed(dropout: float) -> tuple[int, Tensor | None]:
-    """The probability as a multiple of 1 / ``DROPOUT_STEPS``, and an int64[] seed on the CPU for one call's mask."""
-    if not dropout:
-        return 0, None
-    return min(max(round(dropout * DROPOUT_STEPS), 1), DROPOUT_STEPS - 1), torch.randint(
-        torch.iinfo(torch.int64).max, (), device="cpu"
-    )
 
 
 def _forward(result, x, a, w, b, seed, scaling, drop, dtype):
@@ -143,9 +126,9 @@ class Factors:
         """Gradients of u (N, r), A, W and B, the last three as far as ``needs`` says, from ``grad`` (N, O)."""
         need_a, need_w, need_b = needs
         grad_a = grad_w = grad_b = None
-        grad_u = (grad @ self.b).mul_(scale)  # (N, r), of u·Wᵀ
+        grad_u = _scaled_product(grad, self.b, scale)  # (N, r), of u·Wᵀ
         if need_b or self.folded_into == "b":
-            grad_b = (grad.T @ self.apply_mixer(u)).mul_(scale)
+            grad_b = _scaled_product(grad.T, self.apply_mixer(u), scale)
         if self.w is not None:
             if need_w:
                 grad_w = grad_u.T @ u
@@ -174,6 +157,11 @@ def branch_scale(scaling: float, drop: int) -> float:
     return scaling * DROPOUT_STEPS / (DROPOUT_STEPS - drop)
 
 
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale·left·right in one operation, rounded once; left (n, k), right (k, m)."""
+    return left.new_empty(left.shape[0], right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
+
+
 def _add_branch(result: Tensor, v: Tensor, bt: Tensor, scale: float) -> Tensor:
     """``result + scale·v·bt`` (…, O), summed in the wider of their dtypes, returned in that of ``result``."""
     flat = result.contiguous().view(-1, result.shape[-1])
@@ -182,106 +170,6 @@ def _add_branch(result: Tensor, v: Tensor, bt: Tensor, scale: float) -> Tensor:
     else:
         total = flat.add(v @ bt, alpha=scale)
     return total.view(result.shape)
-
-
-class DroppedInput:
-    """D(x) for rows (N, I), in the branch's three products. Here the mask is drawn and applied to the bits of x."""
-
-    def __init__(self, rows: Tensor, seed: Tensor | None, drop: int):
-        self.rows, self.mask = rows, None
-        if seed is not None:
-            self.mask = _draw_mask(rows.shape, seed, drop, rows.device)
-            self.rows = (rows.view(INTEGER_OF_SIZE[rows.element_size()]) & self.mask).view(rows.dtype)
-
-    def project(self, a: Tensor) -> Tensor:
-        """D(x)·Aᵀ (N, r)."""
-        return self.rows @ a.T
-
-    def gradient_of_a(self, grad_u: Tensor) -> Tensor:
-        """grad_uᵀ·D(x) (r, I)."""
-        return grad_u.T @ self.rows
-
-    def add_gradient_of_x(self, grad_x: Tensor | None, grad_u: Tensor, a: Tensor) -> Tensor:
-        """``grad_x`` (N, I), which may be overwritten, plus D(grad_u·A); only D(grad_u·A) if it is None."""
-        branch = grad_u @ a
-        if self.mask is not None:
-            branch.view(INTEGER_OF_SIZE[branch.element_size()]).bitwise_and_(self.mask)
-        return branch if grad_x is None else grad_x.add_(branch)
-
-
-class TritonDroppedInput(DroppedInput):
-    """The same on a GPU, with dropout inside the products: no mask is in memory."""
-
-    def __init__(self, rows: Tensor, seed: Tensor, drop: int):
-        from llava_moslora.adapters import triton_dropout  # imported here: needs Triton
-
-        self.rows, self._seed_and_drop = rows.contiguous(), (seed, drop)
-        self._products = triton_dropout
-
-    def project(self, a: Tensor) -> Tensor:
-        return self._products.dropped_project(self.rows, a.contiguous(), *self._seed_and_drop)
-
-    def gradient_of_a(self, grad_u: Tensor) -> Tensor:
-        return self._products.dropped_outer(grad_u.contiguous(), self.rows, *self._seed_and_drop)
-
-    def add_gradient_of_x(self, grad_x: Tensor | None, grad_u: Tensor, a: Tensor) -> Tensor:
-        grad_x = torch.zeros_like(self.rows) if grad_x is None else grad_x
-        return self._products.add_dropped(grad_x, grad_u.contiguous(), a.contiguous(), *self._seed_and_drop)
-
-
-def dropped_input(rows: Tensor, seed: Tensor | None, drop: int) -> DroppedInput:
-    """D(x) for rows (N, I) of the adapter's dtype; without a seed nothing is dropped."""
-    if seed is None or not uses_triton(rows):
-        return DroppedInput(rows, seed, drop)
-    return TritonDroppedInput(rows, seed, drop)
-
-
-def triton_enabled() -> bool:
-    """Whether Triton's kernels are used on a GPU: Triton is installed, and the environment does not select torch.
-
-    Raises:
-        Refusal: C-FLAG, the environment selects something else.
-    """
-    selected = os.environ.get("LLAVA_MOSLORA_KERNEL", "triton")
-    if selected not in ("torch", "triton"):
-        key = "LLAVA_MOSLORA_KERNEL in the environment"
-        raise Refusal("C-FLAG", "unknown kernels", key=key, found=selected, expected="torch or triton")
-    return selected == "triton" and _HAS_TRITON
-
-
-def mask_source(device: torch.device) -> str:
-    """Name of what computes dropout's masks from their seeds: from another source the masks are others."""
-    return "hash" if device.type == "cuda" and triton_enabled() else f"{device.type} generator"
-
-
-def uses_triton(rows: Tensor) -> bool:
-    """Whether Triton computes the products with rows (N, I); it has no float64."""
-    return rows.is_cuda and rows.dtype != torch.float64 and triton_enabled()
-
-
-def add_low_rank(y: Tensor, v: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y (N, O) += scale·v·bᵀ, in place; v (N, r), b (O, r)."""
-    if not uses_triton(y):
-        return y.addmm_(v, b.T, alpha=scale)
-    from llava_moslora.adapters import triton_dropout  # imported here: needs Triton
-
-    return triton_dropout.add_low_rank(y, v.contiguous(), b.contiguous(), scale)
-
-
-_HAS_TRITON = importlib.util.find_spec("triton") is not None
-
-
-def _draw_mask(shape: torch.Size, seed: Tensor, drop: int, device: torch.device) -> Tensor:
-    """int16[shape]: 0 with probability ``drop`` / DROPOUT_STEPS, else all bits set. By seed, shape and device."""
-    generator = torch.Generator(device).manual_seed(seed.item())
-    if device.type != "cpu":
-        keep = 1 - drop / DROPOUT_STEPS
-        return torch.empty(shape, dtype=torch.int16, device=device).bernoulli_(keep, generator=generator).neg_()
-    # The CPU's generator is serial: draw as few numbers as possible.
-    count = shape.numel()
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64)
-    draws.random_(torch.iinfo(torch.int64).min, None, generator=generator)
-    return draws.view(torch.int16)[:count].view(shape).lt_(drop - DROPOUT_STEPS // 2).sub_(1)
 
 
 @_low_rank.register_fake

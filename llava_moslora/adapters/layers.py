@@ -22,6 +22,7 @@ from llava_moslora.adapters.config import MosLoraConfig, check_even_rank
 from llava_moslora.adapters.fold import add, delta
 from llava_moslora.adapters.kernel import low_rank_update
 from llava_moslora.adapters.linear import adapted_linear, frozen_dtype
+from llava_moslora.adapters.shared_input import SharedInput
 from llava_moslora.errors import Refusal
 from llava_moslora.private_api import check_private_api
 
@@ -168,9 +169,11 @@ class MosLoraLayer(PeftLayer):
                 return super().forward(x, *args, **kwargs)
         weights = self.adapter_weights(adapter)
         scaling, p = self.scaling[adapter], self.dropout_probability(adapter)
-        return adapted_linear(x, self.get_base_layer(), *weights, scaling, p, self.ends_layer)
+        gradient = None if self.shared_input is None else self.shared_input.gradient_of(x)
+        return adapted_linear(x, self.get_base_layer(), *weights, scaling, p, self.ends_layer, gradient)
 
-    ends_layer = False  # see adapted_linear; set by selective recomputation
+    ends_layer = False  # see adapted_linear; set by recompute.py
+    shared_input: SharedInput | None = None  # set by share_inputs
     fused_base_layers: tuple[type[nn.Module], ...] = (nn.Linear,)  # what ``adapted_linear`` computes itself
 
     def _only_adapter(self, x: torch.Tensor) -> str | None:

@@ -27,7 +27,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from llava_moslora import recompute
 from llava_moslora.adapters import kernel
-from llava_moslora.adapters.kernel import Factors, add_low_rank, branch_scale, draw_seed, dropped_input
+from llava_moslora.adapters.dropout import add_low_rank, draw_seed, dropped_input
+from llava_moslora.adapters.kernel import Factors, branch_scale
+from llava_moslora.adapters.shared_input import Gradient
 
 KEEP_U_UP_TO = 1 / 16  # r / I up to which u is kept; above, recomputing it costs less than its memory
 
@@ -41,6 +43,7 @@ def adapted_linear(
     scaling: float,
     dropout: float = 0.0,
     ends_layer: bool = False,
+    gradient: Gradient | None = None,
 ) -> Tensor:
     """``base(x)`` plus the adapter's branch, float[..., O].
 
@@ -53,11 +56,12 @@ def adapted_linear(
         scaling: s.
         dropout: probability of dropping an element of x on its way into the branch; 0 outside training.
         ends_layer: y is only added to the residual, so backward needs nothing that is computed from y in this layer:
-            recomputing the layer skips y.
+            recomputing the layer skips its product.
+        gradient: of x, which other linears with the same input add to.
     """
     drop, seed = draw_seed(dropout)
     frozen = (base.weight, base.bias, *_quantisation(base))
-    return _AdaptedLinear.apply(x, *frozen, a, w, b, seed, float(scaling), drop, ends_layer)
+    return _AdaptedLinear.apply(x, *frozen, a, w, b, seed, float(scaling), drop, ends_layer, gradient)
 
 
 def frozen_dtype(base: nn.Module) -> torch.dtype | None:
@@ -108,9 +112,10 @@ def _adapted_linear(
 
 def _adapted_linear_backward(
     grad, x, weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, a, w, b, seed, u, scaling, drop,
-    needs,
+    needs, gradient: Gradient | None = None,
 ):  # fmt: skip
-    """Gradients of x, a, w, b as far as ``needs`` says; an empty tensor in place of the others."""
+    """Gradients of x, a, w, b as far as ``needs`` says; an empty tensor in place of the others. With ``gradient`` that
+    of x is added to it, and is empty until it is whole."""
     rows = dropped_input(x.reshape(-1, x.shape[-1]), seed, drop)
     f = Factors(a, w, b, len(rows.rows))
     grad = grad.reshape(-1, grad.shape[-1])
@@ -120,8 +125,21 @@ def _adapted_linear_backward(
     grad_x = None
     if needs[0]:
         frozen = _frozen_weight(weight, absmax, outer_absmax, outer_code, offset, layout, quant_type, x.dtype)
-        grad_x = rows.add_gradient_of_x(grad @ frozen, grad_u, f.a).view(x.shape)
-    return [g if need else x.new_empty(0) for g, need in zip((grad_x, *grads), needs, strict=True)]
+        if gradient is None:
+            grad_x = rows.add_gradient_of_x(grad @ frozen, grad_u, f.a)
+        else:
+            grad_x = gradient.add(grad, frozen, rows, grad_u, f.a)
+        grad_x = None if grad_x is None else grad_x.view(x.shape)
+    needed = zip((grad_x, *grads), needs, strict=True)
+    return [g if need and g is not None else x.new_empty(0) for g, need in needed]
+
+
+def _kept_u(x: Tensor, a: Tensor, w: Tensor | None, b: Tensor, seed: Tensor | None, drop: int) -> Tensor:
+    """u (N, r), or an empty tensor if it is not kept for backward."""
+    if not keeps_u(len(a), x.shape[-1]):
+        return x.new_empty(0)
+    rows = x.reshape(-1, x.shape[-1])
+    return dropped_input(rows, seed, drop).project(Factors(a, w, b, len(rows)).a)
 
 
 def keeps_u(r: int, i: int) -> bool:
@@ -142,8 +160,33 @@ _library.define(
 )
 _library.impl("adapted_linear", _adapted_linear, "CompositeExplicitAutograd")
 _library.impl("adapted_linear_backward", _adapted_linear_backward, "CompositeExplicitAutograd")
-_forward = torch.ops.llava_moslora.adapted_linear.default
-_backward = torch.ops.llava_moslora.adapted_linear_backward.default
+
+
+def _run_forward(x: Tensor, *operands) -> tuple[Tensor, Tensor]:
+    run = torch.ops.llava_moslora.adapted_linear.default if _is_watched(x) else _adapted_linear
+    return run(x, *operands)
+
+
+def _run_backward(gradient: Gradient | None, *operands) -> list[Tensor | None]:
+    """Gradients of x, a, w, b; None where there is none."""
+    if gradient is None and _is_watched(operands[0]):
+        found = torch.ops.llava_moslora.adapted_linear_backward.default(*operands)
+    else:
+        found = _adapted_linear_backward(*(*operands, gradient))
+    return [g if need and g.numel() else None for g, need in zip(found, operands[-1], strict=True)]
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether something wants to see one operation, and not the Python function behind it, whose call takes half as
+    long: a mode of torch (FLOP counter, fake tensors), a kind of tensor of its own, the meta device, the compiler."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _versions(parameters: tuple[Tensor | None, ...]) -> list[int]:
+    """They grow when a tensor is overwritten; tensors made without autograd in mind have none, and no backward."""
+    return [t._version for t in parameters if t is not None and not t.is_inference()]
 
 
 @torch.library.register_fake("llava_moslora::adapted_linear", lib=_library)
@@ -164,29 +207,50 @@ def _(
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        *operands, ends_layer = inputs
+        *operands, ends_layer, gradient = inputs
         x, weight, _, *quantisation, layout, quant_type, a, w, b, seed, scaling, drop = operands
         saved = recompute.saved_outputs()
-        if saved is None:
-            y, u = _forward(*operands)
-        elif saved.recomputing:
+        if saved is None or not saved.recomputing:
+            y, u = _run_forward(*operands)
+            if saved is not None:
+                saved.save("adapted_linear", (None if ends_layer else y, u))
+        elif saved.selective:
             y, u = saved.load("adapted_linear")
-            y = x.new_empty(*x.shape[:-1], len(b)) if y is None else y
+        elif ends_layer and not _is_watched(x):
+            y, u = None, _kept_u(x, a, w, b, seed, drop)
         else:
-            y, u = _forward(*operands)
-            saved.save("adapted_linear", (None if ends_layer else y, u))
-        ctx.layout, ctx.quant_type, ctx.scaling, ctx.drop = layout, quant_type, scaling, drop
-        ctx.save_for_backward(x, weight, *quantisation, a, w, b, seed, u)
+            y, u = _run_forward(*operands)
+        if y is None:
+            y = x.new_empty(*x.shape[:-1], len(b))  # nobody reads it
+        ctx.settings = layout, quant_type, scaling, drop
+        ctx.gradient = gradient
+        parameters = (weight, *quantisation, a, w, b, seed)
+        ctx.parameters = None
+        if torch.compiler.is_compiling() or not (a.is_leaf and b.is_leaf):  # PiSSA's are made for each forward
+            ctx.save_for_backward(x, u, *parameters)
+        else:
+            # Checkpointing calls a Python function for every saved tensor, so only activations are saved: parameters
+            # live anyway, and backward looks itself whether they are still those of forward.
+            ctx.parameters, ctx.versions = parameters, _versions(parameters)
+            ctx.save_for_backward(x, u)
         return y
 
     @staticmethod
     def backward(ctx, grad):
         needs_input = ctx.needs_input_grad
         needs = [needs_input[0], *needs_input[9:12]]
-        x, weight, *quantisation, a, w, b, seed, u = ctx.saved_tensors
-        operands = (x, weight, *quantisation, ctx.layout, ctx.quant_type, a, w, b, seed, u, ctx.scaling, ctx.drop)
-        grads = [g if need else None for g, need in zip(_backward(grad, *operands, needs), needs, strict=True)]
-        return grads[0], *[None] * 8, *grads[1:], None, None, None, None
+        layout, quant_type, scaling, drop = ctx.settings
+        x, u, *parameters = ctx.saved_tensors
+        if ctx.parameters is not None:
+            parameters = ctx.parameters
+            if _versions(parameters) != ctx.versions:
+                raise RuntimeError("a weight of an adapted linear was overwritten between forward and backward")
+            if torch.is_grad_enabled():
+                raise RuntimeError("an adapted linear has no second derivative")
+        weight, *quantisation, a, w, b, seed = parameters
+        operands = (x, weight, *quantisation, layout, quant_type, a, w, b, seed, u, scaling, drop)
+        grads = _run_backward(ctx.gradient, grad, *operands, needs)
+        return grads[0], *[None] * 8, *grads[1:], None, None, None, None, None
 
 
 def flops(rows: int, i: int, o: int, r: int, mixed: bool, need_x: bool = True) -> dict[str, int]:

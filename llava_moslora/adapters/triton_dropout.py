@@ -3,7 +3,7 @@
     dropped_project   u  = D(x)·Aᵀ            one pass over x
     dropped_outer     gA = guᵀ·D(x)           one pass over x
     add_low_rank      y += c·u·B'ᵀ            one pass over y, three times as fast as cuBLAS at rank 64
-    add_dropped       gx += D(gu·A)           one pass over gx
+    add_dropped       gx += Σ D(gu·A)         one pass over gx, for up to three linears with one input
 
 D zeroes an element if a keyed hash of its row and column is below a threshold; it does not rescale, the caller's scale
 does. The hash needs no state, so forward, backward and recomputation get the same mask on any NVIDIA GPU, whatever the
@@ -104,14 +104,12 @@ def _outer(
     tl.store(parts + offsets, total, mask=(ranks < r)[:, None] & (columns < i)[None, :])
 
 
-@triton.jit(do_not_specialize=["key", "key2", "threshold"])
-def _add(
-    y, left, right, n, o, r, right_rank, right_column, scale, key, key2, threshold,
-    DROP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+@triton.jit
+def _low_rank_block(
+    left, right, rows, columns, n, o, r, right_rank, right_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """(left·right)[rows, columns] of left (n, r) and right (r, o), whose strides are given."""
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     for begin in range(0, r, RANK):
         ranks = begin + tl.arange(0, RANK)
@@ -126,13 +124,47 @@ def _add(
             other=0.0,
         )
         total = tl.dot(left_block, right_block, total, input_precision="ieee")
-    total *= scale
-    if DROP:
-        total = tl.where(_keep(rows, columns, key, key2, threshold), total, 0.0)
+    return total
+
+
+@triton.jit
+def _add_to_block(y, total, first, rows, columns, n, o, ROWS: tl.constexpr):
+    """y[rows, columns] += total; summed in float32, rounded once."""
     pointers = _pointers(y, first, columns, o, ROWS)
     inside = (rows < n)[:, None] & (columns < o)[None, :]
     before = tl.load(pointers, mask=inside, other=0.0)
     tl.store(pointers, (before.to(tl.float32) + total).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add(
+    y, left, right, n, o, r, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr
+):  # fmt: skip
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = _low_rank_block(left, right, rows, columns, n, o, r, 1, r, ROWS, COLUMNS, RANK)
+    _add_to_block(y, total * scale, first, rows, columns, n, o, ROWS)
+
+
+@triton.jit(do_not_specialize=["key", "key2", "other_key", "other_key2", "third_key", "third_key2", "threshold"])
+def _add_dropped(
+    y, n, i, r, threshold, left, right, key, key2, other_left, other_right, other_key, other_key2,
+    third_left, third_right, third_key, third_key2,
+    COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    block = _low_rank_block(left, right, rows, columns, n, i, r, i, 1, ROWS, COLUMNS, RANK)
+    total = tl.where(_keep(rows, columns, key, key2, threshold), block, 0.0)
+    if COUNT > 1:
+        block = _low_rank_block(other_left, other_right, rows, columns, n, i, r, i, 1, ROWS, COLUMNS, RANK)
+        total += tl.where(_keep(rows, columns, other_key, other_key2, threshold), block, 0.0)
+    if COUNT > 2:
+        block = _low_rank_block(third_left, third_right, rows, columns, n, i, r, i, 1, ROWS, COLUMNS, RANK)
+        total += tl.where(_keep(rows, columns, third_key, third_key2, threshold), block, 0.0)
+    _add_to_block(y, total, first, rows, columns, n, i, ROWS)
 
 
 def keys(seed: Tensor) -> tuple[int, int]:
@@ -169,24 +201,35 @@ def dropped_outer(gu: Tensor, x: Tensor, seed: Tensor, drop: int) -> Tensor:
     return parts.sum(0).to(x.dtype) if count > 1 else parts[0].to(x.dtype)
 
 
-def add_dropped(gx: Tensor, gu: Tensor, a: Tensor, seed: Tensor, drop: int) -> Tensor:
-    """gx (N, I) += D(gu·A), in place."""
-    return _add_product(gx, gu, a, a.shape[1], 1, 1.0, *keys(seed), drop, drop=True)
+def add_dropped(gx: Tensor, branches: list[tuple[Tensor, Tensor, Tensor, int]]) -> Tensor:
+    """gx (N, I) += D(gu·A) of every branch (gu, A, seed, drop), in place, in one pass where they have one rank and one
+    probability and are at most three."""
+    (n, i), r, drop = gx.shape, len(branches[0][1]), branches[0][3]
+    if len(branches) > 3 or any(len(a) != r or other != drop for _, a, _, other in branches):
+        for branch in branches:
+            add_dropped(gx, [branch])
+        return gx
+    given = [value for gu, a, seed, _ in branches for value in (gu, a, *keys(seed))]
+    unused = given[:4] * (3 - len(branches))
+    _add_dropped[_blocks(n, i)](
+        gx, n, i, r, drop, *given, *unused,
+        COUNT=len(branches), ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=2,
+    )  # fmt: skip
+    return gx
 
 
 def add_low_rank(y: Tensor, u: Tensor, b: Tensor, scale: float) -> Tensor:
     """y (N, O) += scale·u·bᵀ, in place."""
-    return _add_product(y, u, b, 1, b.shape[1], scale, 0, 0, 0, drop=False)
-
-
-def _add_product(y, left, right, right_rank, right_column, scale, key, key2, threshold, drop):
-    (n, o), r = y.shape, left.shape[1]
-    grid = (triton.cdiv(n, ROWS), triton.cdiv(o, 2 * COLUMNS))
-    _add[grid](
-        y, left, right, n, o, r, right_rank, right_column, scale, key, key2, threshold,
-        DROP=drop, ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=2,
+    (n, o), r = y.shape, u.shape[1]
+    _add[_blocks(n, o)](
+        y, u, b, n, o, r, scale,
+        ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=2,
     )  # fmt: skip
     return y
+
+
+def _blocks(rows: int, columns: int) -> tuple[int, int]:
+    return triton.cdiv(rows, ROWS), triton.cdiv(columns, 2 * COLUMNS)
 
 
 def _rank_block(r: int) -> int:

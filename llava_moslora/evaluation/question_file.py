@@ -19,14 +19,16 @@ from tqdm import tqdm
 
 from llava_moslora.data.images import load_image
 from llava_moslora.errors import Refusal
+from llava_moslora.evaluation.ask import source_header
 from llava_moslora.evaluation.output import locked, writable
 from llava_moslora.files.disk import fsync, naming, replace_file, replace_json
 from llava_moslora.files.json import parse_json
 from llava_moslora.files.manifest import sha256
 from llava_moslora.files.tensors import save_tensors
 from llava_moslora.inference.generate import ImageInput, Question, answer, first_logits
-from llava_moslora.inference.load import ChatModel, load_run
+from llava_moslora.inference.load import ChatModel, load
 from llava_moslora.runs.checkpoints import model_checkpoint
+from llava_moslora.runs.record import RUN
 from llava_moslora.text.conversation import Turn
 
 
@@ -121,6 +123,7 @@ def evaluate_questions(
     """Ask a question file and return the accuracy, in [0, 1].
 
     Args:
+        run: a training run, or an export.
         untrained: ask the model as it was before the first training step.
         blank: see :func:`with_images`.
         output: JSON file for the accuracy and the answers.
@@ -149,10 +152,12 @@ def _evaluate(
     blank: bool, answers_file: Path | None, probe_file: Path | None,
 ) -> float:  # fmt: skip
     """As :func:`evaluate_questions`, with both files locked."""
-    checkpoint = None if untrained else model_checkpoint(Path(run))
+    trained_run = (Path(run) / RUN).is_file() and not untrained  # else an export, or a run before its training
+    checkpoint = model_checkpoint(Path(run)) if trained_run else None
     facts = {
         "run": str(Path(run).resolve()),
         "checkpoint": None if checkpoint is None else checkpoint.name,
+        "model": None if (Path(run) / RUN).is_file() else source_header(run, None)["model"],
         "questions": sha256(Path(file)),
         "image_folder": str(Path(image_folder).resolve()),
         "blank": blank,
@@ -160,8 +165,7 @@ def _evaluate(
     }
     unfinished = None if answers_file is None else answers_file.with_name(answers_file.name + ".unfinished")
     answers = [] if unfinished is None else earlier_answers(unfinished, facts, batch_size)
-    chat_model = load_run(run, trained=not untrained, checkpoint=checkpoint)
-    chat_model.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    chat_model = load(run, dtype=torch.float32, trained=not untrained, checkpoint=checkpoint)
     questions = with_images(chat_model, examples, image_folder, blank=blank)
     if unfinished is not None:
         replace_file(unfinished, "".join(json.dumps(line) + "\n" for line in (facts, *answers)).encode())

@@ -76,6 +76,7 @@ def _load(trained: TrainedRun, bits: int, mapped: bool) -> ChatModel:
         trained.run, checkpoint=trained.checkpoint, llm=trained.llm_folder, vision_tower=trained.vision_spec or None,
         bits=bits, llm_dtype=stored_dtype,
     )  # fmt: skip
+    chat_model.model.to("cpu")  # 4-bit weights are on the GPU, if there is one: they are quantised there
     if stored_dtype is not None:
         model = _base_model(chat_model)
         for part in (model.model if trained.text_only else model.model.language_model, model.lm_head):

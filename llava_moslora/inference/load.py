@@ -189,11 +189,14 @@ def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> Ch
     return ChatModel(model.eval(), tokenizer, template, transform)
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, checkpoint: Path | None = None) -> ChatModel:
+def load(
+    folder: str | Path, *, dtype: torch.dtype | None = None, trained: bool = True, checkpoint: Path | None = None
+) -> ChatModel:
     """A run or an export, whichever ``folder`` is, on the GPU if there is one.
 
     Args:
         dtype: None: bfloat16 on a GPU that has it, else float32.
+        trained: False: a run as it was before the first step; never an export.
         checkpoint: of a run, whose files were verified; None: the run's model (``model_checkpoint``).
 
     Raises:
@@ -202,8 +205,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, checkpoint: Pa
     folder = Path(folder)
     gpu = torch.cuda.is_available()
     dtype = dtype or (torch.bfloat16 if gpu and torch.cuda.is_bf16_supported() else torch.float32)
-    if (folder / RUN).is_file():
-        chat_model = load_run(folder, dtype=dtype, checkpoint=checkpoint)
+    if (folder / RUN).is_file() or not trained:
+        chat_model = load_run(folder, dtype=dtype, trained=trained, checkpoint=checkpoint)
     elif (folder / "config.json").is_file():
         chat_model = load_export(folder, dtype=dtype)
     else:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llava_moslora.adapters.methods import method_config
+from llava_moslora.adapters.shared_input import share_inputs
 from llava_moslora.config import AdapterSettings, TowerAdapter
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava import Llava, TextLlm
@@ -47,7 +48,9 @@ def add_adapters(model: Llava | TextLlm, settings: AdapterSettings) -> PeftModel
         model.model.vision_tower.enable_input_require_grads()
     if text_only and is_deepspeed_zero3_enabled():
         model.enable_input_require_grads()  # as above: here neither do the word embeddings, without a trained projector
-    return get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    adapted = get_peft_model(model, config, adapter_name=ADAPTER_NAME, autocast_adapter_dtype=False)
+    share_inputs(adapted)
+    return adapted
 
 
 def train_projector_only(model: Llava) -> Llava:

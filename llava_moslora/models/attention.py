@@ -4,7 +4,8 @@ transformers looks the attention function up by the name in a configuration's ``
 ``sdpa_maskless``, is its ``sdpa`` for everything except the training forward of
 :class:`~llava_moslora.models.llava.Llava`, which passes an empty mask (:func:`empty_mask`): that stands for causal
 attention within each sequence, which torch's causal and variable-length kernels compute without a mask. transformers
-passes masks with four dimensions on as they are, so it makes none, and reads no value of the batch.
+passes masks with four dimensions on as they are, so it makes none, and reads no value of the batch. It also saves its
+output itself under selective recomputation.
 
 Shapes: B rows, T tokens, H heads, K key heads, D head width, R records of packed rows, each row's padding being one.
 """
@@ -21,6 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from llava_moslora.errors import Refusal
+from llava_moslora.recompute import SAVING_ATTENTION, save_operations
 
 MASKLESS = "sdpa_maskless"
 # LLMs with only causal attention, in some layers with a window (others keep transformers' masks), and with layers of
@@ -110,11 +112,16 @@ def attention_forward(
             window = (-1 if sliding_window is None else sliding_window - 1, 0)
             flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B·T, H or K, D)
             lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-            out = varlen_attn(*flat, *lengths, scale=scaling, window_size=window, **GQA)
+            with save_operations():
+                out = varlen_attn(*flat, *lengths, scale=scaling, window_size=window, **GQA)
             return out.unflatten(0, (query.shape[0], -1)), None
         attention_mask = None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+    with save_operations():
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
 
 
+SAVING_ATTENTION.add(MASKLESS)
 AttentionInterface.register(MASKLESS, attention_forward)
 AttentionMaskInterface.register(MASKLESS, sdpa_mask)

@@ -1,7 +1,8 @@
-"""The LLM's norms, activation and rotary embedding in one pass over memory each, for training on a GPU.
+"""Norms, activations and rotary embedding in one pass over memory each, for training on a GPU.
 
-transformers computes them operation by operation: RMSNorm in eight passes, SwiGLU in two and the rotary embedding in
-five per tensor, with float32 copies between. Here RMSNorm is torch's own, and two small Triton kernels do the rest.
+transformers computes them operation by operation: the LLM's RMSNorm in eight passes, SwiGLU in two and the rotary
+embedding in five per tensor, with float32 copies between, and CLIP's quick GELU in three. Here RMSNorm is torch's own,
+and small Triton kernels do the rest.
 They compute in float32 and round once, where transformers also rounds in between: the results differ by that rounding.
 
 Shapes: B rows of a batch, T tokens, H heads, D head width, N = B·T, I width of the MLP.
@@ -18,10 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.activations import QuickGELUActivation
 
 from llava_moslora.models.attention import LLM_FAMILIES
 
 COLUMNS = 1024  # of a block in the kernels of SwiGLU
+
+
+def fuse_model(model: nn.Module) -> None:
+    """Fuse what is listed above in a LLaVA, or in an LLM alone."""
+    inner: Any = model.model
+    fuse_layers(getattr(inner, "language_model", inner))
+    if hasattr(inner, "vision_tower"):
+        fuse_activation(inner.vision_tower)
 
 
 def fuse_layers(llm: nn.Module) -> None:
@@ -39,13 +49,29 @@ def fuse_layers(llm: nn.Module) -> None:
         modeling.apply_rotary_pos_emb = _ApplyRotary(modeling.apply_rotary_pos_emb)
 
 
+def fuse_activation(tower: nn.Module) -> None:
+    """Replace the forward of quick GELU in ``tower``, a vision tower; other activations are one operation already."""
+    for module in tower.modules():
+        if isinstance(module, QuickGELUActivation):
+            module.forward = _quick_gelu_of
+
+
+def _quick_gelu_of(x: Tensor) -> Tensor:
+    return _QuickGelu.apply(x) if _has_kernel(x) else x * torch.sigmoid(1.702 * x)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """The kernels compute in float32: float64 is left to torch."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
 def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 def _mlp(self: nn.Module, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    return self.down_proj(_SiluMul.apply(gate, up) if gate.is_cuda else F.silu(gate) * up)
+    return self.down_proj(_SiluMul.apply(gate, up) if _has_kernel(gate) else F.silu(gate) * up)
 
 
 class _ApplyRotary:
@@ -108,6 +134,44 @@ def _silu_mul_backward(grad, gate, up, grad_gate, grad_up, i, COLUMNS: tl.conste
     tl.store(grad_up + offsets, (d * silu).to(grad_up.dtype.element_ty), mask=columns < i)
     derivative = s + silu * (1 - s)
     tl.store(grad_gate + offsets, (d * u * derivative).to(grad_gate.dtype.element_ty), mask=columns < i)
+
+
+class _QuickGelu(torch.autograd.Function):
+    """x·sigmoid(1.702·x)."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        out = torch.empty_like(x)
+        n, i = _rows(x)
+        _quick_gelu[(n, triton.cdiv(i, COLUMNS))](x, out, i, COLUMNS=COLUMNS)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        out = torch.empty_like(x)
+        n, i = _rows(x)
+        _quick_gelu_backward[(n, triton.cdiv(i, COLUMNS))](grad.contiguous(), x, out, i, COLUMNS=COLUMNS)
+        return out
+
+
+@triton.jit
+def _quick_gelu(x, out, i, COLUMNS: tl.constexpr):
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    offsets = tl.program_id(0).to(tl.int64) * i + columns
+    v = tl.load(x + offsets, mask=columns < i, other=0.0).to(tl.float32)
+    tl.store(out + offsets, (v * tl.sigmoid(1.702 * v)).to(out.dtype.element_ty), mask=columns < i)
+
+
+@triton.jit
+def _quick_gelu_backward(grad, x, out, i, COLUMNS: tl.constexpr):
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    offsets = tl.program_id(0).to(tl.int64) * i + columns
+    d = tl.load(grad + offsets, mask=columns < i, other=0.0).to(tl.float32)
+    v = tl.load(x + offsets, mask=columns < i, other=0.0).to(tl.float32)
+    s = tl.sigmoid(1.702 * v)
+    tl.store(out + offsets, (d * (s + 1.702 * v * s * (1 - s))).to(out.dtype.element_ty), mask=columns < i)
 
 
 class _Rotate(torch.autograd.Function):

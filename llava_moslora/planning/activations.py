@@ -25,7 +25,7 @@ from llava_moslora.planning.meter import ROUNDED_TO, Cost, Inside, measure
 from llava_moslora.planning.on_meta import compute_as_on_gpu
 from llava_moslora.planning.setting import Batch, Model
 from llava_moslora.planning.states import NF4_BLOCK
-from llava_moslora.recompute import set_recompute
+from llava_moslora.recompute import recomputes, set_recompute
 
 SCALARS = 4 * ROUNDED_TO  # the loss, what it is divided by, their gradients
 # Of adapters.triton_dropout, which imports Triton
@@ -72,8 +72,8 @@ def activations(model: Model, recompute: str, batch: Batch) -> Activations:
     small = _small_model(model, mode == "selective")
     # by a layer's index over both towers, as set_recompute counts: the tower's come first
     tower_layers, llm_layers = model.tower_layers, model.llm_config.num_hidden_layers
-    recomputed = [mode != "none" and index % n == 0 for index in range(tower_layers + llm_layers)]
-    of_tower, of_llm = recomputed[:tower_layers], recomputed[tower_layers:]
+    of_tower = [recomputes(mode, n, index, in_tower=True) for index in range(tower_layers)]
+    of_llm = [recomputes(mode, n, tower_layers + index, in_tower=False) for index in range(llm_layers)]
     first = _llm_layer_cost(small, batch.rows, batch.tokens, of_llm[0], small.embeddings_have_gradient)
     layers = {
         on: _llm_layer_cost(small, batch.rows, batch.tokens, on, small.llm_has_gradient) for on in set(of_llm[1:])

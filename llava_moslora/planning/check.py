@@ -12,29 +12,39 @@ from datasets import Dataset
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.devices import DEVICES, GIB
+from llava_moslora.distributed import from_all_ranks
 from llava_moslora.errors import Refusal
+from llava_moslora.planning.duration import MEASURED_ON
 from llava_moslora.planning.plan import Plan, make_plan
 from llava_moslora.planning.records import of_dataset
 from llava_moslora.planning.report import verdict
 from llava_moslora.planning.request import Asked, make_request
 
 
+def smallest_memory(device: torch.device) -> int | None:
+    """Bytes of the smallest GPU of all ranks; None on a CPU. Collective."""
+    if device.type != "cuda":
+        return None
+    return min(from_all_ranks(torch.cuda.get_device_properties(device).total_memory))
+
+
 def plan_of_training(
     model: ModelSettings, data: DataSettings, adapter: AdapterSettings, training: Mapping[str, Any], dataset: Dataset,
-    *, rows: np.ndarray | None = None, gpus: int, device: torch.device, deepspeed: dict[str, Any] | None,
-) -> Plan | None:  # fmt: skip
-    """The plan of a training on CUDA devices like ``device``; None where the planner does not know them.
+    *, rows: np.ndarray | None = None, gpus: int, device: torch.device, memory: int, deepspeed: dict[str, Any] | None,
+) -> Plan:  # fmt: skip
+    """The plan of a training on CUDA devices like ``device``, with ``memory`` bytes each.
+
+    Of a GPU that is not in ``devices.DEVICES`` the memory is planned all the same; ``--recompute auto`` then goes by
+    the order of an H100's times, whose workspaces are the largest.
 
     Args:
         model: with its three parts named.
         training: the training flags' values by name, ``gradient_accumulation_steps`` resolved.
         dataset: the prepared data. rows: of them that are trained on; None: all.
     """
-    properties = torch.cuda.get_device_properties(device)
-    known = next((name for name in DEVICES if name in properties.name), None)
-    if known is None:
-        return None
-    asked = Asked(known, gpus, tokens=1, labels=1)  # of the records: replaced below
+    name = torch.cuda.get_device_properties(device).name
+    known = next((key for key in DEVICES if key in name), None)
+    asked = Asked(known or MEASURED_ON, gpus, tokens=1, labels=1)  # of the records: replaced below
     request = make_request(
         asked, model, data, adapter, training, training["gradient_accumulation_steps"], deepspeed, zeros={}
     )
@@ -42,7 +52,7 @@ def plan_of_training(
         dataset, data, rows, seed=int(training.get("seed") or 0), vision=not model.text_only,
         packing=bool(training.get("packing")),
     )  # fmt: skip
-    request = replace(request, records=records, gib=properties.total_memory / GIB)
+    request = replace(request, records=records, gib=memory / GIB, stands_for=None if known else name)
     return make_plan(request, with_largest=False)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import QuickGELUActivation
 from transformers.masking_utils import sdpa_mask
 
 from llava_moslora.models.attention import LLM_FAMILIES
@@ -91,6 +92,18 @@ class _SiluMul(torch.autograd.Function):
         return torch.empty_like(gate), torch.empty_like(up)
 
 
+class _QuickGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return torch.empty_like(x)
+
+
 def _norm(self: nn.Module, x: Tensor) -> Tensor:
     return _RmsNorm.apply(x, self.weight)
 
@@ -100,11 +113,14 @@ def _mlp(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def compute_as_on_gpu(model: Llava | TextLlm, attention: str) -> None:
-    """Replace, in a model on the meta device, what :func:`llava_moslora.models.fused_layers.fuse_layers` replaces on a
-    GPU, and attention unless it is ``eager``."""
+    """Replace, in a model on the meta device, what :mod:`llava_moslora.models.fused_layers` replaces on a GPU, and
+    attention unless it is ``eager``."""
     if attention != "eager":
         parts = ("text_config", "vision_config") if isinstance(model, Llava) else ()
         model.set_attn_implementation(dict.fromkeys(parts, ATTENTION) if parts else ATTENTION)
+    for module in getattr(model.model, "vision_tower", nn.Module()).modules():
+        if isinstance(module, QuickGELUActivation):
+            module.forward = _QuickGelu.apply
     config = model.config.get_text_config()
     if config.model_type not in LLM_FAMILIES:
         return

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from llava_moslora.adapters.methods import METHODS
+from llava_moslora.config import AUTO
 from llava_moslora.devices import COMMAND_LINE, DEVICES, GIB, Device
 from llava_moslora.errors import Refusal, did_you_mean
 from llava_moslora.planning.duration import Duration, duration, factors_of
@@ -13,7 +14,7 @@ from llava_moslora.planning.memory import Memory, memory
 from llava_moslora.planning.records import Records
 from llava_moslora.planning.setting import Batch, Choice, Model, Pair, Zero
 from llava_moslora.planning.states import ADAM_BYTES, Counts, count
-from llava_moslora.planning.suggest import Candidate, largest_micro_batch, suggest
+from llava_moslora.planning.suggest import Candidate, fastest_recompute, largest_micro_batch, suggest
 from llava_moslora.runs.folder import checkpoint_bytes
 
 RANK_ON_HOST = 0.95e9  # bytes of a process with torch and transformers imported (benchmarks/results/data.json)
@@ -26,6 +27,7 @@ class Request:
 
     Args:
         device_name: a key of ``devices.DEVICES``.
+        choice: ``recompute`` may be ``auto``, which :func:`make_plan` decides.
         gpus: N, on one host as far as communication goes.
         zeros: DeepSpeed files that ``--suggest`` may choose, with what they say.
         state_bytes: of the optimizer, per trained number, or ``states.FACTORED``.
@@ -49,6 +51,7 @@ class Request:
     save_total_limit: int | None = None
     pairs: tuple[Pair, ...] = ()
     gib: float | None = None  # of the card, where it is not as in devices.DEVICES
+    stands_for: str | None = None  # the name of a GPU that is not in devices.DEVICES: its speed is not known
 
     @property
     def device(self) -> Device:
@@ -101,6 +104,8 @@ class Plan:
         largest: the largest micro-batch that fits, all else as it is; 0: none, or not looked for.
         disk: bytes by what they are for. host: bytes of one host's memory, likewise.
         suggestions: the fastest settings that fit, the fastest first; empty where not asked for, or where none fits.
+        auto: the request asked for ``--recompute auto``; it has the way that was chosen now. faster: the next faster
+            way, which does not certainly fit; None: there is none.
     """
 
     request: Request
@@ -110,6 +115,8 @@ class Plan:
     disk: dict[str, int]
     host: dict[str, int]
     suggestions: list[Candidate] = field(default_factory=list)
+    auto: bool = False
+    faster: Choice | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -117,6 +124,10 @@ class Plan:
 
 
 def make_plan(request: Request, *, with_suggestions: bool = False, with_largest: bool = True) -> Plan:
+    auto, faster = request.choice.recompute == AUTO, None
+    if auto:
+        chosen, faster = fastest_recompute(request.choice, request.fits, lambda other: request.duration(other).step)
+        request = replace(request, choice=chosen)
     choice, counts = request.choice, request.counts
     used = request.memory(choice)
     suggestions = []
@@ -134,6 +145,8 @@ def make_plan(request: Request, *, with_suggestions: bool = False, with_largest:
         disk=_disk(request, counts),
         host=_host(request, counts, used),
         suggestions=suggestions,
+        auto=auto,
+        faster=faster,
     )
 
 

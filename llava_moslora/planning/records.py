@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -49,6 +49,7 @@ class Records:
     seed: int = 0
     vision: bool = True  # the model has a vision tower
     packed_to: int | None = None
+    _found: dict[tuple[int, int, int], Batch] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def flops(self, per: Flops) -> float:
         """Of a record, on average."""
@@ -58,7 +59,13 @@ class Records:
 
     def largest_batch(self, micro_batch: int, accumulation: int, gpus: int) -> Batch:
         """The most tokens, images and labels that a micro-batch has: of the sampler's real batches in the first epoch,
-        packed as they will be, or as if all its records were the longest."""
+        packed as they will be, or as if all its records were the longest. Kept: of 665K records it takes 0.2 s."""
+        shape = (micro_batch, accumulation, gpus)
+        if shape not in self._found:
+            self._found[shape] = self._largest_batch(*shape)
+        return self._found[shape]
+
+    def _largest_batch(self, micro_batch: int, accumulation: int, gpus: int) -> Batch:
         images, labels = self._images(micro_batch * self.most_images), max(1, micro_batch * self.most_labels)
         most = Batch(micro_batch, self.longest, images, labels)
         if self.dataset is None or self.settings is None or self.count is None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from llava_moslora.devices import GIB
 from llava_moslora.planning.duration import MEASURED_ON
+from llava_moslora.planning.memory import Memory
 from llava_moslora.planning.plan import Plan
 from llava_moslora.planning.suggest import as_flags
 
@@ -13,6 +14,7 @@ BAR = 28  # characters of a bar that is as long as the card's memory
 GB = 1e9
 PEAK = "peak of torch's allocator"
 FITS, DOES_NOT_FIT, CANNOT_SAY = 0, 6, 7
+FITS_WORDS = {True: "fits", False: "does not fit", None: "may not fit"}
 
 
 def exit_status(plan: Plan) -> int:
@@ -20,18 +22,35 @@ def exit_status(plan: Plan) -> int:
 
 
 def verdict(plan: Plan) -> str:
-    """One line: does it fit, how much of the card, how long."""
+    """One line: does it fit, how much of the card, how long, where the GPU's speed is known."""
+    request = plan.request
+    card = f"{request.gpus} × {request.stands_for or request.device_name} with {request.capacity / GIB:.1f} GiB"
+    time = "at a speed that is not known" if request.stands_for else _time(plan)
+    return f"{FITS_WORDS[plan.fits]} on {card}: {_range(plan.memory)} a GPU, {time}"
+
+
+def chosen(plan: Plan) -> str:
+    """Of ``--recompute auto``, one line: the way that was chosen, its memory, and what the next faster one needs."""
     request, used = plan.request, plan.memory
-    words = {True: "fits", False: "does not fit", None: "may not fit"}[plan.fits]
-    card = f"{request.gpus} × {request.device_name} with {request.capacity / GIB:.1f} GiB"
-    memory = f"{used.low / GIB:.1f} to {used.high / GIB:.1f} GiB a GPU"
-    return f"{words} on {card}: {memory}, {_time(plan)}"
+    way, capacity = request.choice.recompute, f"{request.capacity / GIB:.1f} GiB"
+    needs = f"planned {_range(used)} of the GPU's {capacity}"
+    if plan.fits is not True:
+        needs = f"because no way certainly fits; {needs}"
+    if plan.faster is None:
+        return f"--recompute auto: {way}, {needs}; no way is faster"
+    faster = request.memory(plan.faster)
+    does_not = FITS_WORDS[faster.fits(request.capacity)]
+    return f"--recompute auto: {way}, {needs}; {plan.faster.recompute}, the next faster, {does_not}: {_range(faster)}"
+
+
+def _range(used: Memory) -> str:
+    return f"{used.low / GIB:.1f} to {used.high / GIB:.1f} GiB"
 
 
 def text(plan: Plan, *, suggested: bool) -> str:
     """The table, with a bar for each part as a share of the card."""
     request, used = plan.request, plan.memory
-    lines = [verdict(plan), "", f"memory of one GPU{'GiB':>26}"]
+    lines = [verdict(plan), *([chosen(plan)] if plan.auto else []), "", f"memory of one GPU{'GiB':>26}"]
     for part in used.parts:
         bar = "█" * round(BAR * part.size / request.capacity)
         lines.append(f"  {part.name:<34}{part.size / GIB:>7.2f}  {bar:<{BAR}}  {part.source}")
@@ -66,6 +85,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "gpu": request.device_name,
         "gpus": request.gpus,
+        "recompute": request.choice.recompute,
+        "chosen": chosen(plan) if plan.auto else None,
         "capacity": round(request.capacity),
         "memory": {part.name: part.size for part in used.parts},
         "peak": used.peak,

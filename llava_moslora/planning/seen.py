@@ -22,6 +22,7 @@ from llava_moslora.planning.plan import Plan
 from llava_moslora.planning.setting import Pair
 
 PLAN = "plan.json"
+PLANNER = 2  # grows when plans of the same setting change: a run is only set beside plans of its own time
 STEPS, WARM_UP = 20, 5  # steps of a start that are watched; the first ones compile kernels and fill the allocator
 
 
@@ -59,6 +60,7 @@ def planned(plan: Plan | None) -> dict[str, Any] | None:
         return None
     request = plan.request
     return {
+        "planner": PLANNER,
         "gpu": request.device_name,
         "gpus": request.gpus,
         "recompute": request.choice.recompute,
@@ -96,7 +98,7 @@ def line(pair: dict[str, Any]) -> str:
 
 
 def read_pair(run: Path) -> Pair | None:
-    """Of a run folder; None where its run had no plan, or ended before ``STEPS`` steps.
+    """Of a run folder; None where its run had no plan of this version, or ended before ``STEPS`` steps.
 
     Raises:
         Refusal: K-JSON, the file is damaged.
@@ -106,13 +108,13 @@ def read_pair(run: Path) -> Pair | None:
     found = read_json(run / PLAN)
     try:
         said, seen = found["planned"], found["seen"]
-        if said is None or "peak_reserved" not in seen:
+        if said is None or said.get("planner") != PLANNER or "peak_reserved" not in seen:
             return None
         return Pair(
             run=str(run), gpu=said["gpu"], recompute=said["recompute"], bits=said["bits"],
             memory=max(seen["peak_allocated"], seen["peak_reserved"]) / said["peak"], outside=seen["outside"],
             time=seen["step_seconds"] / said["step_seconds"],
         )  # fmt: skip
-    except (KeyError, TypeError, ZeroDivisionError) as error:
+    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
         fix = "delete it: the next start of the run writes it again"
         raise Refusal("K-JSON", "not the plan of a run", file=run / PLAN, found=error, fix=fix) from error

@@ -12,8 +12,8 @@ import torch
 from torch import distributed
 from transformers import TrainingArguments as HfTrainingArguments
 
-from llava_moslora.adapters.kernel import mask_source
-from llava_moslora.config import DataSettings, ModelSettings, TrainerSettings, TrainingSettings, parse_recompute
+from llava_moslora.adapters.dropout import mask_source
+from llava_moslora.config import AUTO, DataSettings, ModelSettings, TrainerSettings, TrainingSettings, parse_recompute
 from llava_moslora.data.loader import default_workers
 from llava_moslora.data.sources.saved_dataset import is_hub
 from llava_moslora.data.split import eval_files
@@ -64,11 +64,11 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
         asked = [self.gradient_checkpointing, self.activation_checkpointing]
         if self.recompute is None:
             self.recompute = "full" if any(asked) else "none"
-        mode, _ = parse_recompute(self.recompute)
-        if any(asked) and mode == "none":
+        mode = AUTO if self.recompute == AUTO else parse_recompute(self.recompute)[0]
+        if any(asked) and mode in ("none", AUTO):
             raise Refusal(
                 "C-FLAG", "two flags that disagree", key="--gradient_checkpointing, --recompute",
-                found="True and none", fix="leave one of the two out",
+                found=f"True and {mode}", fix="leave one of the two out",
             )  # fmt: skip
         self.gradient_checkpointing = self.activation_checkpointing = None
 

@@ -126,3 +126,13 @@ def _read(file: Path, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]]) ->
 
 def _refusal(file: Path, what: str, fix: str = "resume with the flags of the run", **parts) -> Refusal:
     return Refusal("K-TENSOR", what, file=file, fix=fix, **parts)
+
+
+def set_scheduler_step(scheduler, steps: int) -> None:
+    """Set a LambdaLR, or accelerate's wrapper of one, to its state after ``steps`` steps."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)
+    scheduler.last_epoch, scheduler._step_count = steps, steps + 1
+    rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates

@@ -10,6 +10,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files.json import LARGEST_CONFIG, parse_json
 
 if TYPE_CHECKING:  # imports torch
+    import torch
     from transformers import TrainingArguments
 
 STAGES = (0, 1, 2, 3)
@@ -109,6 +110,23 @@ def _check_blocks(config: dict[str, Any], file: Path) -> None:
             raise Refusal(
                 "C-DEEPSPEED", "would replace the optimizer that has a learning rate per part", file=file, key=block,
                 fix=f"take {block} out of the file and give flags: --learning_rate, --optim, --lr_scheduler_type, …",
+            )  # fmt: skip
+
+
+def check_rotary_frequencies(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32: late positions would rotate by other angles than in
+            the exported model.
+    """
+    import torch  # imported here: the planner reads files without it
+
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
+            raise Refusal(
+                "C-DEEPSPEED", "DeepSpeed has rounded the rotary frequencies", key=name,
+                found=buffer.dtype, expected=torch.float32,
+                fix="deepspeed 0.19.8 or newer, and no data_types.buffer_dtype in its file",
             )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from llava_moslora.runs.checkpoints import checkpoint_of
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks.preemption import EvaluationInterrupted
 from llava_moslora.training.eval_mode import eval_mode
+from llava_moslora.training.nonfinite import FiniteCheck
 from llava_moslora.training.throughput import Throughput
 from llava_moslora.training.validation import Validation, evaluation_at, is_due, validation_facts
 from llava_moslora.training.watchdog import Watchdog
@@ -30,6 +31,7 @@ class EvaluatingTrainer(Trainer):
 
     args: TrainingArguments
     control: TrainerControl
+    finite_check: FiniteCheck
     sampler: GlobalBatchSampler
     throughput: Throughput
     watchdog: Watchdog
@@ -53,6 +55,7 @@ class EvaluatingTrainer(Trainer):
             self.watchdog.report_progress()
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
+        self.finite_check.settle()
         began = time.monotonic()
         with eval_mode(self.model):
             metrics = self.validation.evaluate(self.model_wrapped, self._prepare_inputs, before_batch)

@@ -3,8 +3,9 @@
 By itself the Trainer hides such a step: it logs the loss as 0, and DeepSpeed skips the update and continues.
 
 Losses stay on the device until the gradient norm is read, once per step: reading each of them before its backward would
-leave the GPU idle while backward is launched. By then DeepSpeed may have updated the weights, but the run ends before
-they are saved.
+leave the GPU idle while backward is launched. Where the optimizer's step does not wait for the device either
+(host_overhead.py), both are read one step later, and before anything is logged, evaluated or saved. By then the weights
+may have been updated, but the run ends before they are saved.
 """
 
 from __future__ import annotations
@@ -28,6 +29,24 @@ FINITE_GRADIENT = "a finite gradient"
 
 
 @dataclass
+class _Step:
+    """A step that has been launched, and on whose numbers nobody has looked yet.
+
+    Args:
+        number: of updates before it.
+        records, losses: as in :class:`FiniteCheck`.
+        numbers: float64[2] on the host: how many losses are NaN or Inf, and the norm.
+        copied: when they are there; None: already.
+    """
+
+    number: int
+    records: list[list[int]]
+    losses: list[Tensor]
+    numbers: Tensor
+    copied: torch.cuda.Event | None
+
+
+@dataclass
 class FiniteCheck:
     """Checks the loss and the gradient of every step, and stops the run on all ranks.
 
@@ -41,6 +60,7 @@ class FiniteCheck:
     losses: list[Tensor] = field(default_factory=list)  # of this step's micro-batches so far, float[] each
     checked: bool = False  # whether this step has been
     skipped_steps: int = 0  # DeepSpeed's count at the last check
+    launched: _Step | None = None  # the step before, if it is checked later
 
     def begin_step(self, records: list[list[int]]) -> None:
         self.records, self.losses, self.checked = records, [], False
@@ -68,7 +88,8 @@ class FiniteCheck:
             Refusal: R-NONFINITE, a loss or the gradient is NaN or Inf on some rank. A gradient that overflows while
                 fp16 searches for its loss scale is none.
         """
-        nonfinite_losses, norm = self._to_host(norm)
+        nonfinite = self._nonfinite_losses()
+        nonfinite_losses, norm = self._to_host(nonfinite, norm)
         if nonfinite_losses:
             self._stop(step, NONFINITE_LOSS, FINITE_LOSS)
         skipped_steps = 0 if engine is None else engine.skipped_steps
@@ -77,12 +98,43 @@ class FiniteCheck:
             if norm is None:
                 finite = bool(torch.stack([torch.isfinite(p).all() for p in parameters.values()]).all())
             else:
-                finite = math.isfinite(norm) and norm >= 0  # DeepSpeed returns -1 for a norm that is not finite
+                finite = is_finite_norm(norm)
             if skipped or not finite:
                 reason = "DeepSpeed skipped the update" if skipped else f"gradient norm {norm}"
-                self._stop(step, f"the gradient became NaN or Inf ({reason})", FINITE_GRADIENT)
+                self._stop(step, nonfinite_gradient(reason), FINITE_GRADIENT)
         self.checked = True
         return norm
+
+    def check_later(self, step: int, norm: Tensor) -> Tensor:
+        """As :meth:`check`, for a step that has only been launched: the step before is checked now, this one by the
+        next call or by :meth:`settle`. The host waits for nothing that was launched in this step."""
+        self.settle()
+        numbers = torch.stack([self._nonfinite_losses(), norm.detach().double()])
+        copied = None
+        if numbers.is_cuda:
+            on_host = torch.empty(2, dtype=torch.float64, pin_memory=True)
+            numbers = on_host.copy_(numbers, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self.launched = _Step(step, self.records, self.losses, numbers, copied)
+        self.checked = True
+        return norm
+
+    def settle(self) -> None:
+        """Check the step that :meth:`check_later` has left, if any. Before logging, evaluating and saving.
+
+        Raises:
+            Refusal: R-NONFINITE, as :meth:`check`.
+        """
+        step, self.launched = self.launched, None
+        if step is None:
+            return
+        if step.copied is not None:
+            step.copied.synchronize()
+        nonfinite_losses, norm = step.numbers.tolist()
+        if nonfinite_losses or not is_finite_norm(norm):
+            self.records, self.losses = step.records, step.losses
+            self._stop(step.number, nonfinite_gradient(f"gradient norm {norm}"), FINITE_GRADIENT)
 
     def require_checked(self) -> None:
         """Call after each step: it fails if the Trainer or DeepSpeed did not call what checks."""
@@ -91,11 +143,15 @@ class FiniteCheck:
     def loss_scale_exhausted(self, step: int) -> NoReturn:
         self._stop(step, "the gradient overflows float16 at the smallest loss scale", FINITE_GRADIENT)
 
-    def _to_host(self, norm: Tensor | float | None) -> tuple[int, float | None]:
-        """Number of micro-batches of all ranks whose loss is NaN or Inf, and the norm, in one copy from the device."""
+    def _nonfinite_losses(self) -> Tensor:
+        """Number of micro-batches of all ranks whose loss is NaN or Inf, float64[], on the device."""
         nonfinite = (~torch.isfinite(torch.stack(self.losses))).sum().double()
         if distributed.is_initialized():
             distributed.all_reduce(nonfinite)
+        return nonfinite
+
+    def _to_host(self, nonfinite: Tensor, norm: Tensor | float | None) -> tuple[int, float | None]:
+        """Both as numbers, in one copy from the device."""
         if not isinstance(norm, Tensor):
             return int(nonfinite), norm
         count, number = torch.stack([nonfinite, norm.detach().to(nonfinite)]).tolist()
@@ -123,6 +179,14 @@ class FiniteCheck:
             expected=expected,
             fix=f"{FIX}; all of them are in {self.run / NONFINITE_FILE}",
         )
+
+
+def is_finite_norm(norm: float) -> bool:
+    return math.isfinite(norm) and norm >= 0  # DeepSpeed returns -1 for a norm that is not finite
+
+
+def nonfinite_gradient(reason: str) -> str:
+    return f"the gradient became NaN or Inf ({reason})"
 
 
 def searches_loss_scale(engine) -> bool:

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.optimizers import create_riemannian_optimizer
-from torch import distributed
+from torch import Tensor, distributed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llava_moslora.adapters.adalora import OrthogonalityTerm, is_adalora
-from llava_moslora.adapters.kernel import triton_enabled
+from llava_moslora.adapters.dropout import triton_enabled
 from llava_moslora.data.loader import TrainDataLoader
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.distributed import rank
@@ -33,9 +33,16 @@ from llava_moslora.training.callbacks.early_stopping import EarlyStopping
 from llava_moslora.training.callbacks.metrics import MetricsWriter, ProgressBar
 from llava_moslora.training.callbacks.preemption import catch_lost_ranks, ignore_signals
 from llava_moslora.training.callbacks.trackers import start_trackers
-from llava_moslora.training.checkpoint import read_optimizer, read_trained, write_optimizer, write_trained
+from llava_moslora.training.checkpoint import (
+    read_optimizer,
+    read_trained,
+    set_scheduler_step,
+    write_optimizer,
+    write_trained,
+)
+from llava_moslora.training.deepspeed_config import check_rotary_frequencies
 from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingTrainer
-from llava_moslora.training.host_overhead import clear_trained_gradients, switch_mode_once
+from llava_moslora.training.host_overhead import clear_trained_gradients, step_without_waiting, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
 from llava_moslora.training.optimizer_state import TrainState, frozen_factors, trained_parameters
 from llava_moslora.training.random_state import random_state, set_random_state
@@ -76,6 +83,7 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.orthogonality = OrthogonalityTerm(self.model, share) if is_adalora(self.model) else None
         self.throughput = self.prepare_model()
         self.finite_check = FiniteCheck(self.args.run_folder)
+        self.runs_ahead = False  # the host does not wait for the device at every step
         self.extra_logs: dict[str, float] = {}  # added by callbacks to the next row of the log
         for callback in (PrinterCallback, ProgressCallback, TensorBoardCallback):
             self.pop_callback(callback)
@@ -90,12 +98,11 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.add_callback(EvaluateFirst(self))  # the last: its evaluations are shown by the others
 
     def prepare_model(self) -> Throughput:
-        """What only an LLM has: fused layers, and FLOPs by its tokens."""
+        """What an LLM and its vision tower have: fused layers, and FLOPs by tokens."""
         if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
-            from llava_moslora.models.fused_layers import fuse_layers  # imported here: needs Triton
+            from llava_moslora.models.fused_layers import fuse_model  # imported here: needs Triton
 
-            inner = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-            fuse_layers(getattr(inner.model, "language_model", inner.model))  # of an LLM alone, the model itself
+            fuse_model(self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model)
         return Throughput(self.model, self.args.device)
 
     def get_train_dataloader(self) -> TrainDataLoader:
@@ -211,13 +218,28 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.finite_check.add_loss(result[0] if return_outputs else result)
         return result
 
-    def _get_grad_norm(self, model, grad_norm=None) -> float | None:
+    def _clip_grad_norm(self, model):
+        """As the Trainer's: under DeepSpeed the norm, which the engine has clipped by."""
+        return self.engine.get_global_grad_norm() if self.runs_ahead else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model, grad_norm=None) -> Tensor | float | None:
         """As the Trainer's; NaN or Inf in a loss or the gradient stops the run, without DeepSpeed before the update."""
+        if self.runs_ahead:
+            norm = self.finite_check.check_later(self.state.global_step, self.engine.get_global_grad_norm())
+            if self.weights_are_used_after(self.state.global_step + 1):
+                self.finite_check.settle()
+            return norm
         norm = super()._get_grad_norm(model, grad_norm)
         return self.finite_check.check(self.state.global_step, norm, self.engine, self.trained)
 
+    def weights_are_used_after(self, step: int) -> bool:
+        """Whether a callback measures or asks the model after so many steps: it must not be one of NaN."""
+        often = (self.args.health_steps, getattr(self.args, "sample_steps", 0))
+        return step == self.state.max_steps or any(steps and step % steps == 0 for steps in often)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the throughput since the last log, and what callbacks have measured."""
+        self.finite_check.settle()
         if "loss" in logs:
             if self.orthogonality is not None:
                 term = self.orthogonality.take()
@@ -229,6 +251,7 @@ class MosLoraTrainer(EvaluatingTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Publish ``checkpoint-N``: the float32 masters of what is trained, the optimizer's and the Trainer's state."""
         self.watchdog.report_progress()
+        self.finite_check.settle()
         self._compare_with_best()
         train_state = self._train_state()
         masters, optimizer_state = train_state.masters(), train_state.optimizer_state()
@@ -267,6 +290,7 @@ class MosLoraTrainer(EvaluatingTrainer):
             check_private_api("deepspeed")
             switch_mode_once(self.engine)
             clear_trained_gradients(self.engine, self.trained)
+            self.runs_ahead = step_without_waiting(self.engine)
         train_state = self._train_state()
         train_state.undo_initial_step()
         if resume_from_checkpoint is not None:
@@ -312,31 +336,6 @@ class AfterEachStep(TrainerCallback):
     def on_step_end(self, args, state, control, **_):
         self.trainer.finite_check.require_checked()
         state.epoch = state.global_step / self.trainer.sampler.global_batches
-
-
-def check_rotary_frequencies(model: torch.nn.Module) -> None:
-    """
-    Raises:
-        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32: late positions would rotate by other angles than in
-            the exported model.
-    """
-    for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and buffer.dtype != torch.float32:
-            raise Refusal(
-                "C-DEEPSPEED", "DeepSpeed has rounded the rotary frequencies", key=name,
-                found=buffer.dtype, expected=torch.float32,
-                fix="deepspeed 0.19.8 or newer, and no data_types.buffer_dtype in its file",
-            )  # fmt: skip
-
-
-def set_scheduler_step(scheduler, steps: int) -> None:
-    """Set a LambdaLR, or accelerate's wrapper of one, to its state after ``steps`` steps."""
-    scheduler = getattr(scheduler, "scheduler", scheduler)
-    scheduler.last_epoch, scheduler._step_count = steps, steps + 1
-    rates = [base * factor(steps) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def dimensions(parameter: torch.nn.Parameter) -> int:

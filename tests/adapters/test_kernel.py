@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from llava_moslora.adapters import dropout as masks
 from llava_moslora.adapters import kernel
 from llava_moslora.adapters.config import MosLoraConfig
 from llava_moslora.adapters.kernel import low_rank_update
@@ -29,12 +30,12 @@ def inputs(rows, i, o, mixed=True, dtype=torch.float32, device="cpu"):
 def formula(result, x, a, w, b, scaling, dropout, seed):
     """The paper's eq. 7 in plain torch, with the mask that the kernel draws from ``seed``."""
     if dropout:
-        drop = round(dropout * kernel.DROPOUT_STEPS)
-        if kernel.uses_triton(x):
+        drop = round(dropout * masks.DROPOUT_STEPS)
+        if masks.uses_triton(x):
             mask = hashed(x, seed, drop)
         else:
-            mask = kernel._draw_mask(torch.Size((x.shape[0] * x.shape[1], x.shape[2])), seed, drop, x.device)
-        x = x.masked_fill(mask.view(x.shape) == 0, 0) / (1 - drop / kernel.DROPOUT_STEPS)
+            mask = masks._draw_mask(torch.Size((x.shape[0] * x.shape[1], x.shape[2])), seed, drop, x.device)
+        x = x.masked_fill(mask.view(x.shape) == 0, 0) / (1 - drop / masks.DROPOUT_STEPS)
     u = x @ a.T
     return result + scaling * (u if w is None else u @ w.T) @ b.T
 
@@ -107,10 +108,10 @@ def test_input_dtypes_meet_in_the_adapters():
 def test_dropout_is_a_function_of_the_seed_with_the_stated_probability():
     shape, device = torch.Size((1001, 999)), torch.device("cpu")
     for p in (0.05, 0.5, 0.95):
-        mask = kernel._draw_mask(shape, torch.tensor(7), round(p * kernel.DROPOUT_STEPS), device)
+        mask = masks._draw_mask(shape, torch.tensor(7), round(p * masks.DROPOUT_STEPS), device)
         assert set(mask.unique().tolist()) == {-1, 0}  # all bits or none
-        assert torch.equal(mask, kernel._draw_mask(shape, torch.tensor(7), round(p * kernel.DROPOUT_STEPS), device))
-        assert not torch.equal(mask, kernel._draw_mask(shape, torch.tensor(8), round(p * kernel.DROPOUT_STEPS), device))
+        assert torch.equal(mask, masks._draw_mask(shape, torch.tensor(7), round(p * masks.DROPOUT_STEPS), device))
+        assert not torch.equal(mask, masks._draw_mask(shape, torch.tensor(8), round(p * masks.DROPOUT_STEPS), device))
         dropped = (mask == 0).float().flatten()
         sigma = (p * (1 - p) / shape.numel()) ** 0.5
         assert abs(dropped.mean().item() - p) < 5 * sigma
@@ -258,9 +259,9 @@ def test_compiles_as_one_graph(backend):
 def test_unknown_kernels_are_refused(monkeypatch):
     monkeypatch.setenv("LLAVA_MOSLORA_KERNEL", "tritn")
     with pytest.raises(Refusal, match=r"LLAVA_MOSLORA_KERNEL in the env.*found tritn; expected torch or triton"):
-        kernel.triton_enabled()
+        masks.triton_enabled()
     monkeypatch.setenv("LLAVA_MOSLORA_KERNEL", "torch")
-    assert not kernel.triton_enabled()
+    assert not masks.triton_enabled()
 
 
 @pytest.mark.gpu

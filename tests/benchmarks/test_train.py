@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from support.launching import ROOT, run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import train_meter
 import train_row
 from train_meter import PROFILED, figures, kernel_table
-from train_parts import record_sizes
+from train_parts import LENGTHS, LLAMA_3_8B, TINY, max_length, record_sizes
 from train_process import measure
-from train_report import Results, read_rows, roofline, table
+from train_report import Results, comparisons, read_rows, roofline, table
 from train_row import Job, Row, ours_command, write_result
 
 
@@ -37,10 +39,22 @@ def test_rows_are_read():
     whole = Row("zero2_offload", recompute="every:2", liger=True, kernel="torch", bits=4, batch=16)
     assert Row.parse("zero2_offload+every:2+4bit+torch+liger@16") == whole
     assert Row.parse(whole.name) == replace(whole, batch=None)
+    for text, row in {
+        "zero1+selective+packed": Row("zero1", recompute="selective", data="packed"),
+        "stock-bf16+llm": Row("stock-bf16", data="llm"),
+    }.items():
+        assert Row.parse(text) == row and row.name == text
+
+
+def test_a_word_of_the_row_comes_before_the_flag():
+    rows = {name: Row.parse(name).lengths("uniform") for name in ("stock", "stock+llm", "zero1+packed", "zero1+ragged")}
+    assert list(rows.values()) == ["uniform", "text", "ragged", "ragged"]
 
 
 @pytest.mark.parametrize(
-    "text", ["", "peft", "stock+liger", "zero2+half", "zero2+every:0", "zero2+none+full", "zero2@0", "zero2@", "@4"]
+    "text",
+    ["", "peft", "stock+liger", "stock+packed", "zero2+half", "zero2+every:0", "zero2+none+full", "zero2+llm+ragged"]
+    + ["zero2@0", "zero2@", "@4"],
 )
 def test_what_is_no_row_is_refused(text):
     with pytest.raises(Refusal, match=r"C-FLAG.*--rows"):
@@ -56,7 +70,19 @@ def test_a_row_says_every_setting_that_it_stands_for(job):
     arguments, environment = ours_command(job, Row.parse("zero2"))
     said = dict(zip(arguments[::2], arguments[1::2], strict=True))
     assert said["--recompute"] == "full" and said["--bits"] == "16" and said["--use_liger_kernel"] == "False"
-    assert environment == {}
+    assert environment == {} and "--packing" not in said
+    arguments, _ = ours_command(job, Row.parse("zero1+packed"))
+    said = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert said["--packing"] == "True" and said["--data_order"] == "shuffle" and "--vision_tower" in said
+    arguments, _ = ours_command(replace(job, lengths="text"), Row.parse("zero1+llm"))
+    said = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    assert said["--model_max_length"] == "4096"
+    assert not {"--vision_tower", "--pretrain_mm_mlp_adapter", "--image_folder", "--vision_lora_r"} & set(said)
+
+
+@pytest.mark.parametrize("shape", [LLAMA_3_8B, TINY])
+def test_the_llm_has_a_position_for_every_token(shape):
+    assert max(max_length(lengths) for lengths in LENGTHS) <= shape["max_position_embeddings"]
 
 
 def test_each_row_is_on_disk_when_it_has_ended_and_one_that_dies_stops_no_other(job, tmp_path, monkeypatch):
@@ -125,6 +151,34 @@ def test_ratios_are_to_stock_at_the_same_size():
     assert re.search(r"\b1\.50$", lines[2]) and re.search(r"\b180$", lines[3].rstrip())
 
 
+def test_the_table_has_the_last_loss_and_the_time_in_kernels():
+    row = {"row": "stock", "batch": 8, "lengths": "uniform", "layers": None, "status": "ok", "tokens_per_second": 100.0}
+    row |= {"losses": [3.0, 2.5, None], "peak_allocated_gib": 40.0}
+    head, line = table([row]).splitlines()
+    assert "busy" not in head and line.split() == ["stock@8", "100", "40.0", "2.5000", "1.00"]
+    head, *lines = table([row, row | {"row": "zero1+full", "profile": {"busy_ms": 1234.4}}]).splitlines()
+    assert "busy ms" in head and lines[1].split()[-3:] == ["2.5000", "1234", "1.00"]
+
+
+def test_each_row_is_set_beside_stocks_on_the_same_data():
+    size = {"lengths": "uniform", "layers": None, "status": "ok", "peak_allocated_gib": 40.0}
+    speeds = {"stock": 100.0, "stock-bf16": 120.0, "zero1+full": 180.0}
+    rows = [{"row": name, "batch": 8, "tokens_per_second": speed, **size} for name, speed in speeds.items()]
+    rows += [{"row": "zero1+none", "batch": 4, "tokens_per_second": 200.0, **size | {"peak_allocated_gib": 60.0}}]
+    text = size | {"lengths": "text", "batch": 4}
+    rows += [{"row": "zero1+full+llm", "tokens_per_second": 90.0, **text}]
+    rows += [{"row": "stock", "tokens_per_second": 1.0, **text}]  # a LLaVA on texts
+    rows += [{"row": "stock+llm", **text, "status": "out of memory", "message": "!"}]
+    rows += [{"row": "zero2+full", "batch": 8, **size, "status": "error", "message": "!"}]
+    assert comparisons(rows).splitlines() == [
+        "zero1+full@8 : stock@8  1.80 × tokens/s, 1.00 × memory",
+        "zero1+full@8 : stock-bf16@8  1.50 × tokens/s, 1.00 × memory",
+        "zero1+none@4 : stock@8  2.00 × tokens/s, 1.50 × memory",
+        "zero1+none@4 : stock-bf16@8  1.67 × tokens/s, 1.50 × memory",
+        "zero1+full+llm@4 : no stock row on the same data has ended",
+    ]
+
+
 def test_figures_are_medians():
     steps = [{"ms": ms, "tokens": 1000, "flops": 2e12} for ms in (10.0, 20.0, 90.0)]
     assert figures(steps, 4e14) == {
@@ -134,6 +188,42 @@ def test_figures_are_medians():
         "mfu": 0.25,
     }
     assert figures([], None) == {}
+
+
+class SlowProfiler:
+    """In place of torch's, which needs seconds to start and to stop."""
+
+    def __init__(self, **_):
+        pass
+
+    def start(self):
+        time.sleep(0.3)
+
+    def stop(self):
+        time.sleep(0.3)
+
+    def events(self):
+        return []
+
+
+def test_what_a_profiler_needs_is_in_no_step(job, monkeypatch):
+    monkeypatch.setattr(torch.profiler, "profile", SlowProfiler)
+    job = replace(job, profile=True)
+    trainer = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")), model=None)
+    monkeypatch.setattr(
+        train_meter, "Throughput", lambda *_: SimpleNamespace(counts={"tokens": 8, "flops": 2}, peak=None)
+    )
+    timer = train_meter.StepTimer(trainer, job, 0.0, time.monotonic())
+    timer.on_train_begin()
+    for step in range(job.total_steps):
+        state = SimpleNamespace(global_step=step)
+        timer.on_step_begin(None, state, None)
+        time.sleep(0.01)
+        timer.losses.append(torch.tensor(float(step)))
+        timer.on_step_end(None, SimpleNamespace(global_step=step + 1), None)
+    found = timer.result()
+    assert len(found["ms"]) == len(found["losses"]) == 3 + PROFILED and all(9 < ms < 200 for ms in found["ms"])
+    assert found["losses"] == [0, 1, 2, 3, 4] and found["profile"]["wall_ms"] < 200
 
 
 def test_a_profile_is_grouped_and_per_step():
@@ -164,7 +254,8 @@ def test_without_a_gpu_it_refuses():
 
 @pytest.mark.slow
 def test_tiny_parts_on_a_cpu(tmp_path):
-    rows = ["stock", "stock-bf16", "zero2+full", "zero2+none+4bit@1", "zero7+full"]
+    rows = ["stock", "stock-bf16", "zero2+full", "zero2+none+4bit@1"]
+    rows += ["stock+llm", "zero1+selective+llm", "zero1+full+packed", "zero7+full"]
     sizes = ["--tiny", "--steps", 3, "--warm-up", 1, "--batch", 2, "--workers", 1, "--profile"]
     command = [sys.executable, "benchmarks/train.py", *sizes, "--rows", *rows, "--output", tmp_path / "r.json"]
     done = run(command, CUDA_VISIBLE_DEVICES="")
@@ -177,8 +268,8 @@ def test_tiny_parts_on_a_cpu(tmp_path):
         assert row["status"] == "ok" and row["tokens_per_second"] > 0 and len(row["losses"]) == 3 + PROFILED
         assert row["profile"]["kernels"]
     # B is 0 at first, so the same records have the same loss under stock and under ours
-    stock, ours = ran[0], ran[2]
-    assert ours["losses"][0] == pytest.approx(stock["losses"][0], abs=0.01)
+    for stock, ours in ((ran[0], ran[2]), (ran[4], ran[5])):
+        assert ours["losses"][0] == pytest.approx(stock["losses"][0], abs=0.01)
     assert "aten::mm" in (tmp_path / "r-profile.txt").read_text()
 
 

@@ -44,6 +44,7 @@ def test_diffusers_is_not_installed(monkeypatch):
         (["--lora_plus_ratio", "16"], "--lora_plus_ratio: unknown flag"),
         (["--method", "dora"], "--method: unknown flag"),
         (["--recompute", "selective"], r"--recompute.*none \| full"),
+        (["--recompute", "auto"], r"--recompute: .*found auto; expected none \| full"),
         (["--vision_tower", "clip"], "--vision_tower: unknown flag"),
         (["--eval_strategy", "steps"], "--eval_strategy: unknown flag.*no effect here"),
         (["--mixer_init", "zeros"], "--mixer_init"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from llava_moslora.export.export import TARGETS, export
-from llava_moslora.export.formats import DEQUANTIZED
+from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
+from llava_moslora.inference.load import load
 from support.export_runs import LLMS, METHODS, probe_here, trained_run
 
 BOUND = 1e-5
@@ -63,6 +64,18 @@ def test_dequantised_merge_is_what_was_trained(runs, tmp_path, monkeypatch, llm,
     largest = report["largest_value"]["logits"]
     assert report["logits_difference_from_the_run_as_trained"] <= BOUND * max(1.0, largest)
     assert "dequantised NF4 weights" in (folder / "README.md").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("merge_base", [ORIGINAL, DEQUANTIZED])
+def test_gpu_a_run_over_nf4_is_exported_and_loaded_on_one_device(runs, tmp_path, monkeypatch, merge_base):
+    """bitsandbytes quantises the LLM on the GPU and leaves it there; the proof is computed on the CPU."""
+    probe_here(monkeypatch)
+    run = runs("llama", 4, "moslora")
+    report = json.loads((export(run, tmp_path / "out", merge_base=merge_base)["hf"] / "export_report.json").read_text())
+    assert report["largest_difference"]["logits"] <= BOUND * max(1.0, report["largest_value"]["logits"])
+    for trained in (True, False):
+        assert {p.device.type for p in load(run, trained=trained).model.parameters()} == {"cuda"}
 
 
 @pytest.mark.parametrize("kind", ["peft", "peft_with_base", "xtuner_adapters", "xtuner"])

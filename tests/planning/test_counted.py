@@ -27,7 +27,7 @@ from support.assembled import PATCHES
 from support.planned import TINY_ADAPTERS
 from support.settings import parts_of
 
-ROWS, TOKENS, LABELS = 8, 128, 64  # tensors are multiples of 512 bytes, to which the planner rounds
+ROWS, TOKENS, LABELS = 16, 128, 64  # the planner rounds to 512 bytes: few of these tensors are no multiples
 KINDS, MODES, BITS = ("images", "packed", "text"), ("none", "every:2", "selective", "full"), (16, 4)
 SMALL = 0.005  # of what is kept
 
@@ -114,7 +114,7 @@ def rotary(model: Model, kind: str) -> int:
 def states_of_generator(model: Model, mode: str) -> int:
     """Bytes of the random generator's states that recomputed layers keep: in the host's memory, also with a GPU."""
     name, n = parse_recompute(mode)
-    layers = model.tower_layers + model.llm_config.num_hidden_layers
+    layers = (0 if name == "selective" else model.tower_layers) + model.llm_config.num_hidden_layers
     return 0 if name == "none" else -(-layers // n) * torch.get_rng_state().nbytes
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from llava_moslora import recompute
 from llava_moslora.devices import DEVICES, GIB, find_device
-from llava_moslora.planning import activations, duration
+from llava_moslora.planning import activations, duration, on_meta
 from llava_moslora.planning.memory import ABOVE, CONTEXT, memory
 from llava_moslora.planning.plan import Request
 from llava_moslora.planning.records import Records
@@ -20,8 +20,9 @@ RESULTS = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "resu
 ROWS = [(result, row) for result in RESULTS for row in result["rows"] if row["row"].startswith("zero")]
 NAMES = [f"{row['row']}@{row['batch']}" for _, row in ROWS]
 TOKENS, LABELS = {"uniform": 2048, "text": 4096}, 200  # of a record (benchmarks/train_parts.py)
-# Commits with rows from before 091f12b, when selective recomputation still kept the last linear of a layer.
-KEPT_LAST_LINEAR = {"7784b1b"}
+# Commits with rows from before selective recomputation kept less of the LLM (091f12b) and more of the tower, and from
+# before quick GELU was one operation.
+EARLIER = {"7784b1b"}
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +40,13 @@ def planned(row: dict) -> tuple[Choice, Batch]:
 
 @pytest.mark.parametrize(("result", "row"), ROWS, ids=NAMES)
 def test_memory_is_not_below_and_little_above_the_measured_peak(model, result, row, monkeypatch):
-    if result["commit"] in KEPT_LAST_LINEAR and "selective" in row["row"]:
-        monkeypatch.setattr(recompute, "LAST_LINEAR", {})  # as the package of that commit computed
-        activations.activations.cache_clear()
-        activations._small_model.cache_clear()
+    if result["commit"] in EARLIER:  # as the package of that commit computed
+        monkeypatch.setattr(recompute, "LAST_LINEAR", {})
+        for user in (recompute, activations):
+            monkeypatch.setattr(user, "recomputes", lambda mode, n, i, *, in_tower: mode != "none" and i % n == 0)
+        monkeypatch.setattr(on_meta, "QuickGELUActivation", type("None", (), {}))
+    activations.activations.cache_clear()
+    activations._small_model.cache_clear()
     wanted, batch = planned(row)
     device = find_device(result["device"])
     found = memory(model, wanted, batch, device, gpus=1)
@@ -64,7 +68,9 @@ def test_memory_at_rest_is_what_was_measured(model, result, row):
 
 
 @pytest.mark.parametrize(("result", "row"), ROWS, ids=NAMES)
-def test_a_step_takes_as_long_as_was_measured(model, result, row):
+def test_a_step_takes_as_long_as_was_measured(model, result, row, monkeypatch):
+    if result["commit"] in EARLIER:
+        monkeypatch.setattr(duration, "PYTHON_SINCE", dict.fromkeys(duration.PYTHON, 1))
     wanted, batch = planned(row)
     tokens = batch.tokens
     records = Records(None, tokens, tokens**2, LABELS, batch.images / batch.rows, tokens, LABELS, 1, "")

@@ -1,6 +1,7 @@
 """Every training recipe says what the planner says of it. ``python -m support.recipe_plans`` writes the comments."""
 
 import os
+import re
 
 import pytest
 
@@ -29,6 +30,7 @@ def test_the_comment_is_the_plan(folder, recipe, monkeypatch):
     said = comment(recipe, folder)
     assert in_recipe(recipe) == said, "python -m support.recipe_plans writes it again"
     assert max(map(len, said.splitlines())) <= 160
+    assert ("; --recompute auto: " in said) == (not re.search("24gb|commonsense", recipe))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.planning import seen
 from llava_moslora.planning.plan import Request, make_plan
 from llava_moslora.planning.records import assumed
-from llava_moslora.planning.seen import PLAN, STEPS, WARM_UP, SeenSteps, read_pair
+from llava_moslora.planning.seen import PLAN, PLANNER, STEPS, WARM_UP, SeenSteps, read_pair
 from llava_moslora.planning.setting import Pair
 from support.launching import ROOT
 from support.planned import choice, tiny_model
@@ -76,6 +76,16 @@ def test_a_later_plan_has_the_range_that_was_seen(run_of):
     assert (low, high) == pytest.approx((1.8, 2.2))
 
 
+def test_a_plan_of_another_version_is_no_measure(run_of):
+    run = run_of(plan_on(), "cuda")
+    found = json.loads((run / PLAN).read_text())
+    assert found["planned"]["planner"] == PLANNER
+    for version in ({"planner": PLANNER - 1}, {}):
+        said = {name: value for name, value in found["planned"].items() if name != "planner"} | version
+        (run / PLAN).write_text(json.dumps(found | {"planned": said}))
+        assert read_pair(run) is None
+
+
 def test_runs_that_recompute_alike_count_before_others():
     full = Pair("a", "H100", "full", 16, memory=1, outside=0, time=3.0)
     request = replace(plan_on(recompute="none").request, pairs=(full, replace(full, recompute="none", time=1.0)))
@@ -84,7 +94,9 @@ def test_runs_that_recompute_alike_count_before_others():
     assert request.duration(request.choice).factors == pytest.approx((2.7, 3.3))
 
 
-@pytest.mark.parametrize("content", ['{"planned": {"gpu": 1}, "seen": {"peak_reserved": 1}}', '{"seen": {}}', "[]"])
+@pytest.mark.parametrize(
+    "content", [f'{{"planned": {{"planner": {PLANNER}}}, "seen": {{"peak_reserved": 1}}}}', '{"seen": {}}', "[]"]
+)
 def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / PLAN).write_text(content)
     with pytest.raises(Refusal, match=r"K-JSON.*plan\.json"):

@@ -4,10 +4,12 @@ import json
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation import question_file
+from llava_moslora.export.export import export
 from scripts import evaluate
 from support.export_runs import trained_run
 
@@ -46,7 +48,7 @@ def test_a_folder_is_no_question_file(tmp_path):
 @pytest.mark.parametrize("flag", ["--output", "--probe"])
 @pytest.mark.parametrize("place", ["missing/answers.json", ".", "questions.json/answers.json"])
 def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions, monkeypatch, tmp_path, flag, place):
-    monkeypatch.setattr(question_file, "load_run", loaded)
+    monkeypatch.setattr(question_file, "load", loaded)
     with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: (nothing can be written|not a file)"):
         evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images, flag, tmp_path / place)
 
@@ -60,14 +62,14 @@ def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions,
 ])  # fmt: skip
 def test_questions_of_another_kind(run, parts, questions, monkeypatch, content, match):
     questions.write_text(content)
-    monkeypatch.setattr(question_file, "load_run", loaded)
+    monkeypatch.setattr(question_file, "load", loaded)
     with pytest.raises(Refusal, match=match):
         evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images)
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_batch_size(run, parts, questions, monkeypatch, size):
-    monkeypatch.setattr(question_file, "load_run", loaded)
+    monkeypatch.setattr(question_file, "load", loaded)
     with pytest.raises(Refusal, match=r"C-FLAG\] --batch_size: out of range"):
         evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images, "--batch_size", size)
 
@@ -102,3 +104,23 @@ def test_answers_are_kept_and_gone_on_with(run, parts, questions, monkeypatch, t
     assert asked == [3] and "continuing after 4 answers" in capsys.readouterr().out
     assert json.loads((tmp_path / "answers.json").read_text()) == whole
     assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_an_export_answers_as_its_run(run, parts, questions, monkeypatch, tmp_path):
+    merged = export(run, tmp_path / "merged", ["hf"])["hf"]
+    results = []
+    for model, name in ((run, "run"), (merged, "merged")):
+        output = tmp_path / f"{name}.json"
+        evaluated(
+            monkeypatch, model, "--questions", questions, "--image_folder", parts.images, "--output", output,
+            "--probe", tmp_path / f"{name}.safetensors",
+        )  # fmt: skip
+        results.append(json.loads(output.read_text()))
+    assert results[0] == results[1]
+    logits = [load_file(tmp_path / f"{name}.safetensors")["logits"] for name in ("run", "merged")]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_model_is_refused(parts, questions, monkeypatch, tmp_path):
+    with pytest.raises(Refusal, match=r"C-PATH\] .*neither a run nor a model"):
+        evaluated(monkeypatch, tmp_path, "--questions", questions, "--image_folder", parts.images)

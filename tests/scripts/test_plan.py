@@ -79,6 +79,21 @@ def test_suggestions_and_bars(plan):
     assert "█" in done.stdout and "fastest that fits" in done.stdout and "--recompute" in done.stdout
 
 
+def test_recompute_auto_plans_what_it_chooses(plan, folders, tmp_path):
+    """In flags, or in a file of flags; the plan is that of the way itself."""
+    given = ["--config", RECIPE, "--gpu", "a100-40", "--gpus", 4, "--json", "--recompute"]
+    auto = json.loads(plan(*given, "auto").stdout)
+    itself = json.loads(plan(*given, auto["recompute"]).stdout)
+    assert auto["chosen"].startswith(f"--recompute auto: {auto['recompute']}, planned ") and itself["chosen"] is None
+    assert {**auto, "chosen": None} == itself
+    (tmp_path / "run.yaml").write_text(
+        f"model_name_or_path: {folders / 'llm'}\nvision_tower: {folders / 'clip'}\nrecompute: auto\nbf16: true\n"
+        f"data_path: unknown\noutput_dir: planned\ndeepspeed: {ROOT / 'zero_configs' / 'zero1.json'}\n"
+    )
+    said = plan("--config", tmp_path / "run.yaml", "--gpu", "h200").stdout.splitlines()[1]
+    assert said.startswith("--recompute auto: none, planned ") and said.endswith("; no way is faster")
+
+
 def test_a_run_folder_and_its_prepared_data(plan, parts, tmp_path):
     """A run of the tiny parts, planned again from its run.json, with the lengths that its data have."""
     from support.training_runs import train

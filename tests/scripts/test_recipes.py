@@ -143,7 +143,7 @@ def test_recipe_is_the_papers_table_8(folders, recipe):
         assert (tower.mixer_init, tower.train_mixer) == mixer
     assert (args.num_train_epochs, args.warmup_steps, args.lr_scheduler_type) == (1, 0.03, "cosine")
     assert (args.weight_decay, args.max_grad_norm, args.adam_beta1, args.adam_beta2) == (0, 1, 0.9, 0.999)
-    assert args.bf16 and args.recompute == "full" and args.resume
+    assert args.bf16 and args.recompute == ("full" if "24gb" in recipe else "auto") and args.resume
     assert (data_args.model_max_length, data_args.image_aspect_ratio) == (2048, "pad")
 
     model = sketch(model_args, adapter_args)

@@ -55,7 +55,8 @@ def trained_run(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or (parameter.requires_grad and "multi_modal_projector" in name):
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+                drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)  # of 4 bits: a GPU
+                parameter.add_(drawn * 0.1)
     run.mkdir(parents=True)
     settings = RunSettings(
         parts, DataSettings(["data.json"]), towers, training={"bf16": False, "fp16": False}, preprocessor=preprocessor

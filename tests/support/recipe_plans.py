@@ -64,7 +64,8 @@ def comment(recipe: str, folder: Path) -> str:
     content = read_deepspeed_config(training["deepspeed"])
     asked = Asked(gpu, gpus, records)
     request = make_request(asked, *settings[:3], training, accumulation(training, gpus), content, {})
-    said = verdict(make_plan(request, with_largest=False))
+    plan = make_plan(request, with_largest=False)
+    said = verdict(plan) + (f"; --recompute auto: {plan.request.choice.recompute}" if plan.auto else "")
     command = f"python scripts/plan.py --config scripts/{recipe} --gpu {gpu} --records {records}"
     return f"# Planned, {command}:\n#   {said}\n"
 

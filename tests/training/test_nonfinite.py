@@ -51,19 +51,21 @@ def test_a_step_that_is_not_finite_stops_the_run(parts, tmp_path, monkeypatch, w
         ("gradient", "zero2", True),
         ("gradient", "zero2", False),
         ("gradient", "zero3", True),
+        ("loss", "zero1", True),
         ("loss", "zero2", True),
         ("loss", "zero3", True),
     ],
 )
 def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, bf16):
-    """It leaves a step with a NaN gradient out, or under ZeRO-2 in bf16 takes it, and continues."""
+    """It leaves a step with a NaN gradient out, or in bf16 under ZeRO-2 (and, with our step, ZeRO-1) takes it, and
+    continues."""
     (tmp_path / "broken.py").write_text(BROKEN_RUN.replace("{where}", where))
     folder = tmp_path / "run"
     words = flags(parts, folder, deepspeed=f"zero_configs/{zero}.json", max_steps=3, save_steps=1, bf16=bf16)
     done = run([*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests")
     assert done.returncode == 5, done.stderr[-2000:]
     lines = [line for line in done.stderr.splitlines() if "error[R-NONFINITE]" in line]
-    taken = bf16 and zero == "zero2"
+    taken = bf16 and zero in ("zero1", "zero2")
     said = "gradient norm" if taken else "DeepSpeed skipped the update"
     if where == "loss":
         said = "the loss became NaN or Inf at step 1"
@@ -72,6 +74,35 @@ def test_deepspeed_does_not_go_on_without_a_step(parts, tmp_path, where, zero, b
     batches = json.loads((folder / NONFINITE_FILE).read_text())["batches"]
     assert [batch["rank"] for batch in batches] == [0, 1]
     assert [batch["loss"] == "nan" for batch in batches] == [False, where == "loss"]
+
+
+LATER = {  # what is done after the second step, the broken one, where a log comes later
+    "save": {"save_steps": 1, "max_steps": 3},
+    "evaluate": {"eval_strategy": "steps", "eval_steps": 2, "validation_split": 0.25, "save_steps": 1, "max_steps": 5},
+    "health": {"health_steps": 2, "save_steps": 1, "max_steps": 5},
+    "samples": {"sample_steps": 2, "save_steps": 1, "max_steps": 5},
+    "end": {"max_steps": 2, "save_strategy": "no"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", LATER)
+def test_a_step_that_was_only_launched_is_looked_at_before_its_weights_are_used(parts, tmp_path, what):
+    """ZeRO-1 in bf16, logging every ten steps: nothing of the step is logged, saved, evaluated, measured or asked."""
+    (tmp_path / "broken.py").write_text(BROKEN_RUN.replace("{where}", "gradient"))
+    folder, settings = tmp_path / "run", {"logging_steps": 10, "bf16": True} | LATER[what]
+    if what == "samples":
+        record = {"id": "0", "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "this"}]}
+        (tmp_path / "samples.json").write_text(json.dumps([record]))
+        settings["sample_questions"] = tmp_path / "samples.json"
+    words = flags(parts, folder, deepspeed="zero_configs/zero1.json", **settings)
+    done = run([*LAUNCHER, "--master_port", free_port(), tmp_path / "broken.py", *words], PYTHONPATH=".:tests")
+    assert done.returncode == 5, done.stderr[-2000:]
+    assert "the gradient became NaN or Inf (gradient norm nan) at step 1" in done.stderr
+    kept = [] if what == "end" else ["checkpoint-1"]
+    assert [path.name for path in folder.glob("checkpoint-*")] == kept
+    rows = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert all(row.get("step", 0) < 2 for row in rows), rows
 
 
 def engine(*, skipped: int, scale: float, fp16: bool = True, dynamic: bool = True):
@@ -118,6 +149,50 @@ def test_finite_steps_give_the_norm_as_a_number(tmp_path):
     assert guard(tmp_path).check(7, torch.tensor(2.5), None, {}) == 2.5
     assert guard(tmp_path).check(7, 2.5, engine(skipped=0, scale=1), {}) == 2.5
     assert guard(tmp_path).check(7, None, engine(skipped=0, scale=1), {"a": torch.ones(2)}) is None
+
+
+def launched(folder, norm: float, *losses: float) -> FiniteCheck:
+    """A step that has been launched, and is not yet looked at."""
+    watch = FiniteCheck(folder)
+    watch.begin_step([[10 + i] for i in range(len(losses))])
+    for loss in losses:
+        watch.add_loss(torch.tensor(loss))
+    assert torch.equal(watch.check_later(7, torch.tensor(norm)), torch.tensor(norm)) or norm != norm
+    watch.require_checked()
+    return watch
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("norm", "losses", "message"),
+    [
+        (1.0, (1.5, NAN), r"the loss became NaN or Inf at step 7.*found loss nan on records 11;"),
+        (NAN, (1.5, 2.5), r"the gradient became NaN or Inf \(gradient norm nan\) at step 7.*on records 10, 11;"),
+        (float("inf"), (1.5,), r"the gradient became NaN or Inf \(gradient norm inf\) at step 7.*on records 10;"),
+    ],
+)
+@pytest.mark.parametrize("by", ["the next step", "a save"])
+def test_a_step_that_was_only_launched_is_looked_at_later(tmp_path, norm, losses, message, by):
+    """With its own number and records, though the next step has been launched already."""
+    watch = launched(tmp_path, norm, *losses)
+    if by == "the next step":
+        watch.begin_step([[98], [99]])
+        watch.add_loss(torch.tensor(3.5))
+    with pytest.raises(Refusal, match=message):
+        watch.check_later(8, torch.tensor(1.0)) if by == "the next step" else watch.settle()
+    dump = json.loads((tmp_path / NONFINITE_FILE).read_text())
+    assert dump["step"] == 7 and [batch["records"] for batch in dump["batches"]] == [
+        [10 + i] for i in range(len(losses))
+    ]
+
+
+def test_a_finite_step_that_was_only_launched_is_settled_once(tmp_path):
+    watch = launched(tmp_path, 2.5, 1.5)
+    watch.settle()
+    watch.settle()
+    assert watch.launched is None and not (tmp_path / NONFINITE_FILE).exists()
 
 
 def test_a_step_that_was_not_checked_is_noticed(tmp_path):

@@ -23,6 +23,7 @@ import scripts.train_vit_llm as script
 from llava_moslora.config import LR_SCHEDULES
 from llava_moslora.errors import Refusal
 from llava_moslora.flags import NOT_KNOWN, ScriptParser
+from llava_moslora.training import checkpoint as checkpoint_module
 from llava_moslora.training import trainer as trainer_module
 from llava_moslora.training import trainer_flags
 from llava_moslora.training.arguments import TrainingArguments
@@ -186,8 +187,10 @@ def test_checkpointing_by_either_name(arguments, name, recwarn):
     assert arguments(f"--{name}").recompute == arguments(f"--{name}", "True").recompute == "full"
     assert arguments(f"--{name}", "False").recompute == "none"
     assert arguments(f"--{name}", "True", "--recompute", "selective").recompute == "selective"
-    with pytest.raises(Refusal, match="two flags that disagree"):
-        arguments(f"--{name}", "True", "--recompute", "none")
+    assert arguments(f"--{name}", "False", "--recompute", "auto").recompute == "auto"
+    for way in ("none", "auto"):
+        with pytest.raises(Refusal, match=f"two flags that disagree; found True and {way}; fix: leave one"):
+            arguments(f"--{name}", "True", "--recompute", way)
     assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
 
 
@@ -335,7 +338,7 @@ def test_a_schedule_is_restored_from_its_step_alone(name):
     for _ in range(5):
         one.optimizer.step()
         one.step()
-    trainer_module.set_scheduler_step(other, 5)
+    checkpoint_module.set_scheduler_step(other, 5)
     assert other.get_last_lr() == one.get_last_lr()
 
 
