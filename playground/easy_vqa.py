@@ -6,14 +6,15 @@ EasyVQA (MIT) is a public set of 64×64 drawings of one coloured shape, with a t
 folder appears complete or not at all; a second run finds it and does nothing. It holds::
 
     images/{train,test}/<id>.png   the images; the paths in the files below start at images/
-    train.json      training questions that cannot be guessed, as LLaVA records of up to three turns
+    train.json      training questions that cannot be guessed, as LLaVA records of up to three turns; half of those that
+                    ask what are multiple choice
     captions.json   "a red circle" for the training images whose questions settle it: the projector's pretraining
     test.json       every test question, asked alone: {id, image, question, answer}
     test_400.json   400 of them with the same mix of answers and wordings
     figures.json    what answering without looking scores, on both test files
 
-Questions and answers are the data set's own, letter for letter. The captions are deduced from the training split's
-questions and answers, never from the pixels.
+Questions and answers are the data set's own, letter for letter; options and their letters are added. The captions are
+deduced from the training split's questions and answers, never from the pixels.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ VALUES = {
     "shape": ("circle", "rectangle", "triangle"),
     "color": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
 }
+LETTERS, PROMPT = "ABCD", "Answer with the option's letter from the given choices directly."  # as in LLaVA-1.5's data
 Row = list  # [question, answer, image id], as in the data set
 
 
@@ -125,6 +127,33 @@ def train_records(rows: list[Row]) -> list[dict]:
             if group:
                 records.append(record(f"train-{image}-{number}", f"train/{image}.png", group))
     rng.shuffle(records)
+    return records
+
+
+def options_of(question: str, answer: str, rng: random.Random) -> list[str]:
+    """The answer among other values of its attribute, four in all or as many as there are, in a random order."""
+    attribute, _ = parse(question)
+    others = [value for value in VALUES[attribute] if value != answer]
+    options = rng.sample(others, min(len(others), len(LETTERS) - 1)) + [answer]
+    rng.shuffle(options)
+    return options
+
+
+def with_choices(records: list[dict]) -> list[dict]:
+    """The records with every other question that asks what as multiple choice, answered by the option's letter."""
+    rng, asked = random.Random(SEED), 0
+    for item in records:
+        turns = item["conversations"]
+        for human, gpt in zip(turns[::2], turns[1::2], strict=True):
+            question = human["value"].removeprefix("<image>\n")
+            if parse(question)[0] is None:
+                continue
+            asked += 1
+            if asked % 2:
+                options = options_of(question, gpt["value"], rng)
+                lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+                human["value"] = "\n".join([human["value"], *lines, PROMPT])
+                gpt["value"] = LETTERS[options.index(gpt["value"])]
     return records
 
 
@@ -228,6 +257,7 @@ def main() -> None:
     chosen = balanced(train)
     records, captions = train_records(chosen), caption_records(train)
     leaked, later = given_away(records)
+    records = with_choices(records)
     figures = {"test": blind_scores(train, questions), f"test_{SUBSET}": blind_scores(train, few)}
 
     staging = args.out.parent / f".{args.out.name}.partial"

@@ -18,12 +18,12 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from easy_vqa import SEED, VALUES, parse
+from easy_vqa import LETTERS, SEED, options_of, parse
 
 from llava_moslora.errors import run_script
 from llava_moslora.files.disk import replace_file
 
-QUESTIONS, LETTERS = 300, "ABCD"
+QUESTIONS = 300
 COLUMNS = ("index", "image", "question", *LETTERS, "answer", "category")
 
 
@@ -38,9 +38,7 @@ def rows(questions: list[dict], count: int) -> list[dict[str, str]]:
     for number, image in enumerate(sorted(rng.sample(sorted(of_image), count))):
         chosen = rng.choice(of_image[image])
         attribute, _ = parse(chosen["question"])
-        others = [value for value in VALUES[attribute] if value != chosen["answer"]]
-        options = rng.sample(others, min(len(others), len(LETTERS) - 1)) + [chosen["answer"]]
-        rng.shuffle(options)
+        options = options_of(chosen["question"], chosen["answer"], rng)
         made.append({
             "index": str(number), "image": image, "question": chosen["question"], "category": attribute,
             "answer": LETTERS[options.index(chosen["answer"])], **dict(zip(LETTERS, options, strict=False)),
