@@ -104,7 +104,7 @@ def triton_enabled() -> bool:
 
 def mask_source(device: torch.device) -> str:
     """Name of what computes dropout's masks from their seeds: from another source the masks are others."""
-    return "hash" if device.type == "cuda" and triton_enabled() else f"{device.type} generator"
+    return "hash of pairs" if device.type == "cuda" and triton_enabled() else f"{device.type} generator"
 
 
 def uses_triton(rows: Tensor) -> bool:
