@@ -11,13 +11,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from types import CodeType
 from typing import Any, NamedTuple
 
-from llava_moslora.errors import Refusal, leave
+from llava_moslora.errors import Refusal
 
 SUPPORTED = {"transformers": ">=5.17,<6", "accelerate": ">=1.15", "peft": ">=0.21,<0.23", "deepspeed": ">=0.19.8,<0.20"}
 TESTED = {"transformers": "5.23.0", "accelerate": "1.15.0", "peft": "0.21.2", "deepspeed": "0.19.8"}
@@ -138,15 +137,7 @@ def check_private_api(user: str) -> None:
                 expected=f"{part.name}{parameters}, as in {library} {SUPPORTED[library]}",
                 fix=f"pip install {library}=={TESTED[library]}, the version this was tested with",
             )
-            sys.excepthook = _leave_while_importing
             raise refusal
-
-
-def _leave_while_importing(kind, error, trace) -> None:
-    """A script imports this package before ``run_script`` can turn the refusal into one line and an exit status."""
-    if isinstance(error, Refusal):
-        leave(error)
-    sys.__excepthook__(kind, error, trace)
 
 
 def _difference(part: Part) -> tuple[str, str] | None:

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.devices import DEVICES, GIB
+from llava_moslora.devices import GIB, known_name
 from llava_moslora.distributed import from_all_ranks
 from llava_moslora.errors import Refusal
 from llava_moslora.planning.duration import MEASURED_ON
@@ -43,7 +43,7 @@ def plan_of_training(
         dataset: the prepared data. rows: of them that are trained on; None: all.
     """
     name = torch.cuda.get_device_properties(device).name
-    known = next((key for key in DEVICES if key in name), None)
+    known = known_name(name)
     asked = Asked(known or MEASURED_ON, gpus, tokens=1, labels=1)  # of the records: replaced below
     request = make_request(
         asked, model, data, adapter, training, training["gradient_accumulation_steps"], deepspeed, zeros={}

@@ -32,7 +32,7 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
     With DeepSpeed the process group must have been joined before (:mod:`llava_moslora.training.process_group`).
 
     Raises:
-        Refusal: C-FLAG, values that do not go together.
+        Refusal: C-FLAG, values that do not go together; E-LAUNCH, one process that sees several GPUs.
     """
 
     def __post_init__(self):
@@ -51,6 +51,12 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
             raise
         except (ValueError, ImportError, OverflowError) as error:  # the Trainer's own checks, in its words
             raise Refusal("C-FLAG", "the training arguments do not go together", found=error) from error
+        if self.n_gpu > 1:  # the Trainer would split every batch in DataParallel, and positions of labels with it
+            raise Refusal(
+                "E-LAUNCH", "one process, and several GPUs", found=f"{self.n_gpu} GPUs",
+                fix="start one process per GPU: torchrun --nproc_per_node N …, or deepspeed; "
+                "or let it see one GPU: CUDA_VISIBLE_DEVICES=0",
+            )  # fmt: skip
         self.global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.use_liger_kernel:
             # The loss is ours; Liger's rotary embedding writes over its inputs, which selective recomputation keeps.

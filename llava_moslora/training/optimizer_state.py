@@ -57,37 +57,52 @@ class TrainState:
         for name, master in self._stepped_tensors.items():
             master.data.copy_(parameters[name])
 
-    def masters(self) -> dict[str, Tensor]:
-        """Every trained parameter and every frozen factor, unpartitioned, float32, on the CPU. Collective."""
+    def masters(self, keep: bool = True) -> dict[str, Tensor]:
+        """Every trained parameter and every frozen factor, unpartitioned, float32, on the CPU. Collective.
+
+        Args:
+            keep: whether this rank uses them. A rank that does not takes part, keeps nothing, and gets {}.
+        """
+        masters: dict[str, Tensor] = {}
         if not self.partitioned:
-            masters = {name: _to_cpu(tensor, torch.float32) for name, tensor in self._stepped_tensors.items()}
+            tensors: Iterable[tuple[str, Tensor]] = self._stepped_tensors.items() if keep else ()
         else:
             from deepspeed.utils import safe_get_full_fp32_param  # imported here: not needed without DeepSpeed
 
-            masters = {n: _to_cpu(safe_get_full_fp32_param(p), torch.float32) for n, p in self.parameters.items()}
+            tensors = ((name, safe_get_full_fp32_param(p)) for name, p in self.parameters.items())
+        for name, tensor in tensors:
+            if keep:
+                masters[name] = _to_cpu(tensor, torch.float32)
         frozen = frozen_factors(self.model)
         with _gathered(frozen.values()):
-            return masters | {name: _to_cpu(parameter, torch.float32) for name, parameter in frozen.items()}
+            return masters | {n: _to_cpu(factor, torch.float32) for n, factor in frozen.items() if keep}
 
-    def optimizer_state(self) -> dict[str, Tensor]:
+    def optimizer_state(self, keep: bool = True) -> dict[str, Tensor]:
         """``NAME.KEY`` → what the optimizer keeps for a parameter, unpartitioned, on the CPU. Collective.
 
         A parameter that has not been stepped yet has no state; with fp16 none has until a loss scale is found.
+        ``keep`` as for :meth:`masters`.
         """
         if not self.partitioned:
-            state = self._torch_optimizer.state
+            of_tensor = self._torch_optimizer.state
             return {
                 f"{name}.{key}": _to_cpu(value) if _is_elementwise(value) else _scalar(value)
-                for name, tensor in self._stepped_tensors.items()
-                for key, value in state.get(tensor, {}).items()
+                for name, tensor in (self._stepped_tensors if keep else {}).items()
+                for key, value in of_tensor.get(tensor, {}).items()
             }
         from deepspeed.utils import safe_get_full_optimizer_state as full_state
 
         elementwise, scalars = self._flat_state_keys()
         if elementwise:
             self._link_state()
-        state = {f"{n}.{key}": _to_cpu(full_state(p, key)) for n, p in self.parameters.items() for key in elementwise}
-        return state | {f"{n}.{key}": _scalar(value) for n in self.parameters for key, value in scalars.items()}
+        state = {}
+        for name, parameter in self.parameters.items():
+            for key in elementwise:
+                whole = full_state(parameter, key)
+                if keep:
+                    state[f"{name}.{key}"] = _to_cpu(whole)
+            state |= {f"{name}.{key}": _scalar(value) for key, value in scalars.items() if keep}
+        return state
 
     def loss_scale(self) -> dict | None:
         """State of the fp16 loss scale search; None in other precisions."""

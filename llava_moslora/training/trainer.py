@@ -254,11 +254,12 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.finite_check.settle()
         self._compare_with_best()
         train_state = self._train_state()
-        masters, optimizer_state = train_state.masters(), train_state.optimizer_state()
+        writes = rank() == 0  # the other ranks' part ends with gathering: a copy each would fill the host's memory
+        masters, optimizer_state = train_state.masters(writes), train_state.optimizer_state(writes)
 
         def write(folder: Path) -> None:
             write_json(folder / f"random-{self.args.process_index}.json", random_state())
-            if rank() == 0:
+            if writes:
                 write_trained(folder, self.model, masters)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 position = {"scheduler_steps": self.lr_scheduler.last_epoch, "loss_scale": train_state.loss_scale()}

@@ -34,7 +34,7 @@ class Compiled:
         options = {name: named.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in named}
         arguments = dict(zip(names, values, strict=False)) | named
         constants = {p.name: arguments[p.name] for p in self.kernel.params if p.is_constexpr}
-        pointers = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+        pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
         signature = {
             name: "constexpr" if name in constants
             else pointers[value.dtype] if isinstance(value, torch.Tensor)

@@ -243,3 +243,10 @@ def test_the_global_batch_and_its_parts_agree(tmp_path):
     contradicting = r"--global_batch_size, --gradient_accumulation_steps: .*found 8 and 1; expected 8 = 2 .* × 4 accum"
     with pytest.raises(Refusal, match=contradicting):
         parse([*words, "--global_batch_size", "8", "--gradient_accumulation_steps", "1"])
+
+
+def test_one_process_does_not_share_its_batches_with_several_gpus(tmp_path, monkeypatch):
+    """As transformers would, in DataParallel, where no launcher was used; positions of labels are the whole batch's."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(Refusal, match=r"E-LAUNCH\] one process, and several GPUs; found 2 GPUs; fix: .*torchrun"):
+        parse(required(tmp_path))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -35,6 +37,7 @@ class MetricsWriter(TrainerCallback):
     def __init__(self, run: Path, *, tensorboard: bool):
         self.file, self.tensorboard = run / METRICS_FILE, tensorboard
         self.writer: SummaryWriter | None = None
+        self.thread_hook = threading.excepthook
 
     def on_train_begin(self, args, state, control, **_):
         if not state.is_world_process_zero:
@@ -42,7 +45,8 @@ class MetricsWriter(TrainerCallback):
         last = state.global_step or -1  # a run that begins evaluates step 0 again
         delete_rows_after(self.file, last)
         if self.tensorboard:
-            leave_errors_to_flush()
+            self.thread_hook = threading.excepthook
+            threading.excepthook = leave_errors_to_flush(self.thread_hook)
             self.writer = SummaryWriter(self.file.parent / TENSORBOARD_FOLDER, purge_step=last + 1)
 
     def on_log(self, args, state, control, logs=None, **_):
@@ -58,18 +62,18 @@ class MetricsWriter(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if self.writer is not None:
             self.writer.close()
+            threading.excepthook = self.thread_hook
 
 
-def leave_errors_to_flush() -> None:
-    """TensorBoard's writer, a thread, keeps its error, such as of a full disk, for the next ``flush``; its traceback
-    would only be printed besides."""
-    others = threading.excepthook
+def leave_errors_to_flush(others: Callable[[Any], object]) -> Callable[[threading.ExceptHookArgs], None]:
+    """A ``threading.excepthook``: TensorBoard's writer, a thread, keeps its error, such as of a full disk, for the next
+    ``flush``, and its traceback would only be printed besides. Errors of other threads go to ``others``."""
 
     def hook(failed: threading.ExceptHookArgs) -> None:
         if type(failed.thread).__name__ != "_AsyncWriterThread":
             others(failed)
 
-    threading.excepthook = hook
+    return hook
 
 
 def tensorboard_name(name: str) -> str:
