@@ -290,7 +290,7 @@ def test_every_recipe_is_tested():
 
 @pytest.mark.parametrize("more", [[], ["--mixer_init", "identity", "--train_mixer", "False"]])
 def test_the_subject_is_trained_as_the_authors_script_did(folders, more):
-    """Section 4.3, whose settings are those of the authors' script: rank and alpha 4, batches of four, 500 steps."""
+    """Section 4.3: orthogonal mixers, batches of four, 500 steps; rank and alpha 4 are their script's."""
     command = start(folders, "sdxl_cat", *more, PROMPT="a photo of ikat cat")
     assert command[:3] == ["deepspeed", "--num_gpus", "1"]
     words = command[command.index("scripts/train_sdxl.py") + 1 :]
