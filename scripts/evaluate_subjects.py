@@ -126,7 +126,7 @@ if __name__ == "__main__":  # --help and a wrong flag are answered here, before 
     quiet_libraries()
 
 from llava_moslora.evaluation import human_kit
-from llava_moslora.evaluation.output import locked, new_output
+from llava_moslora.evaluation.output import check_output, locked, new_output
 from llava_moslora.evaluation.subject_images import (
     DrawnFolder,
     draw,
@@ -156,6 +156,7 @@ def draw_images(args: argparse.Namespace) -> None:
     loras = lora_of(args.lora or [], subjects)
     if args.lora:
         subjects = [subject for subject in subjects if subject.name in loras]
+    check_output(args.output)
     quiet_loading()
     pipeline = load_pipeline(args.base, args.dtype)  # before the folder is made: the base may be a wrong one
     output = new_output(args.output)
@@ -186,6 +187,8 @@ def score_images(args: argparse.Namespace) -> None:
     folders = [chosen(read_drawn(folder), args.names) for folder in args.inputs]
     if len(folders) == 2:
         paired_images(*folders)
+    if args.output:
+        check_output(args.output)
     quiet_loading()
     encoders = load_encoders(args.clip, args.dino)
     output = new_output(args.output) if args.output else None

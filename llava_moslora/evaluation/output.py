@@ -27,14 +27,31 @@ def new_output(folder: str) -> Path:
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return Path(folder)
     except OSError as error:
-        if error.errno in NOT_OF_THE_PLACE:
-            raise
-        what = "nothing can be written in this folder"
-        fix = "choose another"
-        raise Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror, fix=fix) from error
+        raise _not_writable(folder, error) from error
+    check_output(folder)
+    return Path(folder)
+
+
+def check_output(folder: str) -> None:
+    """Refuse an output folder in which nothing can be written, or whose parent that exists is such; nothing is made.
+
+    Raises:
+        Refusal: C-OUTPUT.
+    """
+    place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: str, error: OSError) -> Refusal:
+    if error.errno in NOT_OF_THE_PLACE:
+        raise error
+    what, fix = "nothing can be written in this folder", "choose another"
+    return Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror, fix=fix)
 
 
 def writable(file: str | None, flag: str) -> Path | None:

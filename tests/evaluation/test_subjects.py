@@ -238,6 +238,11 @@ def test_draw_prints_its_own_lines_and_checks_before_it_writes(data, tuned, tmp_
             run(monkeypatch, *words, "--base", base,
                 *([] if lora is None else ["--lora", f"cat={lora}", "--identifier", "ikat"]))  # fmt: skip
         assert not (tmp_path / "out").exists()
+    words[words.index("--output") + 1] = tmp_path / "file" / "out"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Refusal, match=r"C-OUTPUT\] .*file/out:--output: nothing can be written"):  # before the base
+        run(monkeypatch, *words, "--base", data)
+    words[words.index("--output") + 1] = tmp_path / "out"
     capfd.readouterr()
     evaluate_subjects.quiet_libraries()  # as the script does at its start
     run(monkeypatch, *words, "--base", tuned.sdxl, "--lora", f"cat={tuned.lora}", "--identifier", "ikat")
