@@ -165,7 +165,7 @@ class TowerAdapter:
 
 @dataclass
 class AdapterSettings(Settings):
-    """What is trained. Defaults are the paper's for LLaMA-3-8B and CLIP-L (Table 8)."""
+    """What is trained. Defaults are the paper's for LLaMA-3-8B and CLIP-L (Table 8; dropout: its authors' file)."""
 
     heading = ADAPTERS
 

@@ -8,8 +8,9 @@
 # Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
 # wins). The same command resumes an interrupted run.
 #
-# Hyper-parameters are XTuner's for the projector that the paper starts from (its iter_2181.pth). The captions are asked
-# for in the LLM's chat format, as there; LLaVA's own stage 1 shows the bare caption instead: --version plain.
+# Hyper-parameters are XTuner's for the projector that the paper starts from, xtuner/llava-llama-3-8b-pretrain; with that
+# one (its .pth file as PROJECTOR of stage 2) this stage is not needed. The captions are asked for in the LLM's chat
+# format, as there; LLaVA's own stage 1 shows the bare caption instead: --version plain.
 # Planned, python scripts/plan.py --config scripts/llama3_8b_pretrain.sh --gpu a100-80 --records 558128:
 #   fits on 4 × A100 with 79.1 GiB: 40.8 to 46.4 GiB a GPU, 7.1 to 16.2 h for 2,181 steps; --recompute auto: full
 set -euo pipefail

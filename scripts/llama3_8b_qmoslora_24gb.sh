@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# QMoSLoRA on LLaMA-3-8B-Instruct and CLIP-L/336 on one GPU with 24 GB: the LLM in NF4, rank 64, Table 8's other values.
+# QMoSLoRA on LLaMA-3-8B-Instruct and CLIP-L/336 on one GPU with 24 GB: the LLM in NF4, everything else as
+# in llama3_8b_moslora.sh, also what is said there of PROJECTOR and of XTuner.
 #
 #   bash scripts/llama3_8b_qmoslora_24gb.sh
 #

@@ -4,8 +4,9 @@
         --model_name_or_path stable-diffusion-xl-base-1.0 --image_folder pictures/cat \\
         --prompt "a photo of ikat cat" --learning_rate 1e-4 --max_steps 500 --output_dir runs/cat
 
-scripts/sdxl_cat.sh has the paper's settings. scripts/export.py --format diffusers makes the file that diffusers and
-ComfyUI load. Needs diffusers: pip install 'llava_moslora[diffusion]'.
+scripts/sdxl_cat.sh has the settings of section 4.3 and, where that is silent, of its authors' script. scripts/export.py
+--format diffusers makes the file that diffusers and ComfyUI load. Needs diffusers: pip install
+'llava_moslora[diffusion]'.
 """
 
 import sys

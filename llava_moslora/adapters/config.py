@@ -75,8 +75,8 @@ class MosLoraConfig(LoraConfig):
     mixer_init: str = field(
         default="kaiming_uniform",
         metadata={
-            "help": "how W (r×r) starts: kaiming_uniform (a=√5, paper Table 3's best), orthogonal, identity, "
-            "normal (σ=1, as torch.nn.init.normal_), butterfly (paper eq. 6)",
+            "help": "how W (r×r) starts: kaiming_uniform (paper Table 3's best, a=√5 as in its code), orthogonal, "
+            "identity, normal (σ=1, as torch.nn.init.normal_), butterfly (paper eq. 6)",
             # Stock PEFT layers do not know this field: marked as a variant, they refuse it instead of ignoring it.
             "is_lora_variant": True,
         },

@@ -24,8 +24,9 @@ class Benchmark:
         questions: how many the published file has; the rotations of a circular one count once.
         md5: of the file that VLMEvalKit names.
         columns: that must be there besides ``index``, ``question`` and an image.
-        max_new_tokens: for an answer. The paper's class allows 5 for letters and yes or no, 512 for the others.
-        paper: how the paper's number was made, where that differs from greedy answers scored by rules.
+        max_new_tokens: for an answer. ``LLaVA_XTuner`` (``prompts.py``) allows 5 for letters and yes or no, else 512.
+        paper: how the paper's number was made, where that differs from greedy answers scored by rules; beams and
+            sampling are ``LLaVA_XTuner``'s.
         answers: name of the TSV with the answers, where ``file`` may come without.
     """
 
@@ -43,7 +44,7 @@ class Benchmark:
 
 _OPTIONS = ("A", "B", "answer")
 _SERVER = "paper: scored by MMBench's server"
-_SAMPLED = "paper: beams of 5 and sampling at temperature 1"
+_SAMPLED = "paper, by LLaVA_XTuner: beams of 5, sampled at temperature 1"
 _JUDGED = f"{_SAMPLED}; judge gpt-4-1106-preview"
 
 BENCHMARKS = {

@@ -23,6 +23,7 @@ from llava_moslora.files.json import parse_json
 from llava_moslora.inference.load import ChatModel
 
 TASKS = Path(__file__).parent / "commonsense_tasks"
+MEAN = "mean"
 NOTHING_READ = "[invalid]"  # the harness's word for it
 
 
@@ -184,7 +185,7 @@ def score(samples: Sequence[Mapping[str, Any]]) -> SetScore:
 
 def table(scores: Mapping[str, SetScore], paper: str) -> str:
     """Table 4's row of ``scores`` beside the paper's ``paper``, in percent; the mean only where all eight are there."""
-    row = dict(zip(SETS, PAPER[paper], strict=True))
+    row = dict(zip((*SETS, MEAN), PAPER[paper], strict=True))
     lines = [f"{'':<9}{'accuracy':>9}{'95 %':>15}{'unread':>8}{'asked':>8}{'paper':>8}"]
     for name, result in scores.items():
         low, high = wilson(result.right, result.asked)
@@ -193,7 +194,7 @@ def table(scores: Mapping[str, SetScore], paper: str) -> str:
         lines.append(f"{SETS[name][1]:<9}{numbers}")
     if scores.keys() == SETS.keys():
         mean = sum(result.accuracy for result in scores.values()) / len(SETS)
-        lines.append(f"{'mean':<9}{mean:>9.1f}{'':>31}{sum(row.values()) / len(SETS):>8.1f}")
+        lines.append(f"{MEAN:<9}{mean:>9.1f}{'':>31}{row[MEAN]:>8}")
     lines.append(f"paper: {paper}, one run of LLaMA-3-8B-Instruct (Table 4)")
     return "\n".join(lines)
 

@@ -1,4 +1,7 @@
-"""What the model is asked, as the class of VLMEvalKit asks it that the MoSLoRA paper used (``LLaVA_XTuner``).
+"""What the model is asked, as VLMEvalKit's class ``LLaVA_XTuner`` asks it.
+
+The MoSLoRA paper says only that it used VLMEvalKit. Its authors' README has the weights converted and merged by XTuner
+and then evaluated by the kit, which loads that layout with this class.
 
 The image stands in front, as ``<image>\\n``, and is no part of what these functions return. Two sets, because the kit
 changed one of them since; the name goes into every result.

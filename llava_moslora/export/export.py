@@ -40,6 +40,7 @@ from llava_moslora.files.disk import write_json
 from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
 from llava_moslora.models.names import select_parts
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
+from llava_moslora.runs.hyper_parameters import hyper_parameters
 from llava_moslora.runs.record import EXPORT, read_run
 
 # Values of --format
@@ -196,6 +197,7 @@ def _write(
         "image_aspect_ratio": trained.record.data.image_aspect_ratio,
         "base": asdict(trained.record.model),
         "adapter": asdict(trained.record.adapter),
+        "training": hyper_parameters(trained.record),
         "merge_base": trained.merge_base if "llm" in target.merged else None,
         "merged_layers": len(select_parts(trained.adapter or {}, target.merged)),
     }

@@ -33,6 +33,7 @@ CLIP_L |= {"image_size": 336, "patch_size": 14}
 LLAMA_NAME, INTERNLM2_NAME, CLIP_NAME = "Meta-Llama-3-8B-Instruct", "internlm2-chat-7b", "clip-vit-large-patch14-336"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN = {"mixer_init": "identity", "train_mixer": False}
+TABLE_8 = {"learning_rate": 2e-5, "num_train_epochs": 1.0, "max_steps": -1, "mm_projector_lr": None}
 RANK_512 = {"lora_r": 512, "lora_alpha": 256, "lora_target_modules": LINEARS}
 
 
@@ -56,11 +57,11 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder, models, llm=LLAMA_NAME, *, tower=CLIP_NAME, bits=16, **adapter):
+def run(folder, models, llm=LLAMA_NAME, *, tower=CLIP_NAME, bits=16, batch=64, training=None, **adapter):
     base = ModelSettings(str(models / llm), str(models / tower), "projector", "llama3", bits)
-    settings = RunSettings(base, DataSettings(["data.json"]), AdapterSettings(**adapter), training={}, preprocessor={})
+    parts = (base, DataSettings(["data.json"]), AdapterSettings(**adapter))
     folder.mkdir()
-    write_run(folder, settings)
+    write_run(folder, RunSettings(*parts, TABLE_8 if training is None else training, {}, batch))
     return folder
 
 
@@ -115,6 +116,24 @@ def test_what_differs_from_table_8_is_named(tmp_path, models):
     )
 
 
+@pytest.mark.parametrize("changes, batch, named", [
+    ({}, 64, ""),
+    ({}, None, ""),  # of an early version, which did not record it
+    ({"mixer_lr": "None", "lora_plus_ratio": 1.0, "vision_lr": 2e-5}, 64, ""),
+    ({"learning_rate": 2e-4}, 32, "--learning_rate 0.0002 (2e-05), --global_batch_size 32 (64)"),
+    ({"num_train_epochs": 2, "max_steps": 100}, 64, "--num_train_epochs 2 (1), --max_steps 100 (none)"),
+    ({"mixer_lr": 1e-3, "lora_plus_ratio": 16.0}, 64, "--mixer_lr 0.001 (none), --lora_plus_ratio 16 (none)"),
+])  # fmt: skip
+def test_another_training_than_in_table_8_is_named(tmp_path, models, changes, batch, named):
+    found, sentence = recognise_row(run(tmp_path / "run", models, batch=batch, training=TABLE_8 | changes))
+    assert found == "llama-3-moslora-kaiming"
+    assert sentence.endswith(f"Other than in the paper's Table 8: {named}." if named else "from its record.")
+
+
+def test_a_run_that_states_no_training_is_not_compared(tmp_path, models):
+    assert recognise_row(run(tmp_path / "run", models, batch=None, training={}))[1].endswith("from its record.")
+
+
 def test_an_export_says_it_too_wherever_its_base_is_now(tmp_path, models):
     """Its own config.json is looked at: the base may be on another machine. Without its adapters nothing is certain."""
     export = tmp_path / "export"
@@ -127,7 +146,10 @@ def test_an_export_says_it_too_wherever_its_base_is_now(tmp_path, models):
     base = ModelSettings(f"/elsewhere/{LLAMA_NAME}", f"/elsewhere/{CLIP_NAME}", "projector", "llama3")
     facts = {"format": "hf", "base": asdict(base), "adapter": asdict(AdapterSettings()) | {"unknown_setting": 1}}
     (export / "export.json").write_text(json.dumps(facts))
-    assert recognise_row(export)[0] == "llama-3-moslora-kaiming"
+    assert recognise_row(export)[1].endswith("recognised from its record.")  # an old one, without its training
+    training = {"training": {"learning_rate": 1e-4, "global_batch_size": 64, "num_train_epochs": 1, "max_steps": -1}}
+    (export / "export.json").write_text(json.dumps(facts | training))
+    assert recognise_row(export)[1].endswith("Table 8: --learning_rate 0.0001 (2e-05).")
     other = asdict(replace(base, model_name_or_path="/elsewhere/vicuna-7b"))
     for changed in (
         {"base": other},
@@ -136,6 +158,7 @@ def test_an_export_says_it_too_wherever_its_base_is_now(tmp_path, models):
         {"base": {}},
         {"base": 3},
         {"base": "x"},
+        {"training": 3},
     ):
         (export / "export.json").write_text(json.dumps(facts | changed))
         assert recognise_row(export)[0] == ""

@@ -29,6 +29,7 @@ from llava_moslora.evaluation.subject_scores import Encoders, compare_scores, lo
 from llava_moslora.evaluation.subjects import read_subjects
 from llava_moslora.models.names import SDXL_PARTS
 from scripts import evaluate_subjects
+from support.launching import ROOT
 from support.sdxl import needs_diffusers, train, write_pictures, write_sdxl
 from support.subjects import COLOURS, TEXT, write_clip_model, write_drawn, write_subjects, write_vit
 
@@ -56,6 +57,18 @@ def test_the_data_set_is_read_as_it_is(data):
         assert can.prompts("sks") == ["a sks can in the jungle", "a red sks can"]
         assert cat.prompts("") == ["a cat wearing a red hat", "a red cat"]  # of live subjects, without the identifier
     assert [subject.name for subject in read_subjects(data, ["cat"])] == ["cat"]
+
+
+def test_the_authors_prompts_by_a_file_of_ones_own(data, tmp_path):
+    """The file as docs/evaluation.md has it."""
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"```\n(Classes\n.*?)```", text, re.DOTALL)
+    (tmp_path / "prompts_and_classes.txt").write_text(written)
+    for name in ("cat", "grey_sloth_plushie"):
+        shutil.copytree(data / "cat", tmp_path / name)
+    cat, sloth = read_subjects(tmp_path)
+    assert cat.prompts("ikat") == ["A picture of a ikat cat in the jungle", "A picture of a red ikat cat"]
+    assert sloth.prompts("ikat")[0] == "A picture of a ikat grey sloth plushie in the jungle"
 
 
 @pytest.mark.parametrize(

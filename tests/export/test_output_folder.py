@@ -15,6 +15,8 @@ from llava_moslora.export import export as export_module
 from llava_moslora.export import output_folder, verify
 from llava_moslora.export.export import export
 from llava_moslora.files.manifest import verify_manifest
+from llava_moslora.runs.hyper_parameters import hyper_parameters
+from llava_moslora.runs.record import read_run
 from support.export_runs import newer, probe_here, trained_run
 
 
@@ -214,6 +216,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile(run, tmp_path, monkeypatch, targe
     folder = export(copy, tmp_path / "out", [target])[target]
     facts = json.loads((folder / "export.json").read_text())
     assert facts["checkpoint"] == "checkpoint-1" and facts["adapter"]["mixer_init"] == "kaiming_uniform"
+    assert facts["training"] == hyper_parameters(read_run(run)) and facts["training"]["lora_plus_ratio"] == 1
     monkeypatch.setattr(export_module, "write_weights", write)
     expected = export(run, tmp_path / "expected", [target], prove=False)[target]
     for file in expected.rglob("*.safetensors"):
