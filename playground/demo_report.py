@@ -1,4 +1,4 @@
-"""The demo's table and images, from the answers that the demo wrote; fails if the export's answers differ from the run's.
+"""The demo's table and images, from the answers that the demo wrote; fails if export and run differ.
 
 Run by ``scripts/demo.sh``, whose last line shows the arguments.
 """

@@ -113,7 +113,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there. It is opened before the models are loaded: no other process can take the port.
 
     Raises:
-        Refusal: C-FLAG, no address of this machine, or no port; E-PORT, another process listens there.
+        Refusal: C-FLAG, no address of this machine, or no port; E-PORT, the port is already in use.
     """
     if not 0 < port < 2**16:
         raise Refusal("C-FLAG", "no port", key="--port", found=port, expected="1 to 65535")
@@ -129,7 +129,7 @@ def listen(host: str, port: int) -> socket.socket:
             listener.close()
         number, found = getattr(error, "errno", None), f"{host}:{port}"
         if number == errno.EADDRINUSE:
-            what, fix = "another process listens there", "choose another"
+            what, fix = "the port is already in use", "choose another"
             raise Refusal("E-PORT", what, key="--port", found=found, fix=fix) from error
         if number == errno.EACCES:
             raise Refusal("E-PORT", "not permitted", key="--port", found=found, fix="1024 or above") from error

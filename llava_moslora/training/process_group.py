@@ -76,7 +76,7 @@ def tcp_store(address: str, port: int, rank: int, world: int, timeout: timedelta
         if error.errno != errno.EADDRINUSE:
             raise
         raise Refusal(
-            "E-PORT", "another process listens there", key="MASTER_PORT", found=f"{address}:{port}",
+            "E-PORT", "the port is already in use", key="MASTER_PORT", found=f"{address}:{port}",
             fix="another port: deepspeed --master_port N, torchrun --master_port N",
         ) from error  # fmt: skip
     return distributed.TCPStore(

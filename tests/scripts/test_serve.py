@@ -46,7 +46,7 @@ def test_wrong_flags_are_answered_before_anything_is_loaded(tmp_path):
     ("127.0.0.1", -1, r"C-FLAG\] --port: no port"),
     ("no such host", 7860, r"C-FLAG\] --host: no address of this machine; found no such host: .*fix: 127\.0\.0\.1"),
     ("192.0.2.1", 7860, r"C-FLAG\] --host: no address of this machine"),
-    ("127.0.0.1", None, r"E-PORT\] --port: another process listens there; found 127\.0\.0\.1:\d+"),
+    ("127.0.0.1", None, r"E-PORT\] --port: the port is already in use; found 127\.0\.0\.1:\d+"),
 ])  # fmt: skip
 def test_an_address_that_cannot_be_served(monkeypatch, host, port, message):
     monkeypatch.setattr(serve, "load", lambda _: pytest.fail("the model was loaded"))

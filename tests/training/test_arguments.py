@@ -60,7 +60,7 @@ def test_command_line_wins_over_the_file(tmp_path):
         (["--lora_r", "many"], "invalid int value: 'many'"),
         (["--bits", "5"], r"--bits: invalid choice: 5 \(choose from 16, 4\)"),
         (["--loss_average", "batch"], r"--loss_average: invalid choice: .*tokens.*micro_batch"),
-        (["--recompute", "some"], r"--recompute: unknown way to recompute; found some; expected auto \| none \| full"),
+        (["--recompute", "some"], r"--recompute: unknown mode; found some; expected auto \| none \| full"),
         (["--resume", "True", "--overwrite", "True"], "--resume, --overwrite: a run is either continued or deleted"),
         (["--ddp_timeout", "0"], r"--ddp_timeout: out of range; found 0; expected at least 1 second"),
         (["--ddp_timeout", str(10**30)], r"--ddp_timeout: out of range"),

@@ -100,14 +100,14 @@ REFUSED = {
     "LoRA+ of LoHa": ({"method": "loha", "lora_plus_ratio": 4}, "--lora_plus_ratio: has no effect: LoHa trains no B"),
     "LoRA+ of LoRA-XS": ({"method": "loraxs", "lora_plus_ratio": 4}, "--lora_plus_ratio: .*LoRA-XS trains no B"),
     "dropout of LoKr": ({"method": "lokr", "lora_dropout": 0.1}, "--lora_dropout: has no effect: PEFT's LoKr has no"),
-    "LoHa over NF4": ({"method": "loha", "bits": 4}, "--method loha, --bits 4: .*4-bit weights are stored in another"),
-    "LoKr over NF4": ({"method": "lokr", "bits": 4}, "--method lokr, --bits 4: .*4-bit weights are stored in another"),
+    "LoHa over NF4": ({"method": "loha", "bits": 4}, "--method loha, --bits 4: .*4-bit weights are stored in a"),
+    "LoKr over NF4": ({"method": "lokr", "bits": 4}, "--method lokr, --bits 4: .*4-bit weights are stored in a"),
     "two ranks": ({"method": "adalora"}, r"--lora_r, --vision_lora_r: PEFT's AdaLoRA has one for all modules; found 4"),
     "two dropouts": ({"method": "dora", "lora_dropout": 0.1}, "--lora_dropout, --vision_lora_dropout: PEFT's DoRA"),
     "an odd rank": ({"method": "tsmix", "lora_r": 3}, "C-RANK.*--lora_r"),
     "stage 1": ({"method": "dora", "tune_mm_mlp_adapter": True}, "--method: stage 1 trains no adapters"),
     "an unknown one": ({"method": "melora"}, "--method: invalid choice: 'melora'"),
-    "a preconditioned mixer": ({"riemannian": True}, "--riemannian: has no effect: .*MoSLoRA's update is another"),
+    "a preconditioned mixer": ({"riemannian": True}, "--riemannian: has no effect: .*which MoSLoRA's update is not"),
     "no ratio": ({"lora_plus_ratio": 0}, "--lora_plus_ratio: out of range"),
 }  # fmt: skip
 
