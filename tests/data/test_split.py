@@ -141,7 +141,7 @@ def test_what_cannot_be_validation_data(parted, write):
         Refusal, match=r"D-NONE.*a.json:--validation_split: of its 20 records 0 fall into .*found 0.001"
     ):
         parted(file, validation_split=0.001)
-    with pytest.raises(Refusal, match=r"D-TWICE.*a.json: validation data that are trained on"):
+    with pytest.raises(Refusal, match=r"D-TWICE.*a.json: validation data that are also training data"):
         parted(file, eval_data_path=[f"v={file}"])
     with pytest.raises(Refusal, match=r"D-FILE.*nope.json: there is no such file; fix: check --eval_data_path"):
         parted(file, eval_data_path=["nope.json"])
