@@ -258,7 +258,7 @@ MALFORMED = [
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"SCHEMA\] .*found keys prompt, chosen, rejected"),
     ({}, r"SCHEMA\] .*record 0: unknown record format; found no keys"),
     # messages
-    (said("x") | {"messages": None}, r"SCHEMA\] .*record 0 id=7:messages: a record needs a non-empty list .*; found null"),
+    (said("x") | {"messages": None}, r"SCHEMA\] .*record 0 id=7:messages: a record needs a non-empty .*; found null"),
     (said("x") | {"messages": []}, r"SCHEMA\] .*messages: .*; found an empty list"),
     ({"messages": ["x"]}, r"SCHEMA\] .*messages\[0\]: a turn must be an object with 'role', .*; found a string"),
     ({"messages": [USER, ASSISTANT]},
@@ -320,7 +320,7 @@ MALFORMED = [
     ({"messages": [HUMAN, GPT | {"train": False}]},
      r"LABELS\] .*record 0: no turn of this record is trained; fix: remove"),
     # ShareGPT
-    ({"conversations": {}, "images": []}, r"SCHEMA\] .*conversations: a record needs a non-empty list .*; found an object"),
+    ({"conversations": {}, "images": []}, r"SCHEMA\] .*conversations: a record needs a non-empty .*; found an object"),
     ({"conversations": [USER, HUMAN]},
      r"SCHEMA\] .*conversations\[0\]: a turn must be an object with 'role'.*keys from"),
     ({"conversations": [USER, {"from": "bing", "value": "x"}]},

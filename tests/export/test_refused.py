@@ -88,7 +88,7 @@ def test_missing_projector(run, tmp_path):
 def test_a_checkpoint_that_does_not_name_its_base(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     write_manifest(copy / "checkpoint-1", {"step": 1})
-    refused(copy, tmp_path / "out", r"K-MANIFEST\] .*MANIFEST\.json:llm: the checkpoint does not say which base")
+    refused(copy, tmp_path / "out", r"K-MANIFEST\] .*MANIFEST\.json:llm: the checkpoint does not record its base")
 
 
 def test_existing_folder(run, tmp_path):

@@ -271,7 +271,7 @@ def test_a_batch_without_labels_is_refused():
 
 # C7: nothing to train
 def test_nothing_to_train_is_refused(parts, tmp_path, monkeypatch):
-    with pytest.raises(Refusal, match="--lora_r: no adapter asked for"):
+    with pytest.raises(Refusal, match="--lora_r: no adapter to train"):
         train(parts, tmp_path / "run", lora_r=0, vision_lora_r=0)
     monkeypatch.setattr(script, "add_adapters", lambda *args: add_adapters(*args).requires_grad_(False))
     with pytest.raises(Refusal, match="--lora_r: nothing to train; fix: ask for an adapter or for stage 1"):
