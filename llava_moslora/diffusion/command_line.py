@@ -122,5 +122,5 @@ def check_adapter(adapter: SdxlAdapterSettings, mixer_lr: float | None) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="above 0")
     if mixer_lr is not None and not adapter.train_mixer:
-        what, fix = "no effect with --train_mixer False", "leave one of the two out"
+        what, fix = "no effect with --train_mixer False", "omit one of them"
         raise Refusal("C-FLAG", what, key="--mixer_lr", found=mixer_lr, fix=fix)

@@ -86,7 +86,7 @@ def test_other_formats_are_refused(run, tmp_path, name):
 
 def test_an_image_is_refused(run):
     turns = [Turn("human", "<image>\nWhat is this?")]
-    with pytest.raises(Refusal, match=r"D-IMAGES.*trained on text alone"):
+    with pytest.raises(Refusal, match=r"D-IMAGES.*text-only"):
         list(answer(load(run), [([torch.zeros(3, 32, 32)], turns)]))
 
 

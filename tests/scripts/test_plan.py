@@ -149,7 +149,7 @@ def test_a_wrong_input_is_refused(plan, arguments, says):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--torch_compile", "True"], "--torch_compile: the planner cannot say: torch.compile decides itself what is"),
+        (["--torch_compile", "True"], "--torch_compile: the planner cannot say: torch.compile itself decides what is"),
         (["--use_liger_kernel", "True"], "--use_liger_kernel: the planner cannot say"),
         (["--deepspeed", "nvme.json"], "zero_optimization.offload_param.device: the planner cannot say: .*found nvme"),
     ],

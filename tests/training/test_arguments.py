@@ -64,7 +64,7 @@ def test_command_line_wins_over_the_file(tmp_path):
         (["--resume", "True", "--overwrite", "True"], "--resume, --overwrite: a run is either continued or deleted"),
         (["--ddp_timeout", "0"], r"--ddp_timeout: out of range; found 0; expected at least 1 second"),
         (["--ddp_timeout", str(10**30)], r"--ddp_timeout: out of range"),
-        (["--bf16", "True", "--fp16", "True"], "do not go together"),
+        (["--bf16", "True", "--fp16", "True"], "inconsistent training arguments"),
         (["stray"], "a value without a flag; found stray"),
     ],
 )
@@ -164,7 +164,7 @@ def test_null_is_a_flag_that_is_not_given(tmp_path, null):
         ("run_name: a\n".encode("utf-16-le"), r"C-PARSE\] .*neither YAML nor JSON"),
         (b"", r"not a mapping of flags to values; found nothing"),
         (b"- lora_r", r"not a mapping of flags to values; found sequence"),
-        (b"lora_r: !!int 4", r"neither YAML nor JSON; found the tag tag:yaml.org,2002:int, which is not read here"),
+        (b"lora_r: !!int 4", r"neither YAML nor JSON; found the tag tag:yaml.org,2002:int, which is not supported"),
         (b"data_path: [a, null]", r"data_path: a list holds plain values only; found null"),
         (b"data_path: [[a]]", r"data_path: a list holds plain values only; found sequence"),
         (b"[a]: b", r"a key that is not text; found line 1"),

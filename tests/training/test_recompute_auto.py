@@ -88,7 +88,7 @@ def test_an_unknown_gpu_is_planned_by_its_memory(train_on, tmp_path, ways, capsy
     ("flag", "why"),
     [
         ({"use_liger_kernel": True}, "--use_liger_kernel: the planner cannot say: what Liger's kernels keep"),
-        ({"torch_compile": True}, "--torch_compile: the planner cannot say: torch.compile decides itself"),
+        ({"torch_compile": True}, "--torch_compile: the planner cannot say: torch.compile itself decides"),
         ({}, "'NoneType'"),  # as any defect of the planner
     ],
 )

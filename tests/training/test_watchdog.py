@@ -79,7 +79,7 @@ def test_all_waiting_at_one_place():
 
 def test_a_store_that_does_not_answer():
     found = watching(rank(5, heartbeat_at=89), rank(5, heartbeat_at=89), answered=89).hung_ranks(101)
-    assert found == "the store, which rank 0 or the launcher serves, has not answered for 12 s"
+    assert found == "the store, which rank 0 or the launcher serves, has not responded for 12 s"
 
 
 def test_the_silence_of_the_store_is_blamed_on_no_rank():
