@@ -1,5 +1,5 @@
-"""The export formats (``--format``), what each is for in one sentence, and the choices of their flags. The formats'
-targets are in ``export/targets/``; this module imports nothing, so that --help is answered at once.
+"""The export formats (``--format``) with a one-sentence summary, and the choices of their flags. The formats'
+targets are in ``export/targets/``; this module imports nothing, so that --help is fast.
 """
 
 ORIGINAL, DEQUANTIZED = "original", "dequantized"  # what a run over a 4-bit LLM can be merged into
