@@ -236,8 +236,8 @@ def _licenses(bases: list[Base]) -> str:
         lines.append(f"- {base.part}: `{base.name}`, license {said}{kept}")
     if any(base.license is None for base in bases):
         lines.append(
-            "\nBefore sharing this model, look up unknown licenses, comply with them (a license may require a notice, a "
-            "copy or a name), and complete `license` at the top of this file."
+            "\nBefore sharing this model, look up unknown licenses, comply with them (a license may require a notice, "
+            "a copy or a name), and complete `license` at the top of this file."
         )
     return "\n".join(lines)
 

@@ -98,5 +98,5 @@ def check_lora(trained: TrainedRun, name: str) -> None:
     if trained.adapter is not None and not row.own_layer:
         raise Refusal(
             "C-FORMAT", "its readers support only plain LoRA", file=trained.run, key=f"--format {name}",
-            found=f"--method {trained.record.adapter.method}", fix="--format hf (merged), or peft (PEFT's own adapter type)",
+            found=f"--method {trained.record.adapter.method}", fix="--format hf (merged), or peft (PEFT's own type)",
         )  # fmt: skip

@@ -80,7 +80,7 @@ def _check_rank(model: nn.Module, tower: str, adapter: TowerAdapter) -> None:
         smaller = min(module.in_features, module.out_features)
         if adapter.r > smaller and (not wanted or any(pattern.fullmatch(name) for pattern in wanted)):
             raise Refusal(
-                "C-RANK", f"the rank is above the smaller dimension of {name}", key=f"{FLAG_PREFIX[tower]}lora_r",
+                "C-RANK", f"the rank is above a dimension of {name}", key=f"{FLAG_PREFIX[tower]}lora_r",
                 found=f"{adapter.r} for {module.in_features} → {module.out_features}", expected=f"at most {smaller}",
                 fix="lower it, or choose other linear layers: --lora_target_modules, --vision_lora_target_modules",
             )  # fmt: skip

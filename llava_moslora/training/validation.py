@@ -2,8 +2,8 @@
 
 The Trainer's own evaluation loop averages the losses of batches with different numbers of labelled tokens, and
 pads the last batch of a rank with records that other ranks have too. Here every record counts exactly once on any
-number of ranks. Every rank computes the same number of batches, because ZeRO-3 gathers parameters by collectives: a rank
-that has no record left recomputes another one, which does not count.
+number of ranks. Every rank computes the same number of batches, because ZeRO-3 gathers parameters by collectives:
+a rank that has no record left recomputes another one, which does not count.
 """
 
 from __future__ import annotations

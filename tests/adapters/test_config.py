@@ -21,7 +21,7 @@ REFUSED = [
     ({"train_mixer_pattern": {"up": 1}}, "C-MIXER", r"train_mixer_pattern\['up'\]"),
     ({"mixer_init": "butterfly", "r": 7}, "C-RANK", "found 7; expected even"),
     ({"r": 0}, "C-RANK", "positive"),
-    ({"r": 8.0}, "C-RANK", "whole number"),
+    ({"r": 8.0}, "C-RANK", "positive integer"),
     ({"rank_pattern": {"up": -1}}, "C-RANK", r"rank_pattern\['up'\]"),
     ({"lora_alpha": 0}, "C-ALPHA", "positive"),
     ({"alpha_pattern": {"up": float("nan")}}, "C-ALPHA", r"alpha_pattern\['up'\]"),

@@ -104,7 +104,7 @@ def test_xtuner_file_with_both_towers(tmp_path):
     torch.save({"state_dict": state, "meta": {"epoch": 1}}, tmp_path / "iter_1.pth")
 
     file = tmp_path / "iter_1.pth"
-    with pytest.raises(Refusal, match="which lora_alpha"):
+    with pytest.raises(Refusal, match="contain the lora_alpha"):
         read_adapter(file)
     with pytest.raises(Refusal, match=r"visual_encoder\.vision_model\.fc: the file does not contain"):
         read_adapter(file, lora_alpha={"llm.": 12})

@@ -254,7 +254,7 @@ MALFORMED = [
     # no known format
     ({"id": 7, "dialog": []}, r"SCHEMA\] .*record 0 id=7: unknown record format; found keys id, dialog; "
      r"expected conversations \| messages \| prompt and completion \| texts \| instruction and output; "
-     r"fix: columns of other names are named with --data_columns, such as messages=dialog"),
+     r"fix: rename columns with --data_columns, such as messages=dialog"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"SCHEMA\] .*found keys prompt, chosen, rejected"),
     ({}, r"SCHEMA\] .*record 0: unknown record format; found no keys"),
     # messages
@@ -304,7 +304,7 @@ MALFORMED = [
     ({"messages": [HUMAN, GPT | {"content": None, "tool_calls": [{"id": 1}]}]},
      r"ROLE\] .*messages\[1\]: .*found tool_calls"),
     ({"conversations": [USER, {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "4"}]},
-     r"ROLE\] .*conversations\[1\]: calls of tools .*; found function_call"),
+     r"ROLE\] .*conversations\[1\]: tool calls .*; found function_call"),
     (said("x", tools='[{"name": "add"}]'), r"ROLE\] .*:tools: tool calls are not supported"),
     # the system text
     ({"system": "s", "messages": [{"role": "system", "content": "s"}, HUMAN, GPT]},
@@ -339,7 +339,7 @@ MALFORMED = [
     ({"instruction": "x", "output": 5}, r"SCHEMA\] .*:output: must be a string; found a number"),
     ({"instruction": "x", "input": ["y"], "output": "z"}, r"SCHEMA\] .*:input: must be a string; found an array"),
     ({"instruction": "x", "output": "z", "history": [["y"]]},
-     r"SCHEMA\] .*history\[0\]: not a [question, answer] pair; found an arr"),
+     r"SCHEMA\] .*history\[0\]: not a \[question, answer\] pair; found an arr"),
     ({"instruction": "x", "output": "z", "history": 3},
      r"SCHEMA\] .*history: a record needs a non-empty list .*; found a number"),
     ({"instruction": "x", "output": "z", "images": ["a.png"]}, r"IMAGES\] .*found 0 <image>; expected 1 for 1 images"),

@@ -138,7 +138,7 @@ def test_names_of_validation_sets(tmp_path):
 def test_what_cannot_be_validation_data(parted, write):
     file = write("a.json", [record(n) for n in range(20)])
     with pytest.raises(
-        Refusal, match=r"D-NONE.*a.json:--validation_split: of its 20 records 0 fall into .*found 0.001"
+        Refusal, match=r"D-NONE.*a.json:--validation_split: 0 of its 20 records fall into .*found 0.001"
     ):
         parted(file, validation_split=0.001)
     with pytest.raises(Refusal, match=r"D-TWICE.*a.json: validation data that are also training data"):
@@ -169,7 +169,7 @@ def test_a_share_leaves_the_validation_data_alone_and_is_in_the_fingerprint(part
 
 def test_a_share_out_of_range_or_of_too_few(parted, write):
     file = write("a.json", [record(n) for n in range(20)])
-    with pytest.raises(Refusal, match=r"D-NONE.*a.json:--data_share: of its 20 records none is in the share"):
+    with pytest.raises(Refusal, match=r"D-NONE.*a.json:--data_share: none of its 20 records is in the share"):
         parted(file, data_share=0.02)
     for share in (0.0, 1.5, float("nan")):
         with pytest.raises(Refusal, match=r"C-FLAG\] --data_share: out of range; found .*; expected a share above 0"):

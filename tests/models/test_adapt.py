@@ -64,7 +64,7 @@ def test_unmatched_target_is_named(parts):
 # C2: an impossible rank
 def test_a_rank_above_a_linears_smaller_side_is_refused(parts):
     model, _ = build(parts)
-    named = r"--lora_r: the rank is above the smaller dimension of model.language_model.layers.0.self_attn.k_proj"
+    named = r"--lora_r: the rank is above a dimension of model.language_model.layers.0.self_attn.k_proj"
     with pytest.raises(Refusal, match=named + "; found 33 for 64 → 32; expected at most 32"):
         add_adapters(model, adapters(TowerAdapter(33, 8)))
     add_adapters(model, adapters(TowerAdapter(33, 8, target_modules=("q_proj",))))

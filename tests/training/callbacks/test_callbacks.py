@@ -142,7 +142,7 @@ def test_too_many_questions_are_refused(parts, tmp_path):
     ("record", "message"),
     [
         ({"messages": TALK * 2}, r"D-ROLE.*q\.jsonl:record 0: this prompt template has only one round"),
-        ({"messages": TALK, "images": ["0.png"]}, r"D-IMAGES.*q\.jsonl:record 0: .*there is no vision tower to see it"),
+        ({"messages": TALK, "images": ["0.png"]}, r"D-IMAGES.*q\.jsonl:record 0: .*but there is no vision tower"),
     ],
     ids=["two rounds", "an image"],
 )
