@@ -63,7 +63,7 @@ def test_the_data_set_is_read_as_it_is(data):
     [("can,can", "can,can\ncan,tin", "twice"), ("can,can", "../x,can", "no subject and class"),
      ("'a red {0} {1}'", "'a red {0.__class__} {1}'", "line 14: neither"), ("{0} {1} in", "{0} in", "neither"),
      ("subject_name,class\ncan,can\nbear_plushie,stuffed animal\ncat,cat", "", "no subjects"),
-     ("Object Prompts", "Objects", "line 10: neither"), ("can,can", "can", "neither a subject")],
+     ("Object Prompts", "Objects", "line 10: not a subject"), ("can,can", "can", "not a subject")],
 )  # fmt: skip
 def test_a_file_of_another_form_is_one_line(tmp_path, old, new, match):
     assert old in TEXT
@@ -118,7 +118,7 @@ def test_drawing_goes_on_after_a_kill_and_starts_from_the_same_latents(data, tmp
     assert second.prompts[-1] == "a red sks cat"
     a, b = read_drawn(tmp_path / "whole"), read_drawn(tmp_path / "killed")
     assert paired_images(a, b) == planned(read_subjects(data), range(2))
-    with pytest.raises(Refusal, match=r"C-ANSWERS.*images.json:settings: .*another model or of other settings"):
+    with pytest.raises(Refusal, match=r"C-ANSWERS.*images.json:settings: .*another model or other settings"):
         start(tmp_path / "killed", FakePipeline(), steps=3)
 
 
@@ -191,7 +191,7 @@ def test_a_real_pipeline_draws_with_exports(data, tuned, tmp_path, monkeypatch):
         start("killed", tuned.moslora)
     assert len(read_drawn(tmp_path / "killed").images) == 1
     assert (start("killed", tuned.moslora) == moslora).all()
-    with pytest.raises(Refusal, match=r"K-ADAPTER.*holds mixers, which diffusers ignores.*lora_mixer.*export.py"):
+    with pytest.raises(Refusal, match=r"K-ADAPTER.*contains mixers, which diffusers ignores.*lora_mixer.*export.py"):
         start("unfolded", tuned.unfolded)
     with pytest.raises(Refusal, match=r"K-ADAPTER.*not a LoRA of this model.*layers, of which 0 were loaded"):
         start("foreign", tuned.foreign)
@@ -217,7 +217,7 @@ def test_draw_prints_its_own_lines_and_checks_before_it_writes(data, tuned, tmp_
         (data, None, r"K-MISSING\] .*model_index.json"),
         (tuned.sdxl, data, r"K-MISSING\] .*--lora: no such file"),
         (tuned.sdxl, data / "cat" / "00.jpg", "not a safetensors file"),
-        (tuned.sdxl, tuned.unfolded, "holds mixers"),
+        (tuned.sdxl, tuned.unfolded, "contains mixers"),
         (without(tuned.sdxl, "unet", "conv_in.bias"), None, r"K-KEYS\] .*--base: tensors .*found unet.conv_in.bias"),
         (without(tuned.sdxl, "text_encoder", "norm1.weight"), None, r"K-KEYS\] .*--base: tensors .*norm1.weight"),
     ):

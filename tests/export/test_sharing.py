@@ -196,7 +196,7 @@ def test_no_finished_export(hub, run, exported, tmp_path, monkeypatch):
 
 def test_flags_that_do_not_go_together(hub, run, exported, tmp_path, monkeypatch):
     refused(monkeypatch, r"C-FLAG\] --output_dir: missing", exported)
-    refused(monkeypatch, r"C-FLAG\] --private: belongs to --push_to_hub", run, "--output_dir", tmp_path, "--private")
+    refused(monkeypatch, r"C-FLAG\] --private: needs --push_to_hub", run, "--output_dir", tmp_path, "--private")
     refused(
         monkeypatch, r"C-FLAG\] --dtype: belongs to an export", exported, "--push_to_hub", REPO, "--dtype", "float16"
     )

@@ -33,7 +33,7 @@ def test_wrong_flags_are_answered_before_anything_is_loaded(tmp_path):
     for words, message in (
         (["a", "b", "c"], "one or two models; found 3 models"),
         (["a", "--names", "x", "y"], "--names"),
-        (["a", "b", "--names", "x", "x"], "--names: two models of one name"),
+        (["a", "b", "--names", "x", "x"], "--names: two models with the same name"),
         (["a", "--max_seconds", "nan"], "--max_seconds: out of range"),
         (["a", "--max_waiting", "0"], "--max_waiting: out of range"),
     ):

@@ -81,12 +81,12 @@ def test_a_seed_and_an_arm_are_added_by_a_line(study, tmp_path):
     assert all(len(row["values"]) == 3 for row in after)
     fewer = study(seeds=["1", "2"])
     assert fewer["measures"][0]["rows"] == before  # also the correction is that of two arms
-    assert len([note for note in fewer["notes"] if "does not ask for" in note]) == 5
+    assert len([note for note in fewer["notes"] if "is not part of the study" in note]) == 5
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(study, monkeypatch):
     arms = [{"name": "LoRA", "flags": LORA}, {"name": "big", "flags": {"lora_r": "17"}}, {"name": "MoSLoRA"}]
-    with pytest.raises(Refusal, match=r"R-STUDY.*not every run is complete; found 2 failed"):
+    with pytest.raises(Refusal, match=r"R-STUDY.*some runs are not complete; found 2 failed"):
         study(arms=arms)
     report = study("--report_only", arms=arms)
     lora, big, mosl = report["measures"][0]["rows"]
@@ -115,7 +115,7 @@ def test_the_last_line_of_a_failed_runs_log(study, tmp_path, capsys):
 )
 def test_a_changed_study_is_never_mixed(study, tmp_path, changes, difference):
     study()
-    with pytest.raises(Refusal, match=r"C-CHANGED.*4 runs were made otherwise.*" + difference):
+    with pytest.raises(Refusal, match=r"C-CHANGED.*4 runs were made with settings other than.*" + difference):
         study(**changes)
     assert len(list(tmp_path.glob("out/runs/*/*/done.json"))) == 4
 

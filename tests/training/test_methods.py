@@ -92,7 +92,7 @@ def test_over_nf4(parts, tmp_path, monkeypatch, method):
 
 # What is refused, before anything is loaded: flags → key and reason
 REFUSED = {
-    "a mixer of LoRA": ({"method": "lora", "mixer_init": "orthogonal"}, "--mixer_init: has no effect: LoRA has a fixed"),
+    "a mixer of LoRA": ({"method": "lora", "mixer_init": "orthogonal"}, "--mixer_init: has no effect: LoRA has a"),
     "a trained mixer that is not there": ({"method": "folded", "mixer_lr": 1e-3}, "--mixer_lr: .*trains no mixer"),
     "a mixer of DoRA": ({"method": "dora", "train_mixer": False}, "--train_mixer: has no effect: DoRA has a fixed"),
     "the tower's mixer": ({"method": "flora", "vision_mixer_init": "normal"}, "--vision_mixer_init: has no effect"),
