@@ -331,7 +331,7 @@ def test_the_kit_is_blind_and_counted_by_hand(data, drawn, tmp_path, monkeypatch
         human_kit.count_answers(tmp_path / "kit" / "key.json", [files[0], files[0]])
     other = json.loads(files[0].read_text()) | {"kit": "other"}
     files[1].write_text(json.dumps(other))
-    with pytest.raises(Refusal, match=r"C-COMPARE.*answers to another kit"):
+    with pytest.raises(Refusal, match=r"C-COMPARE.*answers to a different kit"):
         human_kit.count_answers(tmp_path / "kit" / "key.json", files)
     with pytest.raises(Refusal, match=r"K-MISSING\] .*kit: a folder, not a file; fix: give the key.json"):
         human_kit.count_answers(tmp_path / "kit", files)

@@ -44,8 +44,8 @@ def test_wrong_flags_are_answered_before_anything_is_loaded(tmp_path):
 @pytest.mark.parametrize(("host", "port", "message"), [
     ("127.0.0.1", 99999, r"C-FLAG\] --port: no port; found 99999; expected 1 to 65535"),
     ("127.0.0.1", -1, r"C-FLAG\] --port: no port"),
-    ("no such host", 7860, r"C-FLAG\] --host: no address of this machine; found no such host: .*fix: 127\.0\.0\.1"),
-    ("192.0.2.1", 7860, r"C-FLAG\] --host: no address of this machine"),
+    ("no such host", 7860, r"C-FLAG\] --host: not an address of this machine; found no such host: .*fix: 127\.0\.0\.1"),
+    ("192.0.2.1", 7860, r"C-FLAG\] --host: not an address of this machine"),
     ("127.0.0.1", None, r"E-PORT\] --port: the port is already in use; found 127\.0\.0\.1:\d+"),
 ])  # fmt: skip
 def test_an_address_that_cannot_be_served(monkeypatch, host, port, message):

@@ -126,7 +126,7 @@ def test_adalora_cannot_be_merged_into_nf4_nor_exported_as_a_lora(parts, tmp_pat
     data = write_alpaca(tmp_path / "alpaca.json")
     given = text_flags(parts, data, method="adalora", bits=4, save_steps=2)
     train(parts, tmp_path / "run", **given)
-    with pytest.raises(Refusal, match=r"C-FLAG.*--merge_base.*AdaLoRA is merged into the original weights only"):
+    with pytest.raises(Refusal, match=r"C-FLAG.*--merge_base.*AdaLoRA can only be merged into the original weights"):
         export(tmp_path / "run", tmp_path / "out", ["llm"], merge_base="dequantized")
     assert export(tmp_path / "run", tmp_path / "out", ["llm"], prove=False)
 

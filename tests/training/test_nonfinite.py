@@ -284,5 +284,5 @@ def test_lack_of_memory_in_one_line_with_numbers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 23 * 2**30)
     refusal = out_of_memory(8)
     assert refusal.exit_status == 4
-    assert "found 24.0 GiB in all, 23.0 GiB used at most, 1.0 GiB free" in refusal.line()
+    assert "found 24.0 GiB in total, 23.0 GiB peak, 1.0 GiB free" in refusal.line()
     assert "--per_device_train_batch_size (now 8)" in refusal.line()
