@@ -43,6 +43,8 @@ WARNINGS = (
     (FutureWarning, r"`is_gradient_checkpointing` is deprecated and will be removed in v6"),
     # The old name of activation_checkpointing_enable, which the oldest supported transformers has not.
     (FutureWarning, r"`gradient_checkpointing_enable` is deprecated and will be removed in v6"),
+    # Of every kernel; whether products and sums are fused decides about last bits only.
+    (UserWarning, r"TRITON_DEFAULT_FP_FUSION is unset"),
 )
 
 

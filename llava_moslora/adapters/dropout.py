@@ -104,7 +104,7 @@ def triton_enabled() -> bool:
 
 def mask_source(device: torch.device) -> str:
     """Name of the generator that computes dropout masks from their seeds: another one gives different masks."""
-    return "hash" if device.type == "cuda" and triton_enabled() else f"{device.type} generator"
+    return "hash of pairs" if device.type == "cuda" and triton_enabled() else f"{device.type} generator"
 
 
 def uses_triton(rows: Tensor) -> bool:

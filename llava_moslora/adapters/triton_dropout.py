@@ -5,9 +5,10 @@
     add_low_rank      y += c·u·B'ᵀ            one pass over y, three times as fast as cuBLAS at rank 64
     add_dropped       gx += Σ D(gu·A)         one pass over gx, for up to three linear layers with one input
 
-D zeroes an element if a keyed hash of its row and column is below a threshold; it does not rescale, the caller's scale
-does. The hash needs no state, so forward, backward and recomputation get the same mask on any NVIDIA GPU, whatever the
-block shape or the number of multiprocessors. Sums are in float32 in a fixed order, reproducible bit for bit.
+D zeroes an element if 16 bits of a keyed hash of its row and pair of columns are below a threshold; it does not
+rescale, the caller's scale does. The hash needs no state, so forward, backward and recomputation get the same mask on
+any NVIDIA GPU, whatever the block shape or the number of multiprocessors. Sums are in float32 in a fixed order,
+reproducible bit for bit.
 
 Shapes: N rows, I in, O out, r rank; x (N, I), A (r, I), B' (O, r), u and gu (N, r). dtypes: bfloat16, float16 or
 float32, all equal.
@@ -21,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS, RANK = 64, 64, 128  # a block's rows and columns of x, and at most this much of the rank
-PROGRAMS = 528  # four for each of an H100's 132 multiprocessors; fixed, so that sums are the same on every GPU
+# Four for each of an H100's 132 multiprocessors, which run at once; fixed, so that sums are the same on every GPU
+PROGRAMS = 528
 
 
 @triton.jit
@@ -35,15 +37,20 @@ def _hash(h):
 
 
 @triton.jit
-def _keep(rows, columns, key, key2, threshold):
-    """Whether element (row, column) is kept: both are hashed with the keys, and once more together. Neighbours, rows,
-    columns and keys are as independent as draws of a generator; most work is per row or column, not per element."""
+def _keep(rows, first_column, key, key2, threshold, COLUMNS: tl.constexpr):
+    """Whether the elements (row, column) are kept, of ``COLUMNS`` columns from an even one on. A row and a pair of
+    columns are hashed, and once more together: the halves of these 32 bits decide about the pair. Neighbours, rows,
+    columns and keys are as independent as draws of a generator; most work is per row or pair, not per element."""
     key, key2 = key.to(tl.uint32), key2.to(tl.uint32)
-    row = _hash(_hash(rows.to(tl.uint32) ^ key) ^ key2)
-    column = _hash(_hash(columns.to(tl.uint32) ^ key2) + key + 0x1E3779B9)
+    lane = tl.arange(0, COLUMNS)
+    # halved apart from first_column: the compiler then sees that two columns are one pair, and hashes it once
+    pair = ((first_column >> 1) + (lane >> 1)).to(tl.uint32)
+    row = _hash(rows.to(tl.uint32) ^ (_hash(key) + key2))
+    column = _hash(pair ^ (_hash(key2 + 0x1E3779B9) + key))
     h = (row[:, None] ^ column[None, :]) * 0x21F0AAAD
     h ^= h >> 15
     h *= 0x735A2D97
+    h = tl.where((lane & 1 == 1)[None, :], h ^ (h << 16), h)
     return h >= (threshold.to(tl.uint32) << 16)
 
 
@@ -54,12 +61,15 @@ def _pointers(x, first, columns, i, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _dropped_block(x, first, columns, n, i, key, key2, threshold, ROWS: tl.constexpr):
-    """x[first : first + ROWS, columns], 0 for dropped elements and outside of x."""
+def _dropped_block(
+    x, first, first_column, n, i, key, key2, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """x[first : first + ROWS, first_column : first_column + COLUMNS], 0 for dropped elements and outside of x."""
     rows = first + tl.arange(0, ROWS)
+    columns = first_column + tl.arange(0, COLUMNS)
     inside = (rows < n)[:, None] & (columns < i)[None, :]
     block = tl.load(_pointers(x, first, columns, i, ROWS), mask=inside, other=0.0)
-    return tl.where(_keep(rows, columns, key, key2, threshold), block, 0.0)
+    return tl.where(_keep(rows, first_column, key, key2, threshold, COLUMNS), block, 0.0)
 
 
 @triton.jit(do_not_specialize=["key", "key2", "threshold"])
@@ -72,7 +82,7 @@ def _project(
     total = tl.zeros((ROWS, RANK), dtype=tl.float32)
     for begin in range(0, i, COLUMNS):
         columns = begin + tl.arange(0, COLUMNS)
-        block = _dropped_block(x, first, columns, n, i, key, key2, threshold, ROWS)
+        block = _dropped_block(x, first, begin, n, i, key, key2, threshold, ROWS, COLUMNS)
         factor = tl.load(
             a + ranks[None, :] * i + columns[:, None], mask=(ranks < r)[None, :] & (columns < i)[:, None], other=0.0
         )
@@ -86,14 +96,15 @@ def _outer(
     x, gu, parts, n, i, r, rows_per_part, key, key2, threshold,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    first_column = tl.program_id(0) * COLUMNS
+    columns = first_column + tl.arange(0, COLUMNS)
     part = tl.program_id(1)
     ranks = tl.program_id(2) * RANK + tl.arange(0, RANK)
     total = tl.zeros((RANK, COLUMNS), dtype=tl.float32)
     end = tl.minimum(n, (part + 1) * rows_per_part)
     for begin in range(part * rows_per_part, end, ROWS):
         rows = begin + tl.arange(0, ROWS)
-        block = _dropped_block(x, begin, columns, end, i, key, key2, threshold, ROWS)
+        block = _dropped_block(x, begin, first_column, end, i, key, key2, threshold, ROWS, COLUMNS)
         factor = tl.load(
             gu + rows.to(tl.int64)[None, :] * r + ranks[:, None],
             mask=(rows < end)[None, :] & (ranks < r)[:, None],
@@ -128,10 +139,19 @@ def _low_rank_block(
 
 
 @triton.jit
-def _add_to_block(y, total, first, rows, columns, n, o, ROWS: tl.constexpr):
-    """y[rows, columns] += total; summed in float32, rounded once."""
+def _corner(o, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """First row and column of this program's block of y (…, o). Programs that run at the same time have blocks next to
+    each other in memory."""
+    blocks = tl.cdiv(o, COLUMNS)
+    return tl.program_id(0) // blocks * ROWS, tl.program_id(0) % blocks * COLUMNS
+
+
+@triton.jit
+def _add_to_block(y, total, first, first_column, n, o, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """y[first : first + ROWS, first_column : first_column + COLUMNS] += total; summed in float32, rounded once."""
+    columns = first_column + tl.arange(0, COLUMNS)
     pointers = _pointers(y, first, columns, o, ROWS)
-    inside = (rows < n)[:, None] & (columns < o)[None, :]
+    inside = (first + tl.arange(0, ROWS) < n)[:, None] & (columns < o)[None, :]
     before = tl.load(pointers, mask=inside, other=0.0)
     tl.store(pointers, (before.to(tl.float32) + total).to(y.dtype.element_ty), mask=inside)
 
@@ -140,11 +160,10 @@ def _add_to_block(y, total, first, rows, columns, n, o, ROWS: tl.constexpr):
 def _add(
     y, left, right, n, o, r, scale, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first, first_column = _corner(o, ROWS, COLUMNS)
+    rows, columns = first + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     total = _low_rank_block(left, right, rows, columns, n, o, r, 1, r, ROWS, COLUMNS, RANK)
-    _add_to_block(y, total * scale, first, rows, columns, n, o, ROWS)
+    _add_to_block(y, total * scale, first, first_column, n, o, ROWS, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["key", "key2", "other_key", "other_key2", "third_key", "third_key2", "threshold"])
@@ -153,18 +172,17 @@ def _add_dropped(
     third_left, third_right, third_key, third_key2,
     COUNT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first, first_column = _corner(i, ROWS, COLUMNS)
+    rows, columns = first + tl.arange(0, ROWS), first_column + tl.arange(0, COLUMNS)
     block = _low_rank_block(left, right, rows, columns, n, i, r, i, 1, ROWS, COLUMNS, RANK)
-    total = tl.where(_keep(rows, columns, key, key2, threshold), block, 0.0)
+    total = tl.where(_keep(rows, first_column, key, key2, threshold, COLUMNS), block, 0.0)
     if COUNT > 1:
         block = _low_rank_block(other_left, other_right, rows, columns, n, i, r, i, 1, ROWS, COLUMNS, RANK)
-        total += tl.where(_keep(rows, columns, other_key, other_key2, threshold), block, 0.0)
+        total += tl.where(_keep(rows, first_column, other_key, other_key2, threshold, COLUMNS), block, 0.0)
     if COUNT > 2:
         block = _low_rank_block(third_left, third_right, rows, columns, n, i, r, i, 1, ROWS, COLUMNS, RANK)
-        total += tl.where(_keep(rows, columns, third_key, third_key2, threshold), block, 0.0)
-    _add_to_block(y, total, first, rows, columns, n, i, ROWS)
+        total += tl.where(_keep(rows, first_column, third_key, third_key2, threshold, COLUMNS), block, 0.0)
+    _add_to_block(y, total, first, first_column, n, i, ROWS, COLUMNS)
 
 
 def keys(seed: Tensor) -> tuple[int, int]:
@@ -180,7 +198,7 @@ def dropped_project(x: Tensor, a: Tensor, seed: Tensor, drop: int) -> Tensor:
     rank = _rank_block(r)
     grid = (triton.cdiv(n, ROWS), triton.cdiv(r, rank))
     _project[grid](
-        x, a, u, n, i, r, *keys(seed), drop, ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=4, num_stages=4
+        x, a, u, n, i, r, *keys(seed), drop, ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=8, num_stages=4
     )
     return u
 
@@ -196,7 +214,7 @@ def dropped_outer(gu: Tensor, x: Tensor, seed: Tensor, drop: int) -> Tensor:
     grid = (triton.cdiv(i, COLUMNS), count, triton.cdiv(r, rank))
     _outer[grid](
         x, gu, parts, n, i, r, rows_per_part, *keys(seed), drop,
-        ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=4, num_stages=4,
+        ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=4, num_stages=3,
     )  # fmt: skip
     return parts.sum(0).to(x.dtype) if count > 1 else parts[0].to(x.dtype)
 
@@ -213,7 +231,8 @@ def add_dropped(gx: Tensor, branches: list[tuple[Tensor, Tensor, Tensor, int]]) 
     unused = given[:4] * (3 - len(branches))
     _add_dropped[_blocks(n, i)](
         gx, n, i, r, drop, *given, *unused,
-        COUNT=len(branches), ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=2,
+        COUNT=len(branches), ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=1,
+        maxnreg=128 if len(branches) > 1 else None,  # so that two programs run on a multiprocessor at once
     )  # fmt: skip
     return gx
 
@@ -228,8 +247,8 @@ def add_low_rank(y: Tensor, u: Tensor, b: Tensor, scale: float) -> Tensor:
     return y
 
 
-def _blocks(rows: int, columns: int) -> tuple[int, int]:
-    return triton.cdiv(rows, ROWS), triton.cdiv(columns, 2 * COLUMNS)
+def _blocks(rows: int, columns: int) -> tuple[int]:
+    return (triton.cdiv(rows, ROWS) * triton.cdiv(columns, 2 * COLUMNS),)
 
 
 def _rank_block(r: int) -> int:

@@ -284,6 +284,8 @@ def test_the_hash_drops_as_a_generator_would():
         flat = one.flatten()
         for lag in (1, 2, 4, 8, 16, 32, 64, 1023, 1024, 1025, 2048, 3072, 4096):
             assert abs((flat[:-lag] * flat[lag:]).mean()) <= bound, lag
+        of_one_hash = (one[:, ::2] * one[:, 1::2]).mean()
+        assert abs(of_one_hash) <= bound * 2**0.5
         for means in (one.mean(0), one.mean(1)):
             assert abs(means.square().mean() / (p * (1 - p) / 1024) - 1) <= 5 * (2 / 1024) ** 0.5
     for index, one in enumerate(deviations):

@@ -92,8 +92,10 @@ def hashed(x, seed, drop):
         return h ^ h >> 15
 
     key, key2 = (k & 0xFFFFFFFF for k in keys(seed))
-    row = mixed(mixed(torch.arange(x[..., 0].numel(), device=x.device) ^ key) ^ key2)
-    column = mixed(mixed(torch.arange(x.shape[-1], device=x.device) ^ key2) + key + 0x1E3779B9 & 0xFFFFFFFF)
+    rows, columns = (torch.arange(count, device=x.device) for count in (x[..., 0].numel(), x.shape[-1]))
+    row = mixed(rows ^ (mixed(key) + key2 & 0xFFFFFFFF))
+    column = mixed(columns // 2 ^ (mixed(key2 + 0x1E3779B9 & 0xFFFFFFFF) + key & 0xFFFFFFFF))
     h = ((row[:, None] ^ column) * 0x21F0AAAD) & 0xFFFFFFFF
     h = ((h ^ h >> 15) * 0x735A2D97) & 0xFFFFFFFF
-    return (h >= drop << 16).view(x.shape)
+    halves = torch.where(columns % 2 == 0, h >> 16, (h >> 16) ^ (h & 0xFFFF))
+    return (halves >= drop).view(x.shape)
