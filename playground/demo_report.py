@@ -47,7 +47,7 @@ def main() -> None:
         ("after, image blanked", accuracy(questions, answers["blanked"]), None),
         ("merged, stock transformers", accuracy(questions, answers["merged"]), None),
     ]
-    print(f"\n{'EasyVQA, held-out test split':<32}{len(questions):>6} asked{'all ' + str(full['questions']):>12}")
+    print(f"\n{'EasyVQA, held-out test split':<32}{len(questions):>4} sampled{'all ' + str(full['questions']):>12}")
     for name, share, of_all in rows:
         print(f"{name:<32}{share:>11.1%}{'' if of_all is None else format(of_all, '12.1%')}")
 
@@ -107,7 +107,7 @@ def choice_cards(file: Path, output: Path) -> tuple[list[Card], str]:
     title = "EasyVQA as multiple choice, in SEED-Bench's file format"
     interval = "95 % interval {:.1f} to {:.1f}".format(*result.interval)
     return cards, (
-        f"\n{title}{len(table.rows):>6} asked\n{'random guess':<32}{guess:>11.1%}\n{'after training':<32}"
+        f"\n{title}{len(table.rows):>6} questions\n{'random guess':<32}{guess:>11.1%}\n{'after training':<32}"
         f"{result.score.value / 100:>11.1%}   {interval}, unread {result.score.unread:.1%}"
     )
 
