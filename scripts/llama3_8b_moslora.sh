@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# MoSLoRA, mixer from Kaiming's uniform distribution, on LLaMA-3-8B-Instruct and CLIP-L/336.
+# MoSLoRA, kaiming_uniform mixer init, on LLaMA-3-8B-Instruct and CLIP-L/336.
 # Hyper-parameters: Table 8 of the MoSLoRA paper, column "LLaMA-3+ViT".
 #
 #   bash scripts/llama3_8b_moslora.sh                         # 4 GPUs; folders as below and in recipe_defaults.sh
 #   GPUS=8 RUN=/data/run bash scripts/llama3_8b_moslora.sh --save_steps 500
 #
-# Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
-# wins). The same command resumes an interrupted run.
+# Every variable can be set in the environment, and flags of train_vit_llm.py can follow the script's name (the last
+# one wins). The same command resumes an interrupted run.
 #
 # The reference averages the loss over each micro-batch, here over all trained tokens of the global batch; for the
 # reference's way add --loss_average micro_batch.

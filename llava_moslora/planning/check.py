@@ -68,6 +68,6 @@ def check_plan(plan: Plan) -> str:
             "M-PLAN", "the GPU's memory is not enough for this run", found=f"{capacity / GIB:.1f} GiB",
             expected=f"{used.low / GIB:.1f} GiB at least",
             fix="scripts/plan.py with the same flags and --suggest names settings that fit; "
-            "--no_plan_check starts all the same",
+            "--no_plan_check starts anyway",
         )  # fmt: skip
     return f"plan: {verdict(plan)}"

@@ -326,7 +326,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch, stat
 @pytest.mark.parametrize("key", [f"{KEY}\nX: y", f"{KEY} {KEY}", f"{KEY}é"])
 def test_a_key_that_cannot_be_sent(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(Refusal, match=r"C-KEY\] OPENAI_API_KEY: no key: it has a space") as caught:
+    with pytest.raises(Refusal, match=r"C-KEY\] OPENAI_API_KEY: not a key: it has a space") as caught:
         Judge.of("http://h", "m")
     assert KEY not in caught.value.line()
 

@@ -81,9 +81,9 @@ def test_the_papers_own_runs_have_their_rows(tmp_path, models, llm, bits, adapte
 
 @pytest.mark.parametrize("llm, more, why", [
     ("vicuna-7b", {}, "vicuna-7b is not an LLM of its Table 5"),
-    ("Meta-Llama-3.1-8B-Instruct", {}, "Meta-Llama-3.1-8B-Instruct is not known"),
-    ("Hermes-3-Llama-3-8B", {}, "Hermes-3-Llama-3-8B is not known"),
-    ("internlm2_5-7b-chat", {"bits": 4}, "internlm2_5-7b-chat is not known"),
+    ("Meta-Llama-3.1-8B-Instruct", {}, "Meta-Llama-3.1-8B-Instruct is not an LLM"),
+    ("Hermes-3-Llama-3-8B", {}, "Hermes-3-Llama-3-8B is not an LLM"),
+    ("internlm2_5-7b-chat", {"bits": 4}, "internlm2_5-7b-chat is not an LLM"),
     (f"renamed/{LLAMA_NAME}", {}, "its configuration is of another"),
     (f"moved/{LLAMA_NAME}", {}, "a configuration cannot be read (no such folder: "),
     (LLAMA_NAME, {"bits": 4}, "LLaMA-3 was trained with 4 bits, in the paper with 16"),

@@ -61,7 +61,7 @@ def test_the_data_set_is_read_as_it_is(data):
 @pytest.mark.parametrize(
     "old, new, match",
     [("can,can", "can,can\ncan,tin", "twice"), ("can,can", "../x,can", "no subject and class"),
-     ("'a red {0} {1}'", "'a red {0.__class__} {1}'", "line 14: neither"), ("{0} {1} in", "{0} in", "neither"),
+     ("'a red {0} {1}'", "'a red {0.__class__} {1}'", "line 14: not a"), ("{0} {1} in", "{0} in", "not a subject"),
      ("subject_name,class\ncan,can\nbear_plushie,stuffed animal\ncat,cat", "", "no subjects"),
      ("Object Prompts", "Objects", "line 10: not a subject"), ("can,can", "can", "not a subject")],
 )  # fmt: skip
