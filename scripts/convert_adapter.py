@@ -72,7 +72,7 @@ def convert(source: Path, output: Path, form: str, rename: list[str], lora_alpha
     if output.exists():
         raise Refusal("C-OUTPUT", "already exists", file=output, key="--output_dir", fix="choose another, or delete it")
     if lora_alpha and source.is_dir():
-        what, fix = "the folder's adapter_config.json has it", "leave it out"
+        what, fix = "the folder's adapter_config.json has it", "omit it"
         raise Refusal("C-FLAG", what, file=source, key="--lora_alpha", found=" ".join(lora_alpha), fix=fix)
     prefixes, alphas = _renames(rename), _alphas(lora_alpha)
     adapter = read_adapter(source, lora_alpha=alphas)

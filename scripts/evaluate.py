@@ -136,7 +136,7 @@ def check_flags(args: argparse.Namespace) -> str:
     if "kit_python" in given and "scorer" not in given:
         raise Refusal("C-FLAG", "has no effect without --scorer", key="--kit_python", fix=f"--scorer {SCORER}")
     if other := sorted(given - {modes[0], *needed, *allowed}):
-        raise Refusal("C-FLAG", f"has no effect with --{modes[0]}", key=f"--{other[0]}", fix="leave it out")
+        raise Refusal("C-FLAG", f"has no effect with --{modes[0]}", key=f"--{other[0]}", fix="omit it")
     if modes[0] == "compare":
         for name, before in (("data", "output"), ("normalise", "output"), ("mistakes", "data")):
             if name in given and before not in given:
@@ -290,7 +290,7 @@ def judge_of(flag: list[str] | None, wanted: Collection[str]) -> Judge | None:
     if flag is None:
         return None
     if not any(BENCHMARKS[name].kind in JUDGED for name in wanted):
-        raise Refusal("C-FLAG", f"has no effect without {' or '.join(JUDGED)}", key="--judge", fix="leave it out")
+        raise Refusal("C-FLAG", f"has no effect without {' or '.join(JUDGED)}", key="--judge", fix="omit it")
     return Judge.of(*flag)
 
 

@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.paper and args.tasks == "likelihood":
         what = "has no effect: Table 4 does not have these tasks"
-        raise Refusal("C-FLAG", what, key="--paper", found=args.paper, fix="leave it out")
+        raise Refusal("C-FLAG", what, key="--paper", found=args.paper, fix="omit it")
     for name in ("batch_size", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="at least 1")

@@ -103,7 +103,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if lacking := [name for name in needed if name not in given]:
         raise Refusal("C-FLAG", f"missing: {args.step} needs it", key=f"--{lacking[0]}")
     if other := sorted(given - {*needed, *allowed}):
-        raise Refusal("C-FLAG", f"has no effect with {args.step}", key=f"--{other[0]}", fix="leave it out")
+        raise Refusal("C-FLAG", f"has no effect with {args.step}", key=f"--{other[0]}", fix="omit it")
     if len(args.inputs) not in counts:
         raise Refusal(
             "C-FLAG", f"{args.step} takes other inputs", found=" ".join(args.inputs) or "none", expected=expected
@@ -112,7 +112,7 @@ def check_flags(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None and not least <= value < 1e6:
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"at least {least}")
     if args.size is not None and args.size % 8:
-        fix = f"{args.size // 8 * 8}, or leave it out"
+        fix = f"{args.size // 8 * 8}, or omit it"
         raise Refusal("C-FLAG", "not a multiple of 8", key="--size", found=args.size, fix=fix)
     if args.identifier is not None and not args.identifier.strip():
         fix = "the word of the training's prompt, as ikat"

@@ -94,7 +94,7 @@ def check_sdxl_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
         raise Refusal("C-FLAG", "a run is either of SDXL or not", key="--format", found=found, fix=fix)
     others = ("with_base", "dtype", "merge_base", "vision_tower", "evaluation")
     if given := [name for name in others if getattr(args, name) != parser.get_default(name)]:
-        raise Refusal("C-FLAG", f"no effect with --format {DIFFUSERS}", key=f"--{given[0]}", fix="leave it out")
+        raise Refusal("C-FLAG", f"no effect with --format {DIFFUSERS}", key=f"--{given[0]}", fix="omit it")
 
 
 def format_list() -> str:

@@ -131,13 +131,13 @@ class MosLoraConfig(LoraConfig):
             if getattr(self, name, None):
                 raise Refusal(
                     "C-ADAPTER", "cannot be combined with a mixer", key=name, found=getattr(self, name),
-                    fix=f"leave {name} out, or use peft.LoraConfig",
+                    fix=f"omit {name}, or use peft.LoraConfig",
                 )  # fmt: skip
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise Refusal(
                 "C-ADAPTER", "this init assumes ΔW = B·A without a mixer", key="init_lora_weights",
                 found=self.init_lora_weights, expected="True, False or 'gaussian'",
-                fix="leave init_lora_weights out, or use peft.LoraConfig",
+                fix="omit init_lora_weights, or use peft.LoraConfig",
             )  # fmt: skip
 
     def _check_start(self) -> None:
@@ -154,7 +154,7 @@ class MosLoraConfig(LoraConfig):
             if any(given != value for given in (getattr(self, name), *others)):
                 raise Refusal(
                     "C-ADAPTER", f"start {self.start!r} sets it itself", key=name, found=getattr(self, name),
-                    expected=value, fix="leave it out",
+                    expected=value, fix="omit it",
                 )  # fmt: skip
 
     @property

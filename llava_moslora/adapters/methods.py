@@ -137,7 +137,7 @@ def check_method(settings: AdapterSettings, bits: int, training: TrainingSetting
     method, row = settings.method, METHODS[settings.method]
     defaults = AdapterSettings()
     if settings.tune_mm_mlp_adapter and method != defaults.method:
-        raise Refusal("C-FLAG", "stage 1 trains no adapters", key="--method", found=method, fix="leave it out")
+        raise Refusal("C-FLAG", "stage 1 trains no adapters", key="--method", found=method, fix="omit it")
     for name in MIXER_FLAGS if method != "moslora" else ():
         if method == "folded" and name.endswith("mixer_init"):
             continue
@@ -176,4 +176,4 @@ def _is_pair(settings: AdapterSettings) -> bool:
 
 
 def _refuse(name: str, value: object, why: str) -> None:
-    raise Refusal("C-FLAG", f"has no effect: {why}", key=f"--{name}", found=value, fix="leave it out")
+    raise Refusal("C-FLAG", f"has no effect: {why}", key=f"--{name}", found=value, fix="omit it")

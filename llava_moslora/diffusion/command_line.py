@@ -54,7 +54,7 @@ class Parser(SettingsParser):
 
     def unknown(self, name: str) -> str:
         if name.replace("-", "_") in WITHOUT:
-            return "leave it out: it has no effect here"
+            return "omit it: it has no effect here"
         return trainer_flags.FORMER.get(name.replace("-", "_")) or super().unknown(name)
 
 
@@ -91,7 +91,7 @@ def check(data: SubjectSettings, adapter: SdxlAdapterSettings, training: dict[st
         given = "class_prompt" if data.class_image_folder is None else "class_image_folder"
         other = "class_image_folder" if data.class_image_folder is None else "class_prompt"
         what = "prior preservation needs the class's pictures and their prompt"
-        raise Refusal("C-FLAG", what, key=f"--{given}", fix=f"give --{other} too, or leave both out")
+        raise Refusal("C-FLAG", what, key=f"--{given}", fix=f"give --{other} too, or omit both")
     if data.class_image_folder is None and adapter.prior_loss_weight != 1.0:
         fix = "give --class_image_folder and --class_prompt, or omit it"
         raise Refusal("C-FLAG", "no effect without class pictures", key="--prior_loss_weight", fix=fix)

@@ -226,7 +226,7 @@ def open_trained(
     base = record.located.model
     text_only, llm_folder = base.text_only, Path(llm or base.model_name_or_path)
     if text_only and vision_tower:
-        raise Refusal("C-FLAG", "the run has no vision tower", file=run, key="--vision_tower", fix="leave it out")
+        raise Refusal("C-FLAG", "the run has no vision tower", file=run, key="--vision_tower", fix="omit it")
     spec = "" if text_only else str(vision_tower or base.vision_tower)
     llm_config = read_llm_config(llm_folder)
     check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")

@@ -55,7 +55,7 @@ def check_flags_of_images(
     """
     if not model.text_only:
         if data.train_on_prompt:
-            raise Refusal("C-FLAG", "is for an LLM without a vision tower", key="--train_on_prompt", fix="leave it out")
+            raise Refusal("C-FLAG", "is for an LLM without a vision tower", key="--train_on_prompt", fix="omit it")
         return
     given = asdict(model) | asdict(data) | asdict(adapter or AdapterSettings()) | dict(training or {})
     for settings, names in VISION_FLAGS.items():

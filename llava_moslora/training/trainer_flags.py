@@ -38,7 +38,7 @@ class Refused:
     """A flag that would have no effect here, or a harmful one; a value other than its default is refused."""
 
     why: str
-    instead: str = "leave it out"
+    instead: str = "omit it"
 
 
 SETTINGS, LOADER, OPTIMIZER = (
@@ -59,7 +59,7 @@ TRACKERS = ("report_to", ("wandb", "mlflow", "trackio", "comet_ml", "swanlab", "
 TRACKIO = ("report_to", ("trackio", "all"))
 WITH_ARGS = ("sgd", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "ademamix", "ademamix_8bit",
              "paged_ademamix_32bit", "paged_ademamix_8bit")  # fmt: skip
-ONE_COPY = Refused("rank 0 writes one run folder that all hosts share", "leave it out")
+ONE_COPY = Refused("rank 0 writes one run folder that all hosts share", "omit it")
 
 FLAGS: dict[str, Honoured | Refused] = {
     "output_dir": Honoured("tests/training/test_arguments.py::test_missing_output_dir_is_named"),
@@ -200,29 +200,29 @@ FORMER: dict[str, str] = {
     "evaluation_strategy": "--eval_strategy",
     "warmup_ratio": "--warmup_steps, below 1 a share of all steps",
     "group_by_length": "--data_order modality_length, the default",
-    "group_by_modality_length": "leave it out: --data_order modality_length is the default",
+    "group_by_modality_length": "omit it: --data_order modality_length is the default",
     "no_cuda": "--use_cpu",
-    "use_mps_device": "leave it out",
+    "use_mps_device": "omit it",
     "overwrite_output_dir": "--overwrite",
-    "save_safetensors": "leave it out: nothing else is saved",
-    "logging_dir": "leave it out: logs are in --output_dir",
-    "past_index": "leave it out",
-    "jit_mode_eval": "leave it out",
-    "tpu_num_cores": "leave it out: TPUs are not supported",
+    "save_safetensors": "omit it: nothing else is saved",
+    "logging_dir": "omit it: logs are in --output_dir",
+    "past_index": "omit it",
+    "jit_mode_eval": "omit it",
+    "tpu_num_cores": "omit it: TPUs are not supported",
     "torchdynamo": "--torch_compile_backend",
-    "include_tokens_per_second": "leave it out: metrics.jsonl has tokens_per_second",
-    "lora_enable": "leave it out: adapters are trained unless --lora_r is 0",
+    "include_tokens_per_second": "omit it: metrics.jsonl has tokens_per_second",
+    "lora_enable": "omit it: adapters are trained unless --lora_r is 0",
     "lora_weight_path": "--resume True",
-    "lazy_preprocess": "leave it out",
-    "is_multimodal": "leave it out",
-    "freeze_backbone": "leave it out: only adapters and the projector are trained",
-    "mm_projector_type": "leave it out: it follows from --pretrain_mm_mlp_adapter",
-    "mm_vision_select_layer": "leave it out: features are from the penultimate layer",
-    "mm_use_im_start_end": "leave it out",
-    "mm_use_im_patch_token": "leave it out",
-    "quant_type": "leave it out: --bits 4 is nf4",
-    "double_quant": "leave it out: --bits 4 quantises twice",
-    "cache_dir": "leave it out: nothing is downloaded",
+    "lazy_preprocess": "omit it",
+    "is_multimodal": "omit it",
+    "freeze_backbone": "omit it: only adapters and the projector are trained",
+    "mm_projector_type": "omit it: it follows from --pretrain_mm_mlp_adapter",
+    "mm_vision_select_layer": "omit it: features are from the penultimate layer",
+    "mm_use_im_start_end": "omit it",
+    "mm_use_im_patch_token": "omit it",
+    "quant_type": "omit it: --bits 4 is nf4",
+    "double_quant": "omit it: --bits 4 quantises twice",
+    "cache_dir": "omit it: nothing is downloaded",
 }
 
 
@@ -259,7 +259,7 @@ def check_flags(values: Mapping[str, Any]) -> None:
     local, expected = values.get("local_rank", -1), os.environ.get("LOCAL_RANK", "-1")
     if local != -1 and str(local) != expected:
         raise Refusal(
-            "C-FLAG", "the launcher sets it", key="--local_rank", found=local, expected=expected, fix="leave it out"
+            "C-FLAG", "the launcher sets it", key="--local_rank", found=local, expected=expected, fix="omit it"
         )
 
 
@@ -270,6 +270,6 @@ def _check_other(name: str, found: object, values: Mapping[str, Any], needs: tup
     if any(value in wanted for value in (given if isinstance(given, list) else [given])):
         return
     if wanted == (None,):
-        raise Refusal("C-FLAG", f"no effect with --{other}", key=f"--{name}", found=found, fix="leave it out")
+        raise Refusal("C-FLAG", f"no effect with --{other}", key=f"--{name}", found=found, fix="omit it")
     expected = f"--{other} " + " | ".join(str(value) for value in wanted if value != "all")
     raise Refusal("C-FLAG", f"no effect without --{other}", key=f"--{name}", found=found, expected=expected)

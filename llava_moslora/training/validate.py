@@ -140,12 +140,12 @@ def check_range(name: str, value: float, smallest: float, allowed: bool) -> None
 def _check_precision(args: TrainingArguments) -> None:
     flag = "--fp16" if args.fp16 else "--bf16"
     if args.fp16 and args.use_cpu:
-        fix = "--bf16 True, or leave it out for float32"
+        fix = "--bf16 True, or omit it for float32"
         raise Refusal("C-FLAG", "float16 cannot be trained on a CPU", key=flag, fix=fix)
     if (args.fp16 or args.bf16) and not args.deepspeed:
         raise Refusal(
             "C-FLAG", "without DeepSpeed there are no float32 master weights, and 16-bit weights lose small updates",
-            key=flag, fix="--deepspeed zero_configs/zero2.json, also on one GPU; or leave it out for float32",
+            key=flag, fix="--deepspeed zero_configs/zero2.json, also on one GPU; or omit it for float32",
         )  # fmt: skip
 
 

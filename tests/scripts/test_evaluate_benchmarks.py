@@ -242,7 +242,7 @@ def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--prompts", "x"], r"--prompts: invalid choice"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--paper", "x"], r"--paper: invalid choice.*llama-3-lora"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--judge", "http://h", "m"],
-     r"--judge: has no effect without mathvista or mmvet; fix: leave it out"),
+     r"--judge: has no effect without mathvista or mmvet; fix: omit it"),
     (["--benchmark", "mmvet", "--data", "d", "--output", "o", "--judge", "h", "m"], r"--judge: not the URL of a"),
     (["--compare", "--judge", "http://h", "m"], r"--judge: has no effect with --compare"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--scorer", "x"], r"--scorer: invalid choice.*vlmeva"),
