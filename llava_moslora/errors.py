@@ -244,12 +244,12 @@ def _failure_of_system(error: BaseException) -> Refusal | None:
     if isinstance(error, KeyboardInterrupt | Stopped):
         return _stopped("Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error))
     if isinstance(error, MemoryError):
-        return Refusal("E-MEMORY", "the machine's memory is not enough", found=first, fix="a machine with more memory")
+        return Refusal("E-MEMORY", "not enough memory on this machine", found=first, fix="a machine with more memory")
     if not isinstance(error, OSError):
         return None
     if isinstance(error, ConnectionError):
         if isinstance(error, BrokenPipeError) and not stdout_works():
-            return Refusal("E-OUTPUT", "the reader of the output was closed", found=first, fix="send it to a file")
+            return Refusal("E-OUTPUT", "the reader of the output was closed", found=first, fix="redirect it to a file")
         return Refusal(
             "P-CONNECTION", "a connection to another process was lost", found=first,
             fix="see why it ended, then start the same command again",
@@ -276,7 +276,7 @@ def _failure_by_number(number: int | None, file: object, found: str) -> Refusal 
     if number in (errno.EMFILE, errno.ENFILE):
         return Refusal("E-FILES", "too many open files", file=file, found=found, fix="raise the limit: ulimit -n 4096")
     if number == errno.ENOMEM:
-        return Refusal("E-MEMORY", "the machine's memory is not enough", found=found, fix="a machine with more memory")
+        return Refusal("E-MEMORY", "not enough memory on this machine", found=found, fix="a machine with more memory")
     if number == errno.EIO:
         return Refusal("E-DISK", "the disk cannot be read or written", file=file, found=found, fix="check the disk")
     return None
@@ -293,7 +293,7 @@ def _failure_of_library(error: BaseException) -> Refusal | None:
         return worker_failure(first)
     if kind == "OutOfMemoryError" or NO_MEMORY.search(text):
         fix = "smaller batches, or a device or machine with more memory"
-        return Refusal("E-MEMORY", "the memory of the device or the machine is not enough", found=first, fix=fix)
+        return Refusal("E-MEMORY", "not enough memory on the device or host", found=first, fix=fix)
     if "address already in use" in text.lower() or "EADDRINUSE" in text:
         return Refusal("E-PORT", "the port is already in use", found=first, fix="choose another port")
     if NCCL_SETTINGS.search(text):

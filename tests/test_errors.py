@@ -141,7 +141,7 @@ FAILURES = {
     "E-PERMISSION": (4, system(errno.EACCES, "a"), "a: not permitted; found PermissionError"),
     "E-PERMISSION read-only": (4, system(errno.EROFS, "a"), "a: not permitted"),
     "E-FILES": (4, system(errno.EMFILE), "ulimit -n"),
-    "E-MEMORY": (4, MemoryError(), "the machine's memory is not enough"),
+    "E-MEMORY": (4, MemoryError(), "not enough memory on this machine"),
     "E-MEMORY of the device": (4, torch.OutOfMemoryError("CUDA out of memory. Tried"), "found OutOfMemoryError"),
     "E-MEMORY of the allocator": (
         4, RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"), "not enough"
@@ -241,7 +241,7 @@ def test_a_reader_that_is_gone(unbuffered):
     running.stdout.close()
     assert running.stderr.readlines()[-1] == (
         "error[E-OUTPUT] the reader of the output was closed; found BrokenPipeError: [Errno 32] Broken pipe;"
-        " fix: send it to a file\n"
+        " fix: redirect it to a file\n"
     )
     assert running.wait(60) == 4
 

@@ -55,7 +55,7 @@ def eval_files(settings: DataSettings) -> dict[str, str]:
         name, file = named.groups() if named else (_name_of(value), value)
         if name in files:
             raise Refusal(
-                "C-FLAG", "two validation sets of one name", key="--eval_data_path", found=f"{files[name]} and {file}",
+                "C-FLAG", "duplicate validation set name", key="--eval_data_path", found=f"{files[name]} and {file}",
                 fix=f"name them: --eval_data_path {name}_1={files[name]} {name}_2={file}",
             )  # fmt: skip
         files[name] = file

@@ -84,7 +84,7 @@ def write_kit(
     }  # fmt: skip
     # The key is written first: without a page there are no answers yet, and the same command continues.
     if (output / KIT).exists() or ((output / KEY).exists() and read_json(output / KEY) != key):
-        raise Refusal("C-OUTPUT", "there is a kit already", file=output, key="--output", fix="choose another folder")
+        raise Refusal("C-OUTPUT", "a kit already exists", file=output, key="--output", fix="choose another folder")
     replace_json(output / KEY, key)
     photos = {name: [pages.thumbnail(one, 256) for one in known[name].images()[:PHOTOS_SHOWN]] for name in known}
     with replacing(output / KIT) as stream:

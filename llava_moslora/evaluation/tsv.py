@@ -133,7 +133,7 @@ class Table:
             raise Refusal("D-ENC", "the header is not UTF-8 text", file=self.path, key=ascii(wrong[0]))
         columns = tuple(name if name in LETTERS else name.lower() for name in header)
         if double := [name for name in columns if columns.count(name) > 1]:
-            raise Refusal("D-SCHEMA", "two columns of one name", file=self.path, key=double[0])
+            raise Refusal("D-SCHEMA", "two columns with the same name", file=self.path, key=double[0])
         if missing := [name for name in ("index", "question") if name not in columns]:
             found = " ".join(columns)[:200]
             raise Refusal("D-SCHEMA", "no such column", file=self.path, key=missing[0], found=found)

@@ -127,9 +127,7 @@ def test_names_of_validation_sets(tmp_path):
     assert names(eval_data_path=["val/coco val.json", "ocr=o.json", "mix/*.tar"]) == ["coco_val", "ocr", "mix"]
     (tmp_path / "a=b.json").touch()  # an existing file is a file
     assert eval_files(DataSettings(["t"], eval_data_path=[f"{tmp_path}/a=b.json"])).keys() == {"a_b"}
-    with pytest.raises(
-        Refusal, match=r"--eval_data_path: two validation sets of one name; found a/v.json and b/v.json"
-    ):
+    with pytest.raises(Refusal, match=r"--eval_data_path: duplicate validation set name; found a/v.json and b/v.json"):
         names(eval_data_path=["a/v.json", "b/v.json"])
     with pytest.raises(Refusal, match=r"found train; fix: name it: --eval_data_path train_eval=v/train.json"):
         names(split=0.1, eval_data_path=["v/train.json"])

@@ -119,7 +119,7 @@ def test_values_out_of_range(asked, flags, message):
         ("--validation_split 0.1", r"--validation_split: validation data that would never be evaluated; fix: --eval_s"),
         ("--eval_data_path v.json", r"--eval_data_path: validation data that would never be evaluated"),
         ("--eval_on_start True --validation_split 1.5", r"--validation_split: out of range; found 1.5; expected a sh"),
-        ("--eval_on_start True --eval_data_path a/v.json b/v.json", r"two validation sets of one name; found a/v.json"),
+        ("--eval_on_start True --eval_data_path a/v.json b/v.json", r"duplicate validation set name; found a/v.json"),
         ("--load_best_model_at_end True", r"--load_best_model_at_end: needs evaluations, and --eval_strategy is no; f"),
         ("--early_stopping_patience 3", r"--early_stopping_patience: needs evaluations, .*found 3; fix: --eval_strat"),
         ("--early_stopping_threshold 0.1", r"--early_stopping_threshold: needs --early_stopping_patience"),
