@@ -194,7 +194,7 @@ class SettingsParser(ScriptParser):
         for flag in self.flags:
             if flag.group:
                 groups.setdefault(flag.group, []).extend(flag.help_lines())
-        shown = "Flags without a default value are required, unless their text says otherwise."
+        shown = "Flags without a default are required, unless their text says otherwise."
         if self.more is not None:
             shown = f"{shown[:-1]}; --help all: the Trainer's."
         body = "\n".join(line for heading, lines in groups.items() if lines for line in (f"{heading}:", *lines))

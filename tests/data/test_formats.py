@@ -104,7 +104,7 @@ NOT_JSON = [
 BAD_RECORDS = [
     # D6: a top level or a record of another type
     ("D6", '["text"]', r"\[D-TYPE\] .*record 0: a record must be an object; found a string"),
-    ("D6", '{"data": [], "version": 1}', r"record 0: not a record .*found keys data, version; .*as a JSON array"),
+    ("D6", '{"data": [], "version": 1}', r"record 0: unknown record format.*found keys data, version; .*as a JSON array"),
     ("D6", "[null, 1]", r"\[D-TYPE\] .*record 0: a record must be an object; found null"),
     # D7: one key twice in an object
     ("D7", '[{"id": 1, "id": 2}]', r"\[D-JSON\] .*record 0 id=2: the key 'id' occurs twice in one object"),
@@ -171,7 +171,7 @@ def test_refused(read, case, content, message, window):
 def test_a_bad_record_is_named_by_index_and_id(read):
     records = [record(id=k) for k in range(5)]
     records[3]["conversations"][0]["value"] = "no image"
-    with pytest.raises(Refusal, match=r"data.json:record 3 id=3: the human turns"):
+    with pytest.raises(Refusal, match=r"data.json:record 3 id=3: the number of <image>"):
         read(json.dumps(records))
 
 
@@ -228,7 +228,7 @@ def test_parquet(tmp_path):
     assert found[2].turns == (Turn("human", "<image>\nWhat?"), Turn("gpt", "A cat."))
     rows[2]["conversations"][0]["value"] = "no image"
     pq.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.raises(Refusal, match=r"data.parquet:record 2 id=2: the human turns"):
+    with pytest.raises(Refusal, match=r"data.parquet:record 2 id=2: the number of <image>"):
         list(read_records(path))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Refusal, match=r"\[D-PARSE\] .*data.parquet: not a Parquet file, or a damaged one"):
