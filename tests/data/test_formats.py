@@ -104,7 +104,7 @@ NOT_JSON = [
 BAD_RECORDS = [
     # D6: a top level or a record of another type
     ("D6", '["text"]', r"\[D-TYPE\] .*record 0: a record must be an object; found a string"),
-    ("D6", '{"data": [], "version": 1}', r"record 0: unknown record format.*found keys data, version; .*as a JSON array"),
+    ("D6", '{"data": [], "version": 1}', r"record 0: unknown record format.*found keys data, .*as a JSON array"),
     ("D6", "[null, 1]", r"\[D-TYPE\] .*record 0: a record must be an object; found null"),
     # D7: one key twice in an object
     ("D7", '[{"id": 1, "id": 2}]', r"\[D-JSON\] .*record 0 id=2: the key 'id' occurs twice in one object"),
