@@ -134,7 +134,7 @@ def test_bare_flags(plan, folders):
         (["--gpu", "h100-80", "--config", "missing.yaml"], "missing.yaml:--config: no such file"),
         (["--gpu", "h100-80", "--config", "missing.sh"], "missing.sh:--config: no such file"),
         (["--gpu", "h100-80", "--config", str(ROOT / "docs")], "not a run folder"),
-        (["--gpu", "h100-80", "--config", str(ROOT / "scripts" / "recipe_defaults.sh")], "starts no training"),
+        (["--gpu", "h100-80", "--config", str(ROOT / "scripts" / "recipe_defaults.sh")], "does not start training"),
         (["--gpu", "h100-80", "--gpus", "3", "--config", RECIPE], "--global_batch_size: not a multiple"),
         (["--gpu", "h100-80", "--config", RECIPE, "--recompute", "some"], "--recompute: unknown mode"),
         (["--gpu", "h100-80", "--config", RECIPE, "--tokens", "0"], "--tokens: out of range"),

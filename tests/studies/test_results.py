@@ -114,7 +114,7 @@ def test_tuning_waits_for_runs_that_are_missing_and_names_an_edge(made):
     study, runs = made({**lora, **mosl}, tune=tune)
     first, second = choose(study, runs)
     assert (first.best, first.note) == ("2e-3", "") and first.curve == {"1e-3": 3, "2e-3": 2, "4e-3": 4}
-    assert second.best == "1e-3" and second.note == "1e-3 is at the edge of the values tried: extend it"
+    assert second.best == "1e-3" and second.note == "1e-3 is at the edge of the grid: extend it"
     (runs[0].folder / DONE).unlink()
     first, second = choose(study, runs)
     assert first.best == "" and first.note == f"not tuned: {runs[0].name} missing" and second.best == "1e-3"

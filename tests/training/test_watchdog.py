@@ -98,7 +98,7 @@ def test_in_a_long_step_the_silent_rank_is_named_and_not_the_slow_one():
 
 def test_the_refusal_says_what_to_do():
     line = watching().refusal("no heartbeat for 10 s from rank 1").line()
-    assert line.startswith("error[P-RANK] the run hangs; found no heartbeat for 10 s from rank 1; fix: see")
+    assert line.startswith("error[P-RANK] the run hangs; found no heartbeat for 10 s from rank 1; fix: find")
     assert "--resume True" in line and "--ddp_timeout" in line
 
 
