@@ -25,7 +25,7 @@ def verdict(plan: Plan) -> str:
     """One line: does it fit, how much of the card, how long, where the GPU's speed is known."""
     request = plan.request
     card = f"{request.gpus} × {request.stands_for or request.device_name} with {request.capacity / GIB:.1f} GiB"
-    time = "of unknown speed" if request.stands_for else _time(plan)
+    time = "speed unknown" if request.stands_for else _time(plan)
     return f"{FITS_WORDS[plan.fits]} on {card}: {_range(plan.memory)} a GPU, {time}"
 
 
