@@ -324,7 +324,7 @@ def test_the_kit_is_blind_and_counted_by_hand(data, drawn, tmp_path, monkeypatch
     assert (found["win"], found["tie"], found["judgements"]) == (pytest.approx(66.667, abs=1e-3), 0, 18)
     assert found["loss"] == pytest.approx(33.333, abs=1e-3) and found["low"] < found["points"] < found["high"]
     printed = capsys.readouterr().out
-    assert "100.0" in printed and "3 people" in printed
+    assert "100.0" in printed and "3 raters" in printed
     with pytest.raises(Refusal, match=r"C-OUTPUT.*a kit already exists"):
         run(monkeypatch, "kit", *drawn, "--subjects", data, "--pairs", "2", "--output", tmp_path / "kit")
     with pytest.raises(Refusal, match=r"C-COMPARE.*second file of the same person"):
