@@ -1,4 +1,4 @@
-"""What GPUs can do, from their makers' data sheets, and how they are named on a command line."""
+"""GPU specifications from the vendors' data sheets, and GPU names on the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Device:
     capability: tuple[int, int] = (8, 0)
 
 
-# The first name that occurs in the device's own name as words of their own counts, so longer names stand first.
+# The first name that occurs in the device's own name, as whole words, counts, so longer names come first.
 DEVICES = {
     "GH200": Device(989e12, 94.5, 450e9, (9, 0)),
     "H200": Device(989e12, 139.8, 450e9, (9, 0)),
@@ -69,7 +69,7 @@ def known_name(name: str) -> str | None:
 
 
 def find_device(name: str) -> Device | None:
-    """The device that a driver's name stands for; None where it is not known."""
+    """The device with a driver's name; None if it is not known."""
     key = known_name(name)
     return None if key is None else DEVICES[key]
 
@@ -77,8 +77,8 @@ def find_device(name: str) -> Device | None:
 def use_expandable_segments() -> None:
     """Let torch's allocator grow its segments, unless the environment configures it. To be called before CUDA starts.
 
-    Batches of other lengths leave gaps in segments of a fixed size: on an H100's 79 GiB a training that allocates 68
-    of them can run out of memory. The planner assumes this too (planning/memory.py).
+    Batches of different lengths fragment segments of a fixed size: on an H100 with 79 GiB, a run that allocates 68 GiB
+    can run out of memory. The planner assumes expandable segments too (planning/memory.py).
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"

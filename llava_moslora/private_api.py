@@ -1,7 +1,7 @@
 """The private API of transformers, accelerate, PEFT and DeepSpeed that this package overrides, calls or replaces.
 
-:func:`check_private_api` refuses a version in which a part of it has changed: an override of a method that the library
-has renamed or no longer calls is no error in Python, and the check for NaN, for example, would never run again. So a
+:func:`check_private_api` refuses a version in which a part of it has changed: overriding a method that the library
+has renamed or no longer calls is not an error in Python, but the NaN check, for example, would never run again. So a
 method must exist with the listed parameters and still be called by the class named as its caller; an attribute must
 still be used by its owner's code.
 """

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# QMoSLoRA, mixer from an orthogonal matrix, on InternLM2-chat-7B in NF4 and CLIP-L/336.
+# QMoSLoRA, orthogonal mixer init, on InternLM2-chat-7B in NF4 and CLIP-L/336.
 # Hyper-parameters: Table 8 of the MoSLoRA paper, column "InternLM2+ViT"; what the table does not say (dropout,
 # schedule, warm-up, clipping, weight decay, seed) is from the authors' configuration file and start script.
 #
 #   bash scripts/internlm2_7b_qmoslora_orthogonal.sh          # 4 GPUs; folders as below and in recipe_defaults.sh
 #   GPUS=2 RUN=/data/run bash scripts/internlm2_7b_qmoslora_orthogonal.sh --save_steps 500
 #
-# Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
-# wins). The same command resumes an interrupted run.
+# Every variable can be set in the environment, and flags of train_vit_llm.py can follow the script's name (the last
+# one wins). The same command resumes an interrupted run.
 #
 # HYPER=paper (default) takes the paper's values, HYPER=authors those of the authors' configuration file: learning
 # rate 2e-4, the LM head adapted too, and plain LoRA, without a mixer, in the vision tower. Their start script starts

@@ -92,7 +92,7 @@ def main() -> None:
         check_output(args, inputs, data)
         check_resume(args, settings, fingerprints)
 
-    # 4. Latents and text embeddings, computed once; then VAE and text encoders are gone. Load the UNet
+    # 4. Compute latents and text embeddings once, free VAE and text encoders. Load the UNet
     seed = args.batches["seed"]
     with whole_weights(args.hf_deepspeed_config if args.deepspeed else None):
         encoded = encode_once(folder, data, sets, seed, args.device, embed=not adapter.train_text_encoder)

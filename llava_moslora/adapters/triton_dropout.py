@@ -1,9 +1,9 @@
-"""The adapter's products on a GPU in Triton, with dropout inside them: no mask is stored.
+"""Triton kernels for the adapter's matrix products with fused dropout: no mask is stored.
 
     dropped_project   u  = D(x)·Aᵀ            one pass over x
     dropped_outer     gA = guᵀ·D(x)           one pass over x
     add_low_rank      y += c·u·B'ᵀ            one pass over y, three times as fast as cuBLAS at rank 64
-    add_dropped       gx += Σ D(gu·A)         one pass over gx, for up to three linears with one input
+    add_dropped       gx += Σ D(gu·A)         one pass over gx, for up to three linear layers with one input
 
 D zeroes an element if 16 bits of a keyed hash of its row and pair of columns are below a threshold; it does not
 rescale, the caller's scale does. The hash needs no state, so forward, backward and recomputation get the same mask on
@@ -223,7 +223,7 @@ def dropped_outer(gu: Tensor, x: Tensor, seed: Tensor, drop: int) -> Tensor:
 
 
 def add_dropped(gx: Tensor, branches: list[tuple[Tensor, Tensor, Tensor, int]]) -> Tensor:
-    """gx (N, I) += D(gu·A) of every branch (gu, A, seed, drop), in place, in one pass where they have one rank and one
+    """gx (N, I) += D(gu·A) of every branch (gu, A, seed, drop), in place, in one pass if they have the same rank and
     probability and are at most three."""
     (n, i), r, drop = gx.shape, len(branches[0][1]), branches[0][3]
     if len(branches) > 3 or any(len(a) != r or other != drop for _, a, _, other in branches):

@@ -1,8 +1,8 @@
-"""Which row of the paper's Table 5 a model may stand next to, from what a run or an export records of itself.
+"""The row of the paper's Table 5 that corresponds to a model, from the record of a run or an export.
 
-A row is that of one LLM, number of bits, method and start of the mixers. The LLM counts as known only if its folder has
-the published name and a configuration of that model: weights are not looked at, and of another LLM, be it as close as
-LLaMA-3.1, no row is claimed.
+A row has one LLM, number of bits, method and mixer init. The LLM counts as known only if its folder has
+the published name and that model's configuration: weights are not compared, and for other LLMs, even LLaMA-3.1,
+there is no row.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ BACKBONES = (
 
 
 def recognise_row(source: str | Path) -> tuple[str, str]:
-    """A key of :data:`~llava_moslora.evaluation.results.PAPER_ROWS`, or "" where none is certain; and a sentence that
+    """A key of :data:`~llava_moslora.evaluation.results.PAPER_ROWS`, or "" if none is certain; and a sentence that
     says which row it is and what differs from Table 8, or why there is none.
 
     Args:
@@ -79,9 +79,9 @@ def recognise_row(source: str | Path) -> tuple[str, str]:
     try:
         row, differences = _row(Path(source))
     except _Unknown as unknown:
-        return "", f"No row of the paper next to it: {unknown}. --paper ROW shows one."
+        return "", f"No matching row of the paper: {unknown}. --paper ROW shows one."
     sentence = f"{row}: the paper's row of this LLM and method, recognised from its record."
-    return row, sentence + (f" Other than in the paper's Table 8: {', '.join(differences)}." if differences else "")
+    return row, sentence + (f" Different from the paper's Table 8: {', '.join(differences)}." if differences else "")
 
 
 class _Unknown(Exception):
@@ -92,7 +92,7 @@ def _row(source: Path) -> tuple[str, list[str]]:
     base, adapter, training = _recorded(source)
     backbone = next((b for b in BACKBONES if _is_named(base.model_name_or_path, b.folder)), None)
     if backbone is None:
-        raise _Unknown(f"{Path(base.model_name_or_path).name} is not known as an LLM of its Table 5")
+        raise _Unknown(f"{Path(base.model_name_or_path).name} is not an LLM of its Table 5")
     # A run's configurations are its base's, an export holds them itself.
     is_run = (source / RUN).is_file()
     llm = _config(read_llm_config, base.model_name_or_path if is_run else source)
@@ -167,7 +167,7 @@ def _method(adapter: AdapterSettings, backbone: Backbone) -> tuple[str, str]:
     start = starts.get(adapter.llm.mixer_init)
     if start is None or adapter.llm.train_mixer != bool(start):
         trained = "trained" if adapter.llm.train_mixer else "fixed"
-        raise _Unknown(f"no row has {trained} mixers that start as {adapter.llm.mixer_init}")
+        raise _Unknown(f"no row has {trained} mixers with init {adapter.llm.mixer_init}")
     if adapter.vision is not None and not _is_plain(adapter.vision) and _mixers(adapter.vision) != _mixers(adapter.llm):
         raise _Unknown("no row has other mixers in the vision tower than in the LLM")
     return backbone.methods[bool(start)], start

@@ -1,4 +1,4 @@
-"""A run or an export as a model of VLMEvalKit, which has no class of its own for LLaVA-1.5 in transformers' layout.
+"""A run or an export as a model of VLMEvalKit, which has no class for LLaVA-1.5 in transformers' layout.
 
 Start VLMEvalKit's ``run.py`` with this file's lines before it::
 
@@ -10,8 +10,8 @@ Start VLMEvalKit's ``run.py`` with this file's lines before it::
     supported_VLM["my-llava"] = partial(model_class(), "merged/llama3-8b-moslora")
     runpy.run_path("run.py", run_name="__main__")     # python this.py --model my-llava --data MMBench_DEV_EN MME
 
-``pip install ms-vlmeval`` installs the kit. Importing it switches the verification of TLS certificates off for the
-whole process.
+``pip install ms-vlmeval`` installs VLMEvalKit. Importing it disables TLS certificate verification for the whole
+process.
 
 The wordings are those of :mod:`llava_moslora.evaluation.prompts`, of the kit's class ``LLaVA_XTuner``. Prompts are made
 by the function that made the training ids, and images by the transform that training used. Answers are greedy, so that

@@ -1,4 +1,4 @@
-"""Before a training loads its weights: what its plan says of the GPU that it is on."""
+"""The plan check of a training run for its GPU, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def plan_of_training(
 ) -> Plan:  # fmt: skip
     """The plan of a training on CUDA devices like ``device``, with ``memory`` bytes each.
 
-    Of a GPU that is not in ``devices.DEVICES`` the memory is planned all the same; ``--recompute auto`` then goes by
-    the order of an H100's times, whose workspaces are the largest.
+    For a GPU that is not in ``devices.DEVICES`` memory is planned too; ``--recompute auto`` then uses an H100's times
+    for the order, and its workspaces, which are the largest.
 
     Args:
         model: with its three parts named.
@@ -60,14 +60,14 @@ def check_plan(plan: Plan) -> str:
     """The plan's first line.
 
     Raises:
-        Refusal: M-PLAN, even the least that the plan may need is more than the GPU has.
+        Refusal: M-PLAN, even the lower bound of the plan is more than the GPU has.
     """
     if plan.fits is False:
         used, capacity = plan.memory, plan.request.capacity
         raise Refusal(
-            "M-PLAN", "the GPU's memory is not enough for this training", found=f"{capacity / GIB:.1f} GiB",
+            "M-PLAN", "the GPU's memory is not enough for this run", found=f"{capacity / GIB:.1f} GiB",
             expected=f"{used.low / GIB:.1f} GiB at least",
             fix="scripts/plan.py with the same flags and --suggest names settings that fit; "
-            "--no_plan_check starts all the same",
+            "--no_plan_check starts anyway",
         )  # fmt: skip
     return f"plan: {verdict(plan)}"

@@ -81,19 +81,19 @@ def test_the_papers_own_runs_have_their_rows(tmp_path, models, llm, bits, adapte
 
 
 @pytest.mark.parametrize("llm, more, why", [
-    ("vicuna-7b", {}, "vicuna-7b is not known as an LLM of its Table 5"),
-    ("Meta-Llama-3.1-8B-Instruct", {}, "Meta-Llama-3.1-8B-Instruct is not known"),
-    ("Hermes-3-Llama-3-8B", {}, "Hermes-3-Llama-3-8B is not known"),
-    ("internlm2_5-7b-chat", {"bits": 4}, "internlm2_5-7b-chat is not known"),
+    ("vicuna-7b", {}, "vicuna-7b is not an LLM of its Table 5"),
+    ("Meta-Llama-3.1-8B-Instruct", {}, "Meta-Llama-3.1-8B-Instruct is not an LLM"),
+    ("Hermes-3-Llama-3-8B", {}, "Hermes-3-Llama-3-8B is not an LLM"),
+    ("internlm2_5-7b-chat", {"bits": 4}, "internlm2_5-7b-chat is not an LLM"),
     (f"renamed/{LLAMA_NAME}", {}, "its configuration is of another"),
     (f"moved/{LLAMA_NAME}", {}, "a configuration cannot be read (no such folder: "),
     (LLAMA_NAME, {"bits": 4}, "LLaMA-3 was trained with 4 bits, in the paper with 16"),
     (INTERNLM2_NAME, {"bits": 16}, "InternLM2 was trained with 16 bits, in the paper with 4"),
     (LLAMA_NAME, {"tower": f"small/{CLIP_NAME}"}, f"the vision tower is not known as {CLIP_NAME}"),
     (LLAMA_NAME, {"tower": "open_clip:ViT-L-14-336@openai"}, f"the vision tower is not known as {CLIP_NAME}"),
-    (LLAMA_NAME, {"mixer_init": "normal"}, "no row has trained mixers that start as normal"),
-    (LLAMA_NAME, {"mixer_init": "identity"}, "no row has trained mixers that start as identity"),
-    (LLAMA_NAME, {"mixer_init": "orthogonal", "train_mixer": False}, "no row has fixed mixers that start as ortho"),
+    (LLAMA_NAME, {"mixer_init": "normal"}, "no row has trained mixers with init normal"),
+    (LLAMA_NAME, {"mixer_init": "identity"}, "no row has trained mixers with init identity"),
+    (LLAMA_NAME, {"mixer_init": "orthogonal", "train_mixer": False}, "no row has fixed mixers with init ortho"),
     (LLAMA_NAME, {"vision_mixer_init": "orthogonal"}, "no row has other mixers in the vision tower than in the LLM"),
     (LLAMA_NAME, {"lora_r": 0}, "the LLM has no adapter"),
     (LLAMA_NAME, {"tune_mm_mlp_adapter": True}, "the LLM has no adapter"),
@@ -101,13 +101,13 @@ def test_the_papers_own_runs_have_their_rows(tmp_path, models, llm, bits, adapte
 def test_no_row_is_claimed_for_another_model(tmp_path, models, llm, more, why):
     found, sentence = recognise_row(run(tmp_path / "run", models, llm, **more))
     assert found == "" and why in sentence
-    assert sentence.startswith("No row of the paper next to it: ") and sentence.endswith("--paper ROW shows one.")
+    assert sentence.startswith("No matching row of the paper: ") and sentence.endswith("--paper ROW shows one.")
 
 
 def test_what_differs_from_table_8_is_named(tmp_path, models):
     plain = {"vision_mixer_init": "identity", "vision_train_mixer": False}  # as the authors' own configuration file
     _, sentence = recognise_row(run(tmp_path / "a", models, INTERNLM2_NAME, bits=4, **RANK_512, **plain))
-    assert sentence.endswith("Other than in the paper's Table 8: plain LoRA in the vision tower.")
+    assert sentence.endswith("Different from the paper's Table 8: plain LoRA in the vision tower.")
     changes = {"lora_r": 16, "lora_alpha": 32.5, "vision_lora_r": 0, "lora_target_modules": ["q_proj", "v_proj"]}
     found, sentence = recognise_row(run(tmp_path / "b", models, **changes))
     assert found == "llama-3-moslora-kaiming" and sentence.endswith(

@@ -66,7 +66,7 @@ def test_the_table_names_score_interval_unread_share_and_the_papers_number(resul
     assert f"- MathVista: lower bound by rules; {JUDGED}" in lines
     text = "\n".join(lines)
     assert "rules-2024 (VLMEvalKit ab638e4a" in text and "greedy, without a judge" in text
-    assert "No average: 4 of 9 benchmarks have a score that is no lower bound." in text and "| average" not in text
+    assert "No average: 4 of 9 benchmarks have a score that is not a lower bound." in text and "| average" not in text
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
 
 

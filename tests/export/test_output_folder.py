@@ -117,7 +117,7 @@ def test_its_own_base_is_not_replaced(run, parts, tmp_path, part):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_nothing_is_written_into_the_run(run, place, overwrite):
     before = sorted(run.rglob("*"))
-    message = r"C-OUTPUT\] .*--output_dir: in the folder of the run itself; found .*; expected a folder outside the run"
+    message = r"C-OUTPUT\] .*--output_dir: the output folder is inside the run folder; found .*; expected a folder out"
     with pytest.raises(Refusal, match=message):
         export(run, run / place, prove=False, overwrite=overwrite)
     assert sorted(run.rglob("*")) == before
@@ -142,7 +142,7 @@ def test_a_foreign_staging_folder_is_not_deleted(run, tmp_path):
     staging = tmp_path / ".out.staging"
     staging.mkdir()
     (staging / "mine.txt").write_text("mine")
-    refused(run, tmp_path / "out", r"C-OUTPUT\] .*\.out\.staging.*not the staging of an export.*found mine\.txt")
+    refused(run, tmp_path / "out", r"C-OUTPUT\] .*\.out\.staging.*not an export's staging folder.*found mine\.txt")
 
 
 def test_the_current_folder_is_not_replaced(run, out, monkeypatch):
