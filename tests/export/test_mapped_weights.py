@@ -92,7 +92,7 @@ def test_it_is_chosen_where_float32_does_not_fit(run, tmp_path, monkeypatch):
     assert reports(run, tmp_path / "roomy", "llm")["llm_weights"] == "held in float32"
     if run.bits == 16:
         short_of_memory(monkeypatch, 0.5)
-        assert reports(run, tmp_path / "short", "llm")["llm_weights"].startswith("mapped")
+        assert reports(run, tmp_path / "short", "llm")["llm_weights"].startswith("memory-mapped")
     short_of_memory(monkeypatch, 0.1)
     with pytest.raises(Refusal, match=r"E-MEMORY\] too little memory.*expected 0.0 GB, or 0.0 GB; fix: --no_proof"):
         export(run.folder, tmp_path / "none")
