@@ -21,6 +21,7 @@ from llava_moslora.distributed import world_size
 from llava_moslora.errors import Refusal
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.training.command_line import accumulation_steps, early
+from llava_moslora.training.deepspeed_config import completed, read_deepspeed_config
 from llava_moslora.training.evaluation_flags import resolve_evaluation
 from llava_moslora.training.trainer_fields import check_fields
 
@@ -45,12 +46,15 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
         self._set_recompute()
         self._set_accumulation()
         resolve_evaluation(self)
+        if file := self.deepspeed:
+            self.deepspeed = completed(read_deepspeed_config(file))
         try:
             HfTrainingArguments.__post_init__(self)
         except Refusal:
             raise
         except (ValueError, ImportError, OverflowError) as error:  # the Trainer's own checks, in its words
             raise Refusal("C-FLAG", "the training arguments do not go together", found=error) from error
+        self.deepspeed = file  # and run.json names it
         self.global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.use_liger_kernel:
             # The loss is ours; Liger's rotary embedding writes over its inputs, which selective recomputation keeps.
