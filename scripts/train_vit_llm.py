@@ -68,10 +68,11 @@ from llava_moslora.training.arguments import TrainingArguments, input_paths
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import Sample, SampleAnswers, read_samples
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
+from llava_moslora.training.launch import check_launch
 from llava_moslora.training.optimizer_state import trained_count
 from llava_moslora.training.text_only import check_text_only
 from llava_moslora.training.trainer import MosLoraTrainer
-from llava_moslora.training.validate import check, check_launch
+from llava_moslora.training.validate import check
 
 
 @catch_lost_ranks()
@@ -83,7 +84,7 @@ def main() -> None:
     model_settings = name_parts(model_settings)  # a complete LLaVA: its LLM, vision tower and projector
     text_only = model_settings.text_only
     adapter_settings = check_text_only(model_settings, data_settings, adapter_settings, training)
-    check_launch(training["deepspeed"])
+    check_launch(training)
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
     args = TrainingArguments(**training)

@@ -46,15 +46,16 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
         self._set_recompute()
         self._set_accumulation()
         resolve_evaluation(self)
-        if file := self.deepspeed:
-            self.deepspeed = completed(read_deepspeed_config(file))
+        values = self.__dict__
+        if file := values["deepspeed"]:
+            values["deepspeed"] = completed(read_deepspeed_config(file))
         try:
             HfTrainingArguments.__post_init__(self)
         except Refusal:
             raise
         except (ValueError, ImportError, OverflowError) as error:  # the Trainer's own checks, in its words
             raise Refusal("C-FLAG", "the training arguments do not go together", found=error) from error
-        self.deepspeed = file  # and run.json names it
+        values["deepspeed"] = file  # as run.json names it
         self.global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.use_liger_kernel:
             # The loss is ours; Liger's rotary embedding writes over its inputs, which selective recomputation keeps.
