@@ -21,7 +21,7 @@ if __name__ == "__main__":
     run_script(lambda: None)  # a signal is one line also while the next ones are imported
 
 from llava_moslora.devices import use_expandable_segments
-from llava_moslora.noise import quiet_libraries
+from llava_moslora.noise import quiet_libraries, quiet_loading
 from llava_moslora.training.command_line import parse
 
 if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
@@ -209,6 +209,8 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast,
 ) -> PeftModel | Llava | TextLlm:
     """The frozen model, with adapters (a PeftModel), or in stage 1 with a trainable projector."""
+    if args.process_index > 0:
+        quiet_loading()
     set_seed(args.seed)
     model, _ = assemble(model_settings, tokenizer=tokenizer, dtype=args.dtype)
     set_seed(args.seed)  # loading draws random numbers, other ones under ZeRO-3: adapters start the same in any stage

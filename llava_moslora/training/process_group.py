@@ -11,11 +11,11 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from llava_moslora.distributed import MARGIN
 from llava_moslora.errors import Refusal
 from llava_moslora.training.watchdog import announce_rank
 
 TIMEOUT = timedelta(minutes=30)  # the first rank to arrive may wait for one that tokenises the data
-MARGIN = timedelta(seconds=30)  # by which a collective waits longer than the watchdog, which can name the rank
 
 
 def join(timeout: timedelta = TIMEOUT) -> None:
