@@ -1,6 +1,6 @@
-"""Whether the ``deepspeed`` command that started this process has died.
+"""Which launch this process belongs to, and whether the ``deepspeed`` command that started it has died.
 
-Its signals do not reach the ranks: SIGTERM to the command alone ends only itself. The process that it has started on
+That command's signals do not reach the ranks: SIGTERM to it alone ends only itself. The process that it has started on
 this host, which starts the ranks, goes on without it.
 """
 
@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 import psutil
 
 LAUNCH = "deepspeed.launcher.launch"  # the module that starts the ranks of one host
 COMMAND = "deepspeed"
+
+
+def job() -> str:
+    """Names the launch that this process belongs to, alike on all its ranks of this host; "" where neither DeepSpeed's
+    launcher nor Slurm started it."""
+    with suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        if parent is not None and LAUNCH in parent.cmdline():
+            return f"the launcher {parent.pid}"
+    step = [os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if name in os.environ]
+    return f"Slurm's step {'.'.join(step)}" if len(step) == 2 else ""
 
 
 class LauncherWatch:

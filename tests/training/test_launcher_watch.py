@@ -1,19 +1,21 @@
 """The death of the deepspeed command is noticed by the ranks, which its signals do not reach."""
 
 import os
+import re
 import subprocess
 import sys
 
 import psutil
+import pytest
 
-from llava_moslora.training.launcher_watch import LAUNCH, LauncherWatch
+from llava_moslora.training.launcher_watch import LAUNCH, LauncherWatch, job
 from support.launching import ROOT
 
 RANK = """
 import sys, time
-from llava_moslora.training.launcher_watch import LauncherWatch
+from llava_moslora.training.launcher_watch import LauncherWatch, job
 watch = LauncherWatch()
-print("watching" if watch.launch else "nobody", watch.died(), flush=True)
+print("watching" if watch.launch else "nobody", watch.died(), job(), flush=True)
 until = time.monotonic() + 20
 while not watch.died() and time.monotonic() < until:
     time.sleep(0.01)
@@ -38,9 +40,16 @@ def command(tmp_path, name: str, module: str) -> subprocess.Popen:
     )
 
 
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def test_the_commands_death_is_noticed(tmp_path):
     with command(tmp_path, "deepspeed", LAUNCH) as process:
-        assert process.stdout.readline() == "watching False\n"
+        launcher = re.fullmatch(r"watching False the launcher (\d+)\n", process.stdout.readline())
+        assert int(launcher[1]) in [child.pid for child in psutil.Process(process.pid).children()]
         process.terminate()
         process.wait()
         assert process.stdout.readline() == "died\n"
@@ -48,7 +57,7 @@ def test_the_commands_death_is_noticed(tmp_path):
 
 def test_the_death_of_what_it_has_started_too(tmp_path):
     with command(tmp_path, "deepspeed", LAUNCH) as process:
-        assert process.stdout.readline() == "watching False\n"
+        assert process.stdout.readline().startswith("watching False")
         psutil.Process(process.pid).children()[0].kill()
         assert process.stdout.readline() == "died\n"
 
@@ -56,6 +65,14 @@ def test_the_death_of_what_it_has_started_too(tmp_path):
 def test_other_parents_are_not_watched(tmp_path):
     assert LauncherWatch().launch is None and not LauncherWatch().died()
     with command(tmp_path, "torchrun", "launcher.launch") as process:
-        assert process.stdout.readline() == "nobody False\n"
+        assert process.stdout.readline() == "nobody False \n"
         for child in psutil.Process(process.pid).children(recursive=True):
             child.kill()
+
+
+def test_slurm_names_its_steps(monkeypatch):
+    assert job() == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "41")
+    assert job() == ""
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert job() == "Slurm's step 41.0"
