@@ -33,7 +33,7 @@ FROM_FLAGS = (
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """
     Raises:
-        Refusal: C-PATH, no such file; C-PARSE, not JSON in UTF-8; C-DEEPSPEED, something else where a mapping belongs.
+        Refusal: C-PATH, no such file; C-PARSE, not JSON in UTF-8; C-DEEPSPEED, a mapping was expected.
     """
     path = Path(path)
     if not path.is_file():
@@ -98,7 +98,7 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
     _check_zero(config.get("zero_optimization", {}), file)
     if zero_stage(config) == 0 and args.fp16:
         raise Refusal(
-            "C-FLAG", "DeepSpeed's stage 0 keeps a loss scale for float16 that cannot be saved", key="--fp16",
+            "C-FLAG", "DeepSpeed's stage 0 has a float16 loss scale that cannot be saved", key="--fp16",
             fix="--bf16 True, or zero_configs/zero1.json",
         )  # fmt: skip
     if clashes := [
@@ -116,8 +116,8 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
 def check_rotary_frequencies(model: torch.nn.Module) -> None:
     """
     Raises:
-        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32: late positions would rotate by other angles than in
-            the exported model.
+        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32: at late positions the rotary angles would differ
+            from the exported model's.
     """
     import torch  # imported here: the planner reads files without it
 
@@ -131,7 +131,7 @@ def check_rotary_frequencies(model: torch.nn.Module) -> None:
 
 
 def _check_zero(zero: dict[str, Any], file: Path) -> None:
-    """DeepSpeed's own check of names, types and ranges, which would come when everything is loaded."""
+    """DeepSpeed's own check of names, types and ranges, which would otherwise run after everything is loaded."""
     if type(stage := zero.get("stage", 0)) is not int or stage not in STAGES:
         raise Refusal(
             "C-DEEPSPEED", "unknown stage", file=file, key="zero_optimization.stage", found=stage, expected="0 to 3"

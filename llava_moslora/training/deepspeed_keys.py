@@ -25,20 +25,20 @@ REMOVED = (  # by DeepSpeed, which refuses them also where they are switched off
     "amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula",
     "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients",
 )  # fmt: skip
-FLAGS = "give flags: --learning_rate, --optim, --lr_scheduler_type, …"
+FLAGS = "use flags: --learning_rate, --optim, --lr_scheduler_type, …"
 REPLACING = ("optimizer", "scheduler")
 # Sections → why, what to do instead. Others than the first two may be there as {"enabled": false}.
 UNUSABLE = {
-    **dict.fromkeys(REPLACING, ("would replace the optimizer that has a learning rate per part", FLAGS)),
-    "torch_autocast": ("trains in another precision than the flags, the log and run.json say", "give --bf16 True"),
+    **dict.fromkeys(REPLACING, ("would replace the optimizer with a learning rate per part", FLAGS)),
+    "torch_autocast": ("trains in another precision than the flags, the log and run.json say", "use --bf16 True"),
     "data_efficiency": ("would change the order of the records, and what is trained of them", None),
-    "autotuning": ("would start other runs than the one that was asked for", "ask scripts/plan.py"),
-    "compile": ("is not for adapters", "give --torch_compile True"),
+    "autotuning": ("would start other runs than the one that was asked for", "use scripts/plan.py"),
+    "compile": ("is not for adapters", "use --torch_compile True"),
     **dict.fromkeys(
         ("datastates_ckpt", "expert_parallel", "hybrid_engine", "pipeline", "sequence_parallel_size",
          "tensor_parallel", "weight_quantization"), ("is not supported by this package's trainings", None)),
 }  # fmt: skip
-MASTERS = "the masters of a checkpoint are float32"
+MASTERS = "the master weights of a checkpoint are float32"
 ONE_STATE = "part of the optimizer would follow no learning-rate schedule, and its state would not be saved"
 OLD_NAME = "is an old name, with which DeepSpeed does not exchange the optimizer"
 PLAIN_MEAN = "the gradient is the plain mean over the ranks"
@@ -75,26 +75,28 @@ def check_keys(config: dict[str, Any], file: Path, *, use_cpu: bool) -> None:
     """
     for key, value in config.items():
         if key in REMOVED:
-            raise Refusal("C-DEEPSPEED", "DeepSpeed has removed this", file=file, key=key, fix=f"take {key} out")
+            raise Refusal(
+                "C-DEEPSPEED", "DeepSpeed has removed this", file=file, key=key, fix=f"remove {key} from the file"
+            )
         if key in UNUSABLE:
             if key not in REPLACING and isinstance(value, dict) and value.get("enabled") is False:
                 continue
             why, instead = UNUSABLE[key]
-            fix = f"take {key} out of the file" + (f" and {instead}" if instead else "")
+            fix = f"remove {key} from the file" + (f" and {instead}" if instead else "")
             raise Refusal("C-DEEPSPEED", why, file=file, key=key, fix=fix)
         if key not in USABLE:
-            fix = did_you_mean(key, [*USABLE, *UNUSABLE]) or "take it out of the file"
+            fix = did_you_mean(key, [*USABLE, *UNUSABLE]) or "remove it from the file"
             raise Refusal("C-DEEPSPEED", "unknown key, which DeepSpeed would ignore", file=file, key=key, fix=fix)
     for key, (wanted, why) in FIXED.items():
         found = look_up(config, key, MISSING)
         if found not in (MISSING, wanted) and found is not None:
             raise Refusal(
                 "C-DEEPSPEED", why, file=file, key=key, found=found, expected="nothing" if wanted is None else wanted,
-                fix="take it out of the file",
+                fix="remove it from the file",
             )  # fmt: skip
     for key in ON_A_GPU:
         if use_cpu and config.get("zero_optimization", {}).get(key):
-            key, fix = f"zero_optimization.{key}", "take it out of the file"
+            key, fix = f"zero_optimization.{key}", "remove it from the file"
             raise Refusal("C-DEEPSPEED", "DeepSpeed has no kernels for this on a CPU", file=file, key=key, fix=fix)
 
 

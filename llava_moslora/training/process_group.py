@@ -1,4 +1,4 @@
-"""The process group of a run: its ranks meet on loopback, unless the launcher was given another host's address."""
+"""The process group of a run: its rendezvous is on loopback, unless the launcher was given another host's address."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.training.launcher_watch import job
 from llava_moslora.training.watchdog import announce_rank
 
-TIMEOUT = timedelta(minutes=30)  # the first rank to arrive may wait for one that tokenises the data
+TIMEOUT = timedelta(minutes=30)  # the first rank may have to wait for one that tokenises the data
 JOB_KEY = "job"  # in the store: what started the rank that serves it
 PORT_FIX = "another port: deepspeed --master_port N, torchrun --master_port N"
 
@@ -24,9 +24,9 @@ PORT_FIX = "another port: deepspeed --master_port N, torchrun --master_port N"
 def join(timeout: timedelta = TIMEOUT) -> None:
     """Start the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, …).
 
-    torch's own rendezvous listens on every interface, also where MASTER_ADDR is 127.0.0.1. Here rank 0 hands it a
-    socket that is bound to loopback alone, and gloo and NCCL are set to use loopback too. torchrun holds the
-    rendezvous in a process of its own that starts before this one; its socket is not ours to bind.
+    torch's own rendezvous listens on every interface, even if MASTER_ADDR is 127.0.0.1. Here rank 0 passes it a
+    socket that is bound only to loopback, and gloo and NCCL are set to use loopback too. torchrun runs the
+    rendezvous in a separate process that starts before this one; its socket cannot be bound here.
 
     Args:
         timeout: for the other ranks to arrive; a collective waits ``MARGIN`` longer.
@@ -47,7 +47,7 @@ def join(timeout: timedelta = TIMEOUT) -> None:
             store = tcp_store(address, int(os.environ["MASTER_PORT"]), rank, world, timeout)
             accelerator = get_accelerator()
             device = None
-            if accelerator.device_name() == "cuda" and world > 1:  # as DeepSpeed does where it starts the group
+            if accelerator.device_name() == "cuda" and world > 1:  # as DeepSpeed does if it starts the group
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             distributed.init_process_group(
                 accelerator.communication_backend_name(),
@@ -69,7 +69,7 @@ def is_loopback(address: str) -> bool:
 
 
 def tcp_store(address: str, port: int, rank: int, world: int, timeout: timedelta = TIMEOUT) -> distributed.TCPStore:
-    """The key-value store of the rendezvous: rank 0 serves it, on ``address`` alone, and the others connect.
+    """The key-value store of the rendezvous: rank 0 serves it, only on ``address``, and the others connect.
 
     Raises:
         Refusal: E-PORT, as :func:`join`. A rank of a second job on one port would become a rank of the first.
@@ -90,9 +90,7 @@ def tcp_store(address: str, port: int, rank: int, world: int, timeout: timedelta
         if error.errno != errno.EADDRINUSE:
             raise
         found = f"{address}:{port}"
-        raise Refusal(
-            "E-PORT", "another process listens there", key="MASTER_PORT", found=found, fix=PORT_FIX
-        ) from error
+        raise Refusal("E-PORT", "the port is already in use", key="MASTER_PORT", found=found, fix=PORT_FIX) from error
     store = distributed.TCPStore(
         address, port, world, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
     )
