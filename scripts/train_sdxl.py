@@ -47,8 +47,9 @@ from llava_moslora.runs.record import SDXL, RunSettings
 from llava_moslora.training import process_group
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
+from llava_moslora.training.launch import check_launch
 from llava_moslora.training.optimizer_state import trained_count
-from llava_moslora.training.validate import check_launch, check_trainer
+from llava_moslora.training.validate import check_trainer
 
 
 @catch_lost_ranks()
@@ -58,7 +59,7 @@ def main() -> None:
     # 1. Read the flags, join the other ranks, and check the flags against each other
     model_settings, data, adapter, training = parse(sys.argv[1:], __doc__)
     require_diffusers()
-    check_launch(training["deepspeed"], "scripts/train_sdxl.py")
+    check_launch(training, "scripts/train_sdxl.py")
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
     args = TrainingArguments(**training)

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     run_script(lambda: None)  # a signal is one line also while the next ones are imported
 
 from llava_moslora.devices import use_expandable_segments
-from llava_moslora.noise import quiet_libraries
+from llava_moslora.noise import quiet_libraries, quiet_loading
 from llava_moslora.training.command_line import parse
 
 if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
@@ -68,10 +68,11 @@ from llava_moslora.training.arguments import TrainingArguments, input_paths
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.callbacks.sample_answers import Sample, SampleAnswers, read_samples
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
+from llava_moslora.training.launch import check_launch
 from llava_moslora.training.optimizer_state import trained_count
 from llava_moslora.training.text_only import check_text_only
 from llava_moslora.training.trainer import MosLoraTrainer
-from llava_moslora.training.validate import check, check_launch
+from llava_moslora.training.validate import check
 
 
 @catch_lost_ranks()
@@ -83,7 +84,7 @@ def main() -> None:
     model_settings = name_parts(model_settings)  # a complete LLaVA: its LLM, vision tower and projector
     text_only = model_settings.text_only
     adapter_settings = check_text_only(model_settings, data_settings, adapter_settings, training)
-    check_launch(training["deepspeed"])
+    check_launch(training)
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
     args = TrainingArguments(**training)
@@ -208,6 +209,8 @@ def build_model(
     tokenizer: PreTrainedTokenizerFast,
 ) -> PeftModel | Llava | TextLlm:
     """The frozen model, with adapters (a PeftModel), or in stage 1 with a trainable projector."""
+    if args.process_index > 0:
+        quiet_loading()
     set_seed(args.seed)
     model, _ = assemble(model_settings, tokenizer=tokenizer, dtype=args.dtype)
     set_seed(args.seed)  # loading draws random numbers, other ones under ZeRO-3: adapters start the same in any stage

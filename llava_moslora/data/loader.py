@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from llava_moslora.data.collate import Collator
+from llava_moslora.distributed import cpu_group
 from llava_moslora.errors import Refusal, known_failure, worker_failure
 
 MAX_WORKERS = 8
@@ -70,6 +71,7 @@ class TrainDataLoader(DataLoader):
         pin_memory: for a GPU.
         seed: of the loader's own generator: iterating must not draw from the generator that dropout uses.
         worker_init_fn: called in each worker with its number.
+        group_timeout: seconds that a rank waits for the others to have a batch, --ddp_timeout.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class TrainDataLoader(DataLoader):
         pin_memory: bool = False,
         seed: int = 0,
         worker_init_fn: Callable[[int], None] | None = None,
+        group_timeout: float = 1800,
     ):
         super().__init__(
             dataset,
@@ -96,9 +99,7 @@ class TrainDataLoader(DataLoader):
             worker_init_fn=partial(_init_worker, worker_init_fn) if num_workers else None,
             generator=torch.Generator().manual_seed(seed),
         )
-        distributed_run = distributed.is_initialized() and distributed.get_world_size() > 1
-        # A separate CPU group: this check never waits for a GPU, and never mixes with another collective.
-        self._group = distributed.new_group(backend="gloo") if distributed_run else None
+        self._group = cpu_group(group_timeout)  # its own, for this check
         self._batches: Any = None  # torch's iterator
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from llava_moslora.distributed import world_size
 from llava_moslora.errors import Refusal
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.training.command_line import accumulation_steps, early
+from llava_moslora.training.deepspeed_config import completed, read_deepspeed_config
 from llava_moslora.training.evaluation_flags import resolve_evaluation
 from llava_moslora.training.trainer_fields import check_fields
 
@@ -45,6 +46,9 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
         self._set_recompute()
         self._set_accumulation()
         resolve_evaluation(self)
+        values = self.__dict__
+        if file := values["deepspeed"]:
+            values["deepspeed"] = completed(read_deepspeed_config(file))
         try:
             HfTrainingArguments.__post_init__(self)
         except Refusal:
@@ -57,6 +61,7 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
                 fix="start one process per GPU: torchrun --nproc_per_node N …, or deepspeed; "
                 "or let it see one GPU: CUDA_VISIBLE_DEVICES=0",
             )  # fmt: skip
+        values["deepspeed"] = file  # as run.json names it
         self.global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.use_liger_kernel:
             # The loss is ours; Liger's rotary embedding overwrites its inputs, which selective recomputation saves.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_moslora.errors import Refusal
 from llava_moslora.files.json import LARGEST_CONFIG, parse_json
+from llava_moslora.training.deepspeed_keys import check_keys, look_up
 
 if TYPE_CHECKING:  # imports torch
     import torch
@@ -21,6 +23,11 @@ SIZES = (  # of zero_optimization, in elements
     "stage3_param_persistence_threshold",
 )  # fmt: skip
 SIZE = '0 or more, or "auto"'
+# Filled from the flags. The Trainer fills a key only where the file has it, as "auto".
+FROM_FLAGS = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "bf16.enabled", "fp16.enabled",
+)  # fmt: skip
 
 
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
@@ -60,6 +67,15 @@ def _check_types(block: dict[str, Any], names: tuple[str, ...], path: Path) -> N
             raise Refusal("C-DEEPSPEED", "not a mapping", file=path, key=name, found=found, expected="{…}")
 
 
+def completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy with ``"auto"`` for every missing key that the flags decide: without ``gradient_clipping``, for example,
+    DeepSpeed would not clip, whatever --max_grad_norm is."""
+    config = copy.deepcopy(config)
+    for key in FROM_FLAGS:
+        _set(config, key, look_up(config, key, AUTO))
+    return config
+
+
 def zero_stage(config: dict[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
@@ -77,8 +93,9 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
         Refusal: C-DEEPSPEED, a file that cannot be used, or that differs from the flags (every difference at once);
             C-FLAG, float16 under stage 0.
     """
-    _check_blocks(config, Path(args.deepspeed))
-    _check_zero(config.get("zero_optimization", {}), Path(args.deepspeed))
+    file = Path(args.deepspeed)
+    check_keys(config, file, use_cpu=args.use_cpu)
+    _check_zero(config.get("zero_optimization", {}), file)
     if zero_stage(config) == 0 and args.fp16:
         raise Refusal(
             "C-FLAG", "DeepSpeed's stage 0 has a float16 loss scale that cannot be saved", key="--fp16",
@@ -87,30 +104,13 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
     if clashes := [
         f"{key} {value} against {flag}"
         for key, (wanted, flag) in _flags_in_file(args).items()
-        if (value := _look_up(config, key)) not in (AUTO, wanted)
+        if (value := look_up(config, key, AUTO)) not in (AUTO, wanted)
     ]:
         raise Refusal(
-            "C-DEEPSPEED", "the file and the flags disagree", file=args.deepspeed, key="--deepspeed",
+            "C-DEEPSPEED", "the file and the flags disagree", file=file, key="--deepspeed",
             found="; ".join(clashes), fix='"auto" in the file takes the flags\' values',
         )  # fmt: skip
-
-
-def _check_blocks(config: dict[str, Any], file: Path) -> None:
-    if not {"train_batch_size", "train_micro_batch_size_per_gpu"} & config.keys():
-        raise Refusal(
-            "C-DEEPSPEED", "DeepSpeed needs the batch size", file=file, key="train_micro_batch_size_per_gpu",
-            found="neither it nor train_batch_size", fix='"train_micro_batch_size_per_gpu": "auto"',
-        )  # fmt: skip
-    if type(stage := zero_stage(config)) is not int or stage not in STAGES:
-        raise Refusal(
-            "C-DEEPSPEED", "unknown stage", file=file, key="zero_optimization.stage", found=stage, expected="0 to 3"
-        )
-    for block in ("optimizer", "scheduler"):
-        if block in config:
-            raise Refusal(
-                "C-DEEPSPEED", "would replace the optimizer with a learning rate per part", file=file, key=block,
-                fix=f"remove {block} from the file and use flags: --learning_rate, --optim, --lr_scheduler_type, …",
-            )  # fmt: skip
+    _check_as_deepspeed(config, args)
 
 
 def check_rotary_frequencies(model: torch.nn.Module) -> None:
@@ -132,6 +132,10 @@ def check_rotary_frequencies(model: torch.nn.Module) -> None:
 
 def _check_zero(zero: dict[str, Any], file: Path) -> None:
     """DeepSpeed's own check of names, types and ranges, which would otherwise run after everything is loaded."""
+    if type(stage := zero.get("stage", 0)) is not int or stage not in STAGES:
+        raise Refusal(
+            "C-DEEPSPEED", "unknown stage", file=file, key="zero_optimization.stage", found=stage, expected="0 to 3"
+        )
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # imported here: the planner reads files without it
     from pydantic import ValidationError
 
@@ -143,6 +147,8 @@ def _check_zero(zero: dict[str, Any], file: Path) -> None:
         fix = "see zero_configs/, or DeepSpeed's documentation"
         found = first["input"]
         raise Refusal("C-DEEPSPEED", first["msg"].lower(), file=file, key=key, found=found, fix=fix) from error
+    except AssertionError:  # two names of one thing: for _check_as_deepspeed
+        return
 
 
 def _flags_in_file(args: TrainingArguments) -> dict[str, tuple[object, str]]:
@@ -159,11 +165,31 @@ def _flags_in_file(args: TrainingArguments) -> dict[str, tuple[object, str]]:
     }
 
 
-def _look_up(config: dict[str, Any], key: str) -> object:
-    """The value of a dotted key such as ``bf16.enabled``; ``"auto"`` if missing."""
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part, AUTO)
-        if value == AUTO:
-            break
-    return value
+def _check_as_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
+    """Let DeepSpeed read what it will be given, which it otherwise does when everything is loaded."""
+    from deepspeed.runtime.config import DeepSpeedConfig  # imported here: the planner reads files without it
+
+    filled = copy.deepcopy(config)
+    for key, (value, _) in _flags_in_file(args).items():
+        _set(filled, key, value)
+    zero = filled.get("zero_optimization", {})
+    for block in (zero, *(zero.get(name, {}) for name in OFFLOADS)):
+        for name in [name for name, value in block.items() if value == AUTO]:  # filled when the model is known
+            del block[name]
+    try:
+        DeepSpeedConfig(filled)
+    except Exception as error:  # of many types, bare assertions and failed look-ups too
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fix = "see zero_configs/, or DeepSpeed's documentation"
+        raise Refusal(
+            "C-DEEPSPEED", "DeepSpeed cannot read it", file=args.deepspeed, key="--deepspeed",
+            found=f"{type(error).__name__}: {first}", fix=fix,
+        ) from error  # fmt: skip
+
+
+def _set(config: dict[str, Any], key: str, value: object) -> None:
+    """Set a dotted key such as ``bf16.enabled``."""
+    *blocks, name = key.split(".")
+    for block in blocks:
+        config = config.setdefault(block, {})
+    config[name] = value

@@ -11,11 +11,14 @@ from datetime import timedelta
 import torch
 from torch import distributed
 
+from llava_moslora.distributed import MARGIN
 from llava_moslora.errors import Refusal
+from llava_moslora.training.launcher_watch import job
 from llava_moslora.training.watchdog import announce_rank
 
 TIMEOUT = timedelta(minutes=30)  # the first rank may have to wait for one that tokenises the data
-MARGIN = timedelta(seconds=30)  # collectives wait this much longer than the watchdog, which can name the rank
+JOB_KEY = "job"  # in the store: what started the rank that serves it
+PORT_FIX = "another port: deepspeed --master_port N, torchrun --master_port N"
 
 
 def join(timeout: timedelta = TIMEOUT) -> None:
@@ -29,7 +32,7 @@ def join(timeout: timedelta = TIMEOUT) -> None:
         timeout: for the other ranks to arrive; a collective waits ``MARGIN`` longer.
 
     Raises:
-        Refusal: E-PORT, another process listens on MASTER_PORT.
+        Refusal: E-PORT, another process listens on MASTER_PORT, or another job's ranks meet there.
     """
     import deepspeed  # seconds of imports that a run without it does not need
     from deepspeed.accelerator import get_accelerator
@@ -66,19 +69,30 @@ def is_loopback(address: str) -> bool:
 
 
 def tcp_store(address: str, port: int, rank: int, world: int, timeout: timedelta = TIMEOUT) -> distributed.TCPStore:
-    """The key-value store of the rendezvous: rank 0 serves it, only on ``address``, and the others connect."""
+    """The key-value store of the rendezvous: rank 0 serves it, only on ``address``, and the others connect.
+
+    Raises:
+        Refusal: E-PORT, as :func:`join`. A rank of a second job on one port would become a rank of the first.
+    """
     if rank > 0:
-        return distributed.TCPStore(address, port, world, is_master=False, timeout=timeout)
+        store = distributed.TCPStore(address, port, world, is_master=False, timeout=timeout)
+        found, mine = store.get(JOB_KEY).decode(), job()
+        if found and mine and found != mine:
+            raise Refusal(
+                "E-PORT", "another job's ranks meet there", key="MASTER_PORT", found=f"{address}:{port}, of {found}",
+                expected=f"of {mine}, as this process", fix=PORT_FIX,
+            )  # fmt: skip
+        return store
     try:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         listener = socket.create_server((address, port), family=family)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        raise Refusal(
-            "E-PORT", "the port is already in use", key="MASTER_PORT", found=f"{address}:{port}",
-            fix="another port: deepspeed --master_port N, torchrun --master_port N",
-        ) from error  # fmt: skip
-    return distributed.TCPStore(
+        found = f"{address}:{port}"
+        raise Refusal("E-PORT", "the port is already in use", key="MASTER_PORT", found=found, fix=PORT_FIX) from error
+    store = distributed.TCPStore(
         address, port, world, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
     )
+    store.set(JOB_KEY, job())
+    return store

@@ -117,6 +117,7 @@ class MosLoraTrainer(EvaluatingTrainer):
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             seed=self.args.seed,
             worker_init_fn=ignore_signals,
+            group_timeout=self.args.ddp_timeout,
         )
         return self.data_loader
 

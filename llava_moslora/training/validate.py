@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-import os
 from typing import Any
 
 import torch
@@ -210,22 +209,3 @@ def _check_attention(model: ModelSettings, args: TrainingArguments) -> None:
 def name_of(choice: object) -> str:
     """Name of a value that may be an enumeration member."""
     return str(getattr(choice, "value", choice))
-
-
-def check_launch(deepspeed: object, script: str = "scripts/train_vit_llm.py") -> None:
-    """Check how this process was started, before it joins the others; ``deepspeed`` is the flag's value.
-
-    Raises:
-        Refusal: E-LAUNCH, DeepSpeed without a launcher, or more processes than this host has GPUs.
-    """
-    if deepspeed and "RANK" not in os.environ:
-        raise Refusal(
-            "E-LAUNCH", "DeepSpeed needs a launcher", key="--deepspeed",
-            fix=f"deepspeed {script} …, or torchrun --nproc_per_node N {script} …",
-        )  # fmt: skip
-    local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if devices and local >= devices:
-        raise Refusal(
-            "E-LAUNCH", "more processes than GPUs on this host", found=f"process {local + 1}", expected=f"{devices}",
-            fix="start as many processes as there are GPUs: --num_gpus, --nproc_per_node",
-        )  # fmt: skip

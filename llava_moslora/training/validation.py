@@ -84,6 +84,7 @@ class Validation:
             persistent_workers=False,  # between evaluations they would only take memory
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             worker_init_fn=ignore_signals,
+            group_timeout=args.ddp_timeout,
         )
 
     def evaluate(

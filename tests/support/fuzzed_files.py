@@ -38,7 +38,7 @@ from support.tokenizer_folders import TINY
 
 ARGUMENTS = SimpleNamespace(
     deepspeed="zero.json", fp16=False, bf16=True, per_device_train_batch_size=2, gradient_accumulation_steps=1,
-    world_size=1, max_grad_norm=1.0,
+    world_size=1, max_grad_norm=1.0, use_cpu=True,
 )  # fmt: skip
 FLAGS = ["--model_name_or_path", "llm", "--vision_tower", "clip", "--data_path", "a.json", "--output_dir", "out",
          "--learning_rate", "1e-3", "--lora_r", "8", "--bf16", "True", "--num_train_epochs", "2", "--seed", "3",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llava_moslora.errors import Refusal
+from llava_moslora.training import process_group
 from llava_moslora.training.process_group import is_loopback, tcp_store
 from support.launching import LAUNCHER, ROOT, flags, free_port, launch, run
 from support.training_runs import losses
@@ -52,6 +53,23 @@ def test_a_port_in_use_is_named():
         port = other.getsockname()[1]
         with pytest.raises(Refusal, match=rf"MASTER_PORT: the port is already in use; found 127.0.0.1:{port}; fix: "):
             tcp_store("127.0.0.1", port, 0, 2)
+
+
+def test_ranks_of_another_job_do_not_join(monkeypatch):
+    """Rank 0 of the second job finds the port in use; its rank 1 would be taken for the first job's."""
+    port = free_port()
+    monkeypatch.setattr(process_group, "job", lambda: "the launcher 7")
+    store = tcp_store("127.0.0.1", port, 0, 1)
+    for name in ("the launcher 7", ""):  # started by the same, or by hand
+        monkeypatch.setattr(process_group, "job", lambda name=name: name)
+        tcp_store("127.0.0.1", port, 1, 1)
+    monkeypatch.setattr(process_group, "job", lambda: "the launcher 8")
+    message = (
+        rf"E-PORT\] MASTER_PORT: another job's ranks meet there; found 127.0.0.1:{port}, of the launcher 7; expected"
+    )
+    with pytest.raises(Refusal, match=message):
+        tcp_store("127.0.0.1", port, 1, 1)
+    assert store.num_keys() > 0
 
 
 def test_the_store_answers_on_loopback():

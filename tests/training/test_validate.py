@@ -12,8 +12,9 @@ from llava_moslora.errors import Refusal
 from llava_moslora.training import validate
 from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.command_line import parse
-from llava_moslora.training.validate import check, check_launch
+from llava_moslora.training.validate import check
 from scripts import prepare_data
+from support.launching import ROOT
 from support.training_runs import train
 
 PARTS = "--model_name_or_path llm --vision_tower clip --data_path d.json --image_folder i".split()
@@ -255,7 +256,6 @@ def test_flash_attention_needs_a_gpu_and_16_bits(asked, monkeypatch):
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ({"zero_optimization": {"stage": 2}}, r"train_micro_batch_size_per_gpu: DeepSpeed needs the batch size"),
         ({"train_batch_size": "auto", "zero_optimization": True}, r"zero_optimization: not a mapping; found True"),
         (
             {"train_batch_size": "auto", "zero_optimization": {"stage": 2, "reduce_bucket_sze": 5}},
@@ -347,19 +347,80 @@ def test_deepspeed_files_that_cannot_work(asked, file, more, message):
         asked(*more, deepspeed=file)
 
 
-def test_deepspeed_needs_a_launcher(tmp_path, monkeypatch):
-    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 2}}')
-    words = [*PARTS]
+ZERO_3 = {"stage": 3, "sub_group_size": 2000}
+ELASTIC = {"enabled": True, "max_train_batch_size": 8, "micro_batch_sizes": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        (ZERO_2 | {"gradient_cliping": 1.0}, r"gradient_cliping: unknown key.*; fix: did you mean gradient_clipping\?"),
+        (ZERO_2 | {"x-ours": 1}, r"x-ours: unknown key, which DeepSpeed would ignore; fix: remove it"),
+        (ZERO_2 | {"elasticity": ELASTIC}, r"elasticity: DeepSpeed has removed this; fix: remove elasticity from"),
+        (ZERO_2 | {"progressive_layer_drop": {"enabled": True}}, "progressive_layer_drop: DeepSpeed has removed"),
+        (ZERO_2 | {"curriculum_learning": {"enabled": True}}, "curriculum_learning: DeepSpeed has removed"),
+        (ZERO_2 | {"amp": {"enabled": False}}, "amp: DeepSpeed has removed"),
+        (ZERO_2 | {"torch_autocast": {"enabled": True}}, r"torch_autocast: trains in another precision.* --bf16 True"),
+        (ZERO_2 | {"data_efficiency": {"enabled": True}}, r"data_efficiency: would change the order of the records"),
+        (ZERO_2 | {"prescale_gradients": True}, r"prescale_gradients: .*found True; expected False; fix: remove it"),
+        (ZERO_2 | {"gradient_predivide_factor": 2.0}, r"gradient_predivide_factor: .*found 2.0; expected 1"),
+        (ZERO_2 | {"communication_data_type": "fp17"}, r"--deepspeed: DeepSpeed cannot read it; found "
+         r"ValueError: Invalid communication_data_type. Supported data types: \['fp16', 'bf16', 'fp32'\]. Got: fp17"),
+        (ZERO_2 | {"checkpoint": {"tag_validation": "maybe"}}, "found DeepSpeedConfigError: .*tag_validation"),
+        (ZERO_2 | {"steps_per_print": "often", "timers": 5}, "DeepSpeed cannot read it"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, r'cpu_offload: is an old name.*"offload_optimizer"'),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": False}}, "cpu_offload: is an old name.*; found False"),
+        (
+            {"zero_optimization": ZERO_3 | dict.fromkeys(
+                ("stage3_gather_fp16_weights_on_model_save", "stage3_gather_16bit_weights_on_model_save"), True)},
+            "DeepSpeed cannot read it; found AssertionError: Cannot provide deprecated parameter",
+        ),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow: its optimizer state cannot"),
+        ({"zero_optimization": ZERO_3 | {"zero_hpz_partition_size": 2}}, r"zero_hpz_partition_size: .*; expected 1"),
+        (
+            {"zero_optimization": ZERO_3 | {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            r"offload_optimizer.ratio: .*no learning-rate schedule.*not be saved; found 0.5; expected 1; fix: ",
+        ),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_deepspeed_would_ignore_or_refuse_late(asked, file, message):
+    with pytest.raises(Refusal, match=r"C-DEEPSPEED\] .*ds.json:.*" + message):
+        asked(deepspeed=file)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_what_deepspeed_cannot_do_on_a_cpu(asked):
+    with pytest.raises(Refusal, match=r"zero_quantized_weights: DeepSpeed has no kernels for this on a CPU"):
+        asked(deepspeed={"zero_optimization": ZERO_3 | {"zero_quantized_weights": True}})
+
+
+def test_what_is_switched_off_or_on_purpose_passes(asked):
+    off = {name: {"enabled": False} for name in ("torch_autocast", "data_efficiency", "autotuning", "flops_profiler")}
+    asked(deepspeed=ZERO_2 | off | {"prescale_gradients": False, "gradient_clipping": 1.0, "steps_per_print": 10})
+    offload = {"device": "cpu", "ratio": 1.0, "pin_memory": True}
+    sizes = {"reduce_bucket_size": "auto", "stage3_gather_16bit_weights_on_model_save": "auto"}
+    asked(deepspeed={"zero_optimization": ZERO_3 | sizes | {"offload_optimizer": offload}})
+    for file in sorted((ROOT / "zero_configs").iterdir()):
+        asked("--bf16", "True", whole=json.loads(file.read_text()))
+
+
+@pytest.mark.parametrize("given", [{}, {"train_batch_size": 6}, {"train_micro_batch_size_per_gpu": "auto"}], ids=str)
+def test_missing_keys_are_the_flags(given, tmp_path):
+    """The Trainer fills "auto", but adds nothing: without this the gradient would not be clipped."""
+    (tmp_path / "ds.json").write_text(json.dumps(ZERO_2 | {"bf16": {"check_grad_overflow": False}} | given))
+    words = "--max_grad_norm 0.5 --bf16 True --per_device_train_batch_size 3 --gradient_accumulation_steps 2".split()
     words += ["--output_dir", str(tmp_path / "run"), "--deepspeed", str(tmp_path / "ds.json")]
-    monkeypatch.delenv("RANK", raising=False)
-    *_, training = parse(words)
-    with pytest.raises(Refusal, match=r"E-LAUNCH\] --deepspeed: DeepSpeed needs a launcher; fix: deepspeed scripts/"):
-        check_launch(training["deepspeed"])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("RANK", "2")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(Refusal, match="more processes than GPUs on this host; found process 3; expected 2"):
-        check_launch(training["deepspeed"])
+    *_, training = parse([*PARTS, *words])
+    args = TrainingArguments(**training)
+    filled = args.hf_deepspeed_config.config
+    del filled["steps_per_print"]  # accelerate's
+    assert filled == {
+        "train_batch_size": 6, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5, "bf16": {"enabled": True, "check_grad_overflow": False}, "fp16": {"enabled": False},
+        **ZERO_2,
+    }  # fmt: skip
+    assert args.deepspeed == str(tmp_path / "ds.json")
 
 
 # C16: YAML that builds objects

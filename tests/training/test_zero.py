@@ -68,6 +68,18 @@ def test_losses_are_those_of_plain_pytorch(warm_server, parts, plain, tmp_path, 
     assert losses(run) == pytest.approx(losses(plain[0]), rel=BOUND)
 
 
+def test_what_the_file_leaves_out_is_taken_from_the_flags(warm_server, parts, tmp_path):
+    """Clipping that is felt, accumulation and bf16, with all keys in the file and with none of them."""
+    flags = {"bf16": True, "max_grad_norm": 0.5, "gradient_accumulation_steps": 2, "optim": "sgd", "warmup_steps": 0}
+    flags |= {"learning_rate": 0.1, "max_steps": 3, "save_steps": 3}
+    (tmp_path / "short.json").write_text('{"zero_optimization": {"stage": 2}}')
+    for name, file in {"whole": configuration("zero2", tmp_path), "short": tmp_path / "short.json"}.items():
+        arguments = settings(parts, tmp_path / name / "run", **flags, deepspeed=file)
+        run_successfully(warm_server, arguments, tmp_path / f"launch-{name}", world=2)
+    whole, short = (tmp_path / name / "run" / "checkpoint-3" / STATE[0] for name in ("whole", "short"))
+    assert whole.read_bytes() == short.read_bytes()
+
+
 def test_a_siglip_tower_learns_the_same_under_zero3(warm_server, parts, tmp_path):
     """Its pooling head is gone before ZeRO-3 meets it; batches with and without images on either rank."""
     same = EXACT | {"vision_tower": parts.siglip, "max_steps": 8, "save_steps": 8}

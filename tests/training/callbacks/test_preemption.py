@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch import distributed
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from llava_moslora.errors import Refusal
@@ -27,6 +28,13 @@ def pause():
     yield pause
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def second_rank(monkeypatch, pause):
+    """As ``pause``, of rank 1."""
+    monkeypatch.setenv("RANK", "1")
+    return Preemption()
 
 
 @pytest.fixture
@@ -58,6 +66,52 @@ def test_while_training_the_step_is_finished_and_saved(pause, trainer, number, c
     with pytest.raises(Refusal, match=r"P-PAUSED.*start the same command again with --resume True") as refusal:
         pause.refuse_if_interrupted("run")
     assert refusal.value.exit_status == 75
+
+
+def test_other_ranks_are_silent(second_rank, trainer, capfd):
+    """Rank 0 says what happens, once for all of them."""
+    args, state, control = trainer
+    with pytest.raises(SystemExit):
+        os.kill(os.getpid(), signal.SIGTERM)
+    second_rank.on_train_begin(args, state, control)
+    os.kill(os.getpid(), signal.SIGTERM)
+    second_rank.on_step_end(args, state, control)
+    assert control.should_save and control.should_training_stop
+    second_rank.on_train_end(args, state, control)
+    with pytest.raises(SystemExit) as leaving:
+        second_rank.refuse_if_interrupted("run")
+    assert leaving.value.code == 75 and capfd.readouterr().err == ""
+
+
+def test_rank_0_names_another_ranks_signal(pause, trainer, monkeypatch, capfd):
+    args, state, control = trainer
+    pause.on_train_begin(args, state, control)
+    pause._group = "all ranks"
+    monkeypatch.setattr(distributed, "all_reduce", lambda number, *_: number.fill_(signal.SIGUSR1))
+    for _ in range(2):
+        pause.on_step_end(args, state, control)
+    assert control.should_save and control.should_training_stop
+    assert capfd.readouterr().err.splitlines() == [
+        "SIGUSR1: finishing the step and publishing a checkpoint; SIGUSR1 again ends at once"
+    ]
+
+
+def test_the_death_of_the_deepspeed_command_is_a_signal(pause, trainer, monkeypatch, capfd):
+    args, state, control = trainer
+    pause.on_train_begin(args, state, control)
+    pause.on_step_end(args, state, control)
+    assert not control.should_save
+    monkeypatch.setattr(pause.launcher, "died", lambda: True)
+    pause.on_step_end(args, state, control)
+    assert control.should_save and control.should_training_stop
+    said = capfd.readouterr().err
+    assert said.startswith("the deepspeed command has ended\nSIGTERM: finishing the step")
+
+
+def test_another_use_of_sigusr1_is_left_alone(pause, monkeypatch):
+    theirs = signal.signal(signal.SIGUSR1, print)
+    Preemption()
+    assert signal.signal(signal.SIGUSR1, theirs) is print
 
 
 def test_alone_no_device_is_asked(pause, trainer):
@@ -127,9 +181,10 @@ def test_other_errors_are_left_alone():
 
 # R1: SIGTERM and SIGINT
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["one rank", "the launcher"])
+@pytest.mark.parametrize("to", ["one rank", "the launcher", "the command"])
 def test_under_deepspeeds_launcher(parts, tmp_path, to):
-    """One rank's status comes through; a launcher that is itself told to end says 1, after its ranks have published."""
+    """One rank's status comes through; a launcher that is itself told to end says 1, after its ranks have published.
+    The command ends at once, and its ranks notice."""
     run = tmp_path / "run"
     settings = {"deepspeed": "zero_configs/zero2.json", "max_steps": 500, "save_steps": 2, "save_total_limit": 2}
     arguments = flags(parts, run, **settings, dataloader_num_workers=1, resume=True)
@@ -145,11 +200,14 @@ def test_under_deepspeeds_launcher(parts, tmp_path, to):
     launcher = psutil.Process(deepspeed.pid).children()[0]
     ranks = [p for p in launcher.children() if "train_vit_llm.py" in " ".join(p.cmdline())]
     assert len(ranks) == 2
-    (ranks[1] if to == "one rank" else launcher).send_signal(signal.SIGTERM)
+    {"one rank": ranks[1], "the launcher": launcher, "the command": deepspeed}[to].send_signal(signal.SIGTERM)
     status = deepspeed.wait(120)
+    _, left = psutil.wait_procs([launcher, *ranks], timeout=60)
     text = (tmp_path / "said").read_text()
-    assert status == (75 if to == "one rank" else 1), text[-3000:]
-    assert "SIGTERM: finishing the step" in text and "error[P-PAUSED]" in text and "Traceback" not in text
+    assert not left, text[-3000:]
+    assert status == {"one rank": 75, "the launcher": 1, "the command": -signal.SIGTERM}[to], text[-3000:]
+    assert text.count("SIGTERM: finishing the step") == text.count("error[P-PAUSED]") == 1, text[-3000:]
+    assert text.count("Loading weights: 100%") == 2 and "Traceback" not in text, text  # of LLM and tower
     newest, skipped = newest_valid(run)
     assert skipped == []
     last = max(int(step) for step in re.findall(r"\s(\d+)/500 \[", text))
