@@ -80,6 +80,9 @@ Settings = tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]  
 def read_command() -> tuple[argparse.Namespace, int, Settings]:
     """The planner's own flags, the number of GPUs, and the settings to plan."""
     own, flags = own_parser().parse_known_args()
+    if flags and not flags[0].startswith("-"):
+        fix = f"give it as --config {flags[0]}" if Path(flags[0]).exists() else "put its flag before it"
+        raise Refusal("C-FLAG", "a value without a flag", found=flags[0], fix=fix)
     if own.gpus is not None and own.gpus < 1:
         raise Refusal("C-FLAG", "out of range", key="--gpus", found=own.gpus, expected="at least 1")
     gpus, settings = read_settings(own, flags)

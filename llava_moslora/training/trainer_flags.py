@@ -219,11 +219,48 @@ FORMER: dict[str, str] = {
     "freeze_backbone": "leave it out: only adapters and the projector are trained",
     "mm_projector_type": "leave it out: it follows from --pretrain_mm_mlp_adapter",
     "mm_vision_select_layer": "leave it out: features are the last layer but one's",
+    "mm_vision_select_feature": "leave it out: features are those of patches",
+    "mm_patch_merge_type": "leave it out: an image is one square",
+    "freeze_mm_mlp_adapter": "leave it out: the projector is trained",
+    "unfreeze_mm_vision_tower": "leave it out: --vision_lora_r trains adapters there",
+    "lora_bias": "leave it out: biases are frozen",
+    "mpt_attn_impl": "leave it out: --attn_implementation is for every LLM",
+    "load_in_4bit": "--bits 4",
+    "load_in_8bit": "--bits 4, or leave it out",
     "mm_use_im_start_end": "leave it out",
     "mm_use_im_patch_token": "leave it out",
     "quant_type": "leave it out: --bits 4 is nf4",
     "double_quant": "leave it out: --bits 4 quantises twice",
     "cache_dir": "leave it out: nothing is downloaded",
+}
+
+# Keys of LLaMA-Factory's files → what does the same here
+LLAMA_FACTORY: dict[str, str] = {
+    "stage": "leave it out: a model is fine-tuned (sft)",
+    "finetuning_type": "--method moslora, the default, or lora",
+    "lora_target": "leave it out: every linear, or --lora_target_modules",
+    "use_dora": "--method dora",
+    "use_rslora": "--method rslora",
+    "pissa_init": "--method pissa",
+    "loraplus_lr_ratio": "--lora_plus_ratio",
+    "freeze_vision_tower": "--vision_lora_r 0",
+    "freeze_multi_modal_projector": "leave it out: the projector is trained",
+    "adapter_name_or_path": "--resume True with its --output_dir",
+    "quantization_bit": "--bits 4",
+    "quantization_method": "leave it out: --bits 4 is nf4",
+    "trust_remote_code": "leave it out: code in a model's folder is never run",
+    "flash_attn": "--attn_implementation",
+    "enable_liger_kernel": "--use_liger_kernel",
+    "dataset": "--data_path with the files",
+    "dataset_dir": "leave it out: --data_path has the files with their folder",
+    "media_dir": "--image_folder",
+    "template": "--version; default: recognised",
+    "cutoff_len": "--model_max_length",
+    "max_samples": "--data_share",
+    "overwrite_cache": "leave it out: other data or settings are tokenised anew",
+    "val_size": "--validation_split",
+    "eval_dataset": "--eval_data_path",
+    "plot_loss": "leave it out: --output_dir has curves.html",
 }
 
 
@@ -248,15 +285,16 @@ def check_flags(values: Mapping[str, Any]) -> None:
     Raises:
         Refusal: C-FLAG, naming the flag and what to use instead.
     """
-    for flag in flags():
-        name, value = flag.name, values.get(flag.name, flag.default)
-        if value == flag.default:
-            continue
-        rule = FLAGS.get(name, Refused("this version of transformers has it, but its effect here was never tested"))
-        if isinstance(rule, Refused):
-            raise Refusal("C-FLAG", rule.why, key=f"--{name}", found=value, fix=rule.instead)
+    given = {flag.name: value for flag in flags() if (value := values.get(flag.name, flag.default)) != flag.default}
+    untested = Refused("this version of transformers has it, but its effect here was never tested")
+    rules = {name: FLAGS.get(name, untested) for name in given}
+    if refused := {name: rule for name, rule in rules.items() if isinstance(rule, Refused)}:
+        name, rule = next(iter(refused.items()))
+        others = "".join(f"; --{other}: {refused[other].instead}" for other in [*refused][1:])
+        raise Refusal("C-FLAG", rule.why, key=f"--{name}", found=given[name], fix=f"{rule.instead}{others}")
+    for name, rule in rules.items():
         if isinstance(rule, Honoured) and rule.needs is not None:
-            _check_other(name, value, values, rule.needs)
+            _check_other(name, given[name], values, rule.needs)
     local, expected = values.get("local_rank", -1), os.environ.get("LOCAL_RANK", "-1")
     if local != -1 and str(local) != expected:
         raise Refusal(
