@@ -21,6 +21,8 @@ from llava_moslora.errors import Refusal, did_you_mean, few
 
 WIDTH, HELP_COLUMN = 100, 35  # of --help
 SEE_HELP = "see --help"
+# ``~/…`` as a word, after ``--flag=``, after the name of validation data, or in open_clip:ARCH@FILE
+HOME = re.compile(r"(--\w+=)?([\w.-]+=|open_clip:(?:[^@]*@)?)?(~/.*)", re.DOTALL)
 MOST_NAMED = 12  # unknown flags in one message
 NOT_KNOWN = object()  # the default of a flag whose value only its library knows
 TRUTH = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
@@ -57,7 +59,7 @@ class ScriptParser(argparse.ArgumentParser):
         Raises:
             Refusal: C-FLAG, an unknown flag (with the nearest name), a missing one, a value of the wrong type.
         """
-        words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
+        words = [with_home(_with_underscores(word)) for word in (sys.argv[1:] if args is None else args)]
         # Before argparse, which would name a missing flag first, also one that was mistyped, or a file without flag
         names = dict.fromkeys(word.partition("=")[0] for word in words if re.match("--[A-Za-z]", word))
         if unknown := [name for name in names if name not in self._option_string_actions]:
@@ -90,6 +92,13 @@ class ScriptParser(argparse.ArgumentParser):
             return Refusal("C-FLAG", "a file without its flag", file=words[0], fix=f"give it as --config {words[0]}")
         fix = "put its flag before it"
         return Refusal("C-FLAG", "a value without a flag", found=" ".join(words), fix=fix)
+
+
+def with_home(word: str) -> str:
+    """A word of a command line with the user's folder for ``~/``, which shells leave in quotes and after ``=``."""
+    if (found := HOME.fullmatch(word)) is None:
+        return word
+    return (found[1] or "") + (found[2] or "") + os.path.expanduser(found[3])
 
 
 def _with_underscores(word: str) -> str:

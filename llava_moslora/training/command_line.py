@@ -15,7 +15,7 @@ from typing import Any
 
 from llava_moslora.config import HEADINGS, MODEL, AdapterSettings, DataSettings, ModelSettings, TrainingSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.flags import Flag, SettingsParser, flags_of
+from llava_moslora.flags import Flag, SettingsParser, flags_of, with_home
 from llava_moslora.training import trainer_flags
 from llava_moslora.training.config_file import read_config
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
@@ -61,6 +61,7 @@ def parse_with(parser: SettingsParser, groups: Sequence[type], argv: Sequence[st
     Raises:
         Refusal: as :func:`parse`.
     """
+    argv = list(map(with_home, argv))
     if file := early(argv).config:
         argv = [*_as_flags(read_config(Path(file)), parser, file), *argv]
     if (deepspeed := early(argv).deepspeed) is not None:
@@ -97,7 +98,7 @@ def _as_flags(content: dict[str, str | list[str]], parser: SettingsParser, path:
     flags: list[str] = []
     for key, value in content.items():
         flags += [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]
-    return flags
+    return list(map(with_home, flags))
 
 
 def accumulation_steps(global_batch_size: int, per_device: int, ranks: int) -> int:

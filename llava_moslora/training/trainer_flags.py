@@ -289,9 +289,9 @@ def check_flags(values: Mapping[str, Any]) -> None:
     untested = Refused("this version of transformers has it, but its effect here was never tested")
     rules = {name: FLAGS.get(name, untested) for name in given}
     if refused := {name: rule for name, rule in rules.items() if isinstance(rule, Refused)}:
-        name, rule = next(iter(refused.items()))
-        others = "".join(f"; --{other}: {refused[other].instead}" for other in [*refused][1:])
-        raise Refusal("C-FLAG", rule.why, key=f"--{name}", found=given[name], fix=f"{rule.instead}{others}")
+        name = next(iter(refused))
+        fix = refused[name].instead + "".join(f"; --{n}: {rule.instead}" for n, rule in [*refused.items()][1:])
+        raise Refusal("C-FLAG", refused[name].why, key=f"--{name}", found=given[name], fix=fix)
     for name, rule in rules.items():
         if isinstance(rule, Honoured) and rule.needs is not None:
             _check_other(name, given[name], values, rule.needs)

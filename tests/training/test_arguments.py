@@ -117,6 +117,21 @@ def test_unknown_key_in_a_file(tmp_path):
         parse(["--config", str(file), *required(tmp_path)])
 
 
+def test_the_users_folder_in_paths(tmp_path, monkeypatch):
+    """Shells leave ``~`` in quotes and after ``=``, and a YAML file has no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text(
+        "model_name_or_path: ~/llm\neval_data_path: [~/v.json, named=~/w.json]\nversion: ~\n"
+    )
+    words = ["--config=~/c.yaml", "--output_dir", "~/run", "--data_path", "a~/b", "~/d.json", "--image_folder=~/i"]
+    model, data, _, training = command_line.parse([*words, "--vision_tower", "open_clip:ViT@~/v.pt"])
+    home = str(tmp_path)
+    assert (model.model_name_or_path, model.vision_tower) == (f"{home}/llm", f"open_clip:ViT@{home}/v.pt")
+    assert (data.data_path, data.image_folder) == (["a~/b", f"{home}/d.json"], f"{home}/i")
+    assert data.eval_data_path == [f"{home}/v.json", f"named={home}/w.json"] and model.version is None
+    assert training["output_dir"] == f"{home}/run"
+
+
 def test_a_file_without_its_flag():
     with pytest.raises(Refusal, match=r"good\.yaml: a file without its flag; fix: give it as --config good\.yaml$"):
         parse(["good.yaml", "--lora_r", "8"])
@@ -151,8 +166,8 @@ def test_all_unknown_names_are_answered_at_once(tmp_path):
         parse(["--config", str(file)])
     assert refused.value.what == "unknown keys" and refused.value.file == str(file)
     said = refused.value.line()
-    for part in ("stage: leave it out", "lora_rank: did you mean --lora_r?", "dataset: --data_path",
-                 "template: --version", "cutoff_len: --model_max_length", "overwrite_output_dir: --overwrite"):  # fmt: skip
+    parts = ["stage: leave it out", "lora_rank: did you mean --lora_r?", "dataset: --data_path", "template: --version"]
+    for part in [*parts, "cutoff_len: --model_max_length", "overwrite_output_dir: --overwrite"]:
         assert f"; {part}" in said or f"fix: {part}" in said, said
     assert "nothing_like_it" in said and "see --help" not in said
     many = [word for k in range(20) for word in (f"--qqqq{k}zz", "1")]
