@@ -1,8 +1,8 @@
-"""A question file of the user's own: each question in a conversation of its own, answers compared after normalisation.
+"""Evaluates a user's question file: each question is a separate conversation, answers are compared after normalisation.
 
 The file is a JSON array of objects, or one per line, with ``image``, ``question``, ``answer`` and perhaps ``id``.
-Answers are kept in ``OUTPUT.unfinished`` as they are made, and get the name OUTPUT when all are there. OUTPUT says what
-was asked: only an answer file of the same evaluation is replaced.
+Answers are saved in ``OUTPUT.unfinished`` as they are generated; the file is renamed to OUTPUT when it is complete.
+OUTPUT says what was evaluated: only an answer file of the same evaluation is replaced.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def with_images(
 ) -> list[Question]:
     """Each question with its image, as the first turn of a conversation of its own.
 
-    With ``blank`` every image is replaced by one of the tower's mean colour: answers that are then still right were
+    With ``blank`` every image is replaced by one of the tower's mean colour: answers that are still right were
     guessed from the question.
     """
 
@@ -169,11 +169,11 @@ def evaluate_questions(
     output: str | None = None,
     probe: str | None = None,
 ) -> tuple[float, int]:
-    """Ask a question file and return the accuracy, in [0, 1], and the number of questions.
+    """Evaluate a question file and return the accuracy, in [0, 1], and the number of questions.
 
     Args:
         run: a training run, or an export.
-        untrained: ask the model as it was before the first training step.
+        untrained: use the model as it was before the first training step.
         blank: see :func:`with_images`.
         output: JSON file for the accuracy and the answers.
         probe: safetensors file for ``logits`` of the first token of the first 32 answers, float32[32, V].

@@ -177,7 +177,7 @@ def test_what_stands_for_another_name_is_a_flag():
 
 
 def test_refused_flags_are_answered_together():
-    with pytest.raises(Refusal, match=r"--use_cache: .*found True; fix: leave it out; --do_train: leave it out$"):
+    with pytest.raises(Refusal, match=r"--use_cache: .*found True; fix: omit it; --do_train: omit it$"):
         check_flags({"do_train": True, "use_cache": True})
 
 
@@ -210,7 +210,7 @@ def test_checkpointing_by_either_name(arguments, name, recwarn):
     assert arguments(f"--{name}", "True", "--recompute", "selective").recompute == "selective"
     assert arguments(f"--{name}", "False", "--recompute", "auto").recompute == "auto"
     for way in ("none", "auto"):
-        with pytest.raises(Refusal, match=f"two flags that disagree; found True and {way}; fix: leave one"):
+        with pytest.raises(Refusal, match=f"two flags that disagree; found True and {way}; fix: omit one"):
             arguments(f"--{name}", "True", "--recompute", way)
     assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
 
