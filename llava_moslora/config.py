@@ -24,6 +24,7 @@ BAD_RECORD_POLICIES = ("fail", "quarantine")
 # Adapter methods; llava_moslora.adapters.methods has a row for each.
 ADAPTER_METHODS = ("moslora", "lora", "folded", "tsmix", "dora", "rslora", "pissa", "loha", "lokr", "adalora", "flora",
                    "loraxs", "nlora")  # fmt: skip
+QUANTISED = {f"q{method}": f"--method {method} --bits 4" for method in ("lora", "moslora")}  # as papers name them
 # Methods with a fixed mixer, or none → (its init, whether it is trained)
 FIXED_MIXERS = dict.fromkeys(("lora", "rslora", "pissa"), ("identity", False)) | {"tsmix": ("butterfly", False)}
 WITHOUT_DROPOUT = ("loha", "lokr")  # PEFT's have no input dropout
@@ -170,7 +171,7 @@ class AdapterSettings(Settings):
     heading = ADAPTERS
 
     tune_mm_mlp_adapter: bool = setting(False, "stage 1: train the projector only, without adapters")
-    method: str = setting("moslora", " | ".join(ADAPTER_METHODS), ADAPTER_METHODS)
+    method: str = setting("moslora", " | ".join(ADAPTER_METHODS), ADAPTER_METHODS, instead=QUANTISED)
     lora_r: int = setting(64, "rank in the LLM; 0: no adapter there")
     lora_alpha: float = setting(128, "scaling = alpha / rank")
     lora_dropout: float = setting(0.05, "dropout before the LLM's adapters")

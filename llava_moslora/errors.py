@@ -160,11 +160,12 @@ def few(names: Iterable[object], count: int = 3) -> str:
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """The ``known`` word that was probably meant (other case, or mistyped), as the ``fix`` of a refusal; "" if none is
-    close."""
+    """Which of the ``known`` words was probably meant, as the ``fix`` of a refusal: those that begin or end with
+    ``value``, else the one that was mistyped; "" if none is near."""
     words = {word.lower(): word for word in known}
-    near = difflib.get_close_matches(value.lower(), words, n=1)
-    return f"did you mean {words[near[0]]}?" if near else ""
+    longer = [word for word in words if value and (word.startswith(value.lower()) or word.endswith(value.lower()))]
+    near = longer if 0 < len(longer) <= 5 else difflib.get_close_matches(value.lower(), words, n=1)
+    return f"did you mean {' | '.join(words[word] for word in near)}?" if near else ""
 
 
 def unknown_value(flag: str, found: object, known: Sequence[str], what: str = "unknown value") -> Refusal:

@@ -13,13 +13,17 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from llava_moslora.errors import Refusal, did_you_mean
+from llava_moslora.errors import Refusal, did_you_mean, few
 
 WIDTH, HELP_COLUMN = 100, 35  # of --help
+SEE_HELP = "see --help"
+# ``~/…`` as a word, after ``--flag=``, after the name of validation data, or in open_clip:ARCH@FILE
+HOME = re.compile(r"(--\w+=)?([\w.-]+=|open_clip:(?:[^@]*@)?)?(~/.*)", re.DOTALL)
+MOST_NAMED = 12  # unknown flags in one message
 NOT_KNOWN = object()  # the default of a flag whose value only its library knows
 TRUTH = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
 
@@ -32,7 +36,7 @@ class ScriptParser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False, exit_on_error=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        raise Refusal("C-FLAG", message, fix="see --help")
+        raise Refusal("C-FLAG", message, fix=SEE_HELP)
 
     def unknown(self, name: str) -> str:
         """What to do about an unknown flag ``name`` (without dashes), as the ``fix`` of a refusal."""
@@ -41,27 +45,60 @@ class ScriptParser(argparse.ArgumentParser):
     def _nearest_choice(self, name: str | None, message: str) -> str:
         """The fix for a value that is not among the choices of the flag ``name``, from argparse's message; else ""."""
         found = re.match(r"invalid choice: (.*?) \(choose from", message, re.DOTALL)
-        named = (a for a in self._actions if name in ("/".join(a.option_strings), a.dest, a.metavar))
-        return did_you_mean(found[1].strip("'\""), map(str, next(named).choices or ())) if found else ""
+        action = next((a for a in self._actions if name in ("/".join(a.option_strings), a.dest, a.metavar)), None)
+        if not found or action is None:
+            return ""
+        return self.no_choice(action.dest, found[1].strip("'\""), list(map(str, action.choices or ())))
+
+    def no_choice(self, name: str, value: str, choices: Sequence[str]) -> str:
+        """What to do about a ``value`` that is none of the ``choices`` of the flag ``name``; "" if nothing is near."""
+        return did_you_mean(value, choices)
 
     def parse_args(self, args=None, namespace=None):
         """
         Raises:
             Refusal: C-FLAG, an unknown flag (with the nearest name), a missing one, a value of the wrong type.
         """
-        words = [_with_underscores(word) for word in (sys.argv[1:] if args is None else args)]
-        for word in words:  # before argparse, which would name a missing flag first, also one that was mistyped
-            name = word.partition("=")[0]
-            if re.match("--[A-Za-z]", word) and name not in self._option_string_actions:
-                raise Refusal("C-FLAG", "unknown flag", key=name, fix=self.unknown(name.lstrip("-")))
+        words = [with_home(_with_underscores(word)) for word in (sys.argv[1:] if args is None else args)]
+        # Before argparse, which would name a missing flag first, also one that was mistyped, or a file without flag
+        names = dict.fromkeys(word.partition("=")[0] for word in words if re.match("--[A-Za-z]", word))
+        if unknown := [name for name in names if name not in self._option_string_actions]:
+            raise self.refuse_unknown("flag", unknown)
+        if words and not words[0].startswith("-") and not self._get_positional_actions():
+            raise self._stray(words[:1])
         try:
             namespace, rest = self.parse_known_args(words, namespace)
         except argparse.ArgumentError as error:
-            fix = self._nearest_choice(error.argument_name, error.message) or "see --help"
+            fix = self._nearest_choice(error.argument_name, error.message) or SEE_HELP
             raise Refusal("C-FLAG", error.message, key=error.argument_name, fix=fix) from error
         if rest:
-            raise Refusal("C-FLAG", "a value without a flag", found=" ".join(rest))
+            raise self._stray(rest)
         return namespace
+
+    def refuse_unknown(self, what: str, names: Sequence[str], file: object = None) -> Refusal:
+        """The refusal of unknown flags, or keys of a ``file``: all of them at once.
+
+        Args:
+            what: ``flag`` or ``key``. names: with or without dashes.
+        """
+        fixes = {name: self.unknown(name.lstrip("-")) for name in names[:MOST_NAMED]}
+        if len(names) == 1:
+            return Refusal("C-FLAG", f"unknown {what}", file=file, key=names[0], fix=fixes[names[0]])
+        fix = "; ".join([f"{name}: {fix}" for name, fix in fixes.items() if fix != SEE_HELP] or [SEE_HELP])
+        return Refusal("C-FLAG", f"unknown {what}s", file=file, key=few(names, MOST_NAMED), fix=fix)
+
+    def _stray(self, words: Sequence[str]) -> Refusal:
+        if "--config" in self._option_string_actions and words[0].lower().endswith((".yaml", ".yml", ".json")):
+            return Refusal("C-FLAG", "a file without its flag", file=words[0], fix=f"give it as --config {words[0]}")
+        fix = "put its flag before it"
+        return Refusal("C-FLAG", "a value without a flag", found=" ".join(words), fix=fix)
+
+
+def with_home(word: str) -> str:
+    """A word of a command line with the user's folder for ``~/``, which shells leave in quotes and after ``=``."""
+    if (found := HOME.fullmatch(word)) is None:
+        return word
+    return (found[1] or "") + (found[2] or "") + os.path.expanduser(found[3])
 
 
 def _with_underscores(word: str) -> str:
@@ -77,7 +114,7 @@ def nearest_flag(flag: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, sorted(known), n=5)
     # people get the end of a name wrong more often than its beginning: --lora_rank means --lora_r, not --local_rank
     best = max(close, key=lambda other: len(os.path.commonprefix([name, other])), default=None)  # noqa: RUF071
-    return f"did you mean --{best}?" if best else "see --help"
+    return f"did you mean --{best}?" if best else SEE_HELP
 
 
 @dataclass(frozen=True)
@@ -87,6 +124,7 @@ class Flag:
     Attributes:
         annotation: the field's type, as it is written: ``int``, ``str | None``, ``list[float]``.
         default: ``dataclasses.MISSING`` for a flag that must be given.
+        instead: value that is no choice → the flags that mean it.
         group: heading in --help; a flag without one is not shown there.
     """
 
@@ -96,6 +134,7 @@ class Flag:
     help: str = ""
     choices: tuple | None = None
     group: str = ""
+    instead: Mapping[str, str] = field(default_factory=dict)
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         convert, several = _conversion(self.annotation)
@@ -137,7 +176,8 @@ def flags_of(settings: type, names: Iterable[str] | None = None) -> list[Flag]:
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         group = str(f.metadata.get("group") or getattr(settings, "heading", ""))
         help_, choices = f.metadata.get("help", ""), f.metadata.get("choices")
-        flags.append(Flag(f.name, str(f.type), default, help_, choices, group))
+        instead = f.metadata.get("instead", {})
+        flags.append(Flag(f.name, str(f.type), default, help_, choices, group, instead))
     return flags
 
 
@@ -188,6 +228,10 @@ class SettingsParser(ScriptParser):
         self.add_argument("-h", "--help", action=_Help, choices=["all"] if more else None, **how)
         for flag in flags:
             flag.add_to(self)
+
+    def no_choice(self, name: str, value: str, choices: Sequence[str]) -> str:
+        instead = next((flag.instead for flag in self.flags if flag.name == name), {})
+        return instead.get(value.lower()) or super().no_choice(name, value, choices)
 
     def format_help(self) -> str:
         groups: dict[str, list[str]] = {heading: [] for heading in self.headings}

@@ -13,6 +13,8 @@ Prompts are built exactly as in training. Ctrl-C stops an answer; twice at the p
 
 import argparse
 import io
+import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def main() -> None:
             if command == "/clear":
                 turns, images, waiting = first_turns(args.system), [], []
             elif command == "/image":
-                waiting.append(open_image(rest.strip()))
+                waiting.append(open_image(unquoted(rest.strip())))
             elif command == "/help":
                 print("\n".join(f"{name:12}  {text}" for name, text in COMMANDS.items()), flush=True)
             elif command.startswith("/"):
@@ -105,12 +107,24 @@ def ask_user() -> str | None:
     return None
 
 
+def unquoted(name: str) -> str:
+    """A file's name as a shell reads it, quoted or with backslashes; as it is where such a file is there."""
+    try:
+        words = shlex.split(name)
+    except ValueError:  # one quote alone, as in it's.png
+        return name
+    return words[0] if len(words) == 1 and not os.path.exists(name) else name
+
+
 def open_image(file: str):
     """Raises a refusal where there is no such file, or no usable image in it."""
     try:
         path = Path(file).expanduser().resolve()
     except (ValueError, RuntimeError, OSError) as error:  # a NUL, an unknown ~user, a loop of links
         raise Refusal("I-PATH", "not a path", file=file, found=error) from error
+    if not path.is_file():
+        what = "a folder, not an image" if path.is_dir() else "no such image"
+        raise Refusal("I-MISSING", what, file=path, fix="check the name; a relative one is from the current folder")
     return load_image(path.name, path.parent)
 
 

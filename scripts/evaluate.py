@@ -10,8 +10,9 @@ from VLMEvalKit's TSV files in --data; nothing is downloaded. Several GPUs: torc
 python. Every answer is saved in --output at once: the same command continues where it was stopped, and scores
 complete answers without loading the model. MathVista and MM-Vet need --judge for the paper's kind of score.
 
-**Question file**: a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``; each question is a
-separate conversation. Every answer is saved in ``OUTPUT.unfinished`` at once.
+**Question file**: a JSON array of objects, or one per line, with ``image``, ``question``, ``answer`` and perhaps
+``id``; each question is a separate conversation. Every answer is saved in ``OUTPUT.unfinished`` at once; an existing
+OUTPUT is replaced only if the same command wrote it.
 """
 
 import argparse
@@ -98,7 +99,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
         "--mistakes", type=int, metavar="N", help=f"of each benchmark so many in {PAGE}, {PER_BENCHMARK} by default"
     )
     questions = parser.add_argument_group("question file")
-    questions.add_argument("--questions", metavar="FILE", help="JSON array of questions")
+    questions.add_argument("--questions", metavar="FILE", help="JSON or JSONL file of questions")
     questions.add_argument("--image_folder", metavar="FOLDER", help="images of --questions")
     questions.add_argument(
         "--untrained", action="store_true", help="use the model as it was before the first training step"
@@ -166,7 +167,7 @@ from llava_moslora.evaluation.checks import open_benchmark
 from llava_moslora.evaluation.judge import Judge
 from llava_moslora.evaluation.kit import find_kit, score_by_kit
 from llava_moslora.evaluation.output import complete, locked, new_output, scored, writable
-from llava_moslora.evaluation.question_file import evaluate_questions, read_questions
+from llava_moslora.evaluation.question_file import evaluate_questions
 from llava_moslora.evaluation.radar import radar_of, write_radar
 from llava_moslora.evaluation.report import comparison, named, write_comparison, write_report
 from llava_moslora.evaluation.results import check_comparable, read_results
@@ -296,11 +297,11 @@ def judge_of(flag: list[str] | None, wanted: Collection[str]) -> Judge | None:
 
 def ask_question_file(args: argparse.Namespace) -> None:
     """Evaluate a question file and print the accuracy."""
-    share = evaluate_questions(
+    share, count = evaluate_questions(
         args.run[0], args.questions, args.image_folder, batch_size=args.batch_size, untrained=args.untrained,
         blank=args.blank, output=args.output, probe=args.probe,
     )  # fmt: skip
-    print(f"{share:.1%} of {len(read_questions(args.questions))} questions answered right")
+    print(f"{share:.1%} of {count} questions answered right")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ if __name__ == "__main__":
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.devices import COMMAND_LINE
+from llava_moslora.flags import with_home
 from llava_moslora.noise import quiet_libraries
 from llava_moslora.planning.recipe import read_recipe
 from llava_moslora.runs.paths import located_path
@@ -81,7 +82,10 @@ Settings = tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]  
 @functools.cache
 def read_command() -> tuple[argparse.Namespace, int, Settings]:
     """The planner's own flags, the number of GPUs, and the settings to plan."""
-    own, flags = own_parser().parse_known_args()
+    own, flags = own_parser().parse_known_args(list(map(with_home, sys.argv[1:])))
+    if flags and not flags[0].startswith("-"):
+        fix = f"give it as --config {flags[0]}" if Path(flags[0]).exists() else "put its flag before it"
+        raise Refusal("C-FLAG", "a value without a flag", found=flags[0], fix=fix)
     if own.gpus is not None and own.gpus < 1:
         raise Refusal("C-FLAG", "out of range", key="--gpus", found=own.gpus, expected="at least 1")
     gpus, settings = read_settings(own, flags)

@@ -17,10 +17,11 @@ from llava_moslora.evaluation.kept import Header
 from llava_moslora.evaluation.reading import Rules
 from llava_moslora.evaluation.results import Result, read_results, write_result
 from llava_moslora.evaluation.scoring import JUDGED, score
+from llava_moslora.runs.record import EXPORT, is_run
 
 
-def new_output(folder: str) -> Path:
-    """The output folder, made if it is missing.
+def new_output(folder: str, flag: str = "--output") -> Path:
+    """The output folder, made if it is missing. ``flag``: that names it.
 
     Raises:
         Refusal: C-OUTPUT, it cannot be, or is not a folder.
@@ -28,12 +29,12 @@ def new_output(folder: str) -> Path:
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _not_writable(folder, error) from error
-    check_output(folder)
+        raise _not_writable(folder, error, flag) from error
+    check_output(folder, flag)
     return Path(folder)
 
 
-def check_output(folder: str) -> None:
+def check_output(folder: str, flag: str = "--output") -> None:
     """Refuse an output folder that is not writable, or whose nearest existing parent is not; nothing is created.
 
     Raises:
@@ -44,37 +45,38 @@ def check_output(folder: str) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise _not_writable(folder, error) from error
+        raise _not_writable(folder, error, flag) from error
 
 
-def _not_writable(folder: str, error: OSError) -> Refusal:
+def _not_writable(folder: str, error: OSError, flag: str) -> Refusal:
     if error.errno in NOT_OF_THE_PLACE:
         raise error
     what, fix = "this folder is not writable", "choose another"
-    return Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror, fix=fix)
+    return Refusal("C-OUTPUT", what, file=folder, key=flag, found=error.strerror, fix=fix)
 
 
-def writable(file: str | None, flag: str) -> Path | None:
-    """The file to write, absolute and without links; None where none was asked for.
+def writable(file: str | None, flag: str, inputs: Sequence[str | Path] = ()) -> Path | None:
+    """The file to write, absolute and without links, its folder made if it is missing; None where none was asked for.
+
+    Args:
+        inputs: what this command reads, and must not write over.
 
     Raises:
-        Refusal: C-OUTPUT, it is not a file, or cannot be written.
+        Refusal: C-OUTPUT, it is not a file, is an input, lies in a run's or an export's folder, or cannot be written.
     """
     if file is None:
         return None
     path = Path(file).resolve()
     if path.exists() and not path.is_file():
         raise Refusal("C-OUTPUT", "not a file", file=path, key=flag, fix="name a file")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            return path
-    except OSError as error:
-        if error.errno in NOT_OF_THE_PLACE:
-            raise
-        raise Refusal(
-            "C-OUTPUT", "this folder is not writable", file=path.parent, key=flag, found=error.strerror,
-            fix="create it, or choose another",
-        ) from error  # fmt: skip
+    if any(path == Path(other).resolve() or (path.exists() and path.samefile(other)) for other in inputs):  # or linked
+        raise Refusal("C-OUTPUT", "this command reads that file", file=path, key=flag, fix="name another file")
+    if home := next((folder for folder in path.parents if is_run(folder) or (folder / EXPORT).is_file()), None):
+        what = "a run's folder" if is_run(home) else "an export's folder"
+        fix = "name a file elsewhere: nothing is written next to what belongs to it"
+        raise Refusal("C-OUTPUT", f"lies in {what}", file=path, key=flag, found=home, fix=fix)
+    new_output(str(path.parent), flag)
+    return path
 
 
 @contextmanager

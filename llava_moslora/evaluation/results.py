@@ -118,12 +118,17 @@ def read_results(output: str | Path) -> dict[str, Result]:
     Raises:
         Refusal: C-PATH, there is none; K-JSON, one is damaged.
     """
+    if Path(output).is_file():
+        raise Refusal(
+            "C-PATH", "a file, and results are a folder", file=output, expected=f"a folder with NAME/{SCORE}",
+            fix="give folders that --benchmark wrote as --output; answers to --questions have an accuracy alone",
+        )  # fmt: skip
     files = {name: Path(output) / name / SCORE for name in BENCHMARKS}
     results = {name: read_result(file) for name, file in files.items() if file.is_file()}
     if not results:
         raise Refusal(
             "C-PATH", "no results", file=output, expected=f"a folder with NAME/{SCORE}",
-            fix="give the --output of an evaluation",
+            fix="give the --output of an evaluation with --benchmark",
         )  # fmt: skip
     return results
 

@@ -24,10 +24,13 @@ from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.runs.checkpoints import checkpoints, model_checkpoint
 from llava_moslora.runs.fingerprint import check_base
+from llava_moslora.runs.paths import run_of_checkpoint
 from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, RunRecord, read_run
 from llava_moslora.text.templates import recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
+LOADED_FORMATS = ("hf", "llava", "llm")  # of --format, whose names the folders of several have
+SOURCES = "give the --output_dir of a training, or an export of --format hf or llm"
 ATTEMPTS = 10  # to load a checkpoint of a running training, which may delete it meanwhile
 
 
@@ -213,7 +216,15 @@ def load(
         raise Refusal(
             "C-PATH", "neither a run nor a model" if folder.is_dir() else "no such folder", file=folder,
             expected=f"a folder with {RUN}, or one with the config.json of a LLaVA or an LLM",
-            fix="give the --output_dir of a training, or an export of --format hf or llm",
+            fix=_what_to_load(folder),
         )  # fmt: skip
     chat_model.model.to("cuda" if gpu else "cpu")
     return chat_model
+
+
+def _what_to_load(folder: Path) -> str:
+    """The fix for a folder that is no model: a checkpoint, or the folders of an export in several formats."""
+    if (found := run_of_checkpoint(folder, RUN)) is not None:
+        return f"give {found[0]}, whose newest or best checkpoint answers; export this one with --checkpoint {found[1]}"
+    formats = [str(folder / name) for name in LOADED_FORMATS if (folder / name / "config.json").is_file()]
+    return f"give {' or '.join(formats)}" if formats else SOURCES

@@ -25,6 +25,7 @@ from llava_moslora.models import internlm2, llava_folder
 from llava_moslora.models.config_file import read_model_config
 
 HEAD_WEIGHT = "lm_head.weight"
+RUN = "run.json"  # of a run's folder: runs/record.py
 
 
 def read_llm_config(folder: str | Path) -> PreTrainedConfig:
@@ -37,6 +38,12 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
     folder = Path(folder)
     file = folder / "config.json"
     if not file.is_file():
+        run = folder.parent if folder.is_dir() and folder.name.startswith("checkpoint-") else folder
+        if (run / RUN).is_file():
+            raise Refusal(
+                "C-PATH", "a run, and no LLM", file=folder, key="--model_name_or_path", expected="a model's folder",
+                fix=f"--output_dir {run} --resume True continues it; scripts/export.py {run} makes a model of it",
+            )  # fmt: skip
         raise Refusal(
             "C-PATH", "no LLM here" if folder.is_dir() else "no such folder", file=folder, key="--model_name_or_path",
             expected="a downloaded folder with config.json, tokenizer and weights",

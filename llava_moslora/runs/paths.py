@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llava_moslora.config import HUB, NAMED_FILE, OPEN_CLIP, WILDCARDS
+from llava_moslora.errors import Refusal
 
 # Fields of the model and data settings of every kind of run
 PATHS = ("model_name_or_path", "vision_tower", "pretrain_mm_mlp_adapter", "vae", "data_path", "eval_data_path",
@@ -72,3 +74,21 @@ def _followed(name: str, settings: Any) -> list[tuple[str, str]]:
     value = getattr(settings, name)
     parts = [_parts(name, one) for one in (value if isinstance(value, list) else [value]) if one]
     return [(before, path if "://" in path else os.path.realpath(path)) for before, path in parts]
+
+
+def run_of_checkpoint(folder: Path, record: str) -> tuple[Path, str] | None:
+    """The run and the step, of a folder that is a run's ``checkpoint-N``; None where it is something else.
+
+    Args:
+        record: the name of the file that makes a folder a run.
+    """
+    path = Path(os.path.abspath(folder))
+    run, found = folder.parent if folder.name else path.parent, re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return (run, found[1]) if found and path.is_dir() and (path.parent / record).is_file() else None
+
+
+def refuse_checkpoint(folder: Path, record: str) -> None:
+    """Refuse (C-PATH) a run's ``checkpoint-N`` where the run is meant; ``record``: as above."""
+    if (found := run_of_checkpoint(folder, record)) is not None:
+        fix = f"give {found[0]}; to scripts/export.py {found[0]} --checkpoint {found[1]}"
+        raise Refusal("C-PATH", "a checkpoint, and not the run that it is of", file=folder, fix=fix)

@@ -17,7 +17,7 @@ from llava_moslora.config import XTUNER_DATA_GROUP, AdapterSettings, DataSetting
 from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import replace_json
 from llava_moslora.files.json import parse_json
-from llava_moslora.runs.paths import located
+from llava_moslora.runs.paths import located, refuse_checkpoint
 from llava_moslora.sdxl_settings import SdxlAdapterSettings, SdxlSettings, SubjectSettings
 
 RUN, TOKENIZER = "run.json", "tokenizer"
@@ -200,8 +200,7 @@ def read_run(folder: str | Path, expected: str | None = LLAVA) -> RunRecord:
         Refusal: C-PATH, the folder is missing or holds no run; K-RUN, its record is damaged, of something else, of
             another kind of run, or lacks something that this version of the package needs.
     """
-    file = Path(folder) / RUN
-    record = _read_ours(file, expected)
+    record = _read_ours(file := Path(folder) / RUN, expected)
     kind = _kind_of(record, file, expected)
     _check_needed(record, file, KINDS[kind].needed)
     settings = record["settings"]
@@ -241,6 +240,7 @@ def read_run(folder: str | Path, expected: str | None = LLAVA) -> RunRecord:
 
 def _read_ours(file: Path, expected: str | None) -> dict[str, Any]:
     if not file.is_file():
+        refuse_checkpoint(file.parent, RUN)
         scripts = " or ".join(kind.script for name, kind in KINDS.items() if expected in (name, None))
         raise Refusal(
             "C-PATH", "not a run folder" if file.parent.is_dir() else "no such folder", file=file.parent,

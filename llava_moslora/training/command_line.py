@@ -15,7 +15,7 @@ from typing import Any
 
 from llava_moslora.config import HEADINGS, MODEL, AdapterSettings, DataSettings, ModelSettings, TrainingSettings
 from llava_moslora.errors import Refusal
-from llava_moslora.flags import Flag, SettingsParser, flags_of, nearest_flag
+from llava_moslora.flags import Flag, SettingsParser, flags_of, with_home
 from llava_moslora.training import trainer_flags
 from llava_moslora.training.config_file import read_config
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
@@ -35,7 +35,7 @@ class Parser(SettingsParser):
         super().__init__([first, *own, *trainers], description, HEADINGS, more_help)
 
     def unknown(self, name: str) -> str:
-        return trainer_flags.FORMER.get(name.replace("-", "_")) or super().unknown(name)
+        return (trainer_flags.FORMER | trainer_flags.LLAMA_FACTORY).get(name.replace("-", "_")) or super().unknown(name)
 
 
 def parse(
@@ -61,8 +61,9 @@ def parse_with(parser: SettingsParser, groups: Sequence[type], argv: Sequence[st
     Raises:
         Refusal: as :func:`parse`.
     """
+    argv = list(map(with_home, argv))
     if file := early(argv).config:
-        argv = [*_as_flags(read_config(Path(file)), {flag.name for flag in parser.flags[1:]}, file), *argv]
+        argv = [*_as_flags(read_config(Path(file)), parser, file), *argv]
     if (deepspeed := early(argv).deepspeed) is not None:
         read_deepspeed_config(deepspeed)  # the Trainer uses it while it parses its flags
     values = vars(parser.parse_args(argv))
@@ -90,13 +91,14 @@ def _check_timeout(seconds: int) -> None:
         raise Refusal("C-FLAG", "out of range", key="--ddp_timeout", found=seconds, expected="at least 1 second")
 
 
-def _as_flags(content: dict[str, str | list[str]], known: set[str], path: str) -> list[str]:
+def _as_flags(content: dict[str, str | list[str]], parser: SettingsParser, path: str) -> list[str]:
+    known = {flag.name for flag in parser.flags[1:]}
+    if unknown := [str(key) for key in content if key not in known]:
+        raise parser.refuse_unknown("key", unknown, path)
     flags: list[str] = []
     for key, value in content.items():
-        if key not in known:
-            raise Refusal("C-FLAG", "unknown key", file=path, key=str(key), fix=nearest_flag(str(key), known))
         flags += [f"--{key}", *value] if isinstance(value, list) else [f"--{key}={value}"]
-    return flags
+    return list(map(with_home, flags))
 
 
 def accumulation_steps(global_batch_size: int, per_device: int, ranks: int) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llava_moslora.training.trainer_flags import FLAGS, FORMER, Honoured, Refused, flags
+from llava_moslora.training.trainer_flags import FLAGS, FORMER, LLAMA_FACTORY, Honoured, Refused, flags
 
 
 def more_help() -> str:
@@ -41,7 +41,9 @@ def table() -> str:
             rows.append(f"| `--{name}` | honoured{only} | `{test}` |")
         else:
             rows.append(f"| `--{name}` | refused | {rule.why}; {rule.instead} |")
-    former = [f"| `--{name}` | {instead} |" for name, instead in sorted(FORMER.items())]
+    former, factory = (
+        [f"| `--{name}` | {instead} |" for name, instead in sorted(names.items())] for names in (FORMER, LLAMA_FACTORY)
+    )
     return "\n".join([
         "# Flags of the Trainer", "",
         "<!-- made by python -m llava_moslora.training.flag_texts -->", "",
@@ -52,6 +54,8 @@ def table() -> str:
         "| flag | | test, or why and what to use instead |", "| --- | --- | --- |", *rows, "",
         "Flags that no longer exist, and flags of LLaVA's script, are unknown; the message says what to do:", "",
         "| flag | instead |", "| --- | --- |", *former, "",
+        "So are the keys of LLaMA-Factory's files that have another name here:", "",
+        "| key | instead |", "| --- | --- |", *factory, "",
     ])  # fmt: skip
 
 

@@ -218,11 +218,48 @@ FORMER: dict[str, str] = {
     "freeze_backbone": "omit it: only adapters and the projector are trained",
     "mm_projector_type": "omit it: it follows from --pretrain_mm_mlp_adapter",
     "mm_vision_select_layer": "omit it: features are from the penultimate layer",
+    "mm_vision_select_feature": "omit it: features are those of patches",
+    "mm_patch_merge_type": "omit it: an image is one square",
+    "freeze_mm_mlp_adapter": "omit it: the projector is trained",
+    "unfreeze_mm_vision_tower": "omit it: --vision_lora_r trains adapters there",
+    "lora_bias": "omit it: biases are frozen",
+    "mpt_attn_impl": "omit it: --attn_implementation is for every LLM",
+    "load_in_4bit": "--bits 4",
+    "load_in_8bit": "--bits 4, or omit it",
     "mm_use_im_start_end": "omit it",
     "mm_use_im_patch_token": "omit it",
     "quant_type": "omit it: --bits 4 is nf4",
     "double_quant": "omit it: --bits 4 quantises twice",
     "cache_dir": "omit it: nothing is downloaded",
+}
+
+# Keys of LLaMA-Factory's files → what does the same here
+LLAMA_FACTORY: dict[str, str] = {
+    "stage": "omit it: a model is fine-tuned (sft)",
+    "finetuning_type": "--method moslora, the default, or lora",
+    "lora_target": "omit it: every linear, or --lora_target_modules",
+    "use_dora": "--method dora",
+    "use_rslora": "--method rslora",
+    "pissa_init": "--method pissa",
+    "loraplus_lr_ratio": "--lora_plus_ratio",
+    "freeze_vision_tower": "--vision_lora_r 0",
+    "freeze_multi_modal_projector": "omit it: the projector is trained",
+    "adapter_name_or_path": "--resume True with its --output_dir",
+    "quantization_bit": "--bits 4",
+    "quantization_method": "omit it: --bits 4 is nf4",
+    "trust_remote_code": "omit it: code in a model's folder is never run",
+    "flash_attn": "--attn_implementation",
+    "enable_liger_kernel": "--use_liger_kernel",
+    "dataset": "--data_path with the files",
+    "dataset_dir": "omit it: --data_path has the files with their folder",
+    "media_dir": "--image_folder",
+    "template": "--version; default: recognised",
+    "cutoff_len": "--model_max_length",
+    "max_samples": "--data_share",
+    "overwrite_cache": "omit it: other data or settings are tokenised anew",
+    "val_size": "--validation_split",
+    "eval_dataset": "--eval_data_path",
+    "plot_loss": "omit it: --output_dir has curves.html",
 }
 
 
@@ -247,15 +284,16 @@ def check_flags(values: Mapping[str, Any]) -> None:
     Raises:
         Refusal: C-FLAG, naming the flag and what to use instead.
     """
-    for flag in flags():
-        name, value = flag.name, values.get(flag.name, flag.default)
-        if value == flag.default:
-            continue
-        rule = FLAGS.get(name, Refused("this version of transformers has it, but its effect here was never tested"))
-        if isinstance(rule, Refused):
-            raise Refusal("C-FLAG", rule.why, key=f"--{name}", found=value, fix=rule.instead)
+    given = {flag.name: value for flag in flags() if (value := values.get(flag.name, flag.default)) != flag.default}
+    untested = Refused("this version of transformers has it, but its effect here was never tested")
+    rules = {name: FLAGS.get(name, untested) for name in given}
+    if refused := {name: rule for name, rule in rules.items() if isinstance(rule, Refused)}:
+        name = next(iter(refused))
+        fix = refused[name].instead + "".join(f"; --{n}: {rule.instead}" for n, rule in [*refused.items()][1:])
+        raise Refusal("C-FLAG", refused[name].why, key=f"--{name}", found=given[name], fix=fix)
+    for name, rule in rules.items():
         if isinstance(rule, Honoured) and rule.needs is not None:
-            _check_other(name, value, values, rule.needs)
+            _check_other(name, given[name], values, rule.needs)
     local, expected = values.get("local_rank", -1), os.environ.get("LOCAL_RANK", "-1")
     if local != -1 and str(local) != expected:
         raise Refusal(

@@ -47,6 +47,19 @@ def test_an_untrained_run_begins_from_the_same_projector(own, parts, tmp_path):
         load_run(tmp_path / "other", trained=False)
 
 
+def test_what_is_near_a_model_is_named(own, tmp_path):
+    """A checkpoint: its run; an export in several formats: the folder of one."""
+    step = next(own.run.glob("checkpoint-*")).name.removeprefix("checkpoint-")
+    said = f"neither a run nor a model; .*fix: give {own.run}, whose .*--checkpoint {step}$"
+    with pytest.raises(Refusal, match=said):
+        load(own.run / f"checkpoint-{step}")
+    shutil.copytree(own.llm, tmp_path / "all" / "llm")
+    with pytest.raises(Refusal, match=f"fix: give {tmp_path}/all/llm$"):
+        load(tmp_path / "all")
+    with pytest.raises(Refusal, match=r"fix: give the --output_dir of a training"):
+        load(own.run / "tokenizer")
+
+
 def test_a_path_that_means_another_folder_here_is_refused(own, tmp_path, monkeypatch):
     record = json.loads((own.run / "run.json").read_text())
     record["settings"]["model"]["model_name_or_path"] = "llm"

@@ -200,3 +200,15 @@ def test_assembly_holds_the_weights_once(parts, tmp_path, dtype):
     kept, above = (int(n) for n in done.stdout.split("RESULT")[1].split())
     print(f"kept {kept / 2**30:.2f} GiB, anonymous above baseline at most {above / kept:.3f} of it")
     assert kept > 2e9 and above <= 1.15 * kept
+
+
+def test_a_run_is_no_llm(tmp_path):
+    (tmp_path / "run" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text("{}")
+    run = tmp_path / "run"
+    for folder in (run, run / "checkpoint-2"):
+        said = rf"C-PATH\] {folder}:--model_name_or_path: a run, and no LLM; .*fix: --output_dir {run} --resume True"
+        with pytest.raises(Refusal, match=said):
+            read_llm_config(folder)
+    with pytest.raises(Refusal, match="no such folder"):
+        read_llm_config(run / "checkpoint-3")

@@ -48,6 +48,17 @@ def test_a_run_from_before_a_flag_is_resumed_with_what_it_did(run, key):
         reopen(run, with_value(settings(), key, other))
 
 
+def test_a_checkpoint_is_not_its_run(run, monkeypatch):
+    said = "a checkpoint, and not the run that it is of; fix: give {run}; to scripts/export.py {run} --checkpoint 2$"
+    with pytest.raises(Refusal, match=rf"C-PATH\] .*/checkpoint-2: {said.format(run=re.escape(str(run)))}"):
+        read_run(run / "checkpoint-2")
+    monkeypatch.chdir(run / "checkpoint-2")
+    with pytest.raises(Refusal, match=said.format(run=re.escape(str(run)))):
+        read_run(".")
+    with pytest.raises(Refusal, match="no such folder"):
+        read_run(run / "checkpoint-3")
+
+
 def test_one_data_file_as_the_first_versions_recorded_it(run):
     edit_record(run, lambda record: record["settings"]["data"].update(data_path="a.json"))
     assert read_run(run).data.data_path == ["a.json"] and reopen(run).name == "checkpoint-2"

@@ -4,6 +4,7 @@ import io
 import sys
 
 import pytest
+from PIL import Image
 
 from llava_moslora.errors import Refusal
 from scripts import chat
@@ -28,12 +29,30 @@ def talk(monkeypatch):
     (b"/image ~nobody-of-this-name/a.png", "error[I-PATH] ~nobody-of-this-name/a.png: not a path"),
     (b"/image a\0b", "error[I-PATH] a\\x00b: not a path"),
     (b"/image nothing.png", "error[I-MISSING]"),
+    (b"/image .", "error[I-MISSING]"),
 ])  # fmt: skip
 def test_what_cannot_be_used_is_refused_and_the_conversation_goes_on(talk, capsys, typed, message):
     talk(b"one\n" + typed + b"\ntwo\n")
     printed = capsys.readouterr()
     assert "turn 1" in printed.out and "turn 3" in printed.out  # the second question, after one and its answer
     assert printed.err.startswith(message) and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("typed", ['"my pictures/a b.png"', "'my pictures/a b.png'", "my\\ pictures/a\\ b.png",
+                                   "my pictures/a b.png", "it's.png", '"quoted".png'])  # fmt: skip
+def test_an_images_name_is_read_as_in_a_shell(talk, capsys, monkeypatch, tmp_path, typed):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my pictures").mkdir()
+    for name in ("my pictures/a b.png", "it's.png", '"quoted".png'):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    talk(f"/image {typed}\none\n".encode())
+    printed = capsys.readouterr()
+    assert "turn 1" in printed.out and printed.err == ""
+
+
+def test_a_missing_image_is_not_looked_for_in_an_image_folder(talk, tmp_path):
+    with pytest.raises(Refusal, match=r"I-MISSING\] .*/nope\.png: no such image; fix: check the name"):
+        talk(b"", "--image", str(tmp_path / "nope.png"))
 
 
 def test_ctrl_c_at_the_prompt(talk, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Evaluation: what cannot be written is refused before the model is loaded, and no answer is lost."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation import question_file
+from llava_moslora.evaluation.question_file import VqaExample
 from llava_moslora.export.export import export
 from scripts import evaluate
 from support.export_runs import trained_run
@@ -46,7 +48,7 @@ def test_a_folder_is_no_question_file(tmp_path):
 
 
 @pytest.mark.parametrize("flag", ["--output", "--probe"])
-@pytest.mark.parametrize("place", ["missing/answers.json", ".", "questions.json/answers.json"])
+@pytest.mark.parametrize("place", [".", "questions.json/answers.json"])
 def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions, monkeypatch, tmp_path, flag, place):
     monkeypatch.setattr(question_file, "load", loaded)
     with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: (this folder is not writable|not a file)"):
@@ -54,17 +56,93 @@ def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions,
 
 
 @pytest.mark.parametrize(("content", "match"), [
-    ("[]", r"no questions; found an empty array"),
-    ("{}", r"no questions; found dict"),
-    ('["a"]', r"record 0: not a question; found str"),
-    ('[{"id": 1, "image": "0.png", "question": "q", "answer": ["a", "b"]}]', r"record 0:answer: not text; found list"),
-    ('[{"id": 1, "image": null, "question": "q", "answer": "a"}]', r"record 0:image: not text; found NoneType"),
+    ("[]", r"no questions; found nothing in it; expected a JSON array of questions, or one per line; fix: \[{\"id\""),
+    ("{}", r"no questions; found nothing in it"),
+    ('{"questions": []}', r"no questions; found an object with questions; .*fix: "),
+    ('["a"]', r"record 0: not a question; found a string; .*fix: "),
+    ('[{"id": 1, "image": "0.png", "question": "q", "answer": ["a", "b"]}]',
+     r"record 0:answer: not text; found an array.*fix: of several answers \(VQAv2\) choose one"),
+    ('[{"image": "0.png", "question": "q", "answer": 3}]', r"found a number; .*fix: write the answer in quotes"),
+    ('[{"id": 1, "image": null, "question": "q", "answer": "a"}]', r"record 0:image: not text; found null"),
+    ('[{"image": "0.png"}]', r"record 0:question, answer: a question without all of its parts; found image; "
+     r"expected id, image, question, answer; fix: \[{"),
+    ('[{"id": 1, "image": "0.png", "conversations": []}]', r"fix: conversations are for --data_path"),
+    ('{"question_id": 1, "image": "0.png", "text": "q"}', r":answer: .*found question_id, image, text; .*fix: add the"),
+    ('{"image": "0.png", "text": "q", "answer": "a"}\n{"image"', r"line 2 is not JSON; .*one per line; fix: "),
+    ("image,question", r"not JSON; .*fix: \[{"),
 ])  # fmt: skip
 def test_questions_of_another_kind(run, parts, questions, monkeypatch, content, match):
     questions.write_text(content)
     monkeypatch.setattr(question_file, "load", loaded)
     with pytest.raises(Refusal, match=match):
         evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images)
+
+
+def test_questions_one_per_line_and_under_llavas_names(tmp_path):
+    rows = [
+        {"question_id": 7, "image": "0.png", "text": "q", "answer": "a", "category": "x"},
+        {"image": "1.png", "question": "r", "answer": "b"},
+    ]
+    expected = [VqaExample("7", "0.png", "q", "a"), VqaExample("1", "1.png", "r", "b")]
+    lines = "\n".join(map(json.dumps, rows))
+    for name, content in (("a.json", json.dumps(rows)), ("a.jsonl", lines), ("b.jsonl", f"\ufeff{lines}\r\n\n")):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert question_file.read_questions(tmp_path / name) == expected, name
+    (tmp_path / "one.jsonl").write_text(json.dumps(rows[1]))
+    assert question_file.read_questions(tmp_path / "one.jsonl") == [VqaExample("0", "1.png", "r", "b")]
+
+
+def test_answers_are_no_results(monkeypatch, tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text('{"accuracy": 1.0, "answers": ["yes"]}')
+    with pytest.raises(Refusal, match=r"C-PATH\] .*: a file, and results are a folder; .*fix: .*--benchmark"):
+        evaluated(monkeypatch, tmp_path / "a", tmp_path / "b", "--compare")
+
+
+def test_no_other_file_is_written_over(run, parts, questions, monkeypatch, tmp_path):
+    """Not the run's, an export's, the question file, an image, or answers of another model or other flags."""
+    command = [run, "--questions", questions, "--image_folder", parts.images, "--batch_size", 4]
+    answers, probe = tmp_path / "new" / "folder" / "answers.json", tmp_path / "other" / "probe.safetensors"
+    evaluated(monkeypatch, *command, "--output", answers, "--probe", probe)
+    first = answers.read_bytes()
+    evaluated(monkeypatch, *command, "--output", answers, "--probe", probe)  # the same command may
+    assert answers.read_bytes() == first
+
+    exported = tmp_path / "export"
+    exported.mkdir()
+    (exported / "export.json").write_text("{}")
+    (tmp_path / "export" / "hf").mkdir()
+    link, old, text = tmp_path / "link.json", tmp_path / "old.json", tmp_path / "text.json"
+    os.link(questions, link)
+    old.write_text('{"accuracy": 1.0, "answers": ["yes"]}')  # nobody knows of which model
+    text.write_text("no JSON")
+    before = {path: path.read_bytes() for path in [*tmp_path.rglob("*"), *run.rglob("*")] if path.is_file()}
+    monkeypatch.setattr(question_file, "load", loaded)
+    for place, said in (
+        (run / "run.json", "lies in a run's folder"),
+        (run / "new.json", "lies in a run's folder"),
+        (run / "checkpoint-2" / "new.json", "lies in a run's folder"),
+        (exported / "hf" / "new.json", "lies in an export's folder"),
+        (questions, "this command reads that file"),
+        (link, "this command reads that file"),
+    ):
+        for flag in ("--output", "--probe"):
+            with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: {said}.*fix: name"):
+                evaluated(monkeypatch, *command, flag, place)
+    for place in (old, text, probe):
+        with pytest.raises(Refusal, match=r":--output: a file is there, and it is no answer file .*fix: choose"):
+            evaluated(monkeypatch, *command, "--output", place)
+    with pytest.raises(Refusal, match=r":--probe: a file is there, and it is no probe; fix: choose another"):
+        evaluated(monkeypatch, *command, "--probe", answers)
+    with pytest.raises(Refusal, match=r":--probe: the same file as --output"):
+        evaluated(monkeypatch, *command, "--output", tmp_path / "x", "--probe", tmp_path / "x")
+    for flags, said in ((["--blank"], "found blank False; expected blank True"), (["--untrained"], "found checkpoint")):
+        with pytest.raises(Refusal, match=rf":--output: answers of another evaluation; {said}.*fix: choose another"):
+            evaluated(monkeypatch, *command, *flags, "--output", answers)
+    assert {path: path.read_bytes() for path in before} == before
+    questions.write_text(questions.read_text().replace("is it 6?", "is it 7?"))
+    with pytest.raises(Refusal, match=r":--output: answers of another evaluation; found questions "):
+        evaluated(monkeypatch, *command, "--output", answers)
 
 
 @pytest.mark.parametrize("size", [0, -1])
@@ -116,7 +194,7 @@ def test_an_export_answers_as_its_run(run, parts, questions, monkeypatch, tmp_pa
             "--probe", tmp_path / f"{name}.safetensors",
         )  # fmt: skip
         results.append(json.loads(output.read_text()))
-    assert results[0] == results[1]
+    assert [results[0][key] == results[1][key] for key in ("accuracy", "answers")] == [True, True]
     logits = [load_file(tmp_path / f"{name}.safetensors")["logits"] for name in ("run", "merged")]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 

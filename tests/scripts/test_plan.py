@@ -128,6 +128,10 @@ def test_bare_flags(plan, folders):
     ("arguments", "says"),
     [
         (["--gpu", "h100-81", "--config", RECIPE], "--gpu: unknown GPU; found h100-81"),
+        (["--gpu", "h100", "--config", RECIPE], "fix: did you mean h100-80 | h100-pcie | h100-nvl?"),
+        (["--gpu", "4090", "--config", RECIPE], "fix: did you mean rtx4090?"),
+        (["--gpu", "A100", "--config", RECIPE, "--gpus", "0"], "--gpus: out of range; found 0"),
+        (["--gpu", "h100-80", RECIPE], f"a value without a flag; found {RECIPE}; fix: give it as --config {RECIPE}"),
         (["--gpu", "h100-80", "--gpus", "0"], "--gpus: out of range; found 0"),
         (["--config", RECIPE], "--gpu: missing flag"),
         (["--gpu", "h100-80"], "--model_name_or_path"),

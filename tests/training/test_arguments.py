@@ -66,6 +66,10 @@ def test_command_line_wins_over_the_file(tmp_path):
         (["--ddp_timeout", str(10**30)], r"--ddp_timeout: out of range"),
         (["--bf16", "True", "--fp16", "True"], "inconsistent training arguments"),
         (["stray"], "a value without a flag; found stray"),
+        (["--method", "qlora"], "--method: invalid choice: 'qlora' .*; fix: --method lora --bits 4$"),
+        (["--method", "QMoSLoRA"], "fix: --method moslora --bits 4$"),
+        (["--method", "mos"], r"fix: did you mean moslora\?$"),
+        (["--load_in_4bit", "True"], "--load_in_4bit: unknown flag; fix: --bits 4$"),
     ],
 )
 def test_wrong_flags_are_answered(tmp_path, extra, message):
@@ -111,6 +115,64 @@ def test_unknown_key_in_a_file(tmp_path):
     file.write_text(json.dumps({"vision_lora_rank": 4}))
     with pytest.raises(Refusal, match=r"c\.json:vision_lora_rank: unknown key; fix: did you mean --vision_lora_r\?"):
         parse(["--config", str(file), *required(tmp_path)])
+
+
+def test_the_users_folder_in_paths(tmp_path, monkeypatch):
+    """Shells leave ``~`` in quotes and after ``=``, and a YAML file has no shell."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.yaml").write_text(
+        "model_name_or_path: ~/llm\neval_data_path: [~/v.json, named=~/w.json]\nversion: ~\n"
+    )
+    words = ["--config=~/c.yaml", "--output_dir", "~/run", "--data_path", "a~/b", "~/d.json", "--image_folder=~/i"]
+    model, data, _, training = command_line.parse([*words, "--vision_tower", "open_clip:ViT@~/v.pt"])
+    home = str(tmp_path)
+    assert (model.model_name_or_path, model.vision_tower) == (f"{home}/llm", f"open_clip:ViT@{home}/v.pt")
+    assert (data.data_path, data.image_folder) == (["a~/b", f"{home}/d.json"], f"{home}/i")
+    assert data.eval_data_path == [f"{home}/v.json", f"named={home}/w.json"] and model.version is None
+    assert training["output_dir"] == f"{home}/run"
+
+
+def test_a_file_without_its_flag():
+    with pytest.raises(Refusal, match=r"good\.yaml: a file without its flag; fix: give it as --config good\.yaml$"):
+        parse(["good.yaml", "--lora_r", "8"])
+    with pytest.raises(Refusal, match=r"found 8; fix: put its flag before it$"):
+        parse(["8"])
+
+
+LLAVA = """--lora_enable True --lora_r 128 --mm_projector_lr 2e-5 --version v1 --vision_tower clip --data_path d
+    --mm_vision_select_layer -2 --mm_use_im_start_end False --image_aspect_ratio pad --bf16 True --output_dir o
+    --group_by_modality_length True --evaluation_strategy no --warmup_ratio 0.03 --lazy_preprocess True"""
+LLAMA_FACTORY = {
+    "model_name_or_path": "m", "stage": "sft", "do_train": True, "finetuning_type": "lora", "lora_rank": 8,
+    "lora_target": "all", "dataset": "mllm_demo", "template": "qwen2_vl", "cutoff_len": 2048, "plot_loss": True,
+    "overwrite_cache": True, "overwrite_output_dir": True, "output_dir": "o", "nothing_like_it": 1,
+}  # fmt: skip
+
+
+def test_all_unknown_names_are_answered_at_once(tmp_path):
+    with pytest.raises(Refusal) as refused:
+        parse(LLAVA.split())
+    assert refused.value.line() == (
+        "error[C-FLAG] --lora_enable, --mm_vision_select_layer, --mm_use_im_start_end, --group_by_modality_length, "
+        "--evaluation_strategy, --warmup_ratio, --lazy_preprocess: unknown flags; fix: --lora_enable: omit it: "
+        "adapters are trained unless --lora_r is 0; --mm_vision_select_layer: omit it: features are from the "
+        "penultimate layer; --mm_use_im_start_end: omit it; --group_by_modality_length: omit it: --data_order "
+        "modality_length is the default; --evaluation_strategy: --eval_strategy; --warmup_ratio: --warmup_steps, below "
+        "1 a share of all steps; --lazy_preprocess: omit it"
+    )
+    file = tmp_path / "sft.yaml"
+    file.write_text("".join(f"{key}: {value}\n" for key, value in LLAMA_FACTORY.items()))
+    with pytest.raises(Refusal) as refused:
+        parse(["--config", str(file)])
+    assert refused.value.what == "unknown keys" and refused.value.file == str(file)
+    said = refused.value.line()
+    parts = ["stage: omit it", "lora_rank: did you mean --lora_r?", "dataset: --data_path", "template: --version"]
+    for part in [*parts, "cutoff_len: --model_max_length", "overwrite_output_dir: --overwrite"]:
+        assert f"; {part}" in said or f"fix: {part}" in said, said
+    assert "nothing_like_it" in said and "see --help" not in said
+    many = [word for k in range(20) for word in (f"--qqqq{k}zz", "1")]
+    with pytest.raises(Refusal, match=r"--qqqq11zz and 8 more: unknown flags; fix: see --help$"):
+        parse([*required(tmp_path), *many])
 
 
 @pytest.mark.parametrize("text", ["2025_11_03", "0012", "1:30", "2025-11-03", "no", "on", "1e3", "0x10", ".5", "="])

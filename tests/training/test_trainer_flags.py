@@ -27,15 +27,24 @@ from llava_moslora.training import checkpoint as checkpoint_module
 from llava_moslora.training import trainer as trainer_module
 from llava_moslora.training import trainer_flags
 from llava_moslora.training.arguments import TrainingArguments
-from llava_moslora.training.command_line import parse
+from llava_moslora.training.command_line import Parser, parse
 from llava_moslora.training.compatible import PER_PARAMETER, PER_WEIGHT
 from llava_moslora.training.flag_texts import more_help, table
 from llava_moslora.training.trainer_fields import trainer_fields
-from llava_moslora.training.trainer_flags import FLAGS, FORMER, WITH_ARGS, Honoured, Refused, check_flags
+from llava_moslora.training.trainer_flags import (
+    FLAGS,
+    FORMER,
+    LLAMA_FACTORY,
+    WITH_ARGS,
+    Honoured,
+    Refused,
+    check_flags,
+)
 from support.training_runs import rows, train
 
 ROOT = Path(__file__).parents[2]
 HERE = "tests/training/test_trainer_flags.py"
+OTHER_NAMES = FORMER | LLAMA_FACTORY
 REFUSED = [name for name, rule in FLAGS.items() if isinstance(rule, Refused)]
 
 
@@ -153,11 +162,23 @@ def test_a_flag_that_needs_another(given, message):
             check_flags(given)
 
 
-@pytest.mark.parametrize("name", FORMER)
+@pytest.mark.parametrize("name", OTHER_NAMES)
 def test_former_names_are_answered_with_what_does_the_same(name, required):
     assert name not in FLAGS
-    with pytest.raises(Refusal, match=rf"--{name}: unknown flag; fix: {FORMER[name][:12]}"):
+    with pytest.raises(Refusal, match=rf"--{name}: unknown flag; fix: {OTHER_NAMES[name][:12]}"):
         parse([*required, f"--{name}", "1"])
+
+
+def test_what_stands_for_another_name_is_a_flag():
+    known = {flag.name for flag in Parser().flags}
+    for instead in OTHER_NAMES.values():
+        assert set(re.findall(r"--(\w+)", instead)) <= known, instead
+    assert not OTHER_NAMES.keys() & known
+
+
+def test_refused_flags_are_answered_together():
+    with pytest.raises(Refusal, match=r"--use_cache: .*found True; fix: omit it; --do_train: omit it$"):
+        check_flags({"do_train": True, "use_cache": True})
 
 
 def test_local_rank_is_the_launchers(required, monkeypatch):
