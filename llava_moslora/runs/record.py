@@ -128,7 +128,7 @@ class RunSettings:
     Attributes:
         kind: a key of :data:`KINDS`, whose classes ``model``, ``data`` and ``adapter`` have.
         model: with ``version``, the conversation template, and the three parts each by itself.
-        training: values of :class:`llava_moslora.training.arguments.TrainingArguments`, and the ``dropout_masks``' source.
+        training: values of :class:`llava_moslora.training.arguments.TrainingArguments`; ``dropout_masks``, the source.
         preprocessor: the vision tower's image-processor settings; empty for text only.
         global_batch_size: records per optimizer step on all ranks together.
     """
