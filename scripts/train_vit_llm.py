@@ -105,7 +105,7 @@ def main() -> None:
 
     # 3. Check and tokenise the data, or find it in --data_cache
     prepare_alike = partial(prepare, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens,
-                            longest_text=longest_text(llm_config))  # fmt: skip
+                            longest_text=longest_text(llm_config), patience=args.ddp_timeout)  # fmt: skip
     dataset = prepare_alike(data_settings)
     trained, validation, keys = validation_data(dataset, data_settings, prepare_alike, seed=args.batches["seed"])
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
