@@ -1,8 +1,9 @@
-"""States of this process's random generators, for a checkpoint."""
+"""This process's random generators: their start on each rank, and their states for a checkpoint."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import random
 from collections.abc import Iterator
@@ -11,6 +12,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import set_seed
+
+
+def seed_rank(seed: int, rank: int) -> None:
+    """Start the generators of a rank above 0 from ``seed`` and the rank: all ranks would draw the same dropout masks.
+    Rank 0 goes on, as one process alone does. To be called when the model is built, which draws the same on all."""
+    if rank > 0:  # a hash: with seed + rank, rank 1 would draw what rank 0 does in a run of the next seed
+        set_seed(int.from_bytes(hashlib.sha256(f"{seed} {rank}".encode()).digest()[:4], "little"))
 
 
 def random_state() -> dict:

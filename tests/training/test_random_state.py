@@ -1,4 +1,5 @@
-"""Random states in a checkpoint: of this rank's GPU alone, so that a resume may see fewer GPUs or others."""
+"""Random numbers: others on every rank; in a checkpoint the states of this rank's GPU alone, so that a resume may see
+fewer GPUs or others."""
 
 import json
 import random
@@ -6,8 +7,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from transformers import set_seed
 
-from llava_moslora.training.random_state import _encode, random_state, set_random_state
+from llava_moslora.adapters.dropout import draw_seed
+from llava_moslora.training.random_state import _encode, random_state, seed_rank, set_random_state
+from support.zero_runs import run_successfully, settings
 
 
 class Gpus:
@@ -78,3 +82,36 @@ def test_without_a_gpu_the_others_are_set(cuda):
     drawn = random.random(), np.random.rand(), torch.rand(()).item()
     set_random_state(state)
     assert drawn == (random.random(), np.random.rand(), torch.rand(()).item())
+
+
+def masks(seed: int, rank: int | None) -> list[int]:
+    """Seeds of a rank's first masks; of rank None as one process alone draws them."""
+    set_seed(seed)
+    if rank is not None:
+        seed_rank(seed, rank)
+    return [int(draw_seed(0.5)[1]) for _ in range(3)]
+
+
+def test_every_rank_draws_its_own_masks():
+    drawn = [masks(seed, rank)[0] for seed in (0, 1, 2**32 - 1) for rank in range(8)]
+    assert len(set(drawn)) == len(drawn)  # also those of runs with neighbouring seeds
+    assert masks(42, 1) == masks(42, 1)
+    assert masks(42, 0) == masks(42, None)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_with_masks_of_their_own(warm_server, parts, tmp_path):
+    """Rank 0 with those of one process alone; from the same start, as both drew the adapters from the seed."""
+    same = {"max_steps": 2, "save_steps": 2, "data_order": "sequential", "lora_dropout": 0.1}
+    hooks = [["support.ranks:note_masks", {}]]
+    found = []
+    for name, world in (("alone", 0), ("two", 2)):
+        words = settings(parts, tmp_path / name, **same)
+        launch = run_successfully(warm_server, words, tmp_path / f"launch-{name}", world=world, hooks=hooks)
+        for rank in range(max(world, 1)):
+            lines = launch.printed(rank).splitlines()
+            found.append([line for line in lines if line.startswith("mask ")])
+    alone, first, second = found
+    count = min(map(len, found))
+    assert count >= 10 and alone[:count] == first[:count]
+    assert not set(first) & set(second)
