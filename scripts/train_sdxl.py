@@ -49,6 +49,7 @@ from llava_moslora.training.arguments import TrainingArguments
 from llava_moslora.training.callbacks.preemption import Preemption, catch_lost_ranks
 from llava_moslora.training.launch import check_launch
 from llava_moslora.training.optimizer_state import trained_count
+from llava_moslora.training.same_on_ranks import check_same_inputs, check_same_settings
 from llava_moslora.training.validate import check_trainer
 
 
@@ -63,6 +64,7 @@ def main() -> None:
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
     args = TrainingArguments(**training)
+    check_same_settings(args, model_settings, data, adapter)
     check_trainer(ModelSettings(model_settings.model_name_or_path), args)
     run, main_process = args.run_folder, args.process_index == 0
     print_once = print if main_process else (lambda *_: None)
@@ -82,13 +84,13 @@ def main() -> None:
     if others:
         print_once(f"not pictures, not used: {', '.join(others)}")
 
-    # 3. With --resume: refuse settings and inputs that differ from the run's
+    # 3. Refuse inputs that differ between ranks; with --resume, settings and inputs that differ from the run's
     groups: dict[str, Any] = {"model": model_settings, "data": data, "adapter": adapter}  # classes of this kind of run
-    settings = RunSettings(
-        **groups, training=args.as_record(), preprocessor={}, global_batch_size=args.global_batch_size, kind=SDXL
-    )  # fmt: skip
+    settings = RunSettings(**groups, training=args.as_record(), preprocessor={},
+                           global_batch_size=args.global_batch_size, kind=SDXL)  # fmt: skip
     contents = {name: sorted(picture.content for picture in some) for name, some in sets.items()}
     fingerprints = folder.fingerprints() | {"pictures": contents}
+    check_same_inputs(settings, fingerprints, len(pictures))
     if main_process:
         check_output(args, inputs, data)
         check_resume(args, settings, fingerprints)
@@ -105,10 +107,8 @@ def main() -> None:
     set_recompute(model, args.recompute or "none")
     print_once(parameter_table(model))
     dataset = Pictures(pictures, encoded, seed, model.scheduler.config.num_train_timesteps)
-    trainer = SdxlTrainer(
-        model=model, args=args, train_dataset=dataset, sampler=dataset.sampler(**args.batches), facts=fingerprints,
-        data_collator=dataset.collate, callbacks=[preemption],
-    )  # fmt: skip
+    trainer = SdxlTrainer(model=model, args=args, train_dataset=dataset, sampler=dataset.sampler(**args.batches),
+                          facts=fingerprints, data_collator=dataset.collate, callbacks=[preemption])  # fmt: skip
     trainer.create_optimizer()  # before the first file is written: --optim may be refused
 
     # 6. Lock the run folder and write its first files; --overwrite deletes the old run only now

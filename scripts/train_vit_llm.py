@@ -70,6 +70,7 @@ from llava_moslora.training.callbacks.sample_answers import Sample, SampleAnswer
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
 from llava_moslora.training.launch import check_launch
 from llava_moslora.training.optimizer_state import trained_count
+from llava_moslora.training.same_on_ranks import check_same_inputs, check_same_settings
 from llava_moslora.training.text_only import check_text_only
 from llava_moslora.training.trainer import MosLoraTrainer
 from llava_moslora.training.validate import check
@@ -88,6 +89,7 @@ def main() -> None:
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
     args = TrainingArguments(**training)
+    check_same_settings(args, model_settings, data_settings, adapter_settings)
     check(model_settings, data_settings, adapter_settings, args)
     run, main_process = args.run_folder, args.process_index == 0
     print_once = print if main_process else (lambda *_: None)
@@ -103,10 +105,8 @@ def main() -> None:
     print_once(f"device: {args.device_name}\nconversation template: {template}{'; text only' if text_only else ''}")
 
     # 3. Check and tokenise the data, or find it in --data_cache
-    prepare_alike = partial(
-        prepare, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens,
-        longest_text=longest_text(llm_config),
-    )  # fmt: skip
+    prepare_alike = partial(prepare, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens,
+                            longest_text=longest_text(llm_config), patience=args.ddp_timeout)  # fmt: skip
     dataset = prepare_alike(data_settings)
     trained, validation, keys = validation_data(dataset, data_settings, prepare_alike, seed=args.batches["seed"])
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
@@ -114,11 +114,12 @@ def main() -> None:
     plan, seen = plan_first(model_settings, data_settings, adapter_settings, args, dataset, trained)
     samples = read_samples_of(args, data_settings, tokenizer, template, image_tokens)
 
-    # 4. With --resume: refuse settings and inputs that differ from the run's
+    # 4. Refuse inputs that differ between ranks; with --resume, settings and inputs that differ from the run's
     model_settings = replace(model_settings, version=template)
     settings = RunSettings(model_settings, data_settings, adapter_settings, args.as_record(), processor,
                            global_batch_size=args.global_batch_size)  # fmt: skip
     fingerprints = base_fingerprints(model_settings) | keys
+    check_same_inputs(settings, fingerprints, len(dataset))
     if main_process:
         check_resume(args, settings, fingerprints)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from filelock import AcquireReturnProxy, FileLock
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.config import DataSettings
@@ -33,6 +32,7 @@ from llava_moslora.data.cache import (
     using,
     write_json,
 )
+from llava_moslora.data.cache_lock import PATIENCE, locked, report_progress
 from llava_moslora.data.formats import column_names
 from llava_moslora.data.images import check_image
 from llava_moslora.data.sources.source import Source
@@ -52,6 +52,7 @@ def prepare(
     template: str,
     tokens_per_image: int,
     longest_text: int | None = None,
+    patience: float = PATIENCE,
 ) -> Dataset:
     """The tokenised data set of one or several sources, from the cache or built now.
 
@@ -72,11 +73,12 @@ def prepare(
         template: name of the prompt template.
         tokens_per_image: placeholders per image; 0 without a vision tower: a record with an image is refused.
         longest_text: the LLM's maximum context length; ``model_max_length`` may not be above it.
+        patience: seconds to wait for another process that builds the cache and makes no progress.
 
     Raises:
         Refusal: C-FLAG (a setting out of range), D-..., I-... (the first problem, with the number of the others),
             C-TEMPLATE (template and tokenizer do not fit), D-NONE (nothing to train on), D-TWICE (a source is named
-            twice), E-DISK (the cache cannot be written).
+            twice), E-DISK (the cache cannot be written), P-RANK (the process that builds it stands still).
     """
     _check_ranges(settings)
     column_names(settings.data_columns)
@@ -92,7 +94,7 @@ def prepare(
     digests: list[str] = []
     records_before = 0
     for position, source in enumerate(sources):
-        folder = _prepare_source(Preparation(source, settings, tokenizer, template, tokens_per_image), cache)
+        folder = _prepare_source(Preparation(source, settings, tokenizer, template, tokens_per_image), cache, patience)
         digest = folder.name.rpartition("-")[2]
         if digest in digests:
             first = sources[digests.index(digest)].name
@@ -149,17 +151,17 @@ def _check_length(max_length: int, image: int, longest_text: int | None) -> None
         )  # fmt: skip
 
 
-def _prepare_source(preparation: Preparation, cache: Path) -> Path:
+def _prepare_source(preparation: Preparation, cache: Path, patience: float) -> Path:
     """The cache folder of a source, built if needed; its images are checked in the current image folder."""
     target, settings, name = cache / cache_key(preparation), preparation.settings, preparation.source.name
     if _reason_to_build(target, preparation):
-        with _lock(target):
+        with locked(target, name, patience):
             if reason := _reason_to_build(target, preparation):  # another rank may have built it while this one waited
                 if target.exists():
                     log.warning("%s: rebuilding its data cache: %s", name, reason)
                 _build(preparation, target)
     if _image_folder(settings) != report_in(target)["image_folder"]:
-        with _lock(target):
+        with locked(target, name, patience):
             _check_images_in_new_folder(preparation, target)
     report = report_in(target)
     problems = report["problems"]
@@ -232,6 +234,7 @@ def _check_images_of_rows(target: Path, settings: DataSettings) -> tuple[Refusal
     """The refusal of the first image file of a cache that cannot be used, and how many cannot."""
     first, bad = None, 0
     for part in arrow_files(target):
+        report_progress(target)
         rows = Dataset.from_file(str(part)).select_columns(["images", "shard", "record", "id"])
         for row in (row for row in rows if not row["shard"]):
             assert settings.image_folder is not None, "refused before"
@@ -247,12 +250,6 @@ def _check_images_of_rows(target: Path, settings: DataSettings) -> tuple[Refusal
 def _image_folder(settings: DataSettings) -> str:
     """The image folder as reports name it."""
     return str(None if settings.image_folder is None else Path(settings.image_folder).resolve())
-
-
-def _lock(target: Path) -> AcquireReturnProxy:
-    """A file lock on ``target``, to be used in a ``with``."""
-    with using(target.parent):
-        return FileLock(f"{target}.lock").acquire()
 
 
 def _count_through_shards(folder: Path, rows: Dataset) -> np.ndarray:

@@ -27,7 +27,17 @@ from llava_moslora.files.publish import sweep
 from llava_moslora.runs.checkpoints import checkpoints, lock_run, newest_valid
 from llava_moslora.runs.output_dir import DATA_REPORT, check_output, files_of_run, has_begun
 from llava_moslora.runs.paths import located, same_paths
-from llava_moslora.runs.record import KINDS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
+from llava_moslora.runs.record import (
+    KINDS,
+    LLAVA,
+    RUN,
+    TOKENIZER,
+    RunRecord,
+    RunSettings,
+    check_seed,
+    read_run,
+    write_run,
+)
 
 SET_ASIDE = ".aside"  # suffix of folders that hold a run that is being replaced
 
@@ -37,7 +47,8 @@ TRAINING = (
     *("lora_plus_ratio", "riemannian"),
     *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
-    *("loss_average", "packing", "seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha"),
+    *("loss_average", "average_tokens_across_devices", "packing", "seed", "data_seed", "bf16", "fp16"),
+    *("label_smoothing_factor", "neftune_noise_alpha"),
     *("use_liger_kernel", "torch_compile", "tf32", "full_determinism", "dropout_masks"),
     *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"),
 )
@@ -158,6 +169,9 @@ def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
             both[name] = getattr(old, name), getattr(new, name)
     both |= {name: (then.training_value(name), now.training_value(name)) for name in TRAINING}
     both["global_batch_size"] = then.global_batch_size, now.global_batch_size  # however it is split
+    if now.kind == LLAVA and now.training_value("loss_average") == "micro_batch":  # there the split decides the loss
+        name = "per_device_train_batch_size"
+        both[name] = then.training_value(name), now.training_value(name)
     return {name: (old, new) for name, (old, new) in both.items() if old != new}
 
 

@@ -78,6 +78,7 @@ BEFORE: dict[str, dict[str, Any]] = {
         "riemannian": False,
         "dropout_masks": "cpu generator",
         "loss_average": "tokens",
+        "average_tokens_across_devices": True,
         "packing": False,
         "early_stopping_threshold": 0.0,
         "load_best_model_at_end": False,
@@ -127,8 +128,7 @@ class RunSettings:
     Attributes:
         kind: a key of :data:`KINDS`, whose classes ``model``, ``data`` and ``adapter`` have.
         model: with ``version``, the conversation template, and the three parts named separately.
-        training: the values of :class:`llava_moslora.training.arguments.TrainingArguments`, and ``dropout_masks``, the
-            source of the masks.
+        training: values of :class:`llava_moslora.training.arguments.TrainingArguments`; ``dropout_masks``, the source.
         preprocessor: the vision tower's image-processor settings; empty for text only.
         global_batch_size: records per optimizer step on all ranks together.
     """

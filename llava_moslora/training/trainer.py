@@ -45,7 +45,7 @@ from llava_moslora.training.evaluating_trainer import EvaluateFirst, EvaluatingT
 from llava_moslora.training.host_overhead import clear_trained_gradients, step_without_waiting, switch_mode_once
 from llava_moslora.training.nonfinite import FiniteCheck, check_labels, out_of_memory
 from llava_moslora.training.optimizer_state import TrainState, frozen_factors, trained_parameters
-from llava_moslora.training.random_state import random_state, set_random_state
+from llava_moslora.training.random_state import random_state, seed_rank, set_random_state
 from llava_moslora.training.throughput import Throughput
 from llava_moslora.training.validation import validation_facts
 from llava_moslora.training.watchdog import Watchdog
@@ -304,6 +304,7 @@ class MosLoraTrainer(EvaluatingTrainer):
             state, position = read_optimizer(checkpoint, train_state.optimizer_state())
             train_state.restore(masters, state, position["loss_scale"])
             set_scheduler_step(self.lr_scheduler, position["scheduler_steps"])
+        seed_rank(self.args.seed, self.args.process_index)
         return prepared
 
     def _run_epoch(self, **kwargs) -> None:

@@ -8,18 +8,21 @@ from dataclasses import replace
 
 import pytest
 
+from llava_moslora.config import LOSS_AVERAGES
 from llava_moslora.errors import Refusal, defect
 from llava_moslora.files import disk
 from llava_moslora.runs.checkpoints import checkpoints, lock_run, model_checkpoint, newest_checkpoint, prune
 from llava_moslora.runs.folder import (
     TRAINING,
+    changes,
     check_shared,
     check_space,
     checkpoint_bytes,
     only_differing,
 )
 from llava_moslora.runs.output_dir import has_begun
-from llava_moslora.runs.record import BEFORE, RUN, read_run, write_run
+from llava_moslora.runs.record import BEFORE, RUN, SDXL, RunRecord, read_run, write_run
+from llava_moslora.sdxl_settings import SdxlAdapterSettings, SdxlSettings, SubjectSettings
 from support.run_folders import FACTS, FILE, begin, check, content, edit_record, open_new, reopen, save, settings
 
 
@@ -143,6 +146,11 @@ CHANGED = {
         "global_batch_size",
         "found global_batch_size 8",
     ),
+    "tokens of each rank": (
+        {"now": settings(average_tokens_across_devices=False)},  # the record is older than the setting
+        "average_tokens_across_devices",
+        "found average_tokens_across_devices False; expected average_tokens_across_devices True",
+    ),
 }
 
 
@@ -155,6 +163,31 @@ def test_what_changed_is_refused_unless_allowed(run, case):
     assert refusal.value.code == "K-CHANGED" and refusal.value.exit_status == 3
     assert f"--allow_change {name}" in str(refusal.value)
     assert reopen(run, **changes, allow=[name]).name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("average", LOSS_AVERAGES)
+def test_the_micro_batch_counts_where_the_loss_is_its_mean(tmp_path, average):
+    """At one global batch: an average over all tokens does not depend on how the batch is split."""
+    run = tmp_path / "run"
+    begin(run, loss_average=average, per_device_train_batch_size=2)
+    save(run, 2)
+    now = settings(loss_average=average, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    if average == "tokens":
+        assert reopen(run, now).name == "checkpoint-2"
+        return
+    with pytest.raises(Refusal, match=r"K-CHANGED.*found per_device_train_batch_size 1; expected per_dev\w+ 2; fix"):
+        reopen(run, now)
+    assert reopen(run, now, allow=["per_device_train_batch_size"]).name == "checkpoint-2"
+
+
+def test_pictures_of_one_size_may_be_split_otherwise(tmp_path):
+    """The loss of SDXL is a mean over pictures, whose micro-batches are all of one size."""
+    groups = SdxlSettings("sdxl"), SubjectSettings("pictures", "a cat"), SdxlAdapterSettings()
+    then, now = (
+        RunRecord(*groups, {"loss_average": "micro_batch", "per_device_train_batch_size": n}, {}, 4, kind=SDXL)
+        for n in (2, 1)
+    )
+    assert changes(then, now) == {}
 
 
 def test_what_may_change_does(run):
