@@ -7,8 +7,11 @@ import torch
 
 from llava_moslora.export.export import TARGETS, export
 from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
+from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load
+from llava_moslora.text.conversation import Turn
 from support.export_runs import LLMS, METHODS, probe_here, trained_run
+from support.tiny import write_llm
 
 BOUND = 1e-5
 # (LLM, bits, method): the default tier has one of each of them; the slow tier every combination.
@@ -98,3 +101,28 @@ def test_in_16_bits(parts, tmp_path, monkeypatch, kind):
     assert report["proof"] == "passed"
     lost = report["logits_difference_from_the_run_as_trained"]
     assert report["largest_difference"]["logits"] < lost < 0.05 * report["largest_value"]["logits"]
+
+
+def test_generation_settings_of_the_base_change_no_answer(parts, tmp_path, monkeypatch):
+    """A base's folder recommends beams and penalties; the run, its exports, and adapters over that base ignore them."""
+    probe_here(monkeypatch)
+    base = write_llm(tmp_path / "llm")
+    plain = write_llm(tmp_path / "plain")
+    settings = {"repetition_penalty": 1.3, "num_beams": 4, "no_repeat_ngram_size": 2, "eos_token_id": 2}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    for folder in (base, plain):
+        torch.manual_seed(0)  # the same adapters
+        trained_run(tmp_path / f"run of {folder.name}", folder, parts.clip, parts.projector)
+    exported = export(tmp_path / "run of llm", tmp_path / "out", ["hf", "xtuner_adapters"])
+    questions = [([], [Turn("human", text)]) for text in ("what colour is the shape?", "Name a colour.")]
+    said = {
+        name: list(answer(load(folder, dtype=torch.float32), questions, max_new_tokens=24))
+        for name, folder in (
+            ("run", tmp_path / "run of llm"),
+            ("export", exported["hf"]),
+            ("run of a base without settings", tmp_path / "run of plain"),
+        )
+    }
+    assert len(said["run"][0]) > 10 and len({tuple(answers) for answers in said.values()}) == 1, said
+    for folder in exported.values():
+        assert json.loads((folder / "export_report.json").read_text())["same_greedy_answers"]
