@@ -222,12 +222,24 @@ def mean_row(weight: Tensor) -> Tensor:
     return weight.double().mean(dim=0, keepdim=True).to(weight.dtype)
 
 
-def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrainedModel:
+def quantised_weights(config: PreTrainedConfig, folder: Path) -> set[str]:
+    """The names of the weights that ``bits=4`` quantises: those of all linears but the head."""
+    modules = llm_on_meta(config, folder).named_modules()
+    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)} - {HEAD_WEIGHT}
+
+
+def load_llm(
+    folder: str | Path, dtype: torch.dtype, bits: int = 16, quantised_from: torch.dtype | None = None
+) -> PreTrainedModel:
     """The LLM in ``dtype``; with ``bits=4`` its linears in NF4, the head excepted.
 
     Mapped weights that already have ``dtype`` are not copied. Of the folder's generation settings only the token ids
     are kept: a penalty or beams that the base's makers recommend would act in answers that are said to be greedy, and
     not in an export, whose settings name nothing but its tokens.
+
+    Args:
+        quantised_from: with 4 bits, the dtype that weights are rounded to before they are quantised. Training rounds
+            to its own: what it trained over is quantised again only from weights in that dtype. ``dtype`` if None.
 
     Raises:
         Refusal: as :func:`read_llm_config` and :func:`read_llm_tensors`.
@@ -248,8 +260,10 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
     # Without quantisation and ZeRO-3 the weights are converted to their dtype here, one by one: transformers would keep
     # the originals in memory. Quantisation and ZeRO-3's rank 0 convert tensor by tensor themselves.
     as_kept = quantization is None and not is_deepspeed_zero3_enabled()
+    rounded = quantised_weights(config, folder) if bits == 4 and quantised_from not in (None, dtype) else set()
     for name, stored in read_llm_tensors(folder, config).items():
-        tensors[name] = stored.read().to(dtype) if as_kept else stored.read()
+        weight = stored.read().to(quantised_from) if name in rounded else stored.read()
+        tensors[name] = weight.to(dtype) if as_kept else weight
     llm, info = _model_class(config, folder).from_pretrained(
         None,
         config=config,

@@ -4,11 +4,14 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from transformers import AutoModelForImageTextToText
 
 from llava_moslora.export.export import TARGETS, export
 from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
 from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load
+from llava_moslora.models.llm import load_llm
 from llava_moslora.text.conversation import Turn
 from support.export_runs import LLMS, METHODS, probe_here, trained_run
 from support.tiny import write_llm
@@ -67,6 +70,27 @@ def test_dequantised_merge_is_what_was_trained(runs, tmp_path, monkeypatch, llm,
     largest = report["largest_value"]["logits"]
     assert report["logits_difference_from_the_run_as_trained"] <= BOUND * max(1.0, largest)
     assert "dequantised NF4 weights" in (folder / "README.md").read_text()
+
+
+def test_dequantised_weights_are_those_that_training_quantised(parts, tmp_path, monkeypatch):
+    """A base in float32 trained in bfloat16: bitsandbytes gets bfloat16 there, and other weights get other codes."""
+    probe_here(monkeypatch)
+    base = write_llm(tmp_path / "llm")
+    run = tmp_path / "run"
+    trained_run(run, base, parts.clip, parts.projector, ("q_proj",), bits=4)
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["training"]["bf16"] = True
+    (run / "run.json").write_text(json.dumps(record))
+    name = "layers.1.mlp.up_proj"  # without an adapter
+    in_training = load_llm(base, torch.bfloat16, 4).model.get_submodule(name).weight
+    codes, state = in_training.data.clone(), in_training.quant_state
+    opened = load(run, dtype=torch.float32).model.get_base_model().model.language_model.get_submodule(name).weight
+    assert torch.equal(opened.data.cpu(), codes.cpu())
+    assert not torch.equal(load_llm(base, torch.float32, 4).model.get_submodule(name).weight.data.cpu(), codes.cpu())
+    folder = export(run, tmp_path / "out", merge_base=DEQUANTIZED)["hf"]
+    exported = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    weight = exported.model.language_model.get_submodule(name).weight  # rounded to what training multiplied with
+    assert torch.equal(weight, dequantize_4bit(codes, state).cpu())
 
 
 @pytest.mark.gpu
