@@ -143,7 +143,7 @@ def test_a_changed_run_is_refused_before_the_llm_is_loaded(parts, whole, tmp_pat
 def test_inputs_inside_the_run_are_named_before_anything_is_loaded(parts, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(parts.llm, tmp_path / "run" / "llm")
-    with pytest.raises(Refusal, match=r"run/llm:--model_name_or_path: an input lies in the run folder"):
+    with pytest.raises(Refusal, match=r"run/llm:--model_name_or_path: an input is in the run folder"):
         train(parts, tmp_path / "run", overwrite=True, model_name_or_path=tmp_path / "run" / "llm")
     assert (tmp_path / "run" / "llm" / "config.json").is_file()
 
