@@ -94,7 +94,7 @@ REFUSED = {
     "recurrent_gemma": ({}, "scales or caps"),
     "falcon_h1": ({"lm_head_multiplier": 0.5}, "lm_head_multiplier = 0.5"),
     "gemma3n_text": ({"num_hidden_layers": 15, "num_kv_shared_layers": 0}, "second table, model.embed_tokens_"),
-    "bert": ({}, "not a language model that composes"),
+    "bert": ({}, "not a language model that"),
 }
 
 
