@@ -17,7 +17,7 @@ PACKAGE = ROOT / "llava_moslora"
 LAYERS = [
     {"stopping", "defect_report", "_version"},
     {"errors"},
-    {"config", "devices", "distributed", "flags", "noise", "pages", "private_api"},
+    {"config", "devices", "distributed", "drawings", "flags", "noise", "pages", "private_api"},
     {"files", "recompute", "sdxl_settings"},
     {"adapters", "text"},
     {"models", "data"},

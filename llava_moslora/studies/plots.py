@@ -7,17 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-WIDTH = 1040  # of a drawing, in pixels
+from llava_moslora import drawings
+from llava_moslora.drawings import COLOURS, WIDTH, dot, figure, label, legend_entry, line_through, segment, ticks_of
+
 LEFT, RIGHT, TOP, BOTTOM = 70, 14, 16, 40  # margins
 HEIGHT, ROW, NAMES = 400, 30, 300  # of a curve; of a line of differences, and the width of its name
-# Okabe and Ito 2008: colour-blind safe; of the arms, in order.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8a8a8a")
 
-STYLE = """
-svg { width: 100%; height: auto; } text { font-size: 12px; fill: currentColor; } figure { margin: 1em 0; }
-.grid { stroke: var(--line); } .zero { stroke: currentColor; } .left { text-anchor: end; dominant-baseline: middle; }
-.below { text-anchor: middle; } .name { dominant-baseline: middle; } polyline { fill: none; stroke-width: 2; }
-.seed { opacity: .45; } .bar { stroke-width: 2; } figcaption span { margin-right: 1.2em; }
+STYLE = f"""{drawings.STYLE}
+.zero {{ stroke: currentColor; }} .name {{ dominant-baseline: middle; }} .seed {{ opacity: .45; }}
+.bar {{ stroke-width: 2; }}
 """
 
 
@@ -53,15 +51,15 @@ def differences(lines: Sequence[Interval], caption: str) -> str:
     parts = []
     for tick in ticks:
         kind = "zero" if tick == 0 else "grid"
-        parts.append(_segment(kind, x(tick), TOP, x(tick), height - BOTTOM))
-        parts.append(f'<text class="below" x="{x(tick):.1f}" y="{height - BOTTOM + 18}">{tick:g}</text>')
+        parts.append(segment(kind, x(tick), TOP, x(tick), height - BOTTOM))
+        parts.append(label("below", x(tick), height - BOTTOM + 18, f"{tick:g}"))
     for number, line in enumerate(lines):
         y, colour = TOP + ROW * (number + 0.5), COLOURS[0]
-        parts.append(f'<text class="name" x="0" y="{y:.1f}">{html.escape(line.name)}</text>')
-        parts.append(_segment("bar", x(line.low), y, x(line.high), y, colour))
-        parts += [_dot(x(value), y + 7, 2.5, colour, "seed") for value in line.values]
-        parts.append(_dot(x(line.mean), y, 5, colour))
-    return _figure(parts, height, html.escape(caption))
+        parts.append(label("name", 0, y, html.escape(line.name)))
+        parts.append(segment("bar", x(line.low), y, x(line.high), y, colour))
+        parts += [dot(x(value), y + 7, 2.5, colour, "seed") for value in line.values]
+        parts.append(dot(x(line.mean), y, 5, colour))
+    return figure(parts, height, html.escape(caption))
 
 
 def curves(lines: Sequence[Line], axis: str, what: str, *, logarithmic: bool) -> str:
@@ -86,41 +84,16 @@ def curves(lines: Sequence[Line], axis: str, what: str, *, logarithmic: bool) ->
 
     parts = []
     for tick in ticks:
-        parts.append(_segment("grid", LEFT, y(tick), WIDTH - RIGHT, y(tick)))
-        parts.append(f'<text class="left" x="{LEFT - 8}" y="{y(tick):.1f}">{tick:g}</text>')
+        parts.append(segment("grid", LEFT, y(tick), WIDTH - RIGHT, y(tick)))
+        parts.append(label("left", LEFT - 8, y(tick), f"{tick:g}"))
     for place in places:
-        parts.append(f'<text class="below" x="{x(place):.1f}" y="{HEIGHT - BOTTOM + 18}">{place:g}</text>')
+        parts.append(label("below", x(place), HEIGHT - BOTTOM + 18, f"{place:g}"))
     legend = [f"{html.escape(what)} against {html.escape(axis)}:"]
     for number, line in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
         means = [(x(place), y(sum(seeds) / len(seeds))) for place, seeds in line.points if seeds]
-        through = " ".join(f"{left:.1f},{top:.1f}" for left, top in means)
-        parts.append(f'<polyline style="stroke:{colour}" points="{through}"/>')
-        parts += [_dot(left, top, 4, colour) for left, top in means]
-        parts += [_dot(x(place), y(value), 2.5, colour, "seed") for place, seeds in line.points for value in seeds]
-        legend.append(f'<span style="color:{colour}">● {html.escape(line.name)}</span>')
-    return _figure(parts, HEIGHT, " ".join(legend))
-
-
-def ticks_of(values: Sequence[float]) -> list[float]:
-    """Round numbers from one below the smallest value to one above the largest, about six."""
-    low, high = min(values), max(values)
-    spread = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(spread / 5))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= spread / 5 * (1 - 1e-9))
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
-
-
-def _segment(kind: str, x1: float, y1: float, x2: float, y2: float, colour: str = "") -> str:
-    style = f' style="stroke:{colour}"' if colour else ""
-    return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"{style}/>'
-
-
-def _dot(x: float, y: float, radius: float, colour: str, kind: str = "mean") -> str:
-    return f'<circle class="{kind}" style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}"/>'
-
-
-def _figure(parts: Sequence[str], height: int, caption: str) -> str:
-    drawing = f'<svg viewBox="0 0 {WIDTH} {height}" role="img">{"".join(parts)}</svg>'
-    return f"<figure>{drawing}<figcaption>{caption}</figcaption></figure>"
+        parts.append(line_through(means, colour))
+        parts += [dot(left, top, 4, colour) for left, top in means]
+        parts += [dot(x(place), y(value), 2.5, colour, "seed") for place, seeds in line.points for value in seeds]
+        legend.append(legend_entry(html.escape(line.name), colour))
+    return figure(parts, HEIGHT, " ".join(legend))

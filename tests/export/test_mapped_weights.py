@@ -58,7 +58,7 @@ def test_it_proves_what_the_whole_model_in_memory_does(run, tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             patch.setattr(mapped_weights, "needed", lambda *_: True)
             mapped = reports(run, tmp_path / f"mapped-{base}", kind, merge_base=base)
-        assert held["llm_weights"] == "held in float32" and mapped["llm_weights"].startswith("mapped")
+        assert held["llm_weights"] == "held in float32" and mapped["llm_weights"].startswith("memory-mapped")
         assert mapped["proof"] == "passed" and mapped["compared"] == held["compared"]
         assert mapped.get("answers") == held.get("answers")
         for what, largest in held["largest_value"].items():

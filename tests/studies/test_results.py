@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from llava_moslora import drawings
 from llava_moslora.studies import plots
 from llava_moslora.studies.results import choose, collect, value_of, verdict
 from llava_moslora.studies.runs import DIVERGED, DONE, Recipe, evaluation_folder, runs_of, tuning_runs
@@ -140,6 +141,6 @@ def test_figures_place_values_on_their_scale():
 
 def test_ticks_hold_all_values():
     for values in ([0.0, 0.013], [-3.0, 7.5], [1.0], [0.0], [2.5, 2.5001], [-1e-9, 1e-9]):
-        ticks = plots.ticks_of(values)
+        ticks = drawings.ticks_of(values)
         assert ticks[0] <= min(values) and ticks[-1] >= max(values) and 2 <= len(ticks) <= 9
         assert len(set(ticks)) == len(ticks)

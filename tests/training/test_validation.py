@@ -317,7 +317,7 @@ def test_curves_show_both_losses_and_the_best(evaluated):
     page = (evaluated / "curves.html").read_text()
     for name in ("training loss, smoothed", "eval_loss", "eval_data_loss", "eval_held_out_token_accuracy"):
         assert name in page
-    assert page.count("<svg") == 2 and "class=mark" in page and "://" not in page
+    assert page.count("<svg") == 2 and 'class="mark"' in page and "://" not in page
     assert f"best checkpoint: checkpoint-{read_facts(evaluated / 'checkpoint-4')['best']['step']}" in page
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import TrainerCallback
 
-from llava_moslora import pages
+from llava_moslora import drawings, pages
+from llava_moslora.drawings import COLOURS, WIDTH, dot, figure, label, legend_entry, line_through, segment, ticks_of
 from llava_moslora.files.disk import replace_file
 from llava_moslora.runs.log import METRICS_FILE, read_rows
 
@@ -17,9 +17,8 @@ CURVES_PAGE = "curves.html"
 SMOOTHING = 0.95  # weight of the past in the moving average of the training loss
 MOST_POINTS = 1000  # of a curve; a longer one is thinned
 MOST_DOTS = 200  # of a validation curve; a longer one has none
-WIDTH, HEIGHT = 1040, 420  # of the drawing, in pixels
+HEIGHT = 420  # of the drawing, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 14, 34  # margins
-COLOURS = ("#c9803a", "#3f6fb5", "#a14fa0", "#b5443f", "#5f8f2f", "#2f8f8f")  # of the validation sets, in turn
 
 Curve = list[tuple[int, float]]
 
@@ -89,33 +88,28 @@ def _curve(rows: Sequence[dict], name: str) -> Curve:
 
 def _drawing(curves: dict[str, Curve], raw: Curve, best: tuple[int, str, float] | None, last: int) -> str:
     """An SVG of the curves up to step ``last`` with a legend, over the single values ``raw``, which it may cut."""
-    points = [point for curve in curves.values() for point in curve]
-    if not points:
+    values = [value for curve in curves.values() for _, value in curve]
+    if not values:
         return "<p>nothing was logged yet</p>"
-    low, high = min(value for _, value in points), max(value for _, value in points)
-    ticks = _ticks(low, high)
-    low, high = min(low, ticks[0]), max(high, ticks[-1])
+    ticks = ticks_of(values)
 
-    def place(step: float, value: float) -> str:
-        x = LEFT + (WIDTH - LEFT - RIGHT) * step / last
-        y = TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / ((high - low) or 1)
-        return f"{x:.1f},{min(max(y, TOP), HEIGHT - BOTTOM):.1f}"
+    def place(step: float, value: float) -> tuple[float, float]:
+        y = TOP + (HEIGHT - TOP - BOTTOM) * (ticks[-1] - value) / (ticks[-1] - ticks[0])
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last, min(max(y, TOP), HEIGHT - BOTTOM)
 
     def line(curve: Curve, kind: str, colour: str) -> str:
         shown = curve[:: max(1, len(curve) // MOST_POINTS)] + curve[-1:]
-        return f'<polyline class={kind} style="stroke:{colour}" points="{" ".join(place(*point) for point in shown)}"/>'
+        return line_through([place(*point) for point in shown], colour, kind)
 
     parts = []
     for value in ticks:
-        x, y = place(0, value).split(",")
-        parts.append(f"<line class=grid x1={x} x2={WIDTH - RIGHT} y1={y} y2={y} /><text class=left x={LEFT - 8} y={y}>")
-        parts.append(f"{value:g}</text>")
-    for step in (tick for tick in _ticks(0, last) if tick <= last and tick == int(tick)):
-        x = place(step, low).split(",")[0]
-        parts.append(f"<text class=below x={x} y={HEIGHT - BOTTOM + 20}>{step:g}</text>")
+        y = place(0, value)[1]
+        parts += [segment("grid", LEFT, y, WIDTH - RIGHT, y), label("left", LEFT - 8, y, f"{value:g}")]
+    for step in (tick for tick in ticks_of([0, last]) if tick <= last and tick == int(tick)):
+        parts.append(label("below", place(step, 0)[0], HEIGHT - BOTTOM + 20, f"{step:g}"))
     if best is not None:
-        x = place(best[0], low).split(",")[0]
-        parts.append(f"<line class=best x1={x} x2={x} y1={TOP} y2={HEIGHT - BOTTOM} />")
+        x = place(best[0], 0)[0]
+        parts.append(segment("best", x, TOP, x, HEIGHT - BOTTOM))
     if raw:
         parts.append(line(raw, "raw", "var(--a)"))
     legend = []
@@ -124,30 +118,15 @@ def _drawing(curves: dict[str, Curve], raw: Curve, best: tuple[int, str, float] 
         if curve:
             parts.append(line(curve, "curve", colour))
         if name.startswith("eval_"):
-            for x, y in (place(*point).split(",") for point in curve if len(curve) <= MOST_DOTS):
-                parts.append(f'<circle r=3 style="fill:{colour}" cx={x} cy={y} />')
+            if len(curve) <= MOST_DOTS:
+                parts += [dot(*place(*point), 3, colour) for point in curve]
             if best is not None and best[1] == name:
-                x, y = place(best[0], best[2]).split(",")
-                parts.append(f"<circle class=mark r=7 cx={x} cy={y} />")
-        legend.append(f'<span style="color:{colour}">● {html.escape(name)}</span>')
-    drawing = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role=img>{"".join(parts)}</svg>'
-    return f"<figure>{drawing}<figcaption>{' '.join(legend)}</figcaption></figure>"
+                parts.append(dot(*place(best[0], best[2]), 7, "none", "mark"))
+        legend.append(legend_entry(html.escape(name), colour))
+    return figure(parts, HEIGHT, " ".join(legend))
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers from one below ``low`` to one above ``high``, about six."""
-    spread = (high - low) or abs(high) or 1.0
-    power = 10.0 ** math.floor(math.log10(spread / 5))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= spread / 5)
-    first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(number * step, 12) for number in range(first, last + 1)]
-
-
-STYLE = """
-svg { width: 100%; height: auto; } text { font-size: 12px; fill: currentColor; } figure { margin: 1em 0; }
-.grid { stroke: var(--line); } .left { text-anchor: end; dominant-baseline: middle; } .below { text-anchor: middle; }
-polyline { fill: none; } .raw { opacity: .25; } .curve { stroke-width: 2; }
-.best { stroke: currentColor; stroke-dasharray: 4 4; opacity: .6; }
-.mark { fill: none; stroke: currentColor; stroke-width: 2; } figcaption span { margin-right: 1.2em; }
-td, th { padding: .1em .8em .1em 0; text-align: left; }
+STYLE = f"""{drawings.STYLE}
+.raw {{ opacity: .25; }} .best {{ stroke: currentColor; stroke-dasharray: 4 4; opacity: .6; }}
+.mark {{ fill: none; stroke: currentColor; stroke-width: 2; }} td, th {{ padding: .1em .8em .1em 0; text-align: left; }}
 """
