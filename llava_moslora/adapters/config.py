@@ -17,7 +17,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -250,9 +250,10 @@ def config_of_layers(settings: dict[str, dict], common: dict) -> MosLoraConfig:
     return MosLoraConfig(**common, target_modules=sorted(settings))
 
 
-def exact_patterns(values: dict[str, object]) -> dict[str, object]:
-    """Module name → value, as patterns that match these names only."""
-    return {re.escape(name): value for name, value in values.items()}
+def exact_patterns(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Module name → value, as patterns that match these names only: PEFT's rule puts ``(.*\\.)?`` in front of one, with
+    which a bare name would match every longer one that ends in it."""
+    return {f"^{re.escape(name)}": value for name, value in values.items()}
 
 
 def stores_mixer(mixer_init: str, train_mixer: bool) -> bool:

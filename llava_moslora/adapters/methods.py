@@ -12,7 +12,7 @@ from typing import Any
 
 from peft import AdaLoraConfig, LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 
-from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig, check_even_rank
+from llava_moslora.adapters.config import PATTERN_FIELDS, MosLoraConfig, check_even_rank, stores_mixer
 from llava_moslora.config import FIXED_MIXERS, WITHOUT_DROPOUT, AdapterSettings, TowerAdapter, TrainingSettings
 from llava_moslora.errors import Refusal
 
@@ -169,10 +169,13 @@ def check_method(settings: AdapterSettings, bits: int, training: TrainingSetting
 
 
 def _is_pair(settings: AdapterSettings) -> bool:
-    """Whether only A and B are trained; a frozen mixer between them counts as part of A."""
-    mixers = any(tower.train_mixer for tower in (settings.llm, settings.vision) if tower is not None)
-    trained = set(METHODS[settings.method].trained) - ({"lora_mixer"} if settings.method == "moslora" else set())
-    return trained == {"lora_A", "lora_B"} and not (settings.method == "moslora" and mixers)
+    """Whether the update of every adapter is a product of its trained A and B. With a frozen mixer W between them the
+    metric of B is that of W·A, and that of A is that of B·W; PEFT's optimizer takes A's and B's own."""
+    trained = set(METHODS[settings.method].trained)
+    if settings.method == "moslora":
+        towers = [tower for tower in (settings.llm, settings.vision) if tower is not None]
+        return not any(stores_mixer(tower.mixer_init, tower.train_mixer) for tower in towers)
+    return trained == {"lora_A", "lora_B"} and settings.method != "tsmix"
 
 
 def _refuse(name: str, value: object, why: str) -> None:

@@ -28,7 +28,9 @@ class ImageTransform:
     centre (``CLIPImageProcessorPil``).
 
     ``engine="pil"`` equals transformers' PIL processors and is what published towers were trained with;
-    ``engine="torch"`` equals its torchvision processors: pixels differ by at most one step of 256, in half the time.
+    ``engine="torch"`` equals its torchvision processors, in half the time. The two engines differ by at most one step
+    of 256 in an ordinary image, but for a few values in a million that differ by two; where an image a few pixels wide
+    is stretched to SigLIP's square without padding, by many (22 steps in noise of 2 x 500 pixels).
     """
 
     resize_to: int | tuple[int, int]  # length of the short side after scaling, or (height, width)

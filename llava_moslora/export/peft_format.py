@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftConfig
 
+from llava_moslora.adapters.config import exact_patterns
 from llava_moslora.adapters.fold import Adapter, LowRank, Update, named_tensors, save_config
 from llava_moslora.adapters.kinds import DoraUpdate, PeftUpdate
 from llava_moslora.export.writer import PlannedTensor, WeightFiles
@@ -75,8 +76,8 @@ def adapter_config(layers: Mapping[str, LowRank], base: str, *, depth: int | Non
         lora_alpha=_whole(alpha),
         lora_dropout=0.0,
         target_modules=sorted({name.rpartition(".")[2] for name in layers}),
-        rank_pattern={re.escape(name): r for name, r in ranks.items() if r != rank},
-        alpha_pattern={re.escape(name): _whole(a) for name, a in alphas.items() if a != alpha},
+        rank_pattern=exact_patterns({name: r for name, r in ranks.items() if r != rank}),
+        alpha_pattern=exact_patterns({name: _whole(a) for name, a in alphas.items() if a != alpha}),
         task_type=task,
         base_model_name_or_path=base,
         inference_mode=True,
@@ -95,7 +96,7 @@ def _stock_config(layers: Mapping[str, PeftUpdate], base: str, task: str | None)
             values = {name: getattr(layer.config, setting) for name, layer in layers.items()}
             usual = Counter(values.values()).most_common(1)[0][0]
             setattr(config, setting, usual)
-            setattr(config, field, {re.escape(name): value for name, value in values.items() if value != usual})
+            setattr(config, field, exact_patterns({n: value for n, value in values.items() if value != usual}))
     config.target_modules, config.inference_mode = sorted(layers), True
     config.task_type, config.base_model_name_or_path = task, base
     return config

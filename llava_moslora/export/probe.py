@@ -30,6 +30,7 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     CLIPVisionModel,
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     SiglipVisionModel,
@@ -120,6 +121,8 @@ class SeparateParts:
             self.llm = AutoModelForCausalLM.from_pretrained(root / folders["llm"], dtype=self.dtype).eval()
             if folders["llm"] == ".":
                 self.tokenizer = AutoTokenizer.from_pretrained(root)
+            else:  # the base's folder, whose own settings may have beams or penalties, which the run does not
+                self.llm.generation_config = GenerationConfig()
         if self.llm is not None and asked["mapped"]:
             compute_in_float32(self.llm)
         if "vision" in folders and self.tower is None:

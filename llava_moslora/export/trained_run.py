@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from llava_moslora.adapters.fold import LowRank, Update, fold_layers
@@ -27,8 +27,9 @@ from llava_moslora.export.writer import PlannedTensor
 from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import read_facts
 from llava_moslora.files.tensors import LazyTensor
+from llava_moslora.inference.load import training_dtype
 from llava_moslora.models.internlm2 import MODEL_TYPE as INTERNLM2
-from llava_moslora.models.llm import HEAD_WEIGHT, llm_on_meta, mean_row, read_llm_config, read_llm_tensors
+from llava_moslora.models.llm import HEAD_WEIGHT, mean_row, quantised_weights, read_llm_config, read_llm_tensors
 from llava_moslora.models.names import LLM, LLM_ALONE, LM_HEAD, PROJECTOR, VISION_TOWER, select_parts
 from llava_moslora.models.projector import KEYS, read_projector
 from llava_moslora.models.vision import read_vision_config, read_vision_tensors
@@ -134,13 +135,12 @@ class TrainedRun:
         updates = self.updates("llm", "lm_head") if merged else {}
         quantised = set()
         if merged and self.bits == 4 and self.merge_base == DEQUANTIZED:
-            sketch = llm_on_meta(self.llm_config, self.llm_folder)
-            linears = {n for n, module in sketch.named_modules() if isinstance(module, nn.Linear) and n != LM_HEAD}
-            quantised = {f"{name}.weight" for name in linears}
+            quantised = quantised_weights(self.llm_config, self.llm_folder)
+            as_trained = partial(_quantise_and_dequantise, dtype=training_dtype(self.record))
         for name, tensor in stored.items():
             extra = self.vocabulary - self.llm_config.vocab_size if name in (EMBEDDING, HEAD_WEIGHT) else 0
             if name in quantised:
-                stored[name] = tensor.then(_quantise_and_dequantise)
+                stored[name] = tensor.then(as_trained)
             elif extra:
                 shape = (tensor.shape[0] + extra, *tensor.shape[1:])
                 stored[name] = tensor.then(partial(_extend, extra=extra), shape)
@@ -185,11 +185,13 @@ def _extend(weight: Tensor, extra: int) -> Tensor:
     return torch.cat([weight, mean_row(weight).expand(extra, -1)])
 
 
-def _quantise_and_dequantise(weight: Tensor) -> Tensor:
-    """A weight as training over NF4 used it: quantised as on loading, then dequantised to float32."""
+def _quantise_and_dequantise(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight as training over NF4 in ``dtype`` used it: converted and quantised as on loading, then dequantised to
+    float32 (training dequantises to ``dtype``, whose rounding is not repeated here)."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    return dequantize_4bit(*quantize_4bit(weight.float(), blocksize=64, compress_statistics=True, quant_type="nf4"))
+    weight = weight.to(dtype).float()
+    return dequantize_4bit(*quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4"))
 
 
 def open_trained(

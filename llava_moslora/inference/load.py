@@ -116,6 +116,13 @@ def load_run(
     ) from pruned  # fmt: skip
 
 
+def training_dtype(record: RunRecord) -> torch.dtype:
+    """In which the run was trained, and its weights were before they were quantised."""
+    if record.training.get("bf16"):
+        return torch.bfloat16
+    return torch.float16 if record.training.get("fp16") else torch.float32
+
+
 def _checkpoint_of(run: Path, trained: bool) -> Path | None:
     """The run's checkpoint; for the untrained model any checkpoint: each records which base the run started from."""
     if trained:
@@ -132,7 +139,9 @@ def _load(
     if trained:  # every checkpoint has the complete projector
         settings.pretrain_mm_mlp_adapter = None
     tokenizer = load_tokenizer(run / TOKENIZER, images=not settings.text_only)
-    model, processor = assemble(settings, tokenizer=tokenizer, dtype=dtype, llm_dtype=llm_dtype)
+    model, processor = assemble(
+        settings, tokenizer=tokenizer, dtype=dtype, llm_dtype=llm_dtype, quantised_from=training_dtype(record)
+    )
     if trained:
         assert checkpoint is not None  # or it was refused
         model = _with_checkpoint(model, checkpoint, dtype)

@@ -46,7 +46,9 @@ def stream(
     stopped = stopped or threading.Event()
     left = threading.Event()
     deadline = time.monotonic() + max_seconds
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+    sampling: dict = {"do_sample": False}
+    if temperature:  # top_k 0: all tokens, where transformers would take 50
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
 
     @torch.inference_mode()
     def run() -> None:

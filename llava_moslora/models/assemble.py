@@ -42,6 +42,7 @@ def assemble(
     tokenizer: PreTrainedTokenizerFast,
     dtype: torch.dtype,
     llm_dtype: torch.dtype | None = None,
+    quantised_from: torch.dtype | None = None,
 ) -> tuple[Llava | TextLlm, dict[str, Any]]:
     """The composed model in ``dtype``, everything frozen; without a vision tower the LLM.
 
@@ -53,7 +54,7 @@ def assemble(
             (:mod:`llava_moslora.models.projector`). ``bits`` 4: an NF4 LLM (double quantisation, compute in ``dtype``).
         tokenizer: with the image placeholder, if there is a vision tower; if it has more tokens than the LLM has
             embedding rows, rows are added.
-        llm_dtype: of the LLM, if not ``dtype``.
+        llm_dtype: of the LLM, if not ``dtype``. quantised_from: with 4 bits, as :func:`load_llm`.
 
     Returns:
         The model and the tower's image-processor settings (what ``preprocessor_config.json`` holds), or none.
@@ -65,7 +66,7 @@ def assemble(
     llm_config = read_llm_config(llm_folder)
     if settings.text_only:
         _check_tokens(tokenizer, llm_config, llm_folder)
-        text = text_llm(load_llm(llm_folder, llm_dtype or dtype, settings.bits))
+        text = text_llm(load_llm(llm_folder, llm_dtype or dtype, settings.bits, quantised_from))
         _add_token_rows(text, len(tokenizer))
         set_attention(text, settings.attn_implementation)
         return text.requires_grad_(False), {}
@@ -78,7 +79,7 @@ def assemble(
     if settings.pretrain_mm_mlp_adapter is not None:
         tensors = read_projector(settings.pretrain_mm_mlp_adapter, vision_config.hidden_size, llm_config.hidden_size)
     vision, preprocessor = load_vision_tower(vision_tower, dtype=dtype)
-    llm = load_llm(llm_folder, llm_dtype or dtype, settings.bits)
+    llm = load_llm(llm_folder, llm_dtype or dtype, settings.bits, quantised_from)
     _add_token_rows(llm, len(tokenizer))
     model = _compose(llm, vision, image_token, tokenizer.pad_token_id, dtype)
     projector = LlavaMultiModalProjector(model.config)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llava_moslora.errors import Refusal
@@ -26,6 +27,8 @@ from llava_moslora.models.config_file import read_model_config
 
 HEAD_WEIGHT = "lm_head.weight"
 RUN = "run.json"  # of a run's folder: runs/record.py
+# Fields with which architectures of transformers scale or cap their logits: named where the check finds a difference.
+LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "dim_model_base")
 
 
 def read_llm_config(folder: str | Path) -> PreTrainedConfig:
@@ -33,9 +36,16 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
 
     Raises:
         Refusal: C-PATH, no such folder; C-MODEL, it needs custom code, is quantised, or has an architecture that
-            ``LlavaForConditionalGeneration`` cannot contain; K-JSON, K-CONFIG.
+            ``LlavaForConditionalGeneration`` cannot contain or whose own loss is not the training loss
+            (:func:`_check_composes`); K-JSON, K-CONFIG.
     """
     folder = Path(folder)
+    config = _read_config(folder)
+    _check_composes(config, folder)
+    return config
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
         run = folder.parent if folder.is_dir() and folder.name.startswith("checkpoint-") else folder
@@ -104,6 +114,65 @@ def _model_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel]:
     return found
 
 
+class _Given(BaseModelOutputWithPast):
+    """A decoder's output of which only the hidden states are there; what a class has besides (routers, …) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def _check_composes(config: PreTrainedConfig, folder: Path) -> None:
+    """Refuse an LLM that does more with tokens than embed them, or more with hidden states than ``lm_head``.
+
+    Training computes its loss, and a LLaVA its logits, from ``lm_head(model(inputs_embeds))``. Gemma 2 caps its logits,
+    Cohere, Granite and MiniCPM3 scale them, and Gemma 3n looks tokens up in a second table: such a model would be
+    trained on another loss than that of the model it is used as.
+
+    Raises:
+        Refusal: C-MODEL.
+    """
+    llm = llm_on_meta(config, folder)
+    try:
+        why = _more_than_head(llm)
+    except Exception as error:  # a forward that needs more than hidden states between decoder and head
+        why = f"its forward on given hidden states ends with {type(error).__name__}"
+    if why:
+        raise Refusal(
+            "C-MODEL", "the LLM computes more than lm_head(decoder(embeddings)), which is what is trained here",
+            file=folder / "config.json", key="model_type", found=f"{config.model_type} ({why})",
+            expected="llama, internlm2, mistral, qwen2, qwen3 or similar", fix="choose another LLM",
+        )  # fmt: skip
+
+
+def _more_than_head(llm: PreTrainedModel) -> str:
+    """What ``llm`` does besides, "" for nothing. It is on the meta device, and of no use afterwards.
+
+    No field of a configuration says so for every architecture, hence the class itself is asked: its forward runs, with
+    its own configuration, on given hidden states through a small head, in place of its decoder and its own head.
+    """
+    own = llm.get_input_embeddings()
+    for name, module in llm.named_modules():
+        # A table of positions has far fewer rows than there are tokens.
+        if isinstance(module, nn.Embedding) and module is not own and module.num_embeddings > own.num_embeddings // 2:
+            return f"it looks tokens up in a second table, {name}"
+    generator = torch.Generator().manual_seed(0)
+    hidden = 30 * torch.randn(1, 4, 8, generator=generator)  # (B, T, D), large, so that a cap shows
+    head = nn.Linear(8, 16, bias=False)
+    head.load_state_dict({"weight": torch.randn(16, 8, generator=generator)})
+    for module in llm.modules():
+        if isinstance(module, PreTrainedModel) and module is not llm:
+            module.forward = lambda *_, **__: _Given(last_hidden_state=hidden)
+    llm.lm_head = head
+    with torch.no_grad():
+        if torch.equal(llm(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits, head(hidden)):
+            return ""
+    fields = {field: getattr(llm.config, field, None) for field in LOGIT_FIELDS}
+    named = ", ".join(f"{field} = {value}" for field, value in fields.items() if value not in (None, 1))
+    return f"it scales or caps its logits{named and f': {named}'}"
+
+
 def _generation_config(folder: Path) -> GenerationConfig | None:
     file = folder / "generation_config.json"
     if not file.is_file():
@@ -160,10 +229,24 @@ def mean_row(weight: Tensor) -> Tensor:
     return weight.double().mean(dim=0, keepdim=True).to(weight.dtype)
 
 
-def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrainedModel:
+def quantised_weights(config: PreTrainedConfig, folder: Path) -> set[str]:
+    """The names of the weights that ``bits=4`` quantises: those of all linears but the head."""
+    modules = llm_on_meta(config, folder).named_modules()
+    return {f"{name}.weight" for name, module in modules if isinstance(module, nn.Linear)} - {HEAD_WEIGHT}
+
+
+def load_llm(
+    folder: str | Path, dtype: torch.dtype, bits: int = 16, quantised_from: torch.dtype | None = None
+) -> PreTrainedModel:
     """The LLM in ``dtype``; with ``bits=4`` its linear layers in NF4, except the head.
 
-    Mapped weights that already have ``dtype`` are not copied.
+    Mapped weights that already have ``dtype`` are not copied. Of the folder's generation settings only the token ids
+    are kept: a penalty or beams that the base's makers recommend would act in answers that are said to be greedy, and
+    not in an export, whose settings name nothing but its tokens.
+
+    Args:
+        quantised_from: with 4 bits, the dtype that weights are rounded to before they are quantised. Training rounds
+            to its own: what it trained over is quantised again only from weights in that dtype. ``dtype`` if None.
 
     Raises:
         Refusal: as :func:`read_llm_config` and :func:`read_llm_tensors`.
@@ -184,8 +267,10 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
     # Without quantisation and ZeRO-3 the weights are converted to their dtype here, one by one: transformers would keep
     # the originals in memory. Quantisation and ZeRO-3's rank 0 convert tensor by tensor themselves.
     as_kept = quantization is None and not is_deepspeed_zero3_enabled()
+    rounded = quantised_weights(config, folder) if bits == 4 and quantised_from not in (None, dtype) else set()
     for name, stored in read_llm_tensors(folder, config).items():
-        tensors[name] = stored.read().to(dtype) if as_kept else stored.read()
+        weight = stored.read().to(quantised_from) if name in rounded else stored.read()
+        tensors[name] = weight.to(dtype) if as_kept else weight
     llm, info = _model_class(config, folder).from_pretrained(
         None,
         config=config,
@@ -196,6 +281,10 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
         output_loading_info=True,
     )
     llm.config.name_or_path = str(folder)
+    of_base = llm.generation_config
+    llm.generation_config = GenerationConfig(
+        bos_token_id=of_base.bos_token_id, eos_token_id=of_base.eos_token_id, pad_token_id=of_base.pad_token_id
+    )
     left = info["missing_keys"] - ({HEAD_WEIGHT} if config.tie_word_embeddings else set())
     assert not left, f"compared, yet missing: {sorted(left)[:3]}"
     for module in llm.modules() if bits == 4 else ():

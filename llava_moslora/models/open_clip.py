@@ -174,7 +174,8 @@ def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
     """(model configuration, preprocessing configuration, weights file) for ``open_clip:…``.
 
     Raises:
-        Refusal: no such architecture, tag, file or folder; not a plain CLIP ViT; open_clip is not installed.
+        Refusal: no such architecture, tag, file or folder; not a plain CLIP ViT; open_clip is not installed; C-TOWER,
+            the weights were published as another tower than ARCH.
     """
     open_clip = _import_open_clip()
     arch, at, where = spec.removeprefix(PREFIX).partition("@")
@@ -191,11 +192,10 @@ def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
         # A file from the model hub has its published configuration next to it, with the mean and std
         # of its training, which differ between checkpoints of one architecture.
         published = weights.with_name(CONFIG)
-        return (
-            model_cfg,
-            (read_model_config(published).get("preprocess_cfg") or {}) if published.is_file() else {},
-            weights,
-        )
+        config = read_model_config(published) if published.is_file() else {}
+        if config.get("model_cfg") is not None:
+            _check_same_tower(arch, model_cfg, _model_cfg(config, published), weights)
+        return model_cfg, config.get("preprocess_cfg") or {}, weights
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if where not in tags:
         what = "not a file and not one of the architecture's pretrained tags"
@@ -219,13 +219,42 @@ def _open_clip_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], Pat
         raise Refusal("K-MISSING", what, file=f"{PREFIX}{folder}", expected=SUPPORTED)
     file = folder / CONFIG
     config = read_model_config(file)
-    model_cfg = config.get("model_cfg")
-    if not (isinstance(model_cfg, dict) and isinstance(model_cfg.get("vision_cfg"), dict) and "embed_dim" in model_cfg):
-        raise Refusal("K-CONFIG", "not an open_clip configuration", file=file, key="model_cfg", found=model_cfg)
+    model_cfg = _model_cfg(config, file)
     weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if weights is None:
         raise Refusal("K-MISSING", "no weights in the folder", file=folder, expected=" or ".join(WEIGHTS))
     return model_cfg, config.get("preprocess_cfg") or {}, weights
+
+
+def _model_cfg(config: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    model_cfg = config.get("model_cfg")
+    if not (isinstance(model_cfg, dict) and isinstance(model_cfg.get("vision_cfg"), dict) and "embed_dim" in model_cfg):
+        raise Refusal("K-CONFIG", "not an open_clip configuration", file=file, key="model_cfg", found=model_cfg)
+    return model_cfg
+
+
+def _check_same_tower(arch: str, asked: Mapping[str, Any], published: Mapping[str, Any], weights: Path) -> None:
+    """Refuse (C-TOWER) weights that were published as another tower than ``arch``: most differences, such as quick
+    GELU, have the same tensors."""
+    source = weights.with_name(CONFIG)
+    theirs = tower_config(published, source).to_dict()
+    ours = tower_config(asked, source).to_dict()
+    differ = [key for key, value in theirs.items() if value != ours.get(key) and key != "projection_dim"]
+    if not differ:
+        return
+    get_config = _import_open_clip().get_model_config
+    other = arch.removesuffix("-quickgelu") if arch.endswith("-quickgelu") else f"{arch}-quickgelu"
+    other_cfg = get_config(other)
+    fix = f"--vision_tower {PREFIX}{weights.parent}"
+    if other_cfg is not None and tower_config(other_cfg, source).to_dict() == theirs:
+        fix = f"--vision_tower {PREFIX}{other}@{weights}"
+    elif weights.name not in WEIGHTS:
+        fix = f"rename it to {WEIGHTS[weights.suffix != '.safetensors']}, and {fix}"
+    raise Refusal(
+        "C-TOWER", f"the weights were published as another tower than {arch}", file=source,
+        key="model_cfg", found=", ".join(f"{key} {theirs[key]}" for key in differ),
+        expected=", ".join(f"{key} {ours.get(key)}" for key in differ), fix=fix,
+    )  # fmt: skip
 
 
 def read_visual_tensors(file: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal, did_you_mean
-from llava_moslora.text.template import BOS, EOS, SYSTEM, TEXT, Control, Segments, Template
+from llava_moslora.text.template import BOS, EOS, SYSTEM, TEXT, Control, Segments, Template, Variable
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 from llava_moslora.text.tokenizer_template import derive_template
 
@@ -157,11 +157,35 @@ def control_id(control: Control, tokenizer: PreTrainedTokenizerFast) -> int | No
     return found
 
 
+# A tokenizer's ids whose text ends in a given one
+_ENDING_IDS: WeakKeyDictionary[PreTrainedTokenizerFast, dict[str, list[int]]] = WeakKeyDictionary()
+
+
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> list[int]:
-    """Ids at which generation stops: the trained end of an answer, then the tokenizer's own end-of-text token."""
+    """Ids at which generation stops: the trained end of an answer, then the tokenizer's own end-of-text token.
+
+    In ``plain`` an answer ends with a newline, which is tokenised together with the caption, as LLaVA's
+    ``preprocess_plain`` does. Where a tokenizer merges it with what comes before (in LLaMA-3 and Qwen2, a full stop and
+    a newline are one token), the last id is one of many: generation ends at each whose text ends in a newline. A
+    newline tokenised alone would have one id, but the frozen LLM of stage 1 goes on preferring the merged token that it
+    was pretrained with, and then would not stop.
+    """
     last = get_template(template, tokenizer).answer[-1]
-    stop = control_id(last, tokenizer) if isinstance(last, Control) else tokenizer.encode(last)[-1]
-    return list(dict.fromkeys(i for i in (stop, tokenizer.eos_token_id) if i is not None))
+    assert not isinstance(last, Variable)  # what ends an answer is the template's own
+    stops = _ids_ending_in(last, tokenizer) if isinstance(last, str) else [control_id(last, tokenizer)]
+    return list(dict.fromkeys(i for i in (*stops, tokenizer.eos_token_id) if i is not None))
+
+
+def _ids_ending_in(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The last id of ``text`` itself, then every other id whose text ends in it."""
+    known = _ENDING_IDS.setdefault(tokenizer, {})
+    if text not in known:
+        alone = tokenizer.encode(text, add_special_tokens=False)[-1:]
+        ids = sorted(tokenizer.get_vocab().values())
+        texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
+        found = [i for i, decoded in zip(ids, texts, strict=True) if decoded.endswith(text)]
+        known[text] = list(dict.fromkeys(alone + found))
+    return known[text]
 
 
 def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:

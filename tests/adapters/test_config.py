@@ -2,13 +2,14 @@
 
 import copy
 import json
+import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
 
-from llava_moslora.adapters.config import MosLoraConfig
+from llava_moslora.adapters.config import MosLoraConfig, config_of_layers, exact_patterns
 from llava_moslora.config import MIXER_INITS
 from llava_moslora.errors import Refusal
 from support.adapter_models import IDENTITY, Pair, adapted
@@ -117,6 +118,39 @@ def test_patterns_settle_each_module():
     assert model.up.lora_mixer["default"].weight.requires_grad
     assert not model.down.lora_mixer["default"].weight.requires_grad
     assert torch.equal(model.down.lora_mixer["default"].weight, torch.eye(2).repeat(2, 2))
+
+
+class Nested(nn.Module):
+    """Linears of which one's name ends in another's: ``head``, ``outer.head``, and two more."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.outer = nn.ModuleDict({"head": nn.Linear(8, 8)})
+
+
+def test_the_pattern_of_one_layer_matches_no_longer_name():
+    own = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "mixer_init": "orthogonal", "train_mixer": True}
+    layers = dict.fromkeys(("head", "outer.head", "up", "down"), own)
+    layers["head"] = own | {"r": 2, "lora_alpha": 6, "mixer_init": "identity", "train_mixer": False}
+    config = config_of_layers(layers, {})
+    assert {name: config.settings_of(name) for name in layers} == layers
+    modules = dict(get_peft_model(Nested(), config).base_model.model.named_modules())
+    found = {name: (modules[name].r["default"], modules[name].scaling["default"]) for name in layers}
+    assert found == {"head": (2, 3), "outer.head": (4, 2), "up": (4, 2), "down": (4, 2)}
+    assert [name for name in layers if not modules[name].lora_mixer] == ["head"]
+
+
+@pytest.mark.parametrize("stock", [LoraConfig, LoHaConfig, LoKrConfig])
+def test_stock_peft_reads_the_pattern_of_one_layer(stock):
+    alpha = "lora_alpha" if stock is LoraConfig else "alpha"
+    common = {"r": 4, alpha: 8, "target_modules": ["head", "up", "down"]}
+    patterns = {"rank_pattern": exact_patterns({"head": 2}), "alpha_pattern": exact_patterns({"head": 6})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PEFT warns of a pattern that matches nothing
+        modules = dict(get_peft_model(Nested(), stock(**common, **patterns)).base_model.model.named_modules())
+    found = {name: (modules[name].r["default"], modules[name].scaling["default"]) for name in ("head", "outer.head")}
+    assert found == {"head": (2, 3), "outer.head": (4, 2)}
 
 
 @pytest.mark.parametrize("init", MIXER_INITS)

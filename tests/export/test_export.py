@@ -4,11 +4,17 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from transformers import AutoModelForImageTextToText
 
 from llava_moslora.export.export import TARGETS, export
 from llava_moslora.export.formats import DEQUANTIZED, ORIGINAL
+from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load
+from llava_moslora.models.llm import load_llm
+from llava_moslora.text.conversation import Turn
 from support.export_runs import LLMS, METHODS, probe_here, trained_run
+from support.tiny import write_llm
 
 BOUND = 1e-5
 # (LLM, bits, method): the default tier has one of each of them; the slow tier every combination.
@@ -66,6 +72,27 @@ def test_dequantised_merge_is_what_was_trained(runs, tmp_path, monkeypatch, llm,
     assert "dequantised NF4 weights" in (folder / "README.md").read_text()
 
 
+def test_dequantised_weights_are_those_that_training_quantised(parts, tmp_path, monkeypatch):
+    """A base in float32 trained in bfloat16: bitsandbytes gets bfloat16 there, and other weights get other codes."""
+    probe_here(monkeypatch)
+    base = write_llm(tmp_path / "llm")
+    run = tmp_path / "run"
+    trained_run(run, base, parts.clip, parts.projector, ("q_proj",), bits=4)
+    record = json.loads((run / "run.json").read_text())
+    record["settings"]["training"]["bf16"] = True
+    (run / "run.json").write_text(json.dumps(record))
+    name = "layers.1.mlp.up_proj"  # without an adapter
+    in_training = load_llm(base, torch.bfloat16, 4).model.get_submodule(name).weight
+    codes, state = in_training.data.clone(), in_training.quant_state
+    opened = load(run, dtype=torch.float32).model.get_base_model().model.language_model.get_submodule(name).weight
+    assert torch.equal(opened.data.cpu(), codes.cpu())
+    assert not torch.equal(load_llm(base, torch.float32, 4).model.get_submodule(name).weight.data.cpu(), codes.cpu())
+    folder = export(run, tmp_path / "out", merge_base=DEQUANTIZED)["hf"]
+    exported = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    weight = exported.model.language_model.get_submodule(name).weight  # rounded to what training multiplied with
+    assert torch.equal(weight, dequantize_4bit(codes, state).cpu())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("merge_base", [ORIGINAL, DEQUANTIZED])
 def test_gpu_a_run_over_nf4_is_exported_and_loaded_on_one_device(runs, tmp_path, monkeypatch, merge_base):
@@ -98,3 +125,28 @@ def test_in_16_bits(parts, tmp_path, monkeypatch, kind):
     assert report["proof"] == "passed"
     lost = report["logits_difference_from_the_run_as_trained"]
     assert report["largest_difference"]["logits"] < lost < 0.05 * report["largest_value"]["logits"]
+
+
+def test_generation_settings_of_the_base_change_no_answer(parts, tmp_path, monkeypatch):
+    """A base's folder recommends beams and penalties; the run, its exports, and adapters over that base ignore them."""
+    probe_here(monkeypatch)
+    base = write_llm(tmp_path / "llm")
+    plain = write_llm(tmp_path / "plain")
+    settings = {"repetition_penalty": 1.3, "num_beams": 4, "no_repeat_ngram_size": 2, "eos_token_id": 2}
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    for folder in (base, plain):
+        torch.manual_seed(0)  # the same adapters
+        trained_run(tmp_path / f"run of {folder.name}", folder, parts.clip, parts.projector)
+    exported = export(tmp_path / "run of llm", tmp_path / "out", ["hf", "xtuner_adapters"])
+    questions = [([], [Turn("human", text)]) for text in ("what colour is the shape?", "Name a colour.")]
+    said = {
+        name: list(answer(load(folder, dtype=torch.float32), questions, max_new_tokens=24))
+        for name, folder in (
+            ("run", tmp_path / "run of llm"),
+            ("export", exported["hf"]),
+            ("run of a base without settings", tmp_path / "run of plain"),
+        )
+    }
+    assert len(said["run"][0]) > 10 and len({tuple(answers) for answers in said.values()}) == 1, said
+    for folder in exported.values():
+        assert json.loads((folder / "export_report.json").read_text())["same_greedy_answers"]

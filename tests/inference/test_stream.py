@@ -100,6 +100,19 @@ def test_sampling_is_asked_for(folders, parts):
     assert len(warm) > 1
 
 
+def test_every_token_can_be_sampled(folders, parts, monkeypatch):
+    """``top_p`` alone decides: not the 50 most likely tokens, which transformers takes if it is not told otherwise."""
+    chat_model, question, scores = load(folders["export"]), questions(parts)[0], []
+    stock = chat_model.model.generate
+
+    def generate(**how):
+        scores.append(stock(**how, return_dict_in_generate=True, output_scores=True).scores[0])
+
+    monkeypatch.setattr(chat_model.model, "generate", generate)
+    "".join(stream(chat_model, question, max_new_tokens=1, temperature=1.0))
+    assert scores[0].isfinite().all()
+
+
 def test_neither_a_run_nor_an_export(tmp_path):
     with pytest.raises(Refusal, match=r"C-PATH\] .*: neither a run nor a model; expected .*run\.json"):
         load(tmp_path)

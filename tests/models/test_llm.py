@@ -1,15 +1,19 @@
 """LLM folders: native architectures as transformers loads them, and what they cost in memory."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
+    Gemma2Config,
+    LlavaConfig,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -23,6 +27,7 @@ from transformers import (
 )
 
 from llava_moslora.errors import Refusal
+from llava_moslora.models.llava import text_llm
 from llava_moslora.models.llm import load_llm, longest_text, read_llm_config, read_llm_tensors, with_old_rope
 from support.tiny import write_llm
 
@@ -51,6 +56,78 @@ def test_native_architectures(tmp_path, config_class, model_class, tied):
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     ids = torch.arange(12)[None]
     assert torch.equal(model(ids).logits, stock(ids).logits)
+
+
+PLAIN = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "phi3", "starcoder2", "smollm3", "exaone4", "stablelm")
+ACCEPTED = {
+    **{kind: {} for kind in PLAIN},
+    **{kind: {"head_dim": 8} for kind in ("gemma", "gemma3_text", "helium", "glm", "glm4")},
+    "granite": {"logits_scaling": 1.0, "embedding_multiplier": 12.0},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": None},
+    "cohere": {"logit_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_the_loss_of_an_accepted_llm_is_its_own(tmp_path, kind):
+    tokens = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
+    CONFIG_MAPPING[kind](**SMALL, **ACCEPTED[kind], **tokens).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    llm = AutoModelForCausalLM.from_config(read_llm_config(tmp_path)).eval()
+    with torch.no_grad():
+        llm.lm_head.weight.mul_(300)  # logits so large that a cap or a factor would show
+        ids = torch.randint(3, 100, (2, 12))
+        stock = llm(input_ids=ids, labels=ids).loss
+        ours = text_llm(llm)(input_ids=ids, labels=ids).loss
+    assert stock > 2 and torch.allclose(ours, stock, rtol=1e-6, atol=0)
+
+
+REFUSED = {
+    "gemma2": ({"head_dim": 8}, "final_logit_softcapping = 30.0"),
+    "gemma2, small cap": ({"head_dim": 8, "final_logit_softcapping": 5.0}, "final_logit_softcapping = 5.0"),
+    "cohere": ({}, "logit_scale = 0.0625"),
+    "cohere2": ({"head_dim": 8}, "logit_scale = 0.0625"),
+    "granite": ({"logits_scaling": 8.0}, "logits_scaling = 8.0"),
+    "nanochat": ({}, "scales or caps"),
+    "vaultgemma": ({"head_dim": 8}, "scales or caps"),
+    "minicpm3": ({}, "dim_model_base = 256"),
+    "recurrent_gemma": ({}, "scales or caps"),
+    "falcon_h1": ({"lm_head_multiplier": 0.5}, "lm_head_multiplier = 0.5"),
+    "gemma3n_text": ({"num_hidden_layers": 15, "num_kv_shared_layers": 0}, "second table, model.embed_tokens_"),
+    "bert": ({}, "not a language model that"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_llm_that_does_more_than_its_head_is_refused(tmp_path, name):
+    """Of every way that architectures have, none is known to the check by its name."""
+    changes, why = REFUSED[name]
+    CONFIG_MAPPING[name.split(",")[0]](**(SMALL | changes)).save_pretrained(tmp_path)
+    with pytest.raises(Refusal, match=rf"C-MODEL\] .*config.json:model_type.*{re.escape(why)}") as refusal:
+        read_llm_config(tmp_path)
+    assert refusal.value.fix
+
+
+def test_the_llm_of_a_llava_is_checked_too(tmp_path):
+    LlavaConfig(text_config=Gemma2Config(**SMALL, head_dim=8)).save_pretrained(tmp_path)
+    save_file({"language_model.lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(Refusal, match=r"C-MODEL.*final_logit_softcapping"):
+        read_llm_config(tmp_path)
+
+
+@pytest.mark.parametrize("stored", ["generation_config.json", "config.json"])
+def test_nothing_but_token_ids_is_kept_of_the_generation_settings(tmp_path, stored):
+    folder = write_llm(tmp_path / "m", eos_token_id=7, bos_token_id=5)
+    settings = {"repetition_penalty": 1.3, "num_beams": 4, "no_repeat_ngram_size": 2}
+    settings |= {"do_sample": True, "temperature": 0.6} if stored != "config.json" else {}
+    raw = json.loads((folder / stored).read_text())
+    (folder / stored).write_text(json.dumps(raw | settings))
+    found = load_llm(folder, torch.float32)
+    assert found.generation_config.to_diff_dict().keys() <= {"eos_token_id", "bos_token_id", "transformers_version"}
+    ids = torch.arange(12)[None]
+    plain = load_llm(write_llm(tmp_path / "plain", eos_token_id=7, bos_token_id=5), torch.float32)
+    greedy = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(found.generate(ids, **greedy), plain.generate(ids, **greedy))
 
 
 @pytest.mark.parametrize(

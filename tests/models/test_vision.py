@@ -446,6 +446,33 @@ def test_a_tag_trained_with_the_other_gelu_is_refused():
     assert (refusal.code, refusal.expected) == ("C-TOWER", "ViT-L-14-quickgelu")
 
 
+PUBLISHED = {
+    "quick GELU": ("ViT-B-32", {"quick_gelu": True}, {}, "hidden_act quick_gelu", "open_clip:ViT-B-32-quickgelu@"),
+    "exact GELU": ("ViT-B-32-quickgelu", {"quick_gelu": False}, {}, "hidden_act gelu", "open_clip:ViT-B-32@"),
+    "tanh GELU": ("ViT-B-32", {}, {"act_kwargs": {"approximate": "tanh"}}, "hidden_act gelu_pytorch_tanh", "rename it"),
+    "another eps": ("ViT-B-32", {}, {"norm_kwargs": {"eps": 1e-6}}, "layer_norm_eps 1e-06", "rename it"),
+    "heads": ("ViT-B-32", {}, {"head_width": 32}, "num_attention_heads 24", "rename it"),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_weights_that_were_published_as_another_tower_are_refused(tmp_path, name):
+    """The tensors of all of them fit: only the file beside them says what they are."""
+    arch, change, of_tower, found, fix = PUBLISHED[name]
+    cfg = open_clip.get_model_config(arch)
+    file, beside = tmp_path / "epoch_1.pt", tmp_path / "open_clip_config.json"
+    file.touch()
+    beside.write_text(json.dumps({"model_cfg": cfg, "preprocess_cfg": {}}))
+    assert conversion.find_source(f"open_clip:{arch}@{file}")[0] == cfg
+    beside.write_text(json.dumps({"model_cfg": cfg | change | {"vision_cfg": cfg["vision_cfg"] | of_tower}}))
+    refusal = refused(f"open_clip:{arch}@{file}")
+    assert (refusal.code, refusal.file, refusal.found) == ("C-TOWER", beside, found) and fix in refusal.fix
+    beside.write_text(json.dumps({"model_cfg": cfg | {"vision_cfg": {"timm_model_name": "x"}}}))
+    assert refused(f"open_clip:{arch}@{file}").code == "K-TOWER"
+    beside.write_text('{"model_cfg": 3}')
+    assert refused(f"open_clip:{arch}@{file}").code == "K-CONFIG"
+
+
 def test_an_open_clip_checkpoint_that_does_not_fit_is_refused_by_tensor(tmp_path):
     cfg, model = tiny_open_clip()
     state = model.state_dict()

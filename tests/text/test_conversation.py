@@ -1,11 +1,14 @@
 """Ids and labels, made together, for every template; the exported chat template against them."""
 
+import json
 from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from llava_moslora.errors import Refusal
 from llava_moslora.text import conversation
@@ -115,6 +118,28 @@ def test_trained_ids_are_the_answers_and_their_stop_tokens(tiny, name, template)
     assert [run[-1] for run in runs] == [stop] * len(runs)
     answers = [turn.text for turn in turns if turn.role == "gpt"]
     assert [tokenizer.decode(run[:-1]).strip() for run in runs] == answers
+
+
+def merging_newlines(tokenizer) -> PreTrainedTokenizerFast:
+    """``tokenizer``, a byte-level one, with LLaMA-3's tokens of punctuation and a newline."""
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    for number, (left, right) in enumerate([(".", "Ċ"), (")", ".Ċ"), (".", "ĊĊ")]):
+        raw["model"]["merges"].append([left, right])
+        raw["model"]["vocab"][left + right] = 5000 + number
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw)), bos_token="<|begin_of_text|>",
+                                   eos_token="<|end_of_text|>", extra_special_tokens=["<image>"])  # fmt: skip
+
+
+@pytest.mark.parametrize(("caption", "last"), [("A circle.", ".Ċ"), ("(a circle).", ").Ċ"), ("A circle", "Ċ")])
+def test_a_caption_ends_with_a_stop_token_where_the_newline_is_merged(tiny, caption, last):
+    tokenizer = merging_newlines(tiny("llama3"))
+    turns = [Turn("human", "<image>"), Turn("gpt", caption)]
+    labels = encode(turns, tokenizer=tokenizer, template="plain", image_tokens=[3]).labels
+    trained = [label for label in labels if label != IGNORE_INDEX]
+    assert tokenizer.convert_ids_to_tokens(trained[-1]) == last and tokenizer.decode(trained) == f"{caption}\n"
+    stops = stop_token_ids(tokenizer, "plain")
+    assert trained[-1] in stops and not set(trained[:-1]) & set(stops)  # there, and not before
+    assert tokenizer.convert_ids_to_tokens(stops) == ["Ċ", "ĊĊ", ".Ċ", ").Ċ", ".ĊĊ", "<|end_of_text|>"]
 
 
 @pytest.mark.parametrize(("name", "template"), PAIRS)

@@ -1,13 +1,14 @@
 """Every adapter method: trained, killed, resumed to the same bytes, loaded, and exported with its proof."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 import torch
 
-from llava_moslora.adapters.methods import METHODS
-from llava_moslora.config import ADAPTER_METHODS
+from llava_moslora.adapters.methods import METHODS, check_method
+from llava_moslora.config import ADAPTER_METHODS, MIXER_INITS, AdapterSettings, TrainingSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.export.export import REPORT, export
 from llava_moslora.training.callbacks import adapter_stats
@@ -108,6 +109,12 @@ REFUSED = {
     "stage 1": ({"method": "dora", "tune_mm_mlp_adapter": True}, "--method: stage 1 trains no adapters"),
     "an unknown one": ({"method": "melora"}, "--method: invalid choice: 'melora'"),
     "a preconditioned mixer": ({"riemannian": True}, "--riemannian: has no effect: .*which MoSLoRA's update is not"),
+    "a preconditioned frozen mixer": (
+        {"riemannian": True, "train_mixer": False, "mixer_init": "orthogonal", "vision_train_mixer": False,
+         "vision_mixer_init": "identity"}, "--riemannian: has no effect: .*which MoSLoRA's update is not"),
+    "a preconditioned butterfly": (
+        {"riemannian": True, "method": "tsmix"},
+        "--riemannian: has no effect: .*which two-subspaces-mixing's update is not"),
     "no ratio": ({"lora_plus_ratio": 0}, "--lora_plus_ratio: out of range"),
 }  # fmt: skip
 
@@ -170,6 +177,22 @@ def test_lora_plus_multiplies_the_rate_of_b_alone(parts, tmp_path):
         factor = 8 if "lora_B" in name else 1
         assert torch.allclose(plus[name], factor * tensor, rtol=1e-5, atol=1e-9), name
     assert all(tensor.any() for name, tensor in plain.items() if "lora_B" in name)
+
+
+def test_what_is_preconditioned_is_a_product_of_a_and_b():
+    """Every method and frozen or trained mixer of both towers: accepted exactly where ΔW = s·B·A."""
+    accepted = set()
+    mixers = [{"mixer_init": init, "train_mixer": train} for init in MIXER_INITS for train in (False, True)]
+    for method in METHODS:
+        for mixer, other in itertools.product(mixers if method == "moslora" else [{}], ("lora_r", "vision_lora_r")):
+            try:
+                settings = AdapterSettings(method=method, **{other: 0}, **mixer)
+                check_method(settings, 16, TrainingSettings("run", riemannian=True))
+                accepted.add((method, other, *mixer.values()))
+            except Refusal as refusal:
+                assert refusal.key == "--riemannian", refusal.line()
+    pairs = [("moslora", "identity", False), ("lora",), ("folded",), ("rslora",), ("pissa",)]
+    assert accepted == {(name, other, *mixer) for name, *mixer in pairs for other in ("lora_r", "vision_lora_r")}
 
 
 def test_riemannian_gradients_are_preconditioned(parts, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -28,20 +29,17 @@ def test_adapters_under_internlm2s_own_names(parts, tmp_path, targets):
     factors = load_file(adapter / "adapter_model.safetensors")
     for name in [key for key in factors if "lora_A" in key]:
         a, b = factors[name].double(), factors[name.replace("lora_A", "lora_B")].double()
-        rank = next((r for key, r in config["rank_pattern"].items() if name_matches(key, name)), config["r"])
-        alpha = next((v for key, v in config["alpha_pattern"].items() if name_matches(key, name)), config["lora_alpha"])
-        assert len(a) == rank
         module = name.removeprefix("base_model.model.").split(".lora_A")[0]
+        ranks, alphas = config["rank_pattern"], config["alpha_pattern"]
+        rank = ranks.get(get_pattern_key(ranks, module), config["r"])
+        alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+        assert len(a) == rank
         base[f"{module}.weight"] += (alpha / rank) * b @ a
     ids = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(2))
     raw = json.loads((llm / "config.json").read_text())
     found = internlm2_logits(ids, base, raw)
     merged = AutoModelForCausalLM.from_pretrained(folders["llm"]).double()(ids).logits
     assert (found - merged[..., : found.shape[-1]]).abs().max() <= 1e-5 * found.abs().max()
-
-
-def name_matches(pattern: str, name: str) -> bool:
-    return pattern.replace("\\", "") in name
 
 
 def test_the_projector_as_a_model(parts, tmp_path, monkeypatch):
