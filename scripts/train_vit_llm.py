@@ -45,7 +45,7 @@ from llava_moslora.data.split import validation_data
 from llava_moslora.distributed import from_rank_0
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
-from llava_moslora.models.assemble import assemble
+from llava_moslora.models.assemble import assemble, check_parts
 from llava_moslora.models.llava import Llava, TextLlm
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
@@ -98,14 +98,20 @@ def main() -> None:
     llm_config = read_llm_config(model_settings.model_name_or_path)
     image_tokens, processor, transform = (0, {}, None) if text_only else read_vision(model_settings, data_settings)
     tokenizer = load_tokenizer(model_settings.model_name_or_path, images=not text_only)
+    check_parts(model_settings, tokenizer)
     template = model_settings.version or recognise_template(tokenizer)
     print_once(f"device: {args.device_name}\nconversation template: {template}{'; text only' if text_only else ''}")
 
-    # 3. Check and tokenise the data, or find it in --data_cache
-    prepare_alike = partial(
-        prepare, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens,
-        longest_text=longest_text(llm_config),
-    )  # fmt: skip
+    # 3. With --resume: refuse settings and models that differ from the run's; again below, with the data
+    model_settings = replace(model_settings, version=template)
+    settings = RunSettings(model_settings, data_settings, adapter_settings, args.as_record(), processor,
+                           global_batch_size=args.global_batch_size)  # fmt: skip
+    fingerprints: dict[str, Any] = base_fingerprints(model_settings)
+    check_resume(args, settings, fingerprints)
+
+    # 4. Check and tokenise the data, or find it in --data_cache
+    prepare_alike = partial(prepare, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens,
+                            longest_text=longest_text(llm_config))  # fmt: skip
     dataset = prepare_alike(data_settings)
     trained, validation, keys = validation_data(dataset, data_settings, prepare_alike, seed=args.batches["seed"])
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
@@ -113,21 +119,15 @@ def main() -> None:
     plan, seen = plan_first(model_settings, data_settings, adapter_settings, args, dataset, trained)
     samples = read_samples_of(args, data_settings, tokenizer, template, image_tokens)
 
-    # 4. With --resume: refuse settings and inputs that differ from the run's
-    model_settings = replace(model_settings, version=template)
-    settings = RunSettings(model_settings, data_settings, adapter_settings, args.as_record(), processor,
-                           global_batch_size=args.global_batch_size)  # fmt: skip
-    fingerprints = base_fingerprints(model_settings) | keys
-    if main_process:
-        check_resume(args, settings, fingerprints)
+    settings.training, fingerprints = args.as_record(), fingerprints | keys  # --recompute auto is decided
+    check_resume(args, settings, fingerprints)
 
     # 5. Load the model, add what is trained, create trainer and optimizer
     model = build_model(model_settings, adapter_settings, args, tokenizer)
     print_once(parameter_table(model))
-    trainer = MosLoraTrainer(
-        model, args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption, seen],
-        data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing), eval_dataset=validation,
-    )  # fmt: skip
+    collate = Collator.of(data_settings, tokenizer, transform, packing=args.packing)
+    trainer = MosLoraTrainer(model, args, train_dataset=dataset, sampler=sampler, data_collator=collate,
+                             eval_dataset=validation, facts=fingerprints, callbacks=[preemption, seen])  # fmt: skip
     trainer.add_callback(sample_answers(args, samples, ChatModel(model, tokenizer, template, transform)))
     trainer.create_optimizer()  # before the first file is written: --optim may be refused
 
