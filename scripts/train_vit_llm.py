@@ -43,6 +43,7 @@ from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.split import validation_data
 from llava_moslora.distributed import from_rank_0
+from llava_moslora.flags import call_of
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
 from llava_moslora.models.assemble import assemble, check_parts
@@ -245,7 +246,7 @@ def closing_line(run: Path, state: TrainerState, form: str) -> str:
     if best:
         trained += f"; best of its checkpoints: checkpoint-{best}, {state.best_metric:.4f}"
     if best or (run / f"checkpoint-{state.global_step}").is_dir():
-        return f"{trained}; next: python scripts/export.py {run} --output_dir MERGED{form}"
+        return f"{trained}; next: {call_of('export', run)} --output_dir MERGED{form}"
     return f"{trained}; its last step, {state.global_step}, was not saved: there is nothing to export"
 
 

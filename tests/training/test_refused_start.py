@@ -221,9 +221,10 @@ def test_nothing_saved_is_said(parts, tmp_path, capsys):
 
 
 def test_the_last_line_says_what_to_do_next(parts, tmp_path, capsys):
-    train(parts, tmp_path / "run", max_steps=1)
+    run = tmp_path / "with space ü"
+    train(parts, run, max_steps=1)
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line == f"trained: {tmp_path / 'run'}; next: python scripts/export.py {tmp_path / 'run'} --output_dir MERGED"
+    assert line == f"trained: {run}; next: python scripts/export.py '{run}' --output_dir MERGED"
 
 
 def test_a_damaged_log_stops_no_resume(parts, whole, tmp_path, capsys):
