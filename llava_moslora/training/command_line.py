@@ -7,7 +7,8 @@ nor transformers is imported: a mistyped flag is answered before.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -61,16 +62,32 @@ def parse_with(parser: SettingsParser, groups: Sequence[type], argv: Sequence[st
     Raises:
         Refusal: as :func:`parse`.
     """
+    content: dict[str, str | list[str]] = {}
+    given_here = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     if file := early(argv).config:
-        argv = [*_as_flags(read_config(Path(file)), {flag.name for flag in parser.flags[1:]}, file), *argv]
+        content = read_config(Path(file))
+        argv = [*_as_flags(content, {flag.name for flag in parser.flags[1:]}, file), *argv]
     if (deepspeed := early(argv).deepspeed) is not None:
         read_deepspeed_config(deepspeed)  # the Trainer looks into it while it reads its flags
-    values = vars(parser.parse_args(argv))
-    given = [{f.name: values.pop(f.name) for f in fields(group) if f.name in values} for group in groups]
-    del values["config"]
-    trainer_flags.check_flags(values)
-    _check_timeout(values["ddp_timeout"])
-    return [settings(**known) for settings, known in zip(groups, given, strict=True)], given[-1] | values
+    with _naming_file(file, content.keys() - given_here):
+        values = vars(parser.parse_args(argv))
+        given = [{f.name: values.pop(f.name) for f in fields(group) if f.name in values} for group in groups]
+        del values["config"]
+        trainer_flags.check_flags(values)
+        _check_timeout(values["ddp_timeout"])
+        return [settings(**known) for settings, known in zip(groups, given, strict=True)], given[-1] | values
+
+
+@contextmanager
+def _naming_file(file: str, names: Collection[str]) -> Iterator[None]:
+    """The refusal of a flag that only the file of --config gives names the file; ``names``: those flags."""
+    try:
+        yield
+    except Refusal as refusal:
+        name = (refusal.key or "").removeprefix("--")
+        if refusal.file is not None or name not in names:
+            raise
+        raise Refusal(**{**vars(refusal), "file": file, "key": name}) from refusal
 
 
 def early(argv: Sequence[str]) -> argparse.Namespace:
