@@ -22,10 +22,10 @@ if __name__ == "__main__":
 
 from llava_moslora.devices import use_expandable_segments
 from llava_moslora.noise import quiet_libraries
-from llava_moslora.training.command_line import parse
+from llava_moslora.training.command_line import check_places, parse
 
-if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
-    run_script(lambda: parse(sys.argv[1:], __doc__))
+if __name__ == "__main__":  # --help, a wrong flag or folder are answered here, before the seconds of these imports
+    run_script(lambda: check_places(*parse(sys.argv[1:], __doc__)))
     quiet_libraries()
     use_expandable_segments()
 
