@@ -1,4 +1,4 @@
-# Everything a fresh machine needs: `make demo` does the main job on real input, `make test` runs the tests.
+# For a fresh machine: `make demo` runs a small example end to end, `make test` runs the tests.
 # Both set up `.venv` first, with uv where it is installed and with pip where it is not; nothing else is written to.
 
 SHELL  := /bin/bash
@@ -8,7 +8,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 
-# The versions the checks last ran on; a package index moves on every day, a set-up that worked must not.
+# Versions that the checks last passed with, so that the set-up stays reproducible.
 CONSTRAINTS ?= .ci/constraints.txt
 
 # DeepSpeed compiles its CPU communication op once (about 70 s) and keeps it here; `ninja` must be on PATH for that.

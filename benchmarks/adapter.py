@@ -1,17 +1,17 @@
-"""What the adapter costs compared with PEFT's LoRA: time, FLOPs and the bytes kept for backward, in two whole layers.
+"""Cost of the adapter compared with PEFT's LoRA: time, FLOPs and bytes saved for backward, in two complete layers.
 
     python benchmarks/adapter.py [--device cuda] [--repeats 3] [--quick]
 
-Four methods are measured side by side in one run, in a LLaMA decoder layer and a CLIP layer with all linears adapted:
-the frozen linears alone, stock PEFT's LoRA, the mixer's plain formula x·Aᵀ·Wᵀ·Bᵀ on PEFT's layers, and this package's.
+Four methods are measured side by side in one run, in a LLaMA decoder layer and a CLIP layer with all linear layers
+adapted: frozen layers only, stock PEFT's LoRA, the naive formula x·Aᵀ·Wᵀ·Bᵀ on PEFT's layers, and this package's.
 On a GPU the shapes are LLaMA-3-8B's and CLIP-L/336's, the base is in bfloat16, and a fifth method, "torch", is this
 package's with plain torch operations instead of Triton's; on a CPU the decoder layer is half as wide.
 
-- time: forward and backward, the best of the repeats, which take the methods in turn. On a CPU it is the processor
-  time of one thread, so that a busy machine does not count.
+- time: forward and backward, the best of the repeats, with the methods interleaved. On a CPU it is the processor
+  time of one thread, so that other load does not matter.
 - FLOPs: torch's counter on meta tensors at LLaMA-3-8B's and CLIP-L/336's shapes and 16,384 rows, minus the frozen
   layer's. What backward recomputes is counted separately.
-- bytes: what autograd keeps for backward without parameters, each storage counted once, minus the frozen layer's.
+- bytes: what autograd saves for backward without parameters, each storage counted once, minus the frozen layer's.
 
 It prints one table of ratios to PEFT's LoRA and writes benchmarks/results/adapter-DEVICE.json.
 """
@@ -92,7 +92,7 @@ class Clip(nn.Module):
 
 
 class Naive(MosLoraVariant):
-    """The plain formula, as in the authors' PEFT, instead of the kernel."""
+    """The naive formula, as in the authors' PEFT, instead of the kernel."""
 
     @staticmethod
     def forward(module, active_adapter, x, result, **kwargs):
@@ -258,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=0, help="default: 3 on a CPU, 20 on a GPU")
-    parser.add_argument("--quick", action="store_true", help="rank 64 alone, once; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="only rank 64, once; writes nothing")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/adapter-DEVICE.json")
     arguments = parser.parse_args()
     device, ranks = arguments.device, RANKS[:1] if arguments.quick else RANKS

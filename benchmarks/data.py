@@ -1,9 +1,9 @@
-"""The data path in one table of ratios: records, images, memory, time to the first batch, padding, packing.
+"""The data pipeline in one table of ratios: records, images, memory, time to the first batch, padding, packing.
 
     python benchmarks/data.py --tokenizer playground/models/smollm2-135m-instruct [--records 665298]
 
-Everything is made here: a data file with the proportions of LLaVA's mix665k (94 % images with short talk, the rest
-long texts) and photograph-like JPEGs of COCO's size. One process, one core, unless a row says otherwise.
+All data are synthetic: a data file with the proportions of LLaVA's mix665k (94 % images with short conversations, the
+rest long texts) and photograph-like JPEGs of COCO's size. One process, one core, unless a row says otherwise.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Questions per second: this package's asking next to VLMEvalKit's loop, over one model and the same questions.
+"""Questions per second: this package's evaluation and VLMEvalKit's loop, with one model and the same questions.
 
     python benchmarks/evaluate.py [--model FOLDER] [--data FOLDER] [--questions 128]    # after `make demo`
-    python benchmarks/evaluate.py --tiny         # random models; the figures mean nothing, nothing is written
+    python benchmarks/evaluate.py --tiny         # random models; the numbers mean nothing, nothing is written
 
 The kit's side is its ``infer_data`` where VLMEvalKit is installed (``pip install ms-vlmeval``), with this package's
 model class. Elsewhere it is the same loop written out: one question at a time, its image from a file, through the
 functions of that class, ``empty_cache()`` on a GPU after each, all answers pickled after every tenth. Ours is what
 ``scripts/evaluate.py --benchmark seed`` does once the model is loaded. All sides share one loaded model and are timed
-in turn, the best of the repeats counts; on a CPU it is the processor time of one thread, so that a busy machine does
-not count. Not timed are loading and a first asking of everything, in which the kit also writes its images. At batch
-size 1 every answer must be the kit's.
+interleaved, the best of the repeats counts; on a CPU it is the processor time of one thread, so that other load does
+not matter. Loading and a warm-up pass, in which the kit also writes its images, are not timed. At batch
+size 1 every answer must equal the kit's.
 """
 
 from __future__ import annotations
@@ -132,14 +132,14 @@ def questions_of(data: Path, batch_size: int, limit: int | None) -> Questions:
 
 
 def measure(sides: dict[str, Side], repeats: int, clock: Callable[[], float]) -> dict[str, dict]:
-    """Side → the seconds of its best repeat and its answers; every side is asked once before anything is timed."""
+    """Side → the seconds of its best repeat and its answers, after a warm-up pass of every side."""
     found = {name: {"seconds": float("inf"), "answers": side()} for name, side in sides.items()}
     for _ in range(repeats):
-        for name, side in sides.items():  # in turn, so that a busy minute meets all
+        for name, side in sides.items():  # interleaved, so that other load affects all
             start = clock()
             answers = side()
             found[name]["seconds"] = min(found[name]["seconds"], clock() - start)
-            assert answers == found[name]["answers"], f"{name} answered differently the second time"
+            assert answers == found[name]["answers"], f"{name} gave different answers the second time"
     return found
 
 

@@ -4,7 +4,7 @@
     python benchmarks/export.py --gigabytes 1 --rank 16
 
 Both start from the same base folder and the same adapters (PEFT from the plain LoRA that ``--format peft`` writes),
-each in a process of its own; time is measured after imports, memory is the process's own peak (VmHWM, which counts
+each in a separate process; time is measured after imports, memory is the process's peak (VmHWM, which includes
 mapped files). The tensors of both results are compared. The export also hashes and fsyncs what it wrote; PEFT does not.
 """
 
@@ -182,7 +182,7 @@ def main() -> None:
         print(f"{platform.machine()}, {os.cpu_count()} cores; LLM of {size / 1e9:.2f} GB, rank {args.rank}")
         best = {"imports": measure("imports", *paths, work / "none")}
         for _ in range(repeats):
-            for side in ("peft", "ours"):  # in turn, so that a busy minute meets both
+            for side in ("peft", "ours"):  # interleaved, so that other load affects both
                 found = measure(side, *paths, work / side)
                 best[side] = {key: min(found[key], best.get(side, found)[key]) for key in found}
         difference = largest_difference(work / "ours", work / "peft")

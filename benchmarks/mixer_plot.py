@@ -1,4 +1,4 @@
-"""The picture of benchmarks/mixer.py: for each task, loss against learning rate, and the differences to LoRA.
+"""The plot of benchmarks/mixer.py: for each task, loss against learning rate, and the differences from LoRA.
 
 Drawn with Pillow in twice the size and scaled down.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-# Okabe and Ito 2008: colours that people with any colour vision can tell apart.
+# Okabe and Ito 2008: colour-blind safe.
 COLOURS = ("#000000", "#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73")
 INK, GREY, LINE, PAPER = "#222222", "#6b6b6b", "#d8d8d8", "#ffffff"
 # In pixels of the picture

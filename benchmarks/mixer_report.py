@@ -1,4 +1,4 @@
-"""The statistics of benchmarks/mixer.py: paired differences to LoRA by seed, in numbers and in words."""
+"""The statistics of benchmarks/mixer.py: paired differences from LoRA by seed, and verdicts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def validation_loss(found: dict, around: int) -> float | None:
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """None where one is missing: a run whose loss was not finite is never left out silently."""
+    """None if one is missing: a run whose loss was not finite is never silently dropped."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if len(known) == len(values) else None
 

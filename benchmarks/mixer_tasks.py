@@ -1,6 +1,6 @@
 """The two tasks of benchmarks/mixer.py: a frozen model, training and held-out examples, a loss and an accuracy.
 
-Images: the demo's CLIP tower names colour and shape (24 classes) in EasyVQA's images made strange. Text: SmolLM2-135M
+Images: the demo's CLIP tower classifies colour and shape (24 classes) in distorted EasyVQA images. Text: SmolLM2-135M
 names the module of Python's standard library that a docstring's first line comes from.
 
 Shapes: B examples, P patches, E vision width, T tokens, D LLM width, S answer tokens of a batch, V vocabulary.
@@ -65,7 +65,7 @@ class Task(Protocol):
 
 
 class Images:
-    """24 classes in strange images; the patches' mean after the last but one layer goes through a linear head.
+    """24 classes in distorted images; a linear head on the mean of the patches after the penultimate layer.
 
     Raises:
         Refusal: D-MISSING, the data set is not there.
@@ -79,7 +79,7 @@ class Images:
         if not (data / "captions.json").is_file():
             raise Refusal("D-MISSING", "EasyVQA is not there", file=data / "captions.json", fix=INPUTS)
         self.tower = CLIPVisionModel.from_pretrained(tower, dtype=torch.float32).eval().requires_grad_(False)
-        # A projector reads the last but one layer: the last one has no part in it.
+        # A projector reads the penultimate layer: the last one is not used.
         self.tower.encoder.layers = self.tower.encoder.layers[:-1]
         records = json.loads((data / "captions.json").read_text(encoding="utf-8"))
         train = {record["image"]: record["conversations"][1]["value"] for record in records}

@@ -1,10 +1,10 @@
-"""How fast a command answers before it does anything: ``--help``, a mistyped flag, ``import llava_moslora``.
+"""Start-up time of the commands: ``--help``, a mistyped flag, ``import llava_moslora``.
 
     python benchmarks/start.py                        # next to the import of torch, transformers and PEFT
     python benchmarks/start.py --before OLD_CHECKOUT  # and next to the same commands of another checkout
 
-Each answer is a process of its own, the sides in turn; the figures are medians. CPU time (user and system) counts:
-other processes of the machine do not change it.
+Each measurement is a separate process, interleaved; the results are medians of CPU time (user and system), which other
+processes on the machine do not affect.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The base model of benchmarks/subject.py: a small Stable Diffusion XL of every part, trained on EasyVQA's drawings.
+"""The base model of benchmarks/subject.py: a small Stable Diffusion XL with every component, trained on EasyVQA.
 
 Text encoders are random and frozen: they tell words apart, and the UNet learns what the words mean. The VAE sees
 drawings whose figures have any colour, the UNet only the eight colours of the set, with their captions. The loss is the
@@ -62,7 +62,7 @@ class Drawings:
 
 
 def background_of(pixels: np.ndarray) -> np.ndarray:
-    """The usual colour along the edges, float64[3]: a large figure has more pixels than its background."""
+    """The most frequent colour along the edges, float64[3]: a large figure has more pixels than its background."""
     edges = [pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]
     return np.median(np.concatenate(edges), axis=0)
 

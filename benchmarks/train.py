@@ -1,4 +1,4 @@
-"""What a training step costs at real size: LLaMA-3-8B and CLIP-L/336 with random weights, on one GPU.
+"""Cost of a training step at full size: LLaMA-3-8B and CLIP-L/336 with random weights, on one GPU.
 
     python benchmarks/train.py [--rows stock zero2+full zero1+selective zero1+none@4] [--batch 8]
 
@@ -19,9 +19,9 @@ Each row is written to --output when its run has ended, one that failed with its
 second (without padding) and MFU, medians after the warm-up, the peak memory of a step and the last loss; below it,
 every row of this package is set beside stock's. The file also holds every step's time and loss and, where one was
 computed, the lower bound of a roofline. --profile adds two steps under torch's profiler. --tiny runs the same code with
-tiny models, also on a CPU; its figures mean nothing, and nothing is written unless --output names a file.
+tiny models, also on a CPU; its numbers mean nothing, and nothing is written unless --output names a file.
 
-On a lent GPU; what is worth most comes first, and what 6 minutes do not suffice for is not measured:
+With limited GPU time, the most important rows first; what does not fit into 6 minutes is not measured:
 
     python benchmarks/train.py --steps 7 --warm-up 3 --limit 60 --deadline 350 --rows zero1+selective stock \\
         stock-bf16 zero1+full zero1+none@4 zero1+selective+llm@4 stock+llm@4 zero1+selective+packed stock+ragged

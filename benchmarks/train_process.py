@@ -1,6 +1,6 @@
 """Starts the runs of benchmarks/train.py one after the other, with as little time between them as possible.
 
-What all runs import is imported once, and a run is a fork of this process; while one is measured, the next one loads
+Common imports are done once, and a run is a fork of this process; while one is measured, the next one loads
 its weights and waits for the GPU.
 """
 

@@ -1,4 +1,4 @@
-"""One row of benchmarks/train.py: a run in a process of its own, timed step by step.
+"""One row of benchmarks/train.py: a run in a separate process, timed step by step.
 
 This package's is scripts/train_vit_llm.py as a user starts it; stock is in train_stock.py. The same callback
 (train_meter.py) measures both.

@@ -1,4 +1,4 @@
-"""What benchmarks/train.py compares with: stock PEFT's LoRA on stock transformers models under a plain Trainer.
+"""The baseline of benchmarks/train.py: stock PEFT's LoRA on stock transformers models under a plain Trainer.
 
 The batches are those of this package's rows, from the same collator, with the same optimizer and loader settings.
 """

@@ -25,17 +25,20 @@ from llava_moslora.flags import BY_COMMAND
 COMMANDS = {
     "train": ("train_vit_llm.py", "fine-tune adapters in the LLM and the vision tower, and the projector"),
     "train-sdxl": ("train_sdxl.py", "teach Stable Diffusion XL a subject from a few pictures"),
-    "plan": ("plan.py", "will a training fit, how long does it take, and which flags are the fastest"),
+    "plan": ("plan.py", "will a training run fit, how long will it take, and which flags are fastest"),
     "prepare": ("prepare_data.py", "check and tokenise data, with a report"),
-    "export": ("export.py", "make the folder of a run that other tools load"),
+    "export": ("export.py", "export a run to a format that other tools load"),
     "chat": ("chat.py", "talk to a model in the terminal"),
     "serve": ("serve.py", "talk to a model in a browser"),
     "evaluate": ("evaluate.py", "benchmarks, a question file, or two results compared"),
-    "evaluate-commonsense": ("evaluate_commonsense.py", "the eight sets of the paper's Table 4, on text alone"),
+    "evaluate-commonsense": ("evaluate_commonsense.py", "an LLM on the eight sets of the paper's Table 4 (text only)"),
     "study": ("study.py", "settings × seeds trained, evaluated and compared, with intervals and a verdict"),
-    "evaluate-subjects": ("evaluate_subjects.py", "images of a tuned SDXL: drawn, scored, judged by people"),
-    "convert-adapter": ("convert_adapter.py", "other people's MoSLoRA adapters to this package's, or to a plain LoRA"),
-    "convert-internlm2": ("convert_internlm2.py", "an InternLM2 folder to a Llama folder"),
+    "evaluate-subjects": ("evaluate_subjects.py", "images of a tuned SDXL: generate, score, and have people judge"),
+    "convert-adapter": (
+        "convert_adapter.py",
+        "convert other tools' MoSLoRA adapters to this package's, or to a plain LoRA",
+    ),
+    "convert-internlm2": ("convert_internlm2.py", "convert an InternLM2 folder to a Llama folder"),
 }
 
 

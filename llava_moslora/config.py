@@ -24,9 +24,9 @@ BAD_RECORD_POLICIES = ("fail", "quarantine")
 # Adapter methods; llava_moslora.adapters.methods has a row for each.
 ADAPTER_METHODS = ("moslora", "lora", "folded", "tsmix", "dora", "rslora", "pissa", "loha", "lokr", "adalora", "flora",
                    "loraxs", "nlora")  # fmt: skip
-# Methods that decide what the mixer is, or have none → (how it starts, whether it is trained)
+# Methods with a fixed mixer, or none → (its init, whether it is trained)
 FIXED_MIXERS = dict.fromkeys(("lora", "rslora", "pissa"), ("identity", False)) | {"tsmix": ("butterfly", False)}
-WITHOUT_DROPOUT = ("loha", "lokr")  # PEFT's have none on the input
+WITHOUT_DROPOUT = ("loha", "lokr")  # PEFT's have no input dropout
 MIXER_INITS = ("kaiming_uniform", "orthogonal", "identity", "normal", "butterfly")
 LOSS_AVERAGES = ("tokens", "micro_batch")
 AUTO = "auto"  # --recompute: the planner chooses (llava_moslora.planning)
@@ -35,18 +35,18 @@ RECOMPUTE_MODES = f"{AUTO} | none | full | selective | every:N"
 MODEL, DATA, ADAPTERS, TRAINING = "model", "data", "adapters", "training"
 SPEED, SAVING, LOGGING = "precision, memory and speed", "saving and resuming", "logging"
 HEADINGS = (MODEL, DATA, ADAPTERS, TRAINING, SPEED, SAVING, LOGGING)
-# Schedules that are functions of the step, whose state therefore is the step
+# Schedules whose only state is the step
 LR_SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt",
                 "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
                 "warmup_stable_decay")  # fmt: skip
 
-# What a value that names a file or folder may begin with, or hold
+# Prefixes and characters of values that name files or folders
 HUB, OPEN_CLIP, WILDCARDS = "hub:", "open_clip:", "*?["
 NAMED_FILE = re.compile(r"([\w.-]+)=(.+)", re.DOTALL)  # of --eval_data_path
 
 XTUNER_DATA_GROUP = 50  # global batches that XTuner's sampler sorts by length together
-# Lengths like mix665k's at 16 per device lose 1.9 % to padding with groups of 50, 0.9 % with 100 (shuffled: 42 %), on
-# one rank as on eight, whose shares of a batch are dealt in turn.
+# With lengths like mix665k's at 16 per device, 1.9 % of tokens are padding with groups of 50, 0.9 % with 100 (shuffled:
+# 42 %), on one rank as on eight, because the records of a global batch are distributed round-robin.
 DATA_GROUP = 100
 
 
@@ -76,15 +76,15 @@ class Settings:
 
 @dataclass
 class ModelSettings(Settings):
-    """The three parts that a LLaVA is assembled from, or an LLM alone, and how they are loaded."""
+    """The three parts that a LLaVA is assembled from, or a text-only LLM, and how they are loaded."""
 
     heading = MODEL
 
     model_name_or_path: str = setting(help="folder of the LLM, or of a complete LLaVA")
     vision_tower: str | None = setting(None, "CLIP, SigLIP, open_clip:ARCH@FILE; default: the LLaVA's, or none")
     pretrain_mm_mlp_adapter: str | None = setting(None, "stage 1's projector; default: the LLaVA's, or random weights")
-    version: str | None = setting(None, "conversation template; default: recognised from the tokenizer")
-    bits: int = setting(16, "per weight of the frozen LLM: 16 | 4 (NF4, QMoSLoRA)", BITS)
+    version: str | None = setting(None, "conversation template; default: detected from the tokenizer")
+    bits: int = setting(16, "bits per weight of the frozen LLM: 16 | 4 (NF4, QMoSLoRA)", BITS)
     attn_implementation: str = setting(
         "sdpa", "sdpa | eager | flash_attention_2 | flash_attention_3", ATTENTION_IMPLEMENTATIONS
     )
@@ -104,7 +104,7 @@ class ModelSettings(Settings):
     @property
     def template(self) -> str:
         """``version``, once it is known."""
-        assert self.version is not None, "the conversation template is not recognised yet"
+        assert self.version is not None, "the conversation template is not known yet"
         return self.version
 
 
@@ -114,25 +114,25 @@ class DataSettings(Settings):
 
     heading = DATA
 
-    data_path: list[str] = setting(help="JSON(L), Parquet, tars, folders of datasets, hub:NAME (downloads)")
-    data_columns: list[str] = setting([], "NAME=COLUMN of columns with other names: messages=dialog")
+    data_path: list[str] = setting(help="JSON(L), Parquet, tars, datasets folders, hub:NAME (downloads)")
+    data_columns: list[str] = setting([], "NAME=COLUMN for renamed columns, such as messages=dialog")
     data_weights: list[float] = setting([], "how often each file is seen per epoch; default: once")
     eval_data_path: list[str] = setting([], "validation data: as --data_path, each FILE or NAME=FILE")
-    validation_split: float = setting(0.0, "share of --data_path held out, by each record's content")
-    data_share: float = setting(1.0, "share of each file to train on, drawn by the seed; nested")
+    validation_split: float = setting(0.0, "share of --data_path held out, by a hash of each record")
+    data_share: float = setting(1.0, "share of each file to train on, sampled by the seed; nested")
     image_folder: str | None = setting(None, "folder that image names are relative to")
     image_aspect_ratio: str = setting("pad", "pad to a square, or crop as the tower's processor does", ASPECT_RATIOS)
-    image_engine: str = setting("pil", "pil: resized as for the tower's training; torch: faster", IMAGE_ENGINES)
+    image_engine: str = setting("pil", "pil: resizing of the tower's pretraining; torch: faster", IMAGE_ENGINES)
     model_max_length: int = setting(2048, "tokens per record, image placeholders included")
-    train_on_prompt: bool = setting(False, "text only: the loss of every token but the first")
+    train_on_prompt: bool = setting(False, "text only: loss on every token but the first")
     data_order: str = setting(
-        "modality_length", "modality_length (like lengths together) | shuffle | sequential", DATA_ORDERS
+        "modality_length", "modality_length (groups similar lengths) | shuffle | sequential", DATA_ORDERS
     )
     data_group: int = setting(DATA_GROUP, f"global batches sorted by length together; XTuner's: {XTUNER_DATA_GROUP}")
-    data_cache: str = setting(".cache/llava_moslora", "where tokenised data is kept and found again")
+    data_cache: str = setting(".cache/llava_moslora", "cache folder for tokenised data")
     preprocessing_num_workers: int = setting(1, "processes that check and tokenise the data")
-    on_bad_record: str = setting("fail", "fail, or quarantine: skip bad records and list them", BAD_RECORD_POLICIES)
-    max_bad_share: float = setting(0.01, "with quarantine: the largest share of bad records")
+    on_bad_record: str = setting("fail", "fail | quarantine (skip bad records and list them)", BAD_RECORD_POLICIES)
+    max_bad_share: float = setting(0.01, "with quarantine: maximum share of bad records")
     follow_image_links: bool = setting(False, "allow links that lead out of the image folder")
     decode_images: bool = setting(False, "decode every image before training, not only its header")
 
@@ -151,8 +151,8 @@ class DataSettings(Settings):
 class TowerAdapter:
     """The adapter of one tower: rank, scaling = ``lora_alpha`` / ``r``, dropout, mixer.
 
-    ``target_modules`` are suffixes of linears; empty: every linear of every layer. The LLM's ``lm_head`` is adapted
-    only where it is named (XTuner does so for InternLM2, whose head is called ``output``).
+    ``target_modules`` are suffixes of linear layers; empty: every linear layer of every block. The LLM's ``lm_head`` is
+    adapted only if it is named (XTuner does so for InternLM2, whose head is called ``output``).
     """
 
     r: int
@@ -165,7 +165,7 @@ class TowerAdapter:
 
 @dataclass
 class AdapterSettings(Settings):
-    """What is trained. Defaults are the paper's for LLaMA-3-8B and CLIP-L (Table 8)."""
+    """What is trained. Defaults are the paper's for LLaMA-3-8B and CLIP-L (Table 8; dropout: its authors' file)."""
 
     heading = ADAPTERS
 
@@ -174,13 +174,13 @@ class AdapterSettings(Settings):
     lora_r: int = setting(64, "rank in the LLM; 0: no adapter there")
     lora_alpha: float = setting(128, "scaling = alpha / rank")
     lora_dropout: float = setting(0.05, "dropout before the LLM's adapters")
-    lora_target_modules: list[str] = setting([], "suffixes of the LLM's linears; default: every linear")
+    lora_target_modules: list[str] = setting([], "suffixes of the LLM's linear layers; default: all")
     mixer_init: str = setting("kaiming_uniform", " | ".join(MIXER_INITS), MIXER_INITS)
-    train_mixer: bool = setting(True, "False: mixers stay as they start; with identity that is LoRA")
+    train_mixer: bool = setting(True, "False: freeze the mixers; with identity that is LoRA")
     vision_lora_r: int = setting(64, "rank in the vision tower; 0: no adapter there")
     vision_lora_alpha: float = setting(16, "scaling = alpha / rank")
     vision_lora_dropout: float = setting(0.05, "dropout before the tower's adapters")
-    vision_lora_target_modules: list[str] = setting([], "suffixes of the tower's linears; default: every linear")
+    vision_lora_target_modules: list[str] = setting([], "suffixes of the tower's linear layers; default: all")
     vision_mixer_init: str | None = setting(None, "in the tower; default: as --mixer_init")
     vision_train_mixer: bool | None = setting(None, "in the tower; default: as --train_mixer")
 
@@ -215,24 +215,24 @@ class TrainingSettings(Settings):
 
     output_dir: str = setting("", "the run folder: checkpoints, settings, logs", group=SAVING)
     global_batch_size: int | None = setting(None, "records per step, all ranks; sets --gradient_accumulation_steps")
-    vision_lr: float | None = setting(None, "of the tower's adapters; default: as --learning_rate")
-    mm_projector_lr: float | None = setting(None, "of the projector; default: as --learning_rate")
-    mixer_lr: float | None = setting(None, "of the mixers; default: as the adapter around them")
-    lora_plus_ratio: float = setting(1.0, "LoRA+: the learning rate of B is so many times that of A")
-    riemannian: bool = setting(False, "gradients of LoRA's A and B preconditioned; without DeepSpeed")
-    loss_average: str = setting(
-        "tokens", "over the global batch's tokens, or of micro_batch means (XTuner)", LOSS_AVERAGES
-    )
+    vision_lr: float | None = setting(None, "learning rate of the tower's adapters; default: --learning_rate")
+    mm_projector_lr: float | None = setting(None, "learning rate of the projector; default: --learning_rate")
+    mixer_lr: float | None = setting(None, "learning rate of the mixers; default: as their adapter's")
+    lora_plus_ratio: float = setting(1.0, "LoRA+: learning rate of B divided by that of A")
+    riemannian: bool = setting(False, "precondition the gradients of A and B; without DeepSpeed")
+    loss_average: str = setting("tokens", "mean over the batch's tokens, or of micro_batch means", LOSS_AVERAGES)
     packing: bool = setting(False, "several records per row; for --data_order shuffle")
     recompute: str | None = setting(None, f"{RECOMPUTE_MODES}; default: none", group=SPEED)
-    early_stopping_patience: int | None = setting(None, "stop after N evaluations in a row that are no better")
-    early_stopping_threshold: float = setting(0.0, "how much better counts as better")
+    early_stopping_patience: int | None = setting(None, "stop after N evaluations in a row without improvement")
+    early_stopping_threshold: float = setting(0.0, "smallest change that counts as an improvement")
     plan_check: bool = setting(True, "refuse a run that cannot fit the GPU's memory", group=SPEED)
-    sample_questions: str | None = setting(None, "questions to answer meanwhile, as --data_path", group=LOGGING)
+    sample_questions: str | None = setting(
+        None, "file of questions to answer during training, as --data_path", group=LOGGING
+    )
     sample_image_folder: str | None = setting(None, "of --sample_questions; default: as --image_folder", group=LOGGING)
     sample_steps: int = setting(500, "answer --sample_questions every N steps", group=LOGGING)
     sample_max_new_tokens: int = setting(64, "longest answer to --sample_questions, in tokens", group=LOGGING)
-    health_steps: int = setting(500, "log figures of mixers, updates and gradients so often; 0: never", group=LOGGING)
+    health_steps: int = setting(500, "log adapter statistics every N steps; 0: never", group=LOGGING)
     resume: bool = setting(False, "continue the run from its newest checkpoint, or start it", group=SAVING)
     allow_change: list[str] = setting([], "flags, without dashes, that may differ from the resumed run", group=SAVING)
     overwrite: bool = setting(False, "delete the run in --output_dir and start a new one", group=SAVING)
@@ -300,4 +300,4 @@ def parse_recompute(text: str) -> tuple[str, int]:
     name, _, count = text.partition(":")
     if name == "every" and count.isdecimal() and int(count) > 0:
         return "full", int(count)
-    raise Refusal("C-FLAG", "unknown way to recompute", key="--recompute", found=text, expected=RECOMPUTE_MODES)
+    raise Refusal("C-FLAG", "unknown mode", key="--recompute", found=text, expected=RECOMPUTE_MODES)

@@ -1,4 +1,4 @@
-"""The file that a person sends when something failed that this package did not foresee."""
+"""The report file to send with a bug in this package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def save_report(error: BaseException, output: Path | None) -> Path | None:
     """Save command, versions and traceback of ``error``: into ``output`` if it is a folder, else into the current or
     the temporary one; None where none can be written.
 
-    The file is hidden: a run folder with nothing else still counts as empty, and an export as unchanged.
+    The file is hidden, so that a run folder with nothing else still counts as empty, and an export as unchanged.
     """
     report = "\n".join([
         f"command: {shlex.join([sys.executable, *sys.argv])}",

@@ -1,8 +1,9 @@
-"""What GPUs can do, from their makers' data sheets, and how they are named on a command line."""
+"""GPU specifications from the vendors' data sheets, and GPU names on the command line."""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 GIB = 2**30
@@ -25,8 +26,9 @@ class Device:
     capability: tuple[int, int] = (8, 0)
 
 
-# The first name that occurs in the device's own name counts, so longer names stand first.
+# The first name that occurs in the device's own name, as whole words, counts, so longer names come first.
 DEVICES = {
+    "GH200": Device(989e12, 94.5, 450e9, (9, 0)),
     "H200": Device(989e12, 139.8, 450e9, (9, 0)),
     "H100 PCIe": Device(756e12, 79.1, 300e9, (9, 0)),
     "H100 NVL": Device(835e12, 93.1, 300e9, (9, 0)),
@@ -41,6 +43,7 @@ DEVICES = {
     "L40": Device(181e12, 44.4, 32e9, (8, 9)),
     "L4": Device(121e12, 22.0, 32e9, (8, 9)),
     "A40": Device(149.7e12, 44.4, 56e9, (8, 6)),
+    "A10G": Device(70e12, 22.0, 32e9, (8, 6)),
     "A10": Device(125e12, 22.0, 32e9, (8, 6)),
     "RTX 4090": Device(165.2e12, 23.5, 32e9, (8, 9)),
     "RTX 3090": Device(71e12, 23.5, 56e9, (8, 6)),
@@ -52,23 +55,30 @@ DEVICES = {
 }
 # --gpu's names → those above
 COMMAND_LINE = {
-    "h200": "H200", "h100-80": "H100", "h100-pcie": "H100 PCIe", "h100-nvl": "H100 NVL", "h800": "H800",
-    "b200": "B200", "a100-80": "A100", "a100-40": "A100-SXM4-40GB", "a800": "A800", "l40s": "L40S", "l40": "L40",
-    "l4": "L4", "a40": "A40", "a10": "A10", "rtx4090": "RTX 4090", "rtx3090": "RTX 3090", "a6000": "RTX A6000",
-    "rtx6000ada": "RTX 6000 Ada", "v100-32": "V100", "mi300x": "MI300X", "mi250": "MI250",
+    "gh200-96": "GH200", "h200": "H200", "h100-80": "H100", "h100-pcie": "H100 PCIe", "h100-nvl": "H100 NVL",
+    "h800": "H800", "b200": "B200", "a100-80": "A100", "a100-40": "A100-SXM4-40GB", "a800": "A800", "l40s": "L40S",
+    "l40": "L40", "l4": "L4", "a40": "A40", "a10": "A10", "a10g": "A10G", "rtx4090": "RTX 4090", "rtx3090": "RTX 3090",
+    "a6000": "RTX A6000", "rtx6000ada": "RTX 6000 Ada", "v100-32": "V100", "mi300x": "MI300X", "mi250": "MI250",
 }  # fmt: skip
 
 
+def known_name(name: str) -> str | None:
+    """The key of :data:`DEVICES` for a driver's name such as "NVIDIA H100 80GB HBM3"; None where it is not known. An
+    "RTX A1000" is no A100."""
+    return next((key for key in DEVICES if re.search(rf"(?<!\w){re.escape(key)}(?!\w)", name)), None)
+
+
 def find_device(name: str) -> Device | None:
-    """The device that a driver's name such as "NVIDIA H100 80GB HBM3" stands for; None where it is not known."""
-    return next((device for known, device in DEVICES.items() if known in name), None)
+    """The device with a driver's name; None if it is not known."""
+    key = known_name(name)
+    return None if key is None else DEVICES[key]
 
 
 def use_expandable_segments() -> None:
     """Let torch's allocator grow its segments, unless the environment configures it. To be called before CUDA starts.
 
-    Batches of other lengths leave gaps in segments of a fixed size: on an H100's 79 GiB a training that allocates 68
-    of them can run out of memory. The planner assumes this too (planning/memory.py).
+    Batches of different lengths fragment segments of a fixed size: on an H100 with 79 GiB, a run that allocates 68 GiB
+    can run out of memory. The planner assumes expandable segments too (planning/memory.py).
     """
     if not any(name in os.environ for name in ALLOCATOR):
         os.environ[ALLOCATOR[0]] = "expandable_segments:True"

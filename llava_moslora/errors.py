@@ -1,4 +1,4 @@
-"""The one error type of the package: everything a user can cause is refused in one line that states the fix.
+"""The error type of the package: every user error is reported in one line that states the fix.
 
 A refusal prints as::
 
@@ -8,7 +8,7 @@ The letter before the dash names the subject and decides the script's exit statu
 scheduler can react (``EXIT_STATUS``; 70 and 75 are ``EX_SOFTWARE`` and ``EX_TEMPFAIL`` of sysexits.h).
 
 Scripts run their ``main`` through :func:`run_script`, where every other exception becomes a refusal too: a known
-failure of the system or a library, or else a defect, whose traceback is saved.
+failure of the system or a library, or else a bug, whose traceback is saved.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ EXIT_STATUS = {
     "E": 4,  # environment: disk, memory, compiler, device, a judge's server
     "R": 5,  # the run itself: a non-finite loss
     "M": 6,  # a plan: the setting does not fit the GPU's memory
-    "N": 7,  # a plan: the planner cannot say; also where the range says that it may or may not fit
+    "N": 7,  # a plan: the planner cannot tell; also if the range says that it may or may not fit
     "P": 75,  # interrupted by a signal, another rank or a device: the same command, started again, resumes
-    "X": 70,  # a defect of this package: starting again does not help
+    "X": 70,  # a bug in this package: starting again does not help
 }
 
 # Messages of gloo, NCCL and the store for a lost connection.
@@ -65,7 +65,7 @@ NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|ALLOC_FAILED", re.IGNORECASE
 )
 CUDA = re.compile(r"\bCUDA\b|\bcu(da|dnn|blas)\w*(error|status)|\bNCCL\b", re.IGNORECASE)
-# Failures of a device, not of a program: after another start it may work again.
+# Failures of a device, not of a program: they may be gone after a restart.
 DEVICE_LOST = re.compile(
     r"unspecified launch failure|\bECC\b|hardware|device is lost|fell off|unknown error|busy or unavailable"
     r"|launch timed out|system not (yet )?initialized|nvlink|\bNCCL\b|remote error|internal error",
@@ -77,13 +77,13 @@ NO_DEVICE = re.compile(
     re.IGNORECASE,
 )
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What a folder's name and rights are no reason for: these errors have a line of their own
+# Errors that are not about a folder's name or permissions: they have a message of their own
 NOT_OF_THE_PLACE = (*FULL, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Refusal(ValueError):
-    """What the user gave cannot be used.
+    """Input that cannot be used, with the fix.
 
     Args:
         code: ``LETTER-WORD``; the letter is a key of :data:`EXIT_STATUS`.
@@ -160,8 +160,8 @@ def few(names: Iterable[object], count: int = 3) -> str:
 
 
 def did_you_mean(value: str, known: Iterable[str]) -> str:
-    """Which of the ``known`` words was probably meant, in another case or mistyped, as the ``fix`` of a refusal; "" if
-    none is near."""
+    """The ``known`` word that was probably meant (other case, or mistyped), as the ``fix`` of a refusal; "" if none is
+    close."""
     words = {word.lower(): word for word in known}
     near = difflib.get_close_matches(value.lower(), words, n=1)
     return f"did you mean {words[near[0]]}?" if near else ""
@@ -226,7 +226,7 @@ def leave(refusal: Refusal) -> NoReturn:
 
 
 def known_failure(error: BaseException) -> Refusal | None:
-    """The refusal for an error, or its cause, of the system, a device or another process; None for a defect."""
+    """The refusal for an error, or its cause, of the system, a device or another process; None for a bug."""
     if came:
         return _stopped(came[0])
     cause: BaseException | None = error
@@ -244,12 +244,12 @@ def _failure_of_system(error: BaseException) -> Refusal | None:
     if isinstance(error, KeyboardInterrupt | Stopped):
         return _stopped("Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error))
     if isinstance(error, MemoryError):
-        return Refusal("E-MEMORY", "the machine's memory is not enough", found=first, fix="a machine with more memory")
+        return Refusal("E-MEMORY", "not enough memory on this machine", found=first, fix="a machine with more memory")
     if not isinstance(error, OSError):
         return None
     if isinstance(error, ConnectionError):
         if isinstance(error, BrokenPipeError) and not stdout_works():
-            return Refusal("E-OUTPUT", "nobody reads the output any more", found=first, fix="send it to a file")
+            return Refusal("E-OUTPUT", "the reader of the output was closed", found=first, fix="redirect it to a file")
         return Refusal(
             "P-CONNECTION", "a connection to another process was lost", found=first,
             fix="see why it ended, then start the same command again",
@@ -262,7 +262,7 @@ def _stopped(by: str) -> Refusal:
 
 
 def failure_in(text: str, file: object) -> Refusal | None:
-    """The refusal for a system's error in what another process printed, which wrote ``file``; None for a defect."""
+    """The refusal for a system error in the output of another process, which wrote ``file``; None for a bug."""
     numbers = re.findall(r"\[Errno (\d+)\]|\(os error (\d+)\)", text)
     return _failure_by_number(int("".join(numbers[-1])), file, text.strip().splitlines()[-1]) if numbers else None
 
@@ -276,7 +276,7 @@ def _failure_by_number(number: int | None, file: object, found: str) -> Refusal 
     if number in (errno.EMFILE, errno.ENFILE):
         return Refusal("E-FILES", "too many open files", file=file, found=found, fix="raise the limit: ulimit -n 4096")
     if number == errno.ENOMEM:
-        return Refusal("E-MEMORY", "the machine's memory is not enough", found=found, fix="a machine with more memory")
+        return Refusal("E-MEMORY", "not enough memory on this machine", found=found, fix="a machine with more memory")
     if number == errno.EIO:
         return Refusal("E-DISK", "the disk cannot be read or written", file=file, found=found, fix="check the disk")
     return None
@@ -293,9 +293,9 @@ def _failure_of_library(error: BaseException) -> Refusal | None:
         return worker_failure(first)
     if kind == "OutOfMemoryError" or NO_MEMORY.search(text):
         fix = "smaller batches, or a device or machine with more memory"
-        return Refusal("E-MEMORY", "the memory of the device or the machine is not enough", found=first, fix=fix)
+        return Refusal("E-MEMORY", "not enough memory on the device or host", found=first, fix=fix)
     if "address already in use" in text.lower() or "EADDRINUSE" in text:
-        return Refusal("E-PORT", "another process listens there", found=first, fix="choose another port")
+        return Refusal("E-PORT", "the port is already in use", found=first, fix="choose another port")
     if NCCL_SETTINGS.search(text):
         return Refusal("E-NCCL", "NCCL cannot be used like this", found=first, fix="NCCL_DEBUG=WARN shows the reason")
     if kind in ("DistBackendError", "DistNetworkError", "DistStoreError") or LOST.search(text):
@@ -326,7 +326,7 @@ def defect(error: BaseException) -> Refusal:
     file, where = save_report(error, _place_of_output("--output_dir")), traceback.extract_tb(error.__traceback__)
     place = f" at {where[-1].filename}:{where[-1].lineno}" if where else ""
     saved = f"report it with {file}" if file else "LLAVA_MOSLORA_DEBUG=1 shows the traceback: report it"
-    return Refusal("X-DEFECT", "a defect of this package", found=f"{_first_line(error)}{place}", fix=saved)
+    return Refusal("X-DEFECT", "a bug in this package", found=f"{_first_line(error)}{place}", fix=saved)
 
 
 def _place_of_output(*flags: str) -> Path | None:

@@ -1,6 +1,6 @@
-"""Command lines of all scripts: parsers whose errors are refusals, flags made of settings, and their --help.
+"""Command lines of all scripts: parsers whose errors are refusals, flags from settings dataclasses, and --help.
 
-Neither torch nor transformers is imported here: --help and a mistyped flag are answered before either is.
+Neither torch nor transformers is imported here: --help and mistyped flags are handled before that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def call_of(script: str, *words: object) -> str:
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """argparse, but a wrong flag is a refusal with the nearest name; nothing is abbreviated, ``-`` counts as ``_``."""
+    """argparse, but an unknown flag is a refusal with the closest name; no abbreviations, ``-`` counts as ``_``."""
 
     def __init__(self, description: str | None, **kwargs: Any):
         kwargs = {"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs
@@ -171,7 +171,7 @@ def json_object(text: str) -> dict:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"no JSON object: {text!r}")
+        raise argparse.ArgumentTypeError(f"not a JSON object: {text!r}")
     return value
 
 
@@ -212,7 +212,7 @@ class SettingsParser(ScriptParser):
         for flag in self.flags:
             if flag.group:
                 groups.setdefault(flag.group, []).extend(flag.help_lines())
-        shown = "Shown with defaults; flags without one must be given or say what happens."
+        shown = "Flags without a default are required, unless their text says otherwise."
         if self.more is not None:
             shown = f"{shown[:-1]}; --help all: the Trainer's."
         body = "\n".join(line for heading, lines in groups.items() if lines for line in (f"{heading}:", *lines))

@@ -1,7 +1,7 @@
-"""What libraries print on every normal run, and nobody can act on: each line by its logger and its words.
+"""Hides messages that libraries print on every normal run and that need no action, by logger and text.
 
-Anything else that a library says is shown. :func:`quiet_libraries` is for scripts, before they import the libraries; a
-program that imports this package decides for itself.
+All other messages are shown. :func:`quiet_libraries` is for scripts, before they import the libraries; a program that
+imports this package decides for itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Line(NamedTuple):
 LINES = (
     Line(
         "bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community",
-        "a faster 4-bit product for CPUs from a package nobody asked for; printed by every import of PEFT",
+        "a faster 4-bit matrix product for CPUs from an optional package; printed by every import of PEFT",
     ),
     Line(
         "DeepSpeed", "Setting accelerator to CPU. If you have GPU or other accelerator",
@@ -35,7 +35,7 @@ LINES = (
     ),
     Line(
         "diffusers.loaders.lora_base", "No LoRA keys associated to CLIPTextModel",
-        "of every LoRA of the UNet alone; how many of its layers diffusers loaded is counted",
+        "printed for every UNet-only LoRA; how many of its layers diffusers loaded is checked",
     ),
 )  # fmt: skip
 WARNINGS = (
@@ -49,7 +49,7 @@ WARNINGS = (
 
 
 def quiet_libraries() -> None:
-    """Leave out :data:`LINES` and :data:`WARNINGS` in this process."""
+    """Hide :data:`LINES` and :data:`WARNINGS` in this process."""
     for line in LINES:
         logging.getLogger(line.logger).addFilter(_Without(line.words))
     for category, message in WARNINGS:
@@ -57,7 +57,7 @@ def quiet_libraries() -> None:
 
 
 def quiet_loading() -> None:
-    """Leave out the bars with which transformers and diffusers load the parts of a model, in this process."""
+    """Hide transformers' and diffusers' progress bars of loading model parts, in this process."""
     from transformers.utils import logging as of_transformers
 
     of_transformers.disable_progress_bar()
@@ -69,8 +69,8 @@ def quiet_loading() -> None:
 
 @contextmanager
 def collected_reports() -> Iterator[list[str]]:
-    """transformers' reports of tensors that a loaded model lacks, or has no use for: collected in place of printed, for
-    a caller that looks at what is missing itself."""
+    """Collect transformers' reports of missing and unexpected tensors instead of printing them, for a caller that
+    checks them itself."""
     reports: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:

@@ -1,7 +1,7 @@
 """The private API of transformers, accelerate, PEFT and DeepSpeed that this package overrides, calls or replaces.
 
-:func:`check_private_api` refuses a version in which a part of it has changed: an override of a method that the library
-has renamed or no longer calls is no error in Python, and the check for NaN, for example, would never run again. So a
+:func:`check_private_api` refuses a version in which a part of it has changed: overriding a method that the library
+has renamed or no longer calls is not an error in Python, but the NaN check, for example, would never run again. So a
 method must exist with the listed parameters and still be called by the class named as its caller; an attribute must
 still be used by its owner's code.
 """
@@ -11,13 +11,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Iterator
 from importlib import metadata
 from types import CodeType
 from typing import Any, NamedTuple
 
-from llava_moslora.errors import Refusal, leave
+from llava_moslora.errors import Refusal
 
 SUPPORTED = {"transformers": ">=5.17,<6", "accelerate": ">=1.15", "peft": ">=0.21,<0.23", "deepspeed": ">=0.19.8,<0.20"}
 TESTED = {"transformers": "5.23.0", "accelerate": "1.15.0", "peft": "0.21.2", "deepspeed": "0.19.8"}
@@ -138,15 +137,7 @@ def check_private_api(user: str) -> None:
                 expected=f"{part.name}{parameters}, as in {library} {SUPPORTED[library]}",
                 fix=f"pip install {library}=={TESTED[library]}, the version this was tested with",
             )
-            sys.excepthook = _leave_while_importing
             raise refusal
-
-
-def _leave_while_importing(kind, error, trace) -> None:
-    """A script imports this package before ``run_script`` can turn the refusal into one line and an exit status."""
-    if isinstance(error, Refusal):
-        leave(error)
-    sys.__excepthook__(kind, error, trace)
 
 
 def _difference(part: Part) -> tuple[str, str] | None:

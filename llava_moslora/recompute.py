@@ -2,20 +2,20 @@
 
 none       nothing: fastest, most memory
 every:N    every N-th layer
-selective  in every layer of the LLM what is cheap (norms, activations, rotary embedding, residuals); outputs of linears
-           and attention are saved, so that no matrix product runs twice; in the vision tower nothing
+selective  in every layer of the LLM, cheap operations (norms, activations, rotary embedding, residuals); outputs of
+           linear layers and attention are saved, so no matrix product runs twice; nothing in the vision tower
 full       every layer: slowest, least memory
 
 All give the same losses and gradients: dropout's masks are functions of a seed that recomputation restores.
 
-The tower's layers are small: of a step with selective recomputation they keep a twentieth of the memory, but their
-kernels end before Python has asked for the next one, and recomputation doubles what it asks for.
+The tower's layers are small: they take a twentieth of the activation memory of a step with selective recomputation,
+but they are launch-bound, and recomputation would double the number of launches.
 
 Selective is torch's checkpoint with a list of saved outputs. Adapted linears save and load theirs themselves
-(adapters/linear.py); for attention and other linears a dispatch mode does it, which is on only around them. torch's own
-``create_selective_checkpoint_contexts`` has its mode on all the time, which costs the host more time than all the rest
-of a layer. Of an adapter of stock PEFT only the frozen linear's output is saved, and its own products run again: they
-may be as large as the weight (DoRA, LoHa).
+(adapters/linear.py); for attention and other linear layers a dispatch mode does it, which is on only around them.
+torch's own ``create_selective_checkpoint_contexts`` keeps its mode on all the time, which costs more host time than the
+rest of a layer. For an adapter of stock PEFT only the frozen linear layer's output is saved, and its own products run
+again: they may be as large as the weight (DoRA, LoHa).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def saved_outputs() -> SavedOutputs | None:
 
 
 class _LayerContext:
-    """Makes the layer that runs inside know that it saves, or that it recomputes and loads what was saved."""
+    """Tells the layer that runs inside whether to save outputs, or to recompute and load what was saved."""
 
     def __init__(self, outputs: SavedOutputs, recomputing: bool):
         self.outputs, self.recomputing = outputs, recomputing
@@ -194,8 +194,8 @@ def _stock_forward(forward, in_adapter, *args, **kwargs):
 
 
 def set_recompute(model: nn.Module, text: str) -> None:
-    """Set ``--recompute`` for the layers of both towers; it acts in training mode only. Called once per model, a whole
-    one: the vision tower is known by its name there.
+    """Set ``--recompute`` for the layers of LLM and vision tower; it acts in training mode only. Called once, on the
+    complete model: the vision tower is recognised by its name in it.
 
     Raises:
         Refusal: C-FLAG, see :func:`parse_recompute`.

@@ -1,5 +1,5 @@
-"""How a script ends from outside: signals as an exception, so that files are closed and temporary ones deleted, and
-standard streams that are closed."""
+"""Stopping a script from outside: signals as an exception, so that files are closed and temporary ones deleted, and
+closed standard streams."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from types import FrameType
 
 # SIGHUP: the terminal was closed, or the connection to it lost. Ctrl-C is Python's own KeyboardInterrupt.
 SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-# Names of signals that came. Libraries may lose their exception: torch imports NumPy in C++, drops what is raised
-# there, and goes on with half a NumPy. Whatever fails then, or does not, the script was stopped.
+# Names of signals received. Libraries may lose their exception: torch imports NumPy in C++, drops what is raised
+# there, and continues with a half-imported NumPy. Whatever fails then, or does not, the script was stopped.
 came: list[str] = []
 
 
 class Stopped(BaseException):
-    """One of :data:`SIGNALS` came; no ``except Exception`` of a library may hold it."""
+    """One of :data:`SIGNALS` was received; an ``except Exception`` in a library does not catch it."""
 
 
 def catch_stop_signals() -> None:
-    """Raise :class:`Stopped` in the main thread when one of :data:`SIGNALS` comes, the first time. A signal that is
-    ignored (``nohup``) or handled already stays so; processes that are forked from this one end at once."""
+    """Raise :class:`Stopped` in the main thread when the first of :data:`SIGNALS` is received. A signal that is already
+    ignored (``nohup``) or handled stays so; processes that are forked from this one end at once."""
     if threading.current_thread() is not threading.main_thread():
         return
     owner = os.getpid()
@@ -45,9 +45,9 @@ def catch_stop_signals() -> None:
 
 
 def note_interrupts(noted: bool) -> None:
-    """Whether Ctrl-C is kept in :data:`came`, as while modules are imported. A script may go on after one: not there.
+    """Whether Ctrl-C is recorded in :data:`came`, as during imports. A script may continue after Ctrl-C, but not there.
 
-    Where another handler is set, or it is ignored as in a shell's background, it stays so.
+    If another handler is set, or it is ignored as in a shell's background job, it stays so.
     """
     if threading.current_thread() is threading.main_thread():
         before, after = (signal.default_int_handler, _interrupt)[:: 1 if noted else -1]
@@ -56,7 +56,7 @@ def note_interrupts(noted: bool) -> None:
 
 
 def refuse_if_stopped() -> None:
-    """Raise :class:`Stopped` where its exception was lost: what was done since may be half of what it should be."""
+    """Raise :class:`Stopped` if its exception was lost: what was done since may be incomplete."""
     if came:
         raise Stopped(came[0])
 
@@ -67,8 +67,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _come_again(lost: sys.UnraisableHookArgs) -> None:
-    """A signal that came inside a destructor or a callback of the garbage collector, where Python can only print its
-    exception and go on, comes again a moment later."""
+    """Repeat a signal a moment later if it came inside a destructor or a garbage-collector callback, where Python can
+    only print its exception and continue."""
     if not issubclass(lost.exc_type, KeyboardInterrupt | Stopped):
         sys.__unraisablehook__(lost)
         return
@@ -78,8 +78,8 @@ def _come_again(lost: sys.UnraisableHookArgs) -> None:
 
 
 def keep_standard_streams() -> None:
-    """Give a stream that was closed from the start to ``/dev/null``: else the next file opened would get its number,
-    and what a library in C prints would be written into it."""
+    """Redirect a stream that was closed from the start to ``/dev/null``: else the next opened file would get its
+    descriptor, and output of C libraries would be written into it."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
@@ -88,8 +88,8 @@ def keep_standard_streams() -> None:
 
 
 def end_progress_bars(rank: int) -> None:
-    """The refusal must start a line. Some bars end without a newline; those of rank 0 are not known to other ranks,
-    which print to the same place."""
+    """End progress bars so that the refusal starts a new line. Some end without a newline; other ranks, which print to
+    the same terminal, do not know rank 0's."""
     bars = list(getattr(sys.modules["tqdm"].tqdm, "_instances", ())) if "tqdm" in sys.modules else []
     for bar in bars:
         bar.close()
@@ -98,7 +98,7 @@ def end_progress_bars(rank: int) -> None:
 
 
 def stdout_works() -> bool:
-    """Whether somebody still reads the standard output."""
+    """Whether standard output still has a reader."""
     try:
         sys.stdout.flush()
         poller = select.poll()

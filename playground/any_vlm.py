@@ -1,10 +1,10 @@
-"""MoSLoRA in a vision-language model of transformers by stock PEFT: Qwen2.5-VL, Qwen3-VL, LLaVA and their like.
+"""MoSLoRA in a vision-language model of transformers with stock PEFT: Qwen2.5-VL, Qwen3-VL, LLaVA and similar.
 
     python playground/any_vlm.py --model Qwen/Qwen3-VL-8B-Instruct --data rows.json --output_dir adapters/qwen
 
 ``rows.json`` is a list of records with ``messages``, as the model's chat template takes them, and ``image``, a path.
-The loop is the shortest that trains: one record a step, loss on the last answer. Of this package it needs the adapter
-alone. ``output_dir`` holds the training form, ``output_dir/plain`` the same as a plain LoRA for stock PEFT and vLLM.
+The training loop is minimal: one record per step, loss on the last answer. It uses only the adapter of this
+package. ``output_dir`` has the training form, ``output_dir/plain`` the same as a plain LoRA for stock PEFT and vLLM.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Ask an exported folder questions with nothing but stock transformers: this file must never import llava_moslora.
+"""Query an exported model with stock transformers only: this file must never import llava_moslora.
 
     python playground/ask_stock.py EXPORT --questions test.json --image_folder images \\
         --output answers.json --probe logits.safetensors
@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
 
     questions = json.loads(Path(args.questions).read_text(encoding="utf-8"))
-    # Pillow scales images as training did; torchvision, transformers' default, differs by up to 1/64 per channel.
+    # Pillow scales images as in training; torchvision, transformers' default, differs by up to 1/64 per channel.
     processor = AutoProcessor.from_pretrained(args.folder, backend="pil")
     processor.tokenizer.padding_side = "left"
     model = AutoModelForImageTextToText.from_pretrained(args.folder).eval()

@@ -1,4 +1,4 @@
-"""The demo's table and images, from the answers that the demo wrote; fails when the export does not answer as the run.
+"""The demo's table and images, from the answers that the demo wrote; fails if export and run differ.
 
 Run by ``scripts/demo.sh``, whose last line shows the arguments.
 """
@@ -47,7 +47,7 @@ def main() -> None:
         ("after, image blanked", accuracy(questions, answers["blanked"]), None),
         ("merged, stock transformers", accuracy(questions, answers["merged"]), None),
     ]
-    print(f"\n{'EasyVQA, held-out test split':<32}{len(questions):>6} asked{'all ' + str(full['questions']):>12}")
+    print(f"\n{'EasyVQA, held-out test split':<32}{len(questions):>4} sampled{'all ' + str(full['questions']):>12}")
     for name, share, of_all in rows:
         print(f"{name:<32}{share:>11.1%}{'' if of_all is None else format(of_all, '12.1%')}")
 
@@ -55,14 +55,14 @@ def main() -> None:
     shared = min(run.shape[1], merged.shape[1])
     distance = (run[:, :shared] - merged[:, :shared]).abs().max().item()
     different = sum(a != b for a, b in zip(answers["after"], answers["merged"], strict=True))
-    print(f"{'merged against run':<32}{different:>6} answers differ; logits within {distance:.1e}")
+    print(f"{'merged vs. run':<32}{different:>6} answers differ; logits within {distance:.1e}")
     cards, choices = choice_cards(args.choices, args.folder / "seed")
     print(choices)
     for name, drawn in (("answers", answer_cards(questions, answers["after"], args.image_folder)), ("choices", cards)):
         draw(args.folder / f"{name}.png", drawn)
         print(f"image: {args.folder / name}.png")
     if different or distance > 1e-4:
-        sys.exit("error: the merged model does not answer as the trained one")
+        sys.exit("error: the merged model's answers or logits differ from the trained model's")
 
 
 def read(path: Path) -> list[str]:
@@ -81,7 +81,7 @@ class Card:
 
 
 def answer_cards(questions: list[VqaExample], answers: list[str], image_folder: Path) -> list[Card]:
-    """Held-out questions, each about another image."""
+    """Held-out questions, each about a different image."""
     first = {question.image: number for number, question in reversed(list(enumerate(questions)))}
     return [
         Card(
@@ -93,7 +93,7 @@ def answer_cards(questions: list[VqaExample], answers: list[str], image_folder: 
 
 
 def choice_cards(file: Path, output: Path) -> tuple[list[Card], str]:
-    """The first questions in SEED-Bench's format, and what the evaluation found, as lines of the table."""
+    """Cards of the first questions in SEED-Bench's format, and the evaluation's result as lines of the table."""
     table, result = Table(file), read_results(output)["seed"]
     _, answers = read_answers(output / "seed", {})
     options = [options_of(row) for row in table.rows]
@@ -107,7 +107,7 @@ def choice_cards(file: Path, output: Path) -> tuple[list[Card], str]:
     title = "EasyVQA as multiple choice, in SEED-Bench's file format"
     interval = "95 % interval {:.1f} to {:.1f}".format(*result.interval)
     return cards, (
-        f"\n{title}{len(table.rows):>6} asked\n{'a guess':<32}{guess:>11.1%}\n{'after training':<32}"
+        f"\n{title}{len(table.rows):>6} questions\n{'random guess':<32}{guess:>11.1%}\n{'after training':<32}"
         f"{result.score.value / 100:>11.1%}   {interval}, unread {result.score.unread:.1%}"
     )
 

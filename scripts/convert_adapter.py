@@ -1,4 +1,4 @@
-"""Convert an adapter that anyone trained to this package's training form, or to a plain LoRA for stock PEFT.
+"""Convert an adapter of this or another tool to this package's training form, or to a plain LoRA for stock PEFT.
 
     python scripts/convert_adapter.py adapters/moslora --output_dir adapters/plain --format lora
     python scripts/convert_adapter.py iter_2181.pth --output_dir adapters/ours \\
@@ -7,7 +7,7 @@
 
 It reads adapters of this package, of the MoSLoRA authors' repository and their fork of PEFT, XTuner's iter_N.pth and
 plain LoRAs. A plain LoRA becomes a MoSLoRA adapter with identity mixers, from which training can continue. No base
-model is needed, and the result computes what the source computes.
+model is needed, and the result is equivalent to the source.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="ALPHA",
-        help="of a file without adapter_config.json: the alpha of the training, or PREFIX=ALPHA for each part",
+        help="for a file without adapter_config.json: the alpha used in training, or PREFIX=ALPHA for each part",
     )
     return parser.parse_args(argv)
 
@@ -72,7 +72,7 @@ def convert(source: Path, output: Path, form: str, rename: list[str], lora_alpha
     if output.exists():
         raise Refusal("C-OUTPUT", "already exists", file=output, key="--output_dir", fix="choose another, or delete it")
     if lora_alpha and source.is_dir():
-        what, fix = "the folder's adapter_config.json has it", "leave it out"
+        what, fix = "the folder's adapter_config.json has it", "omit it"
         raise Refusal("C-FLAG", what, file=source, key="--lora_alpha", found=" ".join(lora_alpha), fix=fix)
     prefixes, alphas = _renames(rename), _alphas(lora_alpha)
     adapter = read_adapter(source, lora_alpha=alphas)
@@ -81,7 +81,7 @@ def convert(source: Path, output: Path, form: str, rename: list[str], lora_alpha
         if unused := [prefix for prefix in given if not any(name.startswith(prefix) for name in names)]:
             what, fix = "no name in the adapter begins with it", "use a prefix of these names"
             raise Refusal("C-FLAG", what, file=source, key=key, found=unused[0], expected=few(names), fix=fix)
-    if source.is_file() and adapter.others:  # XTuner saves all of a training in one file
+    if source.is_file() and adapter.others:  # XTuner saves the whole training state in one file
         print(f"not written: {few(adapter.others)}, which do not belong to the adapter")
         adapter = Adapter(adapter.config, adapter.layers, {})
     if prefixes:

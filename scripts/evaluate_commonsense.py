@@ -1,10 +1,10 @@
-"""The paper's Table 4: a run or a model on the eight commonsense sets, by LLM-Adapters' protocol.
+"""The paper's Table 4: a run or a model on the eight commonsense sets, with LLM-Adapters' protocol.
 
     python scripts/evaluate_commonsense.py runs/commonsense --data LLM-Adapters/dataset --output results/commonsense
 
-FOLDER/test.json of the eight sets are read from --data; nothing is downloaded. lm-evaluation-harness asks and scores:
-pip install 'llava_moslora[commonsense]'. With --tasks likelihood it asks its own tasks, over TASK.jsonl in --data.
-Every set is kept in --output when it is done; the same command continues.
+FOLDER/test.json of the eight sets are read from --data; nothing is downloaded. Uses lm-evaluation-harness:
+pip install 'llava_moslora[commonsense]'. --tasks likelihood runs the harness's own tasks, on TASK.jsonl in --data.
+Every finished set is saved in --output; the same command continues.
 """
 
 import argparse
@@ -22,22 +22,22 @@ from llava_moslora.noise import quiet_libraries
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
-    parser.add_argument("model", help="a run on text alone, or the folder of an LLM: an export of --format llm")
+    parser.add_argument("model", help="a text-only run, or the folder of an LLM: an export of --format llm")
     parser.add_argument("--data", required=True, metavar="FOLDER", help="LLM-Adapters' dataset/, or of TASK.jsonl")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="for answers and results")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS), metavar="SET", help=" ".join(SETS))
     tasks = "llm_adapters: the paper's protocol; likelihood: the harness's own tasks, a second table"
     parser.add_argument("--tasks", default="llm_adapters", choices=["llm_adapters", "likelihood"], help=tasks)
     parser.add_argument(
-        "--batch_size", type=int, default=1, metavar="N", help="questions asked at once; default: 1, as the reference"
+        "--batch_size", type=int, default=1, metavar="N", help="questions per batch; default: 1, as in the reference"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="ask only the first N records of each set")
-    paper = f"row of Table 4 to print beside it: {', '.join(PAPER)}; default: moslora"
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records of each set")
+    paper = f"row of Table 4 to print next to it: {', '.join(PAPER)}; default: moslora"
     parser.add_argument("--paper", choices=list(PAPER), metavar="ROW", help=paper)
     args = parser.parse_args(argv)
     if args.paper and args.tasks == "likelihood":
-        what = "has no effect: Table 4 is not of these tasks"
-        raise Refusal("C-FLAG", what, key="--paper", found=args.paper, fix="leave it out")
+        what = "has no effect: Table 4 does not have these tasks"
+        raise Refusal("C-FLAG", what, key="--paper", found=args.paper, fix="omit it")
     for name in ("batch_size", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="at least 1")

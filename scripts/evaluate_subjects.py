@@ -1,4 +1,4 @@
-"""Subject-driven generation (the paper's section 4.3): draw a tuned SDXL's images, score them, have people judge them.
+"""Subject-driven generation (the paper's section 4.3): generate a tuned SDXL's images, score them, have people judge.
 
     python scripts/evaluate_subjects.py draw --base SDXL --subjects dreambooth --lora cat=exports/cat dog=exports/dog \\
         --identifier ikat --output drawn/moslora
@@ -47,16 +47,16 @@ SEVERAL, DTYPES = "several steps", ("float16", "bfloat16", "float32")
 # Flag → its heading in --help, a step where it belongs to one alone; how it is read; and its text.
 FLAGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "base": ("draw", {}, "folder of the SDXL pipeline"),
-    "lora": ("draw", {"nargs": "+", "metavar": "SUBJECT=FOLDER"}, "of each subject its exported LoRA"),
-    "identifier": ("draw", {"metavar": "WORD"}, "the subject's word in the training's prompt, as ikat; with --lora"),
-    "seeds": ("draw", {"type": int, "metavar": "N"}, "images of each prompt"),
-    "steps": ("draw", {"type": int, "metavar": "N"}, "of the sampler, as in the reference"),
+    "lora": ("draw", {"nargs": "+", "metavar": "SUBJECT=FOLDER"}, "the exported LoRA of each subject"),
+    "identifier": ("draw", {"metavar": "WORD"}, "the subject's word in the training prompt, such as ikat; with --lora"),
+    "seeds": ("draw", {"type": int, "metavar": "N"}, "images per prompt"),
+    "steps": ("draw", {"type": int, "metavar": "N"}, "sampler steps, as in the reference"),
     "guidance": ("draw", {"type": float, "metavar": "X"}, "as in diffusers' pipeline"),
-    "size": ("draw", {"type": int, "metavar": "PIXELS"}, "of a side; default: as the base was trained for"),
+    "size": ("draw", {"type": int, "metavar": "PIXELS"}, "image size; default: the base's training size"),
     "dtype": ("draw", {"choices": DTYPES, "metavar": "TYPE"}, " | ".join(DTYPES)),
     "clip": ("score", {}, "folder of CLIP ViT-B/32, for CLIP-I and CLIP-T"),
     "dino": ("score", {}, "folder of DINO ViT-S/16; one of the two, or both"),
-    "tie": ("score", {"type": float, "metavar": "POINTS"}, "of 100: scores closer than this are alike"),
+    "tie": ("score", {"type": float, "metavar": "POINTS"}, "of 100: a smaller difference counts as a tie"),
     "pairs": ("kit", {"type": int, "metavar": "N"}, "prompts of each subject, as in the paper"),
     "subjects": (SEVERAL, {}, "google/dreambooth's folder, or one like it"),
     "names": (SEVERAL, {"nargs": "+", "metavar": "SUBJECT"}, "only these; default: all of the folder"),
@@ -103,7 +103,7 @@ def check_flags(args: argparse.Namespace) -> None:
     if lacking := [name for name in needed if name not in given]:
         raise Refusal("C-FLAG", f"missing: {args.step} needs it", key=f"--{lacking[0]}")
     if other := sorted(given - {*needed, *allowed}):
-        raise Refusal("C-FLAG", f"has no effect with {args.step}", key=f"--{other[0]}", fix="leave it out")
+        raise Refusal("C-FLAG", f"has no effect with {args.step}", key=f"--{other[0]}", fix="omit it")
     if len(args.inputs) not in counts:
         raise Refusal(
             "C-FLAG", f"{args.step} takes other inputs", found=" ".join(args.inputs) or "none", expected=expected
@@ -112,7 +112,7 @@ def check_flags(args: argparse.Namespace) -> None:
         if (value := getattr(args, name)) is not None and not least <= value < 1e6:
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected=f"at least {least}")
     if args.size is not None and args.size % 8:
-        fix = f"{args.size // 8 * 8}, or leave it out"
+        fix = f"{args.size // 8 * 8}, or omit it"
         raise Refusal("C-FLAG", "not a multiple of 8", key="--size", found=args.size, fix=fix)
     if args.identifier is not None and not args.identifier.strip():
         fix = "the word of the training's prompt, as ikat"

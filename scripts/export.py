@@ -1,10 +1,10 @@
-"""Turn a training run into the folder that the next tool loads, and prove that it answers as the run does.
+"""Export a training run to a format that other tools load, and verify that it gives the run's answers.
 
     python scripts/export.py runs/llama3-moslora --output_dir merged/llama3-moslora
 
 Runs on a CPU with little memory: tensors are merged a block of rows at a time, from the base's files into the export's.
-The proof loads the export with stock libraries in a fresh process and compares it with the run, in float32; --no_proof
-skips it. Several formats are written into folders of their names in --output_dir.
+Verification loads the export with stock libraries in a fresh process and compares it with the run, in float32;
+--no_proof skips it. Several formats are written into folders of their names in --output_dir.
 
     python scripts/export.py merged/llama3-moslora --push_to_hub OWNER/NAME
 
@@ -26,17 +26,17 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(f"{__doc__}\nformats:\n{format_list()}")
-    parser.add_argument("run", help="the --output_dir of a training; with --push_to_hub alone a finished export")
+    parser.add_argument("run", help="the --output_dir of a training run; with only --push_to_hub, a finished export")
     parser.add_argument("--output_dir", metavar="FOLDER", help="the folder to write")
     parser.add_argument(
         "--format", nargs="+", default=["hf"], choices=[*FORMATS, *SDXL_FORMATS], metavar="FORMAT",
         help="one or several of the formats above; default: hf",
     )  # fmt: skip
-    parser.add_argument("--with_base", action="store_true", help="with --format peft: peft_with_base in its place")
+    parser.add_argument("--with_base", action="store_true", help="with --format peft: peft_with_base instead")
     parser.add_argument("--dtype", choices=DTYPES, help="of merged weights; default: the LLM folder's")
     parser.add_argument(
         "--merge_base", choices=[ORIGINAL, DEQUANTIZED], default=ORIGINAL,
-        help="of a run with --bits 4: into the original weights (default), or the dequantised ones that training saw",
+        help="with --bits 4: merge into the original weights (default), or the dequantised ones used in training",
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint", metavar="WHICH",
@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="replace the export in --output_dir, if none of its files changed; and write to a repository of the Hub "
         "that holds something else or was changed there, whose earlier commits stay",
     )  # fmt: skip
-    parser.add_argument("--no_proof", action="store_true", help="skip the proof; export_report.json records that")
+    parser.add_argument("--no_proof", action="store_true", help="skip verification; export_report.json records that")
     parser.add_argument(
         "--evaluation", metavar="RESULTS", help="the --output of scripts/evaluate.py: scores for the model card"
     )
@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--push_to_hub", metavar="OWNER/NAME",
         help="upload the export to this repository of the Hugging Face Hub, which is created",
     )  # fmt: skip
-    parser.add_argument("--private", action="store_true", help="with --push_to_hub: visible to its owner only")
+    parser.add_argument("--private", action="store_true", help="with --push_to_hub: visible only to its owner")
     args = parser.parse_args(argv)
     check_flags(args, parser)
     return args
@@ -68,7 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
     if args.private and args.push_to_hub is None:
-        raise Refusal("C-FLAG", "belongs to --push_to_hub", key="--private")
+        raise Refusal("C-FLAG", "needs --push_to_hub", key="--private")
     if args.push_to_hub is not None and len(args.format) > 1:
         fix = "one --format, or push their folders one by one"
         raise Refusal("C-FLAG", "a repository holds one format", key="--format", found=", ".join(args.format), fix=fix)
@@ -81,7 +81,7 @@ def check_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
     values = {name: value for name, value in vars(args).items() if name not in pushing}
     if given := [name for name, value in values.items() if value != parser.get_default(name)]:
         what = "belongs to an export, and a finished one is pushed as it is"
-        raise Refusal("C-FLAG", what, key=f"--{given[0]}", fix="leave it out, or give a run and --output_dir")
+        raise Refusal("C-FLAG", what, key=f"--{given[0]}", fix="omit it, or give a run and --output_dir")
 
 
 def check_sdxl_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
@@ -94,7 +94,7 @@ def check_sdxl_flags(args: argparse.Namespace, parser: ScriptParser) -> None:
         raise Refusal("C-FLAG", "a run is either of SDXL or not", key="--format", found=found, fix=fix)
     others = ("with_base", "dtype", "merge_base", "vision_tower", "evaluation")
     if given := [name for name in others if getattr(args, name) != parser.get_default(name)]:
-        raise Refusal("C-FLAG", f"no effect with --format {DIFFUSERS}", key=f"--{given[0]}", fix="leave it out")
+        raise Refusal("C-FLAG", f"no effect with --format {DIFFUSERS}", key=f"--{given[0]}", fix="omit it")
 
 
 def format_list() -> str:

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Stage 1 for InternLM2-chat-7B: the projector alone, two linears between CLIP-L/336 and the LLM, is trained on 558K
-# captions, both towers frozen.
+# Stage 1 for InternLM2-chat-7B: only the projector, two linear layers between CLIP-L/336 and the LLM, is trained
+# on 558K captions; LLM and vision tower are frozen.
 #
 #   bash scripts/internlm2_7b_pretrain.sh                     # 4 GPUs; folders as below and in recipe_defaults.sh
 #   GPUS=8 RUN=/data/run bash scripts/internlm2_7b_pretrain.sh --save_steps 500
 #
-# Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
-# wins). The same command resumes an interrupted run.
+# Every variable can be set in the environment, and flags of train_vit_llm.py can follow the script's name (the last
+# one wins). The same command resumes an interrupted run.
 #
-# Hyper-parameters are XTuner's for the projector that the paper starts from, the LLM in NF4 among them (BITS=16
-# leaves it in 16 bits). The captions are asked for in the LLM's chat format, as there.
+# Hyper-parameters are XTuner's for the projector that the paper starts from, xtuner/llava-internlm2-7b-pretrain, the LLM
+# in NF4 among them (BITS=16 leaves it in 16 bits); with that one (its .pth file as PROJECTOR of stage 2) this
+# stage is not needed. The captions are asked for in the LLM's chat format, as there.
 # Planned, python scripts/plan.py --config scripts/internlm2_7b_pretrain.sh --gpu a100-80 --records 558128:
 #   fits on 4 × A100 with 79.1 GiB: 31.4 to 35.9 GiB a GPU, 7.2 to 16.5 h for 2,181 steps; --recompute auto: full
 set -euo pipefail

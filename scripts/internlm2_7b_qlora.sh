@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# QLoRA (the baseline: a mixer that is the identity and stays it) on InternLM2-chat-7B in NF4 and CLIP-L/336.
-# Hyper-parameters: Table 8 of the MoSLoRA paper, column "InternLM2+ViT".
+# QLoRA (the baseline: a frozen identity mixer) on InternLM2-chat-7B in NF4 and CLIP-L/336.
+# Hyper-parameters: Table 8 of the MoSLoRA paper, column "InternLM2+ViT"; what the table does not say (dropout,
+# schedule, warm-up, clipping, weight decay, seed) is from the authors' configuration file and start script.
 #
 #   bash scripts/internlm2_7b_qlora.sh                        # 4 GPUs; folders as below and in recipe_defaults.sh
 #   GPUS=2 RUN=/data/run bash scripts/internlm2_7b_qlora.sh --save_steps 500
 #
-# Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
-# wins). The same command resumes an interrupted run.
+# Every variable can be set in the environment, and flags of train_vit_llm.py can follow the script's name (the last
+# one wins). The same command resumes an interrupted run.
 #
-# The authors' published config file differs from their paper: learning rate 2e-4, the LM head adapted too.
-# HYPER=paper (default) takes the paper's values, HYPER=authors the file's. The file's run also averages the loss
-# over each micro-batch instead of over all trained tokens of the global batch: --loss_average micro_batch.
+# HYPER=paper (default) takes the paper's values, HYPER=authors those of the authors' configuration file: learning
+# rate 2e-4, the LM head adapted too. Their start script starts two processes, a global batch of 32: add GPUS=2 and
+# --global_batch_size 32.
+# InternLM2 has one linear for q, k and v, which therefore share one A there; here each has its own, also with
+# HYPER=authors: 1,342M trained parameters in the LLM's layers, there 1,208M.
+# PROJECTOR is stage 1's (internlm2_7b_pretrain.sh); the paper's is XTuner's, the .pth of
+# xtuner/llava-internlm2-7b-pretrain.
+# As XTuner, which averages the loss over each micro-batch and sorts 50 global batches by length together:
+# --loss_average micro_batch --data_group 50. What else differs: docs/training.md, "Paper, authors' code, here".
 # Planned, python scripts/plan.py --config scripts/internlm2_7b_qlora.sh --gpu a100-80 --records 665298:
 #   fits on 4 × A100 with 79.1 GiB: 26.0 to 30.0 GiB a GPU, 11.1 to 25.3 h for 10,396 steps; --recompute auto: full
 set -euo pipefail

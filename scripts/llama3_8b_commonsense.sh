@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Any row of the paper's Table 4, by METHOD, on LLaMA-3-8B-Instruct alone, on commonsense_170k.
+# Any row of the paper's Table 4, by METHOD, on LLaMA-3-8B-Instruct, text-only, on commonsense_170k.
 # Hyper-parameters: Table 7 of the MoSLoRA paper; what the table does not say (cutoff, schedule, warmup, loss on the
 # whole prompt) is from the authors' script.
 #
@@ -14,9 +14,9 @@
 # checkpoint of a small validation set and say that the same settings sometimes end much lower: repeat it with several
 # SEEDs. commonsense_170k.json is LLM-Adapters' ft-training_set file. None of this has been run on an 8B model here.
 #
-# Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
-# wins). The same command resumes an interrupted run. For the average of the reference's loss, each micro-batch by
-# itself, add --loss_average micro_batch. Afterwards: python scripts/evaluate_commonsense.py RUN --data DATASET
+# Every variable can be set in the environment, and flags of train_vit_llm.py can follow the script's name (the last
+# one wins). The same command resumes an interrupted run. To average the loss per micro-batch, as the reference does, add
+# --loss_average micro_batch. Afterwards: python scripts/evaluate_commonsense.py RUN --data DATASET
 # Planned, python scripts/plan.py --config scripts/llama3_8b_commonsense.sh --gpu a100-80 --records 170420:
 #   fits on 1 × A100 with 79.1 GiB: 19.4 to 22.1 GiB a GPU, 8.0 to 18.2 h for 31,956 steps
 set -euo pipefail

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# LoRA (the baseline: a mixer that is the identity and stays it) on LLaMA-3-8B-Instruct and CLIP-L/336.
-# Hyper-parameters: Table 8 of the MoSLoRA paper, column "LLaMA-3+ViT".
+# LoRA (the baseline: a frozen identity mixer) on LLaMA-3-8B-Instruct and CLIP-L/336.
+# Hyper-parameters: Table 8 of the MoSLoRA paper, column "LLaMA-3+ViT"; what the table does not say (dropout,
+# schedule, warm-up, clipping, weight decay, seed) is from the authors' configuration file and start script.
 #
 #   bash scripts/llama3_8b_lora.sh                            # 4 GPUs; folders as below and in recipe_defaults.sh
 #   GPUS=8 RUN=/data/run bash scripts/llama3_8b_lora.sh --save_steps 500
 #
-# Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
-# wins). The same command resumes an interrupted run.
+# Every variable can be set in the environment, and flags of train_vit_llm.py can follow the script's name (the last
+# one wins). The same command resumes an interrupted run.
 #
-# The reference averages the loss over each micro-batch, here over all trained tokens of the global batch; for the
-# reference's way add --loss_average micro_batch.
+# PROJECTOR is stage 1's (llama3_8b_pretrain.sh); the paper's is XTuner's, the .pth of xtuner/llava-llama-3-8b-pretrain.
+# As XTuner, which averages the loss over each micro-batch and sorts 50 global batches by length together:
+# --loss_average micro_batch --data_group 50. What else differs: docs/training.md, "Paper, authors' code, here".
 # Planned, python scripts/plan.py --config scripts/llama3_8b_lora.sh --gpu a100-80 --records 665298:
 #   fits on 4 × A100 with 79.1 GiB: 68.2 to 76.9 GiB a GPU, 5.9 to 13.5 h for 10,396 steps; --recompute auto: selective
 set -euo pipefail

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# MoSLoRA on LLaMA-3-8B-Instruct and CLIP-L/336 on two hosts with 4 GPUs each: Table 8's values, global batch 64.
+# MoSLoRA on LLaMA-3-8B-Instruct and CLIP-L/336 on two hosts with 4 GPUs each: values as in
+# llama3_8b_moslora.sh, global batch 64 too, and what is said there of PROJECTOR and of XTuner.
 #
 # Both hosts see the repository, the parts and the data under the same paths, and $RUN on a shared file system. MASTER
 # is the first host's address in the network that they share; only with it do the ranks meet beyond loopback.

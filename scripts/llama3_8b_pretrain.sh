@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# Stage 1 for LLaMA-3-8B-Instruct: the projector alone, two linears between CLIP-L/336 and the LLM, is trained on 558K
-# captions, both towers frozen.
+# Stage 1 for LLaMA-3-8B-Instruct: only the projector, two linear layers between CLIP-L/336 and the LLM, is trained
+# on 558K captions; LLM and vision tower are frozen.
 #
 #   bash scripts/llama3_8b_pretrain.sh                        # 4 GPUs; folders as below and in recipe_defaults.sh
 #   GPUS=8 RUN=/data/run bash scripts/llama3_8b_pretrain.sh --save_steps 500
 #
-# Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
-# wins). The same command resumes an interrupted run.
+# Every variable can be set in the environment, and flags of train_vit_llm.py can follow the script's name (the last
+# one wins). The same command resumes an interrupted run.
 #
-# Hyper-parameters are XTuner's for the projector that the paper starts from (its iter_2181.pth). The captions are asked
-# for in the LLM's chat format, as there; LLaVA's own stage 1 shows the bare caption instead: --version plain.
+# Hyper-parameters are XTuner's for the projector that the paper starts from, xtuner/llava-llama-3-8b-pretrain; with that
+# one (its .pth file as PROJECTOR of stage 2) this stage is not needed. The captions are asked for in the LLM's chat
+# format, as there; LLaVA's own stage 1 shows the bare caption instead: --version plain.
 # Planned, python scripts/plan.py --config scripts/llama3_8b_pretrain.sh --gpu a100-80 --records 558128:
 #   fits on 4 × A100 with 79.1 GiB: 40.8 to 46.4 GiB a GPU, 7.1 to 16.2 h for 2,181 steps; --recompute auto: full
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""Will it fit, how long will it take, and which flags are the fastest: a plan of a training, without weights or GPU.
+"""Will a training run fit, how long will it take, and which flags are fastest? A plan without weights or GPU.
 
     python scripts/plan.py --config scripts/llama3_8b_moslora.sh --gpu h100-80 --gpus 4 --suggest
     python scripts/plan.py --config run.yaml --gpu a100-40 --gpus 8 --recompute auto
@@ -8,7 +8,7 @@
 stand alone. Only configurations are read. The lengths of records are those of the prepared data, where
 scripts/prepare_data.py or a training has left them in --data_cache, else --tokens, --images and --labels of a record.
 
-Exit status: 0 it fits, 6 it does not, 7 it may or may not, or cannot be said; 2 and 3 as everywhere.
+Exit status: 0 it fits, 6 it does not, 7 it may or may not, or the planner cannot tell; 2 and 3: wrong input.
 docs/planning.md has the formulae.
 """
 
@@ -55,7 +55,7 @@ def own_parser() -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="a recipe (.sh), a file of flags (YAML, JSON), or a run folder"
     )
     parser.add_argument("--gpu", help=" | ".join(COMMAND_LINE))
-    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs, all together; default: as the recipe says, else 1")
+    parser.add_argument("--gpus", type=int, metavar="N", help="total number of GPUs; default: as in the recipe, else 1")
     parser.add_argument("--suggest", action="store_true", help="the fastest setting that fits, and three others")
     parser.add_argument(
         "--seen",
@@ -64,9 +64,11 @@ def own_parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="runs on such GPUs: their first steps narrow the ranges",
     )
-    parser.add_argument("--html", metavar="FILE", help="write the plan as a page too")
+    parser.add_argument("--html", metavar="FILE", help="write the plan as an HTML page too")
     parser.add_argument("--json", action="store_true", help="print JSON: sizes in bytes, times in seconds")
-    parser.add_argument("--records", type=int, metavar="N", help="in the data set; else only a step has a time")
+    parser.add_argument(
+        "--records", type=int, metavar="N", help="in the data set; otherwise only the step time is known"
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="of a record, image placeholders included")
     parser.add_argument("--images", type=int, metavar="N", help="of a record; default: 1 with an image folder")
     parser.add_argument("--labels", type=int, metavar="N", help="tokens of a record that are trained")
@@ -166,7 +168,7 @@ def main() -> None:
 
 
 def check_as_training(settings: Settings, deepspeed: dict[str, Any] | None) -> None:
-    """What a training would refuse is not planned: its methods and optimizers."""
+    """Refuse what training would refuse: methods and optimizers."""
     model, _, adapter, training = settings
     given: Any = SimpleNamespace(**training)
     check_method(adapter, model.bits, given)

@@ -1,10 +1,10 @@
-"""Check and tokenise a data file before training, and write a page about it.
+"""Check and tokenise a data file before training, and write an HTML report.
 
     python scripts/prepare_data.py --model_name_or_path LLM --vision_tower CLIP \\
         --data_path llava_v1_5_mix665k.json --image_folder playground/data --report_dir reports/mix665k
 
-Training with the same settings finds the result in ``--data_cache`` by its content and starts at once. Without
---vision_tower the records are prepared for an LLM alone.
+Training with the same settings finds the result in ``--data_cache`` by a content hash and starts at once. Without
+--vision_tower the records are prepared for text-only training.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ReportSettings(Settings):
 
     heading = "report"
 
-    per_device_train_batch_size: int = setting(16, "records per micro-batch, for the figures of padding")
+    per_device_train_batch_size: int = setting(16, "records per micro-batch, for the padding statistics")
     report_dir: str | None = setting(None, "where report.html and report.json go; default: no report")
 
 

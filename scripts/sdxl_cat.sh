@@ -5,13 +5,14 @@
 #   RUN=runs/cat-lora bash scripts/sdxl_cat.sh --mixer_init identity --train_mixer False     # LoRA, to compare with
 #   PICTURES=pictures/can PROMPT="a photo of sks can" bash scripts/sdxl_cat.sh
 #
-# Every variable can be set from outside, and more flags of train_sdxl.py follow the script's name (the last one wins).
-# The same command resumes an interrupted run. Needs diffusers: pip install -e '.[diffusion]'. Where the GPU's memory is not
-# enough add --recompute full.
+# Every variable can be set in the environment, and flags of train_sdxl.py can follow the script's name (the last wins).
+# The same command resumes an interrupted run. Needs diffusers: pip install -e '.[diffusion]'. If the GPU's memory is not
+# enough, add --recompute full.
 #
-# The paper gives no settings for this experiment. These are those of its authors' script, but for:
-# - Mixers: the paper says orthogonal, the script had kaiming_uniform: add --mixer_init kaiming_uniform for that.
-# - bf16 with float32 masters in place of fp16 with float32 adapters; --fp16 True --bf16 False for that.
+# From section 4.3: orthogonal mixers, learning rate 1e-4, batches of four, 500 steps; its images are drawn in 50 steps.
+# Rank, alpha, schedule, weight decay, clipping, size, crop and seed are those of the authors' script, except:
+# - Mixers: the published code has kaiming_uniform: add --mixer_init kaiming_uniform for that.
+# - bf16 with float32 master weights instead of fp16 with float32 adapters; --fp16 True --bf16 False for that.
 # - A global batch is always four pictures. There, five pictures made batches of four and one in turn.
 # - Text embeddings are computed in float32, noise is added in float32, and sizes are not rounded.
 # - Noise and timesteps depend on seed, step and position alone: LoRA and MoSLoRA see the same ones.

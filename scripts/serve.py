@@ -1,11 +1,11 @@
-"""A small local web page: show an image to one model, or to two side by side, and talk.
+"""A small local web page to chat about images with one model, or with two side by side.
 
     python scripts/serve.py merged/llama3-8b-moslora
     python scripts/serve.py runs/llama3-8b-moslora --compare_untrained
     python scripts/serve.py runs/llama3-8b-lora runs/llama3-8b-moslora --names LoRA MoSLoRA
 
 Runs, exports, or one of each. It listens on this machine only, unless --host names another address; there is no
-password. Only requests under the server's own names are answered: localhost, the address of --host (0.0.0.0: every
+password. Only requests to the server's own host names are accepted: localhost, the address of --host (0.0.0.0: every
 address of this machine), and those of --allowed_hosts. Nothing is fetched from a network, and what is uploaded is
 deleted after a day and at the end. Ctrl-C, SIGTERM or a closed terminal ends it, with status 0 once the page is there.
 Needs gradio: pip install 'llava_moslora[serve]'.
@@ -34,11 +34,13 @@ from llava_moslora.noise import quiet_libraries
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = ScriptParser(__doc__)
     parser.add_argument("model", nargs="+", help="one or two runs or exports")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="what the page calls them; default: their folders")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="their names on the page; default: their folders")
     parser.add_argument("--compare_untrained", action="store_true", help="next to a run: its model before training")
-    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; 0.0.0.0: every network")
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1; 0.0.0.0: all interfaces")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
-    parser.add_argument("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="other names it is reached by")
+    parser.add_argument(
+        "--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further host names of this server"
+    )
     parser.add_argument("--max_seconds", type=float, default=600, metavar="N", help="of an answer; default: 600")
     parser.add_argument("--max_waiting", type=int, default=8, metavar="N", help="questions in the queue; default: 8")
     args = parser.parse_args(argv)
@@ -49,7 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if len(args.names) != count:
         raise Refusal("C-FLAG", "one name for each model", key="--names", found=len(args.names), expected=count)
     if len(set(args.names)) < count:
-        raise Refusal("C-FLAG", "two models of one name", key="--names", found=" ".join(args.names))
+        raise Refusal("C-FLAG", "two models with the same name", key="--names", found=" ".join(args.names))
     if not 0 < args.max_seconds < math.inf:
         raise Refusal("C-FLAG", "out of range", key="--max_seconds", found=args.max_seconds, expected="above 0")
     if args.max_waiting < 1:
@@ -113,7 +115,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there. It is opened before the models are loaded: no other process can take the port.
 
     Raises:
-        Refusal: C-FLAG, no address of this machine, or no port; E-PORT, another process listens there.
+        Refusal: C-FLAG, no address of this machine, or no port; E-PORT, the port is already in use.
     """
     if not 0 < port < 2**16:
         raise Refusal("C-FLAG", "no port", key="--port", found=port, expected="1 to 65535")
@@ -129,13 +131,13 @@ def listen(host: str, port: int) -> socket.socket:
             listener.close()
         number, found = getattr(error, "errno", None), f"{host}:{port}"
         if number == errno.EADDRINUSE:
-            what, fix = "another process listens there", "choose another"
+            what, fix = "the port is already in use", "choose another"
             raise Refusal("E-PORT", what, key="--port", found=found, fix=fix) from error
         if number == errno.EACCES:
             raise Refusal("E-PORT", "not permitted", key="--port", found=found, fix="1024 or above") from error
         raise Refusal(
-            "C-FLAG", "no address of this machine", key="--host", found=f"{host}: {error}",
-            fix="127.0.0.1 for this machine alone, 0.0.0.0 for every network",
+            "C-FLAG", "not an address of this machine", key="--host", found=f"{host}: {error}",
+            fix="127.0.0.1 for this machine only, 0.0.0.0 for all interfaces",
         ) from error  # fmt: skip
     return listener
 

@@ -1,11 +1,11 @@
-"""A study: a recipe × settings × seeds, trained, evaluated and compared; one command, which goes on where it stopped.
+"""A study: a recipe × settings × seeds, trained, evaluated and compared; the same command continues a stopped one.
 
     python scripts/study.py mixer_inits --output_dir runs/mixer-inits          # a ready study, of scripts/studies
     python scripts/study.py STUDY.yaml --output_dir FOLDER --gpus 0 1 2 3      # runs side by side, a GPU each
     python scripts/study.py STUDY.yaml --output_dir FOLDER --report_only       # the table of what is there
 
-Every run is a process of scripts/train_vit_llm.py in a folder of its own below --output_dir. The same command skips
-what is done and resumes what was stopped. A run that fails is named, and the others go on. study.json, study.html and
+Every run is a process of scripts/train_vit_llm.py in its own folder below --output_dir. The same command skips finished
+runs and resumes stopped ones. A run that fails is reported, and the others continue. study.json, study.html and
 the table in the terminal compare every arm with the baseline, paired by seed. docs/studies.md explains the file.
 """
 
@@ -32,11 +32,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--output_dir", required=True, metavar="FOLDER", help="where runs, study.json and study.html go"
     )
-    parser.add_argument("--gpus", nargs="+", metavar="GPU", help="their indices; default: all that are visible")
-    parser.add_argument("--gpus_per_run", type=int, metavar="N", help="default: as the recipe says, else 1")
-    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="on a CPU: runs side by side; default: 1")
+    parser.add_argument("--gpus", nargs="+", metavar="GPU", help="GPU indices; default: all visible ones")
+    parser.add_argument("--gpus_per_run", type=int, metavar="N", help="default: as in the recipe, else 1")
+    parser.add_argument("--parallel", type=int, default=1, metavar="N", help="on a CPU: runs in parallel; default: 1")
     parser.add_argument("--rerun_changed", action="store_true", help="delete and repeat runs whose flags have changed")
-    parser.add_argument("--report_only", action="store_true", help="train nothing: report what is done")
+    parser.add_argument("--report_only", action="store_true", help="train nothing: report finished runs")
     parser.add_argument("--list", action="store_true", help="show the runs and whether they are done, and stop")
     args = parser.parse_args(argv)
     if args.rerun_changed and (args.report_only or args.list):
@@ -125,7 +125,7 @@ def write_results(study: Study, recipe: Recipe, output: Path, results: Results, 
         Refusal: R-STUDY, afterwards, if a run failed.
     """
     for name in leftovers(output, every_run(study, recipe, output)):
-        results.notes.append(f"{name}: a run that the study does not ask for; left out")
+        results.notes.append(f"{name}: a run that is not part of the study; ignored")
     table = report.text(study, results)
     replace_json(output / "study.json", report.as_json(study, runs, results))
     replace_file(output / "study.html", study_page(study, runs, results).encode())
@@ -133,8 +133,8 @@ def write_results(study: Study, recipe: Recipe, output: Path, results: Results, 
     print(f"\n{table}\n\n{output / 'study.html'}", flush=True)
     if failed := [failure for failure in results.failures if not failure.expected]:
         raise Refusal(
-            "R-STUDY", "not every run is complete", file=output, found=f"{len(failed)} failed",
-            fix="see above; the same command tries them again, but those that diverged",
+            "R-STUDY", "some runs are not complete", file=output, found=f"{len(failed)} failed",
+            fix="see above; the same command retries them, except those that diverged",
         )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def make(
 
     def trained(runs: list[Run]) -> list[Run]:
         left = [run for run in runs if not run.done]
-        print(f"{len(runs)} runs, {len(runs) - len(left)} of them done, {len(slots)} side by side", flush=True)
+        print(f"{len(runs)} runs, {len(runs) - len(left)} of them done, {len(slots)} in parallel", flush=True)
         check = partial(check_logged, study, runs)
         failures.extend(run_all(runs, study.measures, slots, gpus, partial(print, flush=True), check))
         return runs

@@ -4,8 +4,9 @@
         --model_name_or_path stable-diffusion-xl-base-1.0 --image_folder pictures/cat \\
         --prompt "a photo of ikat cat" --learning_rate 1e-4 --max_steps 500 --output_dir runs/cat
 
-scripts/sdxl_cat.sh has the paper's settings. scripts/export.py --format diffusers makes the file that diffusers and
-ComfyUI load. Needs diffusers: pip install 'llava_moslora[diffusion]'.
+scripts/sdxl_cat.sh has the settings of section 4.3 and, where that is silent, of its authors' script. scripts/export.py
+--format diffusers makes the file that diffusers and ComfyUI load. Needs diffusers: pip install
+'llava_moslora[diffusion]'.
 """
 
 import sys
@@ -92,7 +93,7 @@ def main() -> None:
         check_output(args, inputs, data)
         check_resume(args, settings, fingerprints)
 
-    # 4. Latents and text embeddings, computed once; then VAE and text encoders are gone. Load the UNet
+    # 4. Compute latents and text embeddings once, free VAE and text encoders. Load the UNet
     seed = args.batches["seed"]
     with whole_weights(args.hf_deepspeed_config if args.deepspeed else None):
         encoded = encode_once(folder, data, sets, seed, args.device, embed=not adapter.train_text_encoder)

@@ -1,10 +1,10 @@
-"""Fine-tune a LLaVA: adapters in both towers, the whole projector; without --vision_tower an LLM.
+"""Fine-tune a LLaVA: adapters in LLM and vision tower, full projector; without --vision_tower an LLM.
 
     deepspeed scripts/train_vit_llm.py --deepspeed zero_configs/zero2.json --bf16 True \\
         --model_name_or_path LLM --vision_tower CLIP --pretrain_mm_mlp_adapter PROJECTOR \\
         --data_path llava_v1_5_mix665k.json --image_folder playground/data --output_dir runs/moslora
 
-Complete calls for published models are in scripts/*.sh. scripts/export.py makes a model of the run.
+Complete calls for published models are in scripts/*.sh. scripts/export.py exports the run.
 """
 
 import sys
@@ -197,7 +197,7 @@ def make_plan(
             model, data, adapter, vars(args), dataset, rows=trained, gpus=args.world_size, device=args.device,
             memory=memory, deepspeed=deepspeed,
         )  # fmt: skip
-    except Exception as error:  # what is only advice does not end a training
+    except Exception as error:  # a failing plan must not end training
         print(f"{'--recompute auto: full; ' if args.recompute == AUTO else ''}no plan of the memory: {error}")
         return None
 

@@ -5,8 +5,8 @@
 #   bash scripts/vicuna_7b_moslora.sh                         # 8 GPUs; folders as below and in recipe_defaults.sh
 #   GPUS=4 RUN=/data/run bash scripts/vicuna_7b_moslora.sh --save_steps 500
 #
-# Every variable can be set from outside, and more flags of train_vit_llm.py follow the script's name (the last one
-# wins). The same command resumes an interrupted run.
+# Every variable can be set in the environment, and flags of train_vit_llm.py can follow the script's name (the last
+# one wins). The same command resumes an interrupted run.
 # Planned, python scripts/plan.py --config scripts/vicuna_7b_moslora.sh --gpu a100-80 --records 665298:
 #   fits on 8 × A100 with 79.1 GiB: 18.0 to 21.1 GiB a GPU, 4.3 to 9.8 h for 5,198 steps; --recompute auto: full
 set -euo pipefail

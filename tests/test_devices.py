@@ -1,4 +1,4 @@
-"""How torch's allocator is set for a training, before CUDA starts."""
+"""GPUs by name; how torch's allocator is set for a training, before CUDA starts."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llava_moslora.devices import ALLOCATOR, use_expandable_segments
+from llava_moslora.devices import ALLOCATOR, known_name, use_expandable_segments
 from support.launching import ROOT
 
 
@@ -14,6 +14,21 @@ from support.launching import ROOT
 def nothing_set(monkeypatch):
     for name in ALLOCATOR:
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    "name, known",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA L40S", "L40S"), ("Tesla V100-SXM2-32GB", "V100"),
+        ("NVIDIA A10G", "A10G"), ("NVIDIA GH200 480GB", "GH200"), ("AMD Instinct MI300X", "MI300X"),
+        ("NVIDIA RTX A1000", None), ("NVIDIA RTX A4000", None), ("NVIDIA RTX A6000", "RTX A6000"),
+        ("NVIDIA L400", None),
+    ],
+)  # fmt: skip
+def test_names_that_drivers_give(name, known):
+    assert known_name(name) == known
 
 
 def test_segments_may_grow():

@@ -141,7 +141,7 @@ FAILURES = {
     "E-PERMISSION": (4, system(errno.EACCES, "a"), "a: not permitted; found PermissionError"),
     "E-PERMISSION read-only": (4, system(errno.EROFS, "a"), "a: not permitted"),
     "E-FILES": (4, system(errno.EMFILE), "ulimit -n"),
-    "E-MEMORY": (4, MemoryError(), "the machine's memory is not enough"),
+    "E-MEMORY": (4, MemoryError(), "not enough memory on this machine"),
     "E-MEMORY of the device": (4, torch.OutOfMemoryError("CUDA out of memory. Tried"), "found OutOfMemoryError"),
     "E-MEMORY of the allocator": (
         4, RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"), "not enough"
@@ -197,7 +197,7 @@ def test_everything_else_is_a_defect_with_a_report(error, capsys, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["train.py", "--lora_r", "8"])
     status, line = ended(error, capsys)
     (file,) = tmp_path.iterdir()
-    assert status == 70 and line.startswith("error[X-DEFECT] a defect of this package; found ") and str(file) in line
+    assert status == 70 and line.startswith("error[X-DEFECT] a bug in this package; found ") and str(file) in line
     report = file.read_text()
     for part in ("train.py --lora_r 8", "Traceback (most recent call last)", "raise error", type(error).__name__,
                  f"torch {torch.__version__.split('+')[0]}", "python 3."):  # fmt: skip
@@ -240,8 +240,8 @@ def test_a_reader_that_is_gone(unbuffered):
     running.stdout.readline()
     running.stdout.close()
     assert running.stderr.readlines()[-1] == (
-        "error[E-OUTPUT] nobody reads the output any more; found BrokenPipeError: [Errno 32] Broken pipe;"
-        " fix: send it to a file\n"
+        "error[E-OUTPUT] the reader of the output was closed; found BrokenPipeError: [Errno 32] Broken pipe;"
+        " fix: redirect it to a file\n"
     )
     assert running.wait(60) == 4
 

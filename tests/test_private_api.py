@@ -113,7 +113,8 @@ def test_an_import_with_a_changed_library_fails():
     change = (
         "from transformers import Trainer; Trainer.gradient_norm = Trainer._get_grad_norm; del Trainer._get_grad_norm"
     )
-    code = f"{change}; import llava_moslora.training.trainer"
+    start = "from llava_moslora.errors import run_script; run_script(lambda: None)"  # as a script does
+    code = f"{change}; {start}; import llava_moslora.training.trainer"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 4, "that of a wrong environment, as from inside a script's main"
     assert "error[E-VERSION] transformers.trainer.Trainer._get_grad_norm: " in done.stderr.splitlines()[-1]

@@ -264,7 +264,7 @@ def test_a_second_backward_is_noticed():
 def test_what_is_no_mode_is_refused():
     assert parse_recompute("every:3") == ("full", 3)
     for text in ("every", "every:0", "every:-1", "half", "Full"):
-        with pytest.raises(Refusal, match=r"--recompute: unknown way to recompute; found .*; expected auto \| none"):
+        with pytest.raises(Refusal, match=r"--recompute: unknown mode; found .*; expected auto \| none"):
             parse_recompute(text)
     with pytest.raises(AssertionError, match="auto is decided before"):
         parse_recompute("auto")

@@ -59,7 +59,7 @@ def test_a_mistyped_flag_needs_no_library(script):
         ("--push_to_hub True", "--push_to_hub: nothing is uploaded while training"),
         ("--config nowhere.yaml", "nowhere.yaml:--config: no such file"),
         ("--deepspeed nowhere.json", "nowhere.json:--deepspeed: no such file"),
-        ("--recompute some", "--recompute: unknown way to recompute"),
+        ("--recompute some", "--recompute: unknown mode"),
     ],
 )
 def test_wrong_flags_of_a_training_need_no_library(words, message):

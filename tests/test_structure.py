@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_moslora"
-# Lowest first; packages of one floor never import each other.
-FLOORS = [
+# Lowest first; packages in one layer never import each other.
+LAYERS = [
     {"stopping", "defect_report", "_version"},
     {"errors"},
     {"config", "devices", "distributed", "flags", "noise", "pages", "private_api"},
@@ -27,7 +27,7 @@ FLOORS = [
     {"studies", "diffusion"},
     {"cli"},
 ]
-FLOOR = {package: number for number, packages in enumerate(FLOORS) for package in packages}
+LAYER = {package: number for number, packages in enumerate(LAYERS) for package in packages}
 EXCEPTIONS = {("models/assemble.py", "adapters"), ("models/adapt.py", "adapters")}
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if p.name != "__init__.py")
 DOWNLOADED = [ROOT / "playground" / name for name in ("data", "models", "runs")]  # by the demo
@@ -65,18 +65,18 @@ def package_of(module: str) -> str:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_keep_to_the_floors(module):
+def test_imports_respect_the_layers(module):
     packages = {m[1] for name in imports(PACKAGE / module) if (m := re.match(r"llava_moslora\.(\w+)", name))} & set(
-        FLOOR
+        LAYER
     )
     assert not any(name.split(".")[0] in ("scripts", "tests", "support") for name in imports(PACKAGE / module))
     for imported in packages - {package_of(module)}:
         if (module, imported) not in EXCEPTIONS:
-            assert FLOOR[imported] < FLOOR[package_of(module)], f"{module} imports {imported}"
+            assert LAYER[imported] < LAYER[package_of(module)], f"{module} imports {imported}"
 
 
-def test_every_package_has_a_floor():
-    assert {package_of(module) for module in MODULES} <= set(FLOOR)
+def test_every_package_has_a_layer():
+    assert {package_of(module) for module in MODULES} <= set(LAYER)
 
 
 def test_no_import_is_circular():
@@ -167,7 +167,7 @@ def test_nothing_is_named_outside_the_repository():
 
 
 def test_no_remote_code_no_unsafe_loading():
-    """The security floor, as a grep over everything that ships."""
+    """Minimum security rules, as a grep over everything that ships."""
     forbidden = [r"trust_remote_code=True", r"\bpickle\b\.", r"yaml\.load\(", r"\beval\(", r"shell=True", r"extractall"]
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         text = path.read_text(encoding="utf-8")

@@ -1,8 +1,8 @@
 """AdaLoRA's orthogonality term, once per optimizer step.
 
 PEFT adds the term only where a ``task_type`` chooses its class for causal LMs, which cannot hold a LLaVA, and there to
-the loss of every micro-batch: in a loss that is a sum over the global batch's tokens it would count as often as there
-are micro-batches, on all ranks together.
+the loss of every micro-batch: in a loss that is a sum over the global batch's tokens it would be added once per
+micro-batch and rank.
 """
 
 from __future__ import annotations

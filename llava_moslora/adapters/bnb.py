@@ -1,7 +1,7 @@
-"""MoSLoRA over bitsandbytes' 4-bit and 8-bit linears, and merging over a 4-bit base.
+"""MoSLoRA over bitsandbytes' 4-bit and 8-bit linear layers, and merging over a 4-bit base.
 
-Nothing is merged into 4-bit weights in place: quantising the sum again would lose part of the adapter. It is merged
-into the original 16-bit weights or into the dequantised ones, and the result names which.
+Nothing is merged into 4-bit weights in place: requantising the sum would lose part of the adapter. It is merged
+into the original 16-bit weights or into the dequantised ones, and the result says which.
 
 Shapes: in/out features of a linear. This module needs bitsandbytes.
 """
@@ -23,7 +23,7 @@ from llava_moslora.errors import Refusal
 
 
 class MosLoraLinear8bitLt(MosLoraLayer, Linear8bitLt):
-    """MoSLoRA over an 8-bit linear. Merging quantises again, as in PEFT, with its rounding."""
+    """MoSLoRA over an 8-bit linear layer. Merging requantises, as in PEFT, with its rounding."""
 
 
 class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
@@ -44,7 +44,7 @@ class MosLoraLinear4bit(MosLoraLayer, Linear4bit):
             Refusal: C-MERGE, always.
         """
         raise Refusal(
-            "C-MERGE", "an adapter is not merged into 4-bit weights", found=type(self.get_base_layer()).__name__,
+            "C-MERGE", "an adapter cannot be merged into 4-bit weights", found=type(self.get_base_layer()).__name__,
             fix="merge into the original or into the dequantised weights: llava_moslora.adapters.bnb.merge_over_4bit",
         )  # fmt: skip
 

@@ -5,9 +5,9 @@
 
     model = get_peft_model(model, MosLoraConfig(r=64, lora_alpha=128, target_modules=["q_proj", "v_proj"]))
 
-In memory the adapter is an ordinary PEFT LoRA (``peft_type`` LORA), so that everything that knows LoRA works. On disk
-its configuration has ``"peft_type": "MOSLORA"``: importing this module registers that name, and a PEFT without it
-stops with a KeyError instead of computing B·A without the mixer.
+In memory the adapter is an ordinary PEFT LoRA (``peft_type`` LORA), so that all code for LoRA works with it. On disk
+its configuration has ``"peft_type": "MOSLORA"``: importing this module registers that name; stock PEFT stops with a
+KeyError instead of computing B·A without the mixer.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from llava_moslora.errors import Refusal
 from llava_moslora.flags import call_of
 
 PEFT_TYPE = "MOSLORA"  # ``peft_type`` in adapter_config.json
-# Everything that replaces B·A, changes the base weight by B·A, or adds a second factor next to it, has no meaning (or
-# another one) with a mixer in between. PEFT's own LoRA variants are recognised from a mark in their field's metadata.
+# Everything that replaces B·A, changes the base weight by B·A, or adds a second factor next to it is undefined (or
+# means something else) with a mixer in between. PEFT's own LoRA variants are marked in their field's metadata.
 NO_MEANING = ("lora_bias", "fan_in_fan_out", "use_qalora", "loftq_config", "megatron_config", "target_parameters",
               "ensure_weight_tying")  # fmt: skip
 # ``start`` → what it is. All but LoRA's and FLoRA's are made from the base weight W₀.
@@ -76,8 +76,8 @@ class MosLoraConfig(LoraConfig):
     mixer_init: str = field(
         default="kaiming_uniform",
         metadata={
-            "help": "how W (r×r) starts: kaiming_uniform (a=√5, paper Table 3's best), orthogonal, identity, "
-            "normal (σ=1, as torch.nn.init.normal_), butterfly (paper eq. 6)",
+            "help": "how W (r×r) is initialised: kaiming_uniform (paper Table 3's best, a=√5 as in its code), "
+            "orthogonal, identity, normal (σ=1, as torch.nn.init.normal_), butterfly (paper eq. 6)",
             # Stock PEFT layers do not know this field: marked as a variant, they refuse it instead of ignoring it.
             "is_lora_variant": True,
         },
@@ -89,7 +89,7 @@ class MosLoraConfig(LoraConfig):
     start: str = field(
         default="lora",
         metadata={
-            "help": "how A, B and W start, where that is not LoRA's way (B = 0, W as mixer_init says): "
+            "help": "init of A, B and W other than LoRA's (B = 0, W by mixer_init): "
             + "; ".join(f"{name}: {what}" for name, what in STARTS.items())
         },
     )
@@ -131,14 +131,14 @@ class MosLoraConfig(LoraConfig):
         for name in sorted(variants | set(NO_MEANING)):
             if getattr(self, name, None):
                 raise Refusal(
-                    "C-ADAPTER", "has no meaning together with a mixer", key=name, found=getattr(self, name),
-                    fix=f"leave {name} out, or use peft.LoraConfig",
+                    "C-ADAPTER", "cannot be combined with a mixer", key=name, found=getattr(self, name),
+                    fix=f"omit {name}, or use peft.LoraConfig",
                 )  # fmt: skip
         if self.init_lora_weights not in (True, False, "gaussian"):
             raise Refusal(
                 "C-ADAPTER", "this init assumes ΔW = B·A without a mixer", key="init_lora_weights",
                 found=self.init_lora_weights, expected="True, False or 'gaussian'",
-                fix="leave init_lora_weights out, or use peft.LoraConfig",
+                fix="omit init_lora_weights, or use peft.LoraConfig",
             )  # fmt: skip
 
     def _check_start(self) -> None:
@@ -154,8 +154,8 @@ class MosLoraConfig(LoraConfig):
             others = getattr(self, PATTERN_FIELDS.get(name, ""), {}).values()
             if any(given != value for given in (getattr(self, name), *others)):
                 raise Refusal(
-                    "C-ADAPTER", f"start {self.start!r} decides it itself", key=name, found=getattr(self, name),
-                    expected=value, fix="leave it out",
+                    "C-ADAPTER", f"start {self.start!r} sets it itself", key=name, found=getattr(self, name),
+                    expected=value, fix="omit it",
                 )  # fmt: skip
 
     @property
@@ -183,7 +183,7 @@ class MosLoraConfig(LoraConfig):
         return config
 
     def check_targets(self) -> None:
-        """Called by the layers once the adapter is in place: every target and pattern must have matched a module.
+        """Called by the layers once the adapter has been added: every target and pattern must have matched a module.
 
         PEFT raises an error only if no target at all matched.
 
@@ -202,7 +202,7 @@ class MosLoraConfig(LoraConfig):
                     self._refuse_target(pattern_field, pattern, adapted)
 
     def _named_targets(self) -> set[str]:
-        """The targets that the user named. PEFT replaces "all-linear" by names, and long lists by suffixes of them."""
+        """The targets as given by the user. PEFT replaces "all-linear" by names, and long lists by suffixes."""
         if isinstance(self._declared_targets, str):
             return set()
         names, now = self._declared_targets or set(), self.target_modules
@@ -216,7 +216,7 @@ class MosLoraConfig(LoraConfig):
         )  # fmt: skip
 
     def to_dict(self) -> dict:
-        """As stored: ``peft_type`` is MOSLORA, so that nothing reads the file as a LoRA without a mixer."""
+        """As stored: ``peft_type`` is MOSLORA, so that nothing loads the file as a LoRA without a mixer."""
         stored = {**super().to_dict(), "peft_type": PEFT_TYPE}
         return {k: sorted(v) if isinstance(v, set) else v for k, v in stored.items()}  # sets have no order of their own
 
@@ -237,7 +237,7 @@ class MosLoraConfig(LoraConfig):
 
 
 def config_of_layers(settings: dict[str, dict], common: dict) -> MosLoraConfig:
-    """The configuration that gives every layer its settings: the most frequent ones, and patterns for the others.
+    """The configuration with the given settings per layer: the most frequent ones, and patterns for the others.
 
     Args:
         settings: layer → setting → value, as of :meth:`MosLoraConfig.settings_of`.
@@ -280,14 +280,14 @@ def _is_number(value: Any) -> bool:
 
 # setting → (code and text of the refusal, expected values, check)
 _RULES: dict[str, tuple[str, str, str, Callable[[Any], bool]]] = {
-    "r": ("C-RANK", "the rank is a positive whole number", "1 or more",
+    "r": ("C-RANK", "the rank must be a positive integer", "1 or more",
           lambda v: _is_number(v) and isinstance(v, int) and v >= 1),
-    "lora_alpha": ("C-ALPHA", "lora_alpha is a positive number", "above 0",
+    "lora_alpha": ("C-ALPHA", "lora_alpha must be a positive number", "above 0",
                    lambda v: _is_number(v) and 0 < v < math.inf),
-    "lora_dropout": ("C-DROPOUT", "the dropout is a probability below 1", "0 ≤ p < 1",
+    "lora_dropout": ("C-DROPOUT", "the dropout must be a probability below 1", "0 ≤ p < 1",
                      lambda v: _is_number(v) and 0 <= v < 1),
     "mixer_init": ("C-MIXER", "unknown mixer init", ", ".join(sorted(MIXER_INITS)), lambda v: v in MIXER_INITS),
-    "train_mixer": ("C-MIXER", "train_mixer is true or false", "true or false", lambda v: isinstance(v, bool)),
+    "train_mixer": ("C-MIXER", "train_mixer must be true or false", "true or false", lambda v: isinstance(v, bool)),
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""What a LoRA file of diffusers says of its alphas; its names are read as every other adapter's (load.py).
+"""The alphas in a LoRA file of diffusers; its tensor names are read like every other adapter's (load.py).
 
-Such a file holds layers of a UNet and of text encoders, under their names in a pipeline: ``unet.….to_q.lora_A.weight``,
-or in an older spelling ``unet.….to_q.lora.down.weight``. The MoSLoRA authors' files spell the mixer
-``unet.….to_q.lora.downB.weight``: diffusers' renaming finds ``lora_A`` in their ``lora_AB``.
+Such a file contains layers of a UNet and of text encoders, under their names in a pipeline:
+``unet.….to_q.lora_A.weight``, or with older key names ``unet.….to_q.lora.down.weight``. The MoSLoRA authors' files name
+the mixer ``unet.….to_q.lora.downB.weight``: diffusers' renaming finds ``lora_A`` in their ``lora_AB``.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def is_diffusers_file(layers: Iterable[str]) -> bool:
 def read_alphas(
     path: Path, layers: Mapping[str, Mapping[str, LazyTensor]], others: dict[str, LazyTensor]
 ) -> dict[str, float]:
-    """Layer → its ``lora_alpha``: from the file's header, from its ``….alpha`` tensors, which are taken out of
-    ``others``, or as diffusers does without either: the rank, a scaling of 1.
+    """Layer → its ``lora_alpha``: from the file's header, or its ``….alpha`` tensors, which are removed from
+    ``others``, or, as in diffusers without either, the rank (a scaling of 1).
 
     Raises:
         Refusal: K-ADAPTER, settings that change the update otherwise; layers with a mixer next to layers without.

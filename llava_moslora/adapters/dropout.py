@@ -1,8 +1,8 @@
-"""The adapter's dropout D, which is drawn again from a seed wherever it is needed, and its products with x.
+"""The adapter's dropout D, recomputed from a seed wherever it is needed, and its matrix products with x.
 
-On a GPU dropout happens inside the products (:mod:`llava_moslora.adapters.triton_dropout`), which read x once and store
+On a GPU dropout is fused into the products (:mod:`llava_moslora.adapters.triton_dropout`), which read x once and store
 no mask; elsewhere the mask is drawn and applied to the bits of x. ``LLAVA_MOSLORA_KERNEL=torch`` in the environment
-selects that on a GPU too, with other masks.
+selects the latter on a GPU too, with different masks.
 
 Shapes: N rows (all leading dimensions of x), I in, O out, r rank.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from llava_moslora.errors import Refusal
 
 # Dropout probabilities are multiples of 2⁻¹⁶, so that one 64-bit draw gives the masks of four elements. A mask is 16
-# bits that are and-ed with the bits of x: on a CPU ten times as fast as masked_fill in bf16, twice in fp32.
+# bits that are ANDed with the bits of x: on a CPU ten times as fast as masked_fill in bf16, twice in fp32.
 DROPOUT_STEPS = 1 << 16
 INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
 
@@ -33,7 +33,7 @@ def draw_seed(dropout: float) -> tuple[int, Tensor | None]:
 
 
 class DroppedInput:
-    """D(x) for rows (N, I), in the branch's three products. Here the mask is drawn and applied to the bits of x."""
+    """D(x) for rows (N, I), and the branch's three products with it. The mask is drawn and applied to the bits of x."""
 
     def __init__(self, rows: Tensor, seed: Tensor | None, drop: int):
         self.rows: Tensor = rows
@@ -59,7 +59,7 @@ class DroppedInput:
 
 
 class TritonDroppedInput(DroppedInput):
-    """The same on a GPU, with dropout inside the products: no mask is in memory."""
+    """The same on a GPU, with dropout fused into the products: no mask is stored."""
 
     def __init__(self, rows: Tensor, seed: Tensor, drop: int):
         from llava_moslora.adapters import triton_dropout  # imported here: needs Triton
@@ -83,14 +83,14 @@ class TritonDroppedInput(DroppedInput):
 
 
 def dropped_input(rows: Tensor, seed: Tensor | None, drop: int) -> DroppedInput:
-    """D(x) for rows (N, I) of the adapter's dtype; without a seed nothing is dropped."""
+    """D(x) for rows (N, I) in the adapter's dtype; without a seed nothing is dropped."""
     if seed is None or not uses_triton(rows):
         return DroppedInput(rows, seed, drop)
     return TritonDroppedInput(rows, seed, drop)
 
 
 def triton_enabled() -> bool:
-    """Whether Triton's kernels are used on a GPU: Triton is installed, and the environment does not select torch.
+    """Whether Triton kernels are used on a GPU: Triton is installed, and the environment does not select torch.
 
     Raises:
         Refusal: C-FLAG, the environment selects something else.
@@ -103,7 +103,7 @@ def triton_enabled() -> bool:
 
 
 def mask_source(device: torch.device) -> str:
-    """Name of what computes dropout's masks from their seeds: from another source the masks are others."""
+    """Name of the generator that computes dropout masks from their seeds: another one gives different masks."""
     return "hash of pairs" if device.type == "cuda" and triton_enabled() else f"{device.type} generator"
 
 

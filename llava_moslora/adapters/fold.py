@@ -4,8 +4,8 @@
     weight = merge(weight, adapter.layers["model.layers.0.self_attn.q_proj"])
     save(fold(adapter), "published")                        # a plain LoRA: stock PEFT and converters load it
 
-``scripts/convert_adapter.py`` does this on the command line. No model is needed, and tensors stay in their file until
-they are asked for. Shapes: A (r, in), W (r, r) or None, B (out, r), ΔW (out, in).
+``scripts/convert_adapter.py`` does this on the command line. No model is needed, and tensors are read from their file
+lazily. Shapes: A (r, in), W (r, r) or None, B (out, r), ΔW (out, in).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from llava_moslora.files.disk import write_json
 from llava_moslora.files.tensors import LazyTensor, save_tensors
 
 PEFT_PREFIX = "base_model.model."  # what PEFT puts before every name of the base model
-# The fields of a LoRA's adapter_config.json that every version of PEFT knows: before 0.14 it fails at an unknown field.
+# Fields of a LoRA's adapter_config.json in every version of PEFT: before 0.14 it fails on an unknown field.
 COMMON_FIELDS = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias", "fan_in_fan_out"),
     *("layers_to_transform", "layers_pattern", "modules_to_save", "init_lora_weights", "use_rslora", "use_dora"),
 )
-# The fields of a configuration that name modules, or that patterns set per module
+# Configuration fields that name modules, or that are set per module by patterns
 _NAMING = {"peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
            *PATTERN_FIELDS, *PATTERN_FIELDS.values()}  # fmt: skip
 
 
 class Update(Protocol):
-    """What an adapter adds to the weight of one linear."""
+    """What an adapter adds to the weight of one linear layer."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,7 +57,7 @@ class Update(Protocol):
 
 
 class Additive(ABC):
-    """An :class:`Update` that is added to the weight, whatever that is."""
+    """An :class:`Update` that does not depend on the weight it is added to."""
 
     @abstractmethod
     def delta_rows(self, begin: int, end: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ class LowRank(Additive):
         return delta(a, None, b[begin:end], self.scaling)
 
     def folded(self) -> LowRank:
-        """The same ΔW without W: A is W·A, in float32. Of PiSSA it has twice the rank: A over A₀, B beside −B₀."""
+        """The same ΔW without W: A is W·A, in float32. For PiSSA at twice the rank: A over A₀, B next to −B₀."""
         a = self.a.then(lambda a: folded(a, None if self.w is None else self.w.read()))
         if self.start is None:
             return LowRank(a, None, self.b, self.scaling)
@@ -194,7 +194,7 @@ def fold_layers(layers: Mapping[str, Update]) -> dict[str, LowRank]:
 
 
 def rename_adapter(adapter: Adapter, new_name: Callable[[str], str]) -> Adapter:
-    """The adapter with every name passed through ``new_name``, and a configuration that names the layers one by one.
+    """The adapter with every name mapped by ``new_name``, and a configuration that lists all layers.
 
     Raises:
         Refusal: K-ADAPTER, two layers would get the same name, or the method is neither LoRA nor MoSLoRA.
@@ -238,7 +238,7 @@ def save(adapter: Adapter, folder: str | Path) -> None:
 
 
 def save_config(config: PeftConfig, folder: Path) -> None:
-    """Write ``adapter_config.json``; a plain LoRA's without the fields that older versions of PEFT do not know, unless
+    """Write ``adapter_config.json``; for a plain LoRA without fields that older versions of PEFT do not have, unless
     they are set."""
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.copy(config)

@@ -1,10 +1,10 @@
-"""The adapter branch as one operation, in which the mixer costs nothing and only the input is kept for backward::
+"""The adapter branch as one custom operation with a nearly free mixer, which saves only the input for backward::
 
     y = result + c·D(x)·Aᵀ·Wᵀ·Bᵀ,   c = s / (1 − p),   D drops elements with probability p        (paper eq. 7)
 
 Shapes: N rows (all leading dimensions of x), I in, O out, r rank; x (N, I), A (r, I), W (r, r), B (O, r), y (N, O).
 
-It avoids two costs of the plain formula:
+It avoids two costs of a direct implementation:
 
 - Time. At width r, W takes four products in forward and backward (one of them recomputed), of r²·N multiply-adds each.
   Folded into the smaller of its neighbours, B' = B·W or A' = W·A, it also takes four (one of them recomputed), of
@@ -12,7 +12,7 @@ It avoids two costs of the plain formula:
   the whole layer's time.
 - Memory. Dropout's output and mask, D(x)·Aᵀ and its product with W are recomputed in backward. Autograd keeps only x,
   and linears that share an input share it. The mask is a function of an int64 seed that is drawn on the CPU, so that
-  the host waits for no device; activation checkpointing restores the generator and so draws the same seed.
+  the host never waits for the device; activation checkpointing restores the generator and so draws the same seed.
 
 :mod:`llava_moslora.adapters.dropout` draws the masks, and :mod:`llava_moslora.adapters.linear` computes this branch
 together with the frozen linear.
@@ -41,7 +41,7 @@ def low_rank_update(
 
     Args:
         result: float[..., O], the frozen layer's output.
-        x: float[..., I], the frozen layer's input, of any floating dtype; kept for backward as it is.
+        x: float[..., I], the frozen layer's input, of any floating dtype; saved for backward unchanged.
         a: float[r, I].
         w: float[r, r], or None for plain LoRA.
         b: float[O, r].
@@ -94,7 +94,7 @@ def _low_rank_backward(grad, x, a, w, b, seed, scaling, drop, dtype, needs):
 
 
 def _no_autocast(x: Tensor) -> AbstractContextManager:
-    """Autocast would cast the operands of every product again, and in backward only if that runs inside autocast."""
+    """Disables autocast, which would cast the operands of every product again, in backward only if run inside it."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
@@ -104,7 +104,7 @@ def _tensors_like_gradients(x, a, w, b):
 
 
 class Factors:
-    """A, W, B, or A' = W·A, B, or A, B' = B·W: whichever multiplies N rows at the lowest cost. All of one dtype."""
+    """A, W, B, or A' = W·A, B, or A, B' = B·W: whichever is cheapest for N rows. All of one dtype."""
 
     def __init__(self, a: Tensor, w: Tensor | None, b: Tensor, rows: int):
         self.a, self.w, self.b, self.folded_into = a, w, b, None
@@ -148,7 +148,7 @@ class Factors:
 
 
 def folds_mixer(rows: int, i: int, o: int) -> bool:
-    """Whether W is folded into a neighbour for this number of rows, in a layer from I to O."""
+    """Whether W is multiplied into A or B for this number of rows, in a layer from I to O."""
     return rows > min(i, o)
 
 

@@ -1,6 +1,6 @@
-"""Adapters of stock PEFT that are no product of A and B alone: DoRA, LoHa, LoKr, AdaLoRA, as updates of a weight.
+"""Stock PEFT adapters that are not just a product of A and B (DoRA, LoHa, LoKr, AdaLoRA), as updates of a weight.
 
-PEFT itself computes ΔW, of one linear at a time. Shapes: r rank, in/out features of a linear.
+PEFT itself computes ΔW, one linear layer at a time. Shapes: r rank, in/out features of a linear layer.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Kind:
     Attributes:
         config: the class of its configuration.
         names: name of a tensor after the linear's name, as PEFT or another implementation stores it → short name.
-        needed: (configuration, linear's name, short names that are there) → all that the linear must have.
+        needed: (configuration, layer name, short names present) → all that the layer must have.
         update: (tensors by short name, configuration, linear's name) → the update; refuses (K-ADAPTER) shapes that do
             not fit the configuration.
     """
@@ -65,7 +65,7 @@ class PeftUpdate(Additive):
         return _delta(self)[begin:end]
 
 
-@lru_cache(maxsize=1)  # a weight is merged block by block: its update is computed once
+@lru_cache(maxsize=1)  # cached, because a weight is merged block by block
 def _delta(update: PeftUpdate) -> Tensor:
     """ΔW (out, in), float32, by PEFT's layer over a linear without content."""
     out, i = update.shape
@@ -80,7 +80,7 @@ def _delta(update: PeftUpdate) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DoraUpdate:
-    """DoRA: each row of W₀ + s·B·A scaled to a length of its own, m / ‖W₀ + s·B·A‖ (Liu et al. 2024, equation 5)."""
+    """DoRA: each row of W₀ + s·B·A scaled to its own magnitude, m / ‖W₀ + s·B·A‖ (Liu et al. 2024, equation 5)."""
 
     direction: LowRank
     magnitude: LazyTensor  # m (out)
@@ -106,7 +106,7 @@ def value_of(config: PeftConfig, module: str, setting: str, pattern_field: str) 
 
 
 def _check(parts: Parts, expected: Mapping[str, tuple[int | None, int | None]], module: str) -> None:
-    """Refuse shapes that differ from those expected, in which None is any number."""
+    """Refuse shapes that differ from the expected ones, where None matches any number."""
     for part, tensor in parts.items():
         wanted = expected[part]
         fits = len(tensor.shape) == len(wanted) and all(
@@ -155,7 +155,7 @@ def _lokr(parts: Parts, config: PeftConfig, module: str) -> PeftUpdate:
 
 
 def _lokr_needed(config: PeftConfig, module: str, present: set[str]) -> set[str]:
-    """Each factor is stored as it is, or as a product of two."""
+    """Each factor is stored directly, or as a product of two."""
     needed: set[str] = set()
     for factor in ("lokr_w1", "lokr_w2"):
         halves = {f"{factor}_a", f"{factor}_b"}

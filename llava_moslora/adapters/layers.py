@@ -1,7 +1,7 @@
-"""MoSLoRA layers, as thin subclasses of PEFT's LoRA layers; those over quantised linears are in bnb.py.
+"""MoSLoRA layers, as thin subclasses of PEFT's LoRA layers; those over quantised linear layers are in bnb.py.
 
 A layer adds one parameter, ``lora_mixer`` (r×r, next to ``lora_A`` and ``lora_B``), and one PEFT variant that uses it;
-PEFT keeps its forward loops, its merging and its handling of several adapters.
+PEFT's forward loops, merging and handling of several adapters are unchanged.
 
 Shapes: r rank, in/out features of the layer. All weights are floating point, of one dtype.
 """
@@ -35,7 +35,7 @@ check_private_api("adapters.layers")
 
 
 class MosLoraVariant(LoraVariant):
-    """What PEFT calls for an adapter made from a ``MosLoraConfig``; ``module`` is one of the layers below."""
+    """The PEFT variant of an adapter made from a ``MosLoraConfig``; ``module`` is one of the layers below."""
 
     @staticmethod
     def init(module: MosLoraLayer, adapter_name: str, config: MosLoraConfig, **kwargs) -> None:
@@ -46,7 +46,7 @@ class MosLoraVariant(LoraVariant):
             mixer = nn.Linear(rank, rank, bias=False)
             if not mixer.weight.is_meta:
                 init_mixer(mixer.weight.data, config.mixer_init)
-        if config.start == "folded":  # after the same draws as with a mixer that stays
+        if config.start == "folded":  # after the same random draws as with a mixer that is kept
             starts.fold_mixer(module.lora_A[adapter_name].weight, mixer.weight)
         elif config.has_mixer:
             module.lora_mixer[adapter_name] = mixer
@@ -78,7 +78,7 @@ class MosLoraVariant(LoraVariant):
 
     @staticmethod
     def unmerge(module: MosLoraLayer, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        # PEFT unmerges all adapters, one after the other: the kept base comes back with the last.
+        # PEFT unmerges all adapters, one after the other: the saved base weight is restored with the last.
         if BASE_WEIGHT in module._caches and not module.merged_adapters:
             return module._cache_pop(BASE_WEIGHT)
         return add(orig_weight, -module.get_delta_weight(active_adapter))
@@ -95,7 +95,7 @@ def keep_base(model: nn.Module, keep: bool = True) -> None:
 
 
 def init_mixer(weight: torch.Tensor, how: str) -> None:
-    """Fill W (r, r) in place; ``how`` is one of ``MIXER_INITS`` (paper §3.2 and eq. 6)."""
+    """Initialise W (r, r) in place; ``how`` is one of ``MIXER_INITS`` (paper §3.2 and eq. 6)."""
     rank = len(weight)
     if how == "kaiming_uniform":
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
@@ -138,7 +138,7 @@ class MosLoraLayer(PeftLayer):
             config = config.for_module(target_name)
             if r > min(self.in_features, self.out_features):
                 raise Refusal(
-                    "C-RANK", "the rank exceeds what the layer can hold", key=config.module_name, found=r,
+                    "C-RANK", "the rank is too large for the layer", key=config.module_name, found=r,
                     expected=f"at most min(in, out) = {min(self.in_features, self.out_features)}",
                     fix="lower r, or give this module its own rank in rank_pattern",
                 )  # fmt: skip
@@ -150,8 +150,8 @@ class MosLoraLayer(PeftLayer):
 
     def set_adapter(self, adapter_names, inference_mode=False):
         super().set_adapter(adapter_names, inference_mode)
-        # PEFT calls this on every layer once it has visited all of the model: the first moment at which a target that
-        # matched nothing is known.
+        # PEFT calls this on every layer after it has visited the whole model: only now is it known which targets
+        # matched nothing.
         if self._unchecked is not None:
             config, self._unchecked = self._unchecked, None
             config.check_targets()
@@ -177,8 +177,8 @@ class MosLoraLayer(PeftLayer):
     fused_base_layers: tuple[type[nn.Module], ...] = (nn.Linear,)  # what ``adapted_linear`` computes itself
 
     def _only_adapter(self, x: torch.Tensor) -> str | None:
-        """The adapter to compute together with the frozen linear as one operation: the only active one, in the dtype of
-        the linear, while no hook sees or moves the linear's weight (ZeRO-3, offloading); else None."""
+        """The adapter to fuse with the frozen linear layer into one operation: the only active one, in the layer's
+        dtype, if no hook uses or moves the layer's weight (ZeRO-3, offloading); else None."""
         base = self.get_base_layer()
         if type(base) not in self.fused_base_layers or self.disable_adapters or self.merged:
             return None
@@ -189,7 +189,7 @@ class MosLoraLayer(PeftLayer):
             return None
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             return None
-        if "forward" in vars(base) or base.weight.device != x.device:  # accelerate's way to offload
+        if "forward" in vars(base) or base.weight.device != x.device:  # set by accelerate's offloading
             return None
         if base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return None
@@ -204,15 +204,15 @@ class MosLoraLayer(PeftLayer):
         return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def _cast_input_dtype(self, x, dtype):
-        # PEFT casts x to the adapter's dtype again for every layer. Ours casts inside the operation, so that backward
-        # keeps the x that layers share.
+        # PEFT casts x to the adapter's dtype again for every layer. Ours casts inside the operation, so that the x
+        # saved for backward is shared between layers.
         here = [adapter for adapter in self.active_adapters if adapter in self.lora_A]
         if all(isinstance(self.lora_variant.get(adapter), MosLoraVariant) for adapter in here):
             return x
         return super()._cast_input_dtype(x, dtype)
 
     def adapter_weights(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """A (r, in), W (r, r) or None without a mixer, B (out, r); of PiSSA with its frozen pair, at twice the rank."""
+        """A (r, in), W (r, r) or None without a mixer, B (out, r); PiSSA: with the frozen pair, at twice the rank."""
         w = self.lora_mixer[adapter].weight if adapter in self.lora_mixer else None
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         if adapter in self.lora_start_A:  # s·(B·A − B₀·A₀)
@@ -253,10 +253,10 @@ class MosLoraLinear(MosLoraLayer, lora.Linear):
 
 
 class UnsupportedModule:
-    """Refuses every other kind of module: otherwise PEFT would put a plain LoRA there."""
+    """Refuses every other kind of module: otherwise PEFT would add a plain LoRA to it."""
 
     def __init__(self, base_layer, adapter_name, *, target_name="", **kwargs):
         raise Refusal(
-            "C-TARGET", "MoSLoRA adapts nn.Linear and bitsandbytes 4-bit and 8-bit linears", key=target_name,
-            found=type(base_layer).__name__, fix="take it out of target_modules",
+            "C-TARGET", "MoSLoRA supports nn.Linear and bitsandbytes 4-bit and 8-bit linear layers", key=target_name,
+            found=type(base_layer).__name__, fix="remove it from target_modules",
         )  # fmt: skip

@@ -1,16 +1,16 @@
-"""A frozen linear and its adapter as one operation::
+"""A frozen linear layer and its adapter as one operation::
 
     y = x·W₀ᵀ + bias + c·D(x)·Aᵀ·Wᵀ·Bᵀ                                                     (paper eq. 7)
 
-The branch is that of :mod:`llava_moslora.adapters.kernel`. Together with the linear it costs less:
+The branch is that of :mod:`llava_moslora.adapters.kernel`. Fused with the linear layer it costs less:
 
-- the branch is added to the linear's product in place, in forward and in backward, in one pass over it;
+- the branch is added to the layer's output in place, in forward and in backward, in one pass over it;
 - x gets one gradient instead of two that autograd would add;
-- u = D(x)·Aᵀ (N, r) is kept for backward if it is small compared with x;
+- u = D(x)·Aᵀ (N, r) is saved for backward if it is small compared with x;
 - y is the output of one operation, which selective recomputation can save (:mod:`llava_moslora.recompute`).
 
 The operation is called from an autograd function, several hundred times per step: with ``torch.library.custom_op`` a
-forward takes the host 1.7 times as long.
+forward takes 1.7 times as much host time.
 
 W₀ may be NF4 or FP4: it is dequantised here, in forward and again in backward.
 
@@ -31,7 +31,7 @@ from llava_moslora.adapters.dropout import add_low_rank, draw_seed, dropped_inpu
 from llava_moslora.adapters.kernel import Factors, branch_scale
 from llava_moslora.adapters.shared_input import Gradient
 
-KEEP_U_UP_TO = 1 / 16  # r / I up to which u is kept; above, recomputing it costs less than its memory
+KEEP_U_UP_TO = 1 / 16  # r / I up to which u is saved; above, it is recomputed to save memory
 
 
 def adapted_linear(
@@ -74,7 +74,7 @@ def frozen_dtype(base: nn.Module) -> torch.dtype | None:
 
 
 def _quantisation(base: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, list[int], str]:
-    """bitsandbytes' description of a 4-bit weight, in types that an operation takes; empty for an ordinary weight."""
+    """The quantisation state of a 4-bit weight, in types that an operation takes; empty for an ordinary weight."""
     state = getattr(base.weight, "quant_state", None)
     if state is None:
         return None, None, None, None, list(base.weight.shape), ""
@@ -177,15 +177,15 @@ def _run_backward(gradient: Gradient | None, *operands) -> list[Tensor | None]:
 
 
 def _is_watched(x: Tensor) -> bool:
-    """Whether something wants to see one operation, and not the Python function behind it, whose call takes half as
-    long: a mode of torch (FLOP counter, fake tensors), a kind of tensor of its own, the meta device, the compiler."""
+    """Whether something must see a single registered operation instead of the plain Python function, which takes half
+    as long to call: a torch mode (FLOP counter, fake tensors), a tensor subclass, the meta device, the compiler."""
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
         return True
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _versions(parameters: tuple[Tensor | None, ...]) -> list[int]:
-    """They grow when a tensor is overwritten; tensors made without autograd in mind have none, and no backward."""
+    """Version counters, which grow when a tensor is overwritten; inference tensors have none, and no backward."""
     return [t._version for t in parameters if t is not None and not t.is_inference()]
 
 
@@ -229,8 +229,8 @@ class _AdaptedLinear(torch.autograd.Function):
         if torch.compiler.is_compiling() or not (a.is_leaf and b.is_leaf):  # PiSSA's are made for each forward
             ctx.save_for_backward(x, u, *parameters)
         else:
-            # Checkpointing calls a Python function for every saved tensor, so only activations are saved: parameters
-            # live anyway, and backward looks itself whether they are still those of forward.
+            # Checkpointing calls a Python hook for every saved tensor, so only activations are saved: parameters are
+            # alive anyway, and backward checks itself that they have not changed since forward.
             ctx.parameters, ctx.versions = parameters, _versions(parameters)
             ctx.save_for_backward(x, u)
         return y
@@ -244,9 +244,9 @@ class _AdaptedLinear(torch.autograd.Function):
         if ctx.parameters is not None:
             parameters = ctx.parameters
             if _versions(parameters) != ctx.versions:
-                raise RuntimeError("a weight of an adapted linear was overwritten between forward and backward")
+                raise RuntimeError("a weight of an adapted linear layer was overwritten between forward and backward")
             if torch.is_grad_enabled():
-                raise RuntimeError("an adapted linear has no second derivative")
+                raise RuntimeError("an adapted linear layer has no second derivative")
         weight, *quantisation, a, w, b, seed = parameters
         operands = (x, weight, *quantisation, layout, quant_type, a, w, b, seed, u, scaling, drop)
         grads = _run_backward(ctx.gradient, grad, *operands, needs)

@@ -1,9 +1,9 @@
-"""Reads adapters of this package and of others, without a model and without executing anything from the file::
+"""Reads adapters of this package and of other tools, without a model and without executing anything from the file::
 
     read_adapter("adapter")                                               # ours, the authors', plain LoRA
     read_adapter("iter_1.pth", lora_alpha={"llm.": 128, "visual_encoder.": 16}, rename={"llm.": ""})  # XTuner's
 
-Missing or unexpected tensors and unknown settings are refused: without its mixer an adapter runs, and is wrong.
+Missing or unexpected tensors and unknown settings are refused: an adapter without its mixer runs, but is wrong.
 """
 
 from __future__ import annotations
@@ -78,16 +78,16 @@ def read_adapter(
     """Read an adapter of this package, the MoSLoRA authors' repository, their PEFT fork, XTuner, diffusers, or a plain
     LoRA.
 
-    Names, shapes and settings are checked; the tensors are read when they are asked for. A plain LoRA folder gets a
-    trainable identity mixer, so that training can continue from it; it computes the same.
+    Names, shapes and settings are checked; tensors are read lazily. A plain LoRA folder gets a trainable identity
+    mixer, so that training can continue from it; it computes the same.
 
     Args:
         path: an adapter folder, or one weight file without a configuration (XTuner's ``iter_N.pth``, diffusers'
             ``pytorch_lora_weights.safetensors``).
         rename: prefix of the names in the file → prefix in the model, such as ``{"llm.": "model.language_model."}``;
-            of several that fit, the longest counts.
+            the longest matching prefix applies.
         lora_alpha: for a file without a configuration, the alpha it was trained with, or prefix in the file → alpha;
-            not needed for a file of diffusers (:mod:`llava_moslora.adapters.diffusers_file`).
+            not needed for a diffusers file (:mod:`llava_moslora.adapters.diffusers_file`).
 
     Raises:
         Refusal: K-ADAPTER for anything missing, unexpected, of the wrong shape or of unknown meaning.
@@ -101,7 +101,7 @@ def read_adapter(
         alphas = diffusers_file.read_alphas(path, layers, others)
         kind, config = ALL_KINDS[PEFT_TYPE], _config_from_tensors(layers, alphas, path)
         _check_others(config, others, path)
-    else:  # XTuner saves all of a training in one file: the caller decides about its other tensors
+    else:  # XTuner saves the whole training state in one file: the caller decides about its other tensors
         kind, config = ALL_KINDS[PEFT_TYPE], _config_from_tensors(layers, lora_alpha, path)
     _check_layers(kind, config, layers, path)
     updates = {name: kind.update(tensors, config, name) for name, tensors in layers.items()}
@@ -186,9 +186,9 @@ def _stored_config(folder: Path, layers: Layers) -> tuple[Kind, PeftConfig]:
     if name == "LORA":
         kind, stored = _translate_lora(stored, layers, folder)
     known_fields = {f.name for f in dataclasses.fields(kind.config)}
-    # Other versions of PEFT have other fields. One that is empty changes nothing; one that is set might.
+    # Other versions of PEFT have other fields. An empty one changes nothing; one that is set might.
     if foreign := [key for key in stored if key not in known_fields and stored[key] and key != "runtime_config"]:
-        raise Refusal("K-ADAPTER", "settings of unknown meaning", file=folder, key=few(foreign), fix="upgrade peft")
+        raise Refusal("K-ADAPTER", "unknown settings", file=folder, key=few(foreign), fix="upgrade peft")
     try:
         return kind, kind.config(**{key: value for key, value in stored.items() if key in known_fields})
     except Refusal:
@@ -231,7 +231,7 @@ def _config_from_tensors(layers: Layers, lora_alpha: float | Mapping[str, float]
         prefixes = [prefix for prefix in alphas if name.startswith(prefix)]
         if not prefixes:
             raise Refusal(
-                "K-ADAPTER", "the file does not say which lora_alpha it was trained with", file=path, key=name,
+                "K-ADAPTER", "the file does not contain the lora_alpha it was trained with", file=path, key=name,
                 fix="give lora_alpha: one number, or one for each prefix of names",
             )  # fmt: skip
         if "A" not in tensors:

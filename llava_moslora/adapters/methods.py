@@ -1,7 +1,7 @@
 """The adapter methods of ``--method``: one row each, as a PEFT configuration.
 
-What is LoRA with something between, before or after its factors is this package's own layer (``MosLoraConfig``), which
-computes a plain LoRA too; the others are stock PEFT. Nothing here knows which models are adapted.
+LoRA and methods that add something between, before or after its factors use this package's own layer
+(``MosLoraConfig``); the others are stock PEFT. Nothing here depends on the models that are adapted.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class AdapterMethod:
 
     Attributes:
         title: the method's name in tables.
-        config: the class of its configuration. fixed: what the method sets in it.
+        config: the class of its configuration. fixed: fields of it that the method sets.
         names: field of :class:`TowerAdapter` → field of the configuration. A tower's dropout is only there where the
             method has one.
         patterns: field of :class:`TowerAdapter` → field of the configuration that maps module patterns to its values.
-            What is missing cannot differ between towers.
+            Fields that are missing cannot differ between LLM and vision tower.
         trained: the kinds of tensors that are trained. saved: those that are saved with them, because no base model
             has them.
         not_over_nf4: why it cannot be trained over NF4 weights; "" where it can.
@@ -50,7 +50,7 @@ class AdapterMethod:
 
     @property
     def own_layer(self) -> bool:
-        """Whether it is this package's layer, whose update is a product of small matrices."""
+        """Whether it is this package's layer, whose update is a product of low-rank factors."""
         return self.config is MosLoraConfig
 
 
@@ -58,13 +58,13 @@ _LORA = {"r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
 _LYCORIS = {"r": "r", "lora_alpha": "alpha"}
 _RANKS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 _THREE = ("lora_A", "lora_mixer", "lora_B")
-_SHAPES = "PEFT computes {0} from the shape of the weight, and 4-bit weights are stored in another one"
-_PARTS = "PEFT computes LoHa's factors from the shape of the weight, and ZeRO-3 has taken the weights apart by then"
+_SHAPES = "PEFT computes {0} from the shape of the weight, and 4-bit weights are stored in a different shape"
+_PARTS = "PEFT computes LoHa's factors from the shape of the weight, and ZeRO-3 has partitioned the weights by then"
 
 METHODS: dict[str, AdapterMethod] = {
     "moslora": AdapterMethod("MoSLoRA", trained=_THREE, rate=3e-5),
     "lora": AdapterMethod("LoRA", rate=3e-5),
-    # MoSLoRA's start and LoRA's training: tells what of a difference is the start's.
+    # MoSLoRA's init with LoRA's training: separates the effect of the init.
     "folded": AdapterMethod("mixer folded into A", fixed={"start": "folded"}),
     "tsmix": AdapterMethod("two-subspaces-mixing", saved=("lora_mixer",)),
     "dora": AdapterMethod(
@@ -81,13 +81,13 @@ METHODS: dict[str, AdapterMethod] = {
         "LoKr", LoKrConfig, {}, _LYCORIS, _RANKS, ("lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
         not_over_nf4=_SHAPES.format("LoKr's factors"), rate=3e-5,
     ),
-    # As in the paper (appendix B.1), the target rank is the initial one: nothing is pruned, so the schedule is not
-    # needed, and what is left is P·Λ·Q with a term that keeps P and Q orthogonal.
+    # As in the paper (appendix B.1), the target rank is the initial one: nothing is pruned, so there is no schedule,
+    # only P·Λ·Q and a term that keeps P and Q orthogonal.
     "adalora": AdapterMethod(
         "AdaLoRA", AdaLoraConfig, {"total_step": 1, "tinit": 0, "tfinal": 0},
         {"r": "init_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}, {},
         ("lora_A", "lora_E", "lora_B"),
-        not_under_zero3="AdaLoRA's layers and its term share parameters, which ZeRO-3 then cannot free", rate=3e-5,
+        not_under_zero3="AdaLoRA's layers and regulariser share parameters, which ZeRO-3 then cannot free", rate=3e-5,
     ),
     "flora": AdapterMethod("FLoRA", fixed={"start": "flora"}, trained=_THREE, rate=3e-5),
     "loraxs": AdapterMethod("LoRA-XS", fixed={"start": "loraxs"}, trained=("lora_mixer",), saved=("lora_A", "lora_B")),
@@ -105,7 +105,7 @@ def method_config(
         fields: other fields of the configuration: ``target_modules``, ``modules_to_save``.
 
     Raises:
-        Refusal: C-FLAG, ``others`` differ from ``adapter`` in what this method has only once.
+        Refusal: C-FLAG, ``others`` differ from ``adapter`` in a field that this method has only once.
     """
     row = METHODS[method]
     values: dict[str, Any] = {name: getattr(adapter, own) for own, name in row.names.items()}
@@ -120,13 +120,13 @@ def method_config(
                 raise Refusal(
                     "C-FLAG", f"PEFT's {row.title} has one for all modules", key=f"--{flag}, --vision_{flag}",
                     found=f"{getattr(adapter, own):g} and {getattr(other, own):g}", expected="the same",
-                    fix="give both the same, or one of the towers rank 0",
+                    fix="give both the same value, or set one of the ranks to 0",
                 )  # fmt: skip
     return row.config(**values, **row.fixed, **fields)
 
 
 def check_method(settings: AdapterSettings, bits: int, training: TrainingSettings) -> None:
-    """Refuse what a method has no use for, and what cannot work, before anything is loaded.
+    """Refuse flags that do not apply to a method, and combinations that cannot work, before anything is loaded.
 
     Args:
         bits: of the frozen LLM.
@@ -137,17 +137,17 @@ def check_method(settings: AdapterSettings, bits: int, training: TrainingSetting
     method, row = settings.method, METHODS[settings.method]
     defaults = AdapterSettings()
     if settings.tune_mm_mlp_adapter and method != defaults.method:
-        raise Refusal("C-FLAG", "stage 1 trains no adapters", key="--method", found=method, fix="leave it out")
+        raise Refusal("C-FLAG", "stage 1 trains no adapters", key="--method", found=method, fix="omit it")
     for name in MIXER_FLAGS if method != "moslora" else ():
         if method == "folded" and name.endswith("mixer_init"):
             continue
         own = dict(zip(("mixer_init", "train_mixer"), FIXED_MIXERS.get(method, ()), strict=False))
         allowed = (getattr(defaults, name), own.get(name.removeprefix("vision_"), getattr(defaults, name)))
         if getattr(settings, name) not in allowed:
-            _refuse(name, getattr(settings, name), f"{row.title} decides the mixer itself, or has none")
+            _refuse(name, getattr(settings, name), f"{row.title} has a fixed mixer, or none")
     for name in ("lora_dropout", "vision_lora_dropout") if method in WITHOUT_DROPOUT else ():
         if getattr(settings, name) not in (getattr(defaults, name), 0):
-            _refuse(name, getattr(settings, name), f"PEFT's {row.title} has no dropout of its input")
+            _refuse(name, getattr(settings, name), f"PEFT's {row.title} has no input dropout")
     if training.mixer_lr is not None and "lora_mixer" not in row.trained:
         _refuse("mixer_lr", training.mixer_lr, f"{row.title} trains no mixer")
     for name, off in (("mixer_lr", None), ("lora_plus_ratio", 1), ("riemannian", False)):
@@ -156,7 +156,7 @@ def check_method(settings: AdapterSettings, bits: int, training: TrainingSetting
     if training.lora_plus_ratio != 1 and "lora_B" not in row.trained:
         _refuse("lora_plus_ratio", training.lora_plus_ratio, f"{row.title} trains no B")
     if training.riemannian and not _is_pair(settings):
-        _refuse("riemannian", True, f"its preconditioner is that of a product B·A, and {row.title}'s update is another")
+        _refuse("riemannian", True, f"its preconditioner is for a product B·A, which {row.title}'s update is not")
     if bits == 4 and row.not_over_nf4 and settings.llm is not None:
         raise Refusal("C-FLAG", row.not_over_nf4, key=f"--method {method}, --bits 4", fix="--bits 16")
     towers = {"": settings.llm, "vision_": settings.vision}
@@ -169,11 +169,11 @@ def check_method(settings: AdapterSettings, bits: int, training: TrainingSetting
 
 
 def _is_pair(settings: AdapterSettings) -> bool:
-    """Whether all that is trained of the adapters is A and B; a frozen mixer between them is a part of A."""
+    """Whether only A and B are trained; a frozen mixer between them counts as part of A."""
     mixers = any(tower.train_mixer for tower in (settings.llm, settings.vision) if tower is not None)
     trained = set(METHODS[settings.method].trained) - ({"lora_mixer"} if settings.method == "moslora" else set())
     return trained == {"lora_A", "lora_B"} and not (settings.method == "moslora" and mixers)
 
 
 def _refuse(name: str, value: object, why: str) -> None:
-    raise Refusal("C-FLAG", f"has no effect: {why}", key=f"--{name}", found=value, fix="leave it out")
+    raise Refusal("C-FLAG", f"has no effect: {why}", key=f"--{name}", found=value, fix="omit it")

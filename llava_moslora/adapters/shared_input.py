@@ -1,12 +1,12 @@
-"""Adapted linears of one module with the same input x, such as q, k and v of an attention: one gradient of x.
+"""Adapted linear layers of one module that share an input x, such as q, k and v of an attention: one gradient of x.
 
-Autograd would make a gradient of x per linear and add them, a pass over three tensors of x's size for each addition.
-Here the linear whose backward comes first makes it, the others add to it inside their products, and the last one adds
-all branches in one pass and hands it to autograd.
+Autograd would compute a gradient of x per layer and sum them, a pass over three tensors of x's size for each addition.
+Here the layer whose backward runs first allocates it, the others accumulate into it inside their matrix products, and
+the last one adds all adapter branches in one pass and returns it to autograd.
 
-Only linears whose outputs are all used may share: the gradient is whole when each has been through backward. That is
-so in the modules listed here. If it is not, as in a backward for one of their weights alone, backward fails; without
-``shared_input`` on these linears autograd adds.
+Only layers whose outputs are all used may share: the gradient is complete when each has run backward, as in the
+modules listed here. If one has not, as in a backward for one of their weights only, backward fails; without
+``shared_input`` on these layers autograd does the sum.
 
 Shapes: N rows (all leading dimensions of x), I in, O out, r rank.
 """
@@ -34,14 +34,14 @@ SHARING = {
 
 @dataclass
 class Gradient:
-    """Of one x, while backward goes through its linears.
+    """The gradient of one x, while backward goes through its linear layers.
 
     Attributes:
-        linears: how many forward calls took x.
-        done: how many of them have been through backward.
+        linears: number of forward calls with x.
+        done: how many of them have run backward.
         total: float[N, I], from the first one on.
-        products: of adapters, still to be added: Triton's kernel takes several in one pass.
-        task: number of autograd's backward that goes through them.
+        products: adapter products still to be added: the Triton kernel takes several in one pass.
+        task: id of the autograd backward pass that runs through them.
     """
 
     linears: int = 0
@@ -51,7 +51,7 @@ class Gradient:
     task: int = -1
 
     def add(self, grad: Tensor, frozen: Tensor, rows: DroppedInput, grad_u: Tensor, a: Tensor) -> Tensor | None:
-        """Add what one linear contributes, grad·W₀ + D(grad_u·A).
+        """Add one linear layer's contribution, grad·W₀ + D(grad_u·A).
 
         Args:
             grad: float[N, O], the gradient of its output.
@@ -61,7 +61,7 @@ class Gradient:
             a: float[r, I].
 
         Returns:
-            float[N, I] from the last linear, None from the others.
+            float[N, I] from the last layer, None from the others.
         """
         if self.total is None or self.task != torch._C._current_graph_task_id():
             self._begin()
@@ -80,7 +80,7 @@ class Gradient:
         return add_dropped(total, products) if products else total
 
     def _begin(self) -> None:
-        """A backward, perhaps through a graph that another has gone through, or has failed in."""
+        """Begin a backward pass, perhaps through a graph that an earlier one went through or failed in."""
         self.done, self.products, self.task = 0, [], torch._C._current_graph_task_id()
         Variable._execution_engine.queue_callback(self._check_whole)  # when this backward ends
 
@@ -93,10 +93,10 @@ class Gradient:
 
 
 class SharedInput:
-    """Which :class:`Gradient` belongs to the x that linears of one module are called with.
+    """Maps the x that the linear layers of one module are called with to its :class:`Gradient`.
 
     Args:
-        size: the number of these linears.
+        size: the number of these layers.
     """
 
     def __init__(self, size: int):
@@ -108,8 +108,8 @@ class SharedInput:
         return {"size": self.size, "_x": None, "_gradient": Gradient()}  # not what a forward has left
 
     def gradient_of(self, x: Tensor) -> Gradient | None:
-        """For the next linear that is called with x; None where no gradient of x will be asked for, or where the linear
-        is one operation to torch (fake tensors, the compiler, a FLOP counter), whose gradients are its own."""
+        """For the next layer that is called with x; None if x needs no gradient, or if the layer is a single registered
+        operation (fake tensors, the compiler, a FLOP counter), which computes its own gradients."""
         if not (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
             return None
         if type(x) is not Tensor or x.is_meta or recompute.in_foreign_mode():
@@ -121,7 +121,7 @@ class SharedInput:
 
 
 def share_inputs(model: nn.Module) -> None:
-    """Let adapted linears with the same input share its gradient, in the modules of ``model`` that are listed."""
+    """Let adapted linear layers with the same input share its gradient, in the listed modules of ``model``."""
     for module in model.modules():
         linears: list[Any] = [getattr(module, name, None) for name in SHARING.get(type(module).__name__, ())]
         adapted = [linear for linear in linears if hasattr(linear, "shared_input")]

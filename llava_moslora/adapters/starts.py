@@ -1,4 +1,4 @@
-"""How A, B and W start where that is not LoRA's way: :data:`llava_moslora.adapters.config.STARTS`.
+"""Inits of A, B and W other than LoRA's: :data:`llava_moslora.adapters.config.STARTS`.
 
 Shapes: base weight W₀ (out, in), A (r, in), W (r, r), B (out, r).
 """
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 FLORA_STD = 0.02  # of B, as of FLoRA's authors' later toolkit
 LORA_XS_STD = 1e-5  # of W (Bałazy et al. 2024, section 3)
-# start → what of the adapter is not trained
+# start → tensors that are not trained
 FROZEN = {"loraxs": ("lora_A", "lora_B"), "pissa": ("lora_start_A", "lora_start_B")}
 
 
 @torch.no_grad()
 def start(module: Any, adapter: str, config: MosLoraConfig) -> None:
-    """Fill A, B and W of a MosLoraLayer that PEFT has just made, and add PiSSA's frozen pair A₀, B₀.
+    """Initialise A, B and W of a MosLoraLayer that PEFT has just created, and add PiSSA's frozen pair A₀, B₀.
 
-    A configuration in inference mode is one of a saved adapter, whose tensors are loaded next: the base weight is then
+    A configuration in inference mode belongs to a saved adapter, whose tensors are loaded next: the base weight is then
     not decomposed.
     """
     a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight
@@ -71,8 +71,8 @@ def fold_mixer(a: Tensor, w: Tensor) -> None:
 def top_singular(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first ``rank`` singular triples of (out, in): U (out, rank), S (rank) descending, V (in, rank), float64.
 
-    From the eigenvectors of the smaller Gram matrix in float64, which for the largest values loses nothing that float32
-    shows, and takes a fraction of a full SVD's time. On a GPU, if there is one.
+    From the eigenvectors of the smaller Gram matrix in float64, which is exact to float32 precision for the largest
+    values and takes a fraction of a full SVD's time. On a GPU, if there is one.
     """
     device = "cuda" if torch.cuda.is_available() else weight.device
     exact = weight.to(device, torch.float64)

@@ -1,9 +1,9 @@
-"""The adapter's products on a GPU in Triton, with dropout inside them: no mask is stored.
+"""Triton kernels for the adapter's matrix products with fused dropout: no mask is stored.
 
     dropped_project   u  = D(x)·Aᵀ            one pass over x
     dropped_outer     gA = guᵀ·D(x)           one pass over x
     add_low_rank      y += c·u·B'ᵀ            one pass over y, three times as fast as cuBLAS at rank 64
-    add_dropped       gx += Σ D(gu·A)         one pass over gx, for up to three linears with one input
+    add_dropped       gx += Σ D(gu·A)         one pass over gx, for up to three linear layers with one input
 
 D zeroes an element if 16 bits of a keyed hash of its row and pair of columns are below a threshold; it does not
 rescale, the caller's scale does. The hash needs no state, so forward, backward and recomputation get the same mask on
@@ -11,7 +11,7 @@ any NVIDIA GPU, whatever the block shape or the number of multiprocessors. Sums 
 reproducible bit for bit.
 
 Shapes: N rows, I in, O out, r rank; x (N, I), A (r, I), B' (O, r), u and gu (N, r). dtypes: bfloat16, float16 or
-float32, all equal.
+float32, all equal. Kernels run on the device of their tensors, which need not be the current one.
 """
 
 from __future__ import annotations
@@ -195,32 +195,35 @@ def dropped_project(x: Tensor, a: Tensor, seed: Tensor, drop: int) -> Tensor:
     """D(x)·Aᵀ, (N, r)."""
     (n, i), r = x.shape, len(a)
     u = x.new_empty(n, r)
-    rank = _rank_block(r)
+    rank = _rank_block(r, x)
     grid = (triton.cdiv(n, ROWS), triton.cdiv(r, rank))
-    _project[grid](
-        x, a, u, n, i, r, *keys(seed), drop, ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=8, num_stages=4
-    )
+    with torch.cuda.device_of(x):
+        _project[grid](
+            x, a, u, n, i, r, *keys(seed), drop,
+            ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=8, num_stages=4 if x.element_size() == 2 else 3,
+        )  # fmt: skip
     return u
 
 
 def dropped_outer(gu: Tensor, x: Tensor, seed: Tensor, drop: int) -> Tensor:
     """guᵀ·D(x), (r, I)."""
     (n, i), r = x.shape, gu.shape[1]
-    rank = _rank_block(r)
+    rank = _rank_block(r, x)
     blocks = triton.cdiv(i, COLUMNS) * triton.cdiv(r, rank)
     rows_per_part = triton.cdiv(triton.cdiv(n, max(PROGRAMS // blocks, 1)), ROWS) * ROWS
     count = triton.cdiv(n, rows_per_part)
     parts = torch.empty(count, r, i, dtype=torch.float32, device=x.device)
     grid = (triton.cdiv(i, COLUMNS), count, triton.cdiv(r, rank))
-    _outer[grid](
-        x, gu, parts, n, i, r, rows_per_part, *keys(seed), drop,
-        ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _outer[grid](
+            x, gu, parts, n, i, r, rows_per_part, *keys(seed), drop,
+            ROWS=ROWS, COLUMNS=COLUMNS, RANK=rank, num_warps=4, num_stages=3,
+        )  # fmt: skip
     return parts.sum(0).to(x.dtype) if count > 1 else parts[0].to(x.dtype)
 
 
 def add_dropped(gx: Tensor, branches: list[tuple[Tensor, Tensor, Tensor, int]]) -> Tensor:
-    """gx (N, I) += D(gu·A) of every branch (gu, A, seed, drop), in place, in one pass where they have one rank and one
+    """gx (N, I) += D(gu·A) of every branch (gu, A, seed, drop), in place, in one pass if they have the same rank and
     probability and are at most three."""
     (n, i), r, drop = gx.shape, len(branches[0][1]), branches[0][3]
     if len(branches) > 3 or any(len(a) != r or other != drop for _, a, _, other in branches):
@@ -229,21 +232,23 @@ def add_dropped(gx: Tensor, branches: list[tuple[Tensor, Tensor, Tensor, int]]) 
         return gx
     given = [value for gu, a, seed, _ in branches for value in (gu, a, *keys(seed))]
     unused = given[:4] * (3 - len(branches))
-    _add_dropped[_blocks(n, i)](
-        gx, n, i, r, drop, *given, *unused,
-        COUNT=len(branches), ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=1,
-        maxnreg=128 if len(branches) > 1 else None,  # so that two programs run on a multiprocessor at once
-    )  # fmt: skip
+    with torch.cuda.device_of(gx):
+        _add_dropped[_blocks(n, i)](
+            gx, n, i, r, drop, *given, *unused, COUNT=len(branches),
+            ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r, gx), 64), num_warps=8, num_stages=1,
+            maxnreg=128 if len(branches) > 1 else None,  # so that two programs run on a multiprocessor at once
+        )  # fmt: skip
     return gx
 
 
 def add_low_rank(y: Tensor, u: Tensor, b: Tensor, scale: float) -> Tensor:
     """y (N, O) += scale·u·bᵀ, in place."""
     (n, o), r = y.shape, u.shape[1]
-    _add[_blocks(n, o)](
-        y, u, b, n, o, r, scale,
-        ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r), 64), num_warps=8, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(y):
+        _add[_blocks(n, o)](
+            y, u, b, n, o, r, scale,
+            ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r, y), 64), num_warps=8, num_stages=2,
+        )  # fmt: skip
     return y
 
 
@@ -251,5 +256,6 @@ def _blocks(rows: int, columns: int) -> tuple[int]:
     return (triton.cdiv(rows, ROWS) * triton.cdiv(columns, 2 * COLUMNS),)
 
 
-def _rank_block(r: int) -> int:
-    return min(max(triton.next_power_of_2(r), 16), RANK)
+def _rank_block(r: int, x: Tensor) -> int:
+    """How much of the rank a block takes; of float32 half as much, for GPUs with 99 KiB of shared memory a program."""
+    return min(max(triton.next_power_of_2(r), 16), RANK if x.element_size() == 2 else RANK // 2)

@@ -1,8 +1,8 @@
-"""A data cache on disk: the arrow files of its parts, and a report with what was counted and a checksum of each file.
+"""The data cache on disk: the Arrow files of its parts, and a report with counts and a checksum of each file.
 
 A cache is kept for months on disks that fill up, lose power and are copied, so every byte is verified when it is
-opened; a folder with a damaged file is built again (:mod:`llava_moslora.data.prepare`). Every file is flushed to the
-disk before the rename that publishes it.
+opened; a folder with a damaged file is rebuilt (:mod:`llava_moslora.data.prepare`). Every file is fsynced before the
+rename that publishes it.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from llava_moslora.files.disk import fsync, replace_file, replace_folder
 from llava_moslora.files.json import parse_json
 from llava_moslora.text.templates import TOKENIZER_TEMPLATE, get_template
 
-CODE_VERSION = 5  # raise it whenever ids, labels or columns of the same data would change
+CODE_VERSION = 5  # increment it whenever ids, labels or columns of the same data would change
 REPORT = "report.json"
-NAMING = "with a control token's name in a text, where it is plain text"
-# Count of a report → what it says to people
+NAMING = "with a control token's name in a text, kept as plain text"
+# Count in a report → its text in the log
 COUNTS = {
     "records": "records",
     "kept": "kept",
@@ -54,7 +54,7 @@ CHECKSUM = "crc32"  # key of a checksum of all other keys, in the report and in 
 
 @dataclass(frozen=True)
 class Preparation:
-    """One source, with everything else that decides what its rows are."""
+    """One source, with everything else that determines its rows."""
 
     source: Source
     settings: DataSettings
@@ -74,8 +74,8 @@ def cache_key(preparation: Preparation) -> str:
     for block in source.version():
         digest.update(block)
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    # For "tokenizer" the name alone does not decide what is written. The chat template itself is in the key too: ours
-    # was derived from a few conversations of it, and two chat templates must never share a cache.
+    # For "tokenizer" the name does not determine the template, so the chat template itself is in the key too: ours
+    # was derived from a few rendered conversations, and two chat templates must never share a cache.
     template = [preparation.template, repr(get_template(preparation.template, tokenizer))]
     template += [tokenizer.chat_template] if preparation.template == TOKENIZER_TEMPLATE else []
     rest = [tokenizer.special_tokens_map, template, preparation.tokens_per_image, settings.model_max_length]
@@ -137,7 +137,7 @@ def report_in(folder: Path) -> dict:
     """
     if (report := read_report(folder)) is None:
         what = "something else changed the data cache while it was in use"
-        raise Refusal("D-CACHE", what, file=folder, fix="start again: damaged files are built again")
+        raise Refusal("D-CACHE", what, file=folder, fix="start again: damaged files are rebuilt")
     return report
 
 
@@ -148,8 +148,8 @@ def reports_of(dataset: Dataset) -> list[dict]:
 
 
 def summary(dataset: Dataset) -> str:
-    """For people: a line per source with the record format that it was read as, one where its bad records are listed,
-    and a line of all counts."""
+    """For the log: a line per source with its detected record format, one with the file that lists its bad records, and
+    a line with all counts."""
     lines = []
     for folder in folders_of(dataset):
         report = report_in(folder)
@@ -160,7 +160,7 @@ def summary(dataset: Dataset) -> str:
 
 
 def in_words(report: Mapping[str, Any]) -> str:
-    """The counts of a report on one line; of nothing but ``records`` and ``kept`` a zero is said."""
+    """The counts of a report on one line; zeros are omitted, except of ``records`` and ``kept``."""
     found = {name: len(value) if name == "problems" else value for name, value in report.items()}
     counts = {words: found.get(name, 0) for name, words in COUNTS.items()}
     return "  ".join(f"{words}: {n:,}" for words, n in counts.items() if n or words in ("records", "kept"))
@@ -187,8 +187,8 @@ def report_of(dataset: Dataset) -> dict:
 def keys_of(dataset: Dataset, rows: np.ndarray | None = None) -> list[str]:
     """The key of each source, or of those of its ``rows``, int64[n], that are used; equal keys mean equal rows.
 
-    It is the name of the cache folder and a digest of which records are in it, because a record that was skipped for
-    its images is added when they can be used.
+    The key is the name of the cache folder and a digest of which records are in it, because a record that was skipped
+    for its images is added once they can be used.
     """
     used = slice(None) if rows is None else rows
     sources, records = (np.asarray(dataset[name][:])[used] for name in ("source", "record"))
@@ -231,7 +231,7 @@ def copy_parts(target: Path, staging: Path) -> None:
 
 def _link(source: str, destination: str) -> None:
     try:
-        os.link(source, destination)  # files are replaced, never written into
+        os.link(source, destination)  # files are replaced, never modified
     except OSError:  # a file system without hard links
         shutil.copyfile(source, destination)
 

@@ -33,7 +33,7 @@ class Collator:
     """Makes a batch of records (dictionaries with ``input_ids labels images shard record id number``).
 
     With ``pack_to``, several records share a row of at most that many tokens (or of the longest record's), which saves
-    padding. Positions restart at 0 with each record: transformers recognises packed rows from that (with
+    padding. Positions restart at 0 with each record: transformers detects packed rows from that (with
     ``use_cache=False``; with a cache it silently does not), and no record attends to another; variable-length kernels
     use the lengths instead, without a mask. The records of the batch, and so its loss, are those without packing.
 
@@ -47,7 +47,7 @@ class Collator:
     follow_links: bool = False  # see load_image
     pack_to: int | None = None  # tokens per row; None: one record per row
     image_token_id: int | None = None  # the placeholder's; with it a batch has image_positions
-    data_files: tuple[str, ...] = ()  # a record's "source" is a position in it; named in refusals if there are several
+    data_files: tuple[str, ...] = ()  # indexed by a record's "source"; named in refusals if there are several
 
     @classmethod
     def of(
@@ -74,8 +74,8 @@ class Collator:
         Returns:
             ``input_ids labels`` int64[B, T]; with packing also what :func:`_packed_positions` returns; ``record`` and
             ``lengths`` int64[records], the records' ``number`` and tokens, in their order in the rows; if any record
-            has images, ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders. And, so that the model
-            need not ask the device how many there are, indices into the flattened B·T: ``label_positions`` int64[S], of
+            has images, ``pixel_values`` float32[N, 3, H, W] in the order of the placeholders. And, to avoid a
+            synchronisation with the device, indices into the flattened B·T: ``label_positions`` int64[S], of
             tokens that have a label and a token before them, and with images ``image_positions`` int64[N·P], of
             placeholders.
 
@@ -84,8 +84,8 @@ class Collator:
         """
         for record in records:
             if all(label == IGNORE_INDEX for label in record["labels"]):
-                fix = "remove the record, or raise --model_max_length, which may have cut its answers"
-                raise Refusal("D-LABELS", "no token of this record is trained", fix=fix, **self._where(record))
+                fix = "remove the record, or raise --model_max_length, which may have truncated its answers"
+                raise Refusal("D-LABELS", "no token of this record has a label", fix=fix, **self._where(record))
         rows = [[record] for record in records] if self.pack_to is None else pack(records, self.pack_to)
         records = list(chain.from_iterable(rows))
         batch = {
@@ -95,7 +95,7 @@ class Collator:
             "lengths": torch.tensor([len(record["input_ids"]) for record in records]),
         }
         trained = batch["labels"] != IGNORE_INDEX
-        trained[:, 0] = False  # nothing comes before it that could predict it
+        trained[:, 0] = False  # there is no token before it to predict it from
         batch["label_positions"] = _true_positions(trained)
         if self.pack_to is not None:
             batch |= _packed_positions(rows, batch["input_ids"].shape[1])
@@ -120,7 +120,7 @@ class Collator:
 def read_record_image(
     record: dict, name: str, folder: str | Path | None, follow_links: bool, where: dict
 ) -> Image.Image:
-    """One of a record's ``images``, out of its shard or the image folder, in RGB.
+    """One of a record's ``images``, from its shard or the image folder, in RGB.
 
     Args:
         where: ``record`` and ``record_id``, for refusals.
@@ -139,8 +139,8 @@ def read_record_image(
 def pack(records: Sequence[dict], limit: int) -> list[list[dict]]:
     """The records in rows of at most ``limit`` tokens (a longer record has a row of its own), with little padding.
 
-    First-fit decreasing for several row lengths, of which the one counts that leaves the fewest tokens, padding
-    included; the shorter one if two do, as attention grows with the square. Never more padding than unpacked.
+    First-fit decreasing for several row lengths; the one with the fewest tokens, padding included, is used, the shorter
+    one in a tie, as attention grows quadratically. Never more padding than unpacked.
     """
     records = sorted(records, key=lambda record: -len(record["input_ids"]))  # stable: equal records give equal rows
     longest = len(records[0]["input_ids"])
@@ -174,7 +174,7 @@ def _joined(row: list[dict], name: str) -> list[int]:
 
 
 def _packed_positions(rows: list[list[dict]], longest: int) -> dict[str, torch.Tensor | int]:
-    """Where the records of packed rows are, a row's padding being a record of its own, under transformers' names.
+    """Boundaries of the records in packed rows, under transformers' names; a row's padding counts as a record.
 
     Returns:
         ``position_ids`` int64[B, T], from 0 in each record; ``cu_seq_lens_q`` and ``_k`` int32[R+1], where each of the

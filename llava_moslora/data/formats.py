@@ -1,7 +1,7 @@
 """Turns raw records into checked :class:`Record` objects, one by one as they stream in.
 
-Nothing is repaired and nothing is skipped silently: a record that cannot be trained on is refused by index and id. A
-new format is a function that finds images and turns in a raw record, and a row of ``FORMATS``; the checks are shared.
+Nothing is repaired or skipped silently: a record that cannot be trained on is refused with its index and id. A
+new format is a function that extracts images and turns from a raw record, and a row of ``FORMATS``; checks are shared.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from llava_moslora.text.tokenizer import IMAGE_TOKEN
 Content = tuple[tuple[str, ...], tuple[Turn, ...]]  # names of images, and turns
 LLAVA_ROLES = {role: ROLES[role] for role in ("system", "human", "gpt")}
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# In a record without images, <image> inside a sentence is text (somebody writes about HTML); on a line of its own at
-# the start or end of a turn it is what LLaVA writes for an image, and the image is missing.
+# In a record without images, <image> inside a sentence is text (for example about HTML); on its own line at the start
+# or end of a turn it is LLaVA's placeholder, and the image is missing.
 _IMAGE_LINE = re.compile(rf"\A\s*{IMAGE_TOKEN}\s*(\n|\Z)|\n\s*{IMAGE_TOKEN}\s*\Z")
 VIDEO_TOKEN = "<video>"
 _VIDEO_LINE = re.compile(_IMAGE_LINE.pattern.replace(IMAGE_TOKEN, VIDEO_TOKEN))
@@ -48,12 +48,12 @@ class Record:
     index: int  # in its file, from 0
     id: str  # the record's own, "" if it has none
     images: tuple[str, ...]  # names relative to the image folder, as many as there are <image> in the human turns
-    turns: tuple[Turn, ...]  # an optional system turn, then human and gpt in turn; no text is empty
-    format: str  # the name of the one that it was read as
+    turns: tuple[Turn, ...]  # an optional system turn, then human and gpt alternating; no text is empty
+    format: str  # the name of the detected format
 
 
 def read_records(file: str | Path) -> Iterator[Record]:
-    """The records of a local data file whose images are files of their own; memory does not grow with the file.
+    """The records of a local data file whose images are separate files; memory does not grow with the file.
 
     Raises:
         Refusal: D-..., at the first record that breaks a rule, or where the file cannot be read; D-SHARD, its images
@@ -99,7 +99,7 @@ def check_record(
         _check_characters(str(own_id), *images, *(turn.text for turn in turns))
         _check_places(images, [turn.text for turn in turns if turn.role == "human"])
         if not any(turn.trained for turn in turns if turn.role == "gpt"):
-            raise Refusal("D-LABELS", "no turn of this record is trained on", fix="remove the record, or the marks")
+            raise Refusal("D-LABELS", "no turn of this record is trained", fix="remove the record, or the marks")
     except Refusal as refusal:
         raise Refusal(**{**vars(refusal), "file": file, "record": index, "record_id": own_id}) from None
     return Record(index, "" if own_id is None else str(own_id), images, turns, record_format.name)
@@ -149,7 +149,7 @@ def read_alpaca(raw: dict) -> Content:
     for k, pair in list_under(raw, "history") if raw.get("history") not in EMPTY else ():
         if not isinstance(pair, list) or len(pair) != 2:
             found, expected = json_type(pair), "[question, answer]"
-            what, key = "not an earlier round", f"history[{k}]"
+            what, key = "not a [question, answer] pair", f"history[{k}]"
             raise Refusal("D-SCHEMA", what, key=key, found=found, expected=expected, fix=MEND)
         messages += [said("human", pair[0], f"history[{k}][0]"), said("gpt", pair[1], f"history[{k}][1]")]
     question = said("human", raw["instruction"], "instruction")
@@ -172,12 +172,12 @@ def _as_sharegpt(raw: dict) -> bool:
 class Format(NamedTuple):
     name: str
     keys: tuple[str, ...]  # of the turns, which every record has; named in messages
-    # Its image names and turns, none of them empty; its refusals need not name the file and the record.
+    # Returns image names and turns, none of them empty; its refusals need not name the file and the record.
     read: Callable[[dict], Content]
     recognises: Callable[[dict], bool] = lambda raw: True  # of a record with these keys; nothing in it is checked yet
 
 
-# The first that recognises a record reads it.
+# The first that matches a record's keys reads it.
 FORMATS = (
     Format("ShareGPT", ("conversations",), read_sharegpt, _as_sharegpt),
     Format("LLaVA", ("conversations",), read_llava),
@@ -198,9 +198,9 @@ def format_of(raw: dict) -> Format:
         if all(key in raw for key in one.keys) and one.recognises(raw):
             return one
     raise Refusal(
-        "D-SCHEMA", "not a record of a known format", found=f"keys {', '.join(raw)}" if raw else "no keys",
+        "D-SCHEMA", "unknown record format", found=f"keys {', '.join(raw)}" if raw else "no keys",
         expected=" | ".join(dict.fromkeys(" and ".join(one.keys) for one in FORMATS)),
-        fix="columns of other names are named with --data_columns, such as messages=dialog; records inside another "
+        fix="rename columns with --data_columns, such as messages=dialog; records inside another "
         "object are written as a JSON array, or one per line",
     )  # fmt: skip
 
@@ -224,7 +224,7 @@ def column_names(given: Sequence[str]) -> dict[str, str]:
 
 
 def _rename(raw: dict, columns: Mapping[str, str]) -> dict:
-    """``raw`` with the columns under the names that the formats read; what else has such a name is not meant."""
+    """``raw`` with the columns renamed to the names that the formats read; other columns of such a name are dropped."""
     found = {name: raw[column] for name, column in columns.items() if column in raw}
     return {key: value for key, value in raw.items() if key not in columns and key not in columns.values()} | found
 
@@ -232,7 +232,7 @@ def _rename(raw: dict, columns: Mapping[str, str]) -> dict:
 def _check_characters(*texts: str) -> None:
     for text in texts:
         if not text.isascii() and (match := _SURROGATE.search(text)):
-            what, fix = "half of a surrogate pair is no character", "write the whole character, or remove it"
+            what, fix = "a lone surrogate is not a character", "write the complete character, or remove it"
             raise Refusal("D-UNICODE", what, found=match.group(), fix=fix)
 
 
@@ -240,14 +240,14 @@ def _check_places(images: tuple[str, ...], questions: list[str]) -> None:
     """``<image>`` in the human turns against the images."""
     places = sum(text.count(IMAGE_TOKEN) for text in questions)
     if images and places != len(images):
-        what = "the human turns have another number of <image> than the record has images"
+        what = "the number of <image> in the human turns differs from the number of images"
         expected = f"{len(images)} for {len(images)} images"
         fix = "put <image> into a human turn, once for each image"
         raise Refusal("D-IMAGES", what, found=f"{places} <image>", expected=expected, fix=fix)
     if not images and any(_IMAGE_LINE.search(text) for text in questions):
-        what = "the record has a place for an image but no image"
+        what = "the record has an <image> line but no image"
         fix = "add the key 'image', or remove the <image> line"
         raise Refusal("D-IMAGES", what, found=f"{places} <image>, 0 images", fix=fix)
     if any(_VIDEO_LINE.search(text) for text in questions):
-        what = "the record has a place for a video, and videos are not trained on"
+        what = "the record has a <video> placeholder, and videos are not supported"
         raise Refusal("D-VIDEO", what, found=VIDEO_TOKEN, fix=WITHOUT_VIDEO)

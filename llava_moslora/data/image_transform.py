@@ -21,7 +21,7 @@ TORCH_FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's number, torch's name
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Does what an image processor of transformers does, pixel for pixel.
+    """Gives the same pixels as transformers' image processors.
 
     ``aspect_ratio="pad"`` puts the image on a square of the tower's mean colour first (LLaVA's
     ``image_aspect_ratio pad``, ``LlavaImageProcessorPil(do_pad=True)``); ``"crop"`` scales the short side and crops the
@@ -81,7 +81,7 @@ class ImageTransform:
             return self._by_torch(image)
         pixels = np.asarray(self._pad(image) if self.aspect_ratio == "pad" else self._scale(image))
         pixels = np.ascontiguousarray(self._cut_centre(pixels).transpose(2, 0, 1))  # uint8 (3, H, W)
-        # As transformers does it, to the last bit: scaled in float64, normalised in float32.
+        # Bit-identical to transformers: rescaled in float64, normalised in float32.
         values = torch.from_numpy(pixels).double().mul_(self.rescale).float()
         return values.sub_(torch.tensor(self.mean)[:, None, None]).div_(torch.tensor(self.std)[:, None, None])
 
@@ -96,9 +96,9 @@ class ImageTransform:
     def _pad(self, image: Image.Image) -> Image.Image:
         """``image`` on a square of the mean colour, scaled.
 
-        Pillow scales rows first, then columns, with 8 bits in between. Doing the two passes here gives the same pixels,
-        but the rows of background above and below a wide image are never scaled, and of a tall image only a strip at a
-        time is as wide as the square (20,000 × 100 pixels would make a square of 1.2 GB).
+        Pillow resizes rows first, then columns, with 8 bits in between. The two passes here give the same pixels,
+        but background rows above and below a wide image are never resized, and a tall image is padded to the square's
+        width only strip by strip (20,000 × 100 pixels would make a square of 1.2 GB).
         """
         width, height = image.size
         side = max(width, height)
@@ -122,7 +122,7 @@ class ImageTransform:
             top, left = (side - height) // 2, (side - width) // 2
             row = np.full((side, 3), self.background, dtype=np.uint8)
             square = np.empty((side, side, 3), dtype=np.uint8)
-            # copying whole rows is far faster than assigning the three numbers of a colour
+            # copying whole rows is far faster than assigning a colour per pixel
             square[:top] = square[top + height :] = row
             square[top : top + height, :left] = row[:left]
             square[top : top + height, left + width :] = row[left + width :]

@@ -1,8 +1,8 @@
 """Opens images for training, evaluation and chat.
 
-An image's name comes from a data file and its bytes from the internet, so both are treated as hostile: names must stay
-inside the image folder, sizes are checked in the header, only a few formats are read, and whatever Pillow raises
-becomes a :class:`Refusal` that names the record.
+Image names come from data files and their bytes from the internet, so both are untrusted: names must stay inside the
+image folder, sizes are checked in the header, only a few formats are read, and every exception of Pillow becomes a
+:class:`Refusal` that names the record.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|GIF8[79]a|BM|II\
 SMALLER = "make it smaller, or remove the record"
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200  # with more, the short side is less than two of a tower's 336 pixels
-BACKGROUND = (255, 255, 255)  # what shows through transparent pixels
+BACKGROUND = (255, 255, 255)  # background of transparent pixels
 # The start of a URL, or an image inside a data: URL; any other name with a colon, such as vg:1.png, is a file's.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:[^,]*[/;][^,]*,", re.IGNORECASE)
 
@@ -35,7 +35,7 @@ _animated_seen = False
 
 
 def is_url(name: str) -> bool:
-    """Whether ``name`` is no file's: a URL, or an image inside a ``data:`` URL."""
+    """Whether ``name`` is not a file name: a URL, or an image inside a ``data:`` URL."""
     return _URL.match(name) is not None or name.startswith("//")
 
 
@@ -61,7 +61,7 @@ def load_image(
 
 
 def load_bytes(data: bytes, name: str, *, record: int | None = None, record_id: str | None = None) -> Image.Image:
-    """As :func:`load_image`, from an image's bytes; ``name`` is what refusals call them."""
+    """As :func:`load_image`, from an image's bytes; ``name`` identifies them in refusals."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     with _open(io.BytesIO(data), name, where) as image:
         return _decode(image, name, where)
@@ -70,7 +70,7 @@ def load_bytes(data: bytes, name: str, *, record: int | None = None, record_id: 
 def check_image(
     name: str, root: str | Path, *, record: int | None = None, record_id: str | None = None, follow_links: bool = False
 ) -> tuple[int, int]:
-    """Whatever :func:`load_image` can refuse without decoding; returns (width, height) as stored."""
+    """All checks of :func:`load_image` that need no decoding; returns (width, height) as stored."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     path = _resolve(name, root, where, follow_links)
     with _open(path, path, where) as image:
@@ -78,7 +78,7 @@ def check_image(
 
 
 def check_bytes(data: bytes, name: str, *, record: int | None = None, record_id: str | None = None) -> tuple[int, int]:
-    """As :func:`check_image`, from an image's bytes; ``name`` is what refusals call them."""
+    """As :func:`check_image`, from an image's bytes; ``name`` identifies them in refusals."""
     where = {"record": record, "record_id": record_id or None, "key": "image"}
     with _open(io.BytesIO(data), name, where) as image:
         return _size(image, name, where)
@@ -97,7 +97,7 @@ def _decode(image: Image.Image, path: str | Path, where: dict) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image), path, where)
     except Refusal:
         raise
-    except Exception as error:  # hostile bytes make Pillow raise nearly anything: OSError, SyntaxError, struct.error
+    except Exception as error:  # invalid bytes make Pillow raise nearly anything: OSError, SyntaxError, struct.error
         found, fix = str(error) or None, "copy or download it again"
         raise Refusal("I-DECODE", "the image is damaged", file=path, found=found, fix=fix, **where) from None
 
@@ -111,7 +111,7 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
     lexical = os.path.normpath(name)
     if "\0" in name or "\\" in name or lexical.split(os.sep)[0] == "..":
         expected = f"a relative name with forward slashes, below {root}"
-        what, fix = "the name leads out of the image folder", "write such a name, or name another --image_folder"
+        what, fix = "the name leads out of the image folder", "use such a name, or another --image_folder"
         raise Refusal("I-PATH", what, found=name, expected=expected, fix=fix, **where)
     if os.path.isabs(name) and not _lies_below(lexical, root):
         what, fix = "an absolute path outside --image_folder", "name the folder that it lies in, or relative names"
@@ -131,10 +131,10 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
             fix="check --image_folder" + ("" if root.is_dir() else f": {root} does not exist"), **where,
         ) from None  # fmt: skip
     except OSError as error:  # a name too long for the file system, a loop of links
-        what, found = "the name cannot be a file's", f"{name}: {error.strerror}"
+        what, found = "not a valid file name", f"{name}: {error.strerror}"
         raise Refusal("I-PATH", what, found=found, fix="rename the file", **where) from None
     if not stat.S_ISREG(mode):
-        found, fix = stat.filemode(mode), "put the image's file there"
+        found, fix = stat.filemode(mode), "put the image file there"
         raise Refusal("I-FILE", "not a regular file", file=path, found=found, fix=fix, **where)
     return path
 
@@ -174,7 +174,7 @@ def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Ima
     if max(width, height) > MAX_ASPECT * min(width, height):
         image.close()
         found, expected = f"{width}×{height}", f"sides no more than 1:{MAX_ASPECT}"
-        what, fix = "the image is too narrow", "cut it, or remove the record"
+        what, fix = "the image is too narrow", "crop it, or remove the record"
         raise Refusal("I-SHAPE", what, file=path, found=found, expected=expected, fix=fix, **where)
     return image
 

@@ -1,8 +1,8 @@
 """The data loader: a failure on one rank is raised on every rank, and no worker process outlives it.
 
-An image that breaks after preparation, or a worker that the system kills, stops one rank; the others would wait minutes
-for a timeout in their next collective, and then blame the network. So before a batch is returned, all ranks check that
-each of them has one; otherwise all raise the refusal of the rank that has none.
+An image that is damaged after preparation, or a worker that the system kills, stops one rank; the others would wait
+minutes for a timeout in their next collective, and then report a network error. So before a batch is returned, all
+ranks check that each of them has one; otherwise all raise the refusal of the rank that has none.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def _collate(collator: Collator, rows: Sequence[dict]) -> dict[str, Tensor | int
         records = ", ".join(f"{row['record']} ({row['id']})" for row in rows)
         return Refusal(
             "R-BATCH", "a batch could not be made", found=f"{type(error).__name__}: {error}; records {records}",
-            fix="this is a defect of the package: report it with the record",
+            fix="this is a bug in this package: report it with the record",
         )  # fmt: skip
 
 
 def _init_worker(worker_init_fn: Callable[[int], None] | None, number: int) -> None:
-    """Let an error in the thread that sends a worker's batches end the worker, which the main process notices.
+    """Make an error in the thread that sends a worker's batches end the worker, which the main process notices.
 
     Python would print it, drop the batch and let the main process wait forever.
     """
@@ -64,9 +64,9 @@ class TrainDataLoader(DataLoader):
     """The batches of one rank, pinned and prefetched by workers that live as long as the run.
 
     Args:
-        sampler: this rank's batches, as indices into the data set; of every rank equally many.
+        sampler: this rank's batches, as indices into the data set; the same number on every rank.
         num_workers: processes that read images; 0: in this process.
-        prefetch_factor: batches that each worker holds ready.
+        prefetch_factor: batches that each worker prefetches.
         pin_memory: for a GPU.
         seed: of the loader's own generator: iterating must not draw from the generator that dropout uses.
         worker_init_fn: called in each worker with its number.
@@ -97,7 +97,7 @@ class TrainDataLoader(DataLoader):
             generator=torch.Generator().manual_seed(seed),
         )
         distributed_run = distributed.is_initialized() and distributed.get_world_size() > 1
-        # A group of its own, on the CPU: the agreement never waits for a GPU, and never mixes with another collective.
+        # A separate CPU group: this check never waits for a GPU, and never mixes with another collective.
         self._group = distributed.new_group(backend="gloo") if distributed_run else None
         self._batches: Any = None  # torch's iterator
 
@@ -108,7 +108,7 @@ class TrainDataLoader(DataLoader):
         """
         try:
             batches = self._batches = self._start()
-        except (RuntimeError, OSError) as error:  # too few processes, open files, shared memory
+        except (RuntimeError, OSError) as error:  # limits of processes, open files, shared memory
             self._raise_on_all_ranks(_worker_error(error))
             raise AssertionError("a refusal is raised on every rank") from error
         while True:
@@ -164,7 +164,7 @@ class TrainDataLoader(DataLoader):
 
 
 def _worker_error(error: Exception) -> Refusal:
-    """The refusal for an exception that torch passes on from a worker; its last line is the worker's own."""
+    """The refusal for an exception that torch re-raises from a worker; its last line is the worker's own."""
     lines = str(error).strip().splitlines() or [""]
     return worker_failure(f"{type(error).__name__}: {lines[-1]}")
 

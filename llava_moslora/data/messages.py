@@ -1,7 +1,7 @@
-"""What the record formats share: turns with roles, content in parts, turns that are not trained, names of images.
+"""Shared by the record formats: turns with roles, content parts, untrained turns, image names.
 
-Nothing is fetched and nothing is guessed: an image is a file's name, and a role, part or mark that is not known is
-refused with its key.
+Nothing is downloaded or guessed: an image is a file name, and an unknown role, part or training mark is refused with
+its key.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ROLES: dict[str, Role] = {"system": "system", "user": "human", "assistant": "gpt
 TOOL_ROLES = ("tool", "tools", "tool_call", "tool_calls", "tool_response", "function", "function_call", "observation")
 CALLS = ("tool_calls", "function_call")  # keys of a message that calls tools
 MARKS = ("train", "loss", "weight")  # keys that say whether a turn is trained on
-RARE = frozenset(CALLS + MARKS)  # nearly no turn has them: they are looked for once
+RARE = frozenset(CALLS + MARKS)  # hardly any turn has them: one lookup
 FROM_VALUE, ROLE_CONTENT = ("from", "value"), ("role", "content")
 MEND = "correct the record in the data file"
-TOOLS = "calls of tools are not trained on"
+TOOLS = "tool calls are not supported"
 WITHOUT_TOOLS = "remove the record, or write the call and its result as ordinary text of the turns"
 WITHOUT_VIDEO = "remove the record, or save frames as images: a list under 'image', one <image> for each"
-EMPTY: tuple = (None, "", [], "[]")  # what data sets have in a column that a record does not use
+EMPTY: tuple = (None, "", [], "[]")  # values of columns that a record does not use
 
 
 class Message(NamedTuple):
@@ -44,7 +44,7 @@ def read_list(
 
     Args:
         names: the two keys of a message, of its role and its content.
-        roles: what may stand under the first.
+        roles: the allowed values of the first.
 
     Raises:
         Refusal: D-SCHEMA, D-ROLE, D-EMPTY, D-IMAGES, D-VIDEO, I-PATH.
@@ -53,21 +53,21 @@ def read_list(
 
 
 def list_under(raw: dict, key: str) -> Iterator[tuple[int, Any]]:
-    """The items of a list that is not empty, numbered."""
+    """The items of a non-empty list, numbered."""
     value = raw.get(key)
     if not isinstance(value, list) or not value:
         found = "no such key" if key not in raw else json_type(value) if value != [] else "an empty list"
-        what, fix = "a record needs a list of turns that is not empty", "write its turns, or remove the record"
+        what, fix = "a record needs a non-empty list of turns", "write its turns, or remove the record"
         raise Refusal("D-SCHEMA", what, key=key, found=found, fix=fix)
     return enumerate(value)
 
 
 def said(role: Role, text: object, key: str, trained: bool = True) -> Message:
-    """A turn that is a plain string; ``<image>`` in a human one are places of the record's images."""
+    """A turn that is a plain string; each ``<image>`` in a human turn stands for one of the record's images."""
     if not isinstance(text, str):
         raise Refusal("D-SCHEMA", "must be a string", key=key, found=json_type(text), fix=MEND)
     if not text.strip():
-        found = "an empty text" if not text else "white space alone"
+        found = "an empty text" if not text else "only white space"
         raise Refusal("D-EMPTY", f"the {role} turn is empty", key=key, found=found, fix=f"{MEND}, or remove it")
     return Message(Turn(role, text, trained), (None,) * text.count(IMAGE_TOKEN) if role == "human" else ())
 
@@ -95,7 +95,7 @@ def _read_message(message: object, key: str, names: tuple[str, str], roles: Mapp
 
 
 def _is_trained(message: dict, key: str, role: Role) -> bool:
-    """Whether the marks of a turn leave it trained; a turn without marks is."""
+    """Whether a turn is trained according to its marks; without marks it is."""
     marks = {name: message[name] for name in MARKS if message.get(name) is not None}
     for name, value in marks.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
@@ -104,7 +104,7 @@ def _is_trained(message: dict, key: str, role: Role) -> bool:
                 expected="true | false | 1 | 0", fix=MEND,
             )  # fmt: skip
         if value and role != "gpt":
-            what, fix = "only the assistant's turns are trained on", f"remove '{name}', or write false"
+            what, fix = "only the assistant's turns can be trained", f"remove '{name}', or write false"
             raise Refusal("D-SCHEMA", what, key=f"{key}.{name}", found=f"{value!r} of a {role} turn", fix=fix)
     if len(set(map(bool, marks.values()))) > 1:
         found = ", ".join(f"{name} {value}" for name, value in marks.items())
@@ -113,7 +113,7 @@ def _is_trained(message: dict, key: str, role: Role) -> bool:
 
 
 def _join_parts(parts: list, key: str, role: Role) -> tuple[str, tuple[str | None, ...]]:
-    """Content parts, each on a line of its own, as in the chat templates of exports; and the images at ``<image>``."""
+    """Content parts, each on its own line, as in the chat templates of exports; and the images at ``<image>``."""
     texts: list[str] = []
     images: list[str | None] = []
     for k, part in enumerate(parts):
@@ -123,12 +123,12 @@ def _join_parts(parts: list, key: str, role: Role) -> tuple[str, tuple[str | Non
             images += [None] * texts[-1].count(IMAGE_TOKEN)
         elif kind in ("image", "image_url"):
             if role != "human":
-                what, found, fix = "an image outside the user's turns", f"a {role} turn", "move it to a user turn"
+                what, found, fix = "an image outside of user turns", f"a {role} turn", "move it to a user turn"
                 raise Refusal("D-IMAGES", what, key=place, found=found, fix=fix)
             texts.append(IMAGE_TOKEN)
             images.append(_image_of_part(part, place))
         elif kind in ("video", "video_url"):
-            raise Refusal("D-VIDEO", "videos are not trained on", key=place, fix=WITHOUT_VIDEO)
+            raise Refusal("D-VIDEO", "videos are not supported", key=place, fix=WITHOUT_VIDEO)
         else:
             found = f"type {kind}" if isinstance(kind, str) else json_type(part)
             expected = '{"type": "text", "text": ...} | {"type": "image"} | {"type": "image_url", "image_url": ...}'
@@ -176,14 +176,14 @@ def images_and_turns(
     """A record's image names and turns, from its messages and its columns ``image`` or ``images`` and ``system``.
 
     Args:
-        in_front: where no message has a place for an image, the record's images stand before the first human turn.
+        in_front: if no message has an image placeholder, the record's images go before the first human turn.
 
     Raises:
         Refusal: D-SCHEMA, D-ROLE, D-VIDEO, I-PATH.
     """
     for key in ("video", "videos"):
         if raw.get(key) not in EMPTY:
-            raise Refusal("D-VIDEO", "videos are not trained on", key=key, fix=WITHOUT_VIDEO)
+            raise Refusal("D-VIDEO", "videos are not supported", key=key, fix=WITHOUT_VIDEO)
     if raw.get("tools") not in EMPTY:
         raise Refusal("D-ROLE", TOOLS, key="tools", found=json_type(raw["tools"]), fix=WITHOUT_TOOLS)
     turns = [message.turn for message in messages]

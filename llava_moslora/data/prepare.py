@@ -1,10 +1,9 @@
 """Prepares data files as a cached, tokenised Arrow data set; checks every record and every image's header.
 
-Each source (a data file, or a set of shards) has a cache folder, named by everything that decides its content
+Each source (a data file, or a set of shards) has a cache folder, named by a hash of everything its content depends on
 (``cache_key``). It is built part by part (:mod:`llava_moslora.data.tokenise`) in a staging folder under a file lock and
 published by one rename, so several ranks may call :func:`prepare` at once without communication, and an interrupted
-build continues where it stopped. The cache is verified each time it is opened, and images that could not be used are
-checked again.
+build continues where it stopped. The cache is verified each time it is opened, and unusable images are checked again.
 """
 
 from __future__ import annotations
@@ -60,18 +59,18 @@ def prepare(
     ``trained`` (tokens with a label), ``has_image``, ``hash`` uint64, of the record's content; ``source``, a position
     in ``data_path``, and ``number``, the record counted through all sources: for a single data file its index there.
 
-    A record longer than ``settings.model_max_length`` loses complete trailing rounds; if already the first round is
-    longer, its answer is cut at the end; if not even its question fits, the record is skipped, or with
-    ``train_on_prompt`` the question is cut like the answer. All three are counted in the log and in
+    A record longer than ``settings.model_max_length`` loses complete trailing rounds; if even the first round is too
+    long, its answer is truncated; if not even its question fits, the record is skipped, or with
+    ``train_on_prompt`` the question is truncated like the answer. All three are counted in the log and in
     :func:`~llava_moslora.data.cache.reports_of`. Records are never reordered.
 
     Args:
         settings: ``on_bad_record="fail"`` refuses a file if any record is bad, after checking all of them;
             ``"quarantine"`` skips bad records and lists them in the report, up to a share of ``max_bad_share``.
-            With ``decode_images`` a cache that was built without is built again.
+            With ``decode_images`` a cache that was built without it is rebuilt.
         template: name of the prompt template.
         tokens_per_image: placeholders per image; 0 without a vision tower: a record with an image is refused.
-        longest_text: tokens up to which the LLM knows positions; ``model_max_length`` may not be above it.
+        longest_text: the LLM's maximum context length; ``model_max_length`` may not be above it.
 
     Raises:
         Refusal: C-FLAG (a setting out of range), D-..., I-... (the first problem, with the number of the others),
@@ -112,8 +111,8 @@ def prepare(
 def find_prepared(
     settings: DataSettings, *, tokenizer: PreTrainedTokenizerFast, template: str, tokens_per_image: int
 ) -> Dataset | None:
-    """What :func:`prepare` would find in the cache, without ``source`` checks and without building; None where it would
-    have to build. Reads the data files to name the cache, no image."""
+    """The data set that :func:`prepare` would find in the cache, without ``source`` checks and without building; None
+    if it would have to build. Reads the data files to compute the cache's name, but no image."""
     datasets = []
     for position, name in enumerate(settings.data_path):
         preparation = Preparation(Source(name), settings, tokenizer, template, tokens_per_image)
@@ -144,7 +143,7 @@ def _check_length(max_length: int, image: int, longest_text: int | None) -> None
         )  # fmt: skip
     if longest_text is not None and max_length > longest_text:
         raise Refusal(
-            "C-FLAG", "longer than the LLM's positions", key=key, found=max_length,
+            "C-FLAG", "longer than the LLM's context", key=key, found=max_length,
             expected=f"at most {longest_text} (max_position_embeddings of the LLM, with its scaling)",
             fix=f"{key} {longest_text}, or an LLM with a longer context",
         )  # fmt: skip
@@ -157,7 +156,7 @@ def _prepare_source(preparation: Preparation, cache: Path) -> Path:
         with _lock(target):
             if reason := _reason_to_build(target, preparation):  # another rank may have built it while this one waited
                 if target.exists():
-                    log.warning("%s: its data cache is built again: %s", name, reason)
+                    log.warning("%s: rebuilding its data cache: %s", name, reason)
                 _build(preparation, target)
     if _image_folder(settings) != report_in(target)["image_folder"]:
         with _lock(target):
@@ -172,7 +171,7 @@ def _prepare_source(preparation: Preparation, cache: Path) -> Path:
 
 
 def _reason_to_build(target: Path, preparation: Preparation) -> str | None:
-    """Why the cache has to be built, or ``None`` where it can be used as it is."""
+    """Why the cache has to be built, or ``None`` if it can be used as it is."""
     with using(target):
         damage = find_damage(target) if target.is_dir() else "it does not exist"
     if damage:
@@ -181,7 +180,7 @@ def _reason_to_build(target: Path, preparation: Preparation) -> str | None:
     if preparation.settings.decode_images and not report["decoded"]:
         return "its images have not been decoded"
     if usable := _recheck_images(report["problems"], preparation)[1]:
-        return f"{usable} records whose images could not be used can be used now"
+        return f"{usable} records whose images were unusable can be used now"
     return None
 
 
@@ -221,7 +220,7 @@ def _check_images_in_new_folder(preparation: Preparation, target: Path) -> None:
     if first is not None and settings.on_bad_record == "fail":
         more = f" (and {bad - 1} more images cannot be used)" if bad > 1 else ""
         raise Refusal(**(vars(first) | {"what": first.what + more}))
-    if first is not None:  # other records are skipped here
+    if first is not None:  # different records are skipped here
         _build(preparation, target)
         return
     with using(target.parent):
@@ -294,7 +293,7 @@ def _build(preparation: Preparation, target: Path) -> None:
     refusal = refusal_of(problems, counts["records"], settings)
     log_problems(problems, target / REPORT if refusal is None else None)
     with using(target.parent):
-        for number in {problem["part"] for problem in problems}:  # checked again in the next build
+        for number in {problem["part"] for problem in problems}:  # will be checked again in the next build
             (staging / f"{number:06d}.json").unlink()
     if refusal is not None:
         raise refusal
@@ -314,9 +313,9 @@ def _build(preparation: Preparation, target: Path) -> None:
 
 
 def _open_staging(preparation: Preparation, target: Path) -> Path:
-    """The folder in which a build begins or continues, with the good parts of a published cache."""
+    """The staging folder in which a build begins or continues, with the valid parts of a published cache."""
     here, decoded = _image_folder(preparation.settings), preparation.settings.decode_images
-    # parts whose images were checked in another folder, or otherwise, are not used
+    # parts whose images were checked in another folder, or with other settings, are not reused
     checked = hashlib.sha256(f"{here} {decoded} {RECORDS_PER_PART}".encode()).hexdigest()[:8]
     staging = target.with_name(f"{target.name}.{checked}.staging")
     with using(target.parent):

@@ -1,4 +1,4 @@
-"""The report on a prepared data set, one JSON file and one HTML page, to be read before training."""
+"""The report on a prepared data set, one JSON file and one HTML page, to read before training."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ THUMBNAIL = 192
 
 
 def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int, rows: np.ndarray | None = None) -> dict:
-    """Counts by source and modality, histograms, padding waste; with what :func:`report_of` counted.
+    """Counts by source and modality, histograms, padding waste; and the counts of :func:`report_of`.
 
     A record's source is the first folder of its image's name (``coco``, ``gqa``, ...), or ``text``.
 
     Args:
-        settings: whose groups and weights decide the padding waste, for either order.
+        settings: groups and weights, on which the padding waste depends, for either order.
         batch_size: records per micro-batch, for the padding waste.
         rows: int64[n], those that are trained on; default: all. The others are only counted, as ``held_out``.
-            ``records`` and what became of those that were too long or bad are the whole files'.
+            ``records`` and the counts of records that were too long or bad refer to the whole files.
     """
     counted = report_of(dataset)
     rows = np.arange(len(dataset)) if rows is None else rows
@@ -104,7 +104,7 @@ def padding_waste(sampler: GlobalBatchSampler, lengths: np.ndarray) -> float:
 
 
 def histogram(values: np.ndarray, largest: float) -> dict:
-    """``edges`` (one more than counts) from 0 to ``largest``, and ``counts``; what is larger is in the last bar."""
+    """``edges`` (one more than counts) from 0 to ``largest``, and ``counts``; larger values are in the last bar."""
     edges = np.linspace(0, max(float(largest), 1), BARS + 1)
     counts, _ = np.histogram(np.minimum(values, edges[-1]), edges)
     return {"edges": edges.round(2).tolist(), "counts": counts.tolist()}
@@ -144,7 +144,7 @@ def write_report(
 
 
 def _sample(row: dict, files: list[str], tokenizer: PreTrainedTokenizerFast, settings: DataSettings) -> str:
-    """One record: its images and its text, trained parts marked."""
+    """One record: its images and its text, with trained parts highlighted."""
     images, folder, links = "", settings.image_folder, settings.follow_image_links
     where = {"record": row["record"], "record_id": row["id"]}
     for name in row["images"]:
@@ -182,7 +182,7 @@ def _page(report: dict, samples: list[str], title: str) -> str:
                 for row in report["files"]]),
         _table("Sources", ["source", "records", "tokens", "trained"],
                [[name, *(f"{n:,}" for n in row.values())] for name, row in report["sources"].items()]),
-        _table("Longer than the limit", ["what happened", "records"],
+        _table("Longer than the limit", ["treatment", "records"],
                [[name, f"{report.get(key, 0):,}"] for name, key in cut.items()]),
         _table(f"Padding at {report['batch_size']} records per batch", ["order", "share of tokens"],
                [[name, f"{share:.1%}"] for name, share in waste.items()]),

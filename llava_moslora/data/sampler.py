@@ -2,7 +2,7 @@
 
 A global batch is the records of one optimizer step. The epoch's order is split into global batches, and each of those
 into micro-batches and ranks, so changing the number of ranks, the accumulation or the batch per device (with the same
-product) changes which rank computes a record, never at which step.
+product) changes which rank computes a record, but not at which step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llava_moslora.config import DATA_GROUP, DATA_ORDERS, DataSettings
 from llava_moslora.errors import Refusal
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # takes a second, and a plan may need none
+    from datasets import Dataset  # takes a second, and a plan may not need it
 
 
 class GlobalBatchSampler:
@@ -26,8 +26,8 @@ class GlobalBatchSampler:
     ``order="modality_length"`` is the grouping of XTuner's ``LengthGroupedSampler``, from the same random numbers:
     groups of ``group`` global batches (XTuner's: 50), of one modality each (the last group of each modality is merged
     into one mixed group at the end), in random order, sorted by decreasing length inside, so that a batch holds records
-    of similar length. The longest record comes first, so that out of memory shows at the first step; unlike in XTuner,
-    it is swapped only with a record of its own modality, so that no batch but the last ones is mixed.
+    of similar length. The longest record comes first, so that out-of-memory errors show at the first step; unlike in
+    XTuner, it is swapped only with a record of its own modality, so that no batch but the last ones is mixed.
 
     The last global batch is filled with records from the start of the order.
 
@@ -36,10 +36,10 @@ class GlobalBatchSampler:
         has_image: bool[n].
         per_device_batch_size: records per micro-batch and rank.
         accumulation: micro-batches per optimizer step.
-        group: global batches that are sorted together; more: less padding and less random batches.
-        source, weights: ``source[record]`` is a position in ``weights``, which are how often a record of that source
-            is seen in an epoch: with 2.5 each is seen twice, and half of them, drawn again in every epoch, once more.
-        records: those that are seen, in increasing order; default: all.
+        group: global batches that are sorted together; more: less padding, but less random batches.
+        source, weights: ``source[record]`` is an index into ``weights``, the number of times a record of that source
+            is seen in an epoch: with 2.5 each is seen twice, and half of them, resampled in every epoch, once more.
+        records: those that are used, in increasing order; default: all.
 
     Raises:
         Refusal: D-FEW, fewer records than one global batch; C-ORDER, unknown order, no group or no usable weights.
@@ -163,7 +163,7 @@ def _check_weights(weights: Sequence[float] | None, source: Sequence[int] | None
         if not 0 < weight < float("inf"):
             raise Refusal(
                 "C-ORDER", "not a weight", key="--data_weights", found=weight, expected="a number above 0",
-                fix="how often a file's records are seen in an epoch; leave out a file that is not wanted",
+                fix="give how often a file's records are seen per epoch; omit a file that you do not want",
             )  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""Which records a run trains on; its validation data: data files of their own, a share of the training files, or both.
+"""The training records of a run, and its validation data: separate files, a share of the training files, or both.
 
-Which records that share is depends on each record's content alone (:func:`llava_moslora.data.tokenise.record_hash`):
+Whether a record is in that share depends only on its content (:func:`llava_moslora.data.tokenise.record_hash`):
 adding, removing or reordering records moves none of the others, and neither does another tokenizer, template or length
-limit. A larger share contains the records of a smaller one, and copies of a record are on one side.
+limit. A larger share contains the records of a smaller one, and copies of a record are in the same split.
 
-``--data_share`` trains on fewer of the records that are left, another choice for every seed: the same for every method,
-and a larger share contains the smaller ones (the paper's Figure 4).
+``--data_share`` trains on a subset of the remaining records, a different one for every seed, the same for every method;
+a larger share contains the smaller ones (the paper's Figure 4).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ValidationData:
 
 
 def eval_files(settings: DataSettings) -> dict[str, str]:
-    """Name → file, of ``--eval_data_path``.
+    """Name → file, from ``--eval_data_path``.
 
     Raises:
         Refusal: C-FLAG, two of one name.
@@ -55,7 +55,7 @@ def eval_files(settings: DataSettings) -> dict[str, str]:
         name, file = named.groups() if named else (_name_of(value), value)
         if name in files:
             raise Refusal(
-                "C-FLAG", "two validation sets of one name", key="--eval_data_path", found=f"{files[name]} and {file}",
+                "C-FLAG", "duplicate validation set name", key="--eval_data_path", found=f"{files[name]} and {file}",
                 fix=f"name them: --eval_data_path {name}_1={files[name]} {name}_2={file}",
             )  # fmt: skip
         files[name] = file
@@ -110,7 +110,7 @@ def validation_data(
         for file, chosen, records in zip(settings.data_path, sets, np.bincount(sources), strict=True):
             if not 0 < len(chosen) < records:
                 raise Refusal(
-                    "D-NONE", f"of its {records} records {len(chosen)} fall into the validation split", file=file,
+                    "D-NONE", f"{len(chosen)} of its {records} records fall into the validation split", file=file,
                     key="--validation_split", found=settings.validation_split,
                     fix="another share, or --eval_data_path with a file of validation data",
                 )  # fmt: skip
@@ -122,7 +122,9 @@ def validation_data(
         evaluated = _prepare_eval(files, settings, prepare)
         for name, folder in zip(files, folders_of(evaluated), strict=True):
             if folder in folders_of(dataset):
-                raise Refusal("D-TWICE", "validation data that are trained on", file=files[name], fix="another file")
+                raise Refusal(
+                    "D-TWICE", "validation data that are also training data", file=files[name], fix="another file"
+                )
         keys += keys_of(evaluated)
         moved = np.asarray(evaluated["source"][:]) + len(settings.data_path)
         sets += [len(dataset) + np.flatnonzero(moved == len(settings.data_path) + k) for k in range(len(files))]
@@ -136,8 +138,8 @@ def validation_data(
 def drawn_share(dataset: Dataset, rows: np.ndarray, settings: DataSettings, seed: int) -> np.ndarray:
     """Of ``rows``, int64[n], the share ``settings.data_share`` of each data file, to the nearest record; in order.
 
-    Each record has a place in a line, from its content and the seed alone; the first ones are taken. So shares of one
-    seed are nested, those of another seed are another choice, and neither follows the validation split.
+    Records are ranked by a hash of their content and the seed; the first ones are taken. So shares of one seed are
+    nested, those of different seeds differ, and neither correlates with the validation split.
 
     Raises:
         Refusal: D-NONE, no record of a file is left.
@@ -151,8 +153,8 @@ def drawn_share(dataset: Dataset, rows: np.ndarray, settings: DataSettings, seed
         wanted = round(settings.data_share * len(mine))
         if not wanted:
             raise Refusal(
-                "D-NONE", f"of its {len(mine)} records none is in the share", file=file, key="--data_share",
-                found=settings.data_share, fix="a larger share",
+                "D-NONE", f"none of its {len(mine)} records is in the share", file=file, key="--data_share",
+                found=settings.data_share, fix="use a larger share",
             )  # fmt: skip
         chosen.append(mine[np.argsort(places[mine], kind="stable")[:wanted]])
     return rows[np.sort(np.concatenate(chosen))]
@@ -160,7 +162,7 @@ def drawn_share(dataset: Dataset, rows: np.ndarray, settings: DataSettings, seed
 
 def _mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
     """uint64[n]: other numbers for every seed, by SplitMix64's finaliser (Steele, Lea and Flood 2014)."""
-    z = hashes + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)  # wraps around, as is meant
+    z = hashes + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)  # wraps around, as intended
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

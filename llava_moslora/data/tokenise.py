@@ -35,7 +35,7 @@ from llava_moslora.files.disk import replace_file
 from llava_moslora.text.conversation import IGNORE_INDEX, ConversationEncoder
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
-RECORDS_PER_PART = 2048  # what is lost by an interruption, and what a worker holds in memory
+RECORDS_PER_PART = 2048  # lost by an interruption, and held in memory by a worker
 FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
@@ -98,7 +98,7 @@ def _map_in_order(parts: Iterator[Part], preparation: Preparation, processes: in
             waiting: deque[Future] = deque()
             for part in parts:
                 waiting.append(pool.submit(_build_part, part))
-                if len(waiting) >= 2 * processes:  # a window, or all of the file would be read ahead of the workers
+                if len(waiting) >= 2 * processes:  # bounded, or the whole file would be read ahead of the workers
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -106,7 +106,7 @@ def _map_in_order(parts: Iterator[Part], preparation: Preparation, processes: in
         raise Refusal(
             "E-WORKER", "a process that tokenises was killed", file=preparation.source.name,
             key="--preprocessing_num_workers", found=processes,
-            fix="most often memory ran out: fewer processes; the parts that are finished are kept",
+            fix="usually memory ran out: use fewer processes; finished parts are kept",
         ) from None  # fmt: skip
 
 
@@ -231,9 +231,9 @@ def usable_images(record: Record, raw: RawRecord, shard: str, preparation: Prepa
     where: dict[str, Any] = {"record": record.index, "record_id": record.id or None}
     if record.images and not preparation.tokens_per_image:
         raise Refusal(
-            "D-IMAGES", "the record has an image, and there is no vision tower to see it",
+            "D-IMAGES", "the record has an image, but there is no vision tower",
             file=shard or preparation.source.name, found=record.images[0],
-            fix="give --vision_tower, or data without images", **where,
+            fix="give --vision_tower, or use data without images", **where,
         )  # fmt: skip
     if not shard:
         check_image_files(record.images, preparation, **where)
@@ -241,7 +241,7 @@ def usable_images(record: Record, raw: RawRecord, shard: str, preparation: Prepa
     for name in record.images:
         if (image := raw.images.get(name)) is None:
             raise Refusal(
-                "I-MISSING", "the shard holds no such image", file=shard, key="image", found=name,
+                "I-MISSING", "the shard has no such image", file=shard, key="image", found=name,
                 expected="the name of a member next to the record",
                 fix="write the image into the shard, or correct its name", **where,
             )  # fmt: skip
@@ -252,7 +252,7 @@ def usable_images(record: Record, raw: RawRecord, shard: str, preparation: Prepa
 
 @contextmanager
 def naming(record: Record, file: str) -> Iterator[None]:
-    """Refusals of a record's turns, which know nothing of data files, name file and record."""
+    """Add file and record to refusals of a record's turns, which do not know them."""
     try:
         yield
     except Refusal as refusal:
@@ -308,7 +308,7 @@ def naming_data(file: str) -> Iterator[None]:
 
 
 def as_problem(refusal: Refusal) -> dict:
-    """A refusal as a report has it: its line, and its parts as JSON."""
+    """A refusal for the report: its line, and its parts as JSON."""
     items = ((name, value) for name, value in vars(refusal).items() if value is not None)
     parts = {name: value if isinstance(value, int) else str(value) for name, value in items}
     return {"line": refusal.line(), "refusal": parts}

@@ -1,4 +1,4 @@
-"""The card of an exported SDXL LoRA: its README.md, from what the run and the proof recorded."""
+"""The model card of an exported SDXL LoRA: its README.md, from the records of the run and of the verification."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def write_card(
         f"pipeline({data.prompt!r}).images[0]\n```",
     ]
     if KOHYA_FILE in files:
-        lines.append(f"`{KOHYA_FILE}` is the same in kohya's spelling, for readers that want that.")
+        lines.append(f"`{KOHYA_FILE}` is the same with kohya's key names, for tools that need them.")
     lines += [
         f"Training: step {manifest['step']} of {manifest['of']}, {record.global_batch_size} pictures a step at "
         f"{data.resolution}×{data.resolution}, learning rate {record.training_value('learning_rate'):g}, seed "
         f"{manifest['seed']}; llava_moslora {__version__}.",
         f"```\n{shlex.join(record.command)}\n```",
-        f"Proof: {report['proof']}"
+        f"Verification: {report['proof']}"
         + (f"; largest differences {report['largest_difference']}" if "largest_difference" in report else "")
-        + f". `export_report.json` has it all, `{MANIFEST}` the hash of every file.",
+        + f". `export_report.json` has the details, `{MANIFEST}` the hash of every file.",
     ]
     (folder / "README.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from llava_moslora.training.flag_texts import more_help
 GROUPS = (SdxlSettings, SubjectSettings, SdxlAdapterSettings, TrainingSettings)
 TRAINING_FLAGS = ("output_dir", "global_batch_size", "mixer_lr", "recompute", "health_steps", "resume", "allow_change",
                   "overwrite")  # fmt: skip
-# Flags of the Trainer about evaluations, tokens and data loaders' processes, of which there are none here.
+# Trainer flags about evaluations, tokens and data loader workers, which do not exist here.
 WITHOUT = {
     *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
@@ -29,14 +29,14 @@ WITHOUT = {
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     *("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
 }
-# Texts of flags that say something else of an LLM
+# Help texts that differ from those for an LLM
 HELP = {
-    "learning_rate": "of the adapters, at its highest",
+    "learning_rate": "peak learning rate of the adapters",
     "global_batch_size": "pictures per step, all ranks; sets --gradient_accumulation_steps",
     "per_device_train_batch_size": "pictures per micro-batch and rank",
     "recompute": "none | full, to save memory; default: none",
-    "seed": "of adapters, dropout, order, crops and noise",
-    "data_seed": "of order, crops and noise; default: as --seed",
+    "seed": "seed of adapters, dropout, order, crops and noise",
+    "data_seed": "seed of order, crops and noise; default: --seed",
 }
 
 
@@ -54,7 +54,7 @@ class Parser(SettingsParser):
 
     def unknown(self, name: str) -> str:
         if name.replace("-", "_") in WITHOUT:
-            return "leave it out: it has no effect here"
+            return "omit it: it has no effect here"
         return trainer_flags.FORMER.get(name.replace("-", "_")) or super().unknown(name)
 
 
@@ -84,16 +84,16 @@ def check(data: SubjectSettings, adapter: SdxlAdapterSettings, training: dict[st
             raise Refusal("C-FLAG", "an empty prompt", key=f"--{name}", found=repr(text), fix=fix)
     if data.resolution < 8 or data.resolution % 8:
         raise Refusal(
-            "C-FLAG", "not a size that the VAE halves three times", key="--resolution", found=data.resolution,
+            "C-FLAG", "not divisible by the VAE's factor of 8", key="--resolution", found=data.resolution,
             expected="a positive multiple of 8; 1024 is what SDXL was trained on",
         )  # fmt: skip
     if (data.class_image_folder is None) != (data.class_prompt is None):
         given = "class_prompt" if data.class_image_folder is None else "class_image_folder"
         other = "class_image_folder" if data.class_image_folder is None else "class_prompt"
         what = "prior preservation needs the class's pictures and their prompt"
-        raise Refusal("C-FLAG", what, key=f"--{given}", fix=f"give --{other} too, or leave both out")
+        raise Refusal("C-FLAG", what, key=f"--{given}", fix=f"give --{other} too, or omit both")
     if data.class_image_folder is None and adapter.prior_loss_weight != 1.0:
-        fix = "give --class_image_folder and --class_prompt, or leave it out"
+        fix = "give --class_image_folder and --class_prompt, or omit it"
         raise Refusal("C-FLAG", "no effect without class pictures", key="--prior_loss_weight", fix=fix)
     check_adapter(adapter, training["mixer_lr"])
     if training["recompute"] not in (None, "none", "full"):
@@ -104,7 +104,7 @@ def check(data: SubjectSettings, adapter: SdxlAdapterSettings, training: dict[st
 
 
 def check_adapter(adapter: SdxlAdapterSettings, mixer_lr: float | None) -> None:
-    """What PEFT, or nobody, would find out after everything was loaded.
+    """Checks that PEFT would do only after everything is loaded, or not at all.
 
     Raises:
         Refusal: C-FLAG, a value out of range, or without effect; C-RANK, an odd rank of butterfly mixers.
@@ -122,5 +122,5 @@ def check_adapter(adapter: SdxlAdapterSettings, mixer_lr: float | None) -> None:
         if value is not None and not 0 < value < float("inf"):
             raise Refusal("C-FLAG", "out of range", key=f"--{name}", found=value, expected="above 0")
     if mixer_lr is not None and not adapter.train_mixer:
-        what, fix = "no effect with --train_mixer False", "leave one of the two out"
+        what, fix = "no effect with --train_mixer False", "omit one of them"
         raise Refusal("C-FLAG", what, key="--mixer_lr", found=mixer_lr, fix=fix)

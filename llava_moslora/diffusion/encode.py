@@ -1,7 +1,7 @@
-"""What is computed of pictures and prompts once: the VAE's latents and the text encoders' embeddings, kept on disk.
+"""Precomputes the VAE's latents and the text encoders' embeddings of pictures and prompts, cached on disk.
 
-The pictures, their crops and the prompts are the same at every step, so VAE and text encoders are needed for seconds,
-and their memory is free in training. The latent is drawn anew at every step, from the mean and the deviation here.
+The pictures, their crops and the prompts are the same at every step, so VAE and text encoders are needed only once,
+and their memory is free in training. The latent is sampled at every step, from the mean and the deviation here.
 
 Shapes: N pictures, S side in pixels, H = W = S/8 side of a latent, T tokens of a prompt (77), D width of both text
 encoders together (SDXL: 2,048), P width of the second one's projection (1,280).
@@ -63,7 +63,7 @@ def encode_once(
         raise found
     assert found is not None
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what VAE and text encoders had
+        torch.cuda.empty_cache()  # memory of VAE and text encoders
     return found
 
 
@@ -92,7 +92,7 @@ def _from_cache(
         try:
             return {name: tensor.read() for name, tensor in read_tensor_file(file).items()}
         except Refusal as refusal:
-            print(f"computed again: {refusal.line()}", flush=True)
+            print(f"recomputing: {refusal.line()}", flush=True)
     tensors = encode_pictures(folder, settings, pictures, seed, device)
     if embed:
         for name in pictures:
@@ -157,7 +157,7 @@ def prompt_ids(folder: SdxlFolder, prompt: str) -> dict[str, Tensor]:
         words = tokenizer(prompt, verbose=False).input_ids  # its length is refused here
         if len(words) > length:
             raise Refusal(
-                "D-PROMPT", "the prompt is too long, and its end would be cut off", key="--prompt",
+                "D-PROMPT", "the prompt is too long, and would be truncated", key="--prompt",
                 found=f"{len(words)} tokens", expected=f"at most {length}, two of them around the prompt",
                 fix="shorten it",
             )  # fmt: skip
@@ -167,8 +167,8 @@ def prompt_ids(folder: SdxlFolder, prompt: str) -> dict[str, Tensor]:
 
 
 def text_embeddings(encoders: dict[str, nn.Module], ids: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """What SDXL's UNet reads of prompts: float[B, T, D], the states before the last layer of both encoders side by
-    side, and float[B, P], the second one's projected state (SDXL, Podell et al. 2023, section 2.1).
+    """SDXL's prompt conditioning: float[B, T, D], the penultimate hidden states of both encoders, concatenated, and
+    float[B, P], the second one's projected state (SDXL, Podell et al. 2023, section 2.1).
 
     Args:
         ids: encoder → int64[B, T].

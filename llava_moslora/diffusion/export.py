@@ -1,4 +1,4 @@
-"""The export of an SDXL run: the LoRA file that others load, its proof and its card (``--format diffusers``).
+"""The export of an SDXL run: the LoRA file, its verification and its model card (``--format diffusers``).
 
 As :mod:`llava_moslora.export.export`: built in a hidden folder next to its final place, and renamed into place.
 """
@@ -38,11 +38,11 @@ def export_lora(
 
     Args:
         output: the folder to write.
-        base: where the model is now, if not where it was when the run was trained.
+        base: the current path of the model, if it was moved.
         checkpoint: which one (:func:`llava_moslora.runs.checkpoints.model_checkpoint`).
-        kohya: also a file in kohya's spelling.
+        kohya: also a file with kohya's key names.
         overwrite: replace an existing export, if none of its files changed since it was written.
-        prove: let stock diffusers draw with each file in a fresh process, and compare.
+        prove: generate with each file in stock diffusers, in a fresh process, and compare.
 
     Raises:
         Refusal: before anything is written: no run of this kind, no valid checkpoint, another or changed base, a folder
@@ -73,7 +73,7 @@ def export_lora(
             from llava_moslora.diffusion import verify
 
             report = verify.prove(adapter, folder.root, data.prompt, data.resolution, staging, files)
-        print(f"proof of {FORMAT}: {proof_in_one_line(report)}", flush=True)
+        print(f"verification of {FORMAT}: {proof_in_one_line(report)}", flush=True)
         write_json(staging / REPORT, report)
         write_card(staging, record, read_facts(pinned), folder.root, report, files)
         facts = {
@@ -94,6 +94,6 @@ def proof_in_one_line(report: dict) -> str:
         key: max(found[key] for found in report["largest_difference"].values()) for key in ("step", "picture")
     }  # fmt: skip
     return (
-        f"{report['proof']}; stock diffusers' step of denoising is off by {worst['step']:.1e}, its picture by "
+        f"{report['proof']}; stock diffusers' denoising step differs by {worst['step']:.1e}, its picture by "
         f"{worst['picture']:.1e} of 1 (the untrained base: {report['difference_of_the_base']['picture']:.2g})"
     )

@@ -1,8 +1,8 @@
-"""``pytorch_lora_weights.safetensors``: adapters as diffusers, ComfyUI and others load them, and kohya's spelling.
+"""``pytorch_lora_weights.safetensors``: adapters for diffusers, ComfyUI and others, and kohya's key names.
 
-diffusers' own way of saving an adapter writes the mixer too, which its loader drops with a line in the log, and leaves
-alpha out, for which its loader takes the rank. So here W is folded into A, alpha / rank multiplied into B, and alpha is
-the rank: whatever a reader knows of alphas, it computes ΔW = B·A. float32: the rank is small.
+diffusers' own ``save_lora_weights`` writes the mixer too, which its loader drops with only a log line, and omits
+alpha, for which its loader uses the rank. So here W is folded into A, alpha / rank multiplied into B, and alpha is
+the rank: every reader computes ΔW = B·A, whether it supports alphas or not. float32: the rank is small.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llava_moslora.adapters.fold import Adapter, LowRank, fold_layers
 from llava_moslora.errors import Refusal
 
 LORA_FILE, KOHYA_FILE = "pytorch_lora_weights.safetensors", "kohya.safetensors"
-# transformers 5.6 took this level out of the first text encoder's names; files of LoRAs have it.
+# transformers 5.6 removed this level from the first text encoder's names; LoRA files have it.
 TEXT_LEVEL = "text_model."
 
 
@@ -28,7 +28,7 @@ def write_lora(adapter: Adapter, folder: Path, *, kohya: bool = False) -> None:
     """Write ``adapter`` into ``folder`` for diffusers, and with ``kohya`` also in kohya's spelling.
 
     Raises:
-        Refusal: K-ADAPTER, an adapter that is no LoRA, or layers of something else than a pipeline's parts.
+        Refusal: K-ADAPTER, an adapter that is not a LoRA, or layers outside a pipeline's parts.
     """
     layers = fold_layers(adapter.layers)
     if foreign := [name for name in layers if not name.startswith(PREFIXES)]:
@@ -55,7 +55,7 @@ def lora_tensors(layers: dict[str, LowRank]) -> dict[str, Tensor]:
 
 
 def of_one_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same updates, zeros added up to the largest rank. A kohya file has an alpha for every layer, and diffusers
+    """The same updates, zero-padded to the largest rank. A kohya file has an alpha for every layer, and diffusers
     0.42 ignores those that differ from the most frequent one."""
     rank = max(tensor.shape[0] for name, tensor in tensors.items() if ".lora_A." in name)
     padded = {}

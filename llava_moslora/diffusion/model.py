@@ -21,7 +21,7 @@ from llava_moslora.errors import Refusal
 from llava_moslora.models.names import ADAPTER_NAME
 from llava_moslora.sdxl_settings import SdxlAdapterSettings
 
-# Part → the linears of every attention in it, as diffusers' own script adapts them
+# Part → the linear layers of every attention in it, as in diffusers' own script
 TARGETS = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
     **dict.fromkeys(TOKENIZERS, ("q_proj", "k_proj", "v_proj", "out_proj")),
@@ -112,11 +112,11 @@ def build_model(
     """The frozen model without adapters.
 
     Raises:
-        Refusal: K-MODEL, a noise schedule that SDXL's loss does not know; K-..., weights that cannot be loaded.
+        Refusal: K-MODEL, an unsupported prediction type; K-..., weights that cannot be loaded.
     """
     scheduler = folder.scheduler()
     if (kind := scheduler.config.prediction_type) not in ("epsilon", "v_prediction"):
-        what, expected = "the schedule predicts something else", "epsilon | v_prediction"
+        what, expected = "unsupported prediction type", "epsilon | v_prediction"
         raise Refusal("K-MODEL", what, file=folder.root / "scheduler", key="prediction_type", found=kind,
                       expected=expected, fix="give a Stable Diffusion XL")  # fmt: skip
     encoders = {part: folder.text_encoder(part, dtype) for part in TOKENIZERS} if settings.train_text_encoder else {}
@@ -130,7 +130,7 @@ def add_adapters(model: Sdxl, settings: SdxlAdapterSettings) -> PeftModel:
     """One MoSLoRA adapter over all parts. Trained tensors get the model's dtype, as ZeRO-3 demands.
 
     Raises:
-        Refusal: C-RANK, a rank above a linear's smaller side; whatever :class:`MosLoraConfig` refuses.
+        Refusal: C-RANK, a rank above a layer's smaller dimension; whatever :class:`MosLoraConfig` refuses.
     """
     parts = [part for part in TARGETS if part == "unet" or part in model.trained_encoders]
     names = {part: "|".join(map(re.escape, TARGETS[part])) for part in parts}
@@ -140,7 +140,7 @@ def add_adapters(model: Sdxl, settings: SdxlAdapterSettings) -> PeftModel:
             smaller = min(module.in_features, module.out_features)
             if settings.lora_r > smaller:
                 raise Refusal(
-                    "C-RANK", f"the rank is above the smaller side of {name}", key="--lora_r", found=settings.lora_r,
+                    "C-RANK", f"the rank is above a dimension of {name}", key="--lora_r", found=settings.lora_r,
                     expected=f"at most {smaller}", fix="lower it",
                 )  # fmt: skip
     config = MosLoraConfig(

@@ -50,8 +50,8 @@ def require_diffusers() -> None:
 
 @contextmanager
 def whole_weights(deepspeed: Any) -> Iterator[None]:
-    """While parts are loaded: under ZeRO-3 transformers would partition them, by collectives in which the ranks that do
-    not load them take no part. DeepSpeed partitions what is trained when it starts.
+    """Disables ZeRO-3 partitioning while parts are loaded: transformers would run collectives in which ranks that do
+    not load them take no part. DeepSpeed partitions the trained model when it starts.
 
     Args:
         deepspeed: ``hf_deepspeed_config`` of transformers' ``TrainingArguments``; None without DeepSpeed.
@@ -68,7 +68,7 @@ def whole_weights(deepspeed: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SdxlFolder:
-    """A Stable Diffusion XL on the disk, whose parts were checked to be there (:func:`open_folder`).
+    """A Stable Diffusion XL on disk, checked to be complete (:func:`open_folder`).
 
     Attributes:
         root: the model's folder. vae_folder: the VAE's, of this model or of another one.
@@ -83,7 +83,7 @@ class SdxlFolder:
         return parts | {"vae": fingerprint(self.vae_folder), "scheduler": fingerprint(self.root / "scheduler")}
 
     def latent_scale(self) -> float:
-        """What latents are multiplied by; AutoencoderKL's default where config.json does not say."""
+        """Scaling factor of latents; AutoencoderKL's default if config.json has none."""
         return float(read_json(self.vae_folder / "config.json").get("scaling_factor", 0.18215))
 
     def scheduler(self) -> Any:
@@ -145,7 +145,7 @@ def open_folder(path: str | Path, vae: str | Path | None = None) -> SdxlFolder:
     _check_unet(read_json(root / "unet" / "config.json"), root / "unet")
     config = read_json(vae_folder / "config.json")
     if config.get("latents_mean") is not None or config.get("latents_std") is not None:
-        what, fix = "this VAE's latents are normalised otherwise than SDXL's", "SDXL's own, or sdxl-vae-fp16-fix"
+        what, fix = "this VAE's latents are normalised differently from SDXL's", "SDXL's own, or sdxl-vae-fp16-fix"
         raise Refusal("K-MODEL", what, file=vae_folder, key="latents_mean", found=config.get("latents_mean"), fix=fix)
     return SdxlFolder(root, vae_folder)
 

@@ -1,9 +1,9 @@
-"""Computes what the export in the folder above answers, with stock diffusers only: a step of denoising, and a picture.
+"""Computes a denoising step and an image with the export in the folder above, using only stock diffusers.
 
     python probe/probe.py --output found.safetensors
 
-This file is a part of llava_moslora that is copied into exports; it imports nothing of that package. What is computed
-is in question.json: the base model's folder, the LoRA file, prompt, seed, size and number of steps.
+This file is a part of llava_moslora that is copied into exports; it imports nothing from that package. The inputs
+are in question.json: the base model's folder, the LoRA file, prompt, seed, size and number of steps.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""``data/report.json`` of a run: which pictures are trained, and which part of each."""
+"""``data/report.json`` of a run: its pictures, and the crop of each."""
 
 from __future__ import annotations
 

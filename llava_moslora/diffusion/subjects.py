@@ -1,6 +1,6 @@
-"""The pictures of a subject: found, opened safely, resized and cropped, always in the same way.
+"""The pictures of a subject: found, opened safely, resized and cropped deterministically.
 
-The crop is a function of the seed and the picture's content, whatever its name and its neighbours.
+The crop is a function of the seed and the picture's content, independent of its name and of other pictures.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Square:
-    """A picture as it is trained.
+    """A picture as used in training.
 
     Attributes:
         pixels: float32[3, S, S] in -1..1, S the resolution.
@@ -51,7 +51,7 @@ class Square:
 
 
 def find_pictures(folder: str | None, flag: str) -> tuple[list[Picture], list[str]]:
-    """The pictures directly in ``folder``, by name, and the names of what else lies there; hidden files do not count.
+    """The pictures directly in ``folder``, by name, and the names of other files there; hidden files do not count.
 
     Raises:
         Refusal: C-PATH, no such folder; D-EMPTY, no picture in it.
@@ -97,6 +97,6 @@ def load_square(picture: Picture, settings: SubjectSettings, seed: int) -> Squar
 
 
 def generator_of(*names: object) -> torch.Generator:
-    """Random numbers on the CPU that depend on ``names`` alone, the same on every device."""
+    """Random numbers on the CPU that depend only on ``names``, the same on every device."""
     digest = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,4 +1,4 @@
-"""The house's Trainer over pictures: their batches, and no tokens to count."""
+"""This package's Trainer for pictures: their batches, and no token counts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SdxlTrainer(MosLoraTrainer):
         def completed():
             for number, batch in enumerate(epoch_iterator):  # the micro-batches of this step
                 records = batch["record"].tolist()
-                first = number * per_device * ranks + self.args.process_index  # as the sampler deals them to the ranks
+                first = number * per_device * ranks + self.args.process_index  # as in the sampler
                 positions = range(first, first + len(records) * ranks, ranks)
                 yield batch | self.train_dataset.complete(records, step, positions)
 

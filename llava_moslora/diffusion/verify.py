@@ -1,6 +1,6 @@
-"""The proof of an exported LoRA: stock diffusers, in a fresh process, draws what the trained model draws.
+"""Verification of an exported LoRA: stock diffusers, in a fresh process, must generate the trained model's images.
 
-The run's side is the base with A, W and B in place, as they were trained; both compute in float32.
+The reference is the base model with A, W and B as trained; both compute in float32.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def prove(adapter: Adapter, base: Path, prompt: str, resolution: int, folder: Pa
 
 
 def _answers_of_run(probe, adapter: Adapter, question: dict) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the base answers, and what it answers with the adapter in training form."""
+    """Outputs of the base, and of the base with the adapter in training form."""
     pipeline = probe.load_base(question)
     untrained = probe.answers(pipeline, question)
     holder = nn.Module()  # names as in training; the adapter goes into the pipeline's own modules
@@ -90,7 +90,7 @@ def _run_probe(folder: Path, name: str) -> dict[str, Tensor]:
         raise Refusal(
             "K-PROOF", "stock diffusers cannot load the export", file=folder / name,
             found=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}",
-            fix="--no_proof writes the export all the same; look at it with probe/probe.py",
+            fix="--no_proof writes the export anyway; inspect it with probe/probe.py",
         )  # fmt: skip
     found = load_file(output)
     output.unlink()
@@ -106,7 +106,7 @@ def _refuse_differences(folder: Path, report: dict) -> None:
         for key, difference in differences.items():
             if not difference <= report["bounds"][key]:  # also NaN
                 raise Refusal(
-                    "K-PROOF", "the export does not draw what the run draws", file=folder / name, key=key,
+                    "K-PROOF", "the export's images differ from the run's", file=folder / name, key=key,
                     found=difference, expected=f"at most {report['bounds'][key]:.2g}",
-                    fix="please report this; --no_proof writes the export all the same",
+                    fix="please report this; --no_proof writes the export anyway",
                 )  # fmt: skip

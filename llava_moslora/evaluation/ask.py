@@ -1,8 +1,8 @@
-"""Asks a model the rows of a benchmark, on one rank or several; after a kill only what is open is asked.
+"""Runs a model on the rows of a benchmark, on one rank or several; after a kill only unanswered rows are run.
 
-Batches are fixed by the rows alone (longest prompt first, then cut), so that an answer does not depend on where an
-earlier evaluation was stopped: padding moves 16-bit logits. A rank appends the answers of a batch to a JSONL file of
-its own, below a header that says what was asked of which model::
+Batches depend only on the rows (sorted by prompt length, then split), so that an answer does not depend on where an
+earlier evaluation was stopped: padding changes 16-bit logits. Each rank appends the answers of a batch to its own JSONL
+file, below a header that identifies questions and model::
 
     {"header": {"benchmark": "seed", "model": "…", "dtype": "torch.bfloat16", …}}
     {"index": "7", "prompt": "What is …", "answer": "B"}
@@ -45,13 +45,13 @@ from llava_moslora.text.conversation import Turn
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows of a benchmark that are asked together.
+    """The rows of a benchmark to run.
 
     Attributes:
-        numbers: of the rows in ``table``, all of them or the sample that ``limit`` asks for.
+        numbers: of the rows in ``table``, all of them or a sample of size ``limit``.
         prompts: name of the set of prompts, a key of :data:`llava_moslora.evaluation.prompts.PROMPTS`.
-        batch_size: how many are asked at once.
-        limit: how many units (questions, circular groups, images of MME) at most; None: all.
+        batch_size: rows per batch.
+        limit: maximum number of units (questions, circular groups, images of MME); None: all.
     """
 
     benchmark: Benchmark
@@ -65,7 +65,7 @@ class Questions:
     def of(
         cls, benchmark: Benchmark, table: Table, *, prompts: str, batch_size: int, limit: int | None = None
     ) -> Questions:
-        """The rows of ``limit`` units, a random sample that is always the same; of each unit all rows."""
+        """All rows of ``limit`` units, a random sample with a fixed seed."""
         kept = set(sample(table.rows, benchmark.kind)[:limit])
         numbers = tuple(number for number, row in enumerate(table.rows) if unit_of(row, benchmark.kind) in kept)
         return cls(benchmark, table, numbers, prompts, batch_size, limit)
@@ -114,7 +114,7 @@ def sample(rows: Sequence[Row], kind: str) -> list[str]:
 
 
 def source_header(folder: str | Path, checkpoint: Path | None) -> Header:
-    """Which model is asked: a digest of its files and the name of its checkpoint.
+    """Identity of the model: a digest of its files and the name of its checkpoint.
 
     Args:
         folder: of a run or an export.
@@ -130,7 +130,7 @@ def source_header(folder: str | Path, checkpoint: Path | None) -> Header:
 
 
 def model_header(chat_model: ChatModel) -> Header:
-    """What is known only of a loaded model."""
+    """Header fields that are known only for a loaded model."""
     return {"template": chat_model.template, "dtype": str(chat_model.model.dtype)}
 
 
@@ -164,7 +164,7 @@ def _check_header(file: Path, stored: Mapping[str, Any], header: Mapping[str, An
 
 
 def ask(chat_model: ChatModel, questions: Questions, header: Header, folder: Path) -> None:
-    """Ask the open batches and append their answers below ``folder``. Collective; returns when this rank's are done.
+    """Run the unfinished batches and append their answers below ``folder``. Collective; returns when this rank is done.
 
     Args:
         header: of the source; those of the questions and of the loaded model are added here.
@@ -202,7 +202,7 @@ def ask(chat_model: ChatModel, questions: Questions, header: Header, folder: Pat
 
 
 def _answered(folder: Path, header: Header) -> set[str]:
-    """Indices that need no answer, the same on every rank: rank 0 reads before any rank writes."""
+    """Indices that are already answered, the same on every rank: rank 0 reads before any rank writes."""
     result: set[str] | Refusal = set()
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -233,6 +233,6 @@ def _prepared(questions: Questions, batches: Sequence[Sequence[int]]) -> Iterato
 
 
 def _progress(title: str, total: int) -> tqdm:
-    """A bar with rate and time left, on rank 0; of several ranks it shows the first one's share."""
+    """A progress bar with rate and remaining time, on rank 0; with several ranks it shows rank 0's share."""
     share = f" (rank 0 of {world_size()})" if world_size() > 1 else ""
     return tqdm(total=total, desc=title + share, unit="question", dynamic_ncols=True, disable=rank() != 0)

@@ -17,16 +17,17 @@ class Benchmark:
     """One column of Table 5.
 
     Attributes:
-        name: what the command line calls it.
-        title: as Table 5 heads the column.
+        name: on the command line.
+        title: of the column in Table 5.
         file: name of the TSV, without ``.tsv``, and of VLMEvalKit's dataset.
-        kind: how it is asked and scored, a key of :data:`llava_moslora.evaluation.scoring.KINDS`.
-        questions: how many the published file has; the rotations of a circular one count once.
+        kind: how it is prompted and scored, a key of :data:`llava_moslora.evaluation.scoring.KINDS`.
+        questions: number in the published file; the rotations of a circular one count once.
         md5: of the file that VLMEvalKit names.
         columns: that must be there besides ``index``, ``question`` and an image.
-        max_new_tokens: for an answer. The paper's class allows 5 for letters and yes or no, 512 for the others.
-        paper: how the paper's number was made, where that differs from greedy answers scored by rules.
-        answers: name of the TSV with the answers, where ``file`` may come without.
+        max_new_tokens: for an answer. ``LLaVA_XTuner`` (``prompts.py``) allows 5 for letters and yes or no, else 512.
+        paper: how the paper's number was obtained, if not from greedy answers scored by rules; beams and sampling are
+            ``LLaVA_XTuner``'s.
+        answers: name of the TSV with the answers, if ``file`` may lack them.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Benchmark:
 
 _OPTIONS = ("A", "B", "answer")
 _SERVER = "paper: scored by MMBench's server"
-_SAMPLED = "paper: beams of 5 and sampling at temperature 1"
+_SAMPLED = "paper, by LLaVA_XTuner: beams of 5, sampled at temperature 1"
 _JUDGED = f"{_SAMPLED}; judge gpt-4-1106-preview"
 
 BENCHMARKS = {
@@ -88,7 +89,7 @@ BENCHMARKS = {
 }  # fmt: skip
 
 _COLUMNS = ("mmbench_en", "mmbench_cn", "seed", "ai2d", "sciqa", "textvqa", "mathvista", "mmvet", "mme", "average")
-# Table 5, with the average of its columns: (LLM, method, start of the mixer) → percent.
+# Table 5, with the average of its columns: (LLM, method, init of the mixer) → percent.
 # MME is (perception + cognition) / 2800 × 100.
 _TABLE_5 = {
     ("LLaMA-3", "LoRA", ""): (72.0, 67.8, 68.8, 61.4, 74.8, 47.1, 27.7, 33.1, 58.4, 56.8),

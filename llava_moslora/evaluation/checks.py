@@ -1,4 +1,4 @@
-"""A benchmark's file, read and checked before a model is loaded: columns, answers, rotations, pairs of questions."""
+"""Checks a benchmark's file before a model is loaded: columns, answers, rotations, pairs of questions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def open_benchmark(benchmark: Benchmark, folder: str | Path, *, allow_missing_rotations: bool = False) -> Table:
-    """The file of ``benchmark`` in ``folder``, checked. Another md5 than VLMEvalKit's is only a warning.
+    """The file of ``benchmark`` in ``folder``, checked. An md5 that differs from VLMEvalKit's is only a warning.
 
     Raises:
         Refusal: no such file (D-FILE), or what :class:`Table` and :func:`check` refuse.
@@ -33,7 +33,7 @@ def open_benchmark(benchmark: Benchmark, folder: str | Path, *, allow_missing_ro
         )  # fmt: skip
     table = Table(path)
     if table.md5 != benchmark.md5:
-        log.warning("%s is not the file that VLMEvalKit names: md5 %s, there %s", path, table.md5, benchmark.md5)
+        log.warning("%s is not VLMEvalKit's file: md5 %s, expected %s", path, table.md5, benchmark.md5)
     answers = path.with_name(f"{benchmark.answers}.tsv")
     if not any("answer" in row for row in table.rows) and answers.is_file():
         take_answers(table, Table(answers))
@@ -48,13 +48,13 @@ def open_benchmark(benchmark: Benchmark, folder: str | Path, *, allow_missing_ro
 
 
 def check(table: Table, benchmark: Benchmark, *, allow_missing_rotations: bool = False) -> None:
-    """Everything that would make answers to this file impossible to score.
+    """Refuse a file whose answers could not be scored.
 
     Raises:
         Refusal: D-SCHEMA, D-ANSWER or D-INDEX, with file, row and column.
     """
     if missing := [name for name in benchmark.columns if name not in table.columns]:
-        fix = "a file without answers cannot be scored: take VLMEvalKit's that has them"
+        fix = "a file without answers cannot be scored: use VLMEvalKit's file with answers"
         raise Refusal(
             "D-SCHEMA", "no such column", file=table.path, key=missing[0], found=" ".join(table.columns)[:200],
             expected=" ".join(benchmark.columns), fix=fix if missing[0] == "answer" else None,
@@ -79,7 +79,7 @@ def take_answers(table: Table, other: Table) -> None:
     answers: Mapping[str, str | None] = {row["index"]: row.get("answer") for row in other.rows}
     for number, row in enumerate(table.rows):
         if (answer := answers.get(row["index"])) is None:
-            raise table.refusal(number, "answer", "no answer there", code="D-ANSWER", found=other.path)
+            raise table.refusal(number, "answer", "no answer in that file", code="D-ANSWER", found=other.path)
         row["answer"] = answer
     table.columns = (*(name for name in table.columns if name != "answer"), "answer")
 
@@ -99,7 +99,7 @@ def _check_yes_no(table: Table, number: int) -> None:
         raise table.refusal(number, "answer", "neither", code="D-ANSWER", found=row["answer"], expected="Yes | No")
     if row["category"] not in PERCEPTION + COGNITION:
         raise table.refusal(
-            number, "category", "no subtask of MME", found=row["category"], expected=" ".join(PERCEPTION + COGNITION)
+            number, "category", "not a subtask of MME", found=row["category"], expected=" ".join(PERCEPTION + COGNITION)
         )
 
 
@@ -108,7 +108,7 @@ def _check_short_answers(table: Table, number: int) -> None:
     if answers is None or len(answers) < 2 or not all(isinstance(answer, str) for answer in answers):
         raise table.refusal(
             number, "answer", "not the answers of several people", code="D-ANSWER", found=table.rows[number]["answer"],
-            expected="a list of strings, ['yes', 'yes', 'no', …]; with one answer alone the accuracy is always 0",
+            expected="a list of strings, ['yes', 'yes', 'no', …]; with a single answer the accuracy is always 0",
         )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def _check_rotations(table: Table, allow_missing: bool) -> None:
         expected = len(options_of(table.rows[first]))
         if len(numbers) != expected and not allow_missing:
             raise table.refusal(
-                first, "index", "a question is asked once with every rotation of its options", code="D-INDEX",
+                first, "index", "a question needs exactly one row per rotation of its options", code="D-INDEX",
                 found=f"{len(numbers)} rows of question {question}", expected=f"{expected}, its options",
             )  # fmt: skip
 
@@ -161,7 +161,7 @@ def _check_pairs(table: Table) -> None:
     numbers = {(row["category"], row["image_path"]): number for number, row in enumerate(table.rows)}
     for (category, image), count in Counter((row["category"], row["image_path"]) for row in table.rows).items():
         if count != 2:
-            number, what = numbers[category, image], "an image of MME has two questions"
+            number, what = numbers[category, image], "an image of MME needs two questions"
             raise table.refusal(number, "image_path", what, found=f"{count} for {image}")
     seen = {row["category"] for row in table.rows}
     if missing := [name for name in PERCEPTION + COGNITION if name not in seen]:

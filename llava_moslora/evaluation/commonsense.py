@@ -1,7 +1,7 @@
-"""The eight commonsense sets of the paper's Table 4, in LLM-Adapters' files and by its protocol.
+"""The eight commonsense sets of the paper's Table 4, from LLM-Adapters' files and with its protocol.
 
-lm-evaluation-harness asks and scores, by the tasks in ``commonsense_tasks/``: one template and a file for each set,
-which ``lm_eval --include_path`` takes as well. It is imported only where it is used.
+lm-evaluation-harness runs and scores them, with the tasks in ``commonsense_tasks/``: one template and a file for each
+set, which ``lm_eval --include_path`` takes as well. It is imported only where it is used.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from llava_moslora.files.json import parse_json
 from llava_moslora.inference.load import ChatModel
 
 TASKS = Path(__file__).parent / "commonsense_tasks"
-NOTHING_READ = "[invalid]"  # the harness's word for it
+MEAN = "mean"
+NOTHING_READ = "[invalid]"  # the harness's name for it
 
 
 @dataclass(frozen=True)
 class SetScore:
-    """One set: ``right`` of ``asked`` answers, ``unread`` of which hold no option and count as wrong."""
+    """One set: ``right`` of ``asked`` answers; ``unread`` of them contain no option and count as wrong."""
 
     right: int
     unread: int
@@ -96,8 +97,8 @@ def language_model(chat_model: ChatModel, batch_size: int) -> Any:
 
     class Beams(HFLM):
         def _model_generate(self, context, max_length, **how):
-            """Stops at the end-of-text tokens, as LLM-Adapters does. The harness also looks for that token's name in
-            the first rows of a batch; with beams they all belong to the first prompt, and end the others' answers."""
+            """Stops at the end-of-text tokens, as LLM-Adapters does. The harness also searches for that token's name in
+            the first rows of a batch; with beams they all belong to the first prompt, and end other answers early."""
             how |= {"eos_token_id": stop, "pad_token_id": self.tokenizer.pad_token_id}
             del how["stop"], how["temperature"]  # which beams ignore
             return self.model.generate(input_ids=context, max_length=max_length, **how)
@@ -106,7 +107,7 @@ def language_model(chat_model: ChatModel, batch_size: int) -> Any:
 
 
 def run_task(model: Any, task: str | dict[str, Any], name: str, limit: int | None) -> list[dict[str, Any]]:
-    """What the harness notes of every record of a task, in order.
+    """The harness's record for every document of a task, in order.
 
     Args:
         task: its configuration, or the YAML file of it. name: in the configuration.
@@ -114,18 +115,18 @@ def run_task(model: Any, task: str | dict[str, Any], name: str, limit: int | Non
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    own = TaskManager(include_defaults=False)  # else every definition of the harness is read, thousands of files
+    own = TaskManager(include_defaults=False)  # else all definitions of the harness are read, thousands of files
     found = simple_evaluate(model, tasks=[task], task_manager=own, limit=limit, bootstrap_iters=0, log_samples=True)
     return sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
 
 
 def ask(model: Any, name: str, file: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Ask the set ``name``: per record its ``index``, the ``prompt``, what was ``said``, the option that was ``read``
-    in it ("" for none), the right ``answer``.
+    """Run the set ``name``: per record its ``index``, the ``prompt``, the model's output ``said``, the option ``read``
+    in it ("" for none), the correct ``answer``.
 
     Args:
         model: of :func:`language_model`.
-        limit: only so many records, from the first.
+        limit: only this many records, from the first.
     """
     task = task_config(name, file)
     samples = run_task(model, task, task["task"], limit)
@@ -147,9 +148,9 @@ def read_kept(
     """Set → what :func:`ask` returned, of the sets that ``output`` has answers of.
 
     Args:
-        headers: set → what its answers must be of; fields that it lacks are not compared.
+        headers: set → expected header of its answers; missing fields are not compared.
         prefix: of the files' names.
-        check: scores answers, or fails on what are none; default: :func:`score`.
+        check: scores answers, or fails on invalid ones; default: :func:`score`.
 
     Raises:
         Refusal: C-ANSWERS, of another model, other data or other flags; K-JSON, damaged.
@@ -164,7 +165,7 @@ def read_kept(
             found, samples = dict(stored["header"]), stored["samples"]
             (check or score)(samples)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            fix = "delete the file: its questions are asked again"
+            fix = "delete the file: its questions are run again"
             raise Refusal("K-JSON", "not the answers to a set", file=file, found=repr(error), fix=fix) from error
         for key, value in header.items():
             if found.get(key) != value:
@@ -177,14 +178,14 @@ def read_kept(
 
 
 def score(samples: Sequence[Mapping[str, Any]]) -> SetScore:
-    """Of what :func:`ask` returned: right is what equals the answer."""
+    """Score of what :func:`ask` returned: exact matches are right."""
     right = sum(sample["read"] == sample["answer"] for sample in samples)
     return SetScore(right, sum(not sample["read"] for sample in samples), len(samples))
 
 
 def table(scores: Mapping[str, SetScore], paper: str) -> str:
     """Table 4's row of ``scores`` beside the paper's ``paper``, in percent; the mean only where all eight are there."""
-    row = dict(zip(SETS, PAPER[paper], strict=True))
+    row = dict(zip((*SETS, MEAN), PAPER[paper], strict=True))
     lines = [f"{'':<9}{'accuracy':>9}{'95 %':>15}{'unread':>8}{'asked':>8}{'paper':>8}"]
     for name, result in scores.items():
         low, high = wilson(result.right, result.asked)
@@ -193,7 +194,7 @@ def table(scores: Mapping[str, SetScore], paper: str) -> str:
         lines.append(f"{SETS[name][1]:<9}{numbers}")
     if scores.keys() == SETS.keys():
         mean = sum(result.accuracy for result in scores.values()) / len(SETS)
-        lines.append(f"{'mean':<9}{mean:>9.1f}{'':>31}{sum(row.values()) / len(SETS):>8.1f}")
+        lines.append(f"{MEAN:<9}{mean:>9.1f}{'':>31}{row[MEAN]:>8}")
     lines.append(f"paper: {paper}, one run of LLaMA-3-8B-Instruct (Table 4)")
     return "\n".join(lines)
 

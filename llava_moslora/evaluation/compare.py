@@ -1,6 +1,6 @@
-"""Is B better than A? Two results on the same questions, compared question by question.
+"""Is B better than A? Paired comparison of two results on the same questions.
 
-Two scores apart differ by chance as much as the methods of a paper do; on the same questions most of that chance
+Separate scores differ by chance as much as the methods of a paper do; on the same questions most of that noise
 cancels. A benchmark gets a 95 % interval of the difference from a paired bootstrap over its units (questions, circular
 groups, images), and a p-value: McNemar's exact test where every unit is right or wrong, a sign-flip test elsewhere.
 Several benchmarks are corrected by Holm's method, and the verdict is one sentence.
@@ -36,7 +36,7 @@ class Difference:
         p: two-sided, not corrected.
         adjusted: ``p`` after Holm's correction over the benchmarks compared.
         gained, lost: units on which B is better, and worse.
-        units: how many there are.
+        units: their total number.
     """
 
     a: float
@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def sentence(self) -> str:
-        """What the reader takes home."""
+        """The verdict in one sentence."""
         names: dict[str, list[str]] = {verdict: [] for verdict in ("B is better", "A is better", "inside the noise")}
         for name, difference in self.differences.items():
             names[difference.verdict].append(name)
@@ -86,15 +86,14 @@ class Comparison:
 
 
 def compare(a: Mapping[str, Score], b: Mapping[str, Score], *, seed: int = 0) -> Comparison:
-    """Benchmark → score of A and of B; the benchmarks that only one of them has, or only a judge could score, are left
-    out.
+    """Benchmark → score of A and of B, without benchmarks that only one of them has or that need a judge.
 
     Raises:
         Refusal: C-COMPARE, no benchmark in common, other rules, or other questions.
     """
     names = [name for name in a if name in b and a[name].value is not None and b[name].value is not None]
     if not names:
-        raise Refusal("C-COMPARE", "no benchmark that both results have scores of", key="--compare")
+        raise Refusal("C-COMPARE", "the results have no scored benchmark in common", key="--compare")
     generator, differences, samples = np.random.default_rng(seed), {}, []
     for name in names:
         differences[name], resampled = _difference(*paired(name, a[name], b[name]), generator)
@@ -123,11 +122,10 @@ def _difference(a: list[Unit], b: list[Unit], generator: np.random.Generator) ->
 
 
 def with_spread(units: list[Unit]) -> list[Unit]:
-    """The units of a difference; where all of a stratum are equal, one of +100 and one of -100 besides.
+    """The units of a difference; if all of a stratum are equal, with one of +100 and one of -100 added.
 
-    No draw of equal units differs from another, so their interval would be empty, as if a few questions that both
-    models answer alike proved that the models are equal. One discordant pair each way is what Bonett and Price (2012)
-    add to paired proportions.
+    Otherwise the bootstrap interval of equal units would have zero width, as if a few questions with equal answers
+    proved that the models are equal. Bonett and Price (2012) add one discordant pair each way to paired proportions.
     """
     values: dict[str, set[float]] = defaultdict(set)
     for unit in units:
@@ -166,7 +164,7 @@ def score_interval(units: Sequence[Unit]) -> tuple[float, float]:
 
 
 def adjusted_interval(units: Sequence[Unit]) -> tuple[float, float]:
-    """95 % interval of a mean of strata whose units are graded; in percent, never empty, and it holds the score.
+    """95 % interval of a mean of strata with graded units; in percent, with nonzero width, containing the score.
 
     A normal interval after 2 / strata units of 0 and as many of 100 were added to every stratum (Price and Bonett 2004,
     for linear functions of proportions; of one stratum Agresti and Coull's), because a stratum whose units score alike
@@ -198,8 +196,8 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def bonett_price(gained: int, lost: int, total: int) -> tuple[float, float]:
-    """95 % interval of (gained − lost) / total, in percent, and never empty: one more unit each way is counted in the
-    shares and in their variance (Bonett and Price 2012, the adjusted Wald interval of paired proportions)."""
+    """95 % interval of (gained − lost) / total, in percent, with nonzero width: one unit each way is added to the
+    shares and to their variance (Bonett and Price 2012, the adjusted Wald interval of paired proportions)."""
     plus, minus = (gained + 1) / (total + 2), (lost + 1) / (total + 2)
     middle = plus - minus
     half = NORMAL_975 * sqrt((plus + minus - middle**2) / (total + 2))
@@ -227,8 +225,7 @@ def interval(samples: np.ndarray) -> tuple[float, float]:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p of so uneven a split of the units on which A and B differ, if each were as likely to go either
-    way."""
+    """Exact two-sided p of a split at least this uneven of the units on which A and B differ (McNemar's test)."""
     total, ways, tail = gained + lost, 1, 0
     for k in range(min(gained, lost) + 1):
         tail += ways  # ways = total over k

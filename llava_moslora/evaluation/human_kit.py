@@ -1,7 +1,7 @@
-"""The paper's human evaluation (Table 6): pairs of images, blind and shuffled, judged in a page, counted afterwards.
+"""The paper's human evaluation (Table 6): blind, shuffled pairs of images, rated in a page, counted afterwards.
 
-``kit.html`` is one file without a network: photos of the subject, the prompt, two images side by side, two questions.
-Which method drew which image is in ``key.json`` alone, which stays with whoever counts. A person's answers are a JSON
+``kit.html`` is one self-contained file: photos of the subject, the prompt, two images side by side, two questions.
+Only ``key.json`` says which method made which image; it stays with the experimenter. A rater's answers are a JSON
 file that the page offers to save::
 
     {"kit": "6fb1…", "person": "Ada", "answers": {"1": {"similarity": "left", "prompt": "same"}, …}}
@@ -38,7 +38,7 @@ SIDE, PHOTOS_SHOWN = 512, 3  # pixels of an image; photos of the subject beside 
 
 
 def choose_pairs(images: Sequence[Drawn], per_subject: int, seed: int) -> list[Drawn]:
-    """Of each subject so many images, each of another prompt, in a random order; always the same of one ``seed``.
+    """The given number of images per subject, each with a different prompt, in an order fixed by ``seed``.
 
     Raises:
         Refusal: C-FLAG, a subject has fewer prompts.
@@ -65,12 +65,12 @@ def write_kit(
     """Write the page and its key into ``output``; returns how many pairs it has.
 
     Raises:
-        Refusal: C-COMPARE, C-FLAG; C-OUTPUT, there is a kit already: answers to it may be on their way.
+        Refusal: C-COMPARE, C-FLAG; C-OUTPUT, a kit already exists: answers to it may still arrive.
     """
     chosen = choose_pairs(paired_images(a, b), per_subject, seed)
     known = {subject.name: subject for subject in subjects}
     if missing := {image.subject for image in chosen} - set(known):
-        raise Refusal("C-COMPARE", "images of a subject that --subjects has not", file=a.folder, found=missing.pop())
+        raise Refusal("C-COMPARE", "images of a subject that is not in --subjects", file=a.folder, found=missing.pop())
     generator = random.Random(f"sides {seed}")
     left_is_b = [generator.random() < 0.5 for _ in chosen]
     contents = [image.name for image in chosen], left_is_b, seed, str(a.folder), str(b.folder)
@@ -82,9 +82,9 @@ def write_kit(
             for image, flipped in zip(chosen, left_is_b, strict=True)
         ],
     }  # fmt: skip
-    # The key comes first: without a page it was of nobody's answers yet, and the same command goes on.
+    # The key is written first: without a page there are no answers yet, and the same command continues.
     if (output / KIT).exists() or ((output / KEY).exists() and read_json(output / KEY) != key):
-        raise Refusal("C-OUTPUT", "there is a kit already", file=output, key="--output", fix="choose another folder")
+        raise Refusal("C-OUTPUT", "a kit already exists", file=output, key="--output", fix="choose another folder")
     replace_json(output / KEY, key)
     photos = {name: [pages.thumbnail(one, 256) for one in known[name].images()[:PHOTOS_SHOWN]] for name in known}
     with replacing(output / KIT) as stream:
@@ -126,8 +126,8 @@ def _pair(number: int, prompt: str, photos: Sequence[str], drawn: Sequence[str])
 
 @dataclass(frozen=True)
 class Preference:
-    """Of one question: shares in percent of judgements that prefer B, neither, and A; ``points`` = win − loss with
-    its 95 % interval over people and pairs; ``judgements`` how many there are."""
+    """One question's shares in percent of judgements that prefer B, neither, and A; ``points`` = win − loss with
+    its 95 % interval over raters and pairs; ``judgements`` their number."""
 
     win: float
     tie: float
@@ -179,7 +179,13 @@ def _read_answers(file: Path, kit: str, left: Mapping[str, str]) -> tuple[str, d
     if content.get("kit") != kit:
         fix = "give the key of the kit that was judged"
         raise Refusal(
-            "C-COMPARE", "answers to another kit", file=file, key="kit", found=content.get("kit"), expected=kit, fix=fix
+            "C-COMPARE",
+            "answers to a different kit",
+            file=file,
+            key="kit",
+            found=content.get("kit"),
+            expected=kit,
+            fix=fix,
         )
     person, answers = content.get("person"), content.get("answers")
     if not (isinstance(person, str) and person.strip() and isinstance(answers, dict)):
@@ -219,11 +225,11 @@ def _preference(left: Mapping[str, str], people: Sequence[Mapping[str, Any]], qu
 
 
 def preference_table(found: Mapping[str, Preference], people: int) -> str:
-    """Table 6's form."""
+    """A table like the paper's Table 6."""
     lines = [f"{'B against A':<12}{'win':>8}{'tie':>8}{'loss':>8}{'win - loss':>12}{'95 %':>18}{'judgements':>12}"]
     for question, p in found.items():
         span = f"{p.low:+.1f} to {p.high:+.1f}"
         lines.append(
             f"{question:<12}{p.win:>8.1f}{p.tie:>8.1f}{p.loss:>8.1f}{p.points:>+12.1f}{span:>18}{p.judgements:>12}"
         )
-    return "\n".join([*lines, f"{people} people; intervals over people and pairs"])
+    return "\n".join([*lines, f"{people} raters; intervals over raters and pairs"])

@@ -1,14 +1,14 @@
-"""A judge for MathVista and MM-Vet: any OpenAI-compatible server, asked as VLMEvalKit asks GPT-4.
+"""A judge for MathVista and MM-Vet: any OpenAI-compatible server, prompted as VLMEvalKit prompts GPT-4.
 
-MathVista's judge extracts an answer where the rules cannot read one, MM-Vet's grades every answer. Every reply is kept
-in ``NAME/judge.jsonl`` as it comes, under the row and a hash of the request that was sent. The hash covers the judge's
-model, so that replies of several judges never mix; a second evaluation sends only the requests that have no reply::
+MathVista's judge extracts an answer if the rules cannot parse one, MM-Vet's grades every answer. Every reply is saved
+in ``NAME/judge.jsonl`` as it arrives, under the row and a hash of the request. The hash covers the judge's model, so
+that replies of several judges never mix; a second evaluation sends only requests that have no reply::
 
     {"header": {"benchmark": "mmvet", "judge_prompts": "…"}}
     {"index": "v1_0", "request": "6fb1…", "judge": "gpt-4-1106-preview", "host": "api.openai.com", "reply": "0.5"}
 
-The key, if the server wants one, is OPENAI_API_KEY of the environment; it is sent to that server and nowhere else (but
-for a proxy that the environment names).
+The key, if the server needs one, is the environment variable OPENAI_API_KEY; it is sent only to that server (through a
+proxy, if the environment sets one).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ AT_ONCE = 4  # requests
 MAX_REPLY = 2**20  # bytes
 FIXES = dict.fromkeys((401, 403), f"set {KEY} to a key of this server") | {404: "check the URL and the model's name"}
 FIXES |= {429: "wait, or see the limits of the account"}
-LONGEST_WAIT = 60.0  # seconds that a server may ask for in Retry-After
+LONGEST_WAIT = 60.0  # maximum of Retry-After, in seconds
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -66,9 +66,9 @@ class Judge:
 
     Attributes:
         url: where requests go, ``…/v1/chat/completions``.
-        model: as the server names it.
+        model: its name on the server.
         timeout: seconds without a byte from the server.
-        waits: seconds before the second, third, … try where the server is down, busy or has failed.
+        waits: seconds before the second, third, … attempt if the server is down, busy or fails.
     """
 
     url: str
@@ -82,13 +82,13 @@ class Judge:
         """The judge that ``--judge URL MODEL`` names; URL with or without ``/v1``.
 
         Raises:
-            Refusal: C-FLAG, no URL or no name; C-KEY, what is in OPENAI_API_KEY cannot be sent.
+            Refusal: C-FLAG, no URL or no name; C-KEY, OPENAI_API_KEY cannot be sent.
         """
         where: dict[str, Any] = {"key": "--judge", "expected": "http://HOST:PORT/v1 or https://…"}
         if re.search("[@?#]", url):  # not repeated: it may be a password
             raise Refusal(
-                "C-FLAG", "a URL with more than host, port and path", **where,
-                fix=f"a key belongs into the environment, as {KEY}",
+                "C-FLAG", "the URL may only have host, port and path", **where,
+                fix=f"set a key in the environment, as {KEY}",
             )  # fmt: skip
         try:
             parts = urlsplit(url)
@@ -97,12 +97,12 @@ class Judge:
         except ValueError:  # a port that is no number, brackets that do not match, a part of the name too long
             known = False
         if not known:
-            raise Refusal("C-FLAG", "no URL of a server", found=url, **where)
+            raise Refusal("C-FLAG", "not the URL of a server", found=url, **where)
         if not (model.strip() and model.isprintable()):
-            raise Refusal("C-FLAG", "no name of a model", key="--judge", found=model, expected="--judge URL MODEL")
+            raise Refusal("C-FLAG", "no model name", key="--judge", found=model, expected="--judge URL MODEL")
         key = os.environ.get(KEY, "").strip()
         if not re.fullmatch("[!-~]*", key):
-            raise Refusal("C-KEY", "no key: it has a space or a character that no key has", key=KEY)
+            raise Refusal("C-KEY", "not a key: it has a space or an invalid character", key=KEY)
         path = parts.path.rstrip("/").removesuffix("/chat/completions")
         if not re.search(r"/v\d", path):
             path += "/v1"
@@ -145,7 +145,7 @@ class Judge:
         raise self.refusal("the judge cannot be asked", found, FIXES.get(status, fix))
 
     def try_out(self) -> None:
-        """Ask for one word: a wrong URL, model or key is said before hours of questions, not after them.
+        """Send a one-word request, so that a wrong URL, model or key is reported before hours of evaluation.
 
         Raises:
             Refusal: E-JUDGE.
@@ -153,7 +153,7 @@ class Judge:
         self.reply(self.request("Reply with the digit 1.", TEMPERATURES[0], MAX_TOKENS["mmvet"]), threading.Event())
 
     def _send(self, body: bytes) -> tuple[int, str, str]:
-        """Status and text of what the server answers, and the seconds after which it wants to be asked again."""
+        """Status and text of the server's response, and its Retry-After in seconds."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         try:
             response = _OPENER.open(urllib.request.Request(self.url, body, headers), timeout=self.timeout)
@@ -166,7 +166,7 @@ class Judge:
     def _content(self, text: str) -> str:
         try:
             content = (json.loads(text)["choices"][0]["message"].get("content") or "").strip()
-            if content.startswith("<think>"):  # of a model that thinks first, and would be cut off before it answers
+            if content.startswith("<think>"):  # of a reasoning model, which would be cut off before it answers
                 return ""
             return content.encode("utf-8", "replace").decode()  # without halves of surrogate pairs
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
@@ -174,18 +174,18 @@ class Judge:
             raise self.refusal("not the reply of a chat model", text, fix) from None
 
     def refusal(self, what: str, found: str, fix: str) -> Refusal:
-        """With the first 200 characters of what the server said, in which the key is blotted out."""
+        """With the first 200 characters of the server's response, with the key redacted."""
         found = (found.replace(self.key, "…") if self.key else found)[:200] or "nothing"
         fix += "; answers and replies are kept: the same command asks only what is open"
         return Refusal("E-JUDGE", what, file=self.url, key="--judge", found=found, fix=fix)
 
 
 class _Replies:
-    """What one judge replies to one benchmark's rows, by row and request, in a file that grows with every reply.
+    """One judge's replies to one benchmark's rows, by row and request, in a file appended with every reply.
 
     Attributes:
         known: (index, hash of the request) → (reply, host it came from), from an earlier evaluation.
-        hosts: from which the replies in use came.
+        hosts: of the replies in use.
     """
 
     def __init__(self, judge: Judge, file: TextIO, known: Mapping[tuple[str, str], tuple[str, str]]):
@@ -194,7 +194,7 @@ class _Replies:
         self.stopped, self._lock = threading.Event(), threading.Lock()
 
     def judged(self, row: Row, kind: str, answer: str) -> str:
-        """As :meth:`_judged`; after a failure no further request is sent, and what is returned then has no use."""
+        """As :meth:`_judged`; after a failure no further request is sent, and the result is meaningless."""
         try:
             return self._judged(row, kind, answer)
         except BaseException:
@@ -202,7 +202,7 @@ class _Replies:
             raise
 
     def _judged(self, row: Row, kind: str, answer: str) -> str:
-        """The first reply at rising temperatures that can be used, else the last one.
+        """The first usable reply at rising temperatures, else the last one.
 
         Raises:
             Refusal: E-JUDGE; also where every reply is empty, which would silently count as wrong.
@@ -220,7 +220,7 @@ class _Replies:
             last = reply or last
         if not last:
             what = f"no answer in any reply to question {row['index']}"
-            fix = "a judge that does not think first: a reply may have 128 tokens for MathVista, 3 for MM-Vet"
+            fix = "use a non-reasoning judge: a reply may have 128 tokens for MathVista, 3 for MM-Vet"
             raise self.judge.refusal(what, "", fix)
         return last
 
@@ -232,7 +232,7 @@ class _Replies:
             reply = self.judge.reply(body, self.stopped)
         with self._lock:
             self.hosts.add(host)
-            if reply and place not in self.known:  # the next command asks again for what is empty
+            if reply and place not in self.known:  # empty replies are requested again by the next command
                 line = {"index": place[0], "request": place[1], "judge": self.judge.model, "host": host}
                 append(self.file, [line | {"reply": reply}])
         return reply
@@ -241,12 +241,12 @@ class _Replies:
 def judge_answers(
     judge: Judge, questions: Questions, answers: Mapping[str, str], rules: Rules, folder: Path
 ) -> tuple[dict[str, str], Header]:
-    """Index → reply: MathVista's rows that ``rules`` cannot read, every row of MM-Vet. And what a result says of it.
+    """Index → reply: MathVista's rows that ``rules`` cannot parse, every row of MM-Vet; and fields for the result.
 
-    The reply to MM-Vet is no grade where none of the tries brought one; it counts 0, as in the kit.
+    If no attempt gave a grade for MM-Vet, the reply counts 0, as in VLMEvalKit.
 
     Args:
-        folder: of the benchmark's answers, where replies are kept too.
+        folder: of the benchmark's answers, where replies are saved too.
 
     Raises:
         Refusal: E-JUDGE, the judge failed; C-ANSWERS, a line of the file of replies is damaged.

@@ -1,4 +1,4 @@
-"""What a judge is asked: to extract the answer of a MathVista question, or to grade an answer to one of MM-Vet.
+"""Prompts for a judge: to extract the answer of a MathVista question, or to grade an answer to one of MM-Vet.
 
 The wording is the benchmarks' published one as VLMEvalKit sends it, byte for byte and with slips such as "respone":
 ``dataset/utils/mathvista.py`` and ``mmvet.py`` of ms-vlmeval 0.0.20; at ab638e4a (2024-06-18), under ``evaluate/``, the
@@ -107,7 +107,7 @@ and their actual physical characteristics. | 1.0
 
 
 def judge_prompt(row: Row, kind: str, answer: str) -> str:
-    """The text that the judge gets for ``answer``.
+    """The judge's prompt for ``answer``.
 
     - mathvista: five worked examples, the question with its hint, the answer; the reply is the extracted answer.
     - mmvet: seven worked rows of question, ground truth, prediction and grade, then one that lacks the grade.

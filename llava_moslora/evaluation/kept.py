@@ -1,4 +1,4 @@
-"""JSONL files of replies that are kept as they come: a header, then a line for each; a kill costs the last line."""
+"""JSONL files of replies, appended as they arrive: a header, then a line for each; a kill loses at most the last."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Header = dict[str, Any]
 
 
 def read_lines(file: Path, keys: Sequence[str]) -> tuple[Header | None, list[dict[str, str]]]:
-    """The header and what every further line has under ``keys``, as text; an unfinished last line does not count.
+    """The header and the values of ``keys`` in every further line, as text; an unfinished last line does not count.
 
-    The header is None where not even that line is whole.
+    The header is None if even that line is incomplete.
 
     Raises:
         Refusal: C-ANSWERS, a line is damaged.
@@ -35,13 +35,13 @@ def read_lines(file: Path, keys: Sequence[str]) -> tuple[Header | None, list[dic
         except (ValueError, KeyError, TypeError) as error:
             raise Refusal(
                 "C-ANSWERS", "a damaged line", file=file, record=number, found=line[:80].decode(errors="replace"),
-                fix="delete the file: its questions are asked again",
+                fix="delete the file: its questions are run again",
             ) from error  # fmt: skip
     return header, rows
 
 
 def drop_unfinished(file: Path) -> None:
-    """Cut off a last line that a kill left without its end."""
+    """Remove a last line that a kill left unfinished."""
     os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 

@@ -1,8 +1,8 @@
-"""The same answers scored by VLMEvalKit, in a process of its own, next to our figures by the rules it has.
+"""The same answers scored by VLMEvalKit, in a separate process, next to our scores by the same rules.
 
-The kit's 98 packages stay in the environment that ``--kit_python`` names, and so does its import, which switches the
-verification of TLS certificates off. Our figures are computed here once more with the set of rules called ``rules``,
-whatever ``--rules`` was: only these are the kit's of today. Nothing is downloaded, and the user's files are only read.
+VLMEvalKit's 98 packages stay in the environment of ``--kit_python``, and so does its import, which disables TLS
+certificate verification. Our scores are recomputed here with the set of rules called ``rules``, whatever ``--rules``
+was: only these match the current VLMEvalKit. Nothing is downloaded, and the user's files are only read.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def find_kit(python: str | None) -> Kit:
     program = shutil.which(name)
     if program is None:
         raise Refusal("C-PATH", "no such program", key="--kit_python", found=name, expected="a Python with VLMEvalKit")
-    program = os.path.abspath(program)  # links are kept: by its link a Python knows its environment
+    program = os.path.abspath(program)  # links are not resolved: a Python finds its environment by its link
     done = _run([program, kit_process.__file__], os.environ)
     try:
         version = json.loads(done.stdout)["kit"]
@@ -79,8 +79,8 @@ def find_kit(python: str | None) -> Kit:
 
 
 def score_by_kit(kit: Kit, output: Path, asked: Sequence[Questions], header: Header) -> str:
-    """Score the answers in ``output`` by the kit; keep its tables and files there, and return the comparison as text,
-    which is appended to ``results.md`` too.
+    """Score the answers in ``output`` with VLMEvalKit; save its tables and files there, and return the comparison as
+    text, which is appended to ``results.md`` too.
 
     Args:
         asked: what every row has an answer to.
@@ -128,7 +128,7 @@ def _tables(
     write_text(work / "job.json", json.dumps(job, ensure_ascii=False))
     settings = {"LMUData": str(work.resolve()), "PRED_FORMAT": "tsv", "EVAL_FORMAT": "csv", "HF_HUB_OFFLINE": "1"}
     print("VLMEvalKit scores the same answers …", file=sys.stderr, flush=True)
-    inherited = {name: value for name, value in os.environ.items() if name != KEY}  # it has no use for a judge's key
+    inherited = {name: value for name, value in os.environ.items() if name != KEY}  # it needs no judge key
     done = _run([kit.python, kit_process.__file__, "job.json", "result.json"], inherited | settings, work)
     if done.returncode == -signal.SIGKILL:
         what = "VLMEvalKit was killed, as the system does for lack of memory"
@@ -140,7 +140,7 @@ def _tables(
             raise failure
         raise Refusal(
             "E-KIT", "VLMEvalKit failed", file=log, found=_last_line(done.stderr) or f"exit status {done.returncode}",
-            fix="our scores are written; see this log, or leave --scorer out",
+            fix="our scores are written; see this log, or omit --scorer",
         )  # fmt: skip
     try:
         found = json.loads((work / "result.json").read_bytes())
@@ -149,7 +149,7 @@ def _tables(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refusal(
             "E-KIT", "VLMEvalKit wrote no tables", file=log, found=f"{type(error).__name__}: {error}",
-            fix="our scores are written; see this log, or leave --scorer out",
+            fix="our scores are written; see this log, or omit --scorer",
         ) from error  # fmt: skip
     return found
 
@@ -174,7 +174,7 @@ class Comparison:
 
     @property
     def different(self) -> list[str]:
-        """Names of figures that are not the same, or that one side lacks."""
+        """Names of values that differ, or that one side lacks."""
         both = self.kit.keys() & self.ours.keys()
         return [n for n in {**self.kit, **self.ours} if n not in both or abs(self.kit[n] - self.ours[n]) > SAME]
 
@@ -239,7 +239,7 @@ def _text(version: str, asked: Sequence[Questions], comparisons: Mapping[str, Co
     head = ["benchmark", "VLMEvalKit", "ours", ""]
     end = [f"The same answers scored by VLMEvalKit ({version}), and by our rules ({source}), in percent."]
     if not source.startswith(f"{version} "):
-        end.append("Another version of VLMEvalKit than our rules follow: it may read answers otherwise.")
+        end.append("This is not the VLMEvalKit version that our rules follow: it may parse answers differently.")
     return "\n".join([markdown(head, rows), "", *lines, *([""] if lines else []), *end]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""VLMEvalKit's side of ``--scorer vlmevalkit``: runs in the Python that has the kit, started by ``kit.py``.
+"""The VLMEvalKit process of ``--scorer vlmevalkit``: runs in the Python that has the kit, started by ``kit.py``.
 
     PYTHON kit_process.py               # prints {"kit": "ms-vlmeval 0.0.20"}, or null where it is not installed
     PYTHON kit_process.py JOB RESULT    # scores the answers in JOB and writes the kit's tables, both JSON

@@ -110,13 +110,13 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def ask_likelihood(model: Any, name: str, file: Path, limit: int | None = None) -> list[dict[str, Any]]:
-    """Ask the set ``name``: per record its ``index``, the ``asked`` pairs of context and continuation, the
+    """Run the set ``name``: per record its ``index``, the ``asked`` pairs of context and continuation, the
     log-``likelihood`` of each continuation, the ``answer``'s number, and whether it was right by ``acc`` and, where the
     task has it, ``acc_norm``.
 
     Args:
         model: of :func:`llava_moslora.evaluation.commonsense.language_model`.
-        limit: only so many records, from the first.
+        limit: only this many records, from the first.
     """
     task = STOCK[name]
     config = {

@@ -1,6 +1,6 @@
-"""Which answers to look at: what a model got wrong, or what of two models only one got right.
+"""Selects answers to inspect: a model's mistakes, or answers that only one of two models got right.
 
-Of every benchmark a sample, always the same one; :mod:`llava_moslora.evaluation.mistakes_page` shows it.
+A sample of every benchmark, with a fixed seed; :mod:`llava_moslora.evaluation.mistakes_page` shows it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llava_moslora.evaluation.results import Result
 from llava_moslora.evaluation.scoring import Outcome
 from llava_moslora.evaluation.tsv import Table
 
-# What an answer is, and what one model's answer is next to another's.
+# States of an answer, and of one model's answer compared with another's.
 UNREAD, WRONG, PARTLY, RIGHT = "unread", "wrong", "partly right", "right"
 A_BETTER, B_BETTER, ALIKE = "A right, B wrong", "B right, A wrong", "alike"
 UNJUDGED = "needs a judge"
@@ -57,7 +57,7 @@ class Answered:
             if missing := scored.keys() - of.keys():
                 raise Refusal(
                     "C-ANSWERS", "a scored answer is missing", file=folder, record_id=min(missing),
-                    fix="evaluate the model again: only what is missing is asked",
+                    fix="evaluate the model again: only missing answers are generated",
                 )  # fmt: skip
         header = results[0].header
         return cls(BENCHMARKS[header["benchmark"]], table, str(header["prompts"]), outcomes, answers)
@@ -78,7 +78,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Of one benchmark the rows to look at.
+    """The rows of one benchmark to inspect.
 
     Attributes:
         states: number of a row → what its answers are.
@@ -100,7 +100,7 @@ class Chosen:
 
     @property
     def needed(self) -> int:
-        """The ``limit`` with which nothing is left out."""
+        """The ``limit`` that includes everything."""
         counts = self.counts
         return max(sum(counts[state] for state in MISTAKES), *(counts[state] for state in DIFFERENCES))
 

@@ -1,7 +1,7 @@
-"""One page with the mistakes of a model, or with what two models answered differently: image, prompt, answer, what was
-read by which rule, and the truth, with filters.
+"""A page with the mistakes of a model, or the differences between two models: image, prompt, answer, parsed answer and
+rule, and ground truth, with filters.
 
-One file that needs no network. It is written answer by answer, so that only one image is in memory at a time.
+One self-contained file. It is written answer by answer, so that only one image is in memory at a time.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def _notes(chosen: Sequence[Chosen], wanted: Sequence[str], missing: Sequence[st
         yield f"All {there:,} {what}."
     else:
         yield (
-            f"{shown:,} of {there:,} {what}, drawn at random, always the same ones. {there - shown:,} are left out: "
+            f"{shown:,} of {there:,} {what}, sampled with a fixed seed. {there - shown:,} are left out: "
             f"--mistakes {max(one.needed for one in chosen)} shows all."
         )
     if right := sum(one.shown[RIGHT] for one in chosen):
-        yield f"For comparison {right:,} right answers are here too; the filter shows them."
+        yield f"{right:,} right answers are included for comparison; the filter shows them."
     if wanted == DIFFERENCES and any(one.answered.benchmark.kind in GRADED for one in chosen):
-        yield "Where answers are graded, right and wrong mean better and worse than the other model's."
+        yield "For graded answers, right and wrong mean better and worse than the other model's."
     if missing:
-        yield f"Not on this page, as their files were not read: {', '.join(missing)}."
+        yield f"Not on this page, because their files were not read: {', '.join(missing)}."
 
 
 def _filters(chosen: Sequence[Chosen], wanted: Sequence[str]) -> str:
@@ -129,9 +129,9 @@ def _image(table: Table, number: int) -> str:
 
 
 def _read(row: Row, outcome: Outcome) -> str:
-    """What was read of an answer, by which rule, and how right it is."""
+    """The parsed answer, its rule, and its score."""
     if outcome.rule == "unread":
-        return "nothing: no rule could read it"
+        return "unread: no rule could parse it"
     text, options = outcome.read or "", _options(row)
     if outcome.rule in ("letter", "text") and text in options:
         text += f". {options[text]}"

@@ -1,4 +1,4 @@
-"""The folder or file that an evaluation writes: made, locked, and read again to continue and to score."""
+"""The output folder or file of an evaluation: created, locked, and read again to continue and to score."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def new_output(folder: str) -> Path:
 
 
 def check_output(folder: str) -> None:
-    """Refuse an output folder in which nothing can be written, or whose parent that exists is such; nothing is made.
+    """Refuse an output folder that is not writable, or whose nearest existing parent is not; nothing is created.
 
     Raises:
         Refusal: C-OUTPUT.
@@ -50,7 +50,7 @@ def check_output(folder: str) -> None:
 def _not_writable(folder: str, error: OSError) -> Refusal:
     if error.errno in NOT_OF_THE_PLACE:
         raise error
-    what, fix = "nothing can be written in this folder", "choose another"
+    what, fix = "this folder is not writable", "choose another"
     return Refusal("C-OUTPUT", what, file=folder, key="--output", found=error.strerror, fix=fix)
 
 
@@ -72,14 +72,14 @@ def writable(file: str | None, flag: str) -> Path | None:
         if error.errno in NOT_OF_THE_PLACE:
             raise
         raise Refusal(
-            "C-OUTPUT", "nothing can be written in this folder", file=path.parent, key=flag, found=error.strerror,
-            fix="make it, or choose another",
+            "C-OUTPUT", "this folder is not writable", file=path.parent, key=flag, found=error.strerror,
+            fix="create it, or choose another",
         ) from error  # fmt: skip
 
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold a lock: also a worker that outlived its launcher must not write next to a new one.
+    """Hold a lock: a worker that survived its launcher must not write at the same time as a new one.
 
     Raises:
         Refusal: C-LOCKED, another process holds it.
@@ -95,7 +95,7 @@ def locked(file: Path) -> Iterator[None]:
                 fix="wait for it, or choose another --output",
             ) from None  # fmt: skip
         except OSError:  # a file system without locks
-            logging.warning("%s has no locks: run one evaluation into it at a time", file.parent)
+            logging.warning("%s does not support locks: run only one evaluation into it at a time", file.parent)
         yield
 
 
@@ -108,9 +108,10 @@ def complete(questions: Questions, header: Header, folder: Path) -> bool:
 def scored(
     output: Path, asked: Sequence[Questions], header: Header, rules: Rules, judge: Judge | None = None
 ) -> tuple[dict[str, Result], Refusal | None]:
-    """Benchmark → result of what was asked, and of what an earlier command asked the same model.
+    """Benchmark → result, of this command and of earlier ones with the same model.
 
-    A judge that fails costs no score but its own: what needs it is scored as without one, and the refusal is returned.
+    If the judge fails, only scores that need it are affected: they are computed as without one, and the refusal is
+    returned.
     """
     failure: Refusal | None = None
     for questions in sorted(asked, key=lambda questions: questions.benchmark.kind in JUDGED):  # the judge comes last

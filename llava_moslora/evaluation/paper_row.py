@@ -1,8 +1,8 @@
-"""Which row of the paper's Table 5 a model may stand next to, from what a run or an export records of itself.
+"""The row of the paper's Table 5 that corresponds to a model, from the record of a run or an export.
 
-A row is that of one LLM, number of bits, method and start of the mixers. The LLM counts as known only if its folder has
-the published name and a configuration of that model: weights are not looked at, and of another LLM, be it as close as
-LLaMA-3.1, no row is claimed.
+A row has one LLM, number of bits, method and mixer init. The LLM counts as known only if its folder has
+the published name and that model's configuration: weights are not compared, and for other LLMs, even LLaMA-3.1,
+there is no row.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from llava_moslora.evaluation.results import PAPER_ROWS
 from llava_moslora.files.disk import read_json
 from llava_moslora.models.llm import read_llm_config
 from llava_moslora.models.vision import read_vision_config
+from llava_moslora.runs.hyper_parameters import HYPER_PARAMETERS, hyper_parameters
 from llava_moslora.runs.record import EXPORT, RUN, read_run
 
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -34,7 +35,7 @@ class Backbone:
 
     Attributes:
         methods: in Table 5: without mixers, and with.
-        table_8: flag → value.
+        table_8: flag → value, of the adapters; what both backbones share is :data:`TRAINING`.
     """
 
     llm: str
@@ -54,6 +55,8 @@ _SIZES = {
     "num_key_value_heads": 8,
 }
 _VISION = {"vision_lora_r": 64, "vision_lora_alpha": 16}
+# Table 8 for both. Its batch sizes and accumulated ones make 64 on the four GPUs of section 4.2.
+TRAINING = {"learning_rate": 2e-5, "global_batch_size": 64, "num_train_epochs": 1}
 BACKBONES = (
     Backbone(
         "LLaMA-3", "Meta-Llama-3-8B-Instruct", _SIZES | {"max_position_embeddings": 8192}, 500_000, 16,
@@ -67,7 +70,7 @@ BACKBONES = (
 
 
 def recognise_row(source: str | Path) -> tuple[str, str]:
-    """A key of :data:`~llava_moslora.evaluation.results.PAPER_ROWS`, or "" where none is certain; and a sentence that
+    """A key of :data:`~llava_moslora.evaluation.results.PAPER_ROWS`, or "" if none is certain; and a sentence that
     says which row it is and what differs from Table 8, or why there is none.
 
     Args:
@@ -76,9 +79,9 @@ def recognise_row(source: str | Path) -> tuple[str, str]:
     try:
         row, differences = _row(Path(source))
     except _Unknown as unknown:
-        return "", f"No row of the paper next to it: {unknown}. --paper ROW shows one."
+        return "", f"No matching row of the paper: {unknown}. --paper ROW shows one."
     sentence = f"{row}: the paper's row of this LLM and method, recognised from its record."
-    return row, sentence + (f" Other than in the paper's Table 8: {', '.join(differences)}." if differences else "")
+    return row, sentence + (f" Different from the paper's Table 8: {', '.join(differences)}." if differences else "")
 
 
 class _Unknown(Exception):
@@ -86,10 +89,10 @@ class _Unknown(Exception):
 
 
 def _row(source: Path) -> tuple[str, list[str]]:
-    base, adapter = _recorded(source)
+    base, adapter, training = _recorded(source)
     backbone = next((b for b in BACKBONES if _is_named(base.model_name_or_path, b.folder)), None)
     if backbone is None:
-        raise _Unknown(f"{Path(base.model_name_or_path).name} is not known as an LLM of its Table 5")
+        raise _Unknown(f"{Path(base.model_name_or_path).name} is not an LLM of its Table 5")
     # A run's configurations are its base's, an export holds them itself.
     is_run = (source / RUN).is_file()
     llm = _config(read_llm_config, base.model_name_or_path if is_run else source)
@@ -105,20 +108,20 @@ def _row(source: Path) -> tuple[str, list[str]]:
     method, start = _method(adapter, backbone)
     row = "-".join(filter(None, (backbone.llm, method, start))).lower()
     assert row in PAPER_ROWS and (backbone.llm, method, start) in PAPER
-    return row, _differences(adapter, backbone)
+    return row, _differences(adapter, backbone) + _other_training(training)
 
 
-def _recorded(source: Path) -> tuple[ModelSettings, AdapterSettings]:
-    """The base and the adapters of a run or an export."""
+def _recorded(source: Path) -> tuple[ModelSettings, AdapterSettings, Mapping[str, Any]]:
+    """The base, the adapters and the hyper-parameters of a run or an export; an old export states none of these."""
     try:
         if (source / RUN).is_file():
             record = read_run(source).located
-            return record.model, record.adapter
+            return record.model, record.adapter, hyper_parameters(record)
         facts = read_json(source / EXPORT)
         base = _settings(ModelSettings, facts.get("base"))
         if not (isinstance(base.model_name_or_path, str) and isinstance(base.vision_tower, str)):
             raise TypeError("a base without the paths of its parts")
-        return base, _settings(AdapterSettings, facts.get("adapter"))
+        return base, _settings(AdapterSettings, facts.get("adapter")), dict(facts.get("training") or {})
     except (ValueError, TypeError) as error:  # a Refusal is a ValueError
         raise _Unknown("neither a run nor an export that records its base and its adapters") from error
 
@@ -164,7 +167,7 @@ def _method(adapter: AdapterSettings, backbone: Backbone) -> tuple[str, str]:
     start = starts.get(adapter.llm.mixer_init)
     if start is None or adapter.llm.train_mixer != bool(start):
         trained = "trained" if adapter.llm.train_mixer else "fixed"
-        raise _Unknown(f"no row has {trained} mixers that start as {adapter.llm.mixer_init}")
+        raise _Unknown(f"no row has {trained} mixers with init {adapter.llm.mixer_init}")
     if adapter.vision is not None and not _is_plain(adapter.vision) and _mixers(adapter.vision) != _mixers(adapter.llm):
         raise _Unknown("no row has other mixers in the vision tower than in the LLM")
     return backbone.methods[bool(start)], start
@@ -192,3 +195,19 @@ def _differences(adapter: AdapterSettings, backbone: Backbone) -> list[str]:
     if adapter.llm is not None and adapter.vision is not None and _is_plain(adapter.vision) != _is_plain(adapter.llm):
         found.append("plain LoRA in the vision tower")
     return found
+
+
+def _other_training(training: Mapping[str, Any]) -> list[str]:
+    """As :func:`_differences`, of what ``training`` states; what it does not state is not compared."""
+    stated = {name: value for name in HYPER_PARAMETERS if isinstance(value := training.get(name), int | float)}
+    found = [
+        f"--{name} {stated[name]:g} ({value:g})" for name, value in TRAINING.items() if stated.get(name, value) != value
+    ]
+    if stated.get("max_steps", 0) > 0:  # which the Trainer follows in place of epochs
+        found.append(f"--max_steps {stated['max_steps']} (none)")
+    # Learning rates of parts, which the table does not have: flag → where it has no effect.
+    parts = dict.fromkeys(("vision_lr", "mm_projector_lr", "mixer_lr"), stated.get("learning_rate"))
+    parts["lora_plus_ratio"] = 1
+    return found + [
+        f"--{name} {stated[name]:g} (none)" for name, idle in parts.items() if stated.get(name, idle) != idle
+    ]

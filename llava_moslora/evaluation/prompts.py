@@ -1,7 +1,10 @@
-"""What the model is asked, as the class of VLMEvalKit asks it that the MoSLoRA paper used (``LLaVA_XTuner``).
+"""The prompts, as in VLMEvalKit's class ``LLaVA_XTuner``.
 
-The image stands in front, as ``<image>\\n``, and is no part of what these functions return. Two sets, because the kit
-changed one of them since; the name goes into every result.
+The MoSLoRA paper says only that it used VLMEvalKit. Its authors' README converts and merges the weights with XTuner and
+then evaluates them with VLMEvalKit, which loads that layout with this class.
+
+The image stands in front, as ``<image>\\n``, and is not part of what these functions return. There are two sets,
+because VLMEvalKit has changed one of them since; the name goes into every result.
 """
 
 from __future__ import annotations

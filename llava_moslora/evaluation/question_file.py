@@ -1,7 +1,7 @@
-"""A question file of the user's own: each question in a conversation of its own, answers compared after normalisation.
+"""Evaluates a user's question file: each question is a separate conversation, answers are compared after normalisation.
 
-The file is a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``. Answers are kept in
-``OUTPUT.unfinished`` as they are made, and get the name OUTPUT when all are there.
+The file is a JSON array of objects with ``id``, ``image``, ``question`` and ``answer``. Answers are saved in
+``OUTPUT.unfinished`` as they are generated; the file is renamed to OUTPUT when it is complete.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def with_images(
 ) -> list[Question]:
     """Each question with its image, as the first turn of a conversation of its own.
 
-    With ``blank`` every image is replaced by one of the tower's mean colour: answers that are then still right were
+    With ``blank`` every image is replaced by one of the tower's mean colour: answers that are still right were
     guessed from the question.
     """
 
@@ -120,11 +120,11 @@ def evaluate_questions(
     output: str | None = None,
     probe: str | None = None,
 ) -> float:
-    """Ask a question file and return the accuracy, in [0, 1].
+    """Evaluate a question file and return the accuracy, in [0, 1].
 
     Args:
         run: a training run, or an export.
-        untrained: ask the model as it was before the first training step.
+        untrained: use the model as it was before the first training step.
         blank: see :func:`with_images`.
         output: JSON file for the accuracy and the answers.
         probe: safetensors file for ``logits`` of the first token of the first 32 answers, float32[32, V].

@@ -22,9 +22,9 @@ from llava_moslora.evaluation.results import Result, check_comparable
 from llava_moslora.files.disk import replace_file
 
 RADAR = "radar.png"
-SETS = {"mmbench_cn": "CN", "mmbench_en": "EN"}  # benchmark → as the figure calls it, in its order
+SETS = {"mmbench_cn": "CN", "mmbench_en": "EN"}  # benchmark → its name in the figure, in order
 ABILITY = "l2-category"  # the column of MMBench's files that has them
-# Okabe and Ito 2008: colours that people with any colour vision can tell apart.
+# Okabe and Ito 2008: colour-blind safe.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 INK, GREY, LINE, PAPER = "#222222", "#6b6b6b", "#d0d0d0", "#ffffff"
 
@@ -66,7 +66,7 @@ class Radar:
 
 
 def lacking(results: Mapping[str, Result]) -> str:
-    """Why these results have no picture, in words; "" if they have one."""
+    """The reason why these results have no radar chart; "" if they have one."""
     for name in SETS:
         if name not in results:
             return f"{name} was not evaluated"
@@ -95,7 +95,7 @@ def radar_of(models: Sequence[tuple[str, Mapping[str, Result]]], *, normalise: b
     for name, results in models:
         if reason := lacking(results):
             raise Refusal(
-                "C-RADAR", "no picture can be drawn", file=name, key="--radar", found=reason,
+                "C-RADAR", "no radar chart can be drawn", file=name, key="--radar", found=reason,
                 fix="evaluate it with --benchmark mmbench_en,mmbench_cn",
             )  # fmt: skip
     scores = [{name: results[name] for name in SETS} for _, results in models]
@@ -120,7 +120,7 @@ def radar_of(models: Sequence[tuple[str, Mapping[str, Result]]], *, normalise: b
         if 0 in best:
             raise Refusal(
                 "C-RADAR", "nothing to normalise by: no model answers one question right", key="--normalise",
-                found=axes[best.index(0)].label, fix="leave --normalise out",
+                found=axes[best.index(0)].label, fix="omit --normalise",
             )  # fmt: skip
         values = [[100 * value / most for value, most in zip(row, best, strict=True)] for row in values]
     curves = tuple((name, tuple(row)) for (name, _), row in zip(models, values, strict=True))

@@ -1,4 +1,4 @@
-"""How an answer in free text is read, by VLMEvalKit's rules: an option's letter, yes or no, a number, a short text.
+"""Parses free-text answers by VLMEvalKit's rules: an option's letter, yes or no, a number, a short text.
 
 Two sets of rules, because the same answer can score differently: those of the week in which the MoSLoRA paper appeared,
 and those of the newest kit on PyPI. The name of the set goes into every result. All functions are pure.
@@ -39,7 +39,7 @@ RULES = {
     )
 }
 
-REFUSED = "Z"  # the letter of an answer that refuses; never right
+REFUSED = "Z"  # the letter of a refused answer; never right
 REFUSALS = (
     "Sorry, I can't help with images of people yet.",
     "I can't process this file.",
@@ -71,7 +71,7 @@ MAX_STOPS = 32  # so many full stops are taken out: the kit passes a flag of thi
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read, and the rule that read it: letter, text, refusal, word, number; ``unread`` with None."""
+    """The parsed value, and the rule that parsed it: letter, text, refusal, word, number; ``unread`` with None."""
 
     value: str | None
     rule: str

@@ -1,4 +1,4 @@
-"""What an evaluation or a comparison leaves in its output folder for a reader: table, radar, page of mistakes."""
+"""Writes the report of an evaluation or a comparison: table, radar chart, page of mistakes."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def write_report(
 
     Args:
         source: the run or export that was asked.
-        tables: of the benchmarks that were asked now; ``results`` has those of earlier commands too.
-        missing: benchmarks that were wanted and have no file.
-        paper: a row of Table 5, :data:`NO_ROW`, or "" for the model's own, if it is certain.
-        mistakes: how many of each benchmark are on the page at most; 0: no page.
+        tables: of the benchmarks of this command; ``results`` has those of earlier ones too.
+        missing: requested benchmarks without a file.
+        paper: a row of Table 5, :data:`NO_ROW`, or "" for the matching one, if it is certain.
+        mistakes: maximum per benchmark on the page; 0: no page.
     """
     row, notes = ("" if paper == NO_ROW else paper), []
     if not paper:

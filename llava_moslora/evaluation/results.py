@@ -1,7 +1,7 @@
-"""Results of an evaluation: what is kept of every benchmark, and the table that stands next to the paper's row.
+"""Results of an evaluation: saved values of every benchmark, and the table next to the paper's row.
 
-An output folder holds ``NAME/answers-RANK.jsonl`` and ``NAME/score.json`` for every benchmark, and ``results.json`` and
-``results.md`` for all of them. A comparison needs two such folders and no model.
+An output folder contains ``NAME/answers-RANK.jsonl`` and ``NAME/score.json`` for every benchmark, and ``results.json``
+and ``results.md`` for all of them. A comparison needs two such folders and no model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCORE, RESULTS, TABLE, PAGE = "score.json", "results.json", "results.md", "mista
 # Rows of the paper's Table 5 as the command line names them: llama-3-moslora-kaiming.
 PAPER_ROWS = {"-".join(filter(None, key)).lower(): numbers for key, numbers in PAPER.items()}
 NO_ROW = "none"  # of --paper: none of them
-# What two results must have in common to be compared.
+# Fields that must be equal for two results to be compared.
 SAME_QUESTIONS = ("data", "prompts", "max_new_tokens", "limit", "judge", "judge_prompts")
 
 
@@ -43,7 +43,7 @@ class Result:
 
     @property
     def complete(self) -> bool:
-        """Whether there is a score, and not only MathVista's lower bound."""
+        """Whether there is a full score, not only MathVista's lower bound."""
         kind = BENCHMARKS[self.header["benchmark"]].kind
         return self.score.value is not None and not (kind in JUDGED and "judge" not in self.header and self.score.note)
 
@@ -54,7 +54,7 @@ class Result:
 
     @property
     def remarks(self) -> str:
-        """What the reader must know about the number, and what differs from how the paper's was made."""
+        """Remarks on the number, and how it differs from the paper's protocol."""
         benchmark, limit = BENCHMARKS[self.header["benchmark"]], self.header.get("limit")
         sample = f"a sample of {len(self.score.outcomes)} rows" if limit is not None else ""
         return "; ".join(filter(None, (self.score.note, self.judge, sample, benchmark.paper)))
@@ -188,7 +188,7 @@ def average(results: Mapping[str, Result]) -> float | None:
 
 
 def conditions(results: Mapping[str, Result]) -> list[str]:
-    """How the scores were made where that differs from the paper's."""
+    """How the protocol differs from the paper's."""
     sample = ["samples"] if any(result.header.get("limit") is not None for result in results.values()) else []
     return ["greedy", *sample, *sorted({result.judge for result in results.values() if result.judge})]
 
@@ -209,13 +209,13 @@ def table(results: Mapping[str, Result], missing: Sequence[str], paper: str = ""
     judge = f"with a judge for {' and '.join(judged)}" if judged else "without a judge"
     lines += [f"Answers are greedy, {judge}. Rules: {', '.join(f'{r} ({RULES[r].source})' for r in rules)}."]
     lines += [f"Prompts: {', '.join(f'{p} ({PROMPTS[p]})' for p in prompts)}."]
-    lines += ["Unread: share of answers that neither a rule nor a judge could read; they count as wrong."]
+    lines += ["Unread: share of answers that neither a rule nor a judge could parse; they count as wrong."]
     if missing:
         files = ", ".join(f"{BENCHMARKS[name].file}.tsv ({name})" for name in missing)
         lines.append(f"Not evaluated, as their files are missing: {files}.")
     if mean is None:
         complete = sum(result.complete for result in results.values())
-        lines.append(f"No average: {complete} of {len(BENCHMARKS)} benchmarks have a score that is no lower bound.")
+        lines.append(f"No average: {complete} of {len(BENCHMARKS)} benchmarks have a score that is not a lower bound.")
     return "\n".join(lines) + "\n"
 
 

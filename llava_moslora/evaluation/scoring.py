@@ -31,7 +31,7 @@ CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # of MM-Vet
 
 @dataclass(frozen=True)
 class Outcome:
-    """One answer: what was read, by which rule, and how right it is, in [0, 1]."""
+    """One answer: the parsed value, the rule that parsed it, and its score in [0, 1]."""
 
     index: str
     read: str | None
@@ -59,7 +59,7 @@ class Score:
         outcomes: one for every row, in the order of the rows.
         units: one for every question, circular group or image.
         by: column → its value → percent; for MME subtask → points of 200 and ``total`` → points.
-        note: what else must be said next to the value, or "".
+        note: a remark next to the value, or "".
         counts: column → its value → units that ``by`` is the mean of, for columns of the file.
     """
 
@@ -73,12 +73,12 @@ class Score:
 
     @property
     def read_by(self) -> dict[str, int]:
-        """How many answers each rule read; ``unread`` are those that none could."""
+        """How many answers each rule parsed; ``unread`` are those that none could."""
         return dict(Counter(outcome.rule for outcome in self.outcomes))
 
     @property
     def unread(self) -> float:
-        """Share of answers that no rule could read, in [0, 1]."""
+        """Share of answers that no rule could parse, in [0, 1]."""
         return self.read_by.get("unread", 0) / len(self.outcomes)
 
 
@@ -148,7 +148,7 @@ def score_yes_no(rows: Sequence[Row], answers: Mapping[str, str], rules: Rules) 
     pairs = defaultdict(list)
     for row, outcome in zip(rows, outcomes, strict=True):
         pairs[unit_of(row, "yes-no"), row["category"]].append(outcome.right)
-    assert all(len(pair) == 2 for pair in pairs.values()), "an image of MME without its two questions"
+    assert all(len(pair) == 2 for pair in pairs.values()), "an image of MME needs two questions"
     units = tuple(
         Unit(image, 100.0 * (sum(pair) / 2 + min(pair)) / 2, category) for (image, category), pair in pairs.items()
     )

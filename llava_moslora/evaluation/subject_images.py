@@ -1,10 +1,10 @@
-"""Images that a tuned SDXL drew of its subjects, in a folder that two methods can be compared by.
+"""Images of subjects from a tuned SDXL, in a folder for comparing two methods.
 
-    FOLDER/images.json            what drew them, and of every image its subject, prompt and seed
+    FOLDER/images.json            the model, and the subject, prompt and seed of every image
     FOLDER/cat/03-1.png           prompt 3, seed 1
 
-Every image starts from the initial latent of (subject, prompt, seed) alone, so that two methods are compared on the
-same noise. The reference draws without a seed: its two methods' images have unrelated noise.
+The initial latent of an image depends only on (subject, prompt, seed), so that two methods are compared on the
+same noise. The reference sets no seed: its two methods' images have unrelated noise.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llava_moslora.runs.fingerprint import fingerprint
 
 IMAGES = "images.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-DOWN = ("lora_A", "lora.down.", "lora_down")  # of each layer one, in the spellings that diffusers reads
+DOWN = ("lora_A", "lora.down.", "lora_down")  # one per layer, in the key formats that diffusers reads
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def _missing(pipeline: Any, reports: Sequence[str]) -> list[str]:
 
 
 def lora_file(lora: str | Path) -> Path:
-    """The file of a folded LoRA, which may be given by its folder.
+    """The file of a folded LoRA; ``path`` may be its folder.
 
     Raises:
         Refusal: K-MISSING, no such file; K-ADAPTER, no safetensors, or with mixers.
@@ -125,9 +125,9 @@ def lora_file(lora: str | Path) -> Path:
     if not file.is_file():
         raise Refusal("K-MISSING", "no such file", file=file, key="--lora", fix=f"give the folder with {LORA_FILE}")
     if mixers := [key for key in _tensor_names(file) if "lora_mixer" in key or "downB" in key]:
-        # diffusers drops them with one line in its log, and draws other images
+        # diffusers drops them with only a log line, and the images are wrong
         fix = "give the folder that scripts/export.py made of the run"
-        raise Refusal("K-ADAPTER", "holds mixers, which diffusers ignores", file=file, found=mixers[0], fix=fix)
+        raise Refusal("K-ADAPTER", "contains mixers, which diffusers ignores", file=file, found=mixers[0], fix=fix)
     return file
 
 
@@ -146,7 +146,7 @@ def load_lora(pipeline: Any, lora: str | Path) -> Path:
     """Load a folded LoRA by diffusers' own reader; its file.
 
     Raises:
-        Refusal: as :func:`lora_file`; K-ADAPTER, diffusers does not take it whole.
+        Refusal: as :func:`lora_file`; K-ADAPTER, diffusers does not load it completely.
     """
     from safetensors import SafetensorError
 
@@ -158,7 +158,7 @@ def load_lora(pipeline: Any, lora: str | Path) -> Path:
     stored, loaded = sum(any(word in key for word in DOWN) for key in _tensor_names(file)), _adapted_layers(pipeline)
     if loaded < stored or not stored:  # also one line in diffusers' log
         raise Refusal(
-            "K-ADAPTER", "not a LoRA of this model: diffusers leaves layers of the file out", file=file,
+            "K-ADAPTER", "not a LoRA of this model: diffusers ignores layers of the file", file=file,
             found=f"{stored} layers, of which {loaded} were loaded", fix="give a LoRA that was trained on --base",
         )  # fmt: skip
     return file
@@ -173,7 +173,7 @@ def draw(
     pipeline: Any, subjects: Sequence[Subject], output: Path, *, identifiers: Mapping[str, str],
     loras: Mapping[str, Path], seeds: Sequence[int], base: str | Path, steps: int, guidance: float, size: int | None,
 ) -> None:  # fmt: skip
-    """Draw every planned image that ``output`` lacks; a killed call is continued by the same one.
+    """Generate every planned image that ``output`` lacks; the same call continues a killed one.
 
     Args:
         identifiers: subject → the word it was tuned with.
@@ -195,7 +195,7 @@ def draw(
         for key in ("settings", "loras", "identifiers"):
             if stored.get(key) != content[key]:
                 raise Refusal(
-                    "C-ANSWERS", "holds images of another model or of other settings", file=output / IMAGES, key=key,
+                    "C-ANSWERS", "contains images of another model or other settings", file=output / IMAGES, key=key,
                     found=str(stored.get(key))[:200], expected=str(content[key])[:200], fix="choose another --output",
                 )  # fmt: skip
         content["images"] = stored.get("images", {})

@@ -1,4 +1,4 @@
-"""How much drawn images look like their subject (CLIP-I, DINO) and like their prompt (CLIP-T); two methods compared.
+"""Similarity of images to their subject (CLIP-I, DINO) and to their prompt (CLIP-T); comparison of two methods.
 
 Ruiz et al. 2023 (DreamBooth), section 4.1: CLIP-I and DINO are the mean cosine between every drawn image and every
 photo of the subject, of CLIP ViT-B/32's image embeddings and of the class token of DINO ViT-S/16; CLIP-T is the mean
@@ -34,7 +34,7 @@ Encode = Callable[[Sequence[Any]], torch.Tensor]  # images or texts → unit vec
 
 @dataclass(frozen=True)
 class Encoders:
-    """Encoders of local model folders; those that were not given are None, and their scores are left out."""
+    """Encoders from local model folders; those not given are None, and their scores are omitted."""
 
     clip_image: Encode | None = None
     clip_text: Encode | None = None
@@ -51,7 +51,7 @@ def load_encoders(clip: str | None, dino: str | None) -> Encoders:
         Refusal: K-MISSING, K-JSON, no such model; K-KEYS, without some of its weights; C-FLAG, neither is given.
     """
     if clip is None and dino is None:
-        raise Refusal("C-FLAG", "missing: nothing to score by", key="--clip, --dino", fix="name a model folder")
+        raise Refusal("C-FLAG", "missing: no encoder to score with", key="--clip, --dino", fix="name a model folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip_image = clip_text = dino_image = None
     if clip is not None:
@@ -129,8 +129,8 @@ def score_folder(drawn: DrawnFolder, subjects: Sequence[Subject], encoders: Enco
         own = [image for image in drawn.images if image.subject == name]
         if name not in known or not {image.prompt for image in own} <= set(known[name].prompts("")):
             raise Refusal(
-                "C-COMPARE", "images of a subject or a prompt that --subjects has not", file=drawn.folder, key=name,
-                fix="give the data set that they were drawn for",
+                "C-COMPARE", "images of a subject or a prompt that is not in --subjects", file=drawn.folder, key=name,
+                fix="give the data set that they were generated for",
             )  # fmt: skip
         pictures, photos = [drawn.open(image) for image in own], known[name].images()
         columns: dict[str, torch.Tensor] = {}

@@ -1,8 +1,8 @@
 """Subjects of a DreamBooth study (the paper's section 4.3): their photos, class words and prompts.
 
-The folder is google/dreambooth's ``dataset/`` as it is: a folder of photos per subject, and
+The folder is google/dreambooth's ``dataset/`` unchanged: a folder of photos per subject, and
 ``prompts_and_classes.txt`` with the class of each subject and two lists of 25 prompts, one for objects and one for
-animals. A folder of one's own needs the same file::
+animals. A custom folder needs the same file::
 
     Classes
 
@@ -132,7 +132,7 @@ def parse_prompts(file: Path) -> tuple[dict[str, str], dict[str, tuple[str, ...]
                 raise Refusal("D-PARSE", "no subject and class, or twice", file=file, key=f"line {number}", found=line)
             classes[name] = word
         else:
-            what = "neither a subject with its class nor a prompt"
+            what = "not a subject with its class, and not a prompt"
             raise Refusal("D-PARSE", what, file=file, key=f"line {number}", found=line[:80])
     prompts = {heading: templates for heading, templates in prompts.items() if templates}
     if not classes or not prompts:

@@ -32,7 +32,7 @@ from llava_moslora.evaluation.rows import LETTERS, Row, literal_list
 MAX_REFERENCE = 64  # characters of an `image` field that is an index and no image
 MAX_FIELD = 32 * 2**20  # characters of one field, so of an image of 24 MB
 MAX_TEXT = 2**20  # characters of a field that is no image
-# What pandas.read_csv takes for a missing value besides the empty field.
+# Values that pandas.read_csv treats as missing besides the empty field.
 PANDAS_MISSING = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null".split("|")
 )
@@ -133,7 +133,7 @@ class Table:
             raise Refusal("D-ENC", "the header is not UTF-8 text", file=self.path, key=ascii(wrong[0]))
         columns = tuple(name if name in LETTERS else name.lower() for name in header)
         if double := [name for name in columns if columns.count(name) > 1]:
-            raise Refusal("D-SCHEMA", "two columns of one name", file=self.path, key=double[0])
+            raise Refusal("D-SCHEMA", "two columns with the same name", file=self.path, key=double[0])
         if missing := [name for name in ("index", "question") if name not in columns]:
             found = " ".join(columns)[:200]
             raise Refusal("D-SCHEMA", "no such column", file=self.path, key=missing[0], found=found)
@@ -147,7 +147,7 @@ class Table:
         if len(fields) != len(self.columns):
             column = self.columns[min(len(fields), len(self.columns) - 1)]
             raise Refusal(
-                "D-PARSE", "another number of fields than the header", key=column, found=len(fields),
+                "D-PARSE", "the number of fields differs from the header's", key=column, found=len(fields),
                 expected=len(self.columns), fix="the file may be cut off: copy it again", **where,
             )  # fmt: skip
         named = list(zip(self.columns, fields, strict=True))
@@ -158,7 +158,7 @@ class Table:
             raise Refusal("D-INDEX", "a row without an index", key="index", **where)
         if long := [name for name, text in row.items() if len(text) > MAX_TEXT]:
             found = f"{len(row[long[0]])} characters"
-            raise Refusal("D-SCHEMA", "text of this length is no text", key=long[0], found=found, **where)
+            raise Refusal("D-SCHEMA", "the field is too long for text", key=long[0], found=found, **where)
         return row, None if image is None else fields[image]
 
     def _resolve(self, references: Sequence[str | None]) -> list[int | None]:
@@ -176,7 +176,7 @@ class Table:
             target = numbers.get(reference.strip())
             if target is None:
                 raise self.refusal(
-                    number, "image", "neither an image nor the index of a row", code="D-IMAGES", found=reference,
+                    number, "image", "not an image and not the index of a row", code="D-IMAGES", found=reference,
                 )  # fmt: skip
             if references[target] and target >= number:
                 raise self.refusal(
@@ -203,7 +203,7 @@ class Table:
 
 
 def hidden_by_pandas(table: Table) -> list[int]:
-    """Rows of which pandas, and so VLMEvalKit, takes the text of an option, hint or answer for missing.
+    """Rows in which pandas, and so VLMEvalKit, treats the text of an option, hint or answer as missing.
 
     The option ``None`` is the usual case: VLMEvalKit does not show it to the model, this package does.
     """
@@ -233,7 +233,7 @@ def _records(file: BinaryIO, path: Path, digest: Any = None) -> Iterator[tuple[i
             return
         except csv.Error as error:
             raise Refusal(
-                "D-PARSE", "no TSV with csv quoting", file=path, record=max(number, 0), key=f"line {line}",
+                "D-PARSE", "not a TSV with csv quoting", file=path, record=max(number, 0), key=f"line {line}",
                 found=error, expected="fields with tabs, newlines or quotes in quotes, quotes inside doubled",
             ) from None  # fmt: skip
         if fields:

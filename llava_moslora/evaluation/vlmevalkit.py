@@ -1,4 +1,4 @@
-"""A run or an export as a model of VLMEvalKit, which has no class of its own for LLaVA-1.5 in transformers' layout.
+"""A run or an export as a model of VLMEvalKit, which has no class for LLaVA-1.5 in transformers' layout.
 
 Start VLMEvalKit's ``run.py`` with this file's lines before it::
 
@@ -10,12 +10,12 @@ Start VLMEvalKit's ``run.py`` with this file's lines before it::
     supported_VLM["my-llava"] = partial(model_class(), "merged/llama3-8b-moslora")
     runpy.run_path("run.py", run_name="__main__")     # python this.py --model my-llava --data MMBench_DEV_EN MME
 
-``pip install ms-vlmeval`` installs the kit. Importing it switches the verification of TLS certificates off for the
-whole process.
+``pip install ms-vlmeval`` installs VLMEvalKit. Importing it disables TLS certificate verification for the whole
+process.
 
-The wordings are those of :mod:`llava_moslora.evaluation.prompts`, which the paper used. Prompts are made by the
-function that made the training ids, and images by the transform that training used. Answers are greedy, so that a score
-can be repeated. XTuner's class samples with beams, always pads and has no system text.
+The wordings are those of :mod:`llava_moslora.evaluation.prompts`, of the kit's class ``LLaVA_XTuner``. Prompts are made
+by the function that made the training ids, and images by the transform that training used. Answers are greedy, so that
+a score can be repeated. That class samples with beams, always pads and has no system text.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llava_moslora.text.conversation import Turn
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 
 ROW_KINDS = {"MCQ": "multiple-choice", "Y/N": "yes-no"}  # the kit's type of a dataset → kind of its rows here
-SHORT_ANSWER = 5  # tokens for a letter, yes or no, as the paper's class allows
+SHORT_ANSWER = 5  # tokens for a letter, yes or no, as LLaVA_XTuner allows
 
 
 def model_class() -> type:
@@ -65,7 +65,7 @@ def model_class() -> type:
 
 
 def prompt(line: Mapping, kind: str) -> str:
-    """A row of the kit's as the paper's class asks it.
+    """A row of the kit's as ``LLaVA_XTuner`` asks it.
 
     Args:
         line: with ``question``, and perhaps ``hint`` and ``A``, ``B`` …; missing values are NaN in VLMEvalKit's tables.

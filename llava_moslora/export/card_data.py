@@ -1,8 +1,8 @@
-"""What the front matter of a model card says: base models, license, data sets, scores; nothing of it is guessed.
+"""The front matter of a model card: base models, license, data sets, scores; nothing is guessed.
 
-A model's name on the Hub is taken from the folder that ``huggingface_hub`` keeps it in, or from ``_name_or_path`` in
-its configuration; its license from its README. What is not known there is left out, and a comment says what to fill in:
-a wrong name would link to somebody else's model. The Hub takes no names of local files or folders there either.
+A model's name on the Hub is taken from its folder in the cache of ``huggingface_hub``, or from ``_name_or_path`` in
+its configuration; its license from its README. Unknown values are omitted, and a comment says what to fill in:
+a wrong name would link to an unrelated model. The Hub does not accept names of local files or folders there either.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llava_moslora.files.disk import read_json
 from llava_moslora.files.manifest import MANIFEST, sha256
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
-# Formats of one part → the part it is made of, and its task on the Hub; all others answer questions about images.
+# Formats of a single part → the part, and its task on the Hub; all others are image-text-to-text.
 ONE_PART = {"llm": ("llm", "text-generation"), "vision": ("vision tower", "image-feature-extraction")}
 PROJECTOR = "projector"  # of no task by itself
 IN_CACHE = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/")
@@ -34,11 +34,11 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Base:
-    """A model that the export is made from.
+    """A base model of the export.
 
     Attributes:
-        part: ``llm`` or ``vision tower``. folder: where it is; a tower that open_clip downloads has none.
-        hub_id: its name on the Hub. certain: the Hub's cache says so, and not only a configuration, which may name
+        part: ``llm`` or ``vision tower``. folder: its path; a tower that open_clip downloads has none.
+        hub_id: its name on the Hub. certain: from the Hub's cache, and not only from a configuration, which may name
             the model that this one was tuned from.
         license: as the Hub abbreviates it, with ``license_name`` and ``license_link`` where that is ``other``.
     """
@@ -69,7 +69,7 @@ def base_models(trained: TrainedRun, target: Target) -> list[Base]:
 
 
 def read_base(part: str, place: str) -> Base:
-    """What the folder of a base model says about it.
+    """Name and license of a base model from its folder.
 
     Args:
         place: a folder, or an open_clip name (:mod:`llava_moslora.models.open_clip`).
@@ -102,7 +102,7 @@ def _license(folder: Path) -> dict[str, str] | None:
         return None
     try:
         data = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
-    except Exception:  # of the YAML parser, huggingface_hub and the decoder: a README that says nothing
+    except Exception:  # errors of the YAML parser, huggingface_hub and the decoder: a README without information
         return None
     found = {key: data.get(key) for key in ("license", "license_name", "license_link")}
     known = {key: value for key, value in found.items() if isinstance(value, str) and value}
@@ -110,7 +110,7 @@ def _license(folder: Path) -> dict[str, str] | None:
 
 
 def license_of(base: Base) -> dict[str, str]:
-    """``license`` of an export, with name and link: those of its base, which are not ours to change."""
+    """``license`` of an export, with name and link: those of its base."""
     if base.license is None:
         if not base.license_files:
             return {"license": "other"}
@@ -121,7 +121,7 @@ def license_of(base: Base) -> dict[str, str]:
         return base.license
     if link in (copies := {Path(copy).name: copy for copy in license_copies(base)}):
         return base.license | {"license_link": copies[link]}
-    return {key: value for key, value in base.license.items() if key != "license_link"}  # it leads nowhere from here
+    return {key: value for key, value in base.license.items() if key != "license_link"}  # a relative link
 
 
 def license_copies(base: Base) -> list[str]:
@@ -175,7 +175,7 @@ def front_matter(
 
 
 def uses_mixers(trained: TrainedRun) -> bool:
-    """Whether an adapter of the run is one of MoSLoRA and no plain LoRA."""
+    """Whether an adapter of the run has a mixer, unlike a plain LoRA."""
     towers = (trained.record.adapter.llm, trained.record.adapter.vision)
     mixers = [tower.train_mixer or tower.mixer_init != "identity" for tower in towers if tower]
     return trained.adapter is not None and trained.record.adapter.method == "moslora" and any(mixers)
@@ -188,7 +188,7 @@ def method_name(trained: TrainedRun) -> str:
 
 
 def read_scores(output: str | Path, trained: TrainedRun) -> dict[str, Any]:
-    """``results.json`` of an evaluation, whose answers were this checkpoint's or those of an export of it.
+    """``results.json`` of an evaluation of this checkpoint or of an export of it.
 
     Args:
         output: the ``--output`` of ``scripts/evaluate.py``, or its ``results.json``.
@@ -217,15 +217,15 @@ def read_scores(output: str | Path, trained: TrainedRun) -> dict[str, Any]:
     for model, checkpoint, export_of in asked:
         if not checkpoint and not export_of:
             raise Refusal(
-                "C-COMPARE", "results of a model that did not say of which checkpoint it is an export", file=file,
-                key="--evaluation", found=f"{source}: an export, or answers, of before 2026-11-27, or another tool's",
-                fix=f"evaluate again into a new --output: {trained.run} itself, or an export of it that is made now",
+                "C-COMPARE", "results of a model that did not record which checkpoint it was exported from", file=file,
+                key="--evaluation", found=f"{source}: an export or answers from before 2026-11-27, or another tool's",
+                fix=f"evaluate again into a new --output: {trained.run} itself, or a new export of it",
             )  # fmt: skip
         if ours != (model if checkpoint else export_of):
             raise Refusal(
                 "C-COMPARE", "results of another model", file=file, key="--evaluation",
                 found=f"{source}, {checkpoint or 'an export'}", expected=f"{trained.run}, {trained.checkpoint.name}",
-                fix="evaluate this checkpoint, or leave it out",
+                fix="evaluate this checkpoint, or omit --evaluation",
             )  # fmt: skip
     return content
 

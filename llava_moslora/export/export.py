@@ -1,4 +1,4 @@
-"""One export: refuse early, write, prove, describe, publish.
+"""One export from start to end: check, write, verify, write the model card, publish.
 
 The folder is built in a hidden staging folder next to its final place and renamed into place (output_folder.py). An
 export that was killed, or that filled the disk, is continued by the same export of the same checkpoint.
@@ -40,6 +40,7 @@ from llava_moslora.files.disk import write_json
 from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
 from llava_moslora.models.names import select_parts
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
+from llava_moslora.runs.hyper_parameters import hyper_parameters
 from llava_moslora.runs.output_dir import real_place
 from llava_moslora.runs.record import EXPORT, read_run
 
@@ -84,7 +85,7 @@ def export(
         merge_base: over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
         with_base: ``peft`` as ``peft_with_base``.
         checkpoint: which one (:func:`llava_moslora.runs.checkpoints.model_checkpoint`).
-        llm, vision_tower: where the base is now, if not where it was when the run was trained.
+        llm, vision_tower: the current paths of the base models, if they were moved.
         evaluation: the ``--output`` of ``scripts/evaluate.py``, whose scores of this checkpoint the model card states.
         overwrite: replace an existing export, if none of its files changed since it was written.
         prove: load each folder with stock libraries in a fresh process and compare it with the run.
@@ -141,12 +142,12 @@ def _check_flags(formats: Sequence[str], with_base: bool, merge_base: str) -> No
     if merge_base == DEQUANTIZED and (unmerged := [name for name in formats if "llm" not in TARGETS[name].merged]):
         raise Refusal(
             "C-FLAG", "adapters are not merged", key="--merge_base", found=f"--format {unmerged[0]}",
-            fix="leave --merge_base out; load the base in 4 bits to have what training saw",
+            fix="omit --merge_base; load the base in 4 bits to reproduce the training weights",
         )  # fmt: skip
 
 
 def _inputs(run: Path, base: ModelSettings, llm: str | Path | None, vision_tower: str | None) -> list[str | Path]:
-    """What the export reads: the run, its base as it was trained, and where that is now."""
+    """The inputs of the export: the run, its original base paths, and the current ones."""
     towers = [str(tower) for tower in (base.vision_tower, vision_tower) if tower]
     towers = [tower.partition("@")[2] if tower.startswith(OPEN_CLIP) else tower for tower in towers]
     others = [base.model_name_or_path, base.pretrain_mm_mlp_adapter, llm]
@@ -154,7 +155,7 @@ def _inputs(run: Path, base: ModelSettings, llm: str | Path | None, vision_tower
 
 
 def _check_disk(places: list[Path], plans: list[ExportPlan]) -> None:
-    """Refuse before the first byte what would not fit, counting what an earlier call already wrote."""
+    """Refuse an export that does not fit on the disk, before writing, counting what an earlier call already wrote."""
     parent = places[0].parent
     staged = [file for folder in places for file in output_folder.staging_of(folder).glob("**/*.safetensors")]
     need = sum(weights.total_size for plan in plans for weights in plan.weights) + OTHER_FILES
@@ -163,7 +164,7 @@ def _check_disk(places: list[Path], plans: list[ExportPlan]) -> None:
     if need > have:
         raise Refusal(
             "E-DISK", "too little space", file=parent, key="--output_dir", found=f"{have / 1e9:.2f} GB",
-            expected=f"{need / 1e9:.2f} GB", fix="free some, or choose another disk; a 16-bit --dtype is smaller",
+            expected=f"{need / 1e9:.2f} GB", fix="free space, or choose another disk; a 16-bit --dtype is smaller",
         )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ def _write(
         report = {"proof": plan.not_provable}
     else:
         report = prove(trained, target, plan, staging, dtype)
-    print(f"proof of {target.name}: {proof_in_one_line(report)}", flush=True)
+    print(f"verification of {target.name}: {proof_in_one_line(report)}", flush=True)
     write_json(staging / REPORT, report)
     write_card(trained, target, dtype, report, staging, scores)
     facts = {
@@ -197,6 +198,7 @@ def _write(
         "image_aspect_ratio": trained.record.data.image_aspect_ratio,
         "base": asdict(trained.record.model),
         "adapter": asdict(trained.record.adapter),
+        "training": hyper_parameters(trained.record),
         "merge_base": trained.merge_base if "llm" in target.merged else None,
         "merged_layers": len(select_parts(trained.adapter or {}, target.merged)),
     }
@@ -207,7 +209,7 @@ def _write(
 
 
 def _resume_key(trained: TrainedRun, target: Target, plan: ExportPlan, dtype: torch.dtype) -> dict:
-    """Everything that decides a byte of the weight files: staging with another key is not continued."""
+    """Everything that the weight files depend on: a staging folder with a different key is not continued."""
     return {
         "format": target.name,
         "dtype": str(dtype),

@@ -1,9 +1,9 @@
-"""The run's side of the proof where memory is short: the LLM's 16-bit weights stay mapped from their files.
+"""Computes the run's outputs for verification in little memory: the LLM's 16-bit weights stay memory-mapped.
 
 A weight is converted to float32 a block of rows at a time. accelerate's disk offload computes the same numbers, but
 holds whole weights in float32, each twice: with an LLM of 0.75 GB it took 0.53 GB where this takes 0.23 GB, and twice
-the time (2 CPU cores); LLaMA-3-8B's embedding alone would take 4.2 GB. The export's side is ``compute_in_float32`` in
-probe.py, which must not import this package.
+the time (2 CPU cores); LLaMA-3-8B's embedding alone would take 4.2 GB. The export's counterpart is
+``compute_in_float32`` in probe.py, which must not import this package.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def needed(trained: TrainedRun, dtype: torch.dtype) -> bool:
     rest = sum(math.prod(tensor.shape) for tensor in (*trained.vision.values(), *trained.projector.values()))
     loaded = (sum(llm.values()) + rest) * 4
     stored = trained.llm_config.dtype
-    # the tower, one update, and copies of embedding and head where tokens were appended
+    # the vision tower, one update, and copies of embedding and head if tokens were appended
     mapped = rest * 4 + max(llm.values()) * 4 + 2 * max(llm.values()) * 2
     if trained.is_internlm2:
         mapped += sum(llm.values()) * 2  # converted as it is read: no file to map
@@ -50,14 +50,14 @@ def needed(trained: TrainedRun, dtype: torch.dtype) -> bool:
         return True
     needs = ", or ".join(f"{need / 1e9:.1f} GB" for need in ([mapped, loaded] if mappable else [loaded]))
     raise Refusal(
-        "E-MEMORY", "too little memory to prove that the export computes what the run computes",
+        "E-MEMORY", "too little memory to verify the export against the run",
         found=f"{available / 1e9:.1f} GB available", expected=needs, fix="--no_proof, or export on a larger machine",
     )  # fmt: skip
 
 
 def merge_where_used(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make ``model`` compute as if it were merged and rounded to ``dtype``: a linear of the LLM adds its adapter to a
-    block of its weight at a time, when it is called. Linears in NF4 are dequantised there."""
+    """Make ``model`` compute as if it were merged and rounded to ``dtype``: a linear layer of the LLM adds its adapter
+    to one block of its weight at a time, when it is called. NF4 layers are dequantised there."""
     adapted = {module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) or (_is_4bit(module) and module not in adapted):
@@ -83,7 +83,7 @@ def _merged_linear(module: nn.Module, dtype: torch.dtype, x: Tensor) -> Tensor:
         block = weight[begin:end].float()
         if update is not None:
             block = block + update[begin:end]
-        if lengths is not None:  # DoRA's rows have a length of their own
+        if lengths is not None:  # DoRA's rows have their own magnitude
             block = block * (lengths[begin:end] / block.norm(dim=1))[:, None]
         return block.to(dtype).float()
 

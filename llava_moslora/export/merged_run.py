@@ -1,6 +1,6 @@
-"""The run's side of the proof: the run as it was trained, and then merged in memory.
+"""Computes the run's outputs for verification: as it was trained, and merged in memory.
 
-PEFT merges it, so that the proof shares no code with the merge that it checks.
+PEFT merges it, so that the verification shares no code with the merge that it checks.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def answers_of_run(
     dtype: torch.dtype,
     mapped: bool,
 ) -> tuple[list[RunAnswer], list[Tensor]]:
-    """What the run computes for each question once it is merged and rounded as ``plan`` has it, and its logits before.
+    """The run's outputs for each question after merging and rounding as in ``plan``, and its logits before that.
 
     Args:
-        features: [1, P, E], which only the projector is given, where an export holds nothing else.
+        features: [1, P, E], the input for the projector, if the export contains nothing else.
         mapped: :func:`llava_moslora.export.mapped_weights.needed`.
     """
     chat_model = _load(trained, trained.bits, mapped)
@@ -50,7 +50,7 @@ def answers_of_run(
         del chat_model  # one model in memory at a time
         chat_model = _load(trained, 16, mapped)
     if target.merged and trained.adapter is not None:
-        # PEFT cannot unload LoHa and LoKr beside a module that it saves whole, as the projector is: merged in place
+        # PEFT cannot unload LoHa and LoKr next to modules_to_save, such as the projector: merged in place
         if "llm" not in target.merged or not (METHODS[trained.record.adapter.method].own_layer or mapped):
             _merge_parts(chat_model, target.merged)
         elif mapped:
@@ -90,7 +90,7 @@ def _base_model(chat_model: ChatModel) -> Llava:
 
 
 def _merge_parts(chat_model: ChatModel, parts: Collection[str]) -> None:
-    """Merge the adapters of ``parts`` in place; the others go on being computed beside their weights."""
+    """Merge the adapters of ``parts`` in place; the others stay unmerged."""
     for name, module in chat_model.model.named_modules():
         if isinstance(module, BaseTunerLayer) and part_of(name) in parts:
             module.merge()
@@ -98,10 +98,10 @@ def _merge_parts(chat_model: ChatModel, parts: Collection[str]) -> None:
 
 @torch.no_grad()
 def _round(chat_model: ChatModel, target: Target, plan: ExportPlan, dtype: torch.dtype) -> None:
-    """Round the parameters that the export holds in ``dtype``; adapters and a projector with them are float32."""
+    """Round the parameters that the export stores in ``dtype``; adapters and a projector next to them are float32."""
     whole = "projector" in target.merged
     for name, parameter in chat_model.model.named_parameters():
-        if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4; mapped, as it is stored
+        if not parameter.is_floating_point() or parameter.dtype == dtype:  # in NF4, or memory-mapped
             continue
         kept = adapter_tensor(name) or (not whole and "modules_to_save" in name)
         if part_of(name) in plan.rounded and not kept:

@@ -1,4 +1,4 @@
-"""The model card: an export's README.md, from what the run and the proof recorded."""
+"""The model card: an export's README.md, from the records of the run and of the verification."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ XTUNER_TEMPLATES = {  # our templates' names in XTuner's PROMPT_TEMPLATE; None: 
 }
 MERGED_INTO = {
     ORIGINAL: "the original 16-bit weights",
-    DEQUANTIZED: "the dequantised NF4 weights, which training saw",
+    DEQUANTIZED: "the dequantised NF4 weights used in training",
 }
 
 FOLDER = 'FOLDER = "."  # this folder; from the Hub: huggingface_hub.snapshot_download("OWNER/NAME")'
@@ -52,7 +52,7 @@ def write_card(
     """Write ``README.md``, and copies of the base models' licences, into the export in ``folder``.
 
     Args:
-        report: of the proof. scores: of :func:`llava_moslora.export.card_data.read_scores`.
+        report: of the verification. scores: of :func:`llava_moslora.export.card_data.read_scores`.
     """
     name = folder.name.removeprefix(".").removesuffix(".staging")
     bases = base_models(trained, target)
@@ -68,10 +68,10 @@ def write_card(
         f"## What was trained\n\n{_table(_trained_rows(trained))}",
         f"## Data\n\n{_data(trained)}",
         f"## Measured\n\n{_measured(trained, scores)}",
-        f"## Proof\n\n{_proof(report)}",
+        f"## Verification\n\n{_proof(report)}",
         f"## Limits\n\n{_limits(trained, scores)}",
         f"## License\n\n{_licenses(bases)}",
-        f"## Where it comes from\n\n{_table(_rows(trained, target, dtype))}",
+        f"## Provenance\n\n{_table(_rows(trained, target, dtype))}",
         f"The command: `{shlex.join(trained.record.command)}`",
         "Fingerprints (SHA-256 of a file, size in bytes of weights):",
         f"```json\n{json.dumps(fingerprints, indent=1)}\n```",
@@ -95,8 +95,7 @@ def _method(trained: TrainedRun) -> str:
 
 
 def usage(trained: TrainedRun, target: Target, folder: Path) -> str:
-    """The target's Python with its placeholders filled in, without lines that load what ``folder`` lacks: the adapter
-    of a tower that was trained without one."""
+    """The target's Python with its placeholders filled in, without lines for adapters that ``folder`` lacks."""
     target_usage = target.text_usage if trained.text_only else target.usage
     assert target_usage is not None  # or the target was refused
     lines = [
@@ -106,7 +105,7 @@ def usage(trained: TrainedRun, target: Target, folder: Path) -> str:
     text = "\n".join([FOLDER, *lines])
     text = text.replace("TEMPLATE", repr(XTUNER_TEMPLATES[trained.template]))
     places = {"LLM": str(trained.llm_folder)} | ({} if trained.text_only else {"TOWER": trained.vision_spec})
-    given, found = trained.record.model, trained.record.located.model  # the card shows paths as they were given
+    given, found = trained.record.model, trained.record.located.model  # the card shows paths as given
     shown = {found.model_name_or_path: given.model_name_or_path}
     if found.vision_tower is not None and given.vision_tower is not None:
         shown[found.vision_tower] = given.vision_tower
@@ -128,7 +127,7 @@ def _trained_rows(trained: TrainedRun) -> list[tuple[str, str]]:
     given = [f"{part} {rate:g}" for part, name in rates.items() if (rate := value(name)) is not None]
     rows = [("method", _method(trained))]
     if trained.adapter is None:
-        rows.append(("trained", "the projector alone (stage 1)"))
+        rows.append(("trained", "only the projector (stage 1)"))
     elif trained.text_only:
         rows += (
             [("trained", "adapters"), ("adapters of the LLM", _adapter(adapter.llm, adapter.method))]
@@ -156,8 +155,8 @@ def _trained_rows(trained: TrainedRun) -> list[tuple[str, str]]:
 def _adapter(tower: TowerAdapter, method: str) -> str:
     mixer = "" if method == "moslora" else METHODS[method].title
     if method == "folded":
-        mixer = f"{tower.mixer_init} mixer, folded into A at the start"
-    mixer = mixer or f"mixers {'trained' if tower.train_mixer else 'frozen'}, {tower.mixer_init} at first"
+        mixer = f"{tower.mixer_init} mixer, folded into A at initialisation"
+    mixer = mixer or f"mixers {'trained' if tower.train_mixer else 'frozen'}, {tower.mixer_init} init"
     where = ", ".join(tower.target_modules) or "every linear"
     return f"rank {tower.r}, alpha {tower.lora_alpha:g}, dropout {tower.lora_dropout:g}; {mixer}; {where}"
 
@@ -172,16 +171,16 @@ def _data(trained: TrainedRun) -> str:
     for one in report["files"]:
         share = one["seen_per_epoch"] / (one["kept"] or 1)
         often = "" if share == 1 else f", each seen {share:g} times per epoch"
-        why = "held out for validation" if trained.record.data.data_share == 1 else "not trained on"
+        why = "held out for validation" if trained.record.data.data_share == 1 else "not used for training"
         held_out = f"; {one['held_out']:,} {why}" if one.get("held_out") else ""
         lines.append(f"- `{_file_name(one['file'])}`: {one['kept']:,} records of {one['records']:,}{often}{held_out}")
     data = trained.record.data
     images = "" if trained.text_only else f"{report['images']:,} images and "
     total = f"In all {images}{report['trained_tokens']:,} tokens{'' if data.train_on_prompt else ' of answers'}."
     if data.validation_split and "held_out" not in report:  # of an earlier version, which counted them
-        total += f" Of these records a share of {data.validation_split:g} was held out and not trained on."
+        total += f" Of these records a share of {data.validation_split:g} was held out from training."
     if data.data_share < 1:
-        total += f" Of the records that were left a share of {data.data_share:g} was trained on."
+        total += f" Of the remaining records a share of {data.data_share:g} was used for training."
     return "\n".join([*lines, "", total])
 
 
@@ -196,7 +195,7 @@ def _measured(trained: TrainedRun, scores: dict | None) -> str:
         rows.append(("validation at this checkpoint", values))
     text = [_table(rows)]
     if scores is None:
-        return text[0] + "\n\nNo benchmark results were given to the export."
+        return text[0] + "\n\nThe export was made without benchmark results."
     head = ["| benchmark | score | 95 % interval | answers | how |", "|---|---|---|---|---|"]
     for name, one in scores["benchmarks"].items():
         value = "–" if one["score"] is None else f"{one['score']:.1f}"
@@ -212,14 +211,14 @@ def _limits(trained: TrainedRun, scores: dict | None) -> str:
     if not trained.text_only:
         size, tokens = trained.vision_config.image_size, tokens_per_image(trained.vision_config)
         seen = f"{size} × {size} pixels, {_images(trained)}, in {tokens} tokens"
-        images = [f"- It sees every image as {seen}: small text is lost."]
+        images = [f"- Every image is {seen}: small text is lost."]
     return "\n".join([
         *images,
         f"- It was trained on texts of up to {longest} tokens, in the prompt template `{trained.template}`.",
         "- Languages, safety and bias were not examined"
         + (": nothing but the benchmarks above was." if scores else ", and no benchmark was run for this page."),
-        "- What the base models got wrong is likely still in it"
-        + ("." if trained.text_only else ", and it describes things that are not in an image."),
+        "- Errors of the base models are likely still present"
+        + ("." if trained.text_only else ", and it may describe things that are not in an image."),
     ])  # fmt: skip
 
 
@@ -237,8 +236,8 @@ def _licenses(bases: list[Base]) -> str:
         lines.append(f"- {base.part}: `{base.name}`, license {said}{kept}")
     if any(base.license is None for base in bases):
         lines.append(
-            "\nBefore sharing this model, look up what is not known, keep to it (a license may ask for a notice, for a "
-            "copy or for a name), and complete `license` at the top of this file."
+            "\nBefore sharing this model, look up unknown licenses, comply with them (a license may require a notice, "
+            "a copy or a name), and complete `license` at the top of this file."
         )
     return "\n".join(lines)
 
@@ -257,7 +256,7 @@ def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple
     if not trained.text_only:
         rows[1:1] = [
             ("vision tower", f"`{model.vision_tower}`"),
-            ("projector began as", f"`{model.pretrain_mm_mlp_adapter}`"),
+            ("projector initialised from", f"`{model.pretrain_mm_mlp_adapter}`"),
             ("images", _images(trained)),
         ]
     if trained.bits == 4:
@@ -268,8 +267,8 @@ def _rows(trained: TrainedRun, target: Target, dtype: torch.dtype) -> list[tuple
 
 
 def _loss(trained: TrainedRun) -> str:
-    """First and last logged training loss, where the checkpoint holds the Trainer's log; without a validation loss also
-    the lowest, of the batches of one step."""
+    """First and last logged training loss, if the checkpoint contains the Trainer's log; without a validation loss also
+    the lowest of a step."""
     file = trained.checkpoint / "trainer_state.json"
     if not file.is_file():
         return "not recorded in the checkpoint"
@@ -308,7 +307,7 @@ def _proof(report: dict) -> str:
 
 
 def _findings(report: dict) -> list[str]:
-    """The differences between export and run, and those that rounding or the choice of merge base cause."""
+    """The differences between export and run, and those caused by rounding or the merge base."""
     largest = report["largest_value"]
     differences = ", ".join(
         f"{key} within {difference:.2g} of values up to {largest[key]:.3g}"

@@ -1,8 +1,8 @@
-"""The folder that an export writes: its lock, its staging, and which old export it may replace.
+"""The output folder of an export: lock, staging, and which old export it may replace.
 
-Only files that the manifest of an old export lists are ever deleted. While an export is made, everything is hidden next
-to the folder: ``.NAME.staging`` (the new export), ``.NAME.lock``, ``.NAME.checkpoint`` (links to the checkpoint, which
-a training may prune at any moment) and ``.NAME.old`` (the old export, between two renames).
+Only files that the manifest of an old export lists are ever deleted. During an export, all working files are hidden
+next to the folder: ``.NAME.staging`` (the new export), ``.NAME.lock``, ``.NAME.checkpoint`` (links to the checkpoint,
+which a running training may prune at any moment) and ``.NAME.old`` (the old export, between two renames).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints, model_checkp
 from llava_moslora.runs.fingerprint import WEIGHTS
 from llava_moslora.runs.record import EXPORT
 
-RESUME_FILE = ".plan.json"  # in staging: what must be the same for an unfinished export to be continued
+RESUME_FILE = ".plan.json"  # in staging: the key that must match to continue an unfinished export
 # Errors of file systems without locks, and without hard links between the two places
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -37,7 +37,7 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
 
     Raises:
         Refusal: C-OUTPUT: the current folder is in it; it exists and ``overwrite`` is not set; it is not an export, or
-            one that changed since it was written; a folder that no export made has the name of its staging.
+            one that changed since it was written; another folder has the name of its staging folder.
     """
     if folder.exists():
         if Path.cwd().is_relative_to(folder):
@@ -52,23 +52,23 @@ def check_output_folder(folder: Path, overwrite: bool) -> None:
     staging = staging_of(folder)
     if staging.exists() and not _is_staging(staging):
         raise Refusal(
-            "C-OUTPUT", "not the staging of an export, but has its name", file=staging, key="--output_dir",
+            "C-OUTPUT", "not an export's staging folder, but has its name", file=staging, key="--output_dir",
             found=few(sorted(p.name for p in staging.iterdir()), 5) if staging.is_dir() else "a file",
             fix="move it away, or choose another --output_dir",
         )  # fmt: skip
 
 
 def check_outside(folder: Path, run: Path) -> None:
-    """Refuse (C-OUTPUT) to write into the run: what is there belongs to the training, which may delete it."""
+    """Refuse (C-OUTPUT) to write into the run folder: training may delete what is there."""
     if folder.is_relative_to(run.resolve()):
         raise Refusal(
-            "C-OUTPUT", "in the folder of the run itself", file=folder, key="--output_dir", found=run,
+            "C-OUTPUT", "the output folder is inside the run folder", file=folder, key="--output_dir", found=run,
             expected="a folder outside the run", fix=f"--output_dir merged/{run.resolve().name}",
         )  # fmt: skip
 
 
 def check_inputs(folder: Path, inputs: Iterable[str | Path]) -> None:
-    """Refuse (C-OUTPUT) to replace a folder that is, or holds, what this export reads."""
+    """Refuse (C-OUTPUT) to replace a folder that is, or contains, an input of this export."""
     for given in inputs:
         if Path(given).resolve().is_relative_to(folder):
             raise Refusal(
@@ -127,7 +127,7 @@ def has_changed(file: Path, recorded: dict) -> bool:
 
 @contextmanager
 def lock_output(folder: Path) -> Iterator[None]:
-    """Lock ``folder`` for this process. Folders above it are made, and removed at the end if they are empty.
+    """Lock ``folder`` for this process. Parent folders are created, and removed at the end if they are empty.
 
     Raises:
         Refusal: C-LOCKED, another process exports into it; C-OUTPUT, nothing can be written there.
@@ -170,7 +170,10 @@ def _lock(file: Path) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in NO_LOCKS:
-                print(f"{file.parent} has no locks ({error.strerror}): run one export into it at a time", flush=True)
+                print(
+                    f"{file.parent} does not support locks ({error.strerror}): run only one export at a time",
+                    flush=True,
+                )
                 return descriptor
             os.close(descriptor)
             if error.errno in (errno.EAGAIN, errno.EACCES):
@@ -198,7 +201,7 @@ def pinned_checkpoint(run: Path, folder: Path, which: str | None = None) -> Iter
     place = folder.with_name(f".{folder.name}.checkpoint")
     if place.exists():  # of an export that was killed
         if not place.is_dir() or not all(CHECKPOINT.fullmatch(p.name) for p in place.iterdir()):
-            what = "not the checkpoint of an export, but has its name"
+            what = "not an export's checkpoint copy, but has its name"
             raise Refusal("C-OUTPUT", what, file=place, key="--output_dir", fix="move it away")
         shutil.rmtree(place)
     try:
@@ -206,7 +209,7 @@ def pinned_checkpoint(run: Path, folder: Path, which: str | None = None) -> Iter
         yield pinned
     except Refusal as refusal:
         if refusal.file is not None and (file := Path(str(refusal.file))).is_relative_to(place):
-            refusal.file = original / file.relative_to(pinned)  # the one that stays
+            refusal.file = original / file.relative_to(pinned)  # the one that is kept
             refusal.args = (refusal.line(),)
         raise
     finally:
@@ -264,8 +267,8 @@ def _is_staging(staging: Path) -> bool:
 
 
 def open_staging(folder: Path, resume_key: dict) -> Path:
-    """The staging of ``folder``, whose lock is held. Weight files that an earlier call with the same ``resume_key``
-    finished are kept, those of another are deleted.
+    """The staging folder of ``folder``, whose lock is held. Weight files that an earlier call with the same
+    ``resume_key`` finished are kept, others are deleted.
     """
     staging = staging_of(folder)
     if staging.exists():
@@ -297,7 +300,7 @@ def publish(staging: Path, folder: Path) -> None:
     fsync(folder.parent)
     try:
         _finish_replacement(folder)
-    except Refusal as refusal:  # a file was added between check and rename; the new export is published
+    except Refusal as refusal:  # a file was added between check and rename; the new export is already published
         print(f"the old export is kept: {refusal.line()}", flush=True)
 
 

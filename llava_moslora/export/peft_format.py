@@ -20,7 +20,7 @@ from llava_moslora.export.writer import PlannedTensor, WeightFiles
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """The folder ``name`` of an export: a plain LoRA over one part, or a method of PEFT's own.
+    """The folder ``name`` of an export: a plain LoRA over one part, or one of PEFT's own methods.
 
     Attributes:
         layers: by module name of the base, all of one kind; LoRAs without a mixer.
@@ -88,7 +88,7 @@ def adapter_config(layers: Mapping[str, LowRank], base: str, *, depth: int | Non
 
 
 def _stock_config(layers: Mapping[str, PeftUpdate], base: str, task: str | None) -> PeftConfig:
-    """As :func:`adapter_config`, of a method of PEFT's own; the configuration names the layers one by one."""
+    """As :func:`adapter_config`, for PEFT's own methods; the configuration lists all layers."""
     config = copy.copy(next(iter(layers.values())).config)
     for setting, field in (("r", "rank_pattern"), ("alpha", "alpha_pattern")):
         if not isinstance(config, AdaLoraConfig):  # which has one for all
@@ -102,5 +102,5 @@ def _stock_config(layers: Mapping[str, PeftUpdate], base: str, task: str | None)
 
 
 def _whole(number: float) -> float | int:
-    """Alphas are usually written as whole numbers, and some readers insist."""
+    """Alphas are usually written as integers, and some readers require it."""
     return round(number) if math.isclose(number, round(number), rel_tol=1e-9) else number

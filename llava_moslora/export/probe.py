@@ -4,7 +4,7 @@
     python EXPORT/probe/probe.py --output FILE  # and writes logits, ids and answers to a safetensors file
 
 It reads ``questions.json`` and the images next to it, and needs torch, transformers, peft, safetensors and pillow. It
-must never import the package that wrote the export: the comparison would then prove nothing.
+must never import the package that wrote the export: the comparison would then be meaningless.
 
 Shapes: T tokens, P patches, E vision width, D LLM width, V vocabulary.
 """
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def answer_questions(folder: Path) -> dict:
-    """Of every question of the export, as ``what.number``: ids, last logits, answer, features, projected features."""
+    """For every question of the export, as ``what.number``: ids, last logits, answer, features, projected features."""
     probe = folder / "probe"
     asked = json.loads((probe / "questions.json").read_text(encoding="utf-8"))
     model = (WholeModel if "llava" in asked["load_from"] else SeparateParts)(folder, asked)
@@ -76,7 +76,7 @@ class WholeModel:
     def __init__(self, root: Path, asked: dict):
         self.asked = asked
         folder = root / asked["load_from"]["llava"]
-        # Pillow scales images as training did; torchvision, which transformers 5 prefers, does not quite.
+        # Pillow scales images as in training; torchvision, which transformers 5 prefers, differs slightly.
         self.processor = AutoProcessor.from_pretrained(folder, backend="pil")
         if asked["mapped"]:
             self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
@@ -94,7 +94,7 @@ class WholeModel:
         inputs = self.processor(images=images or None, text=prompt, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         logits = self.model(**inputs).logits[0, -1].float()
-        # It stops as the export's own generation config has it: that is a part of the proof.
+        # Generation stops by the export's own generation config: that is part of the verification.
         output = self.model.generate(**inputs, max_new_tokens=self.asked["max_new_tokens"], do_sample=False)
         return {
             "ids": inputs["input_ids"][0],
@@ -104,7 +104,7 @@ class WholeModel:
 
 
 class SeparateParts:
-    """LLM, vision tower and projector, whichever of them there are, each loaded alone and put together here."""
+    """LLM, vision tower and projector, as far as they exist, loaded separately and combined here."""
 
     def __init__(self, root: Path, asked: dict):
         self.asked, folders = asked, asked["load_from"]
@@ -140,7 +140,7 @@ class SeparateParts:
         self.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
     def _load_original(self, root: Path, tower: str) -> None:
-        """Take the parts out of an original LLaVA's folder, by the names that its own classes have."""
+        """Load the parts from an original LLaVA's folder, by the names in its own classes."""
         state: dict[str, torch.Tensor] = {}
         for file in sorted(root.glob("*.safetensors")):
             with safe_open(file, framework="pt") as opened:
@@ -173,7 +173,7 @@ class SeparateParts:
             found["ids"] = torch.tensor(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
         ids = torch.tensor([question["ids"]])
         placeholders = ids == self.asked["image_token_id"]
-        # The placeholder may be a row that the original LLM does not have; it is replaced anyway.
+        # The original LLM may have no row for the placeholder; it is replaced anyway.
         embeddings = self.llm.get_input_embeddings()(ids.masked_fill(placeholders, 0)).clone()  # (1, T, D)
         if images:
             embeddings[placeholders] = found["projected"].flatten(0, 1)
@@ -201,11 +201,10 @@ class SeparateParts:
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """Make a model with 16-bit weights compute in float32; weights of linears and embeddings stay mapped from their
-    files.
+    """Make a model with 16-bit weights compute in float32; weights of linear layers and embeddings stay memory-mapped.
 
-    The results are those of a model in float32, in a fraction of its memory: the system reads pages of a mapped file
-    again when they are used, however little memory there is.
+    The results are those of a model in float32, in a fraction of its memory: the system pages mapped files in again
+    when they are used, however little memory there is.
     """
     for part in model.modules():
         if type(part) is nn.Linear:
@@ -236,17 +235,17 @@ def _embedding(part: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
 
 
 def with_adapter(model, folder: Path):
-    """``model`` with the adapter in ``folder``; a tensor without a place in it is an error, where PEFT only warns."""
+    """``model`` with the adapter in ``folder``; a tensor without a target is an error, while PEFT only warns."""
     from peft import PeftModel
 
     warnings.filterwarnings("error", message=".*missing adapter keys.*")
     has_level = any(name.startswith("vision_model.") for name, _ in model.named_modules())
-    mapping = None if has_level else {"^vision_model\\.": ""}  # transformers 5.6 took this level away
+    mapping = None if has_level else {"^vision_model\\.": ""}  # transformers 5.6 removed this level
     return PeftModel.from_pretrained(model, folder, key_mapping=mapping).eval()
 
 
 def square(image: Image.Image, mean: list) -> Image.Image:
-    """The image centred on a square of the mean colour, as LLaVA-1.5 is trained."""
+    """The image centred on a square of the mean colour, as in LLaVA-1.5's training."""
     side = max(image.size)
     canvas = Image.new("RGB", (side, side), tuple(int(255 * value) for value in mean))
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

@@ -29,7 +29,7 @@ class ProjectorConfig(PretrainedConfig):
 
 
 class ProjectorModel(PreTrainedModel):
-    """float[…, E] → float[…, D]: ``depth`` linears with an activation between them."""
+    """float[…, E] → float[…, D]: ``depth`` linear layers with an activation between them."""
 
     config_class = ProjectorConfig
     base_model_prefix = "model"

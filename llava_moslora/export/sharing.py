@@ -1,8 +1,8 @@
 """An export on the Hugging Face Hub: checked before the export begins, uploaded afterwards, in one commit.
 
-Nothing is uploaded unless ``--push_to_hub`` asks for it. The token is that of the environment or of ``hf auth login``.
-A repository that holds anything but an earlier push of this package, unchanged since, is not written to; of an earlier
-push those files are deleted that its manifest lists and the new one lacks. The Hub keeps all earlier commits.
+Nothing is uploaded without ``--push_to_hub``. The token is that of the environment or of ``hf auth login``.
+A repository is only written to if it is empty or contains an unchanged earlier push of this package; of an earlier
+push, files that its manifest lists and the new one lacks are deleted. The Hub keeps all earlier commits.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from llava_moslora.flags import call_of
 
 CARD = "README.md"
 KEPT = ".gitattributes"  # the Hub's own, in every repository
-TITLE = "llava_moslora"  # how the title of every commit made here begins
+TITLE = "llava_moslora"  # prefix of the title of every commit made here
 FLAG = "--push_to_hub"
 
 
 def check_repository(repo: str, *, private: bool = False, overwrite: bool = False) -> None:
-    """Refuse what :func:`push` to ``repo`` would be refused for, as far as it can be known before there is an export.
+    """Check everything that would make :func:`push` to ``repo`` fail and can be known before there is an export.
 
     Raises:
         Refusal: C-FLAG, the name; E-HUB, offline, no token or one that only reads, no connection; C-HUB, as
@@ -39,26 +39,26 @@ def check_repository(repo: str, *, private: bool = False, overwrite: bool = Fals
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise Refusal("C-FLAG", "not a name of the Hub", key=FLAG, found=error, expected=expected) from error
+        raise Refusal("C-FLAG", "not a valid repository name", key=FLAG, found=error, expected=expected) from error
     if "/" not in repo:
         raise Refusal("C-FLAG", "no owner", key=FLAG, found=repo, expected=expected)
     if constants.is_offline_mode():
-        raise Refusal("E-HUB", "the Hub is switched off", key=FLAG, found="HF_HUB_OFFLINE", fix="unset it")
-    login = "hf auth login, or HF_TOKEN in the environment, with a token that may write"
+        raise Refusal("E-HUB", "the Hub is disabled", key=FLAG, found="HF_HUB_OFFLINE", fix="unset it")
+    login = "hf auth login, or HF_TOKEN in the environment, with a write token"
     if get_token() is None:
-        raise Refusal("E-HUB", "no token of the Hub", key=FLAG, fix=login)
+        raise Refusal("E-HUB", "no Hub token", key=FLAG, fix=login)
     with _one_line(repo, "check name, token and network"):
         api = HfApi()
         if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
-            raise Refusal("E-HUB", "this token may only read", key=FLAG, fix=login)
+            raise Refusal("E-HUB", "this token is read-only", key=FLAG, fix=login)
         _look(api, repo, private, overwrite)
 
 
 def push(folder: Path, repo: str, *, private: bool = False, overwrite: bool = False) -> str:
-    """Upload the finished export in ``folder``, all but hidden files, as one commit of ``repo``, which is created.
+    """Upload the finished export in ``folder``, except hidden files, as one commit to ``repo``, created if needed.
 
-    ``README.md`` may have been edited since the export. An upload that was cut off is repeated by the same call; what
-    already arrived of large files is not sent again.
+    ``README.md`` may have been edited since the export. The same call repeats an interrupted upload; large files that
+    already arrived are not sent again.
 
     Args:
         private: a repository that only its owner sees; an existing public one is refused.
@@ -76,7 +76,7 @@ def push(folder: Path, repo: str, *, private: bool = False, overwrite: bool = Fa
     with _one_line(repo, again + (" --private" if private else "") + (" --overwrite" if overwrite else "")):
         api = HfApi()
         if (found := _look(api, repo, private, overwrite)) is None:
-            api.create_repo(repo, private=private or None)  # None: public, or as the organisation has set
+            api.create_repo(repo, private=private or None)  # None: public, or the organisation's default
             found = _look(api, repo, private, overwrite)
         assert found is not None, "just created"
         head, earlier = found
@@ -87,7 +87,7 @@ def push(folder: Path, repo: str, *, private: bool = False, overwrite: bool = Fa
 
 
 def files_to_push(folder: Path) -> list[str]:
-    """Every file of the finished export in ``folder`` but hidden ones, as relative paths.
+    """Every file of the finished export in ``folder`` except hidden ones, as relative paths.
 
     Raises:
         Refusal: C-HUB, not a finished export, or a file other than the model card changed since it was written.
@@ -126,9 +126,9 @@ def _look(api: HfApi, repo: str, private: bool, overwrite: bool) -> tuple[str | 
         return info.sha, set()
     earlier = _earlier_push(api, repo, info.sha) if MANIFEST in files else None
     if not overwrite:
-        fix = "another name, or --overwrite to write to it all the same"
+        fix = "another name, or --overwrite to write to it anyway"
         if earlier is None:
-            what = "this repository holds something that is not an export of this package"
+            what = "this repository contains something other than an export of this package"
             raise Refusal("C-HUB", what, file=repo, key=FLAG, found=few(sorted(files), 5), fix=fix)
         if not (newest := api.list_repo_commits(repo)[0].title).startswith(TITLE):
             what = "this repository was changed since the last push"
@@ -152,7 +152,7 @@ def _one_line(repo: str, fix: str) -> Iterator[None]:
         raise
     except Exception as error:  # of huggingface_hub, its HTTP client and hf_xet; they share no base class
         errors: list[BaseException] = [error]
-        if isinstance(error, RuntimeError) and error.__cause__:  # it names a file, and its cause says what happened
+        if isinstance(error, RuntimeError) and error.__cause__:  # it names a file, and its cause has the reason
             errors.append(error.__cause__)
         found = printable("; ".join(f"{type(one).__name__}: {' '.join(str(one).split())}" for one in errors))
-        raise Refusal("E-HUB", "the Hub failed or refused", file=repo, key=FLAG, found=found, fix=fix) from error
+        raise Refusal("E-HUB", "the Hub request failed", file=repo, key=FLAG, found=found, fix=fix) from error

@@ -1,8 +1,8 @@
-"""A trained run, opened for export: its checkpoint and its base, whose tensors are planned but not read.
+"""A trained run, opened for export: its checkpoint and its base, with lazy tensors.
 
-Every target takes its tensors from here and only renames them; names are those of the LLM and of the vision tower
-alone. The base must be the one that the adapters were trained on: names and shapes would also fit another model of the
-same kind, and the merged model would run and be wrong.
+Every target takes its tensors from here and only renames them; names are those of the standalone LLM and vision
+tower. The base must be the one that the adapters were trained on: names and shapes would also fit another model of the
+same kind, and the merged model would run but be wrong.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class TrainedRun:
 
     Attributes:
         record: ``run.json``. manifest: the checkpoint's.
-        vision: the tensors of the complete vision tower, not read yet.
-        adapter: by the names of the composed model, not read yet; None after stage 1.
+        vision: the tensors of the complete vision tower, lazy.
+        adapter: by the names of the composed model, lazy; None after stage 1.
         projector: ``linear_1.weight`` [D, E], ``linear_1.bias``, ``linear_2.weight`` [D, D], ``linear_2.bias``.
-        vision_spec, vision_config, vision, projector: of a run on text alone "", None, and empty.
+        vision_spec, vision_config, vision, projector: for a text-only run "", None, and empty.
         merge_base: which weights the LLM's adapters are added to: the original ones, or NF4 quantised and dequantised.
     """
 
@@ -86,7 +86,7 @@ class TrainedRun:
 
     @property
     def is_internlm2(self) -> bool:
-        """Whether the LLM's folder is an InternLM2, which is read as a Llama."""
+        """Whether the LLM's folder is an InternLM2, which is loaded as a Llama."""
         return read_json(self.llm_folder / "config.json").get("model_type") == INTERNLM2
 
     @property
@@ -95,8 +95,8 @@ class TrainedRun:
         return max(self.llm_config.vocab_size, len(self.tokenizer))
 
     def updates(self, *parts: str) -> dict[str, Update]:
-        """The adapters of ``parts`` (:data:`llava_moslora.models.names.PARTS`), by module name in the model of that
-        part alone: ``model.layers.0.mlp.up_proj``."""
+        """The adapters of ``parts`` (:data:`llava_moslora.models.names.PARTS`), by module name in the part's own model:
+        ``model.layers.0.mlp.up_proj``."""
         return select_parts(self.adapter or {}, parts)
 
     def loras(self, *parts: str) -> dict[str, LowRank]:
@@ -108,7 +108,7 @@ class TrainedRun:
         return layers
 
     def peft_updates(self, *parts: str) -> Mapping[str, Update]:
-        """What stock PEFT can load over the original base: :meth:`loras`, or a method of PEFT's own as it is.
+        """What stock PEFT can load over the original base: :meth:`loras`, or PEFT's own methods unchanged.
 
         Raises:
             Refusal: C-FORMAT, such a method on an LM head with rows for appended tokens.
@@ -124,13 +124,13 @@ class TrainedRun:
         return updates
 
     def llm_tensors(self, *, merged: bool = True) -> list[PlannedTensor]:
-        """The LLM's tensors, with rows for appended tokens, and a head of its own where it was tied.
+        """The LLM's tensors, with rows for appended tokens, and a separate head if it was tied.
 
         Args:
             merged: with the adapters and over :attr:`merge_base`; False: the original weights.
         """
         stored = read_llm_tensors(self.llm_folder, self.llm_config)
-        stored.setdefault(HEAD_WEIGHT, stored[EMBEDDING])  # absent only where it is tied
+        stored.setdefault(HEAD_WEIGHT, stored[EMBEDDING])  # absent only if it is tied
         updates = self.updates("llm", "lm_head") if merged else {}
         quantised = set()
         if merged and self.bits == 4 and self.merge_base == DEQUANTIZED:
@@ -152,11 +152,11 @@ class TrainedRun:
         return _plan(self.vision, updates, self.checkpoint)
 
     def exported_llm_config(self, dtype: torch.dtype) -> PreTrainedConfig:
-        """With rows for appended tokens, and a head of its own."""
+        """With rows for appended tokens, and an untied head."""
         config = copy.deepcopy(self.llm_config)
         config.vocab_size = self.vocabulary
         config.tie_word_embeddings = False
-        # A part's own dtype outranks the model's on loading, and would round what was just merged in a wider one.
+        # A part's dtype takes precedence over the model's on loading, and would round weights merged in a wider one.
         config.dtype = dtype
         return config
 
@@ -204,29 +204,29 @@ def open_trained(
 
     Args:
         checkpoint: whose files were verified.
-        llm, vision_tower: where the base is now, if not where it was when the run was trained.
+        llm, vision_tower: the current paths of the base models, if they were moved.
         merge_base: for a run over a 4-bit LLM, :data:`ORIGINAL` or :data:`DEQUANTIZED`.
 
     Raises:
-        Refusal: no run; a base that is missing, damaged, quantised, changed or another one; no projector.
+        Refusal: no run; a base that is missing, damaged, quantised, changed or a different one; no projector.
     """
     run = Path(run)
     record = read_run(run)
     if merge_base == DEQUANTIZED and record.model.bits != 4:
         raise Refusal(
             "C-FLAG", "the LLM of this run was not quantised", file=run, key="--merge_base", found=merge_base,
-            expected=ORIGINAL, fix="leave the flag out",
+            expected=ORIGINAL, fix="omit the flag",
         )  # fmt: skip
     row = METHODS[record.adapter.method]
     if merge_base == DEQUANTIZED and not row.own_layer:
         raise Refusal(
-            "C-FLAG", f"{row.title} is merged into the original weights only", file=run, key="--merge_base",
-            found=merge_base, expected=ORIGINAL, fix="leave the flag out",
+            "C-FLAG", f"{row.title} can only be merged into the original weights", file=run, key="--merge_base",
+            found=merge_base, expected=ORIGINAL, fix="omit the flag",
         )  # fmt: skip
     base = record.located.model
     text_only, llm_folder = base.text_only, Path(llm or base.model_name_or_path)
     if text_only and vision_tower:
-        raise Refusal("C-FLAG", "the run has no vision tower", file=run, key="--vision_tower", fix="leave it out")
+        raise Refusal("C-FLAG", "the run has no vision tower", file=run, key="--vision_tower", fix="omit it")
     spec = "" if text_only else str(vision_tower or base.vision_tower)
     llm_config = read_llm_config(llm_folder)
     check_base(llm_folder, checkpoint, "llm", "--model_name_or_path")
@@ -250,7 +250,7 @@ def _plan(tensors: dict[str, LazyTensor], updates: dict[str, Update], checkpoint
     """``tensors``, each with the adapter of its module.
 
     Raises:
-        Refusal: K-ADAPTER, an adapter of a layer that the base does not have, or has in another shape.
+        Refusal: K-ADAPTER, an adapter of a layer that the base does not have, or has with a different shape.
     """
     updates = {f"{module}.weight": update for module, update in updates.items()}
     for name, update in updates.items():
@@ -266,7 +266,7 @@ def _plan(tensors: dict[str, LazyTensor], updates: dict[str, Update], checkpoint
 def _read_checkpoint(
     checkpoint: Path, vision_width: int | None, llm_width: int
 ) -> tuple[Mapping[str, Update] | None, dict[str, Tensor]]:
-    """The adapter, not read yet, and the projector's four tensors, of a stage-1 or stage-2 checkpoint.
+    """The adapter (lazy) and the projector's four tensors of a stage-1 or stage-2 checkpoint.
 
     Args:
         vision_width: None: of a run on text alone, which has no projector.

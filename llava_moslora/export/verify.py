@@ -1,8 +1,8 @@
-"""The proof of an export: stock libraries, in a fresh process, compute what the run computes.
+"""Verification of an export: stock libraries, in a fresh process, must compute the same outputs as the run.
 
-The run's side is merged in memory by PEFT and rounded to the dtype of the export (merged_run.py); the two sides then
-differ only by the order of float32 sums. From the run as it was trained the export also differs by rounding and, over a
-4-bit LLM, by the choice of merge base: that is reported, never refused.
+The run is merged in memory by PEFT and rounded to the dtype of the export (merged_run.py); the two then differ only by
+the order of float32 sums. From the run as it was trained the export also differs by rounding and, over a
+4-bit LLM, by the choice of merge base: that is reported, but never an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from llava_moslora.text.tokenizer import image_token_id
 PROBE, QUESTIONS, FEATURES = "probe", "questions.json", "features.safetensors"
 # Relative to the largest value. The same merge in two orders of summing rounds a few 16-bit weights differently.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2e-3, torch.float16: 1e-3}
-LLAMA_COPY = ".llm-base"  # while an export over an InternLM2 is proven: the same LLM as a Llama
+LLAMA_COPY = ".llm-base"  # for verifying an export over an InternLM2: the same LLM as a Llama
 
 
 def prove(
@@ -51,7 +51,7 @@ def prove(
         mapped: :func:`llava_moslora.export.mapped_weights.needed`.
 
     Raises:
-        Refusal: K-PROOF, they differ; the figures are in the message.
+        Refusal: K-PROOF, they differ; the differences are in the message.
     """
     questions = write_questions(trained, plan, folder, mapped)
     given = folder / PROBE / FEATURES
@@ -68,7 +68,7 @@ def prove(
         "bound_relative_to_the_largest": BOUNDS[dtype if plan.rounded else torch.float32],
         "exact": "merge" if "llm" in target.merged and plan.rounded and trained.adapter else "export",
         "cause_of_that_difference": _cause(trained, target, plan, dtype),
-        "llm_weights": "mapped from their files, for lack of memory" if mapped else "held in float32",
+        "llm_weights": "memory-mapped, for lack of memory" if mapped else "held in float32",
     }
     if "answer" in report["compared"]:
         answers = [found[f"answer.{n}"] for n in range(len(expected)) if f"answer.{n}" in found]
@@ -89,11 +89,11 @@ def write_questions(trained: TrainedRun, plan: ExportPlan, folder: Path, mapped:
         (["1.png"], [Turn("human", "<image>\nWhich colour?"), Turn("gpt", "red"), Turn("human", "Are you sure?")]),
         ([], [Turn("human", "Name a colour.")]),
     ]
-    if trained.adapter is None:  # stage 1 saw captions of images and nothing else
+    if trained.adapter is None:  # stage 1 trains on image captions only
         questions = questions[:1]
     if ("llm" in plan.load_from and "projector" not in plan.load_from) or trained.text_only:
         questions = [(names, turns) for names, turns in questions if not names]
-    if list(plan.load_from) == ["projector"]:  # there is no vision tower to give it features
+    if list(plan.load_from) == ["projector"]:  # there is no vision tower to compute features
         shape = 1, 16, trained.vision_config.hidden_size
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         save_tensors({"features": noise}, place / FEATURES)
@@ -154,13 +154,13 @@ def _run_probe(folder: Path) -> dict[str, Tensor]:
             raise failure
         if done.returncode == -signal.SIGKILL:
             raise Refusal(
-                "E-MEMORY", "the process of the proof was killed, as the system does for lack of memory", file=folder,
+                "E-MEMORY", "the verification process was killed, probably for lack of memory", file=folder,
                 fix="--no_proof, or export on a larger machine",
             )  # fmt: skip
         raise Refusal(
             "K-PROOF", "stock libraries cannot load the export", file=folder,
             found=done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}",
-            fix=f"look at it: {' '.join(command)}",
+            fix=f"run it to see why: {' '.join(command)}",
         )  # fmt: skip
     found = load_file(output)
     output.unlink()
@@ -170,7 +170,7 @@ def _run_probe(folder: Path) -> dict[str, Tensor]:
 def _check_numbers(
     trained: TrainedRun, expected: list[RunAnswer], as_trained: list[Tensor], found: dict[str, Tensor]
 ) -> None:
-    """Refuse (K-PROOF) values that would pass any comparison: NaN, Inf, and nothing but zeros."""
+    """Refuse (K-PROOF) values for which a comparison is meaningless: NaN, Inf, or all zeros."""
     values = [("the run as trained", "logits", logits) for logits in as_trained]
     values += [("the merged run", key, value) for answer in expected for key, value in answer.items()]
     values += [("the export", key.split(".")[0], value) for key, value in found.items()]
@@ -205,7 +205,7 @@ def _compare(expected: list[RunAnswer], as_trained: list[Tensor], found: dict[st
             if key in ("ids", "answer"):
                 same[key] = same.get(key, True) and theirs.tolist() == value.tolist()
                 continue
-            if key == "logits":  # an original LLM lacks the rows of appended tokens, which no adapter touches
+            if key == "logits":  # an original LLM lacks the rows of appended tokens, which no adapter changes
                 value = value[: len(theirs)]
                 moved = (theirs - as_trained[number][: len(theirs)]).abs().max().item()
                 from_trained = max(from_trained or 0.0, moved)
@@ -236,15 +236,15 @@ def _cause(trained: TrainedRun, target: Target, plan: ExportPlan, dtype: torch.d
 
 
 def _refuse_differences(trained: TrainedRun, report: dict) -> None:
-    """Refuse (K-PROOF) a difference above the bound, and other prompts or answers."""
+    """Refuse (K-PROOF) a difference above the bound, and different prompts or answers."""
     bound, largest = report["bound_relative_to_the_largest"], report["largest_value"]
     wrong = [key for key, value in report["largest_difference"].items() if not value <= bound * largest[key]]
     wrong += [key for key in ("same_prompt_ids", "same_greedy_answers") if report[key] is False]
     if wrong:
         shown = ("largest_difference", "same_prompt_ids", "same_greedy_answers")
         raise Refusal(
-            "K-PROOF", "the export does not compute what the run computes", file=trained.run, key=", ".join(wrong),
+            "K-PROOF", "the export's outputs differ from the run's", file=trained.run, key=", ".join(wrong),
             found=json.dumps({key: report[key] for key in shown}),
             expected=f"differences below {bound} of {json.dumps(largest)}, and the same answers",
-            fix="please report this; --no_proof writes the export all the same",
+            fix="please report this; --no_proof writes the export anyway",
         )  # fmt: skip

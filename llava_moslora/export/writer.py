@@ -29,7 +29,7 @@ from llava_moslora.models.llm import with_old_rope
 from llava_moslora.models.names import adapter_tensor
 
 SHARD_BYTES = 2 * 1024**3
-BLOCK = 4 * 1024**2  # elements that are merged at a time
+BLOCK = 4 * 1024**2  # elements merged at a time
 DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in a safetensors header
 
 
@@ -79,12 +79,12 @@ class WeightFiles:
 
 
 def plan_tensors(tensors: Mapping[str, Tensor]) -> list[PlannedTensor]:
-    """Tensors in memory, exported as they are."""
+    """Tensors in memory, exported unchanged."""
     return [PlannedTensor(name, tensor) for name, tensor in in_memory(tensors, Path()).items()]
 
 
 def renamed(tensors: Iterable[PlannedTensor], *prefixes: tuple[str, str]) -> list[PlannedTensor]:
-    """The tensors with the first of the ``prefixes`` (old, new) that fits replaced in their names."""
+    """The tensors with the first matching prefix (old, new) in their names replaced."""
     result = []
     for planned in tensors:
         old, new = next(pair for pair in prefixes if planned.name.startswith(pair[0]))
@@ -149,7 +149,7 @@ def _write_file(file: Path, tensors: list[PlannedTensor], dtype: torch.dtype, ba
         partial.unlink(missing_ok=True)
         raise Refusal(
             "E-DISK", "the disk is full", file=file, found=error.strerror,
-            fix="free some space and start the same command again; it continues where this one stopped",
+            fix="free space and start the same command again; it continues where this one stopped",
         ) from error  # fmt: skip
     os.rename(partial, file)
 
@@ -173,7 +173,7 @@ def merged_blocks(planned: PlannedTensor, dtype: torch.dtype) -> Iterator[Tensor
 
 
 def check_finite(name: str, stored: Tensor, update: Update | None, rows: Tensor, rounded: Tensor) -> None:
-    """Refuse (K-NONFINITE) rows of the tensor ``name`` that hold NaN or Inf, and say where these come from.
+    """Refuse (K-NONFINITE) rows of the tensor ``name`` with NaN or Inf, and name their origin.
 
     Args:
         stored: the rows of the base, or of an adapter that is not merged. update: the adapter merged into them.
@@ -186,9 +186,9 @@ def check_finite(name: str, stored: Tensor, update: Update | None, rows: Tensor,
         found, fix = f"{_not_finite(stored)} {where}", "download the base again, or export an earlier checkpoint"
     elif factors := [value for t in (update.tensors if update else {}).values() if (value := _not_finite(t.read()))]:
         found = f"{factors[0]} in the adapter"
-        fix = "export an earlier checkpoint, and see metrics.jsonl for where it began"
+        fix = "export an earlier checkpoint, and see metrics.jsonl for the first such step"
     elif not rows.isfinite().all():
-        found, fix = "an adapter too large to be added in float32", "export an earlier checkpoint"
+        found, fix = "an adapter that overflows float32 when added", "export an earlier checkpoint"
     else:
         kind = str(rounded.dtype).removeprefix("torch.")
         found = f"{rows.abs().max().item():.4g}, above the {torch.finfo(rounded.dtype).max:.4g} of {kind}"
@@ -216,9 +216,9 @@ def save_config(config: PreTrainedConfig, folder: Path) -> None:
 
 
 def known_to_transformers_4(folder: Path) -> None:
-    """Name the tokenizer's class as transformers 4 and 5 know it, and the inputs that it makes.
+    """Set the tokenizer's class name for transformers 4 and 5, and its model inputs.
 
-    Without their names transformers 4 also makes ``token_type_ids``, which ``generate`` refuses.
+    Without the input names transformers 4 also returns ``token_type_ids``, which ``generate`` refuses.
     """
     file = folder / "tokenizer_config.json"
     known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}

@@ -1,4 +1,4 @@
-"""JSON objects, read strictly; files and folders replaced atomically: written under another name, fsynced, renamed."""
+"""Strict reading of JSON objects; atomic replacement of files and folders (write elsewhere, fsync, rename)."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def read_json(file: Path, code: str | None = None, *, finite: bool = True, large
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Errors of the system while ``path`` is written get its name, which a failed write does not know."""
+    """Add ``path`` to system errors while it is written: a failed write does not know its file's name."""
     try:
         yield
     except OSError as error:
@@ -67,7 +67,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def replace_json(path: Path, content: object) -> None:
-    """As :func:`write_json`, atomically: whoever reads sees the old file or the new one, also after a power cut."""
+    """As :func:`write_json`, atomically: a reader sees the old file or the new one, also after a power failure."""
     replace_file(path, _text(content).encode())
     fsync(path.parent)
 

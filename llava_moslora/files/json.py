@@ -1,4 +1,4 @@
-"""JSON from outside, read strictly: what parsers disagree about, or what no file of ours has, is an error."""
+"""Strict parsing of external JSON: what parsers disagree about, or what no valid file has, is an error."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ LARGEST = 256 << 20  # bytes; a tokenizer of 250,000 tokens has 30 MB
 LARGEST_CONFIG = 1 << 20  # of a file of settings, which libraries read slowly; real ones have some kB
 DEEPEST = 100  # levels of brackets; Python's own limit depends on who calls
 DIGITS = 40  # of a whole number; transformers writes 10**30 for "no limit"
-HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where half a character may be
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # where a lone surrogate may be
 
 
 def parse_json(content: bytes | str, *, finite: bool = True, largest: int = LARGEST) -> Any:
-    """The value that ``content`` is, in UTF-8 with or without a byte order mark.
+    """Parse ``content``, in UTF-8 with or without a byte order mark.
 
     Args:
         finite: False: NaN and Infinity are read, which Python's own writer leaves in logs.
         largest: size in bytes.
 
     Raises:
-        ValueError: saying in one line why this is no value: not UTF-8, not JSON, cut off, a key twice in one object,
-            NaN, a number out of range, half a surrogate pair, too large, nested too deeply. Nothing else is raised.
+        ValueError: with the reason in one line: not UTF-8, not JSON, truncated, a duplicate key, NaN, a number out of
+            range, a lone surrogate, too large, nested too deeply. Nothing else is raised.
     """
     if len(content) > largest:
         raise ValueError(f"{len(content)} bytes, of at most {largest}")

@@ -16,7 +16,7 @@ from llava_moslora.files.disk import fsync, replace_json, write_json
 from llava_moslora.files.json import parse_json
 
 MANIFEST = "MANIFEST.json"
-SCHEMA = 2  # 1 had no hash of its own
+SCHEMA = 2  # version 1 had no hash of the manifest itself
 FIX = "use another checkpoint"
 
 
@@ -84,7 +84,7 @@ def read_facts(folder: Path) -> dict:
 
 
 def _wrong_form(manifest: Any) -> tuple[str | None, object, str] | None:
-    """Key, what is found there and what is expected, of the first thing that :func:`write_manifest` does not write."""
+    """Key, found and expected value of the first deviation from what :func:`write_manifest` writes."""
     if not isinstance(manifest, dict):
         return None, manifest, "an object"
     for key, kind in {"schema": int, "files": dict}.items():

@@ -29,8 +29,8 @@ def publish(
     """Publish the folder ``target`` with everything that ``write`` puts into it. Collective.
 
     Args:
-        target: the final folder. A valid one is kept, and nothing is done; an invalid one is replaced once the new one
-            is written.
+        target: the final folder. If it is valid, nothing is done; an invalid one is replaced once the new one is
+            written.
         write: called on every rank with the staging folder; ranks write different files.
         facts: called on rank 0; JSON facts for the manifest.
         is_valid: called on rank 0 with ``target``; default: :func:`is_verified`.
@@ -38,7 +38,7 @@ def publish(
     Raises:
         Refusal: E-DISK, on every rank, if one rank could not write. What was published before is untouched.
     """
-    # A new name for every run: a rank that outlives its killed run must not write into a later run's folder.
+    # A new name for every run: a rank that survives its killed run must not write into a later run's folder.
     staging = target.with_name(f".{target.name}.{from_rank_0(secrets.token_hex(4))}.staging")
 
     def begin() -> None:
@@ -64,7 +64,7 @@ def _all_or_none(action: Callable[[], None] | None, staging: Path) -> None:
     try:
         if action is not None:
             action()
-    except Exception as error:  # of any kind: the other ranks must learn of it first
+    except Exception as error:  # of any kind: the other ranks must be told first
         failure = error
     failures = [text for text in from_all_ranks(f"rank {rank()}: {failure}" if failure else None) if text]
     if not failures:

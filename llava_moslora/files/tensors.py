@@ -1,7 +1,7 @@
 """Tensors in files: their names and shapes without reading them, then one tensor at a time.
 
-Safetensors and torch files (``.bin``, ``.pth``, ``.pt``), single or sharded with an index. Both kinds are mapped into
-memory: a tensor that is read but not changed takes file cache, not the process's own memory. Code in a torch file is
+Safetensors and torch files (``.bin``, ``.pth``, ``.pt``), single or sharded with an index. Both kinds are
+memory-mapped: a tensor that is read but not changed takes page cache, not process memory. Code in a torch file is
 never run: ``weights_only=True``, and objects that a training framework stores next to its weights are replaced by
 stand-ins that do nothing.
 """
@@ -51,7 +51,7 @@ class LazyTensor:
         return cls(source, tuple(tensor.shape), lambda: tensor)
 
     def then(self, change: Callable[[Tensor], Tensor], shape: tuple[int, ...] | None = None) -> LazyTensor:
-        """``change`` of this tensor, which is read when the result is; ``shape`` is the result's, if another."""
+        """``change`` applied to this tensor when the result is read; ``shape`` is the result's, if it differs."""
         return LazyTensor(self.file, self.shape if shape is None else shape, lambda: change(self.read()))
 
 
@@ -102,7 +102,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _read_one(file: Path, name: str) -> Tensor:
-    """One tensor under a mapping of its own: a shared mapping keeps every page that was ever touched."""
+    """One tensor through its own memory mapping: a shared mapping keeps every page that was ever touched."""
     with safe_open(file, framework="pt") as opened:
         try:
             return opened.get_tensor(name)
@@ -115,7 +115,7 @@ def _read_torch(file: Path) -> dict[str, Any]:
     """The name → tensor part of a torch file: itself, or under ``state_dict`` (mmengine) or ``module`` (DeepSpeed)."""
     try:
         content = _load(file)
-    except Exception as error:  # torch raises five different types for a damaged or a code-carrying file
+    except Exception as error:  # torch raises five different exception types for a damaged file or one with code
         raise Refusal(
             "K-DAMAGED", "cannot be read as plain tensors (a pickle that carries code is never run)", file=file,
             found=f"{type(error).__name__}: {error}".splitlines()[0],
@@ -176,10 +176,10 @@ def _read_shards(index: Path) -> dict[str, LazyTensor]:
     for name in files:
         if Path(name).name != name or not (folder / name).is_file():
             raise Refusal("K-MISSING", "a shard of the index is missing", file=folder / name, fix=DOWNLOAD_AGAIN)
-    single = Path(index.name.removesuffix(INDEX))  # the name that unsharded weights would have
+    single = Path(index.name.removesuffix(INDEX))  # the file name of unsharded weights
     siblings = {p.name for p in folder.glob(f"{single.stem}-*-of-*{single.suffix}")}
     if surplus := sorted(siblings - set(files)):
-        what, fix = "a shard that the index does not name", "delete it if it is left over from another download"
+        what, fix = "a shard that the index does not name", "delete it if it belongs to another download"
         raise Refusal("K-KEYS", what, file=folder / surplus[0], expected=", ".join(files), fix=fix)
     found: dict[str, LazyTensor] = {}
     for name in files:

@@ -1,4 +1,4 @@
-"""From images and turns to answers: shared by sample answers, chat, evaluation and the verification of exports."""
+"""Generates answers from images and turns: used by sample answers, chat, evaluation and the verification of exports."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def answer(
 ) -> Iterator[str]:
     """Greedy answers, one per question, in order.
 
-    The prompt is made by the function that made the training ids, so it always has the format that was trained. Prompts
-    of one batch are padded on the left.
+    The prompt is built by the same function as the training ids, so it always has the trained format. Prompts of one
+    batch are padded on the left.
     """
     tokenizer = chat_model.tokenizer
     for start in range(0, len(questions), batch_size):
@@ -58,5 +58,5 @@ def batch(chat_model: ChatModel, questions: Sequence[Question]) -> dict[str, tor
 
 @torch.inference_mode()
 def first_logits(chat_model: ChatModel, question: Question) -> torch.Tensor:
-    """Logits of the first answer token, float32[V] on the CPU: by which two copies of a model are compared."""
+    """Logits of the first answer token, float32[V] on the CPU, to compare two copies of a model."""
     return chat_model.model(**batch(chat_model, [question])).logits[0, -1].float().cpu()

@@ -28,7 +28,7 @@ from llava_moslora.runs.record import EXPORT, RUN, TOKENIZER, RunRecord, read_ru
 from llava_moslora.text.templates import recognise_template, stop_token_ids
 from llava_moslora.text.tokenizer import load_tokenizer
 
-ATTEMPTS = 10  # to load a checkpoint of a run that is being trained, which may delete it meanwhile
+ATTEMPTS = 10  # to load a checkpoint of a running training, which may delete it meanwhile
 
 
 @dataclass
@@ -54,12 +54,12 @@ class ChatModel:
         """The transform.
 
         Raises:
-            Refusal: D-IMAGES, this model sees no images.
+            Refusal: D-IMAGES, this model is text-only.
         """
         if self.transform is None:
             raise Refusal(
-                "D-IMAGES", "this model was trained on text alone and sees no images", found="a question with an image",
-                fix="ask without images, or another model",
+                "D-IMAGES", "this model is text-only and cannot process images", found="a question with an image",
+                fix="ask without images, or use another model",
             )  # fmt: skip
         return self.transform
 
@@ -81,13 +81,13 @@ def load_run(
         run: the ``--output_dir`` of a training.
         trained: with ``checkpoint``; False: as it was before the first step.
         checkpoint: whose files were verified; None: the run's model (``model_checkpoint``).
-        llm, vision_tower: where the base is now, if not where it was.
+        llm, vision_tower: the current paths of the base models, if they were moved.
         bits: 16 or 4; None: as it was trained.
-        llm_dtype: of the LLM's own weights, if not ``dtype``; weights that are stored in it stay mapped.
+        llm_dtype: of the LLM's base weights, if not ``dtype``; weights that are stored in it stay memory-mapped.
 
     Raises:
-        Refusal: no run, no valid checkpoint; K-BASE, the base is not the one that the run was trained on; P-PRUNED, a
-            training that is still running deleted the checkpoint meanwhile.
+        Refusal: no run, no valid checkpoint; K-BASE, the base is not the one that the run was trained on; P-PRUNED, the
+            training run is still active and deleted the checkpoint meanwhile.
     """
     run = Path(run)
     record = read_run(run)
@@ -108,13 +108,13 @@ def load_run(
                 raise
             pruned = error
     raise Refusal(
-        "P-PRUNED", "a training that is still running deleted the checkpoint while it was read", file=used,
+        "P-PRUNED", "the run is still training and deleted the checkpoint while it was read", file=used,
         fix="start the same command again",
     ) from pruned  # fmt: skip
 
 
 def _checkpoint_of(run: Path, trained: bool) -> Path | None:
-    """The run's model; of the model before training any checkpoint: each states which base the run began from."""
+    """The run's checkpoint; for the untrained model any checkpoint: each records which base the run started from."""
     if trained:
         return model_checkpoint(run)
     return next((c for c in checkpoints(run) if (c / MANIFEST).is_file()), None)
@@ -166,12 +166,12 @@ def _with_checkpoint(model, checkpoint: Path, dtype: torch.dtype) -> nn.Module:
 
 def load_export(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> ChatModel:
     """A complete LLaVA in ``dtype``, in eval mode: an export of this package, or any that a new run may start from; or
-    an LLM alone, an export of ``--format llm`` or any other.
+    a text-only LLM, an export of ``--format llm`` or any other.
 
-    The prompt template is the one the export was trained with; of another folder, what its tokenizer is recognised as.
+    The prompt template is the one the export was trained with; for other folders it is detected from the tokenizer.
 
     Raises:
-        Refusal: neither of them, or its template is not known.
+        Refusal: neither of them, or its template is unknown.
     """
     folder = Path(folder)
     parts, sees = ModelSettings(str(folder)), is_llava_folder(folder)

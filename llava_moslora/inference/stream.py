@@ -1,4 +1,4 @@
-"""One answer, word by word while it is generated, for the chat and the web page."""
+"""Streams one answer while it is generated, for the chat and the web page."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def stream(
     """The answer in pieces; joined they are what :func:`llava_moslora.inference.generate.answer` gives.
 
     Args:
-        max_new_tokens: fewer where the LLM has positions for fewer.
+        max_new_tokens: fewer if the LLM's context has room for fewer.
         temperature: 0: greedy; else answers are sampled, from the smallest set of tokens with probability ``top_p``.
-        max_seconds: the answer ends with the first token after them. stopped: with the first token after it is set.
+        max_seconds: the answer ends with the first token after it. stopped: with the first token after it is set.
 
     Raises:
-        Refusal: as ``answer`` and :func:`check_sampling`; D-LENGTH, the LLM has no positions for the prompt. An
-            iterator that is closed early stops the generation.
+        Refusal: as ``answer`` and :func:`check_sampling`; D-LENGTH, the prompt does not fit the LLM's context. Closing
+            the iterator early stops the generation.
     """
     check_sampling(max_new_tokens, temperature, top_p)
     inputs = batch(chat_model, [question])
@@ -57,7 +57,7 @@ def stream(
                 **sampling,
             )  # fmt: skip
             pieces.put(None)
-        except Exception as error:  # whatever it is, it is raised in the thread that waits for the answer
+        except Exception as error:  # of any kind: re-raised in the thread that waits for the answer
             pieces.put(error)
 
     thread = threading.Thread(target=run, daemon=True)
@@ -84,7 +84,7 @@ def stream(
 
 
 def _positions_left(chat_model: ChatModel, prompt: int) -> int:
-    """For the answer to a prompt of ``prompt`` tokens.
+    """Context left for the answer to a prompt of ``prompt`` tokens.
 
     Raises:
         Refusal: D-LENGTH, none.
@@ -93,7 +93,7 @@ def _positions_left(chat_model: ChatModel, prompt: int) -> int:
         return 2**31
     if prompt >= positions:
         raise Refusal(
-            "D-LENGTH", "the conversation is longer than the LLM's positions", found=f"{prompt} tokens",
+            "D-LENGTH", "the conversation is longer than the LLM's context", found=f"{prompt} tokens",
             expected=f"fewer than {positions}", fix="shorten it, or start over",
         )  # fmt: skip
     return positions - prompt
@@ -126,7 +126,7 @@ class _NewIds(BaseStreamer):
 
 
 class _StopWhen(StoppingCriteria):
-    """Stops the generation once ``holds`` does."""
+    """Stops the generation once ``holds`` returns true."""
 
     def __init__(self, holds: Callable[[], bool]):
         self.holds = holds

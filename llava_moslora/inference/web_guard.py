@@ -1,8 +1,8 @@
-"""What stands between the network and the web page: which requests reach it, and how large and how slow they may be.
+"""Protects the web page from the network: which requests are accepted, and how large and how slow they may be.
 
-A page on this machine's own address is within reach of every page that its user has open in the browser. A foreign page
-may send requests there (their ``Origin`` names it), and may have its own name resolve to 127.0.0.1 (their ``Host`` is
-then that name). :class:`Guard` answers neither.
+A server on localhost can be reached by every page that its user has open in the browser. A foreign page may send
+requests to it (cross-site requests, with that page's ``Origin``), and may have its own name resolve to 127.0.0.1 (DNS
+rebinding, with that name as ``Host``). :class:`Guard` rejects both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 OWN_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 DROP_SECONDS, STOP_SECONDS = 5, 0.5
 EVERY_NETWORK = frozenset({"0.0.0.0", "::"})
-# The page takes everything from this server; a browser loads nothing that an answer or a library names elsewhere.
+# The page loads everything from this server; the browser loads nothing from other addresses in answers or libraries.
 HEADERS = [
     (
         b"content-security-policy",
@@ -41,12 +41,12 @@ HEADERS = [
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one request, but for ``folder_bytes``.
+    """Limits of one request, except ``folder_bytes``.
 
     Attributes:
-        body_bytes: of everything but an upload. upload_bytes: of an upload.
-        body_seconds: until the whole body must have come.
-        folder_bytes: of all uploads together that are kept.
+        body_bytes: of a request that is not an upload. upload_bytes: of an upload.
+        body_seconds: time limit for receiving the whole body.
+        folder_bytes: of all stored uploads together.
     """
 
     body_bytes: int = 4 * 2**20
@@ -56,13 +56,13 @@ class Limits:
 
 
 class Guard:
-    """The ASGI application ``app``, for requests by one of its own names and from its own pages alone.
+    """Wraps the ASGI application ``app``: accepts only requests to one of its own host names, from its own pages.
 
     Args:
-        host: the address that is listened on; of every network (0.0.0.0), each address of this machine is a name of it.
-        names: other names, as of a proxy in front of it.
-        upload_path: the path whose requests are uploads. uploads: the folder that they are kept in.
-        stopped: once it is set, whoever still is listening counts as gone.
+        host: the address to listen on; for all interfaces (0.0.0.0), each address of this machine is accepted.
+        names: other host names, such as that of a reverse proxy.
+        upload_path: the path whose requests are uploads. uploads: the folder that stores them.
+        stopped: once it is set, clients still connected count as disconnected.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Guard:
             await request.run()
 
     def _foreign(self, headers: list[tuple[bytes, str]]) -> tuple[int, str] | None:
-        """Status and text of the refusal of a request under another name, or from a page of another site."""
+        """Status and text of the rejection of a request to another host name, or from a page of another site."""
         hosts = [value for name, value in headers if name == b"host"]
         host = _name(hosts[0]) if len(hosts) == 1 else None
         if host is None or not (host in self.own or (self.any_address and _is_address(host))):
@@ -125,7 +125,7 @@ class _Request:
     async def run(self) -> None:
         try:
             await self.app(self.scope, self._receive, self._send)
-        except Exception:  # the application's, of a request that was already answered here
+        except Exception:  # the application's response to a request that was already answered here
             if not self.refused:
                 raise
 
@@ -137,7 +137,7 @@ class _Request:
         try:
             message = await asyncio.wait_for(self.receive(), max(0.0, self.deadline - time.monotonic()))
         except (asyncio.TimeoutError, TimeoutError):
-            return await self.refuse(408, "the request came too slowly")
+            return await self.refuse(408, "the request was sent too slowly")
         self.came += len(message.get("body", b""))
         self.complete = not message.get("more_body", False)
         return await self.refuse(413, _too_large(self.most)) if self.came > self.most else message

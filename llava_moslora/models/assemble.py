@@ -1,7 +1,7 @@
-"""LLM folder + vision tower + projector → one LLaVA; an LLM folder alone → that LLM, for text.
+"""LLM folder + vision tower + projector → one LLaVA; only an LLM folder → that LLM, text-only.
 
-The composed model is built on the meta device and the loaded parts are grafted in, so that every part is loaded by its
-own ``from_pretrained``: that is where DeepSpeed's ZeRO-3 partitions and bitsandbytes quantises.
+The composed model is built on the meta device and the loaded parts are put into it, so that every part is loaded by its
+own ``from_pretrained``, where DeepSpeed's ZeRO-3 partitions and bitsandbytes quantises.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from llava_moslora.models.towers import drop_unused, kind_of, tokens_per_image
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
 from llava_moslora.text.tokenizer import image_token_id
 
-APPENDED_TOKENS = 2  # the image placeholder and a padding token, where the tokenizer has none to spare
+APPENDED_TOKENS = 2  # the image placeholder and a padding token, if the tokenizer has no spare ones
 
-# What PEFT and the Trainer look for on the outermost model to know that a part of it is quantised.
+# Attributes of the outermost model by which PEFT and the Trainer detect that a part of it is quantised.
 _QUANTISATION_MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
 
 
@@ -51,8 +51,8 @@ def assemble(
             (:mod:`llava_moslora.models.llm`), the vision tower a CLIP or SigLIP folder or ``open_clip:ARCH@FILE``
             (:mod:`llava_moslora.models.vision`), the projector a file or folder or None for a new one
             (:mod:`llava_moslora.models.projector`). ``bits`` 4: an NF4 LLM (double quantisation, compute in ``dtype``).
-        tokenizer: with the image placeholder, if there is a vision tower; where it has more tokens than the LLM has
-            rows, the LLM gets rows.
+        tokenizer: with the image placeholder, if there is a vision tower; if it has more tokens than the LLM has
+            embedding rows, rows are added.
         llm_dtype: of the LLM, if not ``dtype``.
 
     Returns:
@@ -117,9 +117,9 @@ def model_on_meta(
     adapter: AdapterSettings,
     dtype: torch.dtype = torch.bfloat16,
 ) -> PeftModel | Llava:
-    """The model that :func:`assemble` makes, ready to be trained, every tensor on the meta device.
+    """The model that :func:`assemble` builds, ready to be trained, with every tensor on the meta device.
 
-    For sizes without weights: takes seconds and no memory, whatever the size. ``vision_config`` None: text only.
+    For computing sizes: takes seconds and no memory, whatever the size. ``vision_config`` None: text only.
     """
     llm = llm_on_meta(llm_config, Path(llm_config.name_or_path))
     with torch.device("meta"):
@@ -144,7 +144,7 @@ def _compose(llm: PreTrainedModel, vision: PreTrainedModel, image_token_id, pad_
         pad_token_id=pad_token_id,
         dtype=dtype,
     )
-    with torch.device("meta"), set_zero3_state():  # the frame only: its parts are replaced, nothing to partition
+    with torch.device("meta"), set_zero3_state():  # only the outer module: its parts are replaced
         model = Llava(config)
     model.model.language_model, model.lm_head = llm.model, llm.lm_head
     model.model.vision_tower = vision
@@ -159,8 +159,8 @@ def _compose(llm: PreTrainedModel, vision: PreTrainedModel, image_token_id, pad_
 
 
 def _check_tokens(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, folder: Path) -> None:
-    """Refuse a tokenizer of another LLM, recognised from its size or its first token."""
-    fix = "give the LLM's own folder, tokenizer files included"
+    """Refuse a tokenizer of another LLM, detected from its size or its first token."""
+    fix = "give the LLM's folder, including its tokenizer files"
     if len(tokenizer) > config.vocab_size + APPENDED_TOKENS:
         raise Refusal(
             "K-TOKENIZER", "the tokenizer has more tokens than the LLM has rows", file=folder, key="vocab_size",
@@ -170,7 +170,7 @@ def _check_tokens(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, 
     bos = raw.get("bos_token_id", raw.get("text_config", {}).get("bos_token_id"))  # not the class's default
     if None not in (bos, tokenizer.bos_token_id) and bos != tokenizer.bos_token_id:
         raise Refusal(
-            "K-TOKENIZER", "the tokenizer begins texts with another token than the LLM", file=folder,
+            "K-TOKENIZER", "the tokenizer's BOS token differs from the LLM's", file=folder,
             key="bos_token_id", found=tokenizer.bos_token_id, expected=bos, fix=fix,
         )  # fmt: skip
 
@@ -188,7 +188,7 @@ def _add_token_rows(llm: PreTrainedModel, vocabulary: int) -> None:
 
 
 def gathered(*parameters: nn.Parameter):
-    """A context in which ZeRO-3's partitioned parameters are gathered; rank 0's changes are kept. Otherwise nothing."""
+    """A context in which ZeRO-3's partitioned parameters are gathered; rank 0's changes are kept. Else a no-op."""
     partitioned = [p for p in parameters if hasattr(p, "ds_id")]
     if not partitioned:
         return contextlib.nullcontext()
@@ -200,8 +200,8 @@ def gathered(*parameters: nn.Parameter):
 def _scale_to_embeddings(projector: nn.Module, llm: PreTrainedModel) -> None:
     """Scale a new projector so that its outputs are as large as token embeddings.
 
-    PyTorch's default gives outputs several times larger or smaller, and the start of stage 1 is then spent on the
-    scale. Features leave the tower with a standard deviation near 1: the factor is measured with such noise.
+    PyTorch's default gives outputs several times larger or smaller, and the first steps of stage 1 would only correct
+    the scale. Vision features have a standard deviation near 1: the factor is measured with such noise.
     """
     embedding = llm.get_input_embeddings().weight
     noise = torch.randn(256, projector.linear_1.in_features, generator=torch.Generator().manual_seed(0))

@@ -2,9 +2,9 @@
 
 transformers looks the attention function up by the name in a configuration's ``_attn_implementation``. This one,
 ``sdpa_maskless``, is its ``sdpa`` for everything except the training forward of
-:class:`~llava_moslora.models.llava.Llava`, which passes an empty mask (:func:`empty_mask`): that stands for causal
-attention within each sequence, which torch's causal and variable-length kernels compute without a mask. transformers
-passes masks with four dimensions on as they are, so it makes none, and reads no value of the batch. It also saves its
+:class:`~llava_moslora.models.llava.Llava`, which passes an empty mask (:func:`empty_mask`): it means causal attention
+within each sequence, which torch's causal and variable-length kernels compute without a mask. transformers passes
+4-dimensional masks through unchanged, so it builds none, and does not synchronise. This implementation also saves its
 output itself under selective recomputation.
 
 Shapes: B rows, T tokens, H heads, K key heads, D head width, R records of packed rows, each row's padding being one.
@@ -48,8 +48,8 @@ def set_attention(model: PreTrainedModel, implementation: str) -> None:
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError) as error:
         raise Refusal(
-            "C-MODEL", "a part of this model does not have this attention implementation", key="--attn_implementation",
-            found=f"{implementation}: {error}".splitlines()[0], fix="sdpa, which every part has",
+            "C-MODEL", "a part of this model does not support this implementation", key="--attn_implementation",
+            found=f"{implementation}: {error}".splitlines()[0], fix="use sdpa, which every part supports",
         ) from error  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def has_varlen_kernel(x: Tensor) -> bool:
 
 
 def empty_mask(like: Tensor) -> Tensor:
-    """A mask with four dimensions and no values: to :func:`attention_forward` it means causal within each sequence."""
+    """A 4-dimensional mask without values: to :func:`attention_forward` it means causal within each sequence."""
     return like.new_empty(0, 0, 0, 0)
 
 

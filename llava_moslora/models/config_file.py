@@ -1,4 +1,4 @@
-"""``config.json`` of a model, read strictly: what decides which model it is and how large, before any is built."""
+"""Strict reading of a model's ``config.json``: architecture and sizes are checked before any model is built."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_model_config(file: Path) -> dict[str, Any]:
     """The content of a ``config.json`` or ``open_clip_config.json``.
 
     Raises:
-        Refusal: K-MISSING, K-JSON; K-CONFIG, a part that is no object, a size out of :data:`SIZES`.
+        Refusal: K-MISSING, K-JSON; K-CONFIG, a part that is not an object, a size out of :data:`SIZES`.
     """
     raw = read_json(file, largest=LARGEST_CONFIG, finite=False)  # transformers writes Infinity; sizes have ranges
     _check(raw, file)
@@ -51,7 +51,7 @@ def make_config(kind: type[Config], values: Mapping[str, Any], file: Path) -> Co
     """
     try:
         return kind.from_dict(dict(values))
-    except Exception as error:  # transformers checks fields with several kinds of errors of its own
+    except Exception as error:  # transformers raises several exception types for invalid fields
         what, found = f"not a usable {kind.__name__}", " ".join(str(error).split())
         raise Refusal("K-CONFIG", what, file=file, found=found, fix=FIX) from error
 

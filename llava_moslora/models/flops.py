@@ -1,4 +1,4 @@
-"""Floating-point operations of training a LLaVA, or an LLM alone, counted from its parameters, for MFU."""
+"""Floating-point operations of training a LLaVA or a text-only LLM, counted from its parameters, for MFU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Flops:
 
     @classmethod
     def of(cls, model: nn.Module) -> Flops:
-        """Per weight two in forward, two for the gradient of its input, two for its own if it is trained. Nothing goes
+        """Per weight two in forward, two for the gradient of its input, two for its own if it is trained. There is no
         backward through a vision tower without adapters."""
         text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
         weights = dict.fromkeys(("llm", "vision_tower", "projector", "lm_head"), 0.0)  # per token or patch
@@ -40,9 +40,9 @@ class Flops:
         for name, parameter in model.named_parameters():
             part = part_of(name)
             if len(getattr(parameter, "ds_shape", parameter.shape)) < 2 or "original_module" in name:
-                continue  # norms and biases: no product of matrices
+                continue  # norms and biases: no matrix product
             if "embed" in name and "patch" not in name:
-                continue  # looked up
+                continue  # a lookup, no product
             per_weight = 2 + 2 * parameter.requires_grad
             if (part != "vision_tower" or adapted) and not (part == "projector" and not adapted and "linear_1" in name):
                 per_weight += 2 if "patch_embedding" not in name else 0

@@ -1,9 +1,9 @@
-"""Norms, activations and rotary embedding in one pass over memory each, for training on a GPU.
+"""Fused norms, activations and rotary embedding (one pass over memory each), for training on a GPU.
 
 transformers computes them operation by operation: the LLM's RMSNorm in eight passes, SwiGLU in two and the rotary
 embedding in five per tensor, with float32 copies between, and CLIP's quick GELU in three. Here RMSNorm is torch's own,
 and small Triton kernels do the rest.
-They compute in float32 and round once, where transformers also rounds in between: the results differ by that rounding.
+They compute in float32 and round once, while transformers also rounds in between: the results differ by that rounding.
 
 Shapes: B rows of a batch, T tokens, H heads, D head width, N = B·T, I width of the MLP.
 """
@@ -27,7 +27,7 @@ COLUMNS = 1024  # of a block in the kernels of SwiGLU
 
 
 def fuse_model(model: nn.Module) -> None:
-    """Fuse what is listed above in a LLaVA, or in an LLM alone."""
+    """Fuse these operations in a LLaVA, or in a text-only LLM."""
     inner: Any = model.model
     fuse_layers(getattr(inner, "language_model", inner))
     if hasattr(inner, "vision_tower"):
@@ -109,7 +109,7 @@ class _SiluMul(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> tuple[int, int]:
-    assert x.is_contiguous(), "a linear's output is contiguous"
+    assert x.is_contiguous(), "the output of a linear layer is contiguous"
     return x.shape[:-1].numel(), x.shape[-1]
 
 

@@ -1,4 +1,4 @@
-"""InternLM2's configuration and tensors as Llama's, which computes the same function.
+"""Converts InternLM2's configuration and tensors to Llama's, which computes the same function.
 
 InternLM2 stores query, key and value as one matrix ``wqkv`` whose rows are grouped
 by key/value head: for each of the K heads, first the G query heads that share it, then the key, then the value::

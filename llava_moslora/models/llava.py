@@ -1,4 +1,4 @@
-"""LLaVA, and an LLM alone, in training: transformers' models, with the loss computed only where there are labels.
+"""LLaVA and a text-only LLM in training: transformers' models, with the loss computed only where there are labels.
 
 Shapes: B rows of a batch, T tokens, N images, P patches, D LLM width, V vocabulary, S positions with a label in B·T.
 """
@@ -40,8 +40,8 @@ class LossOutput(ModelOutput):
 
 
 class LabelledForward(_Model):
-    """The training forward, before a model of transformers among the bases of a class; without ``labels`` it is that
-    model's own."""
+    """Mixin with the training forward, to precede a transformers model among the bases of a class; without ``labels``
+    that model's own forward runs."""
 
     accepts_loss_kwargs = True  # the Trainer passes num_items_in_batch, the trained tokens of the global batch
 
@@ -63,15 +63,15 @@ class LabelledForward(_Model):
             input_ids: int64[B, T]; each image is a run of ``config.image_token_id``, one per patch.
             pixel_values: float[N, 3, H, W] in the order of the images in ``input_ids``, or None without images.
             attention_mask: int64[B, T], 1 for tokens, 0 for padding; not needed where padding is on the right.
-            labels: int64[B, T], ``IGNORE_INDEX`` where no loss is taken; position t is predicted from t-1.
+            labels: int64[B, T], ``IGNORE_INDEX`` for positions without loss; position t is predicted from t-1.
             label_positions: int64[S], where ``labels`` has one at t > 0, in the flattened B·T. The collator gives them,
-                like ``image_positions``; otherwise they are found here, for which the host waits for the device.
+                like ``image_positions``; otherwise they are computed here, which synchronises with the device.
             image_positions: int64[N·P], where ``input_ids`` has placeholders, in the flattened B·T.
             position_ids: int64[B, T] of packed rows, from 0 in every record. With them ``kwargs`` has transformers'
                 ``cu_seq_lens_q``, ``max_length_q`` (and ``_k``), from which kernels know the records without a mask.
             num_items_in_batch: the number the summed loss is divided by; default: S, a mean over this batch.
-            logits_to_keep: without labels, of how many last positions; 0: of all. ``generate`` asks for one, but only
-                of a forward that names this argument.
+            logits_to_keep: without labels, number of last positions with logits; 0: all. ``generate`` passes 1 if
+                forward has this argument.
 
         Returns:
             With labels: a :class:`LossOutput`. The logits of all B·T positions are never computed: ``lm_head`` gets the
@@ -138,7 +138,7 @@ class Llava(LabelledForward, LlavaForConditionalGeneration):
         A batch without images runs the same modules, forward and backward, on a blank image whose features are
         appended and cut off again: no value changes, and its gradients are zero. ZeRO-3 gathers parameters by
         collectives and ahead of time, in the order in which modules ran before, so a rank that skips the tower, or runs
-        it at another moment, would make all ranks wait for ever.
+        it at another moment, would deadlock all ranks.
         """
         embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
         blank = pixel_values is None
@@ -161,8 +161,8 @@ class TextLlm(LabelledForward):
 
 
 def text_llm(llm: PreTrainedModel) -> TextLlm:
-    """``llm``, a causal LM of transformers, with the training forward: nothing is copied. Its class gets a subclass of
-    the same name, which PEFT records."""
+    """``llm``, a causal LM of transformers, with the training forward; nothing is copied. Its class is replaced by a
+    subclass of the same name, which PEFT records."""
     stock = type(llm)
     llm.__class__ = type(stock.__name__, (TextLlm, stock), {"__module__": stock.__module__})
     return llm

@@ -1,4 +1,4 @@
-"""A complete LLaVA's folder, which can be given wherever an LLM, a vision tower or a projector is asked for.
+"""The folder of a complete LLaVA, which can be given in place of an LLM, a vision tower or a projector.
 
 Two formats are a single folder: transformers' ``LlavaForConditionalGeneration`` (llava-hf, XTuner's ``-transformers``
 releases, this package's own export, with the tensor names of any transformers version) and the original LLaVA's
@@ -22,7 +22,7 @@ from llava_moslora.models.config_file import make_config, read_model_config
 from llava_moslora.models.towers import CLIP, KINDS, kind_name
 
 TRANSFORMERS, ORIGINAL = "LlavaForConditionalGeneration", "LlavaLlamaForCausalLM"
-# The settings of a LLaVA that change what it computes: key → (value if the key is missing, supported values).
+# LLaVA settings that change what it computes: key → (value if the key is missing, supported values).
 SUPPORTED: dict[str, dict[str, tuple[Any, tuple]]] = {
     TRANSFORMERS: {
         "vision_feature_layer": (-2, (-2,)),
@@ -38,7 +38,7 @@ SUPPORTED: dict[str, dict[str, tuple[Any, tuple]]] = {
         "tune_mm_vision_resampler": (False, (False,)),
     },
 }
-# (prefix on disk, part, prefix in the part alone); the first match counts. The projector keeps its names.
+# (prefix on disk, part, prefix in the part's own model); the first match counts. The projector keeps its names.
 PREFIXES = (
     ("model.language_model.", "llm", "model."),  # transformers from 4.52 on, as in memory
     ("model.vision_tower.vision_tower.vision_model.", "vision", ""),  # the original
@@ -51,12 +51,12 @@ PREFIXES = (
     ("vision_tower.vision_model.", "vision", ""),
     ("vision_tower.", "vision", ""),
     ("multi_modal_projector.", "projector", "multi_modal_projector."),
-    ("", "llm", ""),  # the original: an LLM with more in it
+    ("", "llm", ""),  # the original: an LLM with additional modules
 )
 
 
 class LlavaTensors(NamedTuple):
-    """The tensors of a LLaVA by part, not read yet."""
+    """The tensors of a LLaVA by part, lazily."""
 
     llm: dict[str, LazyTensor]
     vision: dict[str, LazyTensor]
@@ -78,14 +78,14 @@ def check_format(folder: Path) -> str:
     """The architecture, :data:`TRANSFORMERS` or :data:`ORIGINAL`.
 
     Raises:
-        Refusal: C-MODEL, neither of them, or a setting with which it computes something else than this package does.
+        Refusal: C-MODEL, neither of them, or a setting that this package does not support.
     """
     raw = read_model_config(file := folder / "config.json")
     architecture = (raw.get("architectures") or [TRANSFORMERS if "text_config" in raw else ORIGINAL])[0]
     if architecture not in SUPPORTED:
         raise Refusal(
-            "C-MODEL", "not a LLaVA this package knows", file=file, key="architectures", found=architecture,
-            expected=" or ".join(SUPPORTED), fix="give LLM, vision tower and projector each by its own folder",
+            "C-MODEL", "not a supported LLaVA", file=file, key="architectures", found=architecture,
+            expected=" or ".join(SUPPORTED), fix="give LLM, vision tower and projector as separate folders",
         )  # fmt: skip
     settings = SUPPORTED[architecture]
     if architecture == TRANSFORMERS:  # without the class token, if this kind of tower has one
@@ -94,7 +94,7 @@ def check_format(folder: Path) -> str:
     for key, (default, allowed) in settings.items():
         if (found := raw.get(key, default)) not in allowed:
             raise Refusal(
-                "C-MODEL", "this LLaVA computes something else than is trained here", file=file, key=key, found=found,
+                "C-MODEL", "a setting that this package does not support", file=file, key=key, found=found,
                 expected=allowed[0], fix="start from a LLaVA-1.5-like model",
             )  # fmt: skip
     return architecture
@@ -136,7 +136,7 @@ def vision_config(folder: Path) -> dict[str, Any]:
 
 
 def has_own_tower(folder: Path) -> bool:
-    """Whether an original LLaVA holds a vision tower that was trained with it."""
+    """Whether an original LLaVA contains a vision tower that was trained with it."""
     return check_format(folder) == ORIGINAL and bool(read_tensors(folder).vision)
 
 
@@ -155,7 +155,7 @@ def tower_description(folder: Path) -> Path:
         if (place / "config.json").is_file():
             return place
     raise Refusal(
-        "C-MODEL", "a vision tower was trained with this LLM, and nothing here describes it", file=folder,
+        "C-MODEL", "a vision tower was trained with this LLM, but its configuration is missing", file=folder,
         key="mm_vision_tower", found=named or "nothing", expected=" or ".join(map(str, places)) or "a folder",
         fix="put config.json and preprocessor_config.json of that tower there, or give the same model in the format of "
         "transformers (…-hf, …-transformers)",
@@ -163,25 +163,25 @@ def tower_description(folder: Path) -> Path:
 
 
 def check_tower_is_taken(llm_folder: Path, vision_tower: str) -> None:
-    """Refuse (C-MODEL) another vision tower than the one that was trained together with the LLM."""
+    """Refuse (C-MODEL) a vision tower other than the one that was trained together with the LLM."""
     own_tower = is_llava_folder(llm_folder) and has_own_tower(llm_folder)
     if own_tower and Path(vision_tower).resolve() != llm_folder.resolve():
         raise Refusal(
-            "C-MODEL", "another vision tower than the one that was trained with this LLM", file=llm_folder,
-            key="--vision_tower", found=vision_tower, expected=str(llm_folder), fix="leave --vision_tower out",
+            "C-MODEL", "not the vision tower that was trained with this LLM", file=llm_folder,
+            key="--vision_tower", found=vision_tower, expected=str(llm_folder), fix="omit --vision_tower",
         )  # fmt: skip
 
 
 def _transformers_config(folder: Path) -> LlavaConfig:
     try:
         return LlavaConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers checks fields with several kinds of errors of its own
+    except Exception as error:  # transformers raises several exception types for invalid fields
         file = folder / "config.json"
         raise Refusal("C-MODEL", "not a usable LLaVA configuration", file=file, found=error) from error
 
 
 def read_tensors(folder: Path) -> LlavaTensors:
-    """The folder's tensors by part, under their names in the part alone.
+    """The folder's tensors by part, under their names in the part's own model.
 
     Raises:
         Refusal: a file is missing or damaged.
@@ -194,7 +194,7 @@ def read_tensors(folder: Path) -> LlavaTensors:
 
 
 def name_parts(settings: ModelSettings) -> ModelSettings:
-    """``settings`` with all three parts named, if only a complete LLaVA was; an LLM alone stays one, for text only.
+    """``settings`` with all three parts named, if only a complete LLaVA was given; an LLM stays text-only.
 
     Raises:
         Refusal: C-MODEL, parts of it are adapters that are not merged yet.
@@ -205,7 +205,7 @@ def name_parts(settings: ModelSettings) -> ModelSettings:
     adapters = [name for name in ("llm_adapter", "visual_encoder_adapter") if (folder / name).is_dir()]
     if (folder / "projector").is_dir() and adapters:
         raise Refusal(
-            "C-MODEL", "XTuner's folder holds adapters that are not merged", file=folder / adapters[0],
+            "C-MODEL", "XTuner's folder contains adapters that are not merged", file=folder / adapters[0],
             fix="merge them with XTuner first, or give the three parts by their own flags",
         )  # fmt: skip
     if (folder / "projector").is_dir() and (folder / "visual_encoder").is_dir():

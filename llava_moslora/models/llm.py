@@ -2,7 +2,7 @@
 
 The folder is one of transformers, InternLM2 (read as Llama: :mod:`llava_moslora.models.internlm2`) or a complete LLaVA
 (:mod:`llava_moslora.models.llava_folder`). Names and shapes are compared with the architecture. The weights are then
-passed to ``from_pretrained`` as mapped tensors, whatever the folder, because DeepSpeed's ZeRO-3 partitions and
+passed to ``from_pretrained`` as memory-mapped tensors, whatever the folder, because DeepSpeed's ZeRO-3 partitions and
 bitsandbytes quantises there. Training and export read the same tensors.
 """
 
@@ -28,10 +28,10 @@ HEAD_WEIGHT = "lm_head.weight"
 
 
 def read_llm_config(folder: str | Path) -> PreTrainedConfig:
-    """The LLM's configuration: of an InternLM2 folder a ``LlamaConfig``, of a complete LLaVA that of its LLM.
+    """The LLM's configuration: for an InternLM2 folder a ``LlamaConfig``, for a complete LLaVA that of its LLM.
 
     Raises:
-        Refusal: C-PATH, no such folder; C-MODEL, it needs code of its own, is quantised, or has an architecture that
+        Refusal: C-PATH, no such folder; C-MODEL, it needs custom code, is quantised, or has an architecture that
             ``LlavaForConditionalGeneration`` cannot contain; K-JSON, K-CONFIG.
     """
     folder = Path(folder)
@@ -55,23 +55,23 @@ def read_llm_config(folder: str | Path) -> PreTrainedConfig:
         return llava_folder.llm_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers checks fields with several kinds of errors of its own
+    except Exception as error:  # transformers raises several exception types for invalid fields
         raise Refusal(
-            "C-MODEL", "not a configuration transformers knows", file=file, found=error,
+            "C-MODEL", "not a configuration that transformers supports", file=file, found=error,
             fix="give an LLM of an architecture that transformers has itself: code in a model's folder is never run",
         ) from error  # fmt: skip
     model_class = _model_class(config, file)
     asked = (raw.get("architectures") or [model_class.__name__])[0]
     if "auto_map" in raw and asked != model_class.__name__:
         raise Refusal(
-            "C-MODEL", "the folder needs code of its own, which is never run", file=file, key="auto_map",
+            "C-MODEL", "the folder needs custom code, which is never run", file=file, key="auto_map",
             found=asked, expected=model_class.__name__, fix="give an LLM of an architecture that transformers has",
         )  # fmt: skip
     return config
 
 
 def longest_text(config: PreTrainedConfig) -> int | None:
-    """The number of tokens that the LLM has positions for, ``None`` where its configuration does not say.
+    """The LLM's maximum context length in tokens, ``None`` if its configuration does not say.
 
     ``max_position_embeddings``, or more where positions are scaled and the configuration states the length before
     scaling, as Vicuna-16k's and Qwen2.5's with YaRN do; LLaMA-3.1's states the length after it.
@@ -90,7 +90,7 @@ def _model_class(config: PreTrainedConfig, file: Path) -> type[PreTrainedModel]:
     found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if found is None or found.base_model_prefix != "model":
         raise Refusal(
-            "C-MODEL", "not a language model that composes into LlavaForConditionalGeneration", file=file,
+            "C-MODEL", "not a language model that LlavaForConditionalGeneration can contain", file=file,
             key="model_type", found=config.model_type, expected="llama, internlm2, mistral, qwen2, qwen3 or similar",
             fix="check --model_name_or_path",
         )  # fmt: skip
@@ -104,8 +104,8 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
     read_json(file, largest=LARGEST_CONFIG)
     try:
         return GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # transformers checks the values with several kinds of errors of its own
-        fix = "download it again, or remove the file: then the library's defaults apply"
+    except Exception as error:  # transformers raises several exception types for invalid values
+        fix = "download it again, or remove the file to use the library's defaults"
         raise Refusal("K-CONFIG", "not a generation config", file=file, found=error, fix=fix) from error
 
 
@@ -120,7 +120,7 @@ def llm_on_meta(config: PreTrainedConfig, source: Path) -> PreTrainedModel:
         with torch.device("meta"):
             return model_class(config)
     except Exception as error:  # such as an unknown activation
-        what = f"the configuration makes no {model_class.__name__}"
+        what = f"no {model_class.__name__} can be built from this configuration"
         raise Refusal("C-MODEL", what, file=source, found=error, fix="download it again") from error
 
 
@@ -136,13 +136,13 @@ def read_llm_tensors(folder: str | Path, config: PreTrainedConfig) -> dict[str, 
     folder = Path(folder)
     raw = read_model_config(folder / "config.json")
     found = llava_folder.read_tensors(folder).llm if llava_folder.is_llava(raw) else read_tensor_folder(folder)
-    found = {name: stored for name, stored in found.items() if not name.endswith(".inv_freq")}  # a buffer, once saved
+    found = {name: stored for name, stored in found.items() if not name.endswith(".inv_freq")}  # once a buffer
     if raw.get("model_type") == internlm2.MODEL_TYPE:
         found = internlm2.llama_tensors(found, config)
     expected = {name: tuple(p.shape) for name, p in llm_on_meta(config, folder).state_dict().items()}
     if config.tie_word_embeddings:
         expected.pop(HEAD_WEIGHT, None)
-        found.pop(HEAD_WEIGHT, None)  # some folders hold it twice
+        found.pop(HEAD_WEIGHT, None)  # some folders contain it twice
     check_tensors(found, expected, folder)
     return found
 
@@ -154,7 +154,7 @@ def mean_row(weight: Tensor) -> Tensor:
 
 
 def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrainedModel:
-    """The LLM in ``dtype``; with ``bits=4`` its linears in NF4, the head excepted.
+    """The LLM in ``dtype``; with ``bits=4`` its linear layers in NF4, except the head.
 
     Mapped weights that already have ``dtype`` are not copied.
 
@@ -172,7 +172,7 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
             llm_int8_skip_modules=["lm_head"],
         )
     elif bits != 16:
-        raise Refusal("C-FLAG", "unknown base precision", key="--bits", found=bits, expected="16 or 4")
+        raise Refusal("C-FLAG", "unsupported precision of the base", key="--bits", found=bits, expected="16 or 4")
     tensors = {}
     # Without quantisation and ZeRO-3 the weights are converted to their dtype here, one by one: transformers would keep
     # the originals in memory. Quantisation and ZeRO-3's rank 0 convert tensor by tensor themselves.
@@ -200,8 +200,8 @@ def load_llm(folder: str | Path, dtype: torch.dtype, bits: int = 16) -> PreTrain
 def with_old_rope(raw: dict[str, Any]) -> dict[str, Any]:
     """A text configuration as JSON, with the rotary settings also where transformers 4 and vLLM look for them.
 
-    transformers 5 writes only ``rope_parameters``; a reader that does not know it silently uses a base of 10,000, with
-    which LLaMA-3 (500,000) or InternLM2 (1,000,000) answers nonsense.
+    transformers 5 writes only ``rope_parameters``; readers that do not know it silently use a base of 10,000, with
+    which LLaMA-3 (500,000) or InternLM2 (1,000,000) generates nonsense.
     """
     rope = dict(raw.get("rope_parameters") or {})
     if "rope_theta" not in rope:

@@ -1,7 +1,7 @@
 """open_clip checkpoints → a ``CLIPVisionModel``'s configuration, tensors under its names, image processor settings.
 
-A plain CLIP ViT is converted exactly: tensors are renamed and the fused attention projection is split. What a
-``CLIPVisionModel`` cannot compute is refused with the reason.
+A plain CLIP ViT is converted exactly: tensors are renamed and the fused attention projection is split. Models that a
+``CLIPVisionModel`` cannot represent are refused with the reason.
 
 Shapes: E vision width.
 """
@@ -58,7 +58,7 @@ def plain_architectures() -> list[str]:
 
 
 def _objection(vision_cfg: Mapping[str, Any]) -> str | None:
-    """Why this is not a plain CLIP ViT, or ``None``."""
+    """The reason why this is not a plain CLIP ViT, or ``None``."""
     cfg_class = _import_open_clip().CLIPVisionCfg
     if vision_cfg.get("timm_model_name"):
         return f"its tower is the timm model {vision_cfg['timm_model_name']}"
@@ -151,7 +151,7 @@ def preprocessing(preprocess_cfg: Mapping[str, Any], image_size: int, source: Pa
     """open_clip's ``mean``, ``std``, ``interpolation``, ``resize_mode`` (its defaults where absent) as CLIP's settings.
 
     Raises:
-        Refusal: K-PROCESSOR, a way of resizing that CLIP's preprocessing does not know, or numbers that are none.
+        Refusal: K-PROCESSOR, a resize mode that CLIP's preprocessing does not support, or invalid numbers.
     """
     constants = _import_open_clip().constants
     mode = preprocess_cfg.get("resize_mode") or "shortest"
@@ -162,7 +162,7 @@ def preprocessing(preprocess_cfg: Mapping[str, Any], image_size: int, source: Pa
     mean, std = (list(v) if isinstance(v, list | tuple) else [v] * 3 for v in (mean, std))
     square = {"height": image_size, "width": image_size}
     if mode not in ("shortest", "squash"):
-        what = "this way of resizing images cannot be written as CLIP's preprocessing"
+        what = "CLIP's preprocessing does not support this resize mode"
         raise Refusal("K-PROCESSOR", what, file=source, key="resize_mode", found=mode, expected="shortest or squash")
     size, crop = (square, None) if mode == "squash" else ({"shortest_edge": image_size}, square)
     settings = processor_settings(size=size, crop=crop, mean=mean, std=std, resample=resample)
@@ -188,7 +188,7 @@ def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
         what = f"{arch} is not a plain CLIP ViT: {objection}"
         raise Refusal("C-TOWER", what, key=spec, expected=_plain_list(), fix=FIX)
     if (weights := Path(where)).is_file():
-        # A file from the model hub has the configuration that it was published with next to it, with the mean and std
+        # A file from the model hub has its published configuration next to it, with the mean and std
         # of its training, which differ between checkpoints of one architecture.
         published = weights.with_name(CONFIG)
         return (
@@ -198,7 +198,7 @@ def find_source(spec: str) -> tuple[dict[str, Any], dict[str, Any], Path]:
         )
     tags = open_clip.list_pretrained_tags_by_model(arch)
     if where not in tags:
-        what = "neither a file nor one of the architecture's pretrained tags"
+        what = "not a file and not one of the architecture's pretrained tags"
         raise Refusal("K-MISSING", what, file=weights, expected=f"a file, or {', '.join(tags) or 'no tag'}")
     tag_cfg = open_clip.get_pretrained_cfg(arch, where)
     if tag_cfg.get("quick_gelu") and not model_cfg.get("quick_gelu"):

@@ -1,7 +1,7 @@
-"""The settings of a vision tower's image processor, complete and as today's ``preprocessor_config.json`` has them.
+"""The settings of a vision tower's image processor, completed, in the current ``preprocessor_config.json`` format.
 
-Mean, standard deviation, size and interpolation come with the tower; nothing is guessed. What the image transform
-(``data/image_transform.py``) would not do as the settings have it is refused here by name, for training and export.
+Mean, standard deviation, size and interpolation come with the tower; nothing is guessed. Settings that the image
+transform (``data/image_transform.py``) would not follow are refused here by name, for training and export.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KNOWN_PROCESSORS = {
     **{f"Siglip{name}": SIGLIP_PROCESSOR for name in PROCESSOR_NAMES},
 }
 LARGEST_SIDE = 4096  # pixels: far above any tower's; an image scaled to it takes 50 MB, and to 10**6 the whole machine
-FIX = "copy the file from where the tower came from"
+FIX = "copy the file from the tower's source"
 
 
 def _is_number(value: object, lowest: float, highest: float = 1e6) -> bool:
@@ -45,7 +45,7 @@ def _is_size(value: object) -> bool:
     return set(sides) in ({"shortest_edge"}, {"height", "width"}) and all(map(_is_side, sides.values()))
 
 
-ALWAYS_ON = "true, as training always does it"
+ALWAYS_ON = "true, as in training"
 SIZES = f"side lengths in whole pixels up to {LARGEST_SIDE}"
 RULES: dict[str, tuple[Callable[[object], bool], str]] = {
     "do_resize": (lambda v: v is True, ALWAYS_ON),
@@ -87,7 +87,7 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
 
     Raises:
         Refusal: K-MISSING, K-JSON; K-PROCESSOR, neither CLIP's nor SigLIP's processor, incomplete, of another size, or
-            something that training would not do.
+            a setting that training does not support.
     """
     file = folder / "preprocessor_config.json"
     if file.is_file():
@@ -98,7 +98,7 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
         if not isinstance(raw, dict):
             raise Refusal("K-PROCESSOR", "not an object", file=file, key="image_processor", found=raw, fix=FIX)
     else:
-        fix = "copy the file from where the tower came from; mean, std and size are not guessed"
+        fix = "copy the file from the tower's source; mean, std and size are not guessed"
         raise Refusal("K-MISSING", "the tower's image processor settings are missing", file=file, fix=fix)
     named = raw.get("image_processor_type", raw.get("feature_extractor_type", CLIP_PROCESSOR))
     if (kind := KNOWN_PROCESSORS.get(named) if isinstance(named, str) else None) is None:
@@ -117,7 +117,7 @@ def read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
 
 
 def _complete(raw: dict[str, Any], kind: str) -> dict[str, Any]:
-    """``raw`` with today's keys, with CLIP's and SigLIP's defaults; its values are not yet checked."""
+    """``raw`` with current key names and CLIP's and SigLIP's defaults; its values are not yet checked."""
     crops = kind == CLIP_PROCESSOR if raw.get("do_center_crop") is None else raw["do_center_crop"]
     size, crop = (raw.get("size") or 224), (raw.get("crop_size") or 224) if crops else None
     if isinstance(size, int):
@@ -136,7 +136,7 @@ def _complete(raw: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def check_settings(processor: dict[str, Any], source: Path) -> None:
-    """Refuse complete settings that training would not follow, or could not.
+    """Refuse complete settings that training does not support.
 
     Raises:
         Refusal: K-PROCESSOR, with the key.

@@ -1,7 +1,7 @@
 """Reads the projector, ``linear_2(gelu(linear_1(features)))`` from vision width to LLM width.
 
-Its two linears are published under several names: ``0``/``2`` or ``linear_1``/``linear_2`` after one of
-:data:`PREFIXES`. A file without them is refused: a model with a random projector ignores images.
+Its two linear layers are published under several names: ``0``/``2`` or ``linear_1``/``linear_2`` after one of
+:data:`PREFIXES`. A file without them is refused: a model with a random projector would ignore images.
 
 Shapes: E vision width, D LLM width.
 """
@@ -20,7 +20,7 @@ from llava_moslora.models.config_file import read_model_config
 
 _SEQUENTIAL = ("0", "2")
 _NAMED = ("linear_1", "linear_2")
-PREFIXES: dict[str, tuple[str, str]] = {  # prefix in the file → the names of the two linears after it
+PREFIXES: dict[str, tuple[str, str]] = {  # prefix in the file → the names of the two linear layers after it
     "projector.model.": _SEQUENTIAL,  # XTuner, pretraining checkpoint
     "model.mm_projector.": _SEQUENTIAL,  # LLaVA, mm_projector.bin
     "base_model.model.model.mm_projector.": _SEQUENTIAL,  # LLaVA, non_lora_trainables.bin
@@ -36,7 +36,7 @@ FILE_NAMES = (
     *("model.safetensors", "projector.safetensors", "mm_projector.bin", "pytorch_model.bin"),
     *("non_lora_trainables.bin", DEEPSPEED_FILE),
 )
-# What the config.json next to a projector may contain, where it has these fields: XTuner's and LLaVA's.
+# Allowed values of these fields in the config.json next to a projector: XTuner's and LLaVA's.
 XTUNER_FIELDS = {"depth": (2,), "hidden_act": ("gelu",), "bias": (True,)}
 LLAVA_FIELDS = {"mm_projector_type": ("mlp2x_gelu",)}
 
@@ -54,7 +54,7 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
         ``linear_1.weight`` [D, E], ``linear_1.bias`` [D], ``linear_2.weight`` [D, D], ``linear_2.bias`` [D].
 
     Raises:
-        Refusal: C-PATH, no such file; K-DAMAGED; K-PROJECTOR, no known layout or another function; K-SHAPE; K-FINITE.
+        Refusal: C-PATH, no such file; K-DAMAGED; K-PROJECTOR, unknown layout or function; K-SHAPE; K-FINITE.
     """
     file, stored, names = _open_projector(path, vision_width, llm_width)
     found = {here: stored[there].read() for here, there in names.items()}
@@ -90,7 +90,7 @@ def _open_projector(
 
 
 def _find_names(file: Path, stored: dict[str, LazyTensor]) -> dict[str, str]:
-    """The file's name of each of :data:`KEYS`."""
+    """The name in the file of each of :data:`KEYS`."""
     for prefix, linears in PREFIXES.items():
         names = {
             f"{here}.{part}": f"{prefix}{there}.{part}"
@@ -112,13 +112,13 @@ def _find_names(file: Path, stored: dict[str, LazyTensor]) -> dict[str, str]:
     raise Refusal(
         "K-PROJECTOR", "no projector in this file", file=file,
         found=", ".join(sorted(stored)[:4]) + (" …" if len(stored) > 4 else "") if stored else "an empty file",
-        expected="linears under one of the prefixes " + ", ".join(repr(p) for p in PREFIXES),
+        expected="linear layers under one of the prefixes " + ", ".join(repr(p) for p in PREFIXES),
         fix="give the pretrained projector: LLaVA's mm_projector.bin, an XTuner projector folder or .pth, an export",
     )  # fmt: skip
 
 
 def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
-    """Refuse a projector whose ``config.json`` describes another function, or another vision tower or LLM."""
+    """Refuse a projector whose ``config.json`` describes a different function, vision tower or LLM."""
     if not file.is_file() or file.stat().st_size == 0:  # XTuner publishes some that are empty
         return
     raw = read_model_config(file)
@@ -140,7 +140,7 @@ def _check_shapes(
     for key, shape in zip(KEYS, shapes, strict=True):
         if (found := stored[names[key]].shape) != shape:
             raise Refusal(
-                "K-SHAPE", "the projector was made for another vision tower or LLM", file=file, key=names[key],
+                "K-SHAPE", "the projector belongs to another vision tower or LLM", file=file, key=names[key],
                 found=list(found), expected=f"{list(shape)} (vision width {vision_width}, LLM width {llm_width})",
                 fix="give the projector that was pretrained with this vision tower and this LLM",
             )  # fmt: skip
@@ -155,8 +155,8 @@ def _projector_file(path: Path) -> Path:
                 return path / name
         if next(path.glob("zero_pp_rank_*_model_states.pt"), None):
             raise Refusal(
-                "K-PROJECTOR", "DeepSpeed's ZeRO-3 folder holds every tensor in shards", file=path,
-                fix="join them with the zero_to_fp32.py next to it, and give the result",
+                "K-PROJECTOR", "DeepSpeed's ZeRO-3 folder contains partitioned tensors", file=path,
+                fix="merge them with the zero_to_fp32.py next to it, and give the result",
             )  # fmt: skip
         raise Refusal(
             "C-PATH", "no projector file in this folder", file=path, key="--pretrain_mm_mlp_adapter",

@@ -1,7 +1,7 @@
 """The kinds of vision towers, and what differs between them.
 
 CLIP has a class token before the patches. SigLIP has none; it pools the last layer with an attention head, which LLaVA
-never reads.
+does not use.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def tokens_per_image(config: PreTrainedConfig) -> int:
 def drop_unused(tower: PreTrainedModel, layers: int) -> None:
     """Remove all but the first ``layers`` layers, and SigLIP's pooling head.
 
-    They would be computed and adapted for nothing. Under ZeRO-3 the head would also fail: its attention is torch's own
-    module, which reads the weights of its output linear without calling it, so that they are not gathered.
+    They would be computed and adapted without effect. Under ZeRO-3 the head would also fail: its attention is torch's
+    own module, which reads the weights of its output projection without calling it, so that they are not gathered.
     """
     tower.encoder.layers = tower.encoder.layers[:layers]
     if isinstance(tower, SiglipVisionModel) and tower.use_head:

@@ -31,12 +31,12 @@ from llava_moslora.models.towers import KINDS, kind_name, kind_of
 
 FOLDERS = ", ".join(kind.model.__name__ for kind in KINDS.values())
 SUPPORTED = f"a folder of {FOLDERS} or the complete model around it, {open_clip.SUPPORTED}"
-# Of a complete CLIPModel or SiglipModel, what the vision tower does not use; position_ids was a saved buffer in early
-# transformers 4.
+# Tensors of a complete CLIPModel or SiglipModel that the vision tower does not use; position_ids was a saved buffer in
+# early transformers 4.
 NOT_VISION = re.compile(
     r"text_model\.|logit_(scale|bias)$|(text|visual)_projection\.weight$|.*embeddings\.position_ids$"
 )
-# Kinds of towers that are refused with a reason of their own.
+# Kinds of towers that are refused with a specific reason.
 REASONS = {
     "siglip2": "NaFlex, whose images have any number of patches, where LLaVA gives every image the same; SigLIP 2 "
     "of a fixed size, such as siglip2-so400m-patch14-384, has the model_type siglip and works",
@@ -138,7 +138,7 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         raw = llava_folder.vision_config(folder)
     if "auto_map" in raw:
         fix = "give a tower that transformers or open_clip has itself: code in a folder is never run"
-        raise Refusal("K-CODE", "the folder needs code of its own", file=file, key="auto_map", fix=fix)
+        raise Refusal("K-CODE", "the folder needs custom code", file=file, key="auto_map", fix=fix)
     if raw.get("quantization_config") is not None:
         fix = "give the tower in 16 or 32 bits"
         raise Refusal("K-QUANT", "a quantised tower", file=file, key="quantization_config", fix=fix)
@@ -149,10 +149,10 @@ def _folder_config(folder: Path) -> PreTrainedConfig:
         raise Refusal("K-TOWER", what, file=file, key="model_type", found=model_type, expected=SUPPORTED, fix=fix)
     own = raw.get("vision_config") or {} if model_type == name else raw
     config = make_config(kind.config, {**own, "model_type": kind.config.model_type}, file)
-    for key in ("image_size", "patch_size"):  # both classes also declare pairs, and compute with one number
+    for key in ("image_size", "patch_size"):  # both classes also accept pairs, but use one number
         if type(side := getattr(config, key)) is not int or side < 1:
             raise Refusal(
-                "K-CONFIG", "not one side length in pixels", file=file, key=key, found=side, expected="a whole number",
+                "K-CONFIG", "not a single side length", file=file, key=key, found=side, expected="a whole number",
                 fix="use a tower for square images",
             )  # fmt: skip
     return config
@@ -165,7 +165,7 @@ def _checked(config: PreTrainedConfig, found: Mapping[str, LazyTensor], source: 
         with torch.device("meta"):
             expected = {name: tuple(t.shape) for name, t in tower_class(config).state_dict().items()}
     except Exception as error:  # such as heads that do not divide the width, or an unknown activation
-        what = f"the configuration makes no {tower_class.__name__}"
+        what = f"no {tower_class.__name__} can be built from this configuration"
         raise Refusal("K-CONFIG", what, file=source, found=error, fix="download it again") from error
     check_tensors(found, expected, source)
     return {name: found[name] for name in expected}

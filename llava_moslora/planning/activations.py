@@ -1,7 +1,7 @@
 """What a micro-batch allocates in forward and backward: each part of the model measured on the meta device.
 
-A layer is run once, whatever the number of layers, in the way that ``--recompute`` asks for; nothing is taken from a
-formula that has to follow the code.
+One layer is run, whatever the number of layers, with the given ``--recompute``; no formula has to be kept in sync with
+the code.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Activations:
 
     Args:
         inputs: the batch itself: ids, labels and positions in int64, images in the model's dtype; the rotary tables.
-        tower, projector, llm: kept between forward and backward; ``llm`` of all layers.
-        loss: kept by the final norm and the cross entropy.
-        in_loss: at most, beyond all that is kept, in the loss; its own kept tensors included.
-        in_layer: at most, beyond all that is kept but the loss's, in backward of a layer of the LLM.
-        in_tower: at most, beyond what the tower and the projector keep, in backward of those.
+        tower, projector, llm: saved between forward and backward; ``llm`` of all layers.
+        loss: saved by the final norm and the cross entropy.
+        in_loss: peak beyond all saved tensors in the loss, including its own saved tensors.
+        in_layer: peak beyond all saved tensors except the loss's, in backward of an LLM layer.
+        in_tower: peak beyond the tensors saved by tower and projector, in their backward.
     """
 
     inputs: int
@@ -60,17 +60,17 @@ class Activations:
 
     @property
     def working(self) -> int:
-        """At most alive beyond ``inputs`` and ``kept``: the peak is at the loss, where everything is kept, in the first
-        layer that goes backward, or, where the LLM keeps little, in the tower."""
+        """Peak beyond ``inputs`` and ``kept``: it is at the loss, when everything is saved, in the first layer that
+        runs backward, or, if the LLM saves little, in the vision tower."""
         return max(self.in_loss, self.in_layer, self.in_tower - self.llm)
 
 
 @lru_cache(maxsize=256)
 def activations(model: Model, recompute: str, batch: Batch) -> Activations:
-    """Of the largest micro-batch, with everything that goes through ``model``."""
+    """Activations of the largest micro-batch in ``model``."""
     mode, n = parse_recompute(recompute)
     small = _small_model(model, mode == "selective")
-    # by a layer's index over both towers, as set_recompute counts: the tower's come first
+    # by a layer's index over vision tower and LLM, as in set_recompute: the tower's come first
     tower_layers, llm_layers = model.tower_layers, model.llm_config.num_hidden_layers
     of_tower = [recomputes(mode, n, index, in_tower=True) for index in range(tower_layers)]
     of_llm = [recomputes(mode, n, tower_layers + index, in_tower=False) for index in range(llm_layers)]
@@ -96,15 +96,15 @@ def activations(model: Model, recompute: str, batch: Batch) -> Activations:
 
 
 class _Small:
-    """The model with one layer in each tower, in training mode, recomputing in the one way or the other.
+    """The model with one layer each in vision tower and LLM, in training mode, with or without recomputation.
 
     Args:
-        whole: as it is trained. bits: of the LLM's frozen linears.
+        whole: the complete model. bits: of the LLM's frozen linear layers.
     """
 
     def __init__(self, whole: Llava | TextLlm, bits: int, dtype: torch.dtype):
         self.whole, self.bits, self.dtype = whole, bits, dtype
-        self.llm: Any = getattr(whole.model, "language_model", whole.model)  # of an LLM alone, the model itself
+        self.llm: Any = getattr(whole.model, "language_model", whole.model)  # for a text-only LLM, the model itself
         self.tower: Any = getattr(whole.model, "vision_tower", None)
         self.projector: Any = getattr(whole.model, "multi_modal_projector", None)
 
@@ -114,12 +114,12 @@ class _Small:
 
     @property
     def embeddings_have_gradient(self) -> bool:
-        """The input of the LLM's first layer: where the projector is trained."""
+        """Whether the input of the LLM's first layer has a gradient: if the projector is trained."""
         return self.projector is not None and any(p.requires_grad for p in self.projector.parameters())
 
     @property
     def llm_has_gradient(self) -> bool:
-        """The input of its other layers: adapters come before them."""
+        """Whether the input of its other layers has one: if adapters precede them."""
         return self.embeddings_have_gradient or any(p.requires_grad for p in self.llm.layers.parameters())
 
 
@@ -135,7 +135,7 @@ def _small_model(model: Model, selective: bool) -> _Small:
     inner = small.get_base_model() if isinstance(small, PeftModel) else small
     compute_as_on_gpu(inner, model.attention)
     set_recompute(small, "selective" if selective else "full")
-    if model.partitioned:  # ZeRO-3 hooks every module: the frozen linear is then computed by itself, the loss in one
+    if model.partitioned:  # ZeRO-3 hooks every module: frozen linear layers run separately, the loss in one piece
         for module in inner.modules():
             module.register_forward_pre_hook(lambda *_: None)
         inner.lm_head.weight.ds_id = 0
@@ -143,7 +143,7 @@ def _small_model(model: Model, selective: bool) -> _Small:
 
 
 class _Stop(Exception):
-    """Ends a forward at the layer whose arguments are wanted."""
+    """Ends a forward at the layer whose arguments are recorded."""
 
 
 def _layer_arguments(part: nn.Module, layer: nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple, dict[str, Any]]:
@@ -197,7 +197,7 @@ def _tower_layer_cost(small: _Small, images: int, recomputed: bool) -> Cost:
 
 @lru_cache(maxsize=256)
 def _projector_cost(small: _Small, images: int, positions: int) -> Cost:
-    """From the tower's patches to the LLM's input; putting features in their places keeps them (``index_copy``).
+    """From the tower's patches to the LLM's input; inserting the features saves them (``index_copy``).
 
     Args:
         positions: of all rows of the batch.
@@ -240,7 +240,7 @@ def _inputs(model: Model, batch: Batch) -> int:
 
 
 def _inside(bits: int) -> Inside:
-    """What the adapted linears allocate inside (:mod:`llava_moslora.adapters.linear`), N rows, rank r, I and O wide.
+    """Allocations inside adapted linear layers (:mod:`llava_moslora.adapters.linear`), N rows, rank r, widths I and O.
 
     Both ways u and its product with the mixer (N, r); backward their gradient, and the gradient of A (r, I) in float32,
     which a GPU sums in parts. Over NF4 the weight in 16 bits and its scales in float32, made for one product and freed.

@@ -1,4 +1,4 @@
-"""After an out-of-memory error of a training: what the planner would change, with the flags to paste."""
+"""After an out-of-memory error in training: what the planner would change, with flags to paste."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llava_moslora.errors import Refusal
 from llava_moslora.planning.plan import Plan
 from llava_moslora.planning.suggest import as_flags, suggest
 
-LESS = 0.9  # of the memory that was planned for the setting that ran out of it
+LESS = 0.9  # of the memory that was planned for the setting that ran out of memory
 
 
 @contextmanager
 def advice_where_memory_ends(make_plan: Callable[[], Plan | None]) -> Iterator[None]:
-    """Around a training: its refusal for :class:`torch.OutOfMemoryError` also names the planner's flags.
+    """Wraps training: the refusal for :class:`torch.OutOfMemoryError` also names the planner's flags.
 
     Args:
         make_plan: of the training; None where there is none. Called only then, on the rank that ran out of memory.
@@ -37,8 +37,7 @@ def advice_where_memory_ends(make_plan: Callable[[], Plan | None]) -> Iterator[N
 
 
 def less_memory(plan: Plan) -> str:
-    """The fastest setting whose planned peak is clearly below that of ``plan``, which was not enough; the global batch
-    stays."""
+    """The fastest setting with the same global batch whose planned peak is clearly below that of ``plan``."""
     request, most = plan.request, LESS * plan.memory.peak
     found = suggest(
         request.choice, request.zeros, request.gpus,
@@ -47,6 +46,6 @@ def less_memory(plan: Plan) -> str:
         nf4=not METHODS[request.model.adapter.method].not_over_nf4,
     )  # fmt: skip
     if not found:
-        return "nothing that trains the same needs less: more GPUs, zero_configs/zero3.json, or less --model_max_length"
+        return "no equivalent setting needs less: use more GPUs, zero_configs/zero3.json, or less --model_max_length"
     peak = request.memory(found[0].choice).peak
     return f"{as_flags(found[0].choice)} (planned {peak / GIB:.1f} GiB, now {plan.memory.peak / GIB:.1f})"

@@ -1,4 +1,4 @@
-"""Before a training loads its weights: what its plan says of the GPU that it is on."""
+"""The plan check of a training run for its GPU, before weights are loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
-from llava_moslora.devices import DEVICES, GIB
+from llava_moslora.devices import GIB, known_name
 from llava_moslora.distributed import from_all_ranks
 from llava_moslora.errors import Refusal
 from llava_moslora.planning.duration import MEASURED_ON
@@ -34,8 +34,8 @@ def plan_of_training(
 ) -> Plan:  # fmt: skip
     """The plan of a training on CUDA devices like ``device``, with ``memory`` bytes each.
 
-    Of a GPU that is not in ``devices.DEVICES`` the memory is planned all the same; ``--recompute auto`` then goes by
-    the order of an H100's times, whose workspaces are the largest.
+    For a GPU that is not in ``devices.DEVICES`` memory is planned too; ``--recompute auto`` then uses an H100's times
+    for the order, and its workspaces, which are the largest.
 
     Args:
         model: with its three parts named.
@@ -43,7 +43,7 @@ def plan_of_training(
         dataset: the prepared data. rows: of them that are trained on; None: all.
     """
     name = torch.cuda.get_device_properties(device).name
-    known = next((key for key in DEVICES if key in name), None)
+    known = known_name(name)
     asked = Asked(known or MEASURED_ON, gpus, tokens=1, labels=1)  # of the records: replaced below
     request = make_request(
         asked, model, data, adapter, training, training["gradient_accumulation_steps"], deepspeed, zeros={}
@@ -60,14 +60,14 @@ def check_plan(plan: Plan) -> str:
     """The plan's first line.
 
     Raises:
-        Refusal: M-PLAN, even the least that the plan may need is more than the GPU has.
+        Refusal: M-PLAN, even the lower bound of the plan is more than the GPU has.
     """
     if plan.fits is False:
         used, capacity = plan.memory, plan.request.capacity
         raise Refusal(
-            "M-PLAN", "the GPU's memory is not enough for this training", found=f"{capacity / GIB:.1f} GiB",
+            "M-PLAN", "the GPU's memory is not enough for this run", found=f"{capacity / GIB:.1f} GiB",
             expected=f"{used.low / GIB:.1f} GiB at least",
             fix="scripts/plan.py with the same flags and --suggest names settings that fit; "
-            "--no_plan_check starts all the same",
+            "--no_plan_check starts anyway",
         )  # fmt: skip
     return f"plan: {verdict(plan)}"

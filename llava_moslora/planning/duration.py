@@ -1,8 +1,7 @@
-"""How long a step takes: what the GPU computes, what Python needs to ask for it, the data path, and communication.
+"""Step time: GPU compute, Python's launch overhead, image loading, and communication.
 
-Nothing here is computed from first principles that was not measured: the share of a GPU's peak that a step reaches, and
-the time that Python needs per layer, are those of this package's rows in benchmarks/results on an H100. For another
-device they are assumptions, and every figure is a range.
+GPU utilisation (the share of peak FLOP/s) and Python's time per layer are taken from this package's measured rows in
+benchmarks/results on an H100. For another device they are assumptions, and every estimate is a range.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ FORWARD_AGAIN = 0.5  # of the model's FLOPs, with --recompute full
 NF4_SLOWER = 2039.54 / 1996.93  # zero1+full+4bit over zero1+full
 MEASURED_LAYERS = (23, 32)  # of vision tower and LLM
 PYTHON = {"none": 0.91971 / 55, "selective": 1.55035 / 55, "full": 1.99693 / 55}  # s per layer and micro-batch
-# What is left of Python's time since those rows: processor time of the same steps then and now, on a CPU, with a device
-# that computes nothing. Not measured on a GPU yet.
+# Fraction of Python's time that remains since those rows: processor time of the same steps then and now, on a CPU, with
+# a device that computes nothing. Not measured on a GPU yet.
 PYTHON_SINCE = {"none": 0.60, "selective": 0.44, "full": 0.65}
 # benchmarks/results/data.json: images per second and core
 IMAGES_PER_SECOND = {"pil": 225.8, "torch": 425.2}
@@ -71,7 +70,7 @@ class Duration:
 
     @property
     def limit(self) -> str:
-        """What the step waits for most."""
+        """The bottleneck of the step."""
         parts = {"the GPU": self.compute, "Python": self.python, "images": self.data}
         slowest = max(parts, key=lambda name: parts[name])
         return "communication" if self.communication > parts[slowest] else slowest

@@ -1,4 +1,4 @@
-"""Memory of one GPU by part, what it adds up to, and whether it fits."""
+"""Memory of one GPU by part, its total, and whether it fits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from llava_moslora.planning.activations import activations
 from llava_moslora.planning.setting import Batch, Choice, Model, Pair
 from llava_moslora.planning.states import ADAM_BYTES, States, count, states
 
-# What a process has on a GPU besides torch's allocator: the CUDA context with its kernels, and NCCL's buffers where
-# there are several ranks. Assumed, in GiB, from and to.
+# GPU memory of a process outside torch's allocator: the CUDA context with its kernels, and NCCL's buffers if there are
+# several ranks. Assumed, in GiB, from and to.
 CONTEXT = (0.5, 1.0)
 NCCL = (0.2, 0.8)
 # torch's allocator reserves more than it has allocated: on an H100 with expandable segments 0.9 to 2.3 % of the peak
-# (benchmarks/results); without them some per cent more, from the layout of what is free.
+# (benchmarks/results); without them some per cent more, from fragmentation.
 RESERVED = (1.0, 1.03)
 # The estimate of the allocator's peak is above what was measured, by at most this share (docs/planning.md).
 ABOVE = 0.08
@@ -23,7 +23,7 @@ ABOVE = 0.08
 
 @dataclass(frozen=True)
 class Part:
-    """A line of the table: bytes, and where the figure is from: counted, measured on meta, or assumed."""
+    """A row of the table: bytes, and their source: counted, measured on meta, or assumed."""
 
     name: str
     size: int
@@ -64,8 +64,8 @@ class Memory:
 def memory(
     model: Model, choice: Choice, batch: Batch, device: Device, gpus: int, state_bytes: int | None = ADAM_BYTES
 ) -> Memory:
-    """The peak is the larger of two moments: in forward and backward, with the activations and what works on them, and
-    in the optimizer's step, with gradients in float32 and no activations.
+    """The peak is the larger of two moments: in forward and backward, with activations and temporaries, and in the
+    optimizer's step, with float32 gradients and no activations.
 
     Args:
         batch: the largest micro-batch.
@@ -80,9 +80,9 @@ def memory(
         measured = "measured on meta"
         parts += [
             Part("batch", a.inputs, "counted"),
-            Part("kept by the vision tower", a.tower, measured),
-            Part("kept by the projector", a.projector, measured),
-            Part("kept by the LLM's layers", a.llm, measured),
+            Part("saved by the vision tower", a.tower, measured),
+            Part("saved by the projector", a.projector, measured),
+            Part("saved by the LLM's layers", a.llm, measured),
             Part(_working_name(a), a.working, measured),
         ]
         assert sum(part.size for part in parts[-5:]) == in_batch
@@ -103,7 +103,7 @@ def _state_parts(s: States, model: Model, choice: Choice) -> list[Part]:
         Part(f"frozen weights, {bits} bits", s.frozen, "counted"),
         Part("frozen weights, NF4", s.nf4, "counted"),
         Part(f"trained weights, {bits} bits", s.trained, "counted"),
-        Part("float32 masters" + stage, s.masters, "counted"),
+        Part("float32 master weights" + stage, s.masters, "counted"),
         Part("optimizer state" + stage, s.moments, "counted"),
         Part("gradients" + stage, s.gradients, "counted"),
         Part("communication and gathered weights", s.buffers, "counted"),

@@ -1,4 +1,4 @@
-"""A plan as one HTML page: a bar of the GPU's memory by part, and what the terminal shows beside it."""
+"""A plan as one HTML page: a bar of the GPU's memory by part, and the terminal output."""
 
 from __future__ import annotations
 

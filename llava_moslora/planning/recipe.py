@@ -1,4 +1,4 @@
-"""The flags that a recipe starts a training with: the script is run with launchers that only write them down."""
+"""The training flags of a recipe: the script is run with fake launchers that only record them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ json.dump({{"argv": sys.argv, "folder": os.getcwd()}}, open({answer!r}, "w"))
 
 @dataclass(frozen=True)
 class Call:
-    """How a recipe starts a training: flags, GPUs of all hosts where the launcher says it, and the folder it does so
-    in."""
+    """How a recipe starts training: flags, total GPUs of all hosts if the launcher states them, working directory."""
 
     flags: list[str]
     gpus: int | None
@@ -63,7 +62,7 @@ def read_recipe(script: Path, gpus: int | None) -> Call:
             raise Refusal("C-RECIPE", "cannot be run", file=script, found=error) from error
         if done.returncode or not answer.is_file():
             said = (done.stderr.strip().splitlines() or ["no launcher is called"])[-1]
-            what = "the recipe starts no training"
+            what = "the recipe does not start training"
             fix = f"give a script that calls {', '.join(LAUNCHERS[:2])} on scripts/{TRAINING}"
             raise Refusal("C-RECIPE", what, file=script, found=said, fix=fix)
         call = json.loads(answer.read_text())
@@ -71,8 +70,8 @@ def read_recipe(script: Path, gpus: int | None) -> Call:
     at = next((i for i, word in enumerate(words) if word.endswith(TRAINING)), None)
     if at is None:
         raise Refusal(
-            "C-RECIPE", "the recipe starts something else", file=script, found=" ".join(words[1:4]),
-            expected="train_vit_llm.py: no other training is planned",
+            "C-RECIPE", "the recipe starts another script", file=script, found=" ".join(words[1:4]),
+            expected="train_vit_llm.py: other scripts cannot be planned",
         )  # fmt: skip
     launcher, flags = words[:at], words[at + 1 :]
     return Call(flags, _gpus(launcher, script, Path(call["folder"]), given=gpus), Path(call["folder"]))

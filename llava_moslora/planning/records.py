@@ -1,4 +1,4 @@
-"""The records of a run as far as a plan needs them: tokens, images and labels, on average and in the largest batch."""
+"""Record statistics for a plan: tokens, images and labels, on average and in the largest batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from llava_moslora.models.flops import Flops
 from llava_moslora.planning.setting import Batch
 
 if TYPE_CHECKING:
-    from datasets import Dataset  # takes a second, and a plan may need none
+    from datasets import Dataset  # takes a second, and a plan may not need it
 
-TOKENS = 900  # of a record with an image, where nothing is known: 576 of the image and a text as LLaVA's
-TEXT_TOKENS = 128  # of a record of text alone, where nothing is known: as commonsense_170k's
+TOKENS = 900  # default for a record with an image: 576 tokens of the image and a text like LLaVA's
+TEXT_TOKENS = 128  # default for a text-only record: like commonsense_170k's
 PACKED = 1000  # micro-batches that are packed to find the largest
-LABELLED = 0.5  # of the tokens of the longest records, where nothing is known: long answers
+LABELLED = 0.5  # default share of labels in the longest records: long answers
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Records:
         count: in an epoch; None: unknown.
         tokens, pairs, labels, images: means per record; ``pairs`` of tokens squared.
         longest: tokens of the longest record. most_labels: of a record. most_images: of a row of a batch.
-        source: where these are from.
+        source: of these numbers.
         packed_to: tokens of a row at most, with --packing.
     """
 
@@ -58,8 +58,8 @@ class Records:
         )
 
     def largest_batch(self, micro_batch: int, accumulation: int, gpus: int) -> Batch:
-        """The most tokens, images and labels that a micro-batch has: of the sampler's real batches in the first epoch,
-        packed as they will be, or as if all its records were the longest. Kept: of 665K records it takes 0.2 s."""
+        """The largest micro-batch by tokens, images and labels: from the sampler's real batches in the first epoch,
+        packed as in training, or as if all its records were the longest. Cached: for 665K records it takes 0.2 s."""
         shape = (micro_batch, accumulation, gpus)
         if shape not in self._found:
             self._found[shape] = self._largest_batch(*shape)
@@ -90,7 +90,7 @@ class Records:
         )
 
     def _images(self, number: int) -> int:
-        """Of a batch: without any, a model with a vision tower computes a blank one."""
+        """Images of a batch: without any, a model with a vision tower computes a blank one."""
         return max(1, number) if self.vision else number
 
 
@@ -147,7 +147,7 @@ def of_dataset(
 def assumed(
     longest: int, count: int | None, tokens: int | None, images: int | None, labels: int | None, image_tokens: int
 ) -> Records:
-    """Where the data are not prepared: from flags, and assumptions in place of those not given.
+    """If the data are not prepared: from flags, and assumptions for those not given.
 
     Args:
         longest: ``--model_max_length``.

@@ -25,19 +25,19 @@ def verdict(plan: Plan) -> str:
     """One line: does it fit, how much of the card, how long, where the GPU's speed is known."""
     request = plan.request
     card = f"{request.gpus} × {request.stands_for or request.device_name} with {request.capacity / GIB:.1f} GiB"
-    time = "at a speed that is not known" if request.stands_for else _time(plan)
+    time = "speed unknown" if request.stands_for else _time(plan)
     return f"{FITS_WORDS[plan.fits]} on {card}: {_range(plan.memory)} a GPU, {time}"
 
 
 def chosen(plan: Plan) -> str:
-    """Of ``--recompute auto``, one line: the way that was chosen, its memory, and what the next faster one needs."""
+    """One line about ``--recompute auto``: the chosen mode, its memory, and what the next faster one needs."""
     request, used = plan.request, plan.memory
     way, capacity = request.choice.recompute, f"{request.capacity / GIB:.1f} GiB"
     needs = f"planned {_range(used)} of the GPU's {capacity}"
     if plan.fits is not True:
-        needs = f"because no way certainly fits; {needs}"
+        needs = f"because no mode certainly fits; {needs}"
     if plan.faster is None:
-        return f"--recompute auto: {way}, {needs}; no way is faster"
+        return f"--recompute auto: {way}, {needs}; no mode is faster"
     faster = request.memory(plan.faster)
     does_not = FITS_WORDS[faster.fits(request.capacity)]
     return f"--recompute auto: {way}, {needs}; {plan.faster.recompute}, the next faster, {does_not}: {_range(faster)}"
@@ -57,8 +57,8 @@ def text(plan: Plan, *, suggested: bool) -> str:
     whole = "█" * round(BAR * min(1, used.peak / request.capacity))
     lines += [
         f"  {PEAK:<34}{used.peak / GIB:>7.2f}  {whole:<{BAR}}  the sum",
-        f"  of the GPU in all: {used.low / GIB:.1f} to {used.high / GIB:.1f} (CUDA's context, fragmentation: "
-        f"{'as seen' if request.pairs else 'assumed'})",
+        f"  total on the GPU: {used.low / GIB:.1f} to {used.high / GIB:.1f} (CUDA's context, fragmentation: "
+        f"{'as measured' if request.pairs else 'assumed'})",
         f"  largest micro-batch that fits: {plan.largest or 'none'} (asked for: {request.choice.micro_batch})",
     ]
     batch, records = request.batch(request.choice), request.records
@@ -137,7 +137,7 @@ def _time_lines(plan: Plan) -> list[str]:
 
 def _suggestion_lines(plan: Plan) -> list[str]:
     if not plan.suggestions:
-        return ["nothing that trains the same fits: more GPUs, a smaller --model_max_length, or a smaller rank"]
+        return ["no equivalent setting fits: use more GPUs, a smaller --model_max_length, or a smaller rank"]
     lines = ["fastest that fits, with the same global batch:"]
     for candidate in plan.suggestions:
         used = plan.request.memory(candidate.choice)
@@ -145,5 +145,5 @@ def _suggestion_lines(plan: Plan) -> list[str]:
             f"  {candidate.seconds:.2f} s a step, peak {used.peak / GIB:.1f} GiB: {as_flags(candidate.choice)}"
         )
     if plan.suggestions[0].choice.bits != plan.request.choice.bits:
-        lines.append("  nothing fits in 16 bits; NF4 weights are rounded: losses are not the same")
+        lines.append("  nothing fits in 16 bits; NF4 rounds weights, so losses differ")
     return lines

@@ -1,4 +1,4 @@
-"""From the flags of a training, or a run's record, to what a plan is made of. Configurations are read, no weights."""
+"""Builds a plan's request from training flags or a run's run.json. Configurations are read, no weights."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llava_moslora.planning.states import ADAM_BYTES, STATE_BYTES
 from llava_moslora.text.templates import recognise_template
 from llava_moslora.text.tokenizer import load_tokenizer
 
-# Flags that change what is kept between forward and backward, in ways that are not counted
-COMPILED = "torch.compile decides itself what is kept and what is recomputed"
+# Flags that change what is saved between forward and backward in ways that the planner does not model
+COMPILED = "torch.compile itself decides what is saved and what is recomputed"
 NOT_COUNTED = {
     "torch_compile": COMPILED,
     "torch_compile_backend": COMPILED,
     "torch_compile_mode": COMPILED,
-    "use_liger_kernel": "what Liger's kernels keep is not counted",
+    "use_liger_kernel": "what Liger's kernels save is not modelled",
 }
 
 
@@ -114,7 +114,7 @@ def make_request(
 def check_counted(training: Mapping[str, Any], deepspeed: dict[str, Any] | None) -> None:
     """
     Raises:
-        Refusal: N-PLAN, a setting that decides about memory in a way that is not counted here.
+        Refusal: N-PLAN, a setting whose memory is not modelled here.
     """
     for flag, why in NOT_COUNTED.items():
         if (found := str(training.get(flag))) not in ("None", "False"):
@@ -122,25 +122,25 @@ def check_counted(training: Mapping[str, Any], deepspeed: dict[str, Any] | None)
     zero = (deepspeed or {}).get("zero_optimization", {})
     for block in ("offload_optimizer", "offload_param"):
         if zero.get(block, {}).get("device") == "nvme":
-            why = "what stays in the host's memory beside the disk is not counted"
+            why = "host memory used next to the disk is not modelled"
             key = f"--deepspeed {training.get('deepspeed')}: zero_optimization.{block}.device"
             raise _not_counted(why, key, "nvme", 'plan with "cpu", which needs more of the host')
 
 
 def optimizer_of(training: Mapping[str, Any]) -> str:
-    """``--optim``, where it is not given the Trainer's own."""
+    """``--optim``, by default the Trainer's."""
     given = training.get("optim") or "adamw_torch_fused"
     return str(getattr(given, "value", given))
 
 
 def _not_counted(why: str, key: str, found: str, fix: str) -> Refusal:
-    return Refusal("N-PLAN", f"the planner cannot say: {why}", key=key, found=found, fix=fix)
+    return Refusal("N-PLAN", f"not supported by the planner: {why}", key=key, found=found, fix=fix)
 
 
 def _zeros(
     choice: Choice, files: Mapping[str, dict[str, Any]], training: Mapping[str, Any], optimizer: str, method: str
 ) -> tuple[tuple[str | None, Zero], ...]:
-    """The DeepSpeed files that go with the flags, that of the flags first."""
+    """The DeepSpeed files that are compatible with the flags, that of the flags first."""
     own: tuple[tuple[str | None, Zero], ...] = ((choice.zero_file, choice.zero),)
     if choice.zero.stage is None or STATE_BYTES[optimizer] != ADAM_BYTES:  # some cannot be partitioned
         return own
@@ -185,7 +185,7 @@ def _prepared(
     try:
         tokenizer = load_tokenizer(model.model_name_or_path, images=not model.text_only)
         template = model.version or recognise_template(tokenizer)
-    except Refusal:  # a folder with config.json alone: enough for a plan, not for a key of the cache
+    except Refusal:  # a folder with only config.json: enough for a plan, but not for the cache key
         return None
     dataset = find_prepared(data, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens)
     if dataset is None:

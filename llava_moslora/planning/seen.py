@@ -1,7 +1,6 @@
-"""What a training's plan said beside what its first steps were: written into the run folder, read by later plans.
+"""A run's plan next to measurements of its first steps: written into the run folder, used by later plans.
 
-Memory and time are rank 0's: ranks are alike. A CPU has no allocator that tells its peak, and no plan: there only the
-time is kept.
+Memory and time are rank 0's: ranks are alike. On a CPU, without an allocator peak and a plan, only the time is saved.
 """
 
 from __future__ import annotations
@@ -22,21 +21,21 @@ from llava_moslora.planning.plan import Plan
 from llava_moslora.planning.setting import Pair
 
 PLAN = "plan.json"
-PLANNER = 2  # grows when plans of the same setting change: a run is only set beside plans of its own time
-STEPS, WARM_UP = 20, 5  # steps of a start that are watched; the first ones compile kernels and fill the allocator
+PLANNER = 2  # incremented when plans of the same setting change: a run is only compared with plans of the same version
+STEPS, WARM_UP = 20, 5  # measured steps after a start; the first ones compile kernels and fill the allocator
 
 
 class SeenSteps(TrainerCallback):
-    """After ``STEPS`` steps of a start: prints planned against seen and writes both into ``plan.json``, on rank 0.
+    """After ``STEPS`` steps: prints planned against measured values and writes both into ``plan.json``, on rank 0.
 
     Args:
         run: the run folder.
-        plan: of this training; None where there is none.
+        plan: of this run, or None.
     """
 
     def __init__(self, run: Path, plan: Plan | None):
         self.run, self.plan = run, plan
-        self.ends: list[float] = []  # of steps, by the clock
+        self.ends: list[float] = []  # wall-clock seconds of steps
 
     def on_train_begin(self, args, state, control, **_):
         self.ends = [time.monotonic()]
@@ -47,7 +46,7 @@ class SeenSteps(TrainerCallback):
         self.ends.append(time.monotonic())
         if len(self.ends) <= STEPS:
             return
-        # a median: of the steps some also saved or evaluated
+        # the median, because some steps also saved or evaluated
         steps = [after - before for before, after in zip(self.ends[WARM_UP:], self.ends[WARM_UP + 1 :], strict=False)]
         pair = {"planned": planned(self.plan), "seen": {"step_seconds": statistics.median(steps)} | memory(args.device)}
         replace_json(self.run / PLAN, pair | {"steps": [state.global_step - STEPS + 1, state.global_step]})
@@ -55,7 +54,7 @@ class SeenSteps(TrainerCallback):
 
 
 def planned(plan: Plan | None) -> dict[str, Any] | None:
-    """The part of ``plan`` that can be seen; sizes in bytes."""
+    """The part of ``plan`` that can be measured; sizes in bytes."""
     if plan is None:
         return None
     request = plan.request
@@ -71,7 +70,7 @@ def planned(plan: Plan | None) -> dict[str, Any] | None:
 
 
 def memory(device: torch.device) -> dict[str, Any]:
-    """What torch's allocator had at most, and what the GPU's memory holds beyond that, in bytes; of a CPU its name."""
+    """Peak of torch's allocator, and GPU memory in use beyond it, in bytes; for a CPU only its name."""
     if device.type != "cuda":
         return {"device": device.type}
     free, total = torch.cuda.mem_get_info(device)
@@ -93,7 +92,7 @@ def line(pair: dict[str, Any]) -> str:
         last += f", peak {seen['peak_allocated'] / GIB:.1f} GiB"
         last += "" if said is None else f" (planned {said['peak'] / GIB:.1f})"
     else:
-        last += f"; a {seen['device']} tells no peak of its memory"
+        last += f"; a {seen['device']} has no memory statistics"
     return f"{last}; kept in {PLAN}"
 
 
@@ -116,5 +115,5 @@ def read_pair(run: Path) -> Pair | None:
             time=seen["step_seconds"] / said["step_seconds"],
         )  # fmt: skip
     except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
-        fix = "delete it: the next start of the run writes it again"
+        fix = "delete it: it is written again when the run starts"
         raise Refusal("K-JSON", "not the plan of a run", file=run / PLAN, found=error, fix=fix) from error

@@ -1,4 +1,4 @@
-"""What a plan is made for: the model, the largest micro-batch, and the choices that a plan may change.
+"""The setting of a plan: the model, the largest micro-batch, and the options that a plan may change.
 
 No flag is read here and no file: :mod:`llava_moslora.planning.request` makes these from the flags of a training.
 """
@@ -19,7 +19,7 @@ class Model:
     """The parts and what is trained in them; compared by identity, because configurations cannot be hashed.
 
     Args:
-        vision_config: None: an LLM alone.
+        vision_config: None: text only.
         dtype: of the weights in memory.
         bits: 4: NF4 linears in the LLM's layers.
         attention: ``--attn_implementation``.
@@ -51,7 +51,7 @@ class Model:
 
     @property
     def tower_layers(self) -> int:
-        """Without the last one, whose output LLaVA does not read."""
+        """Without the last one, whose output LLaVA does not use."""
         return 0 if self.vision_config is None else self.vision_config.num_hidden_layers - 1
 
     @property
@@ -76,7 +76,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Zero:
-    """What of DeepSpeed's configuration decides about memory. Sizes are numbers of elements.
+    """The part of DeepSpeed's configuration that affects memory. Sizes are numbers of elements.
 
     Args:
         stage: None without DeepSpeed.
@@ -123,7 +123,7 @@ class Zero:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a plan may change without changing what is computed.
+    """Options that a plan may change without changing the result.
 
     Args:
         micro_batch: records per GPU at a time. accumulation: micro-batches per optimizer step.
@@ -142,11 +142,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Pair:
-    """How a run's first steps were against its plan.
+    """Measurements of a run's first steps relative to its plan.
 
     Args:
         run: its folder. gpu: a key of ``devices.DEVICES``. recompute, bits: of its setting.
-        memory: what the allocator reserved at most, as a share of the planned peak.
+        memory: peak reserved by the allocator, as a share of the planned peak.
         outside: bytes of the GPU's memory beyond the allocator's: CUDA's context and NCCL.
         time: seconds of a step, as a share of the planned ones.
     """

@@ -41,9 +41,9 @@ class Counts:
         frozen: that are kept in the model's dtype, of all parts.
         nf4: (numbers, ...) of each weight that is kept in NF4.
         trained: of adapters and projector. factored: of Adafactor's state for them.
-        merged: of the model that an export writes: no adapters, and not the projector as it was loaded, which PEFT
-            keeps beside the trained copy.
-        sizes: of each parameter that is not in NF4: ZeRO-3 leaves small ones whole.
+        merged: of the model that an export writes: no adapters, and not the original projector, which PEFT keeps next
+            to the trained copy.
+        sizes: of each parameter that is not in NF4: ZeRO-3 does not partition small ones.
     """
 
     frozen: int
@@ -79,7 +79,7 @@ def count(model: Model) -> Counts:
 
 
 def _quantised(llm: nn.Module) -> dict[int, int]:
-    """Of the weights that ``models.llm.load_llm`` quantises, every linear's but those of adapters: id → numbers."""
+    """Weights that ``models.llm.load_llm`` quantises, all linear layers except adapters: id → number of elements."""
     adapters = {id(m) for parent in llm.modules() if isinstance(parent, nn.ModuleDict) for m in parent.modules()}
     linears = [m for m in llm.modules() if isinstance(m, nn.Linear) and id(m) not in adapters]
     return {id(linear.weight): linear.weight.numel() for linear in linears}
@@ -103,7 +103,7 @@ class States:
         masters, moments: float32 copies of those, optimizer state.
         gradients: kept until the optimizer's step.
         buffers: for communication, and what ZeRO-3 gathers.
-        in_step: at most, beyond all others, in the optimizer's step, when no activation is alive.
+        in_step: peak beyond all others in the optimizer's step, when no activation is alive.
         host: offloaded, pinned.
     """
 

@@ -1,4 +1,4 @@
-"""The fastest setting that fits, among those that train the same: the same global batch, the same records per step."""
+"""The fastest setting that fits, among equivalent ones: the same global batch, the same records per step."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def suggest(
     *,
     nf4: bool = True,
 ) -> list[Candidate]:
-    """The fastest setting that fits, and the next ones that recompute in another way; of equally fast ones that with
-    the smaller micro-batch, and then the first in ``zeros``.
+    """The fastest setting that fits, and the next ones with other values of ``--recompute``; in a tie the smaller
+    micro-batch, and then the first in ``zeros``.
 
-    For each way to recompute and each DeepSpeed file the largest micro-batch that fits is found by bisection, because
-    memory only grows with the micro-batch; smaller ones are taken only where they are not slower. NF4, which changes
-    what is computed, is tried only where nothing fits in 16 bits.
+    For each value of ``--recompute`` and each DeepSpeed file the largest micro-batch that fits is found by bisection,
+    because memory grows monotonically with it; smaller ones are used only if they are not slower. NF4, which changes
+    the result, is tried only if nothing fits in 16 bits.
 
     Args:
-        now: as the flags are; its global batch is kept.
+        now: the setting of the flags; its global batch is kept.
         zeros: DeepSpeed files to choose from, with what they say.
         fits: whether a setting certainly fits.
         seconds: of an optimizer step.
@@ -73,8 +73,8 @@ def suggest(
 def fastest_recompute(
     now: Choice, fits: Callable[[Choice], bool], seconds: Callable[[Choice], float]
 ) -> tuple[Choice, Choice | None]:
-    """``now`` with the fastest way to recompute that fits, where none does with full; and with the next faster way,
-    which does not fit, None where there is none. Of equally fast ways the first in ``RECOMPUTE`` comes first.
+    """``now`` with the fastest ``--recompute`` that fits, or full if none does; and with the next faster one, which
+    does not fit, or None. In a tie the first in ``RECOMPUTE`` comes first.
 
     Args:
         fits, seconds: as for :func:`suggest`.
@@ -100,7 +100,7 @@ def _count_fitting(choices: Sequence[Choice], fits: Callable[[Choice], bool]) ->
 
 
 def largest_micro_batch(now: Choice, fits: Callable[[Choice], bool], most: int = 4096) -> int:
-    """The most records per GPU with which ``now`` fits, whatever the global batch; 0 where not even one does."""
+    """The largest number of records per GPU with which ``now`` fits, whatever the global batch; 0 if none does."""
     low, high = 0, 1
     while high <= most and fits(replace(now, micro_batch=high)):
         low, high = high, 2 * high

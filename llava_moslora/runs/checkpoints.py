@@ -41,7 +41,7 @@ def _verifies(folder: Path, read_manifest: Callable[[Path], dict]) -> bool:
 def _check_step(folder: Path, manifest: dict) -> None:
     if manifest.get("step") != step_of(folder):
         raise Refusal(
-            "K-STEP", "a checkpoint under the name of another step: renamed or copied", file=folder,
+            "K-STEP", "the checkpoint's name and step disagree: it was renamed or copied", file=folder,
             found=f"step {manifest.get('step')} in its {MANIFEST}", expected=f"step {step_of(folder)}",
             fix=f"rename it to checkpoint-{manifest.get('step')}, or move it out of the run folder",
         )  # fmt: skip
@@ -65,7 +65,7 @@ def newest_valid(run: Path) -> tuple[Path | None, list[Refusal]]:
     """The newest checkpoint whose manifest and hashes verify, or None; and why newer ones, which stay, were skipped.
 
     Raises:
-        Refusal: K-STEP, the newest that verifies was renamed or copied; using an older one would be a surprise.
+        Refusal: K-STEP, the newest that verifies was renamed or copied; silently using an older one would be wrong.
     """
     skipped = []
     for folder in checkpoints(run):
@@ -88,14 +88,14 @@ def newest_checkpoint(run: Path) -> Path:
     checkpoint, skipped = newest_valid(run)
     if checkpoint is None:
         found = "; ".join(refusal.line() for refusal in skipped) or "none at all"
-        fix = "let the training reach its first --save_steps, or its end"
+        fix = "wait until training reaches its first --save_steps, or its end"
         raise Refusal("K-NONE", "the run has no valid checkpoint", file=run, found=found, fix=fix)
     check_seed(read_run(run, None), checkpoint, read_facts(checkpoint))
     return checkpoint
 
 
 def model_checkpoint(run: Path, which: str | None = None) -> Path:
-    """The valid checkpoint that is a run's model, also while the run is trained.
+    """The valid checkpoint that is a run's model, also during training.
 
     Args:
         which: :data:`NEWEST`, :data:`BEST` (by validation) or a step, as ``40`` or ``checkpoint-40``; None: the best of
@@ -110,7 +110,7 @@ def model_checkpoint(run: Path, which: str | None = None) -> Path:
             return _model_checkpoint(run, which)
         except (FileNotFoundError, Refusal):
             if checkpoints(run) == before:
-                raise  # else one was pruned while it was read, and there is a newer one
+                raise  # otherwise one was pruned while it was read, and there is a newer one
     return _model_checkpoint(run, which)
 
 
@@ -134,7 +134,7 @@ def _model_checkpoint(run: Path, which: str | None) -> Path:
         code = "K-NONE" if which == BEST else "C-FLAG"  # the best may just have been pruned, for a better one
         raise Refusal(
             code, "there is no such checkpoint", file=run, key="--checkpoint", found=name,
-            expected=" ".join(path.name for path in checkpoints(run)), fix=f"one of those, or {NEWEST}",
+            expected=" ".join(path.name for path in checkpoints(run)), fix=f"one of these, or {NEWEST}",
         )  # fmt: skip
     manifest = verify_manifest(folder)
     _check_step(folder, manifest)
@@ -145,8 +145,8 @@ def _model_checkpoint(run: Path, which: str | None) -> Path:
 def prune(run: Path, keep: int, best: int | None = None) -> None:
     """Delete all but the newest ``keep`` valid checkpoints, at least two: the newest may still turn out damaged.
 
-    A damaged checkpoint does not count as kept, and one whose manifest cannot be read (damaged, or written by another
-    version of this package) stays, as does that of step ``best``.
+    A damaged checkpoint does not count towards ``keep``; one whose manifest cannot be read (damaged, or written by
+    another version of this package) and that of step ``best`` are not deleted.
     """
     finished = [folder for folder in checkpoints(run) if _verifies(folder, read_facts)]  # the manifest, not the files
     if len(finished) <= max(keep, 2):

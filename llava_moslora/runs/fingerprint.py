@@ -1,4 +1,4 @@
-"""Fingerprints of a run's base: resuming, exporting and answering need the base that the run was trained on."""
+"""Fingerprints of a run's base models: resuming, export and inference need the base that the run was trained on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def base_fingerprints(model: ModelSettings) -> dict[str, dict[str, str]]:
-    """Of the three parts that a run begins from, as every checkpoint's manifest records them; of a run on text alone,
-    two of them are ``none``."""
+    """Fingerprints of the three parts that a run starts from, as recorded in every checkpoint's manifest; for a
+    text-only run two of them are ``none``."""
     return {
         "llm": fingerprint(model.model_name_or_path),
         "vision_tower": fingerprint(model.vision_tower or "none"),
@@ -29,7 +29,7 @@ def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None
 
     Args:
         part: of the base, as the manifest calls it: ``llm``, ``vision_tower`` or ``projector``.
-        flag: by which the user chose ``source``; None: run.json names it.
+        flag: with which the user chose ``source``; None: it is from run.json.
 
     Raises:
         Refusal: K-BASE; K-MANIFEST, the checkpoint does not say what it was trained on.
@@ -37,7 +37,7 @@ def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None
     manifest = read_facts(checkpoint)
     if part not in manifest:
         raise Refusal(
-            "K-MANIFEST", "the checkpoint does not say which base it belongs to", file=checkpoint / MANIFEST,
+            "K-MANIFEST", "the checkpoint does not record its base", file=checkpoint / MANIFEST,
             key=part, fix="use a checkpoint that scripts/train_vit_llm.py wrote",
         )  # fmt: skip
     recorded, now = manifest[part], fingerprint(source)
@@ -53,7 +53,7 @@ def check_base(source: str | Path, checkpoint: Path, part: str, flag: str | None
 
 
 def fingerprint(source: str | Path) -> dict[str, str]:
-    """File name → hash, of a file or of a model folder of any size within a second; the path is not part of it.
+    """File name → hash, for a file or a model folder, within a second whatever the size; the path is not part of it.
 
     JSON and SentencePiece files are hashed in full; of each weight file, its size and 64 samples, which differ
     between models of the same shape. ``open_clip:ARCH@FILE`` and ``open_clip:FOLDER`` have the fingerprint of the file

@@ -29,9 +29,9 @@ from llava_moslora.runs.output_dir import DATA_REPORT, check_output, files_of_ru
 from llava_moslora.runs.paths import located, same_paths
 from llava_moslora.runs.record import KINDS, RUN, TOKENIZER, RunRecord, RunSettings, check_seed, read_run, write_run
 
-SET_ASIDE = ".aside"  # suffix of folders that a replaced run waits in
+SET_ASIDE = ".aside"  # suffix of folders that hold a run that is being replaced
 
-# Of the Trainer's many settings, those that change what is computed.
+# The Trainer's settings that change what is computed.
 TRAINING = (
     *("learning_rate", "vision_lr", "mm_projector_lr", "mixer_lr", "weight_decay", "max_grad_norm"),
     *("lora_plus_ratio", "riemannian"),
@@ -44,10 +44,10 @@ TRAINING = (
 
 
 def check_resume(training: TrainingSettings, settings: RunSettings, fingerprints: dict[str, Any]) -> None:
-    """With ``resume``: refuse, before any weights are loaded, a call that differs from the run in ``output_dir``.
+    """With ``resume``: refuse, before any weights are loaded, settings that differ from the run in ``output_dir``.
 
-    Takes no lock and reads no weight: what a damaged or just deleted checkpoint means is left to :func:`open_run`. May
-    be asked before the data are read, without their fingerprints. Only rank 0 looks.
+    Takes no lock and reads no weights: damaged or just deleted checkpoints are handled by :func:`open_run`. May be
+    called before the data are read, without their fingerprints. Only rank 0 looks.
 
     Raises:
         Refusal: K-CHANGED, as :func:`open_run`; K-RUN, run.json is damaged.
@@ -70,7 +70,7 @@ def open_run(
     fingerprints: dict[str, Any],
     inputs: Iterable[tuple[str, Path]] = (),
 ) -> tuple[FileLock, Path | None]:
-    """Lock ``output_dir``; return the lock and the checkpoint to resume from, None for a run that begins.
+    """Lock ``output_dir``; return the lock and the checkpoint to resume from, None for a new run.
 
     This loads no weights and changes nothing of a run in the folder (:func:`begin_run` replaces it).
 
@@ -89,7 +89,7 @@ def open_run(
     try:
         for aside in run.glob(f".*{SET_ASIDE}"):  # a process was killed while it replaced a run
             _put_back(run, aside)
-        check_output(training, inputs)  # another process may have been faster
+        check_output(training, inputs)  # another process may have come first
         checkpoint = None
         if training.resume and has_begun(run):
             checkpoint, skipped = _checkpoint_to_resume(run, settings, fingerprints, training.allow_change)
@@ -110,9 +110,9 @@ def _checkpoint_to_resume(
     checkpoint, skipped = newest_valid(run)
     if checkpoint is None and skipped:
         raise Refusal(
-            "K-NONE", "no checkpoint of this run is valid, and beginning at step 1 would replace them", file=run,
+            "K-NONE", "no checkpoint of this run is valid, and restarting at step 1 would replace them", file=run,
             found="; ".join(refusal.line() for refusal in skipped),
-            fix="put a copy of one back, or choose another --output_dir; --overwrite True deletes this run",
+            fix="restore a copy of one, or choose another --output_dir; --overwrite True deletes this run",
         )  # fmt: skip
     facts = None
     if checkpoint is not None:
@@ -134,15 +134,15 @@ def _refuse_changes(
         shown = {name: only_differing(*both) for name, both in changed.items()}
         unread = ["data"] if "data_path" in changed and "data" not in fingerprints else []  # of other files they differ
         raise Refusal(
-            "K-CHANGED", "this call differs from the run that it would resume", file=run, key=", ".join(changed),
+            "K-CHANGED", "the settings differ from those of the run to resume", file=run, key=", ".join(changed),
             found="; ".join(f"{name} {now}" for name, (_, now) in shown.items()),
             expected="; ".join(f"{name} {then}" for name, (then, _) in shown.items()),
-            fix=f"give the run's own values, or --allow_change {' '.join([*changed, *unread])}",
+            fix=f"use the run's values, or --allow_change {' '.join([*changed, *unread])}",
         )  # fmt: skip
 
 
 def only_differing(then: object, now: object) -> tuple[object, object]:
-    """Two values without what is equal in both, if they are mappings, such as file → hash."""
+    """Two values without their equal items, if they are mappings, such as file → hash."""
     if not (isinstance(then, dict) and isinstance(now, dict)):
         return then, now
     names = [name for name in then | now if then.get(name) != now.get(name)]
@@ -150,7 +150,7 @@ def only_differing(then: object, now: object) -> tuple[object, object]:
 
 
 def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
-    """Settings that decide what is computed and differ: name → (then, now)."""
+    """Settings that affect the computation and differ: name → (then, now)."""
     both: dict[str, tuple[Any, Any]] = {name: (value, None) for name, value in then.unknown.items()}
     kind = KINDS[now.kind]
     for group, group_class in kind.groups.items():
@@ -159,7 +159,7 @@ def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
         for name in (f.name for f in fields(group_class) if f.name not in kind.free[group] | same):
             both[name] = getattr(old, name), getattr(new, name)
     both |= {name: (then.training_value(name), now.training_value(name)) for name in TRAINING}
-    both["global_batch_size"] = then.global_batch_size, now.global_batch_size  # however ranks and accumulation split it
+    both["global_batch_size"] = then.global_batch_size, now.global_batch_size  # however it is split
     return {name: (old, new) for name, (old, new) in both.items() if old != new}
 
 
@@ -174,7 +174,7 @@ def write_first_files(
     is resumed, only the first two, again.
 
     Args:
-        tokenizer: None where the run has none of its own.
+        tokenizer: None if the run has none.
         report: as for :func:`begin_run`. inputs: as for :func:`open_run`.
 
     Raises:
@@ -195,7 +195,7 @@ def write_first_files(
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, run: Path) -> None:
-    """Each file is the old one or the new one, also when the disk is full: the run's export needs them."""
+    """Each file is the old or the new one, even if the disk is full: the run's export needs them."""
     with TemporaryDirectory(dir=run, prefix=".", suffix=".staging") as staging:
         tokenizer.save_pretrained(staging)
         (run / TOKENIZER).mkdir(exist_ok=True)
@@ -207,11 +207,11 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, run: Path) -> None:
 def begin_run(run: Path, record: Callable[[Path], None], report: Callable[[Path], object]) -> None:
     """Write the first files of a new run into a locked folder, in place of the run that may be there.
 
-    The old run is set aside by renaming and deleted last. If this fails in between, it is put back; after a kill, by
-    the next process that opens the folder.
+    The old run is moved aside by renaming and deleted last. If this fails in between, it is moved back; after a kill,
+    by the next process that opens the folder.
 
     Args:
-        record: called with ``run``; writes what is known of the run, ``run.json`` first.
+        record: called with ``run``; writes the run's first files, ``run.json`` first.
         report: called first, with a folder to write the report about the data into. It reads images, and may refuse.
     """
     with TemporaryDirectory(dir=run, prefix=".", suffix=".staging") as staging:
@@ -235,7 +235,7 @@ def _set_aside(run: Path) -> Path:
     aside = run / f".{secrets.token_hex(4)}{SET_ASIDE}"
     aside.mkdir()
     try:
-        for path in sorted(files_of_run(run), key=lambda path: path.name == RUN):  # as long as it is there, it is a run
+        for path in sorted(files_of_run(run), key=lambda path: path.name == RUN):  # run.json last
             os.rename(path, aside / path.name)
     except BaseException:
         _put_back(run, aside)
@@ -265,10 +265,10 @@ def checkpoint_bytes(trained: int) -> int:
 
 
 def check_shared(run: Path, patience: float = 15) -> None:
-    """Check that every rank sees the folder that rank 0 made: all write their parts of a checkpoint there. Collective.
+    """Check that every rank sees the folder that rank 0 created, into which all write a checkpoint. Collective.
 
     Raises:
-        Refusal: C-SHARED on all ranks, where one does not see it (several hosts without a common file system).
+        Refusal: C-SHARED on all ranks, if one does not see it (several hosts without a shared file system).
     """
     file = run / str(from_rank_0(f".seen-{secrets.token_hex(4)}"))
     if rank() == 0:
@@ -276,7 +276,7 @@ def check_shared(run: Path, patience: float = 15) -> None:
     asked = time.monotonic()
     from_all_ranks(None)  # no rank looks before it is there
     while not (seen := file.exists()) and time.monotonic() < asked + patience:
-        time.sleep(0.5)  # a network file system may answer from its cache
+        time.sleep(0.5)  # a network file system may return cached results
     without = [number for number, sees in enumerate(from_all_ranks(seen)) if not sees]
     if rank() == 0:
         file.unlink()

@@ -15,7 +15,7 @@ METRICS_FILE = "metrics.jsonl"
 def append_row(file: Path, row: dict) -> None:
     """Append one row in one write, so that a kill leaves at most one unfinished line, at the end.
 
-    JSON has no NaN and no Inf (fp16's search for a loss scale logs gradient norms of Inf): they are written as text.
+    JSON has no NaN or Inf (with fp16, loss scaling logs gradient norms of Inf): they are written as text.
     """
     row = {name: str(v) if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
     with naming(file), file.open("a", encoding="utf-8") as stream:
@@ -23,8 +23,8 @@ def append_row(file: Path, row: dict) -> None:
 
 
 def read_rows(file: Path) -> list[dict]:
-    """The rows of a file that :func:`append_row` wrote. A line that a kill left unfinished is skipped, and so is a
-    damaged one: a log that lost a line stops nothing."""
+    """The rows of a file that :func:`append_row` wrote. Unfinished (after a kill) and damaged lines are skipped: a lost
+    log line must not stop anything."""
     return _read(file)[0]
 
 
@@ -46,7 +46,7 @@ def _parse(line: str) -> dict | None:
 
 
 def delete_rows_after(file: Path, step: int) -> None:
-    """Delete the rows of later steps, all at once: a kill leaves the old file or the new one."""
+    """Delete the rows of later steps, atomically: a kill leaves the old file or the new one."""
     if not file.is_file():
         return
     rows, damaged = _read(file)

@@ -1,6 +1,6 @@
-"""What may be in ``--output_dir`` when a run begins or is resumed there.
+"""Checks the content of ``--output_dir`` when a run begins or is resumed there.
 
-A file that no run writes is never deleted: next to a run's own files it stays, inside a run's folders it is refused.
+A file that no run writes is never deleted: next to a run's own files it is kept, inside a run's folders it is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def check_output(
     Args:
         training: its ``output_dir``, and whether a run there is to be resumed or deleted.
         inputs: by flag, what this training reads (:func:`llava_moslora.training.arguments.input_paths`).
-        data: whose cache of tokenised data must not lie in the run folder.
+        data: whose cache must not be in the run folder.
 
     Raises:
         Refusal: C-OUTPUT, it is no folder, cannot be written to, or holds something that is neither to be resumed nor
@@ -64,7 +64,7 @@ def check_output(
             raise _refusal("not a folder", run, fix="choose another path")
     if data is not None and _lies_in(Path(data.data_cache), run):
         raise Refusal(
-            "C-OUTPUT", "the data cache lies in the run folder", file=data.data_cache, key="--data_cache",
+            "C-OUTPUT", "the data cache is in the run folder", file=data.data_cache, key="--data_cache",
             fix="choose another --data_cache; several runs on the same data share it",
         )  # fmt: skip
     if place.is_dir():
@@ -118,7 +118,7 @@ def _check_content(run: Path, resume: bool, overwrite: bool, inputs: Iterable[tu
         _check_no_run(run, resume, overwrite)
         return
     if not is_run(run):
-        raise _refusal(f"{RUN} is not the record of a run of this package", run, fix="choose another folder")
+        raise _refusal(f"{RUN} is not a record of this package's runs", run, fix="choose another folder")
     if overwrite or not has_begun(run):
         _check_replaceable(run, inputs, [run] if overwrite else files_of_run(run))
     elif not resume:
@@ -130,7 +130,7 @@ def _check_content(run: Path, resume: bool, overwrite: bool, inputs: Iterable[tu
 
 def _check_no_run(run: Path, resume: bool, overwrite: bool) -> None:
     """A folder without a run: a new one may begin next to a job's log; next to other files only with ``resume``, which
-    means this folder and no other; never where it would mix with a checkpoint, an export or the rest of a run."""
+    refers to exactly this folder; never if it would mix with a checkpoint, an export or the remains of a run."""
     ours = [*files_of_run(run), *(run / name for name in (MANIFEST, EXPORT) if (run / name).exists())]
     others = [path for path in _content(run) if not _is_job_log(path)]
     if not ours and (resume or not others):
@@ -146,29 +146,29 @@ def _check_replaceable(run: Path, inputs: Iterable[tuple[str, Path]], places: li
     strange = [path for own in files_of_run(run) for path in _files(own) if not WRITTEN.fullmatch(_relative(path, run))]
     if strange:
         raise _refusal(
-            "files that no run writes lie among those to be deleted", run,
+            "the run to be deleted contains files that no run writes", run,
             found=", ".join(_relative(path, run) for path in strange[:5]), fix="move them elsewhere",
         )  # fmt: skip
     for flag, path in inputs:
         if any(_lies_in(path, place) for place in places):
             raise Refusal(
-                "C-OUTPUT", "an input lies in the run folder that is to be replaced", file=path, key=flag,
+                "C-OUTPUT", "an input is in the run folder that is to be replaced", file=path, key=flag,
                 fix="move it elsewhere, or choose another --output_dir",
             )  # fmt: skip
 
 
 def files_of_run(run: Path) -> list[Path]:
-    """The files and folders, directly in ``run``, that have a name which a run gives."""
+    """The files and folders directly in ``run`` whose name is one that a run writes."""
     return [p for p in run.iterdir() if NAMES.fullmatch(p.name) or CHECKPOINT.fullmatch(p.name)]
 
 
 def has_begun(run: Path) -> bool:
-    """Whether ``run`` holds a run that saved or logged a step; one that did neither can be begun again."""
+    """Whether ``run`` contains a run that saved or logged a step; one that did neither can be restarted."""
     return (run / RUN).is_file() and bool(checkpoints(run) or read_rows(run / METRICS_FILE))
 
 
 def _content(run: Path) -> list[Path]:
-    """What is in the folder, except the lock and files that a killed process had not finished."""
+    """The folder's content, except the lock and unfinished files of a killed process."""
     return [p for p in run.iterdir() if not p.name.startswith(".")]
 
 
@@ -180,7 +180,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _is_job_log(path: Path) -> bool:
-    """A log, or a folder of nothing else."""
+    """Whether it is a log, or a folder with nothing else."""
     if path.is_dir() and not path.is_symlink():
         files = _files(path)
         return bool(files) and all(JOB_LOG.fullmatch(file.name) for file in files)

@@ -1,5 +1,5 @@
-"""Paths among a run's settings. ``run.json`` has them as they were given, and the folder that the run was started in,
-which relative ones are from: a run is resumed, exported and asked from any folder."""
+"""Paths in a run's settings. ``run.json`` has them as they were given, and the directory that the run was started in,
+which relative ones refer to: a run can be resumed, exported and evaluated from any directory."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def located(settings: Any, folder: str | None) -> Any:
     """A copy of model or data ``settings`` with absolute paths.
 
     Args:
-        folder: which relative paths are from; None (of a run that an earlier version started): the current folder. The
-            current folder also counts for a file that is in it and no longer in ``folder``, as after a move of a whole
-            project.
+        folder: the base of relative paths; None (for a run of an earlier version): the current directory. The current
+            directory is also used for a file that is in it and no longer in ``folder``, as after a whole project was
+            moved.
     """
     given = {name: getattr(settings, name) for name in PATHS if getattr(settings, name, None)}
     return replace(settings, **{name: _located(name, value, folder) for name, value in given.items()})
@@ -44,7 +44,7 @@ def _located(name: str, value: Any, folder: str | None) -> Any:
 
 
 def _parts(name: str, value: str, folder: str | None = None) -> tuple[str, str]:
-    """What stands before a path, and the path: ``open_clip:ARCH@FILE``; ``NAME=FILE`` of validation data, unless a file
+    """The prefix of a path, and the path: ``open_clip:ARCH@FILE``; ``NAME=FILE`` of validation data, unless a file
     here or in ``folder`` has all of that as its name."""
     if name == "vision_tower" and value.startswith(OPEN_CLIP):
         path = value.removeprefix(OPEN_CLIP)
@@ -64,7 +64,7 @@ def _exists(path: str) -> bool:
 
 
 def same_paths(one: Any, other: Any) -> set[str]:
-    """The settings that lead to the same files in both of two :func:`located` ones, links followed."""
+    """The settings that refer to the same files in both of two :func:`located` ones, with links resolved."""
     return {name for name in PATHS if hasattr(one, name) and _followed(name, one) == _followed(name, other)}
 
 

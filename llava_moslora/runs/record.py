@@ -1,4 +1,4 @@
-"""``run.json``: everything needed to repeat, resume, export or judge a run, written when it starts."""
+"""``run.json``: everything needed to repeat, resume, export or evaluate a run, written when it starts."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from llava_moslora.runs.paths import located
 from llava_moslora.sdxl_settings import SdxlAdapterSettings, SdxlSettings, SubjectSettings
 
 RUN, TOKENIZER = "run.json", "tokenizer"
-EXPORT = "export.json"  # next to an export's weights: what it is an export of
+EXPORT = "export.json"  # next to an export's weights: the run that it was exported from
 LLAVA, SDXL = "llava", "sdxl"
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of run: what its record holds.
+    """A kind of run: what its record contains.
 
     Attributes:
         what: the run, for messages. script: what writes it.
         groups: group of ``settings`` → its class.
-        needed: what resuming, exporting and answering need: group → key → type.
-        before: what older runs did, from before there was a setting for it.
-        free: what may differ when a run is resumed: where things are written, how fast, how often; and where the parts
-            lie, because the fingerprints identify them.
+        needed: what resuming, export and inference need: group → key → type.
+        before: values for runs older than a setting.
+        free: what may differ when a run is resumed: output paths, speed, intervals; and the paths of the parts, because
+            fingerprints identify them.
     """
 
     what: str
@@ -126,7 +126,7 @@ class RunSettings:
 
     Attributes:
         kind: a key of :data:`KINDS`, whose classes ``model``, ``data`` and ``adapter`` have.
-        model: with ``version``, the conversation template, and the three parts each by itself.
+        model: with ``version``, the conversation template, and the three parts named separately.
         training: the values of :class:`llava_moslora.training.arguments.TrainingArguments`, and ``dropout_masks``, the
             source of the masks.
         preprocessor: the vision tower's image-processor settings; empty for text only.
@@ -142,18 +142,18 @@ class RunSettings:
     kind: str = LLAVA
 
     def training_value(self, name: str) -> Any:
-        """A value of ``training``; of a run older than the setting, what runs did then."""
+        """A value of ``training``; for a run older than the setting, the behaviour at the time."""
         value = self.training.get(name, BEFORE["training"].get(name))
         return None if value == "None" else value  # as the Trainer's arguments write it
 
 
 @dataclass
 class RunRecord(RunSettings):
-    """``run.json``, read.
+    """The content of ``run.json``.
 
     Attributes:
         seeds: several where a run was resumed with ``--allow_change seed``.
-        command: the command line. folder: which its relative paths are from; None: of an earlier version.
+        command: the command line. folder: base of its relative paths; None: run of an earlier version.
         versions: of the packages it ran with.
         unknown: settings that this version of the package does not know, by name.
     """
@@ -166,7 +166,7 @@ class RunRecord(RunSettings):
 
     @property
     def located(self) -> RunRecord:
-        """The same with absolute paths of the parts and the data."""
+        """The same with absolute paths."""
         model, data = located(self.model, self.folder), located(self.data, self.folder)
         return replace(self, model=model, data=data)
 
@@ -198,7 +198,7 @@ def read_run(folder: str | Path, expected: str | None = LLAVA) -> RunRecord:
 
     Raises:
         Refusal: C-PATH, the folder is missing or holds no run; K-RUN, its record is damaged, of something else, of
-            another kind of run, or lacks what this version of the package reads.
+            another kind of run, or lacks something that this version of the package needs.
     """
     file = Path(folder) / RUN
     record = _read_ours(file, expected)
@@ -250,9 +250,9 @@ def _read_ours(file: Path, expected: str | None) -> dict[str, Any]:
     try:
         record = parse_json(file.read_bytes(), finite=False)
     except (OSError, ValueError) as error:
-        raise Refusal("K-RUN", "not JSON: damaged", file=file, found=error, fix="put its copy back") from error
+        raise Refusal("K-RUN", "not JSON: damaged", file=file, found=error, fix="restore a copy of it") from error
     if not _is_ours(record):
-        raise Refusal("K-RUN", "not the record of a run of this package", file=file, fix="another folder")
+        raise Refusal("K-RUN", "not a record of this package's runs", file=file, fix="another folder")
     return record
 
 
@@ -262,7 +262,7 @@ def _kind_of(record: dict[str, Any], file: Path, expected: str | None) -> str:
         what, fix = "a kind of run that this version of the package does not know", "use the version that wrote it"
         raise Refusal("K-RUN", what, file=file, key="settings.kind", found=kind, expected=" | ".join(KINDS), fix=fix)
     if expected is not None and kind != expected:
-        fix = "scripts/export.py --format diffusers takes it" if kind == SDXL else "give a run of that script"
+        fix = "scripts/export.py --format diffusers takes it" if kind == SDXL else "give a run of the other script"
         raise Refusal(
             "K-RUN", "another kind of run", file=file, found=f"{KINDS[kind].what}, by {KINDS[kind].script}",
             expected=f"{KINDS[expected].what}, by {KINDS[expected].script}", fix=fix,
@@ -288,10 +288,10 @@ def _check_needed(record: dict[str, Any], file: Path, groups: dict[str, dict[str
 
 def _lacks(record: dict[str, Any], file: Path, path: tuple[str, ...], value: object, kind: object) -> Refusal:
     return Refusal(
-        "K-RUN", "lacks what this version of the package reads", file=file, key=".".join(path),
+        "K-RUN", "lacks something that this version of the package needs", file=file, key=".".join(path),
         found=f"{'nothing' if value is _ABSENT else value}, written by version {record['llava_moslora']}",
         expected=f"{getattr(kind, '__name__', kind)}, as version {__version__} writes it",
-        fix="use the version of this package that wrote it, or put its copy back",
+        fix="use the version of this package that wrote it, or restore a copy of it",
     )  # fmt: skip
 
 

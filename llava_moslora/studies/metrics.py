@@ -1,8 +1,7 @@
-"""Whether a study's runs will have what it measures: before any of them starts, and again when the first has ended.
+"""Checks that a study's runs will have its metrics: before any of them starts, and again when the first has ended.
 
-What an evaluation logs follows from a run's flags, and so does what every step logs. Of the adapters' figures, with a
-slash in their name, the names are known, and not which of them an arm has. Those that depend on the machine are known
-only from a log.
+The metrics of evaluations and steps follow from a run's flags. For adapter metrics, with a slash in their name, the
+names are known, but not which of them an arm has. Machine-dependent metrics are known only from a log.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def check_metrics(study: Study, run: Run, settings: Settings) -> None:
         settings: the run's, as its flags give them.
 
     Raises:
-        Refusal: C-STUDY, the run will not log a metric of the study, with those that it will, and the nearest name.
+        Refusal: C-STUDY, the run will not log a metric of the study, with those that it will, and the closest name.
     """
     _, data, adapter, training = settings
     evaluates = str(training["eval_strategy"]) != "no" or training["eval_on_start"]
@@ -61,7 +60,7 @@ def check_logged(study: Study, runs: Iterable[Run]) -> None:
     """
     Raises:
         Refusal: C-STUDY, runs have ended, and none of them has logged a metric of the study; with what the first has.
-            Figures of adapters may be of some arms alone, as LoRA has no mixer to measure, and are not looked for.
+            Adapter metrics may exist for some arms only, as LoRA has no mixer, and are not checked.
     """
     done = [run for run in runs if run.done]
     logged = [{name for row in read_rows(run.output / METRICS_FILE) for name in row} for run in done]
@@ -72,7 +71,7 @@ def check_logged(study: Study, runs: Iterable[Run]) -> None:
         raise Refusal(
             "C-STUDY", f"{done[0].name} has ended without this metric", file=study.file,
             key=f"measures[{number}].metric", found=measure.metric, expected=f"one that it has: {', '.join(has)}",
-            fix=did_you_mean(measure.metric, has) or "one that it has; what is done is kept",
+            fix=did_you_mean(measure.metric, has) or "one that it has; finished runs are kept",
         )  # fmt: skip
 
 

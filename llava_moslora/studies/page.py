@@ -22,7 +22,7 @@ td, th { padding: .15em .9em .15em 0; text-align: left; vertical-align: top; } p
 
 
 def study_page(study: Study, runs: Sequence[Run], results: Results) -> str:
-    """The page; it shows the study's file as it is."""
+    """The page; it includes the study's file verbatim."""
     parts = [f"<p>{html.escape(study.about)}</p>" if study.about else ""]
     for measure in study.measures:
         parts.append(_measure(study, measure, [row for row in results.rows if row.measure == measure.name]))
@@ -88,7 +88,7 @@ def _curve(choice: Choice) -> tuple[tuple[float, tuple[float, ...]], ...]:
 
 
 def axis_of(points: Sequence[Flags]) -> str:
-    """The flag that the points are places of: the first of each, if it is one number; "" if there is none."""
+    """The flag of the x-axis: the first flag of each point, if it is one number; else ""."""
     flags = {next(iter(point), "") for point in points}
     if len(points) < 2 or len(flags) != 1 or not (flag := flags.pop()):
         return ""
@@ -96,7 +96,7 @@ def axis_of(points: Sequence[Flags]) -> str:
 
 
 def _spread(points: Sequence[Flags], axis: str) -> bool:
-    """Whether the places are so far apart that the axis should be logarithmic."""
+    """Whether the points are so far apart that the axis should be logarithmic."""
     places = [float(point[axis][0]) for point in points]
     return min(places) > 0 and max(places) >= 8 * min(places)
 

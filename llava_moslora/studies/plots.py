@@ -10,7 +10,7 @@ from dataclasses import dataclass
 WIDTH = 1040  # of a drawing, in pixels
 LEFT, RIGHT, TOP, BOTTOM = 70, 14, 16, 40  # margins
 HEIGHT, ROW, NAMES = 400, 30, 300  # of a curve; of a line of differences, and the width of its name
-# Okabe and Ito 2008: colours that people with any colour vision can tell apart; of the arms, in turn.
+# Okabe and Ito 2008: colour-blind safe; of the arms, in order.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8a8a8a")
 
 STYLE = """
@@ -41,7 +41,7 @@ class Line:
 
 
 def differences(lines: Sequence[Interval], caption: str) -> str:
-    """Dots of the mean difference with its interval, small ones of the seeds, and a line at 0."""
+    """The mean difference with its interval, small dots for the seeds, and a line at 0."""
     if not lines:
         return ""
     ticks = ticks_of([0.0, *(x for line in lines for x in (line.low, line.high, *line.values))])

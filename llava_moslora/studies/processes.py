@@ -1,9 +1,9 @@
-"""The runs of a study as processes: side by side on several GPUs, on a CPU one at a time or as many as are asked for.
+"""The runs of a study as processes: in parallel on several GPUs, on a CPU one at a time or as many as requested.
 
-A run is one process of ``scripts/train_vit_llm.py``, or of DeepSpeed's launcher where the run has ``--deepspeed`` or
-several GPUs, followed by one for every evaluation. It trains on where it was stopped, because every run has
+A run is one process of ``scripts/train_vit_llm.py``, or of DeepSpeed's launcher if the run has ``--deepspeed`` or
+several GPUs, followed by one for every evaluation. It resumes where it was stopped, because every run has
 ``--resume True``. When the study ends, however it ends, its processes are told to stop (on Linux also after kill -9);
-a training that goes on, such as one below DeepSpeed's launcher, is waited for when the study is started again.
+a training process that continues, such as one below DeepSpeed's launcher, is waited for when the study is restarted.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ if not SCRIPTS.is_dir():
 TRAINING = (sys.executable, str(SCRIPTS / "train_vit_llm.py"))
 LAUNCHER = str(Path(sys.executable).with_name("deepspeed"))
 TRAIN = "training"
-NONFINITE = "R-NONFINITE"  # code of a training's refusal to go on after a loss of NaN or Inf: it diverged
+NONFINITE = "R-NONFINITE"  # error code of a run that stopped at a loss of NaN or Inf: it diverged
 POLL = 0.1  # seconds
-PATIENCE = 600  # seconds that a stopped process has to save its step
+PATIENCE = 600  # seconds for a stopped process to save its step
 LIBC = ctypes.CDLL(None)  # loaded before a fork
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one run computes: the indices of its GPUs; none on a CPU."""
+    """The device of one run: the indices of its GPUs; none on a CPU."""
 
     number: int
     gpus: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class Slot:
 
 @dataclass
 class Failure:
-    """A run or evaluation that ended badly: its exit status, and the last line of its log."""
+    """A failed run or evaluation: its exit status, and the last line of its log."""
 
     run: Run
     what: str
@@ -62,13 +62,13 @@ class Failure:
 
     @property
     def expected(self) -> bool:
-        """Too high a learning rate among those that are tried: a result, like another."""
+        """Divergence while tuning, from too high a learning rate: a valid result."""
         return self.run.tuning and self.run.diverged
 
 
 @dataclass
 class Job:
-    """A run with its evaluations; ``steps`` yields the command of each process, and goes on when it has ended well."""
+    """A run with its evaluations; ``steps`` yields the command of each process, the next one after success."""
 
     run: Run
     steps: Iterator[tuple[str, list[str]]]
@@ -94,7 +94,7 @@ def visible_gpus() -> tuple[str, ...]:
 def slots_of(gpus: Sequence[str], per_run: int, parallel: int) -> list[Slot]:
     """
     Args:
-        gpus: all together; none: a CPU. parallel: runs side by side on a CPU.
+        gpus: all of them; none: a CPU. parallel: runs in parallel on a CPU.
 
     Raises:
         Refusal: C-FLAG, fewer GPUs than one run needs.
@@ -103,7 +103,7 @@ def slots_of(gpus: Sequence[str], per_run: int, parallel: int) -> list[Slot]:
         return [Slot(number) for number in range(parallel)]
     if len(gpus) < per_run:
         raise Refusal(
-            "C-FLAG", "fewer GPUs than a run is to have", key="--gpus", found=len(gpus), expected=per_run,
+            "C-FLAG", "fewer GPUs than a run needs", key="--gpus", found=len(gpus), expected=per_run,
             fix="--gpus_per_run, with a recipe whose batches fit fewer GPUs",
         )  # fmt: skip
     starts = range(0, len(gpus) - per_run + 1, per_run)
@@ -136,8 +136,8 @@ def free_port() -> int:
 def steps_of(
     run: Run, measures: Sequence[Measure], gpus: int, slot: Callable[[], Slot], trained: Callable[[], None]
 ) -> Iterator:
-    """What is left to do for a run: a name and a command, each taken when the one before has ended well. ``trained`` is
-    called when the training has."""
+    """The remaining steps of a run: a name and a command, each taken after the previous one succeeded. ``trained`` is
+    called after training."""
     if run.diverged:
         return
     if not run.done:
@@ -163,11 +163,11 @@ def run_all(
     say: Callable[[str], None],
     check: Callable[[], None],
 ) -> list[Failure]:
-    """Make the runs that are not done, each on the next free slot, and return those that failed. The others go on.
+    """Run the unfinished runs, each on the next free slot, and return those that failed. The others continue.
 
     Args:
         gpus: of a run; 0 on a CPU.
-        check: called first and whenever a training has ended well; its refusal, of code C-STUDY, ends the study.
+        check: called first and after every successful training; its refusal, of code C-STUDY, ends the study.
 
     Raises:
         Refusal: P-STOPPED, a signal came: the processes were stopped and ended; ``check``'s.
@@ -193,14 +193,14 @@ def run_all(
             signal.signal(number, handler)
     if stopped:
         name = signal.Signals(stopped[0]).name
-        raise Refusal("P-STOPPED", "the study was stopped", found=name, fix="start the same command again: it goes on")
+        raise Refusal("P-STOPPED", "the study was stopped", found=name, fix="run the same command again: it continues")
     here = {failure.run.folder for failure in failures}
     failures += [failure for failure in diverged(runs) if failure.run.folder not in here]
     return sorted(failures, key=lambda failure: failure.run.name)
 
 
 def diverged(runs: Sequence[Run]) -> list[Failure]:
-    """Of the runs those whose loss became NaN or Inf, now or in an earlier start; they are not repeated."""
+    """The runs whose loss became NaN or Inf, now or in an earlier start; they are not repeated."""
     status = EXIT_STATUS[NONFINITE[0]]
     return [Failure(run, TRAIN, status, read_json(run.folder / DIVERGED)["line"]) for run in runs if run.diverged]
 
@@ -230,14 +230,14 @@ def _advance(job: Job, failures: list[Failure], say: Callable[[str], None], left
         except StopIteration:
             return True
         except Refusal as refusal:  # results of an evaluation that cannot be read
-            if refusal.code == "C-STUDY":  # it concerns every run
+            if refusal.code == "C-STUDY":  # it applies to every run
                 raise
             failures.append(Failure(job.run, job.what, refusal.exit_status, refusal.line()))
             say(f"{job.run.name}: {refusal.line()}")
             return True
     if job.what == TRAIN and still_trained(job.run):
         if not job.waited:
-            say(f"{job.run.name}: waiting for the process that still trains it")
+            say(f"{job.run.name}: waiting for a process that is still training it")
         job.waited = True
         return False
     assert job.slot is not None
@@ -261,7 +261,7 @@ def still_trained(run: Run) -> bool:
 def start(command: Sequence[str], run: Run, slot: Slot) -> subprocess.Popen:
     """A process of the run; what it prints is appended to the run's log."""
     environment = dict(os.environ)
-    if slot.gpus and LAUNCHER not in command:  # the launcher is told by --include
+    if slot.gpus and LAUNCHER not in command:  # the launcher gets it by --include
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(slot.gpus)
     file = run.folder / LOG
     with naming(file), file.open("ab") as log:
@@ -277,7 +277,7 @@ def _end_with(study: int) -> None:
     """In the new process: ask the kernel for a SIGTERM when the study's ends; a training then saves its step
     (prctl(2))."""
     LIBC.prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
-    if os.getppid() != study:  # it ended before
+    if os.getppid() != study:  # it has already ended
         os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""From the runs of a study to its rows: values, the tuned flag's choice, differences, and a verdict in words.
+"""From the runs of a study to its rows: values, the tuned flag's choice, differences, and verdicts.
 
 A verdict never says "equal": runs can only show that no difference above a bound was seen.
 """
@@ -73,7 +73,7 @@ class Choice:
 
 @dataclass
 class Results:
-    """All of a study: ``failures`` of this and ``notes`` about how far its rows can be compared."""
+    """All results of a study: ``failures`` of this call, and ``notes`` about the comparability of rows."""
 
     rows: list[Row]
     choices: list[Choice] = field(default_factory=list)
@@ -82,12 +82,12 @@ class Results:
 
 
 def value_of(run: Run, measure: Measure) -> float | None:
-    """The measure of a run; None where the run or its evaluation is not complete, or nothing like it was measured."""
+    """The measure of a run; None if the run or its evaluation is incomplete, or the measure is missing."""
     if not run.done:
         return None
     if measure.metric:
         values = [row[measure.metric] for row in read_rows(run.output / METRICS_FILE) if measure.metric in row]
-        numbers = [float(value) for value in values]  # NaN and Inf are texts in the log
+        numbers = [float(value) for value in values]  # NaN and Inf are strings in the log
         if not numbers or not all(map(math.isfinite, numbers)):
             return None
         best = min if measure.better == "lower" else max
@@ -110,8 +110,8 @@ def _of_script(content: Mapping[str, Any], measure: Measure) -> float | None:
 def choose(study: Study, runs: Sequence[Run]) -> list[Choice]:
     """The best value of the tuned flag for each arm and point, by the first measure's mean over the tuning seeds.
 
-    A value at which a run diverged is worse than all others. Where another run is missing nothing is chosen: the choice
-    would change when it is made.
+    A value at which a run diverged ranks last. If another run is missing, nothing is chosen: the choice could change
+    once it is finished.
     """
     if study.tune is None:
         return []
@@ -136,7 +136,7 @@ def _choice(study: Study, arm: str, point: int, curve: dict[str, float], missing
         return Choice(arm, point, curve, "", note)
     best = (min if study.measures[0].better == "lower" else max)(usable, key=usable.__getitem__)
     edges = (next(iter(curve)), list(curve)[-1]) if len(curve) > 1 else ()
-    note = f"{best} is at the edge of the values tried: extend them" if best in edges else ""
+    note = f"{best} is at the edge of the grid: extend it" if best in edges else ""
     return Choice(arm, point, curve, best, note)
 
 
@@ -185,7 +185,7 @@ def _rows(study: Study, measure: Measure, runs: Sequence[Run], choices: Sequence
         text = BASELINE if is_baseline and mine else verdict(study.baseline, measure, one, len(mine), len(shared))
         away = tuple(run.seed for run in runs if (run.arm, run.point) == (arm.name, point) and run.diverged)
         for what, seeds in (("diverged", away), ("missing", set(missing) - set(away))):
-            if seeds:  # a mean over the rest says less than it seems to
+            if seeds:  # a mean over the rest may be misleading
                 text += f"; {len(seeds)} of {len(study.seeds)} seeds {what}"
         paper = arm.paper[point] if arm.paper and measure is study.measures[0] else None
         tuned = chosen.get((arm.name, point), "")
@@ -194,15 +194,15 @@ def _rows(study: Study, measure: Measure, runs: Sequence[Run], choices: Sequence
 
 
 def verdict(baseline: str, measure: Measure, found: Difference | None, values: int, pairs: int) -> str:
-    """What the runs show about an arm, in words."""
+    """The verdict on an arm."""
     if not values:
         return "no result"
     if found is None:
         what = "no seed" if pairs == 0 else "one seed"
-        return f"{what} in common with {baseline}: nothing can be said"
+        return f"{what} in common with {baseline}: no verdict"
     digits = measure.digits
     if found.low == found.high:
-        return f"{pairs} differences of exactly {found.mean:+.{digits}f}: no spread to judge them by"
+        return f"{pairs} differences of exactly {found.mean:+.{digits}f}: no spread to test against"
     if found.significant:
         better = (found.mean < 0) == (measure.better == "lower")
         low, high = sorted((abs(found.low), abs(found.high)))
@@ -211,7 +211,7 @@ def verdict(baseline: str, measure: Measure, found: Difference | None, values: i
     above = math.ceil(found.largest * 10**digits - 1e-9) / 10**digits
     text = f"no difference to {baseline} above {above:.{digits}f} was seen"
     if found.low > 0 or found.high < 0:
-        text += " (its interval leaves out 0, but not after Holm's correction)"
+        text += " (its interval excludes 0, but not after Holm's correction)"
     return text
 
 

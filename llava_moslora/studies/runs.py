@@ -1,8 +1,8 @@
 """The runs of a study: their flags, checked by training's own parser before any of them starts, and their folders.
 
-A run's folder holds ``run/`` (the ``--output_dir`` of the training), ``log.txt``, ``asked.json`` (what the run is,
-written before it starts), ``done.json`` once it has ended well, or ``diverged.json`` once its loss was not finite, as
-it would be again; and a folder for every evaluation.
+A run's folder contains ``run/`` (the ``--output_dir`` of the training), ``log.txt``, ``asked.json`` (the run's
+definition, written before it starts), ``done.json`` after success, or ``diverged.json`` if its loss was not finite,
+which is deterministic; and a folder for every evaluation.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Settings = tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]  
 
 @dataclass(frozen=True)
 class Recipe:
-    """The flags that every run begins with, GPUs of a run where the recipe says so, and the folder it is started in."""
+    """The flags that all runs share, GPUs per run if the recipe says so, and the working directory."""
 
     flags: tuple[str, ...]
     gpus: int | None
@@ -74,7 +74,7 @@ class Run:
         return (self.folder / DIVERGED).is_file()
 
     def asked(self, gpus: int) -> dict[str, Any]:
-        """What decides the run's result: its flags, the files of flags among them, and on how many GPUs (0: a CPU)."""
+        """What the run's result depends on: its flags, files of flags among them, and the number of GPUs (0: a CPU)."""
         given = early(self.words)
         files = [str(file) for file in (given.config, given.deepspeed) if file]
         digests = {file: sha256(self.start / file) for file in files if (self.start / file).is_file()}
@@ -210,7 +210,7 @@ def _origin(study: Study, run: Run, flag: str) -> str:
 
 
 def check_unchanged(study: Study, runs: Sequence[Run], gpus: int | None, *, rerun: bool) -> list[Run]:
-    """The runs that were made otherwise than the study asks now; with ``rerun`` they are deleted, to be made again.
+    """The runs that were made with other settings than the study's current ones; with ``rerun`` they are deleted.
 
     Args:
         gpus: of a run; None where nothing is trained, so that a report can be made on a machine with others.
@@ -222,7 +222,7 @@ def check_unchanged(study: Study, runs: Sequence[Run], gpus: int | None, *, reru
     if changed and not rerun:
         run, (then, now) = changed[0]
         raise Refusal(
-            "C-CHANGED", f"{len(changed)} runs were made otherwise than the study asks now", file=study.file,
+            "C-CHANGED", f"{len(changed)} runs were made with settings other than the study's", file=study.file,
             key=few(one.name for one, _ in changed), found=now, expected=f"as in {run.folder / ASKED}: {then}",
             fix="--rerun_changed deletes and repeats just these, or another --output_dir keeps them",
         )  # fmt: skip
@@ -232,7 +232,7 @@ def check_unchanged(study: Study, runs: Sequence[Run], gpus: int | None, *, reru
 
 
 def _difference(run: Run, gpus: int | None) -> tuple[str, str] | None:
-    """What differs from what the run was made with, then and now; None if nothing does."""
+    """What differs from the settings that the run was made with, then and now; None if nothing does."""
     if not (run.folder / ASKED).is_file():
         return None
     then = read_json(run.folder / ASKED)
@@ -250,19 +250,19 @@ def _shown(value: object) -> str:
 
 
 def write_asked(run: Run, gpus: int) -> None:
-    """Write, before a run starts, what it is."""
+    """Write a run's definition before it starts."""
     run.folder.mkdir(parents=True, exist_ok=True)
     replace_json(run.folder / ASKED, run.asked(gpus))
 
 
 def evaluation_folder(run: Run, measure: Measure) -> Path:
-    """Of another name for other flags, so that answers to two questions are never mixed."""
+    """The name depends on the flags, so that answers of different evaluations are never mixed."""
     asked = repr((measure.script, measure.flags, measure.value)).encode()
     return run.folder / f"evaluation-{slug(measure.name)}-{hashlib.sha256(asked).hexdigest()[:8]}"
 
 
 def leftovers(output: Path, runs: Iterator[Run] | Sequence[Run]) -> list[str]:
-    """Folders of runs that the study does not ask for (any more), by name."""
+    """Folders of runs that are not (or no longer) part of the study, by name."""
     asked = {run.folder for run in runs}
     found = (Path(folder) for folder, _, files in os.walk(output / RUNS) if ASKED in files)
     return sorted(path.relative_to(output / RUNS).as_posix() for path in found if path not in asked)

@@ -1,8 +1,8 @@
-"""An arm against the baseline, paired by seed: runs of one seed see the same batches, so most of the chance cancels.
+"""An arm against the baseline, paired by seed: runs of one seed see the same batches, so most of the noise cancels.
 
 The interval is the paired t-interval, the p-value that of the paired t-test (Student 1908). The percentile bootstrap of
-the same differences is computed too; of three to five seeds it is too narrow, because their spread is taken for that of
-all seeds: verdicts follow the t-test. Several comparisons are corrected by Holm's method (1979).
+the same differences is computed too; with three to five seeds it is too narrow, because it underestimates the spread:
+verdicts follow the t-test. Multiple comparisons are corrected by Holm's method (1979).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Difference:
 
     @property
     def largest(self) -> float:
-        """The largest difference, of either sign, that the interval holds."""
+        """The largest absolute difference in the interval."""
         return max(abs(self.low), abs(self.high))
 
 
@@ -68,7 +68,7 @@ def corrected(differences: Sequence[Difference | None]) -> list[Difference | Non
 def paired_t(values: Sequence[float]) -> tuple[float, float, float, float]:
     """Mean of the differences, its 95 % interval, and the two-sided p of a mean of zero.
 
-    Of differences that are all the same, which have no spread to judge by, the p is that of the exact sign-flip test:
+    For differences that are all the same, and so have no spread, p is that of the exact sign-flip test:
     2 / 2ⁿ, or 1 if they are zero.
     """
     count, mean = len(values), float(np.mean(values))

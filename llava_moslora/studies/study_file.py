@@ -1,4 +1,4 @@
-"""The file of a study, read strictly: a recipe × arms × points × seeds, and what is measured.
+"""Strict parsing of a study file: a recipe × arms × points × seeds, and measures.
 
 ::
 
@@ -33,7 +33,7 @@ Flags = dict[str, tuple[str, ...]]  # flag without dashes → its words
 # Flags that the study itself gives to every run.
 OWN = {
     "seed": "it is one of the study's seeds",
-    "output_dir": "every run has a folder of its own in --output_dir of the study",
+    "output_dir": "every run has its own folder in --output_dir of the study",
     "resume": "every run is resumed where it was stopped",
     "overwrite": "--rerun_changed of the study repeats what has changed",
     "allow_change": "--rerun_changed of the study repeats what has changed",
@@ -133,11 +133,11 @@ def read_study(path: Path) -> Study:
     points = points or ({},)
     reader.once([slug(label(point)) for point in points], "points")
     arms = tuple(_arm(reader, row, f"arms[{k}]", len(points)) for k, row in enumerate(reader.some(content, "arms")))
-    reader.once([slug(arm.name).lower() for arm in arms], "arms", "two arms of one name, or of one folder")
+    reader.once([slug(arm.name).lower() for arm in arms], "arms", "two arms with the same name, or the same folder")
     measures = tuple(
         _measure(reader, row, f"measures[{k}]") for k, row in enumerate(reader.some(content, "measures"))
     )  # fmt: skip
-    reader.once([slug(measure.name).lower() for measure in measures], "measures", "two measures of one name")
+    reader.once([slug(measure.name).lower() for measure in measures], "measures", "two measures with the same name")
     seeds = reader.seeds(content["seeds"], "seeds")
     baseline = reader.text(content["baseline"], "baseline") if "baseline" in content else arms[0].name
     if baseline not in (names := [arm.name for arm in arms]):
@@ -169,7 +169,7 @@ def _arm(reader: _Reader, value: Any, key: str, points: int) -> Arm:
     row = reader.mapping(value, key, ("name",), ("flags", "paper"))
     paper = tuple(reader.number(number, f"{key}.paper") for number in reader.rows(row.get("paper"), f"{key}.paper"))
     if len(paper) not in (0, points):
-        reader.refuse(f"{key}.paper", "as many values as there are points", len(paper), points)
+        reader.refuse(f"{key}.paper", "one value per point", len(paper), points)
     return Arm(reader.text(row["name"], f"{key}.name"), reader.flags(row.get("flags", {}), f"{key}.flags"), paper)
 
 
@@ -205,7 +205,7 @@ def _measure(reader: _Reader, value: Any, key: str) -> Measure:
 
 
 def _check_set_once(reader: _Reader, study: Study) -> None:
-    """An arm, a point and the tuning must not set the same flag: which of them would win is not to be guessed."""
+    """An arm, a point and the tuning must not set the same flag: precedence would be ambiguous."""
     tuned = [study.tune.flag] if study.tune else []
     for number, arm in enumerate(study.arms):
         for flag in chain(arm.flags, tuned):
@@ -295,7 +295,7 @@ class _Reader:
                 self.refuse(place, "not the value of a flag", " ".join(flags[name]) or "[]")
         return flags
 
-    def once(self, names: list[str], key: str, what: str = "twice the same") -> None:
+    def once(self, names: list[str], key: str, what: str = "duplicate") -> None:
         for name in names:
             if names.count(name) > 1:
                 self.refuse(key, what, name, "each once")

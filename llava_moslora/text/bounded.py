@@ -1,6 +1,6 @@
-"""An end for a chat template that would not end: it is a program from a model's folder, with loops and macros.
+"""Time and memory limits for chat templates, which are programs from a model's folder, with loops and macros.
 
-Jinja's sandbox keeps it from files and from code, and limits one ``range``, but not nested loops.
+Jinja's sandbox blocks access to files and code, and limits one ``range``, but not nested loops.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from jinja2 import Environment, TemplateError, nodes
 
 STEPS = 2_000_000  # lines of Python; the longest published templates take some ten thousand for a conversation
-SECONDS = 3.0  # of the processor
-MEMORY = 1 << 30  # bytes, above what the process has
-MANY_DIGITS = re.compile(r"\d{8}")  # also in texts, which filters make numbers of
+SECONDS = 3.0  # of CPU time
+MEMORY = 1 << 30  # bytes, above the process's current memory
+MANY_DIGITS = re.compile(r"\d{8}")  # also in strings, which filters can convert to numbers
 TRACKED = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own tags, of no effect here
 
 
@@ -72,8 +72,8 @@ def _bounded_memory() -> Iterator[None]:
 
 
 def huge_number(template: str) -> str | None:
-    """What in the code of ``template`` could compute a huge number or text at once, or None: a power, a product without
-    a small constant, a number of many digits. None too for what is no template: rendering it says why."""
+    """An operation of ``template`` that could compute a huge number or text at once: a power, a product without a small
+    constant, a number of many digits. None if there is none, or if it is not a template: rendering then says why."""
     try:
         tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(TRACKED.sub("", template))
         found = next(tree.find_all(nodes.Pow), None) or next((p for p in tree.find_all(nodes.Mul) if _grows(p)), None)
@@ -88,6 +88,6 @@ def huge_number(template: str) -> str | None:
 
 
 def _grows(product: nodes.BinExpr) -> bool:
-    """Whether a product is none by a small constant: repeated, it would square a number or a text."""
+    """Whether a product has no small constant factor: repeated, it would square a number or a text."""
     factors = (side.value for side in (product.left, product.right) if isinstance(side, nodes.Const))
     return not any(len(str(factor)) < 5 for factor in factors)

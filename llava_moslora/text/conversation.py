@@ -2,7 +2,7 @@
 
 Each segment of the template (:mod:`llava_moslora.text.template`) is either trained or not, so ids and labels are
 produced together and cannot disagree. Adjacent texts are joined and encoded as one string, except across a control
-token, an image, or a place where training begins or ends.
+token, an image, or a boundary between trained and untrained text.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from llava_moslora.text.template import SYSTEM, TEXT, Segments
 from llava_moslora.text.templates import chat_template, control_id, get_template
 from llava_moslora.text.tokenizer import IMAGE_TOKEN, image_token_id
 
-IGNORE_INDEX = -100  # a label without loss; transformers' value
-IMAGE = object()  # the segment that an image is
+IGNORE_INDEX = -100  # a label that is ignored by the loss; transformers' value
+IMAGE = object()  # the segment of an image
 END = object()  # the segment that marks the end of a round
 
 
@@ -31,7 +31,7 @@ END = object()  # the segment that marks the end of a round
 class Turn:
     role: Literal["system", "human", "gpt"]
     text: str
-    trained: bool = True  # of gpt: whether its answer has labels
+    trained: bool = True  # for gpt turns: whether the answer has labels
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ConversationEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str):
         self.tokenizer, self.template = tokenizer, get_template(template, tokenizer)
         self._encode_text = text_encoder(tokenizer)
-        # Looked up when needed: not every one has to exist
+        # Looked up when needed: not all of them have to exist
         self._control_id = cache(partial(control_id, tokenizer=tokenizer))
 
     @cached_property
@@ -91,16 +91,16 @@ class ConversationEncoder:
         """
         check_order(turns, last="gpt")
         encoded = self._encode(turns, image_tokens, prompt=False, train_all=train_on_prompt)
-        encoded.labels[0] = IGNORE_INDEX  # nothing comes before it; in a packed row another record would
+        encoded.labels[0] = IGNORE_INDEX  # no token precedes it; in a packed row it would be another record's
         begin = 0
         for end, turn in zip(encoded.ends, (turn for turn in turns if turn.role == "gpt"), strict=True):
-            if not turn.trained:  # the same ids as if it were trained; of a round, only the answer has labels
+            if not turn.trained:  # the same ids as if it were trained; only the answer of a round has labels
                 encoded.labels[begin:end] = [IGNORE_INDEX] * (end - begin)
             begin = end
         return encoded
 
     def encode_prompt(self, turns: Sequence[Turn], image_tokens: Sequence[int] = ()) -> Encoded:
-        """As :meth:`encode`, of a conversation that ends with a question, ready for generation; no label is trained."""
+        """As :meth:`encode`, for a conversation that ends with a question, ready for generation; nothing is trained."""
         check_order(turns, last="human")
         encoded = self._encode(turns, image_tokens, prompt=True)
         return Encoded(encoded.input_ids, [IGNORE_INDEX] * len(encoded.input_ids), encoded.ends)
@@ -110,7 +110,7 @@ class ConversationEncoder:
     ) -> Encoded:
         places = sum(turn.text.count(IMAGE_TOKEN) for turn in turns if turn.role == "human") if image_tokens else 0
         if places != len(image_tokens):
-            what = "the human turns have another number of <image> than there are images"
+            what = "the number of <image> in the human turns differs from the number of images"
             expected = f"{len(image_tokens)} for {len(image_tokens)} images"
             fix = "put <image> into a human turn, once for each image"
             raise Refusal("D-IMAGES", what, found=f"{places} <image>", expected=expected, fix=fix)
@@ -154,11 +154,11 @@ class ConversationEncoder:
         said = [turn.text if template.keeps_space else turn.text.strip() for turn in turns]
         system = said[0] if turns[0].role == "system" else template.default_system
         if turns[0].role == "system" and not template.system:
-            what, fix = "this prompt template has no place for a system turn", "remove the turn, or another --version"
+            what, fix = "this prompt template has no system turn", "remove the turn, or use another --version"
             raise Refusal("D-ROLE", what, found=turns[0].text, fix=fix)
         if template.one_round and sum(turn.role == "human" for turn in turns) > 1:
-            fix = "records of one round, or another --version; in a chat, /clear"
-            raise Refusal("D-ROLE", "this prompt template has one round", found=f"{len(turns)} turns", fix=fix)
+            fix = "use records of one round, or another --version; in a chat, /clear"
+            raise Refusal("D-ROLE", "this prompt template has only one round", found=f"{len(turns)} turns", fix=fix)
         heading: list[object] = [] if system is None else list(_fill(template.system, [system], []))
         for segment in template.begin:
             yield segment, False
@@ -209,7 +209,7 @@ def check_order(turns: Sequence[Turn], last: str, key: str | None = None) -> Non
         raise Refusal(
             "D-ROLE", "the turns are not in order", key=key, found=", ".join(roles) or "no turns",
             expected=f"an optional system turn, then human (user) and gpt (assistant) in turn, ending with {last}",
-            fix="put the turns in this order, or remove the record",
+            fix="reorder the turns, or remove the record",
         )  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     Raises:
         Refusal: C-TEMPLATE
     """
-    images = [1] if IMAGE_TOKEN in tokenizer.added_tokens_encoder else []  # an LLM alone has no such token
+    images = [1] if IMAGE_TOKEN in tokenizer.added_tokens_encoder else []  # a text-only LLM has no such token
     question = f"{IMAGE_TOKEN}\nWhat is this?" if images else "What is this?"
     turns = [Turn("human", question), Turn("gpt", "A cat."), Turn("human", "Sure?")]
     if template == "plain" or get_template(template, tokenizer).one_round:
@@ -255,15 +255,15 @@ def check_template(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
     stock = tokenizer(text, add_special_tokens=False).input_ids
     if ours != stock:
         at = next((k for k, (a, b) in enumerate(zip(ours, stock, strict=False)) if a != b), min(len(ours), len(stock)))
-        what = f"the tokenizer reads the {template} prompt differently from token {at} on"
+        what = f"the tokenizer tokenises the {template} prompt differently from token {at} on"
         found, expected = tokenizer.decode(stock[at : at + 5]), tokenizer.decode(ours[at : at + 5])
         raise Refusal("C-TEMPLATE", what, found=found, expected=expected)
 
 
 class TextEncoder:
-    """Plain text to ids, in which no control token can appear.
+    """Plain text to ids, among which no control token can appear.
 
-    A text is tokenised as the stock tokenizer would tokenise it at that place of a whole prompt. The place matters only
+    A text is tokenised as the stock tokenizer would tokenise it at that position in a prompt. The position matters only
     for tokenizers that put a space before the text (SentencePiece's dummy prefix):
 
     * ``start``: nothing before it,
@@ -286,7 +286,7 @@ class TextEncoder:
         """Ids of ``text``; ``[]`` for the empty text.
 
         Raises:
-            Refusal: D-CONTROL, the tokenizer turns this text into a control token all the same.
+            Refusal: D-CONTROL, the tokenizer still turns this text into a control token.
         """
         backend = self._at[place]
         # The backend is shared with the stock tokenizer (copying LLaMA-3's takes a second): settings of earlier stock
@@ -300,7 +300,7 @@ class TextEncoder:
         backend.encode_special_tokens = False
         if not self.controls.keys().isdisjoint(ids):
             name = next(self.controls[i] for i in ids if i in self.controls)
-            what, fix = f"the tokenizer reads this text as its control token {name}", "write it otherwise, or remove it"
+            what, fix = f"the tokenizer turns this text into its control token {name}", "rephrase it, or remove it"
             raise Refusal("D-CONTROL", what, found=text, fix=fix)
         return ids
 
@@ -316,7 +316,7 @@ def text_encoder(tokenizer: PreTrainedTokenizerFast) -> TextEncoder:
 
 
 def _prefixes(part: dict) -> set[str]:
-    """``{"always"}``, ``{"first"}`` or nothing: where a normaliser or pre-tokenizer puts a space before the text."""
+    """``{"always"}``, ``{"first"}`` or empty: where a normaliser or pre-tokenizer puts a space before the text."""
     found = set()
     for child in part.get("normalizers", []) + part.get("pretokenizers", []):
         found |= _prefixes(child)

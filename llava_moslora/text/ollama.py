@@ -1,8 +1,8 @@
-"""The Modelfile from which Ollama makes a model of two GGUF files, with the prompt template and where answers end.
+"""Writes Ollama's Modelfile for a model in two GGUF files, with the prompt template and the stop strings.
 
 Ollama renders a prompt with a Go template over ``.System`` (all system texts) and ``.Messages``, in which an image is
-already written as ``[img-0]``; llama.cpp then reads names of control tokens in it as those tokens, and puts the
-tokenizer's BOS in front where the tokenizer does.
+already written as ``[img-0]``; llama.cpp then parses names of control tokens in it as those tokens, and adds the
+tokenizer's BOS if the tokenizer does.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from llava_moslora.text.templates import control_id, get_template, stop_token_id
 
 
 def modelfile(template: str, tokenizer: PreTrainedTokenizerFast, files: Sequence[str]) -> str | None:
-    """The Modelfile's text; None for a template without a text of the user's, which is no chat's.
+    """The Modelfile's text; None for a template without user text, which cannot be used for chat.
 
-    For messages in turn, the last of them the user's, and text without control tokens and white space around it, the
-    tokenizer's ids of the rendered prompt are those of :func:`llava_moslora.text.conversation.encode_prompt`. (Not of
-    a SentencePiece tokenizer with ``legacy: false``, which adds a space at the start of a text and not after BOS.)
+    For alternating messages that end with the user's, and text without control tokens and surrounding white space, the
+    tokenizer's ids of the rendered prompt are those of :func:`llava_moslora.text.conversation.encode_prompt`. (Except
+    for SentencePiece tokenizers with ``legacy: false``, which add a space at the start of a text and not after BOS.)
 
     Args:
         template: name of the prompt template.
@@ -40,7 +40,7 @@ def modelfile(template: str, tokenizer: PreTrainedTokenizerFast, files: Sequence
 
 
 def go_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The prompt template as Ollama renders it, without the BOS in front of all of it.
+    """The prompt template as a Go template, without the leading BOS.
 
     Raises:
         Refusal: C-TEMPLATE, template and tokenizer do not fit.
@@ -71,7 +71,7 @@ def go_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     before, human, bos = prompt.begin, prompt.human, ""
     if before and is_bos(before[0]):
         before = before[1:]
-    if is_bos(human[0]):  # in front of every round; llama.cpp writes the first
+    if is_bos(human[0]):  # before every round; llama.cpp adds the first
         bos, human = f"{{{{ if $later }}}}{actions(human[:1])}{{{{ end }}}}{{{{ $later = true }}}}", human[1:]
     if SYSTEM in human:  # in the first round only
         system, opening = system + '{{ $system = "" }}', ""
@@ -85,5 +85,5 @@ def go_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def _go(text: str) -> str:
-    """``text`` as an action that writes it; Go and JSON write such strings alike."""
+    """``text`` as an action that writes it; Go and JSON string literals are the same here."""
     return f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}"

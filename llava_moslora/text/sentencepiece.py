@@ -1,7 +1,7 @@
 """Converts a SentencePiece BPE model (``tokenizer.model``) to the ``tokenizers`` library, with the same ids.
 
-Vicuna and InternLM2 come without a ``tokenizer.json``. transformers 5 can convert them, but loses Llama-2's dummy
-prefix (``Hello`` gets another id than ``▁Hello``) and lets ``<s>`` in a user's text become the control token.
+Vicuna and InternLM2 have no ``tokenizer.json``. transformers 5 can convert them, but loses Llama-2's dummy
+prefix (``Hello`` gets a different id than ``▁Hello``) and turns ``<s>`` in a user's text into the control token.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
 
 
 def read_sentencepiece(path: str | Path, *, begins: bool = True) -> tuple[dict, dict[str, str]]:
-    """The state that ``tokenizer.json`` would have, and the names of its bos, eos and unk tokens.
+    """The content of an equivalent ``tokenizer.json``, and the names of its bos, eos and unk tokens.
 
     Control pieces, and the reserved ``[UNUSED_TOKEN_n]``, become special tokens; a dummy prefix is put at the start of
     every text between them, which is what LLaVA and XTuner get by tokenising such texts one by one.
@@ -48,7 +48,7 @@ def read_sentencepiece(path: str | Path, *, begins: bool = True) -> tuple[dict, 
     numbers = {"bos": trainer.bos_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
     for kind, number in numbers.items():
         if number >= len(names):
-            what, expected = f"the {kind} token is none of the pieces", f"0 to {len(names) - 1}, or -1 without one"
+            what, expected = f"the {kind} token is not one of the pieces", f"0 to {len(names) - 1}, or -1 without one"
             raise Refusal("K-TOKENIZER", what, file=path, key=f"{kind}_id", found=number, expected=expected)
     named = {f"{kind}_token": names[number] for kind, number in numbers.items() if number >= 0}
     first = _bos_processor(named["bos_token"], trainer.bos_id) if begins and trainer.bos_id >= 0 else None
@@ -70,7 +70,7 @@ def _read_model(path: Path) -> pb.ModelProto:
     for number, piece in enumerate(model.pieces):
         if not isinstance(piece.piece, str) or len(piece.piece) > LONGEST_PIECE:  # bytes where it is not UTF-8
             raise Refusal(
-                "K-TOKENIZER", "a piece that cannot be one", file=path, key=f"piece {number}", found=piece.piece,
+                "K-TOKENIZER", "an invalid piece", file=path, key=f"piece {number}", found=piece.piece,
                 expected=f"UTF-8 of at most {LONGEST_PIECE} characters", fix="download it again",
             )  # fmt: skip
     return model
@@ -107,7 +107,7 @@ def _tokenizer_state(model: pb.ModelProto, names: list[str], unknown: str | None
 
 
 def _merges(scores: dict[str, float], vocabulary: dict[str, int]) -> list[list[str]]:
-    """Every way to make an ordinary piece out of two, best score first, as SentencePiece would merge them."""
+    """All merges of two pieces into an ordinary piece, best score first, as SentencePiece would apply them."""
     found = []
     for piece, score in scores.items():
         parts = [(piece[:k], piece[k:]) for k in range(1, len(piece))]

@@ -1,4 +1,4 @@
-"""What a prompt format is written with: control tokens, plain text, and the variables ``TEXT`` and ``SYSTEM``."""
+"""Elements of a prompt format: control tokens, plain text, and the variables ``TEXT`` and ``SYSTEM``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Variable(Enum):
 
 
 TEXT, SYSTEM = Variable.TEXT, Variable.SYSTEM
-BOS = Control("bos_token")  # the tokenizer's own; nothing for a tokenizer that does not begin its texts with one
+BOS = Control("bos_token")  # the tokenizer's own; empty for a tokenizer that adds no BOS
 EOS = Control("eos_token")  # the tokenizer's own
 
 Segments = tuple["str | Control | Variable", ...]
@@ -31,12 +31,12 @@ class Template:
 
     human: Segments
     answer: Segments  # all of it is trained; generation stops at its last segment
-    reply: Segments = ()  # what makes the model answer; a prompt for generation ends with it
+    reply: Segments = ()  # the prefix of an answer; a generation prompt ends with it
     begin: Segments = ()
     system: Segments = ()  # it replaces SYSTEM in the first human turn, or else follows `begin`
     separator: Segments = ()  # after a round, not trained
-    default_system: str | None = None  # system text of records that have none
-    images_only: bool = False  # of the human text only the images are kept (LLaVA's first stage)
+    default_system: str | None = None  # system text for records without one
+    images_only: bool = False  # only the images of the human text are kept (LLaVA's stage 1)
     # White space around a turn's text is kept, not stripped. (Not in repr, which is in the names of data caches.)
     keeps_space: bool = field(default=False, repr=False)
     one_round: bool = field(default=False, repr=False)  # a conversation with a second question is refused

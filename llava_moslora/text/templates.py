@@ -1,4 +1,4 @@
-"""The prompt formats: the control tokens and words around a turn.
+"""The prompt formats: the control tokens and text around a turn.
 
 A format is a :class:`~llava_moslora.text.template.Template`, made of segments. ConversationEncoder turns them into ids
 and labels, and :func:`chat_template` into the Jinja template of an exported model, so training and exported prompts
@@ -20,7 +20,7 @@ from llava_moslora.text.template import BOS, EOS, SYSTEM, TEXT, Control, Segment
 from llava_moslora.text.tokenizer import IMAGE_TOKEN
 from llava_moslora.text.tokenizer_template import derive_template
 
-TOKENIZER_TEMPLATE = "tokenizer"  # the name of the format that the tokenizer's own chat template writes
+TOKENIZER_TEMPLATE = "tokenizer"  # the name of the format of the tokenizer's own chat template
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -57,8 +57,8 @@ TEMPLATES: dict[str, Template] = {
         answer=(" ", TEXT, EOS),
         default_system=VICUNA_SYSTEM,
     ),
-    # XTuner's: BOS before every round. XTuner writes no space before the answer but tokenises the answer on its own,
-    # where Llama's dummy prefix puts one; the space written here gives the same ids, also to readers of the whole text.
+    # XTuner's: BOS before every round. XTuner writes no space before the answer but tokenises the answer separately,
+    # where Llama's dummy prefix adds one; the space written here gives the same ids, also when tokenised as one text.
     "vicuna": Template(
         system=(VICUNA_SYSTEM + " ", TEXT, "\n "),
         human=(BOS, SYSTEM, "USER: ", TEXT, " "),
@@ -85,7 +85,7 @@ TEMPLATES: dict[str, Template] = {
         keeps_space=True,
         one_round=True,
     ),
-    # LLaVA's first stage: an image, its caption, a newline.
+    # LLaVA's stage 1: an image, its caption, a newline.
     "plain": Template(begin=(BOS,), human=(TEXT,), answer=(TEXT, "\n"), images_only=True),
 }
 
@@ -94,7 +94,7 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
     """The template called ``name``; ``"tokenizer"`` is the tokenizer's own.
 
     Raises:
-        Refusal: C-TEMPLATE, there is none of that name, or the tokenizer's own cannot be followed exactly.
+        Refusal: C-TEMPLATE, no template of that name, or the tokenizer's own cannot be followed exactly.
     """
     if name == TOKENIZER_TEMPLATE:
         return derive_template(tokenizer)
@@ -106,7 +106,7 @@ def get_template(name: str, tokenizer: PreTrainedTokenizerFast) -> Template:
 
 
 def recognise_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The name of the template that a tokenizer's control tokens belong to, else ``"tokenizer"`` if it brings its own.
+    """The name of the template that a tokenizer's control tokens belong to, else ``"tokenizer"`` if it has its own.
 
     Llama-2 and Vicuna share their tokens: a chat template with ``<<SYS>>`` is Llama-2-chat's, and Vicuna's folders have
     no chat template at all.
@@ -128,7 +128,7 @@ def recognise_template(tokenizer: PreTrainedTokenizerFast) -> str:
     raise Refusal(
         "C-TEMPLATE", "the tokenizer's control tokens belong to no known prompt template",
         found=", ".join(list(names)[:12]), expected=" | ".join(sorted(TEMPLATES)),
-        fix="name the format that the model was tuned with: --version NAME",
+        fix="give the format that the model was tuned with: --version NAME",
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ _CONTROL_IDS: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[dict[str, int], i
 
 
 def control_id(control: Control, tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The id of a control token; ``None`` for ``BOS`` where the tokenizer does not begin its texts with one.
+    """The id of a control token; ``None`` for ``BOS`` if the tokenizer adds none.
 
     Raises:
         Refusal: C-TEMPLATE, the tokenizer lacks the token.
@@ -158,7 +158,7 @@ def control_id(control: Control, tokenizer: PreTrainedTokenizerFast) -> int | No
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerFast, template: str) -> list[int]:
-    """Ids at which generation ends: what an answer was trained to end with, then the tokenizer's own end of text."""
+    """Ids at which generation stops: the trained end of an answer, then the tokenizer's own end-of-text token."""
     last = get_template(template, tokenizer).answer[-1]
     stop = control_id(last, tokenizer) if isinstance(last, Control) else tokenizer.encode(last)[-1]
     return list(dict.fromkeys(i for i in (stop, tokenizer.eos_token_id) if i is not None))
@@ -168,8 +168,8 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
     """The Jinja chat template of an exported model.
 
     Messages are ``{"role": "system" | "user" | "assistant", "content": CONTENT}``, where CONTENT is a string, which
-    may hold ``<image>``, or a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``, which are put on
-    lines of their own. For text without control tokens in it the stock tokenizer's ids of the rendered prompt equal
+    may contain ``<image>``, or a list of ``{"type": "image"}`` and ``{"type": "text", "text": ...}``, which are written
+    on separate lines. For text without control tokens in it the stock tokenizer's ids of the rendered prompt equal
     :func:`llava_moslora.text.conversation.encode_prompt`. (A template cannot stop a user from typing ``<|eot_id|>``
     into a stock chat; our own inference can.)
     """
@@ -188,8 +188,8 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerFast) -> str:
 
     shown = "state.images" if prompt.images_only else "text"
     trim = "" if prompt.keeps_space else " | trim"
-    inside = SYSTEM in prompt.human  # the system text waits for the first human turn
-    only_one = "{%- if messages | length > 2 -%}{{ raise_exception('this prompt has one question') }}{%- endif -%}"
+    inside = SYSTEM in prompt.human  # the system text is kept for the first human turn
+    only_one = "{%- if messages | length > 2 -%}{{ raise_exception('this prompt has only one question') }}{%- endif -%}"
     lines = ["{%- set state = namespace(system='', text='', images='') -%}", f"{{{{- {jinja(prompt.begin)} -}}}}"]
     lines += [only_one] if prompt.one_round else []
     if prompt.default_system is not None:

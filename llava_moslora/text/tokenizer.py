@@ -28,22 +28,22 @@ from llava_moslora.text.sentencepiece import read_sentencepiece
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
-# Names that a published tokenizer reserves for later use, in the order in which they are taken.
+# Reserved token names of published tokenizers, in the order in which they are used.
 RESERVED_TOKENS = (
     "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",  # LLaMA-3
     "[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_1]",  # InternLM2
 )  # fmt: skip
 # LLaMA-3.1 added a token whose only purpose is padding but does not name it as the pad token.
 PAD_NAMES = (PAD_TOKEN, "<|finetune_right_pad_id|>")
-LARGEST_VOCABULARY = 1 << 24  # the library takes memory for every id up to the largest
+LARGEST_VOCABULARY = 1 << 24  # the library allocates memory for every id up to the largest
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def load_tokenizer(folder: str | Path, *, images: bool = True) -> PreTrainedTokenizerFast:
     """The tokenizer in ``folder`` with an ``<image>`` token and a pad token; right padding.
 
-    ``images=False`` for an LLM without a vision tower: ``<image>`` is not added, and where nothing else can pad, the
-    end of text does, so that no embedding row is added (padding has no label, and no token attends to it).
+    ``images=False`` for an LLM without a vision tower: ``<image>`` is not added, and if nothing else can pad, the
+    end-of-text token does, so that no embedding row is added (padding has no label, and no token attends to it).
 
     ``save_pretrained`` followed by ``load_tokenizer`` (or by stock ``AutoTokenizer``) gives the same ids.
 
@@ -52,7 +52,7 @@ def load_tokenizer(folder: str | Path, *, images: bool = True) -> PreTrainedToke
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise Refusal("K-TOKENIZER", "there is no such folder", file=folder, fix="give the downloaded model's folder")
+        raise Refusal("K-TOKENIZER", "there is no such folder", file=folder, fix="give the downloaded model folder")
     state, settings = _read_folder(folder)
 
     added = {token["content"]: token for token in _added_tokens(state, folder)}
@@ -83,7 +83,7 @@ def load_tokenizer(folder: str | Path, *, images: bool = True) -> PreTrainedToke
             )
         except Exception as error:  # the Rust library raises bare Exceptions: an unknown model type, a bad pattern
             fix = "download it again; a tokenizer that is newer than the package needs pip install -U tokenizers"
-            what = "the tokenizers library cannot read it"
+            what = "the tokenizers library cannot load it"
             raise Refusal("K-TOKENIZER", what, file=folder, found=error, fix=fix) from error
     if images and IMAGE_TOKEN not in added:
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)], special_tokens=True)
@@ -106,7 +106,7 @@ def image_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
 
 
 def _read_folder(folder: Path) -> tuple[dict, dict]:
-    """The backend's state (what ``tokenizer.json`` holds), and the constructor's settings from the files next to it."""
+    """The content of ``tokenizer.json``, and the constructor's settings from the files next to it."""
     config: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one wins
         if (folder / name).is_file():

@@ -1,9 +1,9 @@
 """Derives a :class:`Template` that writes exactly what a tokenizer's own chat template writes, or refuses.
 
-A chat template is a program that writes a conversation as one string; it does not tell which tokens are the
-answer. But nearly every one writes fixed texts around the turns, which are found by rendering conversations of marker
+A chat template is a program that renders a conversation as one string; it does not tell which tokens are the
+answer. But nearly all of them write fixed texts around the turns, which are found by rendering conversations of marker
 words. The result is checked by rendering more conversations with both. A chat template that does something else (drops
-the reasoning of earlier answers, writes today's date, changes the text) is refused: its labels would be a guess.
+the reasoning of earlier answers, writes today's date, changes the text) is refused: its labels would be guesswork.
 
 Trained are the tokens from the end of the generation prompt up to and including the first control token after the
 answer, where generation stops.
@@ -46,13 +46,13 @@ def derive_template(tokenizer: PreTrainedTokenizerFast) -> Template:
 
 
 def _refusal(what: str, **parts: Any) -> Refusal:
-    fix = "name a template that writes what the model was tuned on, --version NAME, or correct chat_template"
+    fix = "give the template that the model was tuned with, --version NAME, or correct chat_template"
     return Refusal("C-TEMPLATE", what, key="--version tokenizer", fix=fix, **parts)
 
 
 def _derive(tokenizer: PreTrainedTokenizerFast) -> Template:
     if any(name in tokenizer.chat_template for name in DATE_FUNCTIONS):
-        raise _refusal("the chat template writes the date: tomorrow's prompt would be another one")
+        raise _refusal("the chat template contains the current date, so prompts would change from day to day")
     if (found := huge_number(tokenizer.chat_template)) is not None:
         raise _refusal("the chat template computes a huge number", found=found)
     prompt = _apply_chat_template(tokenizer, ("user", QUESTION))
@@ -61,18 +61,18 @@ def _derive(tokenizer: PreTrainedTokenizerFast) -> Template:
     again, to_reply, to_ask, end = _split(longer, QUESTION, ANSWER, SECOND_QUESTION)
     if again != before or end != after or not to_reply.startswith(after):
         raise _refusal(
-            "the chat template does not write an answer after the prompt that asks for it",
+            "the chat template does not write an answer directly after its generation prompt",
             found=repr(to_reply), expected=f"{after!r} and then the answer",
         )  # fmt: skip
     behind = _segments(to_ask, tokenizer)
     stop = next((k for k, segment in enumerate(behind) if isinstance(segment, Control)), None)
     if stop is None:
-        raise _refusal("no control token ends an answer, so nothing would teach the model to stop", found=repr(to_ask))
+        raise _refusal("no control token ends an answer, so the model would not learn to stop", found=repr(to_ask))
     human = _common_end(_segments(before, tokenizer), behind[stop + 1 :])
     between = _as_text(behind[stop + 1 :])
     first = _first_turn(tokenizer, before[: len(before) - len(human)], human)
     closing = _split(_apply_chat_template(tokenizer, ("user", QUESTION), prompt=False), QUESTION)[1]
-    closing = closing if after.startswith(closing) else after  # some write the reply's beginning in any case
+    closing = closing if after.startswith(closing) else after  # some always write the beginning of the reply
     template = replace(
         first,
         human=(*first.human, *_segments(closing, tokenizer)),
@@ -96,9 +96,9 @@ def _first_turn(tokenizer: PreTrainedTokenizerFast, head: str, human: str) -> Te
     try:
         written = _apply_chat_template(tokenizer, ("system", SYSTEM_TEXT), ("user", QUESTION))
     except Refusal:
-        return first  # no place for a system turn; one in the data is refused
+        return first  # no system turn; one in the data is refused
     opened, closed, _ = _split(written, SYSTEM_TEXT, QUESTION)
-    if opened.startswith(head + human):  # inside the first human turn, as Llama 2 has it
+    if opened.startswith(head + human):  # inside the first human turn, as in Llama 2
         system = (*segments(opened[len(head + human) :]), TEXT, *segments(closed))
         return replace(first, human=(*segments(human), SYSTEM, TEXT), system=system)
     if not closed.endswith(human):
@@ -107,7 +107,7 @@ def _first_turn(tokenizer: PreTrainedTokenizerFast, head: str, human: str) -> Te
     if opened.startswith(head):
         opened = opened[len(head) :]
     elif head.startswith(opened) and head.endswith(closed) and len(head) >= len(opened) + len(closed):
-        # the template has a system text of its own, or, as LLaMA-3.1's, a system turn in any case: then it is empty
+        # the template has a default system text, or, like LLaMA-3.1's, always a system turn: then it is empty
         first = replace(first, begin=(), default_system=head[len(opened) : len(head) - len(closed)])
     else:
         raise _refusal("the chat template begins in two ways", found=repr(opened), expected=repr(head))
@@ -115,7 +115,7 @@ def _first_turn(tokenizer: PreTrainedTokenizerFast, head: str, human: str) -> Te
 
 
 def _check(tokenizer: PreTrainedTokenizerFast, template: Template) -> None:
-    """Write conversations by ``template`` and by the chat template, and refuse at the first difference."""
+    """Render conversations with ``template`` and with the chat template, and refuse at the first difference."""
     rounds = [("user", "Why?"), ("assistant", "So.\n\nIndeed"), ("user", "x"), ("assistant", "<b> {y}")]
     rounds += [("user", "A b"), ("assistant", "1"), ("user", "2")]
     for start in ([], [("system", "Be brief.\nDo.")]) if template.system else ([],):
@@ -123,11 +123,11 @@ def _check(tokenizer: PreTrainedTokenizerFast, template: Template) -> None:
             messages = start + rounds[:end]
             theirs = _apply_chat_template(tokenizer, *messages, prompt=messages[-1][0] == "user")
             ours = _render(template, messages)
-            # nothing after the last stop token is trained, so what a template writes there does not matter
+            # what a template writes after the last stop token does not matter: it is not trained
             if theirs != ours if messages[-1][0] == "user" else not theirs.startswith(ours):
                 at = _common_start_length(theirs, ours)
                 raise _refusal(
-                    f"the chat template writes {len(messages)} turns in a way that depends on number or content",
+                    f"the chat template's output for {len(messages)} turns depends on their number or content",
                     found=repr(theirs[at : at + 40]), expected=repr(ours[at : at + 40]),
                 )  # fmt: skip
             if GENERATION.search(tokenizer.chat_template):
@@ -135,7 +135,7 @@ def _check(tokenizer: PreTrainedTokenizerFast, template: Template) -> None:
 
 
 def _check_answer_mask(tokenizer: PreTrainedTokenizerFast, template: Template, messages: list[tuple[str, str]]) -> None:
-    """A template that marks its answers itself must mark what is trained here."""
+    """A template that marks its answers (``{% generation %}``) must mark what is trained here."""
     encoded = tokenizer.apply_chat_template(
         [{"role": role, "content": text} for role, text in messages],
         return_assistant_tokens_mask=True, return_dict=True,
@@ -144,7 +144,7 @@ def _check_answer_mask(tokenizer: PreTrainedTokenizerFast, template: Template, m
     answers = [text for role, text in messages if role == "assistant"]
     ours = "".join(_as_text(template.answer, answer) for answer in answers)
     if (found := tokenizer.decode(marked)).strip() != ours.strip():
-        what = "the chat template's {% generation %} marks something else than the answer and its stop token"
+        what = "the chat template's {% generation %} marks something other than the answer and its stop token"
         raise _refusal(what, found=repr(found), expected=repr(ours))
 
 
@@ -200,7 +200,7 @@ def _apply_chat_template(tokenizer: PreTrainedTokenizerFast, *messages: tuple[st
                 add_generation_prompt=prompt, tokenize=False,
             )  # fmt: skip
     except Exception as error:  # whatever Jinja, or the template itself, raises
-        what = "the chat template cannot write a conversation"
+        what = "the chat template cannot render a conversation"
         raise _refusal(what, found=f"{type(error).__name__}: {error}") from None
 
 

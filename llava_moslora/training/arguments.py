@@ -1,4 +1,4 @@
-"""``TrainingArguments``: this package's training settings over those of transformers' Trainer."""
+"""``TrainingArguments``: this package's training settings on top of those of transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from llava_moslora.training.trainer_fields import check_fields
 
 @dataclass
 class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
-    """This package's training settings and those of transformers' Trainer, some with another default.
+    """This package's training settings and those of transformers' Trainer, some with a different default.
 
     With DeepSpeed the process group must have been joined before (:mod:`llava_moslora.training.process_group`).
 
     Raises:
-        Refusal: C-FLAG, values that do not go together.
+        Refusal: C-FLAG, inconsistent values; E-LAUNCH, one process that sees several GPUs.
     """
 
     def __post_init__(self):
@@ -41,7 +41,7 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
         if self.dataloader_num_workers < 0:
             self.dataloader_num_workers = default_workers()
         if not torch.cuda.is_available():
-            self.use_cpu = True  # without it the Trainer refuses bf16 and counts one process
+            self.use_cpu = True  # without it the Trainer refuses bf16 and assumes one process
         self._set_recompute()
         self._set_accumulation()
         resolve_evaluation(self)
@@ -50,17 +50,23 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
         except Refusal:
             raise
         except (ValueError, ImportError, OverflowError) as error:  # the Trainer's own checks, in its words
-            raise Refusal("C-FLAG", "the training arguments do not go together", found=error) from error
+            raise Refusal("C-FLAG", "inconsistent training arguments", found=error) from error
+        if self.n_gpu > 1:  # the Trainer would split every batch in DataParallel, and positions of labels with it
+            raise Refusal(
+                "E-LAUNCH", "one process that sees several GPUs", found=f"{self.n_gpu} GPUs",
+                fix="start one process per GPU: torchrun --nproc_per_node N …, or deepspeed; "
+                "or let it see one GPU: CUDA_VISIBLE_DEVICES=0",
+            )  # fmt: skip
         self.global_batch_size = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
         if self.use_liger_kernel:
-            # The loss is ours; Liger's rotary embedding writes over its inputs, which selective recomputation keeps.
+            # The loss is ours; Liger's rotary embedding overwrites its inputs, which selective recomputation saves.
             own = {"cross_entropy": False, "fused_linear_cross_entropy": False, "rope": False}
             given: dict[str, Any] = getattr(self, "liger_kernel_config", None) or {}
             self.liger_kernel_config = given | own
 
     def _set_recompute(self) -> None:
-        """``recompute``, where it is not given, from the Trainer's switch by either name, which is then cleared:
-        the Trainer's own recomputation has no selective mode."""
+        """If ``recompute`` is not given, take it from the Trainer's switch by either name, which is then cleared: the
+        Trainer's own recomputation has no selective mode."""
         asked = [self.gradient_checkpointing, self.activation_checkpointing]
         if self.recompute is None:
             self.recompute = "full" if any(asked) else "none"
@@ -68,7 +74,7 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
         if any(asked) and mode in ("none", AUTO):
             raise Refusal(
                 "C-FLAG", "two flags that disagree", key="--gradient_checkpointing, --recompute",
-                found=f"True and {mode}", fix="leave one of the two out",
+                found=f"True and {mode}", fix="omit one of them",
             )  # fmt: skip
         self.gradient_checkpointing = self.activation_checkpointing = None
 
@@ -86,12 +92,12 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
                 "C-FLAG", "two flags that disagree", key="--global_batch_size, --gradient_accumulation_steps",
                 found=f"{self.global_batch_size} and {asked}",
                 expected=f"{self.global_batch_size} = {per_device} per device × {steps} accumulated × {ranks} ranks",
-                fix="leave one of the two out",
+                fix="omit one of them",
             )  # fmt: skip
         self.gradient_accumulation_steps = steps
 
     def as_record(self) -> dict[str, Any]:
-        """The values as ``run.json`` has them, and where dropout's masks come from on this device."""
+        """The values for ``run.json``, and the generator of dropout masks on this device."""
         return self.to_sanitized_dict() | {"dropout_masks": mask_source(self.device)}
 
     @property
@@ -101,7 +107,7 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
 
     @property
     def device_name(self) -> str:
-        """What rank 0 trains on, for people."""
+        """The device of rank 0, for messages."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.device} (no GPU used)"
 
     @property
@@ -124,7 +130,7 @@ class TrainingArguments(TrainingSettings, TrainerSettings, HfTrainingArguments):
 def input_paths(
     model: ModelSettings, data: DataSettings, args: TrainingArguments, argv: Sequence[str]
 ) -> list[tuple[str, Path]]:
-    """Flag and path of everything that a training reads: none of it may lie in a folder that is deleted."""
+    """Flag and path of all inputs of a run: none of them may be in a folder that is deleted."""
     tower = model.vision_tower or ""
     if tower.startswith(OPEN_CLIP):
         arch, at, where = tower.removeprefix(OPEN_CLIP).partition("@")

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: written unpartitioned, and read only if they are exactly what this run trains."""
+"""The tensors of a checkpoint: written unpartitioned, and loaded only if they match exactly what this run trains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llava_moslora.training.optimizer_state import SCALAR_DTYPE, frozen_factors,
 ADAPTER_FILE, PROJECTOR_FILE = "adapter/adapter_model.safetensors", "projector/model.safetensors"
 OPTIMIZER_FILE, POSITION_FILE = "optimizer.safetensors", "position.json"
 
-FIRST_FORMAT = "adam_steps"  # a key that position.json has in checkpoints of the first versions
+FIRST_FORMAT = "adam_steps"  # a key of position.json in checkpoints of the first versions
 
 
 def write_trained(folder: Path, model, masters: dict[str, Tensor]) -> None:
@@ -46,7 +46,7 @@ def write_optimizer(folder: Path, model, state: dict[str, Tensor], position: dic
 
 
 def read_trained(checkpoint: Path, model) -> dict[str, Tensor]:
-    """The float32 masters of a checkpoint by the names of ``model``'s parameters.
+    """The float32 master weights of a checkpoint by the names of ``model``'s parameters.
 
     The first versions saved no frozen mixers: from their checkpoints none are read, and those of ``model``, which are
     drawn from the run's seed, are the same.
@@ -91,9 +91,9 @@ def shapes_of(model) -> dict[str, tuple[int, ...]]:
 
 
 def saved_names(model: PeftModel, names: Iterable[str]) -> dict[str, str]:
-    """Names of tensors in the model → PEFT's names of them in a file, which it has other rules for in each method.
+    """Names of tensors in the model → PEFT's names in a file; PEFT's rules differ between methods.
 
-    PEFT is asked with a number in place of each tensor.
+    PEFT's own function is called with a number in place of each tensor.
     """
     asked = {name: torch.tensor(number) for number, name in enumerate(names)}
     saved = get_peft_model_state_dict(model, asked, ADAPTER_NAME, save_embedding_layers=False)
@@ -120,7 +120,7 @@ def _read(file: Path, wanted: dict[str, tuple[tuple[int, ...], torch.dtype]]) ->
         if tensor.dtype != dtype:
             raise _refusal(file, "a tensor of another dtype", key=name, found=tensor.dtype, expected=str(dtype))
         if not torch.isfinite(tensor).all():
-            raise _refusal(file, "numbers that are not finite", key=name, fix="resume from an older checkpoint")
+            raise _refusal(file, "values that are not finite", key=name, fix="resume from an older checkpoint")
     return stored
 
 

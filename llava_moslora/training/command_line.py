@@ -1,7 +1,7 @@
 """The command line of ``scripts/train_vit_llm.py``: the settings of :mod:`llava_moslora.config` and transformers' own.
 
-The same flags can come from one YAML or JSON file (``--config FILE``), over which the command line wins. Neither torch
-nor transformers is imported: a mistyped flag is answered before.
+The same flags can come from one YAML or JSON file (``--config FILE``); the command line takes precedence. Neither torch
+nor transformers is imported: a mistyped flag is reported before that.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def parse(
     """The settings from a command line; those of training as the values to build ``TrainingArguments`` from.
 
     They are not built here, because transformers' part imports torch, and initialises the device and the process
-    group, which this package joins first. What can be refused without them is refused here.
+    group, which this package joins first. All checks that do not need them are done here.
 
     Raises:
-        Refusal: an unknown flag (with the nearest name), a missing one, a value of the wrong type or no choice, out of
-            range, or without effect; a configuration or DeepSpeed file that is missing or no JSON/YAML.
+        Refusal: an unknown flag (with the closest name), a missing one, a value of the wrong type, not a choice, out of
+            range, or without effect; a configuration or DeepSpeed file that is missing or not JSON/YAML.
     """
     (model, data, adapter, _), training = parse_with(Parser(description), SETTINGS, argv)
     return model, data, adapter, training
@@ -70,7 +70,7 @@ def parse_with(parser: SettingsParser, groups: Sequence[type], argv: Sequence[st
         content = read_config(Path(file))
         argv = [*_as_flags(content, {flag.name for flag in parser.flags[1:]}, file), *argv]
     if (deepspeed := early(argv).deepspeed) is not None:
-        read_deepspeed_config(deepspeed)  # the Trainer looks into it while it reads its flags
+        read_deepspeed_config(deepspeed)  # the Trainer uses it while it parses its flags
     with _naming_file(file, content.keys() - given_here):
         values = vars(parser.parse_args(argv))
         given = [{f.name: values.pop(f.name) for f in fields(group) if f.name in values} for group in groups]
@@ -112,7 +112,7 @@ def check_places(model: ModelSettings, data: DataSettings, adapter: AdapterSetti
 
 
 def early(argv: Sequence[str]) -> argparse.Namespace:
-    """The files that are read before the flags are parsed."""
+    """The flags of files that are read before the others are parsed."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config")
     parser.add_argument("--deepspeed")
@@ -152,7 +152,7 @@ def accumulation_steps(global_batch_size: int, per_device: int, ranks: int) -> i
     fixes = [f"--global_batch_size {' or '.join(map(str, nearest))}"]
     fixes += [f"--per_device_train_batch_size {n}" for n in smaller[:1]]
     raise Refusal(
-        "C-FLAG", "not a multiple of what the ranks compute at a time", key="--global_batch_size",
+        "C-FLAG", "not a multiple of the micro-batches of all ranks", key="--global_batch_size",
         found=global_batch_size, expected=f"a multiple of {micro_batch} = {per_device} per device × {ranks} ranks",
         fix=", or ".join(fixes),
     )  # fmt: skip

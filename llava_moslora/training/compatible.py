@@ -1,4 +1,4 @@
-"""Which optimizers, and which methods, go with a DeepSpeed file; also for the planner, which loads little."""
+"""Which optimizers and methods work with a DeepSpeed file; also used by the planner, so imports are light."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ OFFLOADABLE = ("adamw_torch", "adamw_torch_fused")  # in place of any other, Dee
 
 
 def check_optimizer(name: str, deepspeed: dict[str, Any] | None) -> None:
-    """Whether its state can be saved: otherwise the first checkpoint would fail.
+    """Check that the optimizer's state can be saved: otherwise the first checkpoint would fail.
 
     Raises:
         Refusal: C-FLAG, it cannot.
     """
     known: tuple[str, ...] = PER_WEIGHT + PER_PARAMETER
-    what, fix = "this optimizer's state cannot be saved", "--optim adamw_torch_fused, or another of those"
+    what, fix = "this optimizer's state cannot be saved", "--optim adamw_torch_fused, or another of these"
     if deepspeed and offloads_optimizer(deepspeed):
         known, what = OFFLOADABLE, "DeepSpeed replaces an offloaded optimizer by its Adam"
     elif deepspeed and zero_stage(deepspeed) and name in PER_PARAMETER:
         known, what = PER_WEIGHT, "ZeRO concatenates parameters, and cannot partition this optimizer's state"
-        fix = "zero_configs/zero0.json, or an optimizer of those"
+        fix = "zero_configs/zero0.json, or one of these optimizers"
     if name not in known:
         expected = ", ".join(known)
         raise Refusal("C-FLAG", what, key="--optim", found=name, expected=expected, fix=fix)

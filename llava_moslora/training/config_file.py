@@ -1,4 +1,4 @@
-"""Reads the file of ``--config``, or another in YAML or JSON, with every value as the text that is written.
+"""Reads the file of ``--config``, or another YAML or JSON file, with every value as its literal text.
 
 YAML 1.1 reads ``2025_11_03`` as 20251103, ``0012`` as 10, ``no`` as False and ``1:30`` as 90. Here the command line's
 parser converts the text to the type of its flag. A flag whose value is ``null`` counts as not given.
@@ -15,7 +15,7 @@ import yaml
 from llava_moslora.errors import Refusal
 
 NULLS = ("", "~", "null", "Null", "NULL")
-LARGEST = 1 << 17  # bytes; the parser is slow
+LARGEST = 1 << 17  # bytes, because the parser is slow
 STR, SEQ, MAP = (f"tag:yaml.org,2002:{name}" for name in ("str", "seq", "map"))
 
 
@@ -32,10 +32,10 @@ def read_config(path: Path) -> dict[str, str | list[str]]:
 
 
 def read_texts(path: Path, key: str, what: str) -> dict[str, Any]:
-    """Mappings, lists and texts as they are nested in the file; None where nothing or ``null`` is written.
+    """Mappings, lists and texts as nested in the file; None for an empty value or ``null``.
 
     Args:
-        key: that names the file on the command line. what: the file maps, for the refusal.
+        key: the flag of the file. what: what the file maps, for the refusal.
 
     Raises:
         Refusal: C-PATH, C-PARSE, as :func:`read_config`.
@@ -82,10 +82,10 @@ class _TextLoader(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError(f"an alias, *{self.peek_event().anchor}, which is not read here")
+            raise yaml.YAMLError(f"an alias, *{self.peek_event().anchor}, which is not supported")
         node = super().compose_node(parent, index)
         if node.tag not in (STR, SEQ, MAP):
-            raise yaml.YAMLError(f"the tag {node.tag}, which is not read here")
+            raise yaml.YAMLError(f"the tag {node.tag}, which is not supported")
         return node
 
 

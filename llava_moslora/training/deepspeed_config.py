@@ -26,7 +26,7 @@ SIZE = '0 or more, or "auto"'
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     """
     Raises:
-        Refusal: C-PATH, no such file; C-PARSE, not JSON in UTF-8; C-DEEPSPEED, something else where a mapping belongs.
+        Refusal: C-PATH, no such file; C-PARSE, not JSON in UTF-8; C-DEEPSPEED, a mapping was expected.
     """
     path = Path(path)
     if not path.is_file():
@@ -81,7 +81,7 @@ def check_deepspeed(config: dict[str, Any], args: TrainingArguments) -> None:
     _check_zero(config.get("zero_optimization", {}), Path(args.deepspeed))
     if zero_stage(config) == 0 and args.fp16:
         raise Refusal(
-            "C-FLAG", "DeepSpeed's stage 0 keeps a loss scale for float16 that cannot be saved", key="--fp16",
+            "C-FLAG", "DeepSpeed's stage 0 has a float16 loss scale that cannot be saved", key="--fp16",
             fix="--bf16 True, or zero_configs/zero1.json",
         )  # fmt: skip
     if clashes := [
@@ -108,16 +108,16 @@ def _check_blocks(config: dict[str, Any], file: Path) -> None:
     for block in ("optimizer", "scheduler"):
         if block in config:
             raise Refusal(
-                "C-DEEPSPEED", "would replace the optimizer that has a learning rate per part", file=file, key=block,
-                fix=f"take {block} out of the file and give flags: --learning_rate, --optim, --lr_scheduler_type, …",
+                "C-DEEPSPEED", "would replace the optimizer with a learning rate per part", file=file, key=block,
+                fix=f"remove {block} from the file and use flags: --learning_rate, --optim, --lr_scheduler_type, …",
             )  # fmt: skip
 
 
 def check_rotary_frequencies(model: torch.nn.Module) -> None:
     """
     Raises:
-        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32: late positions would rotate by other angles than in
-            the exported model.
+        Refusal: C-DEEPSPEED, a buffer ``inv_freq`` is not float32: at late positions the rotary angles would differ
+            from the exported model's.
     """
     import torch  # imported here: the planner reads files without it
 
@@ -131,7 +131,7 @@ def check_rotary_frequencies(model: torch.nn.Module) -> None:
 
 
 def _check_zero(zero: dict[str, Any], file: Path) -> None:
-    """DeepSpeed's own check of names, types and ranges, which would come when everything is loaded."""
+    """DeepSpeed's own check of names, types and ranges, which would otherwise run after everything is loaded."""
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # imported here: the planner reads files without it
     from pydantic import ValidationError
 

@@ -1,4 +1,4 @@
-"""Running a model while it is in training, without a trace."""
+"""Runs a model in the middle of training, without side effects."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from llava_moslora.training.random_state import preserved_random_state
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model is in eval mode inside; afterwards every module is in the mode it was in before, and every random
-    generator in its state."""
+    """Put the model into eval mode inside; afterwards the mode of every module and the state of every random generator
+    are restored."""
     modes = [(module, module.training) for module in model.modules()]
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would repack 4-bit weights in place

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with this package's evaluations: when they happen, and which checkpoint is the best."""
+"""Hugging Face's Trainer with this package's evaluations: when they run, and which checkpoint is the best."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EvaluatingTrainer(Trainer):
     """The part of :class:`~llava_moslora.training.trainer.MosLoraTrainer` that evaluates.
 
     Args:
-        eval_dataset: what is evaluated, if anything is.
+        eval_dataset: the validation data, if any.
     """
 
     args: TrainingArguments
@@ -60,14 +60,14 @@ class EvaluatingTrainer(Trainer):
         with eval_mode(self.model):
             metrics = self.validation.evaluate(self.model_wrapped, self._prepare_inputs, before_batch)
         seconds = time.monotonic() - began
-        self.throughput.since += seconds  # they are not time of training
+        self.throughput.since += seconds  # they do not count as training time
         self.log(metrics | {"eval_runtime": round(seconds, 3)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False) -> dict[str, float]:
         """As the Trainer's, but at most once per step, and without a result if a signal ends it. Before the first step
-        (``skip_scheduler``) :class:`EvaluateFirst` has evaluated already."""
+        (``skip_scheduler``) :class:`EvaluateFirst` has already evaluated."""
         self.control.should_evaluate = False
         if skip_scheduler or evaluation_at(self.state, self.state.global_step):
             return {}
@@ -96,8 +96,8 @@ class EvaluatingTrainer(Trainer):
             super()._determine_best_metric(metrics, None)
 
     def evaluate_first(self) -> None:
-        """Before the first step of this call: what ``--eval_on_start`` asks for, or the evaluation that a signal kept
-        the run from at the step from which it is resumed."""
+        """Before the first step: the evaluation of ``--eval_on_start``, or the one that a signal interrupted at the
+        step from which the run is resumed."""
         self.state.compute_steps(self.args, self.state.max_steps)
         if self.state.global_step == 0 and self.args.eval_on_start:
             self._evaluate(None, None)

@@ -1,4 +1,4 @@
-"""The flags of validation: their defaults, and combinations that make no sense, before any data is read."""
+"""The validation flags: defaults, and invalid combinations, before any data is read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llava_moslora.errors import Refusal, unknown_value
 # ``args`` below are llava_moslora.training.arguments.TrainingArguments, which use this file.
 
 EVAL_STEPS = 500  # without --save_steps to follow
-# Flag → the value it has where it is not given. They do nothing without --eval_strategy.
+# Flag → its default. They have no effect without --eval_strategy.
 NEED_EVALUATION: dict[str, Any] = {
     "eval_steps": None,
     "eval_delay": 0,
@@ -26,7 +26,7 @@ METRICS = ("loss", "token_accuracy")  # of every validation set, and of all toge
 
 
 def resolve_evaluation(args: Any) -> None:
-    """Fill in defaults, and refuse what transformers would refuse in several lines.
+    """Fill in defaults, and refuse in one line what transformers refuses in several.
 
     Raises:
         Refusal: C-FLAG.
@@ -35,13 +35,13 @@ def resolve_evaluation(args: Any) -> None:
     if args.per_device_eval_batch_size is None:
         args.per_device_eval_batch_size = args.per_device_train_batch_size
     if args.early_stopping_patience is None and args.early_stopping_threshold:
-        raise _refusal("early_stopping_threshold", args, "belongs to --early_stopping_patience", "give both")
+        raise _refusal("early_stopping_threshold", args, "needs --early_stopping_patience", "give both")
     if evaluates == "no":
         for name, default in NEED_EVALUATION.items():
             if getattr(args, name) != default:
                 raise _refusal(name, args, "needs evaluations, and --eval_strategy is no", HOW)
         if saves == "best":
-            raise _refusal("save_strategy", args, "no checkpoint is known to be the best without an evaluation", HOW)
+            raise _refusal("save_strategy", args, "there is no best checkpoint without evaluations", HOW)
         return
     if evaluates == "epoch" and args.eval_steps is not None:
         raise _refusal("eval_steps", args, "has no effect with --eval_strategy epoch", "--eval_strategy steps")
@@ -58,10 +58,10 @@ def resolve_evaluation(args: Any) -> None:
 
 
 def _check_saved_when_evaluated(args: Any, evaluates: str, saves: str) -> None:
-    """As transformers demands for --load_best_model_at_end: each checkpoint is evaluated."""
+    """As transformers requires for --load_best_model_at_end: each checkpoint is evaluated."""
     if evaluates != saves:
         raise Refusal(
-            "C-FLAG", "the best checkpoint is looked for among those that are saved when the model is evaluated",
+            "C-FLAG", "the best checkpoint must be one that is saved when the model is evaluated",
             key="--load_best_model_at_end", found=f"--eval_strategy {evaluates}, --save_strategy {saves}",
             fix=f"--save_strategy {evaluates}",
         )  # fmt: skip
@@ -95,14 +95,14 @@ def check_evaluation(data: DataSettings, args: Any) -> None:
     if not names and (strategy != "no" or args.eval_on_start):
         key = "--eval_on_start" if strategy == "no" else f"--eval_strategy {strategy}"
         fix = "--validation_split 0.01, or --eval_data_path FILE"
-        raise Refusal("C-FLAG", "there are no validation data", key=key, fix=fix)
+        raise Refusal("C-FLAG", "there is no validation data", key=key, fix=fix)
     metrics = metric_names(names)
     if strategy != "no" and args.metric_for_best_model not in metrics:
         raise unknown_value("--metric_for_best_model", args.metric_for_best_model, metrics, "unknown metric")
 
 
 def metric_names(sets: Sequence[str]) -> list[str]:
-    """Of the evaluations over these validation sets: of all together, and of several also of each."""
+    """Names of the metrics of these validation sets: of all together, and if there are several also of each."""
     prefixes = ["", *(f"{name}_" for name in sets)] if len(sets) > 1 else [""]
     return [prefix + metric for prefix in prefixes for metric in METRICS]
 

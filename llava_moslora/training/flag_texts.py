@@ -1,4 +1,4 @@
-"""The Trainer's flags in words: the end of ``--help all``, and ``docs/flags.md``.
+"""The text about the Trainer's flags: the end of ``--help all``, and ``docs/flags.md``.
 
 python -m llava_moslora.training.flag_texts > docs/flags.md
 """
@@ -46,10 +46,10 @@ def table() -> str:
         "# Flags of the Trainer", "",
         "<!-- made by python -m llava_moslora.training.flag_texts -->", "",
         "`scripts/train_vit_llm.py` takes every flag of transformers' `TrainingArguments` that has an effect here. The",
-        "others are refused as soon as they have another value than their default: none is accepted without effect.",
+        "others are refused if they have a value other than their default: no flag is accepted without effect.",
         "A flag of a newer transformers that is not in this table is refused too. This package's own flags are in",
         "`scripts/train_vit_llm.py --help`.", "",
-        "| flag | | shown by, or why and what to use instead |", "| --- | --- | --- |", *rows, "",
+        "| flag | | test, or why and what to use instead |", "| --- | --- | --- |", *rows, "",
         "Flags that no longer exist, and flags of LLaVA's script, are unknown; the message says what to do:", "",
         "| flag | instead |", "| --- | --- |", *former, "",
     ])  # fmt: skip

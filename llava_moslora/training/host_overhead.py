@@ -1,8 +1,8 @@
-"""Saves work of the host that the Trainer and DeepSpeed repeat needlessly at every step.
+"""Avoids host work that the Trainer and DeepSpeed repeat needlessly at every step.
 
-A model with adapters in every linear has five thousand modules and six thousand parameters, over a thousand of them
-trained. Visiting all of them several times a step takes the host longer than launching the step's kernels; on a fast
-GPU, steps wait for the host.
+A model with adapters in every linear layer has five thousand modules and six thousand parameters, over a thousand of
+them trained. Visiting all of them several times per step takes the host longer than launching the step's kernels; with
+a fast GPU, steps are bound by the host.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ def clear_trained_gradients(engine, trained: dict[str, nn.Parameter]) -> None:
 
 
 def step_without_waiting(engine) -> bool:
-    """Make the step of DeepSpeed's ``BF16_Optimizer`` (ZeRO-1 with float32 gradients) one that the host only launches;
-    with another optimizer the engine stays as it is, and False is returned.
+    """Make the step of DeepSpeed's ``BF16_Optimizer`` (ZeRO-1 with float32 gradients) free of host-device
+    synchronisation; with another optimizer the engine is unchanged, and False is returned.
 
-    DeepSpeed's own reads the gradient's norm to decide whether to update and whether to clip, and the GPU has nothing
-    to do until the next step's kernels come. Here the device decides about clipping, by a factor that is 1 below the
+    DeepSpeed's own step reads the gradient norm to decide whether to update and whether to clip, and the GPU idles
+    until the next step's kernels are launched. Here clipping is done on the device, by a factor that is 1 below the
     limit, and :class:`~llava_moslora.training.nonfinite.FiniteCheck` reads the norm when it has arrived: the update has
-    then been made also with a norm that is not finite, and the run ends without saving it.
+    then been made even if the norm is not finite, and the run ends without saving it.
 
-    Norm and factor go over the flat buffer in which the optimizer has a group's gradients, where DeepSpeed goes from
-    parameter to parameter, and a gradient is added to its part of it in one operation instead of two: a step has three
-    or four fewer kernels to launch per trained parameter. Only the norm's sum is taken in another order.
+    Norm and factor are computed over the flat buffer with a group's gradients, where DeepSpeed loops over parameters,
+    and a gradient is added to its slice in one operation instead of two: a step launches three or four fewer kernels
+    per trained parameter. Only the order of summation in the norm differs.
     """
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_groups_actual_gradients_flat"):
         return False
     if optimizer.mpu is not None or optimizer.has_moe_layers or optimizer._uses_muon:
-        return False  # their norm or update takes more than what is below
+        return False  # their norm or update needs more than the code below
     if optimizer.grad_acc_dtype != torch.float32 or optimizer.norm_type != 2:
         return False
 

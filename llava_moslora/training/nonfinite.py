@@ -1,9 +1,9 @@
 """Stops a run at a step whose loss or gradient is NaN or Inf, and names the records of that step.
 
-By itself the Trainer hides such a step: it logs the loss as 0, and DeepSpeed skips the update and continues.
+By default the Trainer hides such a step: it logs the loss as 0, and DeepSpeed skips the update and continues.
 
 Losses stay on the device until the gradient norm is read, once per step: reading each of them before its backward would
-leave the GPU idle while backward is launched. Where the optimizer's step does not wait for the device either
+leave the GPU idle while backward is launched. If the optimizer's step does not wait for the device either
 (host_overhead.py), both are read one step later, and before anything is logged, evaluated or saved. By then the weights
 may have been updated, but the run ends before they are saved.
 """
@@ -23,20 +23,20 @@ from llava_moslora.errors import Refusal
 from llava_moslora.files.disk import write_json
 
 NONFINITE_FILE = "nonfinite.json"
-FIX = "lower --learning_rate, look at these records, or train in bf16 instead of fp16"
+FIX = "lower --learning_rate, inspect these records, or train in bf16 instead of fp16"
 NONFINITE_LOSS, FINITE_LOSS = "the loss became NaN or Inf", "a finite loss on every rank"
 FINITE_GRADIENT = "a finite gradient"
 
 
 @dataclass
 class _Step:
-    """A step that has been launched, and on whose numbers nobody has looked yet.
+    """A step that has been launched, but whose loss and gradient norm have not been checked yet.
 
     Args:
-        number: of updates before it.
+        number: updates before it.
         records, losses: as in :class:`FiniteCheck`.
         numbers: float64[2] on the host: how many losses are NaN or Inf, and the norm.
-        copied: when they are there; None: already.
+        copied: event after which they are available; None: already available.
     """
 
     number: int
@@ -86,7 +86,7 @@ class FiniteCheck:
 
         Raises:
             Refusal: R-NONFINITE, a loss or the gradient is NaN or Inf on some rank. A gradient that overflows while
-                fp16 searches for its loss scale is none.
+                fp16 searches for its loss scale does not count.
         """
         nonfinite = self._nonfinite_losses()
         nonfinite_losses, norm = self._to_host(nonfinite, norm)
@@ -106,8 +106,8 @@ class FiniteCheck:
         return norm
 
     def check_later(self, step: int, norm: Tensor) -> Tensor:
-        """As :meth:`check`, for a step that has only been launched: the step before is checked now, this one by the
-        next call or by :meth:`settle`. The host waits for nothing that was launched in this step."""
+        """As :meth:`check`, without waiting for the current step: the step before is checked now, this one by the next
+        call or by :meth:`settle`."""
         self.settle()
         numbers = torch.stack([self._nonfinite_losses(), norm.detach().double()])
         copied = None
@@ -137,7 +137,7 @@ class FiniteCheck:
             self._stop(step.number, nonfinite_gradient(f"gradient norm {norm}"), FINITE_GRADIENT)
 
     def require_checked(self) -> None:
-        """Call after each step: it fails if the Trainer or DeepSpeed did not call what checks."""
+        """Call after each step: it fails if the Trainer or DeepSpeed did not call the check."""
         assert self.checked and len(self.losses) == len(self.records), "this step's loss and gradient were not checked"
 
     def loss_scale_exhausted(self, step: int) -> NoReturn:
@@ -166,7 +166,7 @@ class FiniteCheck:
         ]
         batches = [batch for of_rank in from_all_ranks(of_this_rank) for batch in of_rank]
         suspects = [b for b in batches if not math.isfinite(float(b["loss"]))]
-        if suspects:  # a gradient that is not finite is then only its consequence
+        if suspects:  # a gradient that is not finite is then only a consequence
             what, expected = NONFINITE_LOSS, FINITE_LOSS
         suspects = suspects or batches
         if rank() == 0:
@@ -202,20 +202,20 @@ def check_labels(labels: int, records: list[int]) -> None:
     """
     if not labels:
         raise Refusal(
-            "D-LABELS", "no token of this batch is trained", found=f"records {', '.join(map(str, records))}",
+            "D-LABELS", "no token of this batch has a label", found=f"records {', '.join(map(str, records))}",
             fix="prepare the data with scripts/prepare_data.py, which refuses such records",
         )  # fmt: skip
 
 
 def out_of_memory(batch_size: int) -> Refusal:
-    """E-MEMORY, with the device's figures."""
+    """E-MEMORY, with the device's memory statistics."""
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_reserved()
     return Refusal(
         "E-MEMORY",
-        "the device's memory is not enough for a step; the last checkpoint is untouched",
-        found=f"{total / 2**30:.1f} GiB in all, {peak / 2**30:.1f} GiB used at most, {free / 2**30:.1f} GiB free",
+        "out of device memory in a training step; the last checkpoint is untouched",
+        found=f"{total / 2**30:.1f} GiB in total, {peak / 2**30:.1f} GiB peak, {free / 2**30:.1f} GiB free",
         fix=f"lower --per_device_train_batch_size (now {batch_size}) and raise --gradient_accumulation_steps by the "
         "same factor, --recompute full, zero_configs/zero3.json, or --bits 4; "
-        "scripts/plan.py --suggest names the fastest setting that fits",
+        "scripts/plan.py --suggest finds the fastest setting that fits",
     )

@@ -1,8 +1,8 @@
 """The float32 weights and the optimizer's state of a run, read and written independently of ZeRO stage and world size.
 
-For each trained parameter, unpartitioned: the float32 master weight and what the optimizer keeps for it (Adam: two
-moments and a step count), in the optimizer's own dtypes; also the frozen factors, and the state of the fp16 loss scale.
-DeepSpeed's own checkpoints are not used: they are pickles, and another stage or world size cannot read them.
+For each trained parameter, unpartitioned: the float32 master weight and its optimizer state (Adam: two moments and a
+step count), in the optimizer's own dtypes; also the frozen factors, and the state of the fp16 loss scale.
+DeepSpeed's own checkpoints are not used: they are pickles, and cannot be loaded under another stage or world size.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TrainState:
     (ZeRO-1, -2 and -3), it steps this rank's shards of flat tensors, each a concatenation of many parameters.
 
     Args:
-        model: names of parameters are this model's.
+        model: parameter names are this model's.
         optimizer: the torch optimizer of its trained parameters.
         engine: the DeepSpeed engine, or None.
     """
@@ -48,7 +48,7 @@ class TrainState:
     def undo_initial_step(self) -> None:
         """Undo the step with gradients of zero by which DeepSpeed's stage 0 creates the optimizer's state in 16 bits.
 
-        With it Adam's bias corrections would be one step ahead, and weight decay would be applied once too often.
+        Otherwise Adam's bias correction would be one step ahead, and weight decay would be applied once too often.
         """
         if self.partitioned or not hasattr(getattr(self.engine, "optimizer", None), "fp32_groups"):
             return
@@ -57,37 +57,52 @@ class TrainState:
         for name, master in self._stepped_tensors.items():
             master.data.copy_(parameters[name])
 
-    def masters(self) -> dict[str, Tensor]:
-        """Every trained parameter and every frozen factor, unpartitioned, float32, on the CPU. Collective."""
+    def masters(self, keep: bool = True) -> dict[str, Tensor]:
+        """Every trained parameter and every frozen factor, unpartitioned, float32, on the CPU. Collective.
+
+        Args:
+            keep: whether this rank uses them. A rank that does not takes part, keeps nothing, and gets {}.
+        """
+        masters: dict[str, Tensor] = {}
         if not self.partitioned:
-            masters = {name: _to_cpu(tensor, torch.float32) for name, tensor in self._stepped_tensors.items()}
+            tensors: Iterable[tuple[str, Tensor]] = self._stepped_tensors.items() if keep else ()
         else:
             from deepspeed.utils import safe_get_full_fp32_param  # imported here: not needed without DeepSpeed
 
-            masters = {n: _to_cpu(safe_get_full_fp32_param(p), torch.float32) for n, p in self.parameters.items()}
+            tensors = ((name, safe_get_full_fp32_param(p)) for name, p in self.parameters.items())
+        for name, tensor in tensors:
+            if keep:
+                masters[name] = _to_cpu(tensor, torch.float32)
         frozen = frozen_factors(self.model)
         with _gathered(frozen.values()):
-            return masters | {name: _to_cpu(parameter, torch.float32) for name, parameter in frozen.items()}
+            return masters | {n: _to_cpu(factor, torch.float32) for n, factor in frozen.items() if keep}
 
-    def optimizer_state(self) -> dict[str, Tensor]:
-        """``NAME.KEY`` → what the optimizer keeps for a parameter, unpartitioned, on the CPU. Collective.
+    def optimizer_state(self, keep: bool = True) -> dict[str, Tensor]:
+        """``NAME.KEY`` → the optimizer state of a parameter, unpartitioned, on the CPU. Collective.
 
         A parameter that has not been stepped yet has no state; with fp16 none has until a loss scale is found.
+        ``keep`` as for :meth:`masters`.
         """
         if not self.partitioned:
-            state = self._torch_optimizer.state
+            of_tensor = self._torch_optimizer.state
             return {
                 f"{name}.{key}": _to_cpu(value) if _is_elementwise(value) else _scalar(value)
-                for name, tensor in self._stepped_tensors.items()
-                for key, value in state.get(tensor, {}).items()
+                for name, tensor in (self._stepped_tensors if keep else {}).items()
+                for key, value in of_tensor.get(tensor, {}).items()
             }
         from deepspeed.utils import safe_get_full_optimizer_state as full_state
 
         elementwise, scalars = self._flat_state_keys()
         if elementwise:
             self._link_state()
-        state = {f"{n}.{key}": _to_cpu(full_state(p, key)) for n, p in self.parameters.items() for key in elementwise}
-        return state | {f"{n}.{key}": _scalar(value) for n in self.parameters for key, value in scalars.items()}
+        state = {}
+        for name, parameter in self.parameters.items():
+            for key in elementwise:
+                whole = full_state(parameter, key)
+                if keep:
+                    state[f"{name}.{key}"] = _to_cpu(whole)
+            state |= {f"{name}.{key}": _scalar(value) for key, value in scalars.items() if keep}
+        return state
 
     def loss_scale(self) -> dict | None:
         """State of the fp16 loss scale search; None in other precisions."""
@@ -115,8 +130,8 @@ class TrainState:
             group["params"] = []
 
     def restore(self, masters: dict[str, Tensor], state: dict[str, Tensor], loss_scale: dict | None) -> None:
-        """Set what :meth:`masters`, :meth:`optimizer_state` and :meth:`loss_scale` returned, under any stage and world
-        size. Frozen factors that are not in ``masters`` stay as they are. Collective; before the first step."""
+        """Restore what :meth:`masters`, :meth:`optimizer_state` and :meth:`loss_scale` returned, under any stage and
+        world size. Frozen factors that are not in ``masters`` are unchanged. Collective; before the first step."""
         if differing := set(masters) - set(frozen_factors(self.model)) ^ set(self.parameters):
             raise KeyError(f"other parameters: {sorted(differing)[:4]}")
         if self.partitioned:
@@ -141,14 +156,14 @@ class TrainState:
 
     @property
     def _stepped_tensors(self) -> dict[str, Tensor]:
-        """Unpartitioned, what the optimizer steps for each parameter: itself, or in stage 0 its float32 copy."""
+        """Unpartitioned: the tensor that the optimizer updates for each parameter: itself, or its float32 copy."""
         wrapper = getattr(self.engine, "optimizer", None)
         groups = zip(getattr(wrapper, "fp16_groups", []), getattr(wrapper, "fp32_groups", []), strict=True)
         copies = {id(low): high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
         return {name: copies.get(id(p), p) for name, p in self.parameters.items()}
 
     def _flat_masters(self) -> list[Tensor]:
-        """Partitioned, what the optimizer steps: this rank's shards of the flat masters."""
+        """Partitioned: the tensors that the optimizer updates: this rank's shards of the flat master weights."""
         flats = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
         return flats or [flat for group in self._torch_optimizer.param_groups for flat in group["params"]]
 
@@ -167,7 +182,7 @@ class TrainState:
             tensor.data.copy_(masters[name])
             _overwrite(created[tensor], {key: state.get(f"{name}.{key}") for key in created[tensor]})
             if not created[tensor]:
-                del created[tensor]  # not stepped yet: an optimizer would take an empty entry for an initialised one
+                del created[tensor]  # not updated yet: an optimizer would treat an empty entry as an initialised one
 
     def _restore_partitioned(self, masters: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         elementwise, scalars = self._flat_state_keys()
@@ -189,11 +204,11 @@ class TrainState:
             _overwrite(optimizer.state[flat], largest)
 
     def _repeat_powers(self) -> None:
-        """Bring DeepSpeed's Adam on the CPU to the powers of its betas that an uninterrupted run has.
+        """Give DeepSpeed's CPU Adam the same powers of its betas as in an uninterrupted run.
 
-        Its C++ side keeps βᵗ in float32, multiplied by β at each step, and takes pow(β, t) where steps do not follow on
-        each other, as after a resume (csrc/includes/cpu_adam.h, IncrementStep). The two differ in the last bit at some
-        steps, in 1 - βᵗ by more, and so would all weights from there on.
+        Its C++ side keeps βᵗ in float32, multiplied by β at each step, but uses pow(β, t) if steps are not consecutive,
+        as after a resume (csrc/includes/cpu_adam.h, IncrementStep). The two differ in the last bit at some steps, in
+        1 - βᵗ by more, and so would all weights from there on.
         """
         adam = self._torch_optimizer
         if not hasattr(adam, "ds_opt_adam"):
@@ -206,7 +221,7 @@ class TrainState:
     def _link_state(self) -> None:
         """Make ZeRO-1 and -2 find each parameter's part of the optimizer's flat state.
 
-        They link only once, after the first step of the first parameter group: the other groups have no state then.
+        They link only once, after the first step of the first parameter group, when the others have no state yet.
         """
         zero = self.engine.optimizer
         if hasattr(zero, "_hp_optimizer_states_linked"):
@@ -214,7 +229,7 @@ class TrainState:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _set_working_weights(self, masters: dict[str, Tensor]) -> None:
-        """Round the masters into the model's weights, which DeepSpeed would do only at the next step."""
+        """Round the master weights into the model's weights, which DeepSpeed would do only at the next step."""
         parameters = {name: p for name, p in self.model.named_parameters() if name in masters}
         with _gathered(parameters.values(), modified=True), torch.no_grad():
             for name, parameter in parameters.items():
@@ -226,8 +241,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def frozen_factors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parts of the adapters that were drawn or computed for this run and are not trained: mixers, LoRA-XS' A and B,
-    PiSSA's start."""
+    """Frozen adapter tensors that were drawn or computed for this run: mixers, LoRA-XS' A and B, PiSSA's A₀, B₀."""
     return {name: p for name, p in model.named_parameters() if ".lora_" in name and not p.requires_grad}
 
 

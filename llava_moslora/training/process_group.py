@@ -1,4 +1,4 @@
-"""The process group of a run: its ranks meet on loopback, unless the launcher was given another host's address."""
+"""The process group of a run: its rendezvous is on loopback, unless the launcher was given another host's address."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import distributed
 from llava_moslora.errors import Refusal
 from llava_moslora.training.watchdog import announce_rank
 
-TIMEOUT = timedelta(minutes=30)  # the first rank to arrive may wait for one that tokenises the data
-MARGIN = timedelta(seconds=30)  # by which a collective waits longer than the watchdog, which can name the rank
+TIMEOUT = timedelta(minutes=30)  # the first rank may have to wait for one that tokenises the data
+MARGIN = timedelta(seconds=30)  # collectives wait this much longer than the watchdog, which can name the rank
 
 
 def join(timeout: timedelta = TIMEOUT) -> None:
     """Start the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, …).
 
-    torch's own rendezvous listens on every interface, also where MASTER_ADDR is 127.0.0.1. Here rank 0 hands it a
-    socket that is bound to loopback alone, and gloo and NCCL are set to use loopback too. torchrun holds the
-    rendezvous in a process of its own that starts before this one; its socket is not ours to bind.
+    torch's own rendezvous listens on every interface, even if MASTER_ADDR is 127.0.0.1. Here rank 0 passes it a
+    socket that is bound only to loopback, and gloo and NCCL are set to use loopback too. torchrun runs the
+    rendezvous in a separate process that starts before this one; its socket cannot be bound here.
 
     Args:
         timeout: for the other ranks to arrive; a collective waits ``MARGIN`` longer.
@@ -44,7 +44,7 @@ def join(timeout: timedelta = TIMEOUT) -> None:
             store = tcp_store(address, int(os.environ["MASTER_PORT"]), rank, world, timeout)
             accelerator = get_accelerator()
             device = None
-            if accelerator.device_name() == "cuda" and world > 1:  # as DeepSpeed does where it starts the group
+            if accelerator.device_name() == "cuda" and world > 1:  # as DeepSpeed does if it starts the group
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             distributed.init_process_group(
                 accelerator.communication_backend_name(),
@@ -66,7 +66,7 @@ def is_loopback(address: str) -> bool:
 
 
 def tcp_store(address: str, port: int, rank: int, world: int, timeout: timedelta = TIMEOUT) -> distributed.TCPStore:
-    """The key-value store of the rendezvous: rank 0 serves it, on ``address`` alone, and the others connect."""
+    """The key-value store of the rendezvous: rank 0 serves it, only on ``address``, and the others connect."""
     if rank > 0:
         return distributed.TCPStore(address, port, world, is_master=False, timeout=timeout)
     try:
@@ -76,7 +76,7 @@ def tcp_store(address: str, port: int, rank: int, world: int, timeout: timedelta
         if error.errno != errno.EADDRINUSE:
             raise
         raise Refusal(
-            "E-PORT", "another process listens there", key="MASTER_PORT", found=f"{address}:{port}",
+            "E-PORT", "the port is already in use", key="MASTER_PORT", found=f"{address}:{port}",
             fix="another port: deepspeed --master_port N, torchrun --master_port N",
         ) from error  # fmt: skip
     return distributed.TCPStore(

@@ -1,4 +1,4 @@
-"""Runs on text alone, which have no ``--vision_tower``: the flags that they refuse, and those that are theirs."""
+"""Text-only runs, without ``--vision_tower``: the flags that they refuse, and those that only they have."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ VISION_FLAGS: dict[type, tuple[str, ...]] = {
     ),
     TrainingSettings: ("vision_lr", "mm_projector_lr", "sample_image_folder"),
 }
-STAGE_1_TEMPLATE = "plain"  # of which nothing is left without images but the answers
+STAGE_1_TEMPLATE = "plain"  # prompts of which only the answers are left without images
 
 
 def check_text_only(
     model: ModelSettings, data: DataSettings, adapter: AdapterSettings, training: Mapping[str, Any]
 ) -> AdapterSettings:
-    """``adapter`` as the run will have it: of a run on text alone without a vision tower's.
+    """``adapter`` as used by the run: for a text-only run without the vision tower's.
 
     Args:
         model: whose parts are named. training: values of the training flags by name.
 
     Raises:
-        Refusal: as :func:`check_flags_of_images`; C-FLAG, a run on text alone without an adapter.
+        Refusal: as :func:`check_flags_of_images`; C-FLAG, a text-only run without an adapter.
     """
     check_flags_of_images(model, data, adapter, training)
     if not model.text_only:
@@ -47,20 +47,20 @@ def check_flags_of_images(
     adapter: AdapterSettings | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check the flags that depend on whether there is a vision tower; the last two may not have been asked for.
+    """Check the flags that depend on whether there is a vision tower; the last two may be None.
 
     Raises:
-        Refusal: C-FLAG, without a vision tower a flag about images that is not at its default; with one
+        Refusal: C-FLAG, without a vision tower an image flag that is not at its default; with one
             ``--train_on_prompt``.
     """
     if not model.text_only:
         if data.train_on_prompt:
-            raise Refusal("C-FLAG", "is for an LLM without a vision tower", key="--train_on_prompt", fix="leave it out")
+            raise Refusal("C-FLAG", "is for an LLM without a vision tower", key="--train_on_prompt", fix="omit it")
         return
     given = asdict(model) | asdict(data) | asdict(adapter or AdapterSettings()) | dict(training or {})
     for settings, names in VISION_FLAGS.items():
         for f in fields(settings):
-            default = [] if f.default is MISSING else f.default  # a list's is made anew
+            default = [] if f.default is MISSING else f.default  # a list's default is a new object
             if f.name in names and given.get(f.name, default) != default:
                 _refuse(f.name, given[f.name])
     vision_rank = next(f.default for f in fields(AdapterSettings) if f.name == "vision_lora_r")
@@ -72,6 +72,6 @@ def check_flags_of_images(
 
 def _refuse(name: str, value: object) -> None:
     raise Refusal(
-        "C-FLAG", "has no effect without a vision tower: the run would be on text alone", key=f"--{name}", found=value,
-        fix="give --vision_tower, or leave it out",
+        "C-FLAG", "has no effect without a vision tower: the run would be text-only", key=f"--{name}", found=value,
+        fix="give --vision_tower, or omit this flag",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Throughput of a run: tokens and records per second, the share of the device's peak (MFU), and its memory."""
+"""Throughput of a run: tokens and records per second, MFU, and peak memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Throughput:
     """Counts what this rank trains on; :meth:`rates` gives the rates of all ranks since the last call.
 
     Args:
-        model: None where records have no tokens: then samples alone are counted.
+        model: None if records have no tokens: then only samples are counted.
     """
 
     def __init__(self, model: nn.Module | None, device: torch.device):

@@ -59,7 +59,7 @@ class MosLoraTrainer(EvaluatingTrainer):
     Args:
         sampler: the order of the records.
         facts: fingerprints of the inputs, for the manifest of every checkpoint.
-        kwargs: the Trainer's; of them ``eval_dataset`` is :class:`~llava_moslora.data.split.ValidationData` or None.
+        kwargs: the Trainer's; ``eval_dataset`` is :class:`~llava_moslora.data.split.ValidationData` or None.
     """
 
     args: TrainingArguments
@@ -73,7 +73,7 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.flops_per_token: int | None = None
         self.trained = trained_parameters(self.model)
         if not self.trained:
-            raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="ask for an adapter or for stage 1")
+            raise Refusal("C-FLAG", "nothing to train", key="--lora_r", fix="train an adapter, or stage 1")
         if self.args.loss_average == "micro_batch":
             self.model_accepts_loss_kwargs = False  # without a token count the model averages over its micro-batch
         # A loss over the global batch's tokens is added up over micro-batches and ranks, another one averaged
@@ -98,7 +98,7 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.add_callback(EvaluateFirst(self))  # the last: its evaluations are shown by the others
 
     def prepare_model(self) -> Throughput:
-        """What an LLM and its vision tower have: fused layers, and FLOPs by tokens."""
+        """Specific to an LLM with or without a vision tower: fused layers, and FLOPs by tokens."""
         if self.args.device.type == "cuda" and triton_enabled() and not self.args.use_liger_kernel:
             from llava_moslora.models.fused_layers import fuse_model  # imported here: needs Triton
 
@@ -233,12 +233,12 @@ class MosLoraTrainer(EvaluatingTrainer):
         return self.finite_check.check(self.state.global_step, norm, self.engine, self.trained)
 
     def weights_are_used_after(self, step: int) -> bool:
-        """Whether a callback measures or asks the model after so many steps: it must not be one of NaN."""
+        """Whether a callback uses the model after this step, so that its weights must have been checked for NaN."""
         often = (self.args.health_steps, getattr(self.args, "sample_steps", 0))
         return step == self.state.max_steps or any(steps and step % steps == 0 for steps in often)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the throughput since the last log, and what callbacks have measured."""
+        """Adds the throughput since the last log, and the callbacks' metrics."""
         self.finite_check.settle()
         if "loss" in logs:
             if self.orthogonality is not None:
@@ -254,11 +254,12 @@ class MosLoraTrainer(EvaluatingTrainer):
         self.finite_check.settle()
         self._compare_with_best()
         train_state = self._train_state()
-        masters, optimizer_state = train_state.masters(), train_state.optimizer_state()
+        writes = rank() == 0  # the other ranks' part ends with gathering: a copy each would fill the host's memory
+        masters, optimizer_state = train_state.masters(writes), train_state.optimizer_state(writes)
 
         def write(folder: Path) -> None:
             write_json(folder / f"random-{self.args.process_index}.json", random_state())
-            if rank() == 0:
+            if writes:
                 write_trained(folder, self.model, masters)
                 self.state.save_to_json(str(folder / "trainer_state.json"))
                 position = {"scheduler_steps": self.lr_scheduler.last_epoch, "loss_scale": train_state.loss_scale()}
@@ -328,7 +329,7 @@ class MosLoraTrainer(EvaluatingTrainer):
 
 
 class AfterEachStep(TrainerCallback):
-    """Before a step is logged or saved: asserts that it was checked, and sets the epoch as the data order counts it."""
+    """Before a step is logged or saved: asserts that it was checked, and sets the epoch by the data order."""
 
     def __init__(self, trainer: MosLoraTrainer):
         self.trainer = trainer

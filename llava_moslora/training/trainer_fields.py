@@ -1,6 +1,6 @@
 """The flags of transformers' ``TrainingArguments``, read from its source: importing it takes seconds, as torch does.
 
-What cannot be read without running code (a default that is computed) stays out: the library itself fills it in later.
+Defaults that are computed cannot be read without running code; the library itself fills them in later.
 ``tests/training/test_trainer_fields.py`` compares names, defaults and conversions with the imported class.
 """
 
@@ -97,6 +97,6 @@ def check_fields(arguments: type) -> None:
     imported = [f.name for f in dataclasses.fields(arguments) if f.init]
     if different := set(imported) ^ set(trainer_fields()):
         raise Refusal(
-            "E-VERSION", "transformers declares its flags in another way than this package reads them", key=CLASS,
+            "E-VERSION", "this version of transformers declares its flags differently than expected", key=CLASS,
             found=few(sorted(different)), fix="pip install transformers==5.23.0, the version this was tested with",
         )  # fmt: skip

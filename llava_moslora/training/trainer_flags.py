@@ -1,8 +1,7 @@
-"""What becomes of each flag of transformers' ``TrainingArguments``: honoured, or refused with what to use instead.
+"""Each flag of transformers' ``TrainingArguments``: honoured, or refused with what to use instead.
 
 docs/flags.md shows the table. A version of transformers with a flag that is not listed here fails
-``tests/training/test_trainer_flags.py``; for a user such a flag is refused as soon as it is given a value other than
-its default.
+``tests/training/test_trainer_flags.py``; for users such a flag is refused if its value differs from the default.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from llava_moslora.training.trainer_fields import trainer_fields
 
 @dataclass(frozen=True)
 class Honoured:
-    """A flag that does what it says.
+    """A flag with its documented effect.
 
     Attributes:
         test: the test that shows it; a bare name is one of ``tests/training/test_trainer_flags.py``.
-        help, group: text and heading in --help, of the flags that everybody needs.
-        needs: another flag and its values with which alone this one has an effect.
+        help, group: text and heading in --help, for commonly used flags.
+        needs: another flag and the values of it that this flag needs to have an effect.
     """
 
     test: str
@@ -36,10 +35,10 @@ class Honoured:
 
 @dataclass(frozen=True)
 class Refused:
-    """A flag that would do nothing here, or harm; with another value than its default it is refused."""
+    """A flag that would have no effect here, or a harmful one; a value other than its default is refused."""
 
     why: str
-    instead: str = "leave it out"
+    instead: str = "omit it"
 
 
 SETTINGS, LOADER, OPTIMIZER = (
@@ -60,58 +59,58 @@ TRACKERS = ("report_to", ("wandb", "mlflow", "trackio", "comet_ml", "swanlab", "
 TRACKIO = ("report_to", ("trackio", "all"))
 WITH_ARGS = ("sgd", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit", "ademamix", "ademamix_8bit",
              "paged_ademamix_32bit", "paged_ademamix_8bit")  # fmt: skip
-ONE_COPY = Refused("rank 0 writes one run folder that all hosts share", "leave it out")
+ONE_COPY = Refused("rank 0 writes one run folder that all hosts share", "omit it")
 
 FLAGS: dict[str, Honoured | Refused] = {
     "output_dir": Honoured("tests/training/test_arguments.py::test_missing_output_dir_is_named"),
     # Length and size of the training
     "per_device_train_batch_size": Honoured(SETTINGS, "records per micro-batch and rank", TRAINING),
-    "num_train_epochs": Honoured("test_epochs", "how often the data are seen", TRAINING),
-    "max_steps": Honoured(SETTINGS, "-1: as --num_train_epochs makes", TRAINING),
+    "num_train_epochs": Honoured("test_epochs", "number of epochs", TRAINING),
+    "max_steps": Honoured(SETTINGS, "-1: as many as --num_train_epochs makes", TRAINING),
     "gradient_accumulation_steps": Honoured(
         "tests/training/test_arguments.py::test_the_global_batch_and_its_parts_agree"
     ),
     "average_tokens_across_devices": Honoured("test_tokens_of_all_ranks"),
     "auto_find_batch_size": Refused(
-        "the global batch is a setting of the run, not of the free memory",
+        "the global batch must not depend on free memory",
         "--global_batch_size with a smaller --per_device_train_batch_size",
     ),
     # Optimizer and schedule
-    "learning_rate": Honoured(OPTIMIZER, "of the LLM's adapters, at its highest", TRAINING),
+    "learning_rate": Honoured(OPTIMIZER, "peak learning rate of the LLM's adapters", TRAINING),
     "lr_scheduler_type": Honoured(OPTIMIZER),
     "lr_scheduler_kwargs": Honoured(OPTIMIZER),
     "warmup_steps": Honoured(OPTIMIZER),
     "optim": Honoured(OPTIMIZER, "adamw_torch_fused | adamw_bnb_8bit | lion_32bit | sgd | …", TRAINING),
     "optim_args": Honoured("test_arguments_of_an_optimizer", needs=("optim", WITH_ARGS)),
     "optim_target_modules": Refused("GaLore and APOLLO change full weights", "--lora_target_modules"),
-    "weight_decay": Honoured(OPTIMIZER, "on matrices, per step", TRAINING),
+    "weight_decay": Honoured(OPTIMIZER, "weight decay, on matrices only", TRAINING),
     "adam_beta1": Honoured(OPTIMIZER),
     "adam_beta2": Honoured(OPTIMIZER),
     "adam_epsilon": Honoured(OPTIMIZER),
-    "max_grad_norm": Honoured(OPTIMIZER, "longer gradients are cut to this length; 0: never"),
+    "max_grad_norm": Honoured(OPTIMIZER, "clip the gradient norm to this value; 0: no clipping"),
     "label_smoothing_factor": Refused("the loss has no label smoothing"),
     "neftune_noise_alpha": Honoured("test_neftune_changes_the_embeddings"),
     # Randomness
-    "seed": Honoured(SETTINGS, "of adapters, dropout and order", TRAINING),
+    "seed": Honoured(SETTINGS, "seed of adapters, dropout and data order", TRAINING),
     "data_seed": Honoured(SETTINGS),
     "full_determinism": Honoured("test_full_determinism"),
     # Precision, memory and speed
-    "deepspeed": Honoured(ZERO, "DeepSpeed's file, needed for 16 bits: zero_configs/*.json", SPEED),
+    "deepspeed": Honoured(ZERO, "DeepSpeed config, required for 16 bits: zero_configs/*.json", SPEED),
     "bf16": Honoured(ZERO, "train in bfloat16", SPEED),
     "fp16": Honoured(ZERO),
     "tf32": Honoured("test_tf32"),
     "use_cpu": Honoured("test_use_cpu"),
     "gradient_checkpointing": Honoured("test_checkpointing_by_either_name"),
     "activation_checkpointing": Honoured("test_checkpointing_by_either_name"),
-    "gradient_checkpointing_kwargs": Refused("which layers recompute is one setting here", "--recompute"),
-    "activation_checkpointing_kwargs": Refused("which layers recompute is one setting here", "--recompute"),
+    "gradient_checkpointing_kwargs": Refused("activation checkpointing is one setting here", "--recompute"),
+    "activation_checkpointing_kwargs": Refused("activation checkpointing is one setting here", "--recompute"),
     "torch_compile": Honoured(COMPILE),
     "torch_compile_backend": Honoured(COMPILE),
     "torch_compile_mode": Honoured(COMPILE),
     "use_liger_kernel": Honoured(LIGER),
     "liger_kernel_config": Honoured("test_ligers_settings", needs=("use_liger_kernel", (True,))),
     "torch_empty_cache_steps": Honoured(SETTINGS),
-    "use_cache": Refused("training keeps no keys and values of earlier tokens"),
+    "use_cache": Refused("training has no KV cache"),
     "fsdp": FSDP,
     "fsdp_config": FSDP,
     "parallelism_config": FSDP,
@@ -128,12 +127,12 @@ FLAGS: dict[str, Honoured | Refused] = {
     "dataloader_pin_memory": Honoured(LOADER),
     "dataloader_persistent_workers": Honoured(LOADER),
     "dataloader_prefetch_factor": Honoured(LOADER),
-    "dataloader_drop_last": Refused("the last global batch is filled up: no record is dropped"),
+    "dataloader_drop_last": Refused("the last global batch is filled up, no record is dropped"),
     "dataloader_multiprocessing_context": Refused("the data loader's processes are forked"),
     "dataloader_in_order": Refused("a resumed run needs the same order of the records", "leave it True"),
     "remove_unused_columns": Refused("the collator reads columns that would be dropped", "leave it False"),
     "ignore_data_skip": Refused("the data loader itself starts where the run stopped", "leave it True"),
-    "label_names": Refused("the loss knows its labels"),
+    "label_names": Refused("the labels are fixed"),
     "train_sampling_strategy": ORDER,
     "length_column_name": ORDER,
     # Logging
@@ -158,14 +157,14 @@ FLAGS: dict[str, Honoured | Refused] = {
     "save_strategy": Honoured(SAVES),
     "save_steps": Honoured(SAVES, "save every N steps; below 1: a share of all steps", SAVING),
     "save_total_limit": Honoured(SAVES, "keep the newest N checkpoints; default: all", SAVING),
-    "save_only_model": Refused("a run must be able to resume", "export.py makes a model of a checkpoint"),
+    "save_only_model": Refused("a run must be able to resume", "export.py converts a checkpoint to a model"),
     "save_on_each_node": ONE_COPY,
-    "enable_jit_checkpoint": Refused("SIGTERM and Ctrl-C save a checkpoint always"),
+    "enable_jit_checkpoint": Refused("SIGTERM and Ctrl-C always save a checkpoint"),
     "resume_from_checkpoint": Refused(
         "a run resumes from the newest valid checkpoint in its --output_dir, not from a named one",
         "use --resume True",
     ),
-    "restore_callback_states_from_checkpoint": Refused("a resumed run continues in the same state always"),
+    "restore_callback_states_from_checkpoint": Refused("a resumed run always restores its state"),
     # What the script is for
     "do_train": Refused("this script always trains"),
     "do_predict": Refused("this script trains", "scripts/evaluate.py"),
@@ -185,7 +184,7 @@ FLAGS: dict[str, Honoured | Refused] = {
     "load_best_model_at_end": Honoured(f"{VALIDATION}::test_the_best_is_exported"),
     "metric_for_best_model": Honoured(f"{VALIDATION}::test_early_stopping_keeps_the_best_next_to_the_newest"),
     "greater_is_better": Honoured(f"{VALIDATION}::test_without_improvement_counts_as_transformers_does"),
-    "do_eval": Refused("--eval_strategy says whether and when", "--eval_strategy steps"),
+    "do_eval": Refused("--eval_strategy sets whether and when", "--eval_strategy steps"),
     **dict.fromkeys(
         ("prediction_loss_only", "batch_eval_metrics", "eval_use_gather_object", "bf16_full_eval", "fp16_full_eval"),
         Refused("evaluations compute loss and token accuracy, in the precision of the training"),
@@ -201,34 +200,34 @@ FORMER: dict[str, str] = {
     "evaluation_strategy": "--eval_strategy",
     "warmup_ratio": "--warmup_steps, below 1 a share of all steps",
     "group_by_length": "--data_order modality_length, the default",
-    "group_by_modality_length": "leave it out: --data_order modality_length is the default",
+    "group_by_modality_length": "omit it: --data_order modality_length is the default",
     "no_cuda": "--use_cpu",
-    "use_mps_device": "leave it out",
+    "use_mps_device": "omit it",
     "overwrite_output_dir": "--overwrite",
-    "save_safetensors": "leave it out: nothing else is saved",
-    "logging_dir": "leave it out: logs are in --output_dir",
-    "past_index": "leave it out",
-    "jit_mode_eval": "leave it out",
-    "tpu_num_cores": "leave it out: TPUs are not supported",
+    "save_safetensors": "omit it: nothing else is saved",
+    "logging_dir": "omit it: logs are in --output_dir",
+    "past_index": "omit it",
+    "jit_mode_eval": "omit it",
+    "tpu_num_cores": "omit it: TPUs are not supported",
     "torchdynamo": "--torch_compile_backend",
-    "include_tokens_per_second": "leave it out: metrics.jsonl has tokens_per_second",
-    "lora_enable": "leave it out: adapters are trained unless --lora_r is 0",
+    "include_tokens_per_second": "omit it: metrics.jsonl has tokens_per_second",
+    "lora_enable": "omit it: adapters are trained unless --lora_r is 0",
     "lora_weight_path": "--resume True",
-    "lazy_preprocess": "leave it out",
-    "is_multimodal": "leave it out",
-    "freeze_backbone": "leave it out: only adapters and the projector are trained",
-    "mm_projector_type": "leave it out: it follows from --pretrain_mm_mlp_adapter",
-    "mm_vision_select_layer": "leave it out: features are the last layer but one's",
-    "mm_use_im_start_end": "leave it out",
-    "mm_use_im_patch_token": "leave it out",
-    "quant_type": "leave it out: --bits 4 is nf4",
-    "double_quant": "leave it out: --bits 4 quantises twice",
-    "cache_dir": "leave it out: nothing is downloaded",
+    "lazy_preprocess": "omit it",
+    "is_multimodal": "omit it",
+    "freeze_backbone": "omit it: only adapters and the projector are trained",
+    "mm_projector_type": "omit it: it follows from --pretrain_mm_mlp_adapter",
+    "mm_vision_select_layer": "omit it: features are from the penultimate layer",
+    "mm_use_im_start_end": "omit it",
+    "mm_use_im_patch_token": "omit it",
+    "quant_type": "omit it: --bits 4 is nf4",
+    "double_quant": "omit it: --bits 4 quantises twice",
+    "cache_dir": "omit it: nothing is downloaded",
 }
 
 
 def flags() -> list[Flag]:
-    """The Trainer's flags with this package's defaults; those that everybody needs have a heading in --help."""
+    """The Trainer's flags with this package's defaults; commonly used ones have a heading in --help."""
     known = {**trainer_fields(), **{flag.name: flag for flag in flags_of(TrainerSettings)}}
     for name, rule in FLAGS.items():
         if name in known and isinstance(rule, Honoured) and rule.help:
@@ -243,7 +242,7 @@ def check_flags(values: Mapping[str, Any]) -> None:
     """Refuse flags that would have no effect.
 
     Args:
-        values: of the Trainer's flags that were given, or of all of them.
+        values: of the given Trainer flags, or of all of them.
 
     Raises:
         Refusal: C-FLAG, naming the flag and what to use instead.
@@ -260,7 +259,7 @@ def check_flags(values: Mapping[str, Any]) -> None:
     local, expected = values.get("local_rank", -1), os.environ.get("LOCAL_RANK", "-1")
     if local != -1 and str(local) != expected:
         raise Refusal(
-            "C-FLAG", "the launcher sets it", key="--local_rank", found=local, expected=expected, fix="leave it out"
+            "C-FLAG", "the launcher sets it", key="--local_rank", found=local, expected=expected, fix="omit it"
         )
 
 
@@ -271,6 +270,6 @@ def _check_other(name: str, found: object, values: Mapping[str, Any], needs: tup
     if any(value in wanted for value in (given if isinstance(given, list) else [given])):
         return
     if wanted == (None,):
-        raise Refusal("C-FLAG", f"no effect with --{other}", key=f"--{name}", found=found, fix="leave it out")
+        raise Refusal("C-FLAG", f"no effect with --{other}", key=f"--{name}", found=found, fix="omit it")
     expected = f"--{other} " + " | ".join(str(value) for value in wanted if value != "all")
     raise Refusal("C-FLAG", f"no effect without --{other}", key=f"--{name}", found=found, expected=expected)

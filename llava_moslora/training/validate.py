@@ -33,7 +33,7 @@ RANGES = {
          "sample_max_new_tokens", "per_device_eval_batch_size", "early_stopping_patience"), (1, True)),
 }  # fmt: skip
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
-BITSANDBYTES_NAMES = ("bit", "bnb", "ademamix")  # its optimizers are recognised from these parts of their names
+BITSANDBYTES_NAMES = ("bit", "bnb", "ademamix")  # its optimizers are detected by these parts of their names
 ADAPTER_RANGES = {"lora_r": (0, True), "lora_alpha": (0, False), "lora_dropout": (0, True)}  # of the LLM and the tower
 # --attn_implementation → the package that it needs, how to install it
 FLASH_ATTENTION = {
@@ -62,8 +62,8 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
     check_method(adapter, model.bits, args)
     if args.riemannian and args.deepspeed:
         raise Refusal(
-            "C-FLAG", "DeepSpeed has divided or freed the gradients that would be preconditioned", key="--riemannian",
-            fix="leave --deepspeed out (float32 on one GPU or several), or --riemannian",
+            "C-FLAG", "DeepSpeed partitions or frees the gradients that would be preconditioned", key="--riemannian",
+            fix="omit --deepspeed (float32 on one GPU or several), or --riemannian",
         )  # fmt: skip
     check_trainer(model, args)
     deepspeed = deepspeed_config.read_deepspeed_config(args.deepspeed) if args.deepspeed else None
@@ -71,7 +71,7 @@ def check(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, ar
 
 
 def check_trainer(model: ModelSettings, args: TrainingArguments) -> None:
-    """As :func:`check`, what does not depend on the data and on where the adapters are.
+    """As :func:`check`, for what does not depend on the data and on the adapters' targets.
 
     Raises:
         Refusal: as :func:`check`.
@@ -81,10 +81,10 @@ def check_trainer(model: ModelSettings, args: TrainingArguments) -> None:
     _check_packages(model, args)
     _check_attention(model, args)
     if args.use_liger_kernel and args.use_cpu:
-        raise Refusal("C-FLAG", "Liger's kernels need a GPU", key="--use_liger_kernel", fix="leave it out on a CPU")
+        raise Refusal("C-FLAG", "Liger's kernels need a GPU", key="--use_liger_kernel", fix="omit it on a CPU")
     if args.torch_compile and args.recompute == "selective":
         raise Refusal(
-            "C-FLAG", "torch.compile decides itself what is recomputed", key="--torch_compile, --recompute selective",
+            "C-FLAG", "torch.compile itself decides what is recomputed", key="--torch_compile, --recompute selective",
             fix="--recompute none or full, or leave --torch_compile out",
         )  # fmt: skip
     deepspeed = deepspeed_config.read_deepspeed_config(args.deepspeed) if args.deepspeed else None
@@ -92,9 +92,9 @@ def check_trainer(model: ModelSettings, args: TrainingArguments) -> None:
         deepspeed_config.check_deepspeed(deepspeed, args)
         if args.sample_questions and deepspeed_config.zero_stage(deepspeed) == 3:
             raise Refusal(
-                "C-FLAG", "under ZeRO-3 answers would need the model gathered for every token, which is too slow",
+                "C-FLAG", "under ZeRO-3, generation would gather the model for every token, which is too slow",
                 key="--sample_questions",
-                fix="zero_configs/zero2.json, or ask the checkpoints with scripts/evaluate.py",
+                fix="zero_configs/zero2.json, or evaluate the checkpoints with scripts/evaluate.py",
             )  # fmt: skip
     check_optimizer(name_of(args.optim), deepspeed)
     _check_optimizers_arguments(args)
@@ -123,7 +123,7 @@ def _check_numbers(args: TrainingArguments) -> None:
 
 def _check_adapters(adapter: AdapterSettings) -> None:
     if adapter.lora_r == adapter.vision_lora_r == 0 and not adapter.tune_mm_mlp_adapter:
-        raise Refusal("C-FLAG", "no adapter asked for", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
+        raise Refusal("C-FLAG", "no adapter to train", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
     for prefix in ("", "vision_"):
         for name, (smallest, allowed) in ADAPTER_RANGES.items():
             check_range(prefix + name, getattr(adapter, prefix + name), smallest, allowed)
@@ -142,12 +142,12 @@ def check_range(name: str, value: float, smallest: float, allowed: bool) -> None
 def _check_precision(args: TrainingArguments) -> None:
     flag = "--fp16" if args.fp16 else "--bf16"
     if args.fp16 and args.use_cpu:
-        fix = "--bf16 True, or leave it out for float32"
+        fix = "--bf16 True, or omit it for float32"
         raise Refusal("C-FLAG", "float16 cannot be trained on a CPU", key=flag, fix=fix)
     if (args.fp16 or args.bf16) and not args.deepspeed:
         raise Refusal(
-            "C-FLAG", "without DeepSpeed there are no float32 masters, and 16-bit weights round small updates away",
-            key=flag, fix="--deepspeed zero_configs/zero2.json, also on one GPU; or leave it out for float32",
+            "C-FLAG", "without DeepSpeed there are no float32 master weights, and 16-bit weights lose small updates",
+            key=flag, fix="--deepspeed zero_configs/zero2.json, also on one GPU; or omit it for float32",
         )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def _check_optimizers_arguments(args: TrainingArguments) -> None:
     for word in (args.optim_args or "").replace(" ", "").split(","):
         if word:
             try:
-                wrong: object = None if settings(word) != settings(None) else f"{word}, which changes nothing"
+                wrong: object = None if settings(word) != settings(None) else f"{word}, which has no effect"
             except (ValueError, TypeError) as error:
                 wrong = f"{word}: {error}"
             if wrong:
@@ -171,7 +171,7 @@ def _check_optimizers_arguments(args: TrainingArguments) -> None:
 
 
 def _check_schedule(args: TrainingArguments) -> None:
-    """Make the schedule of a toy optimizer: the Trainer makes its own only when everything has been loaded."""
+    """Create the schedule for a dummy optimizer: the Trainer creates its own only after everything is loaded."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
@@ -203,14 +203,14 @@ def _check_attention(model: ModelSettings, args: TrainingArguments) -> None:
     name = model.attn_implementation
     if name in FLASH_ATTENTION and (args.use_cpu or not (args.bf16 or args.fp16)):
         raise Refusal(
-            "C-FLAG", "flash attention's kernels are for 16-bit numbers on a GPU", key=f"--attn_implementation {name}",
+            "C-FLAG", "flash attention needs 16-bit weights on a GPU", key=f"--attn_implementation {name}",
             found="a CPU" if args.use_cpu else "float32",
             fix="--attn_implementation sdpa" + ("" if args.use_cpu else ", or --bf16 True"),
         )  # fmt: skip
 
 
 def name_of(choice: object) -> str:
-    """Of a value that may be an enumeration's."""
+    """Name of a value that may be an enumeration member."""
     return str(getattr(choice, "value", choice))
 
 

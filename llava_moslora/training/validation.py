@@ -1,9 +1,9 @@
 """Evaluations of a run on its validation data: loss and token accuracy, over tokens as in training.
 
-The Trainer's own evaluation loop averages the losses of batches, which hold different numbers of trained tokens, and
-fills the last batch of a rank with records that others have too. Here every record counts exactly once on any number of
-ranks. Every rank computes equally many batches, because ZeRO-3 gathers parameters by collectives: one that has no
-record left computes another's again, which does not count.
+The Trainer's own evaluation loop averages the losses of batches with different numbers of labelled tokens, and
+pads the last batch of a rank with records that other ranks have too. Here every record counts exactly once on any
+number of ranks. Every rank computes the same number of batches, because ZeRO-3 gathers parameters by collectives:
+a rank that has no record left recomputes another one, which does not count.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class EvaluationBatches:
 
 
 class Validation:
-    """The validation data of a run, and how they are evaluated.
+    """The validation data of a run, and its evaluation.
 
     Args:
         collator: the training's; it packs records as there.
@@ -81,7 +81,7 @@ class Validation:
             collator,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
-            persistent_workers=False,  # between evaluations they would only hold memory
+            persistent_workers=False,  # between evaluations they would only take memory
             pin_memory=args.dataloader_pin_memory and torch.cuda.is_available(),
             worker_init_fn=ignore_signals,
         )
@@ -90,12 +90,12 @@ class Validation:
         self, model: nn.Module, prepare: Callable[[dict], dict[str, Any]], before_batch: Callable[[], object]
     ) -> dict[str, float]:
         """``eval_loss`` and ``eval_token_accuracy`` over the trained tokens of all sets, and of several sets also
-        ``eval_NAME_…`` of each. Collective. No gradient is computed; the modes are the caller's business.
+        ``eval_NAME_…`` of each. Collective. No gradient is computed; the caller sets the eval mode.
 
         Args:
-            model: as it is trained, such as a DeepSpeed engine.
+            model: the wrapped model, such as a DeepSpeed engine.
             prepare: moves a batch to the device.
-            before_batch: what it raises ends the evaluation.
+            before_batch: an exception it raises ends the evaluation.
 
         Raises:
             Refusal: as the data loader; R-NONFINITE, a loss that is NaN or Inf.
@@ -114,7 +114,7 @@ class Validation:
                         sums = torch.zeros(len(self.names), 3, dtype=torch.float64, device=out.loss.device)
                     if number.counted:
                         counts = torch.stack([out.loss.double(), out.correct.double()])
-                        sums[number.set_number, :2] += counts  # stays on the device, which is not waited for
+                        sums[number.set_number, :2] += counts  # stays on the device, no synchronisation
                         sums[number.set_number, 2] += tokens
                     bar.update()
         finally:
@@ -135,13 +135,13 @@ class Validation:
         if broken := [name for name, row in zip(self.names, sums, strict=True) if not math.isfinite(float(row[0]))]:
             raise Refusal(
                 "R-NONFINITE", "the validation loss became NaN or Inf", found=", ".join(broken),
-                expected="a finite loss", fix="look at these records, lower --learning_rate, or train in bf16",
+                expected="a finite loss", fix="inspect these records, lower --learning_rate, or train in bf16",
             )  # fmt: skip
         return metrics
 
 
 def is_due(args: TrainingArguments, state: TrainerState, steps_per_epoch: int) -> bool:
-    """Whether the Trainer evaluates after the step that ``state`` is at (as its DefaultFlowCallback decides)."""
+    """Whether the Trainer evaluates after the current step of ``state`` (as its DefaultFlowCallback decides)."""
     step, strategy = state.global_step, str(getattr(args.eval_strategy, "value", args.eval_strategy))
     if step == 0 or strategy == "no":
         return False
@@ -157,8 +157,8 @@ def evaluation_at(state: TrainerState, step: int) -> dict[str, float] | None:
 
 
 def validation_facts(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """What the manifest of a checkpoint says about validation: ``metrics``, of this step where it was evaluated, and
-    ``best``, the best of the run's checkpoints so far."""
+    """Validation entries of a checkpoint's manifest: ``metrics`` of this step if it was evaluated, and ``best``, the
+    best of the run's checkpoints so far."""
     facts: dict[str, Any] = {}
     if metrics := evaluation_at(state, state.global_step):
         facts["metrics"] = metrics

@@ -1,9 +1,9 @@
-"""Watchdog: detects a rank that hangs or has died, names it and ends the run, where the other ranks would wait forever.
+"""Watchdog: detects a rank that hangs or has died, names it and ends the run; otherwise the others would wait forever.
 
-A rank whose process is stopped, whose host is lost or whose disk hangs leaves the others inside a collective, where no
+A rank whose process is stopped, whose host is lost or whose disk hangs blocks the others inside a collective, where no
 Python runs and no signal is handled. Two threads of every rank keep running: one writes this rank's heartbeat and
 progress to the process group's store and reads those of the others, the other compares them with the clock. Neither
-runs a collective, and a store that does not answer is detected too.
+runs a collective, and a store that does not respond is detected too.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from llava_moslora.errors import Refusal
 
 STORE_KEY = "watch/{}"  # of each rank, in the run's store
 LONGEST_INTERVAL = 5.0  # seconds between two reads of the store
-EXIT_GRACE = 5.0  # seconds after a process has ended in which the collective that waits for it usually fails by itself
+EXIT_GRACE = 5.0  # seconds after the end of a process, within which a collective waiting for it usually fails by itself
 
 
 @dataclass
 class RankStatus:
-    """What this process knows of one rank: its last report, and when (on this process's clock) that last changed."""
+    """The last report of a rank, and when (on this process's clock) it last changed."""
 
     process: str = ""  # "process PID on HOST"
     heartbeat: str = ""  # a counter that grows while the process runs
@@ -44,7 +44,7 @@ class Watchdog:
     """Use around training, as a context manager; it does nothing for a run of one process.
 
     Args:
-        timeout: seconds without a rank's heartbeat, or without progress of any rank, after which this process exits
+        timeout: seconds without a rank's heartbeat, or without progress on any rank, after which this process exits
             with the status of P-RANK, and the launcher ends the other ranks.
     """
 
@@ -55,7 +55,7 @@ class Watchdog:
         self.threads: list[threading.Thread] = []
 
     def report_progress(self) -> None:
-        """Call it at every stage of a step."""
+        """Call this at every stage of a step."""
         self.progress += 1
 
     def __enter__(self) -> Watchdog:
@@ -63,7 +63,7 @@ class Watchdog:
             self.rank, now = distributed.get_rank(), time.monotonic()
             self.ranks = [RankStatus(heartbeat_at=now, progress_at=now) for _ in range(world_size())]
             self.store_answered_at = now
-            # a connection of its own: on the shared one a call that waits would block all others
+            # a separate connection: on the shared one a blocking call would block all others
             store = distributed.distributed_c10d._get_default_store().clone()
             for work in (self._exchange, self._compare):
                 thread = threading.Thread(target=work, args=(store,), daemon=True, name=f"watchdog {work.__name__}")
@@ -81,7 +81,7 @@ class Watchdog:
         keys = [STORE_KEY.format(rank) for rank in range(len(self.ranks))]
         pid_namespace, heartbeat = _pid_namespace(), 0
         try:
-            # short pauses until all have reported: one may die soon, and must be known by then
+            # short pauses until all have reported: one may die soon, and must be known before that
             while not self.ended.wait(self.interval if all(r.process for r in self.ranks) else min(0.1, self.interval)):
                 heartbeat += 1
                 store.set(keys[self.rank], _report(heartbeat, self.progress))
@@ -107,12 +107,12 @@ class Watchdog:
         before, interval = time.monotonic(), min(self.interval, 1.0)
         while not self.ended.wait(interval):
             now = time.monotonic()
-            suspended = now - before - interval  # seconds that this process itself was stopped, alone or with others
+            suspended = now - before - interval  # seconds that this process itself was stopped
             if suspended > self.interval:  # not counted; after a long one all clocks restart: others may wake later
                 self._add_to_clocks(suspended if suspended <= self.timeout / 2 else math.inf, now)
             elif found := self.ended_ranks(now) or self.hung_ranks(now):
                 print(f"\n{self.refusal(found).line()}", file=sys.stderr, flush=True)  # below a progress bar
-                os._exit(self.refusal(found).exit_status)  # the main thread is in a call that nothing interrupts
+                os._exit(self.refusal(found).exit_status)  # the main thread may be in an uninterruptible call
             before = now
 
     def _add_to_clocks(self, seconds: float, now: float) -> None:
@@ -136,12 +136,12 @@ class Watchdog:
         return f"{self._names(ended)} has ended" if ended else None
 
     def hung_ranks(self, now: float) -> str | None:
-        """Which ranks hang at ``now`` (seconds, monotonic), in words; None where all is well."""
+        """Which ranks hang at ``now`` (seconds, monotonic), as text; None if none does."""
         store_silent = now - self.store_answered_at
         if store_silent > self.timeout:
-            return f"the store, which rank 0 or the launcher serves, has not answered for {store_silent:.0f} s"
+            return f"the store, which rank 0 or the launcher serves, has not responded for {store_silent:.0f} s"
         if store_silent > 3 * self.interval:
-            return None  # what is known of the other ranks is old; first the store must answer
+            return None  # information on the other ranks is outdated; first the store must respond
         if silent := [n for n, rank in enumerate(self.ranks) if now - rank.heartbeat_at > self.timeout]:
             return f"no heartbeat for {self.timeout:.0f} s from {self._names(silent)}"
         if now - max(rank.progress_at for rank in self.ranks) <= self.timeout:
@@ -177,7 +177,7 @@ class Watchdog:
     def refusal(self, found: str) -> Refusal:
         return Refusal(
             "P-RANK", "the run hangs", found=found,
-            fix="see what holds that process (its host, disk or a debugger), then start the same command again with "
+            fix="find out what blocks that process (host, disk or debugger), then start the same command again with "
             "--resume True; a run that is merely slow needs a larger --ddp_timeout (seconds)",
         )  # fmt: skip
 

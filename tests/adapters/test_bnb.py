@@ -19,7 +19,7 @@ quantised = pytest.importorskip("llava_moslora.adapters.bnb")
 def test_no_merging_in_place(call):
     model = adapted(Pair("nf4"))
     weight = model.base_model.model.up.base_layer.weight.clone()
-    with pytest.raises(Refusal, match=r"not merged into 4-bit weights.*merge_over_4bit"):
+    with pytest.raises(Refusal, match=r"cannot be merged into 4-bit weights.*merge_over_4bit"):
         getattr(model, call)()
     assert torch.equal(model.base_model.model.up.base_layer.weight, weight)
 

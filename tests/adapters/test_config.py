@@ -21,7 +21,7 @@ REFUSED = [
     ({"train_mixer_pattern": {"up": 1}}, "C-MIXER", r"train_mixer_pattern\['up'\]"),
     ({"mixer_init": "butterfly", "r": 7}, "C-RANK", "found 7; expected even"),
     ({"r": 0}, "C-RANK", "positive"),
-    ({"r": 8.0}, "C-RANK", "whole number"),
+    ({"r": 8.0}, "C-RANK", "positive integer"),
     ({"rank_pattern": {"up": -1}}, "C-RANK", r"rank_pattern\['up'\]"),
     ({"lora_alpha": 0}, "C-ALPHA", "positive"),
     ({"alpha_pattern": {"up": float("nan")}}, "C-ALPHA", r"alpha_pattern\['up'\]"),
@@ -30,7 +30,7 @@ REFUSED = [
     ({"rank_pattern": ["up"]}, "C-TARGET", "rank_pattern: not a table"),
     ({"alpha_pattern": {"(up": 4}}, "C-TARGET", "alpha_pattern: not a regular expression"),
     ({"target_modules": "*.up"}, "C-TARGET", "target_modules: not a regular expression"),
-    ({"use_dora": True}, "C-ADAPTER", "use_dora: has no meaning together with a mixer"),
+    ({"use_dora": True}, "C-ADAPTER", "use_dora: cannot be combined with a mixer"),
     ({"lora_bias": True}, "C-ADAPTER", "lora_bias"),
     ({"fan_in_fan_out": True}, "C-ADAPTER", "fan_in_fan_out"),
     ({"target_parameters": ["up.weight"]}, "C-ADAPTER", "target_parameters"),
@@ -55,7 +55,7 @@ REFUSED_BY_THE_MODEL = [
     ({"train_mixer_pattern": {"nothing": False}}, "C-TARGET", "train_mixer_pattern"),
     ({"r": 65}, "C-RANK", r"up: .*found 65; expected at most min\(in, out\) = 64"),
     ({"rank_pattern": {"down": 7}, "mixer_init": "butterfly"}, "C-RANK", "down: .*halves"),
-    ({"target_modules": ["up", "norm"]}, "C-TARGET", "norm: MoSLoRA adapts nn.Linear .*found LayerNorm"),
+    ({"target_modules": ["up", "norm"]}, "C-TARGET", "norm: MoSLoRA supports nn.Linear .*found LayerNorm"),
 ]
 
 

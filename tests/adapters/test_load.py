@@ -104,9 +104,9 @@ def test_xtuner_file_with_both_towers(tmp_path):
     torch.save({"state_dict": state, "meta": {"epoch": 1}}, tmp_path / "iter_1.pth")
 
     file = tmp_path / "iter_1.pth"
-    with pytest.raises(Refusal, match="which lora_alpha"):
+    with pytest.raises(Refusal, match="contain the lora_alpha"):
         read_adapter(file)
-    with pytest.raises(Refusal, match=r"visual_encoder\.vision_model\.fc: the file does not say"):
+    with pytest.raises(Refusal, match=r"visual_encoder\.vision_model\.fc: the file does not contain"):
         read_adapter(file, lora_alpha={"llm.": 12})
     adapter = read_adapter(
         file,
@@ -243,8 +243,8 @@ DAMAGES = {
         {"peft_type": "LORA"},
         r"2 mixers, but the configuration is a plain LoRA's: B·A would be wrong",
     ),
-    "DoRA with mixers": (None, {"use_dora": True}, "use_dora: has no meaning together with a mixer"),
-    "a setting from the future": (None, {"use_telepathy": True}, "use_telepathy: settings of unknown meaning"),
+    "DoRA with mixers": (None, {"use_dora": True}, "use_dora: cannot be combined with a mixer"),
+    "a setting from the future": (None, {"use_telepathy": True}, "use_telepathy: unknown settings"),
     "modules to save that are no list": (None, {"modules_to_save": 5}, "modules_to_save: not a list; found 5"),
     "an unknown fork": (None, {"peft_type": "LORA", "use_moslora": "xavier"}, "unknown mixer; found xavier"),
     "no LoRA at all": (lambda t: {"base_model.model.up.weight": torch.ones(1)}, {}, "no LoRA tensors"),

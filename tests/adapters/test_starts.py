@@ -144,12 +144,12 @@ def test_folded_it_is_a_plain_lora_for_stock_peft(tmp_path, start, rslora):
     ("settings", "message"),
     [
         ({"start": "olora"}, "start: unknown start; found olora; expected lora, flora"),
-        ({"start": "flora", "mixer_init": "orthogonal"}, "mixer_init: start 'flora' decides it itself"),
-        ({"start": "loraxs", "train_mixer": False}, "train_mixer: start 'loraxs' decides it itself"),
-        ({"start": "folded"}, "train_mixer: start 'folded' decides it itself; found True; expected False"),
-        ({"start": "pissa"}, "mixer_init: start 'pissa' decides it itself; found kaiming_uniform; expected identity"),
-        ({"start": "nlora", "mixer_init_pattern": {"up": "normal"}}, "mixer_init: start 'nlora' decides it itself"),
-        ({"start": "nlora", "init_lora_weights": "gaussian"}, "init_lora_weights: start 'nlora' decides it itself"),
+        ({"start": "flora", "mixer_init": "orthogonal"}, "mixer_init: start 'flora' sets it itself"),
+        ({"start": "loraxs", "train_mixer": False}, "train_mixer: start 'loraxs' sets it itself"),
+        ({"start": "folded"}, "train_mixer: start 'folded' sets it itself; found True; expected False"),
+        ({"start": "pissa"}, "mixer_init: start 'pissa' sets it itself; found kaiming_uniform; expected identity"),
+        ({"start": "nlora", "mixer_init_pattern": {"up": "normal"}}, "mixer_init: start 'nlora' sets it itself"),
+        ({"start": "nlora", "init_lora_weights": "gaussian"}, "init_lora_weights: start 'nlora' sets it itself"),
     ],
 )
 def test_refused(settings, message):

@@ -81,7 +81,7 @@ NOT_JSON = [
     ("D1", '[\n{"id" 1}, {"id": 12345678901234567890}]', r"line 2 column 7: expecting ':' delimiter; found 1},"),
     ("D1", f"[{GOOD},]", r"\[D-PARSE\] .*line 1 column \d+: expecting value; found \]"),
     ("D1", f"[{GOOD} {GOOD}]", r"\[D-PARSE\] .*line 1 column \d+: ',' or '\]' must follow a record"),
-    ("D1", f"[{GOOD}] x", r"\[D-PARSE\] .*there is more after the end of the array; found x"),
+    ("D1", f"[{GOOD}] x", r"\[D-PARSE\] .*unexpected content after the end of the array; found x"),
     ("D1", f"{GOOD}\n{GOOD[:-1]}\n{GOOD}", r"\[D-PARSE\] .*line 3 column 1: expecting ',' delimiter"),
     ("D1", "[tru]", r"\[D-PARSE\] .*line 1 column 2: expecting value; found tru"),
     ("D1", '[{"id": "a\nb"}]', r"\[D-PARSE\] .*line 1 column 11: invalid control character at"),
@@ -104,7 +104,7 @@ NOT_JSON = [
 BAD_RECORDS = [
     # D6: a top level or a record of another type
     ("D6", '["text"]', r"\[D-TYPE\] .*record 0: a record must be an object; found a string"),
-    ("D6", '{"data": [], "version": 1}', r"record 0: not a record .*found keys data, version; .*as a JSON array"),
+    ("D6", '{"data": [], "version": 1}', r"record 0: unknown record format.*found keys data, .*as a JSON array"),
     ("D6", "[null, 1]", r"\[D-TYPE\] .*record 0: a record must be an object; found null"),
     # D7: one key twice in an object
     ("D7", '[{"id": 1, "id": 2}]', r"\[D-JSON\] .*record 0 id=2: the key 'id' occurs twice in one object"),
@@ -114,7 +114,7 @@ BAD_RECORDS = [
     ("D8", '[{"x": -Infinity}]', r"\[D-JSON\] .*-Infinity is not a JSON value"),
     ("D8", f'[{{"id": {"9" * 5000}}}]', r"\[D-JSON\] .*a number of 5000 digits"),
     # D10: no conversations
-    ("D10", '[{"id": "a"}]', r"\[D-SCHEMA\] .*record 0 id=a: not a record of a known format; found keys id; expected"),
+    ("D10", '[{"id": "a"}]', r"\[D-SCHEMA\] .*record 0 id=a: unknown record format; found keys id; expected"),
     # D11: conversations, id or image of another type
     ("D11", bad(conversations=[]), r"\[D-SCHEMA\] .*found an empty list"),
     ("D11", bad(conversations=None), r"\[D-SCHEMA\] .*found null"),
@@ -143,16 +143,16 @@ BAD_RECORDS = [
     ("D14", json.dumps([record("<image><image>")]), r"\[D-IMAGES\] .*found 2 <image>; expected 1 for 1 images"),
     ("D14", json.dumps([record(image=None)]), r"\[D-IMAGES\] .*but no image; found 1 <image>, 0 im"),
     ("D14", json.dumps([record("What?\n<image>", image=None)]), r"\[D-IMAGES\] .*no image"),
-    ("D14", bad(video="a.mp4"), r"\[D-VIDEO\] .*record 0 id=r:video: videos are not trained on; fix: .*'image', one"),
+    ("D14", bad(video="a.mp4"), r"\[D-VIDEO\] .*record 0 id=r:video: videos are not supported; fix: .*'image', one"),
     ("D14", bad(videos=["a.mp4"]), r"\[D-VIDEO\] .*:videos: videos are not"),
-    ("D14", json.dumps([record("<video>\nwhat?", image=None)]), r"\[D-VIDEO\] .*place for a video.*; found <video>"),
+    ("D14", json.dumps([record("<video>\nwhat?", image=None)]), r"\[D-VIDEO\] .*<video> placeholder.*; found <video>"),
     ("D14", json.dumps([record("<image>\nwhat?\n<video>")]), r"\[D-VIDEO\]"),
     # D15: an image without <image>
     ("D15", json.dumps([record("What?")]), r"\[D-IMAGES\] .*found 0 <image>; expected 1 for 1 images"),
     ("D15", json.dumps([record("What?", "<image>")]), r"\[D-IMAGES\] .*found 0 <image>"),
-    # D19: half of a surrogate pair
-    ("D19", json.dumps([record(answer="\ud83d")]), r"\[D-UNICODE\] .*half of a surrogate pair .*found \\ud83d"),
-    ("D19", json.dumps([record(image="\udc00")]), r"\[D-UNICODE\] .*half of a surrogate pair"),
+    # D19: a lone surrogate
+    ("D19", json.dumps([record(answer="\ud83d")]), r"\[D-UNICODE\] .*a lone surrogate .*found \\ud83d"),
+    ("D19", json.dumps([record(image="\udc00")]), r"\[D-UNICODE\] .*a lone surrogate"),
 ]  # fmt: skip
 
 
@@ -171,7 +171,7 @@ def test_refused(read, case, content, message, window):
 def test_a_bad_record_is_named_by_index_and_id(read):
     records = [record(id=k) for k in range(5)]
     records[3]["conversations"][0]["value"] = "no image"
-    with pytest.raises(Refusal, match=r"data.json:record 3 id=3: the human turns"):
+    with pytest.raises(Refusal, match=r"data.json:record 3 id=3: the number of <image>"):
         read(json.dumps(records))
 
 
@@ -228,7 +228,7 @@ def test_parquet(tmp_path):
     assert found[2].turns == (Turn("human", "<image>\nWhat?"), Turn("gpt", "A cat."))
     rows[2]["conversations"][0]["value"] = "no image"
     pq.write_table(pa.Table.from_pylist(rows), path)
-    with pytest.raises(Refusal, match=r"data.parquet:record 2 id=2: the human turns"):
+    with pytest.raises(Refusal, match=r"data.parquet:record 2 id=2: the number of <image>"):
         list(read_records(path))
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(Refusal, match=r"\[D-PARSE\] .*data.parquet: not a Parquet file, or a damaged one"):
@@ -244,7 +244,7 @@ def test_missing_file(tmp_path):
 
 def test_a_record_without_end_is_refused_before_it_fills_memory(read, monkeypatch):
     monkeypatch.setattr(json_source, "LONGEST_VALUE", 10_000)
-    with pytest.raises(Refusal, match="a record has no end; a quote or a bracket is missing"):
+    with pytest.raises(Refusal, match="a record does not end; a quote or a bracket is missing"):
         read('[{"id": "' + "x" * 100_000, window=1000)
 
 
@@ -275,11 +275,11 @@ def test_a_new_format_is_one_function_and_one_row(read, monkeypatch):
     assert two == formats.check_record(record(), 1, "data.json")
     for raw, message in [
         ({"id": 7, "pairs": []}, r"\[D-ROLE\] .*record 0 id=7:pairs: the turns are not in order; found no turns"),
-        ({"pairs": pairs}, r"\[D-IMAGES\] .*record 0: the record has a place for an image but no image"),
-        ({"pairs": [["\ud800", "a"]]}, r"\[D-UNICODE\] .*record 0: half of a surrogate pair"),
+        ({"pairs": pairs}, r"\[D-IMAGES\] .*record 0: the record has an <image> line but no image"),
+        ({"pairs": [["\ud800", "a"]]}, r"\[D-UNICODE\] .*record 0: a lone surrogate"),
         (
             {"dialogue": []},
-            r"\[D-SCHEMA\] .*record 0: not a record of a known format; .*; expected pairs \| conversations",
+            r"\[D-SCHEMA\] .*record 0: unknown record format; .*; expected pairs \| conversations",
         ),
     ]:
         with pytest.raises(Refusal, match=message):

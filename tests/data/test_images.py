@@ -63,7 +63,7 @@ NAMES = [
     ("I12", "..\\..\\x", r"\[I-PATH\] .*relative name with forward slashes"),
     ("I12", "C:\\x.png", r"\[I-PATH\]"),
     ("I12", "a\0b", r"\[I-PATH\]"),
-    ("I12", "x" * 5000, r"\[I-PATH\] .*the name cannot be a file's"),
+    ("I12", "x" * 5000, r"\[I-PATH\] .*not a valid file name"),
     # I14: a folder, pipe or device
     ("I14", "deep", r"\[I-FILE\] .*not a regular file; found d"),
     # I15: a URL

@@ -252,13 +252,13 @@ def marked(turn=GPT, **marks):
 
 MALFORMED = [
     # no known format
-    ({"id": 7, "dialog": []}, r"SCHEMA\] .*record 0 id=7: not a record of a known format; found keys id, dialog; "
+    ({"id": 7, "dialog": []}, r"SCHEMA\] .*record 0 id=7: unknown record format; found keys id, dialog; "
      r"expected conversations \| messages \| prompt and completion \| texts \| instruction and output; "
-     r"fix: columns of other names are named with --data_columns, such as messages=dialog"),
+     r"fix: rename columns with --data_columns, such as messages=dialog"),
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"SCHEMA\] .*found keys prompt, chosen, rejected"),
-    ({}, r"SCHEMA\] .*record 0: not a record of a known format; found no keys"),
+    ({}, r"SCHEMA\] .*record 0: unknown record format; found no keys"),
     # messages
-    (said("x") | {"messages": None}, r"SCHEMA\] .*record 0 id=7:messages: a record needs a list .*; found null"),
+    (said("x") | {"messages": None}, r"SCHEMA\] .*record 0 id=7:messages: a record needs a non-empty .*; found null"),
     (said("x") | {"messages": []}, r"SCHEMA\] .*messages: .*; found an empty list"),
     ({"messages": ["x"]}, r"SCHEMA\] .*messages\[0\]: a turn must be an object with 'role', .*; found a string"),
     ({"messages": [USER, ASSISTANT]},
@@ -277,11 +277,11 @@ MALFORMED = [
     (said([{"type": "audio"}]), r"SCHEMA\] .*not a content part; found type audio; expected .*\"type\": \"image\""),
     (said([{"type": "text"}]), r"SCHEMA\] .*content\[0\]: not a content part; found type text"),
     (said([{"type": "video", "video": "a.mp4"}]),
-     r"VIDEO\] .*content\[0\]: videos are not trained on; fix: .*as images"),
+     r"VIDEO\] .*content\[0\]: videos are not supported; fix: .*as images"),
     (said([{"type": "image", "image": 5}]), r"SCHEMA\] .*content\[0\].image: must be a file name .*; found 5"),
     (said([{"type": "image", "image": {"bytes": "AA"}}]), r"SCHEMA\] .*must be a file name"),
     ({"messages": [HUMAN, GPT | {"content": [{"type": "image"}]}]}, r"IMAGES\] .*messages\[1\].content\[0\]: an image "
-     r"outside the user's turns; found a gpt turn.*; fix: move it"),
+     r"outside of user turns; found a gpt turn.*; fix: move it"),
     # URLs: nothing is downloaded
     (said([{"type": "image_url", "image_url": {"url": "https://a.b/c.png"}}]),
      r"I-PATH\] .*content\[0\].image_url: images are read from files, never from a URL; found https://a.b/c.png; "
@@ -292,20 +292,20 @@ MALFORMED = [
     (said("<image>\nx", images=["a.png", "b.png"]), r"IMAGES\] .*found 1 <image>; expected 2 for 2 images"),
     (said([{"type": "image"}, {"type": "image"}], images=["a.png"]),
      r"IMAGES\] .*found 2 <image>; expected 1 for 1 im"),
-    (said([{"type": "image"}]), r"IMAGES\] .*the record has a place for an image but no image"),
+    (said([{"type": "image"}]), r"IMAGES\] .*the record has an <image> line but no image"),
     (said([{"type": "image", "path": "a.png"}], images=["a.png"]),
      r"IMAGES\] .*found 1 <image>; expected 2 for 2 images"),
     (said("x", images=[None]), r"SCHEMA\] .*images: must be a file name .*; found None"),
     (said("x", images=["a"], image="b"), r"SCHEMA\] .*image, images: images under two keys; found image and.*: keep"),
-    (said("x", videos=["a.mp4"]), r"VIDEO\] .*:videos: videos are not trained on"),
+    (said("x", videos=["a.mp4"]), r"VIDEO\] .*:videos: videos are not supported"),
     # tools
     ({"messages": [HUMAN, {"role": "tool", "content": "4"}, GPT]},
-     r"ROLE\] .*messages\[1\]: calls of tools are not trained on; found tool; fix: remove the record, or write"),
+     r"ROLE\] .*messages\[1\]: tool calls are not supported; found tool; fix: remove the record, or write"),
     ({"messages": [HUMAN, GPT | {"content": None, "tool_calls": [{"id": 1}]}]},
      r"ROLE\] .*messages\[1\]: .*found tool_calls"),
     ({"conversations": [USER, {"from": "function_call", "value": "{}"}, {"from": "observation", "value": "4"}]},
-     r"ROLE\] .*conversations\[1\]: calls of tools .*; found function_call"),
-    (said("x", tools='[{"name": "add"}]'), r"ROLE\] .*:tools: calls of tools are not trained on"),
+     r"ROLE\] .*conversations\[1\]: tool calls .*; found function_call"),
+    (said("x", tools='[{"name": "add"}]'), r"ROLE\] .*:tools: tool calls are not supported"),
     # the system text
     ({"system": "s", "messages": [{"role": "system", "content": "s"}, HUMAN, GPT]},
      r"ROLE\] .*:system: two system texts"),
@@ -316,11 +316,11 @@ MALFORMED = [
     (marked(loss=0.5), r"SCHEMA\] .*messages\[3\].loss: a turn is either .*; found 0.5"),
     (marked(train=True, loss=0), r"SCHEMA\] .*messages\[3\]: two marks that disagree; found train True, loss 0"),
     ({"messages": [HUMAN | {"train": True}, GPT]},
-     r"SCHEMA\] .*messages\[0\].train: only the assistant's turns are trained"),
+     r"SCHEMA\] .*messages\[0\].train: only the assistant's turns can be trained"),
     ({"messages": [HUMAN, GPT | {"train": False}]},
-     r"LABELS\] .*record 0: no turn of this record is trained on; fix: remove"),
+     r"LABELS\] .*record 0: no turn of this record is trained; fix: remove"),
     # ShareGPT
-    ({"conversations": {}, "images": []}, r"SCHEMA\] .*conversations: a record needs a list .*; found an object"),
+    ({"conversations": {}, "images": []}, r"SCHEMA\] .*conversations: a record needs a non-empty .*; found an object"),
     ({"conversations": [USER, HUMAN]},
      r"SCHEMA\] .*conversations\[0\]: a turn must be an object with 'role'.*keys from"),
     ({"conversations": [USER, {"from": "bing", "value": "x"}]},
@@ -339,9 +339,9 @@ MALFORMED = [
     ({"instruction": "x", "output": 5}, r"SCHEMA\] .*:output: must be a string; found a number"),
     ({"instruction": "x", "input": ["y"], "output": "z"}, r"SCHEMA\] .*:input: must be a string; found an array"),
     ({"instruction": "x", "output": "z", "history": [["y"]]},
-     r"SCHEMA\] .*history\[0\]: not an earlier round; found an arr"),
+     r"SCHEMA\] .*history\[0\]: not a \[question, answer\] pair; found an arr"),
     ({"instruction": "x", "output": "z", "history": 3},
-     r"SCHEMA\] .*history: a record needs a list .*; found a number"),
+     r"SCHEMA\] .*history: a record needs a non-empty list .*; found a number"),
     ({"instruction": "x", "output": "z", "images": ["a.png"]}, r"IMAGES\] .*found 0 <image>; expected 1 for 1 images"),
 ]  # fmt: skip
 

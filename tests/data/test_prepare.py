@@ -171,7 +171,7 @@ def test_a_limit_that_holds_no_image_is_refused(build, limit):
 def test_a_limit_above_the_llms_positions_is_refused(build):
     long = [record("q" * 80, "a", None)]
     assert len(build(long, model_max_length=100, longest_text=100)) == 1
-    what = r"C-FLAG\] --model_max_length: longer than the LLM's positions; found 101; expected at most 100 .*fix: "
+    what = r"C-FLAG\] --model_max_length: longer than the LLM's context; found 101; expected at most 100 .*fix: "
     with pytest.raises(Refusal, match=what + "--model_max_length 100, or"):
         build(long, model_max_length=101, longest_text=100)
 
@@ -284,7 +284,7 @@ def test_control_tokens_in_text_are_text_and_counted(build, tiny, caplog):
     found = [[i for i in ids if i in controls] for ids in rows["input_ids"]]
     assert found[0] == found[1]
     assert report_of(rows)["control_names_as_text"] == 1
-    said = "  with a control token's name in a text, where it is plain text: 1"
+    said = "  with a control token's name in a text, kept as plain text: 1"
     assert summary(rows).endswith(said) and f"prepared {reports_of(rows)[0]['file']}: records: 2" in caplog.text
     assert "token's name" not in summary(build([record("<image>\nx", "z")])) and "names_as_text" not in caplog.text
 
@@ -467,7 +467,7 @@ def test_a_damaged_cache_is_built_again(build, monkeypatch, caplog, damage):
     before, folder = rows[:], Path(rows.cache_files[0]["filename"]).parent
     DAMAGE[damage](folder / "000001.arrow", folder / "report.json")
     assert build(records)[:] == before
-    assert "its data cache is built again" in caplog.text
+    assert "rebuilding its data cache" in caplog.text
     caplog.clear()
     assert build(records)[:] == before
     assert not caplog.text

@@ -81,7 +81,7 @@ def test_weights_say_how_often_a_file_is_seen(build, files):
 
 @pytest.mark.parametrize(("weights", "message"), [
     ([1, 2], "as many weights as data files are needed; found 2; expected 3; fix: one weight per file of --data_path"),
-    ([1, 0, 1], "not a weight; found 0; expected a number above 0; .*leave out a file that is not wanted"),
+    ([1, 0, 1], "not a weight; found 0; expected a number above 0; .*omit a file that you do not want"),
     ([1, -1, 1], "not a weight; found -1"),
     ([1, float("nan"), 1], "not a weight; found nan"),
     ([1, float("inf"), 1], "not a weight; found inf"),

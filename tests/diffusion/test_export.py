@@ -74,7 +74,7 @@ def test_a_wrong_export_is_refused(run, tmp_path, monkeypatch):
 
     right = lora_file.lora_tensors
     monkeypatch.setattr(lora_file, "lora_tensors", lambda layers: {n: 1.1 * t for n, t in right(layers).items()})
-    with pytest.raises(Refusal, match=r"K-PROOF.*does not draw what the run draws"):
+    with pytest.raises(Refusal, match=r"K-PROOF.*images differ from the run's"):
         export_lora(run, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 

@@ -118,7 +118,7 @@ def test_answers_from_the_file_beside_it(tmp_path):
 def test_another_md5_and_hidden_options_are_warnings(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     found = opened(tmp_path, "seed", [CHOICE, CHOICE | {"index": "2", "B": "None"}])
-    assert "is not the file that VLMEvalKit names: md5 " + found.md5 in caplog.text
+    assert "is not VLMEvalKit's file: md5 " + found.md5 in caplog.text
     assert "some text of 1 rows" in caplog.text and "The first is index 2" in caplog.text
     caplog.clear()
     open_benchmark(replace(BENCHMARKS["seed"], md5=found.md5), tmp_path)

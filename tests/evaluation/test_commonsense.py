@@ -56,9 +56,9 @@ def test_the_table_stands_next_to_the_papers_row():
     assert lines[1].split() == ["ARC-e", "90.0", "59.6", "to", "98.2", "10.0", "%", "10", "90.5"]
     assert lines[9].split() == ["mean", "90.0", "85.6"]
     assert "mean" not in table({"boolq": scores["boolq"]}, "lora")
-    means = [sum(row) / 8 for row in PAPER.values()]
-    printed = [82.8, 80.9, 85.2, 84.2, 81.4, 85.0, 85.2, 85.6]
-    assert means == pytest.approx(printed, abs=0.07)  # FLoRA's 84.26 is printed as 84.2
+    assert table(scores, "flora").splitlines()[9].split() == ["mean", "90.0", "84.2"]  # its eight make 84.26
+    assert [row[8:] for row in PAPER.values()] == [(x,) for x in (82.8, 80.9, 85.2, 84.2, 81.4, 85.0, 85.2, 85.6)]
+    assert [sum(row[:8]) / 8 for row in PAPER.values()] == pytest.approx([row[8] for row in PAPER.values()], abs=0.07)
 
 
 def test_files_are_checked_before_a_model_is_loaded(data, tmp_path):

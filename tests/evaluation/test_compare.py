@@ -212,10 +212,10 @@ def test_the_order_of_questions_does_not_matter_and_the_seed_does_not_change():
 @pytest.mark.parametrize(
     "b, message",
     [
-        ({"y": result([0])}, "no benchmark that both results have"),
+        ({"y": result([0])}, "the results have no scored benchmark in common"),
         ({"x": result([100, 0], rules="rules-2024")}, "found rules and rules-2024"),
         ({"x": result([100])}, "found 1 questions that only one result has"),
-        ({"x": Score(None, "rules", (), (), {})}, "no benchmark that both results have"),
+        ({"x": Score(None, "rules", (), (), {})}, "the results have no scored benchmark in common"),
     ],
 )
 def test_what_cannot_be_compared(b, message):

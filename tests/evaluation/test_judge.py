@@ -227,7 +227,7 @@ def test_it_waits_as_long_as_the_server_wants(tmp_path):
     ((200, '{"error": {"message": "no"}}', {}), 1, "not the reply of a chat model"),
     ((200, '{"choices": [{"message": {"content": 5}}]}', {}), 1, "not the reply of a chat model"),
     ((200, "[" * 100_000, {}), 1, "not the reply of a chat model"),
-    (completion(None), 5, "no answer in any reply to question v0; found nothing; fix: a judge that does not think"),
+    (completion(None), 5, "no answer in any reply to question v0; found nothing; fix: use a non-reasoning judge"),
     (completion(" \n"), 5, "no answer in any reply"), (completion("<think>\nSo"), 5, "no answer in any reply"),
 ])  # fmt: skip
 def test_a_judge_that_fails_is_one_line(tmp_path, made, tries, match):
@@ -326,7 +326,7 @@ def test_the_key_goes_to_the_server_and_nowhere_else(tmp_path, monkeypatch, stat
 @pytest.mark.parametrize("key", [f"{KEY}\nX: y", f"{KEY} {KEY}", f"{KEY}é"])
 def test_a_key_that_cannot_be_sent(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(Refusal, match=r"C-KEY\] OPENAI_API_KEY: no key: it has a space") as caught:
+    with pytest.raises(Refusal, match=r"C-KEY\] OPENAI_API_KEY: not a key: it has a space") as caught:
         Judge.of("http://h", "m")
     assert KEY not in caught.value.line()
 
@@ -355,20 +355,22 @@ def test_urls(url, expected):
     "http://h/a b", "http://é", "", "http://a..b", "http:///v1", "file:///etc/passwd",
 ])  # fmt: skip
 def test_what_is_no_url_is_refused(url):
-    with pytest.raises(Refusal, match=r"C-FLAG\] --judge: no URL of a server; found .*; expected http://HOST:PORT/v1"):
+    with pytest.raises(
+        Refusal, match=r"C-FLAG\] --judge: not the URL of a server; found .*; expected http://HOST:PORT/v1"
+    ):
         Judge.of(url, "m")
 
 
 @pytest.mark.parametrize("url", [f"http://u:{KEY}@h", f"https://h/v1?key={KEY}", f"http://h/#{KEY}"])
 def test_a_password_in_the_url_is_refused_and_not_repeated(url):
-    with pytest.raises(Refusal, match=r"C-FLAG\] --judge: a URL with more than .* environment, as OPENAI") as caught:
+    with pytest.raises(Refusal, match=r"C-FLAG\] --judge: the URL may only have .* environment, as OPENAI") as caught:
         Judge.of(url, "m")
     assert KEY not in caught.value.line()
 
 
 @pytest.mark.parametrize("model", ["", " ", "a\nb", "\udcff"])
 def test_a_model_without_a_name(model):
-    with pytest.raises(Refusal, match=r"C-FLAG\] --judge: no name of a model"):
+    with pytest.raises(Refusal, match=r"C-FLAG\] --judge: no model name"):
         Judge.of("http://h", model)
 
 

@@ -144,7 +144,7 @@ def test_an_article_shows_image_prompt_answer_reading_and_truth(output, data, tm
         given = FILES[BENCHMARKS[name].file][1][row["index"]]
         assert answered == (given or "(nothing)")
         assert (f"rule: {outcome.rule}; " in read) == (outcome.rule != "unread")
-        assert ("no rule could read it" in read) == (outcome.rule == "unread")
+        assert ("no rule could parse it" in read) == (outcome.rule == "unread")
         if name == "seed":
             assert (
                 truth == f"{row['answer']}. {row[row['answer']]}"
@@ -227,10 +227,10 @@ def test_a_limit_is_kept_and_said(output, data, tmp_path):
         assert found["right"] == 2 and found.total() - 2 == min(20, one.needed)
     there, shown = sum(one.needed for one in of), sum(min(20, one.needed) for one in of)
     assert page.text == [
-        f"{shown} of {there} answers that are not right, drawn at random, always the same ones. {there - shown} are"
+        f"{shown} of {there} answers that are not right, sampled with a fixed seed. {there - shown} are"
         f" left out: --mistakes {max(one.needed for one in of)} shows all.",
-        "For comparison 6 right answers are here too; the filter shows them.",
-        "Not on this page, as their files were not read: ai2d, sciqa.",
+        "6 right answers are included for comparison; the filter shows them.",
+        "Not on this page, because their files were not read: ai2d, sciqa.",
     ]
     assert [one.numbers for one in of] == [
         o.numbers for o in chosen(output, data, 20, names=["seed", "mathvista", "mme"])
@@ -311,7 +311,7 @@ def test_what_only_one_of_two_models_got_right(output, other, data, tmp_path):
     assert [name for name, _ in article["rows"]] == ["A answered", "A read as", "B answered", "B read as", "truth"]
     assert all("; right)" in a["rows"][3][1] for a in page.articles if a["data"]["data-state"] == "B right, A wrong")
     assert page.text[0] == f"All {len(page.articles)} answers of which one model's is better."
-    assert page.text[1] == "Where answers are graded, right and wrong mean better and worse than the other model's."
+    assert page.text[1] == "For graded answers, right and wrong mean better and worse than the other model's."
     limited = choose(of[1].answered, 3)
     assert limited.shown == Counter({state: min(3, len(indices)) for state, indices in better.items() if indices})
 

@@ -33,6 +33,7 @@ CLIP_L |= {"image_size": 336, "patch_size": 14}
 LLAMA_NAME, INTERNLM2_NAME, CLIP_NAME = "Meta-Llama-3-8B-Instruct", "internlm2-chat-7b", "clip-vit-large-patch14-336"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN = {"mixer_init": "identity", "train_mixer": False}
+TABLE_8 = {"learning_rate": 2e-5, "num_train_epochs": 1.0, "max_steps": -1, "mm_projector_lr": None}
 RANK_512 = {"lora_r": 512, "lora_alpha": 256, "lora_target_modules": LINEARS}
 
 
@@ -56,11 +57,11 @@ def models(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder, models, llm=LLAMA_NAME, *, tower=CLIP_NAME, bits=16, **adapter):
+def run(folder, models, llm=LLAMA_NAME, *, tower=CLIP_NAME, bits=16, batch=64, training=None, **adapter):
     base = ModelSettings(str(models / llm), str(models / tower), "projector", "llama3", bits)
-    settings = RunSettings(base, DataSettings(["data.json"]), AdapterSettings(**adapter), training={}, preprocessor={})
+    parts = (base, DataSettings(["data.json"]), AdapterSettings(**adapter))
     folder.mkdir()
-    write_run(folder, settings)
+    write_run(folder, RunSettings(*parts, TABLE_8 if training is None else training, {}, batch))
     return folder
 
 
@@ -80,19 +81,19 @@ def test_the_papers_own_runs_have_their_rows(tmp_path, models, llm, bits, adapte
 
 
 @pytest.mark.parametrize("llm, more, why", [
-    ("vicuna-7b", {}, "vicuna-7b is not known as an LLM of its Table 5"),
-    ("Meta-Llama-3.1-8B-Instruct", {}, "Meta-Llama-3.1-8B-Instruct is not known"),
-    ("Hermes-3-Llama-3-8B", {}, "Hermes-3-Llama-3-8B is not known"),
-    ("internlm2_5-7b-chat", {"bits": 4}, "internlm2_5-7b-chat is not known"),
+    ("vicuna-7b", {}, "vicuna-7b is not an LLM of its Table 5"),
+    ("Meta-Llama-3.1-8B-Instruct", {}, "Meta-Llama-3.1-8B-Instruct is not an LLM"),
+    ("Hermes-3-Llama-3-8B", {}, "Hermes-3-Llama-3-8B is not an LLM"),
+    ("internlm2_5-7b-chat", {"bits": 4}, "internlm2_5-7b-chat is not an LLM"),
     (f"renamed/{LLAMA_NAME}", {}, "its configuration is of another"),
     (f"moved/{LLAMA_NAME}", {}, "a configuration cannot be read (no such folder: "),
     (LLAMA_NAME, {"bits": 4}, "LLaMA-3 was trained with 4 bits, in the paper with 16"),
     (INTERNLM2_NAME, {"bits": 16}, "InternLM2 was trained with 16 bits, in the paper with 4"),
     (LLAMA_NAME, {"tower": f"small/{CLIP_NAME}"}, f"the vision tower is not known as {CLIP_NAME}"),
     (LLAMA_NAME, {"tower": "open_clip:ViT-L-14-336@openai"}, f"the vision tower is not known as {CLIP_NAME}"),
-    (LLAMA_NAME, {"mixer_init": "normal"}, "no row has trained mixers that start as normal"),
-    (LLAMA_NAME, {"mixer_init": "identity"}, "no row has trained mixers that start as identity"),
-    (LLAMA_NAME, {"mixer_init": "orthogonal", "train_mixer": False}, "no row has fixed mixers that start as ortho"),
+    (LLAMA_NAME, {"mixer_init": "normal"}, "no row has trained mixers with init normal"),
+    (LLAMA_NAME, {"mixer_init": "identity"}, "no row has trained mixers with init identity"),
+    (LLAMA_NAME, {"mixer_init": "orthogonal", "train_mixer": False}, "no row has fixed mixers with init ortho"),
     (LLAMA_NAME, {"vision_mixer_init": "orthogonal"}, "no row has other mixers in the vision tower than in the LLM"),
     (LLAMA_NAME, {"lora_r": 0}, "the LLM has no adapter"),
     (LLAMA_NAME, {"tune_mm_mlp_adapter": True}, "the LLM has no adapter"),
@@ -100,19 +101,37 @@ def test_the_papers_own_runs_have_their_rows(tmp_path, models, llm, bits, adapte
 def test_no_row_is_claimed_for_another_model(tmp_path, models, llm, more, why):
     found, sentence = recognise_row(run(tmp_path / "run", models, llm, **more))
     assert found == "" and why in sentence
-    assert sentence.startswith("No row of the paper next to it: ") and sentence.endswith("--paper ROW shows one.")
+    assert sentence.startswith("No matching row of the paper: ") and sentence.endswith("--paper ROW shows one.")
 
 
 def test_what_differs_from_table_8_is_named(tmp_path, models):
     plain = {"vision_mixer_init": "identity", "vision_train_mixer": False}  # as the authors' own configuration file
     _, sentence = recognise_row(run(tmp_path / "a", models, INTERNLM2_NAME, bits=4, **RANK_512, **plain))
-    assert sentence.endswith("Other than in the paper's Table 8: plain LoRA in the vision tower.")
+    assert sentence.endswith("Different from the paper's Table 8: plain LoRA in the vision tower.")
     changes = {"lora_r": 16, "lora_alpha": 32.5, "vision_lora_r": 0, "lora_target_modules": ["q_proj", "v_proj"]}
     found, sentence = recognise_row(run(tmp_path / "b", models, **changes))
     assert found == "llama-3-moslora-kaiming" and sentence.endswith(
         "Table 8: --lora_r 16 (64), --lora_alpha 32.5 (128), --vision_lora_r 0 (64), --lora_target_modules q_proj"
         " v_proj (every linear)."
     )
+
+
+@pytest.mark.parametrize("changes, batch, named", [
+    ({}, 64, ""),
+    ({}, None, ""),  # of an early version, which did not record it
+    ({"mixer_lr": "None", "lora_plus_ratio": 1.0, "vision_lr": 2e-5}, 64, ""),
+    ({"learning_rate": 2e-4}, 32, "--learning_rate 0.0002 (2e-05), --global_batch_size 32 (64)"),
+    ({"num_train_epochs": 2, "max_steps": 100}, 64, "--num_train_epochs 2 (1), --max_steps 100 (none)"),
+    ({"mixer_lr": 1e-3, "lora_plus_ratio": 16.0}, 64, "--mixer_lr 0.001 (none), --lora_plus_ratio 16 (none)"),
+])  # fmt: skip
+def test_another_training_than_in_table_8_is_named(tmp_path, models, changes, batch, named):
+    found, sentence = recognise_row(run(tmp_path / "run", models, batch=batch, training=TABLE_8 | changes))
+    assert found == "llama-3-moslora-kaiming"
+    assert sentence.endswith(f"Other than in the paper's Table 8: {named}." if named else "from its record.")
+
+
+def test_a_run_that_states_no_training_is_not_compared(tmp_path, models):
+    assert recognise_row(run(tmp_path / "run", models, batch=None, training={}))[1].endswith("from its record.")
 
 
 def test_an_export_says_it_too_wherever_its_base_is_now(tmp_path, models):
@@ -127,7 +146,10 @@ def test_an_export_says_it_too_wherever_its_base_is_now(tmp_path, models):
     base = ModelSettings(f"/elsewhere/{LLAMA_NAME}", f"/elsewhere/{CLIP_NAME}", "projector", "llama3")
     facts = {"format": "hf", "base": asdict(base), "adapter": asdict(AdapterSettings()) | {"unknown_setting": 1}}
     (export / "export.json").write_text(json.dumps(facts))
-    assert recognise_row(export)[0] == "llama-3-moslora-kaiming"
+    assert recognise_row(export)[1].endswith("recognised from its record.")  # an old one, without its training
+    training = {"training": {"learning_rate": 1e-4, "global_batch_size": 64, "num_train_epochs": 1, "max_steps": -1}}
+    (export / "export.json").write_text(json.dumps(facts | training))
+    assert recognise_row(export)[1].endswith("Table 8: --learning_rate 0.0001 (2e-05).")
     other = asdict(replace(base, model_name_or_path="/elsewhere/vicuna-7b"))
     for changed in (
         {"base": other},
@@ -136,6 +158,7 @@ def test_an_export_says_it_too_wherever_its_base_is_now(tmp_path, models):
         {"base": {}},
         {"base": 3},
         {"base": "x"},
+        {"training": 3},
     ):
         (export / "export.json").write_text(json.dumps(facts | changed))
         assert recognise_row(export)[0] == ""

@@ -146,7 +146,7 @@ def test_what_is_missing_is_said_in_words():
 
 
 @pytest.mark.parametrize("models, code, message", [
-    ([("a", model(A)), ("b", {})], "C-RADAR", "b:--radar: no picture can be drawn; found mmbench_cn was not evaluated"),
+    ([("a", model(A)), ("b", {})], "C-RADAR", "b:--radar: no radar chart can be drawn; found mmbench_cn was not"),
     ([("a", model(A))] * 8, "C-RADAR", "too many models to tell apart; found 8; expected at most 7"),
     ([("a", model(A)), ("b", model(B, data="e"))], "C-COMPARE", r"mmbench_cn\.data: not asked in the same way"),
     ([("a", model(A)), ("b", model(B, rules="x"))], "C-COMPARE", "scored by different rules; found rules and x"),

@@ -12,7 +12,7 @@ from llava_moslora.evaluation.results import read_results
 from support.evaluations import evaluated, write_data
 
 NAMES = ("mmbench_en", "mmbench_cn", "seed")
-HINT = "No row of the paper next to it: neither a run nor an export that records its base and its adapters."
+HINT = "No matching row of the paper: neither a run nor an export that records its base and its adapters."
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def test_the_page_names_results_whose_file_was_not_read(tmp_path, data):
     output = evaluated(tmp_path / "out", data, NAMES)
     reported(output, data, ["seed"])
     page = (output / "mistakes.html").read_text(encoding="utf-8")
-    assert "Not on this page, as their files were not read: mmbench_en, mmbench_cn." in page
+    assert "Not on this page, because their files were not read: mmbench_en, mmbench_cn." in page
 
 
 def test_a_row_that_is_known_is_next_to_the_scores(tmp_path, data, monkeypatch):

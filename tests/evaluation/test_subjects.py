@@ -29,6 +29,7 @@ from llava_moslora.evaluation.subject_scores import Encoders, compare_scores, lo
 from llava_moslora.evaluation.subjects import read_subjects
 from llava_moslora.models.names import SDXL_PARTS
 from scripts import evaluate_subjects
+from support.launching import ROOT
 from support.sdxl import needs_diffusers, train, write_pictures, write_sdxl
 from support.subjects import COLOURS, TEXT, write_clip_model, write_drawn, write_subjects, write_vit
 
@@ -58,12 +59,24 @@ def test_the_data_set_is_read_as_it_is(data):
     assert [subject.name for subject in read_subjects(data, ["cat"])] == ["cat"]
 
 
+def test_the_authors_prompts_by_a_file_of_ones_own(data, tmp_path):
+    """The file as docs/evaluation.md has it."""
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (written,) = re.findall(r"```\n(Classes\n.*?)```", text, re.DOTALL)
+    (tmp_path / "prompts_and_classes.txt").write_text(written)
+    for name in ("cat", "grey_sloth_plushie"):
+        shutil.copytree(data / "cat", tmp_path / name)
+    cat, sloth = read_subjects(tmp_path)
+    assert cat.prompts("ikat") == ["A picture of a ikat cat in the jungle", "A picture of a red ikat cat"]
+    assert sloth.prompts("ikat")[0] == "A picture of a ikat grey sloth plushie in the jungle"
+
+
 @pytest.mark.parametrize(
     "old, new, match",
     [("can,can", "can,can\ncan,tin", "twice"), ("can,can", "../x,can", "no subject and class"),
-     ("'a red {0} {1}'", "'a red {0.__class__} {1}'", "line 14: neither"), ("{0} {1} in", "{0} in", "neither"),
+     ("'a red {0} {1}'", "'a red {0.__class__} {1}'", "line 14: not a"), ("{0} {1} in", "{0} in", "not a subject"),
      ("subject_name,class\ncan,can\nbear_plushie,stuffed animal\ncat,cat", "", "no subjects"),
-     ("Object Prompts", "Objects", "line 10: neither"), ("can,can", "can", "neither a subject")],
+     ("Object Prompts", "Objects", "line 10: not a subject"), ("can,can", "can", "not a subject")],
 )  # fmt: skip
 def test_a_file_of_another_form_is_one_line(tmp_path, old, new, match):
     assert old in TEXT
@@ -118,7 +131,7 @@ def test_drawing_goes_on_after_a_kill_and_starts_from_the_same_latents(data, tmp
     assert second.prompts[-1] == "a red sks cat"
     a, b = read_drawn(tmp_path / "whole"), read_drawn(tmp_path / "killed")
     assert paired_images(a, b) == planned(read_subjects(data), range(2))
-    with pytest.raises(Refusal, match=r"C-ANSWERS.*images.json:settings: .*another model or of other settings"):
+    with pytest.raises(Refusal, match=r"C-ANSWERS.*images.json:settings: .*another model or other settings"):
         start(tmp_path / "killed", FakePipeline(), steps=3)
 
 
@@ -191,7 +204,7 @@ def test_a_real_pipeline_draws_with_exports(data, tuned, tmp_path, monkeypatch):
         start("killed", tuned.moslora)
     assert len(read_drawn(tmp_path / "killed").images) == 1
     assert (start("killed", tuned.moslora) == moslora).all()
-    with pytest.raises(Refusal, match=r"K-ADAPTER.*holds mixers, which diffusers ignores.*lora_mixer.*export.py"):
+    with pytest.raises(Refusal, match=r"K-ADAPTER.*contains mixers, which diffusers ignores.*lora_mixer.*export.py"):
         start("unfolded", tuned.unfolded)
     with pytest.raises(Refusal, match=r"K-ADAPTER.*not a LoRA of this model.*layers, of which 0 were loaded"):
         start("foreign", tuned.foreign)
@@ -217,7 +230,7 @@ def test_draw_prints_its_own_lines_and_checks_before_it_writes(data, tuned, tmp_
         (data, None, r"K-MISSING\] .*model_index.json"),
         (tuned.sdxl, data, r"K-MISSING\] .*--lora: no such file"),
         (tuned.sdxl, data / "cat" / "00.jpg", "not a safetensors file"),
-        (tuned.sdxl, tuned.unfolded, "holds mixers"),
+        (tuned.sdxl, tuned.unfolded, "contains mixers"),
         (without(tuned.sdxl, "unet", "conv_in.bias"), None, r"K-KEYS\] .*--base: tensors .*found unet.conv_in.bias"),
         (without(tuned.sdxl, "text_encoder", "norm1.weight"), None, r"K-KEYS\] .*--base: tensors .*norm1.weight"),
     ):
@@ -227,7 +240,7 @@ def test_draw_prints_its_own_lines_and_checks_before_it_writes(data, tuned, tmp_
         assert not (tmp_path / "out").exists()
     words[words.index("--output") + 1] = tmp_path / "file" / "out"
     (tmp_path / "file").write_text("")
-    with pytest.raises(Refusal, match=r"C-OUTPUT\] .*file/out:--output: nothing can be written"):  # before the base
+    with pytest.raises(Refusal, match=r"C-OUTPUT\] .*/out:--output: this folder is not writable"):  # before the base
         run(monkeypatch, *words, "--base", data)
     words[words.index("--output") + 1] = tmp_path / "out"
     capfd.readouterr()
@@ -329,14 +342,14 @@ def test_the_kit_is_blind_and_counted_by_hand(data, drawn, tmp_path, monkeypatch
     assert (found["win"], found["tie"], found["judgements"]) == (pytest.approx(66.667, abs=1e-3), 0, 18)
     assert found["loss"] == pytest.approx(33.333, abs=1e-3) and found["low"] < found["points"] < found["high"]
     printed = capsys.readouterr().out
-    assert "100.0" in printed and "3 people" in printed
-    with pytest.raises(Refusal, match=r"C-OUTPUT.*there is a kit already"):
+    assert "100.0" in printed and "3 raters" in printed
+    with pytest.raises(Refusal, match=r"C-OUTPUT.*a kit already exists"):
         run(monkeypatch, "kit", *drawn, "--subjects", data, "--pairs", "2", "--output", tmp_path / "kit")
     with pytest.raises(Refusal, match=r"C-COMPARE.*second file of the same person"):
         human_kit.count_answers(tmp_path / "kit" / "key.json", [files[0], files[0]])
     other = json.loads(files[0].read_text()) | {"kit": "other"}
     files[1].write_text(json.dumps(other))
-    with pytest.raises(Refusal, match=r"C-COMPARE.*answers to another kit"):
+    with pytest.raises(Refusal, match=r"C-COMPARE.*answers to a different kit"):
         human_kit.count_answers(tmp_path / "kit" / "key.json", files)
     with pytest.raises(Refusal, match=r"K-MISSING\] .*kit: a folder, not a file; fix: give the key.json"):
         human_kit.count_answers(tmp_path / "kit", files)

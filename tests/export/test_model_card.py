@@ -134,7 +134,7 @@ def test_what_was_trained_on_what(run, tmp_path, monkeypatch):
     assert card_of(folder).data.datasets == ["owner/captions"]
     for fact in ("| records per step | 128 |", "| learning rate | LLM 0.0002, tower 2e-05, cosine |",
                  "- `llava.json`: 990 records of 1,000, each seen 0.5 times per epoch", "700 images and 12,345 tokens",
-                 "rank 4, alpha 8, dropout 0.05; mixers trained, kaiming_uniform at first"):  # fmt: skip
+                 "rank 4, alpha 8, dropout 0.05; mixers trained, kaiming_uniform init"):  # fmt: skip
         assert fact in text, fact
 
 
@@ -180,7 +180,7 @@ def test_scores_of_another_model(run, exported, tmp_path, monkeypatch):
             export(run, tmp_path / "out", evaluation=tmp_path / "evaluation", prove=False)
     for asked in ({"model": ours, "checkpoint": None}, {"model": ours, "checkpoint": None, "export_of": None}):
         results(tmp_path / "evaluation", "old/export", asked)  # of before the checkpoint's hash was kept
-        with pytest.raises(Refusal, match=r"did not say of which checkpoint.*found old/.*fix: evaluate again"):
+        with pytest.raises(Refusal, match=r"did not record which checkpoint.*found old/.*fix: evaluate again"):
             export(run, tmp_path / "out", evaluation=tmp_path / "evaluation", prove=False)
     results(tmp_path / "evaluation", "a/path/as/it/was/typed", of_export)  # an export of this checkpoint, wherever
     export(run, tmp_path / "out", evaluation=tmp_path / "evaluation" / "results.json", prove=False)

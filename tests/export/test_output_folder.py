@@ -15,6 +15,8 @@ from llava_moslora.export import export as export_module
 from llava_moslora.export import output_folder, verify
 from llava_moslora.export.export import export
 from llava_moslora.files.manifest import verify_manifest
+from llava_moslora.runs.hyper_parameters import hyper_parameters
+from llava_moslora.runs.record import read_run
 from support.export_runs import newer, probe_here, trained_run
 
 
@@ -115,7 +117,7 @@ def test_its_own_base_is_not_replaced(run, parts, tmp_path, part):
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_nothing_is_written_into_the_run(run, place, overwrite):
     before = sorted(run.rglob("*"))
-    message = r"C-OUTPUT\] .*--output_dir: in the folder of the run itself; found .*; expected a folder outside the run"
+    message = r"C-OUTPUT\] .*--output_dir: the output folder is inside the run folder; found .*; expected a folder out"
     with pytest.raises(Refusal, match=message):
         export(run, run / place, prove=False, overwrite=overwrite)
     assert sorted(run.rglob("*")) == before
@@ -140,7 +142,7 @@ def test_a_foreign_staging_folder_is_not_deleted(run, tmp_path):
     staging = tmp_path / ".out.staging"
     staging.mkdir()
     (staging / "mine.txt").write_text("mine")
-    refused(run, tmp_path / "out", r"C-OUTPUT\] .*\.out\.staging.*not the staging of an export.*found mine\.txt")
+    refused(run, tmp_path / "out", r"C-OUTPUT\] .*\.out\.staging.*not an export's staging folder.*found mine\.txt")
 
 
 def test_the_current_folder_is_not_replaced(run, out, monkeypatch):
@@ -224,6 +226,7 @@ def test_a_checkpoint_that_is_pruned_meanwhile(run, tmp_path, monkeypatch, targe
     folder = export(copy, tmp_path / "out", [target])[target]
     facts = json.loads((folder / "export.json").read_text())
     assert facts["checkpoint"] == "checkpoint-1" and facts["adapter"]["mixer_init"] == "kaiming_uniform"
+    assert facts["training"] == hyper_parameters(read_run(run)) and facts["training"]["lora_plus_ratio"] == 1
     monkeypatch.setattr(export_module, "write_weights", write)
     expected = export(run, tmp_path / "expected", [target], prove=False)[target]
     for file in expected.rglob("*.safetensors"):

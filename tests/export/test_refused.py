@@ -88,7 +88,7 @@ def test_missing_projector(run, tmp_path):
 def test_a_checkpoint_that_does_not_name_its_base(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
     write_manifest(copy / "checkpoint-1", {"step": 1})
-    refused(copy, tmp_path / "out", r"K-MANIFEST\] .*MANIFEST\.json:llm: the checkpoint does not say which base")
+    refused(copy, tmp_path / "out", r"K-MANIFEST\] .*MANIFEST\.json:llm: the checkpoint does not record its base")
 
 
 def test_existing_folder(run, tmp_path):
@@ -107,7 +107,7 @@ def test_too_little_disk_or_memory(run, tmp_path, monkeypatch):
     refused(run, tmp_path / "out", r"E-DISK\] .*too little space; found 0\.00 GB; expected 0\.07 GB")
     monkeypatch.undo()
     monkeypatch.setattr(mapped_weights.psutil, "virtual_memory", lambda: memory(10**5))
-    refused(run, tmp_path / "out", r"E-MEMORY\] too little memory to prove.*fix: --no_proof")
+    refused(run, tmp_path / "out", r"E-MEMORY\] too little memory to verify.*fix: --no_proof")
 
 
 def test_a_disk_that_fills_up_and_the_export_that_goes_on(run, tmp_path, monkeypatch, capsys):
@@ -263,6 +263,6 @@ def test_an_export_that_answers_otherwise_is_not_published(run, tmp_path, monkey
         save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setattr(export_module, "write_weights", spoiled)
-    with pytest.raises(Refusal, match=r"K-PROOF\] .*logits.*: the export does not compute what the run computes"):
+    with pytest.raises(Refusal, match=r"K-PROOF\] .*logits.*: the export's outputs differ from the run's"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -95,7 +95,7 @@ def test_a_second_push_deletes_only_what_the_first_one_wrote(hub, exported, tmp_
 def test_a_failed_upload_keeps_the_export_and_says_how_to_go_on(hub, run, tmp_path, monkeypatch):
     hub.fails["/commit/"] = 500
     words = (run, "--output_dir", tmp_path / "out", "--format", "projector", "--no_proof", "--push_to_hub", REPO)
-    refusal = refused(monkeypatch, r"E-HUB\] me/llava-tuned:--push_to_hub: the Hub failed or refused; .*500", *words)
+    refusal = refused(monkeypatch, r"E-HUB\] me/llava-tuned:--push_to_hub: the Hub request failed; .*500", *words)
     before = contents(tmp_path / "out")
     hub.fails.clear()
     command = re.search(r"python scripts/export\.py (.*)", refusal.fix)[1].split()
@@ -118,13 +118,15 @@ def test_as_a_user_does_it(hub, run, tmp_path):
     there = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_test"}
     done = run_script(command, **there)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.index("proof of hf: passed") < done.stdout.index("exported:") < done.stdout.index("pushed:")
+    assert (
+        done.stdout.index("verification of hf: passed") < done.stdout.index("exported:") < done.stdout.index("pushed:")
+    )
     assert contents(tmp_path / "out").items() <= hub.repos[REPO]["files"].items()
 
 
 @pytest.mark.parametrize("edit, message", [
-    ({"files": {"model.bin": b"theirs"}}, "holds something that is not an export of this package; found model.bin"),
-    ({"files": {MANIFEST: b"{}"}}, "holds something that is not an export of this package"),
+    ({"files": {"model.bin": b"theirs"}}, "contains something other than an export of this package; found model.bin"),
+    ({"files": {MANIFEST: b"{}"}}, "contains something other than an export of this package"),
     (None, "was changed since the last push; found the commit 'Update README.md'"),
 ])  # fmt: skip
 def test_what_is_there_is_not_overwritten_unasked(hub, exported, monkeypatch, edit, message):
@@ -156,9 +158,9 @@ def test_private_is_not_ignored_where_the_repository_is_public(hub, exported, mo
 
 @pytest.mark.parametrize("name, message", [
     ("llava-tuned", "C-FLAG.*no owner"),
-    ("me/a b", "C-FLAG.*not a name of the Hub"),
+    ("me/a b", "C-FLAG.*not a valid repository name"),
     ("", "C-FLAG.*--push_to_hub: no"),
-    ("me/x--y", "C-FLAG.*not a name of the Hub"),
+    ("me/x--y", "C-FLAG.*not a valid repository name"),
 ])  # fmt: skip
 def test_a_wrong_name(hub, run, tmp_path, monkeypatch, name, message):
     refused(monkeypatch, message, run, "--output_dir", tmp_path / "out", "--push_to_hub", name)
@@ -169,17 +171,17 @@ def test_offline_without_token_or_with_one_that_only_reads(hub, run, tmp_path, m
     words = (run, "--output_dir", tmp_path / "out", "--push_to_hub", REPO)
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        refused(patch, r"E-HUB\] --push_to_hub: the Hub is switched off; found HF_HUB_OFFLINE", *words)
+        refused(patch, r"E-HUB\] --push_to_hub: the Hub is disabled; found HF_HUB_OFFLINE", *words)
     with monkeypatch.context() as patch:
         patch.delenv("HF_TOKEN")
         patch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-        refused(patch, r"E-HUB\] --push_to_hub: no token of the Hub; fix: hf auth login", *words)
+        refused(patch, r"E-HUB\] --push_to_hub: no Hub token; fix: hf auth login", *words)
     assert hub.asked == []
     with monkeypatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_wrong")
-        refused(patch, "E-HUB.*the Hub failed or refused.*fix: check name, token and network", *words)
+        refused(patch, "E-HUB.*the Hub request failed.*fix: check name, token and network", *words)
     hub.role = "read"
-    refused(monkeypatch, "E-HUB.*this token may only read", *words)
+    refused(monkeypatch, "E-HUB.*this token is read-only", *words)
     assert hub.repos == {} and not (tmp_path / "out").exists()
 
 
@@ -194,7 +196,7 @@ def test_no_finished_export(hub, run, exported, tmp_path, monkeypatch):
 
 def test_flags_that_do_not_go_together(hub, run, exported, tmp_path, monkeypatch):
     refused(monkeypatch, r"C-FLAG\] --output_dir: missing", exported)
-    refused(monkeypatch, r"C-FLAG\] --private: belongs to --push_to_hub", run, "--output_dir", tmp_path, "--private")
+    refused(monkeypatch, r"C-FLAG\] --private: needs --push_to_hub", run, "--output_dir", tmp_path, "--private")
     refused(
         monkeypatch, r"C-FLAG\] --dtype: belongs to an export", exported, "--push_to_hub", REPO, "--dtype", "float16"
     )

@@ -38,7 +38,9 @@ def test_stock_libraries_compute_what_the_run_computes(run, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("name", CLIP_ONLY)
 def test_targets_whose_readers_know_clip_only(run, parts, tmp_path, name):
-    said = rf"C-FORMAT\] {re.escape(str(parts.siglip))}:--format {name}: its readers know CLIP towers only; found Sig"
+    said = (
+        rf"C-FORMAT\] {re.escape(str(parts.siglip))}:--format {name}: its readers support only CLIP towers; found Sig"
+    )
     with pytest.raises(Refusal, match=said):
         export(run, tmp_path / "out", ["hf", name])
     assert not list(tmp_path.iterdir())

@@ -79,14 +79,14 @@ def test_the_plain_lora(run, expected, tmp_path, monkeypatch, parts):
 
 @pytest.mark.parametrize("name", sorted(TARGETS.keys() - {"llm", "peft"}))
 def test_other_formats_are_refused(run, tmp_path, name):
-    with pytest.raises(Refusal, match=rf"--format {name}: the run is an LLM alone.*--format llm"):
+    with pytest.raises(Refusal, match=rf"--format {name}: the run is text-only.*--format llm"):
         export(run, tmp_path / "out", [name])
     assert not (tmp_path / "out").exists()
 
 
 def test_an_image_is_refused(run):
     turns = [Turn("human", "<image>\nWhat is this?")]
-    with pytest.raises(Refusal, match=r"D-IMAGES.*trained on text alone"):
+    with pytest.raises(Refusal, match=r"D-IMAGES.*text-only"):
         list(answer(load(run), [([torch.zeros(3, 32, 32)], turns)]))
 
 

@@ -28,7 +28,7 @@ def test_a_stopped_rank_is_named(warm_server, parts, tmp_path, stage, stopped):
     if stopped:
         assert f"no heartbeat for {SECONDS} s from rank 1 (process " in printed
     else:
-        assert "the store, which rank 0 or the launcher serves, has not answered" in printed
+        assert "the store, which rank 0 or the launcher serves, has not responded" in printed
     assert launch.survived < 4 * SECONDS
     assert campaign.launch("run", 1).succeeded  # and the run resumes
     assert campaign.state_of(tmp_path / "run") == campaign.final

@@ -89,7 +89,7 @@ def test_a_checkpoint_that_a_training_prunes_meanwhile(own, monkeypatch, trained
     shutil.rmtree(own.run / "checkpoint-2")
     kept.rename(given)
     monkeypatch.setattr(load_module, moment, pruned_first)
-    with pytest.raises(Refusal, match=r"P-PRUNED\] .*checkpoint-1: a training that is still running deleted"):
+    with pytest.raises(Refusal, match=r"P-PRUNED\] .*checkpoint-1: the run is still training and deleted"):
         load_run(own.run, trained=trained, checkpoint=given)
 
 

@@ -57,14 +57,14 @@ def test_unmatched_target_is_named(parts):
     with pytest.raises(Refusal, match=r"--vision_lora_target_modules: .*found gate_proj; expected .*mlp\.fc1"):
         vision = TowerAdapter(2, 4, target_modules=("fc1", "gate_proj"))
         add_adapters(model, adapters(TowerAdapter(2, 4), vision))
-    with pytest.raises(Refusal, match="no adapter asked for"):
+    with pytest.raises(Refusal, match="no adapter to train"):
         add_adapters(model, AdapterSettings(lora_r=0, vision_lora_r=0))
 
 
 # C2: an impossible rank
 def test_a_rank_above_a_linears_smaller_side_is_refused(parts):
     model, _ = build(parts)
-    named = r"--lora_r: the rank is above the smaller side of model.language_model.layers.0.self_attn.k_proj"
+    named = r"--lora_r: the rank is above a dimension of model.language_model.layers.0.self_attn.k_proj"
     with pytest.raises(Refusal, match=named + "; found 33 for 64 → 32; expected at most 32"):
         add_adapters(model, adapters(TowerAdapter(33, 8)))
     add_adapters(model, adapters(TowerAdapter(33, 8, target_modules=("q_proj",))))

@@ -248,10 +248,10 @@ CONFIGURATIONS = [
     ({"hidden_size": 48}, "K-SHAPE", None, r"found .*32.*expected .*48"),
     ({"num_attention_heads": 5}, "K-CONFIG", None, "makes no SiglipVisionModel; found .*divisible by num_heads"),
     ({"hidden_act": "geglu"}, "K-CONFIG", None, "makes no SiglipVisionModel; found .*geglu"),
-    ({"image_size": [34, 68]}, "K-CONFIG", "image_size", "not one side length in pixels; found .34, 68."),
+    ({"image_size": [34, 68]}, "K-CONFIG", "image_size", "not a single side length; found .34, 68."),
     ({"image_size": 48}, "K-PROCESSOR", "size", "48×48"),
     ({"vision_use_head": False}, "K-KEYS", None, "head"),
-    ({"auto_map": {"AutoModel": "code.Model"}}, "K-CODE", "auto_map", "code of its own"),
+    ({"auto_map": {"AutoModel": "code.Model"}}, "K-CODE", "auto_map", "custom code"),
 ]
 
 

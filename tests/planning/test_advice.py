@@ -42,7 +42,7 @@ def test_the_advice_needs_clearly_less_and_keeps_the_global_batch():
 def test_where_nothing_needs_less_it_says_so():
     plan = plan_of()
     nothing = replace(plan, request=replace(plan.request, gib=1.0))
-    assert less_memory(nothing).startswith("nothing that trains the same needs less")
+    assert less_memory(nothing).startswith("no equivalent setting needs less")
 
 
 def test_only_lost_memory_is_advised_on(monkeypatch):

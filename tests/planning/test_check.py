@@ -55,7 +55,7 @@ def test_of_an_unknown_gpu_the_memory_is_planned(plan_on):
     known, _ = plan_on("NVIDIA H100 80GB HBM3", 80)
     line = check_plan(plan)
     assert plan.memory == known.memory
-    assert line.startswith("plan: fits on 1 × a GPU of next year with 80.0 GiB: ") and line.endswith("not known")
+    assert line.startswith("plan: fits on 1 × a GPU of next year with 80.0 GiB: ") and line.endswith("speed unknown")
     with pytest.raises(Refusal, match=r"the GPU's memory is not enough.*found 0.2 GiB"):
         check_plan(plan_on("a GPU of next year", 0.25)[0])
 

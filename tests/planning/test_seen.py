@@ -108,7 +108,7 @@ def test_a_run_on_a_cpu_keeps_its_speed(parts, tmp_path, capsys):
     found = json.loads((tmp_path / "run" / PLAN).read_text())
     assert found["planned"] is None and found["seen"].keys() == {"device", "step_seconds"}
     assert found["seen"]["device"] == "cpu" and found["seen"]["step_seconds"] > 0
-    assert "a cpu tells no peak of its memory" in capsys.readouterr().out
+    assert "a cpu has no memory statistics" in capsys.readouterr().out
     assert read_pair(tmp_path / "run") is None
 
 

@@ -160,8 +160,8 @@ def test_what_auto_says():
     assert chosen(plan) == line == text(plan, suggested=False).splitlines()[1] == as_json(plan)["chosen"]
     assert as_json(plan)["recompute"] == "every:2"
     assert ", the next faster, may not fit: " in chosen(automatic(76))
-    assert chosen(automatic(110)).endswith("; no way is faster")
-    assert chosen(automatic(20)).startswith("--recompute auto: full, because no way certainly fits; planned ")
+    assert chosen(automatic(110)).endswith("; no mode is faster")
+    assert chosen(automatic(20)).startswith("--recompute auto: full, because no mode certainly fits; planned ")
     assert as_json(make_plan(request(TIGHT), with_largest=False))["chosen"] is None
 
 

@@ -100,7 +100,7 @@ def test_the_best_checkpoint_is_the_model_of_a_run_that_asks_for_it(run):
     with pytest.raises(Refusal, match=r"K-SIZE.*checkpoint-2"):
         model_checkpoint(run)
     shutil.rmtree(run / "checkpoint-2")
-    with pytest.raises(Refusal, match=r"K-NONE.*found checkpoint-2; .*fix: one of those, or newest"):
+    with pytest.raises(Refusal, match=r"K-NONE.*found checkpoint-2; .*fix: one of these, or newest"):
         model_checkpoint(run)
 
 

@@ -43,7 +43,7 @@ def test_resume_begins_beside_files_that_are_no_runs(tmp_path):
 
 def test_a_data_cache_in_the_run_folder_is_refused(tmp_path):
     for cache in (tmp_path / "run" / "cache", tmp_path / "run", tmp_path / "x" / ".." / "run" / "cache"):
-        with pytest.raises(Refusal, match=r"--data_cache: the data cache lies in the run folder"):
+        with pytest.raises(Refusal, match=r"--data_cache: the data cache is in the run folder"):
             check(tmp_path / "run", resume=True, data_cache=cache)
     check(tmp_path / "run", resume=True, data_cache=tmp_path / "runcache")
 
@@ -54,14 +54,14 @@ INPUTS = ["llm", "checkpoint-2/projector", "sub/data.json", "mix/*.tar", "."]
 @pytest.mark.parametrize("place", INPUTS)
 def test_an_input_inside_the_run_is_not_deleted(run, place):
     inputs = [("--model_name_or_path", run.parent), ("--data_path", run / place)]
-    with pytest.raises(Refusal, match=r"--data_path: an input lies in the run folder that is to be replaced"):
+    with pytest.raises(Refusal, match=r"--data_path: an input is in the run folder that is to be replaced"):
         check(run, overwrite=True, inputs=inputs)
     check(run, resume=True, inputs=inputs)  # nothing is deleted
 
 
 def test_an_input_reached_by_a_link_is_not_deleted(run):
     (run.parent / "link").symlink_to(run)
-    with pytest.raises(Refusal, match=r"--image_folder: an input lies in"):
+    with pytest.raises(Refusal, match=r"--image_folder: an input is in"):
         check(run, overwrite=True, inputs=[("--image_folder", run.parent / "link" / "images")])
 
 
@@ -73,7 +73,7 @@ def test_a_file_among_a_runs_own_is_named_and_kept(run, file):
     (run / file).parent.mkdir(exist_ok=True)
     (run / file).touch()
     with pytest.raises(
-        Refusal, match=f"files that no run writes lie among those to be deleted; found {file}; fix: move"
+        Refusal, match=f"the run to be deleted contains files that no run writes; found {file}; fix: move"
     ):
         open_new(run, overwrite=True)
     assert (run / file).is_file()

@@ -94,10 +94,10 @@ KEYS = ["settings.model", "settings.training", "settings.model.bits", "settings.
 @pytest.mark.parametrize("case", RECORDS)
 def test_another_tools_record_is_no_run(run, case):
     (run / RUN).write_text(json.dumps(RECORDS[case](json.loads((run / RUN).read_text()))))
-    with pytest.raises(Refusal, match=r"K-RUN.*run.json: not the record of a run of this package"):
+    with pytest.raises(Refusal, match=r"K-RUN.*run.json: not a record of this package's runs"):
         read_run(run)
     for flags in ({"overwrite": True}, {"resume": True}, {}):
-        with pytest.raises(Refusal, match=r"C-OUTPUT.*run.json is not the record of a run of this package"):
+        with pytest.raises(Refusal, match=r"C-OUTPUT.*run.json is not a record of this package's runs"):
             check(run, **flags)
 
 

@@ -96,7 +96,7 @@ REFUSED = [
     ("ours", {"rename": ["llm.=x."]}, r"C-FLAG\] .*--rename: no name in the adapter begins with it; found llm\."),
     ("ours", {"rename": ["up=down"]}, r"K-ADAPTER\] .*two layers get the same name; found down"),
     ("ours", {"lora_alpha": ["12"]}, r"C-FLAG\] .*--lora_alpha: the folder's adapter_config.json has it; found 12"),
-    ("XTuner's", {}, r"K-ADAPTER\] .*iter_1\.pth:llm\.\w+: the file does not say which lora_alpha"),
+    ("XTuner's", {}, r"K-ADAPTER\] .*iter_1\.pth:llm\.\w+: the file does not contain the lora_alpha"),
     ("XTuner's", {"lora_alpha": ["llm.=many"]}, r"C-FLAG\] --lora_alpha: not a number; found llm\.=many"),
     (
         "XTuner's",

@@ -49,7 +49,7 @@ def test_a_folder_is_no_question_file(tmp_path):
 @pytest.mark.parametrize("place", ["missing/answers.json", ".", "questions.json/answers.json"])
 def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions, monkeypatch, tmp_path, flag, place):
     monkeypatch.setattr(question_file, "load", loaded)
-    with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: (nothing can be written|not a file)"):
+    with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: (this folder is not writable|not a file)"):
         evaluated(monkeypatch, run, "--questions", questions, "--image_folder", parts.images, flag, tmp_path / place)
 
 

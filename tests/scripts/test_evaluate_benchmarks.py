@@ -87,7 +87,7 @@ def test_all_that_is_there_is_asked_scored_and_compared(runs, data, tmp_path, mo
     assert printed in (tmp_path / "c" / "comparison.md").read_text()
     assert "What only A or only B got right: mistakes.html." in capsys.readouterr().out
     with pytest.raises(
-        Refusal, match=r"C-RADAR\] .*a:--radar: no picture can be drawn; found mmbench_cn has no question"
+        Refusal, match=r"C-RADAR\] .*a:--radar: no radar chart can be drawn; found mmbench_cn has no question"
     ):
         evaluated(monkeypatch, tmp_path / "a", tmp_path / "b", "--radar", tmp_path / "radar.png")
 
@@ -242,23 +242,23 @@ def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--prompts", "x"], r"--prompts: invalid choice"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--paper", "x"], r"--paper: invalid choice.*llama-3-lora"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--judge", "http://h", "m"],
-     r"--judge: has no effect without mathvista or mmvet; fix: leave it out"),
-    (["--benchmark", "mmvet", "--data", "d", "--output", "o", "--judge", "h", "m"], r"--judge: no URL of a server"),
+     r"--judge: has no effect without mathvista or mmvet; fix: omit it"),
+    (["--benchmark", "mmvet", "--data", "d", "--output", "o", "--judge", "h", "m"], r"--judge: not the URL of a"),
     (["--compare", "--judge", "http://h", "m"], r"--judge: has no effect with --compare"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--scorer", "x"], r"--scorer: invalid choice.*vlmeva"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--kit_python", "p"], r"--kit_python: has no effect with"),
     (["--compare", "--scorer", "vlmevalkit"], r"--scorer: has no effect with --compare"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--scorer", "vlmevalkit", "--kit_python", "/no/python"],
      r"--kit_python: no such program; found /no/python"),
-    (["--benchmark", "all", "--data", "missing", "--output", "o"], r"D-FILE\] missing:--data: no benchmark's file"),
+    (["--benchmark", "all", "--data", "missing", "--output", "o"], r"D-FILE\] missing:--data: no benchmark file found"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--mistakes", "-1"], r"--mistakes: out of range"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--normalise"], r"--normalise: has no effect"),
-    (["--compare"], r"--compare: two results are compared; found run"),
+    (["--compare"], r"--compare: two results can be compared; found run"),
     (["--compare", "--data", "d"], r"--output: missing: --data needs it"),
     (["--compare", "--normalise"], r"--output: missing: --normalise needs it"),
     (["--compare", "--output", "o", "--mistakes", "3"], r"--data: missing: --mistakes needs it"),
     (["--radar", "r.png", "--data", "d"], r"--data: has no effect with --radar"),
-    (["--radar", "missing/r.png"], r"C-OUTPUT\] .*missing:--radar: nothing can be written in this folder"),
+    (["--radar", "missing/r.png"], r"C-OUTPUT\] .*missing:--radar: this folder is not writable"),
     (["--radar", "r.png"], r"C-PATH\] run: no results; expected a folder with NAME/score.json"),
 ])  # fmt: skip
 def test_flags_are_refused_before_loading(monkeypatch, tmp_path, words, match):
@@ -274,7 +274,7 @@ def test_what_cannot_be_used_is_refused_before_loading(runs, data, tmp_path, mon
     (tmp_path / "file").touch()
     words = [runs / "moslora", "--benchmark", "seed", "--data"]
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(Refusal, match=r"C-OUTPUT\] .*:--output: nothing can be written in this folder"):
+        with pytest.raises(Refusal, match=r"C-OUTPUT\] .*:--output: this folder is not writable"):
             evaluated(monkeypatch, *words, data, "--output", output)
     with pytest.raises(Refusal, match=r"D-FILE\] .*SEEDBench_IMG.tsv:--data: no file for seed"):
         evaluated(monkeypatch, *words, tmp_path, "--output", tmp_path / "out")

@@ -25,7 +25,7 @@ OURS = {
         r"part +parameters +trained .*", r"(LLM|vision tower|projector|LM head|all) +[\d,]+ .*", r"training into .*",
         r"trained: .*",
     ],
-    "export.py": [BAR, r"proof of hf: passed: the merge is exact: .*", r"exported: .*"],
+    "export.py": [BAR, r"verification of hf: passed: the merge is exact: .*", r"exported: .*"],
     "chat.py": [BAR, r"you> .*", r"answer.*"],
 }  # fmt: skip
 

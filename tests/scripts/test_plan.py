@@ -91,7 +91,7 @@ def test_recompute_auto_plans_what_it_chooses(plan, folders, tmp_path):
         f"data_path: unknown\noutput_dir: planned\ndeepspeed: {ROOT / 'zero_configs' / 'zero1.json'}\n"
     )
     said = plan("--config", tmp_path / "run.yaml", "--gpu", "h200").stdout.splitlines()[1]
-    assert said.startswith("--recompute auto: none, planned ") and said.endswith("; no way is faster")
+    assert said.startswith("--recompute auto: none, planned ") and said.endswith("; no mode is faster")
 
 
 def test_a_run_folder_and_its_prepared_data(plan, parts, tmp_path):
@@ -134,9 +134,9 @@ def test_bare_flags(plan, folders):
         (["--gpu", "h100-80", "--config", "missing.yaml"], "missing.yaml:--config: no such file"),
         (["--gpu", "h100-80", "--config", "missing.sh"], "missing.sh:--config: no such file"),
         (["--gpu", "h100-80", "--config", str(ROOT / "docs")], "not a run folder"),
-        (["--gpu", "h100-80", "--config", str(ROOT / "scripts" / "recipe_defaults.sh")], "starts no training"),
+        (["--gpu", "h100-80", "--config", str(ROOT / "scripts" / "recipe_defaults.sh")], "does not start training"),
         (["--gpu", "h100-80", "--gpus", "3", "--config", RECIPE], "--global_batch_size: not a multiple"),
-        (["--gpu", "h100-80", "--config", RECIPE, "--recompute", "some"], "--recompute: unknown way"),
+        (["--gpu", "h100-80", "--config", RECIPE, "--recompute", "some"], "--recompute: unknown mode"),
         (["--gpu", "h100-80", "--config", RECIPE, "--tokens", "0"], "--tokens: out of range"),
     ],
 )
@@ -149,9 +149,9 @@ def test_a_wrong_input_is_refused(plan, arguments, says):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--torch_compile", "True"], "--torch_compile: the planner cannot say: torch.compile decides itself what is"),
-        (["--use_liger_kernel", "True"], "--use_liger_kernel: the planner cannot say"),
-        (["--deepspeed", "nvme.json"], "zero_optimization.offload_param.device: the planner cannot say: .*found nvme"),
+        (["--torch_compile", "True"], "--torch_compile: not supported by the planner: torch.compile itself"),
+        (["--use_liger_kernel", "True"], "--use_liger_kernel: not supported by the planner"),
+        (["--deepspeed", "nvme.json"], "zero_optimization.offload_param.device: not supported by the .*found nvme"),
     ],
 )
 def test_what_the_planner_cannot_say_is_status_7_in_one_line(plan, tmp_path, flags, says):

@@ -165,6 +165,18 @@ def test_the_authors_own_values(folders, recipe):
     model = sketch(model_args, adapter_args)
     assert trained(model, LM_HEAD, "lora_A") + trained(model, LM_HEAD, "lora_B") == 512 * (4096 + 92544)
     assert trained(model, VISION_TOWER, "lora_mixer") == 0 and trained(model, VISION_TOWER, "lora_A") > 0
+    assert batches(folders, recipe, "--global_batch_size", "32", HYPER="authors", GPUS="2") == (16, 1)  # their script's
+
+
+@pytest.mark.parametrize(("recipe", "mixers"), [("internlm2_7b_qlora", 0), ("internlm2_7b_qmoslora", 512**2)])
+def test_internlm2s_header_has_its_numbers_of_parameters(folders, recipe, mixers):
+    """Here, and with the fused linear of q, k and v that the authors adapt."""
+    model_args, _, adapter_args, _ = arguments(folders, recipe)
+    here = trained(sketch(model_args, adapter_args), LLM) * 32 // LAYERS
+    linears = (4096 + 6144, 4096 + 4096, 4096 + 14336, 4096 + 14336, 14336 + 4096)
+    fused = 32 * sum(512 * width + mixers for width in linears)
+    header = (ROOT / "scripts" / f"{recipe}.sh").read_text().partition("set -e")[0]
+    assert f"{here / 1e6:,.0f}M" in header and f"there {fused / 1e6:,.0f}M" in header
 
 
 @pytest.mark.parametrize("recipe", STAGE_1)
@@ -290,7 +302,7 @@ def test_every_recipe_is_tested():
 
 @pytest.mark.parametrize("more", [[], ["--mixer_init", "identity", "--train_mixer", "False"]])
 def test_the_subject_is_trained_as_the_authors_script_did(folders, more):
-    """Section 4.3, whose settings are those of the authors' script: rank and alpha 4, batches of four, 500 steps."""
+    """Section 4.3: orthogonal mixers, batches of four, 500 steps; rank and alpha 4 are their script's."""
     command = start(folders, "sdxl_cat", *more, PROMPT="a photo of ikat cat")
     assert command[:3] == ["deepspeed", "--num_gpus", "1"]
     words = command[command.index("scripts/train_sdxl.py") + 1 :]

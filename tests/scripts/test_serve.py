@@ -33,7 +33,7 @@ def test_wrong_flags_are_answered_before_anything_is_loaded(tmp_path):
     for words, message in (
         (["a", "b", "c"], "one or two models; found 3 models"),
         (["a", "--names", "x", "y"], "--names"),
-        (["a", "b", "--names", "x", "x"], "--names: two models of one name"),
+        (["a", "b", "--names", "x", "x"], "--names: two models with the same name"),
         (["a", "--max_seconds", "nan"], "--max_seconds: out of range"),
         (["a", "--max_waiting", "0"], "--max_waiting: out of range"),
     ):
@@ -44,9 +44,9 @@ def test_wrong_flags_are_answered_before_anything_is_loaded(tmp_path):
 @pytest.mark.parametrize(("host", "port", "message"), [
     ("127.0.0.1", 99999, r"C-FLAG\] --port: no port; found 99999; expected 1 to 65535"),
     ("127.0.0.1", -1, r"C-FLAG\] --port: no port"),
-    ("no such host", 7860, r"C-FLAG\] --host: no address of this machine; found no such host: .*fix: 127\.0\.0\.1"),
-    ("192.0.2.1", 7860, r"C-FLAG\] --host: no address of this machine"),
-    ("127.0.0.1", None, r"E-PORT\] --port: another process listens there; found 127\.0\.0\.1:\d+"),
+    ("no such host", 7860, r"C-FLAG\] --host: not an address of this machine; found no such host: .*fix: 127\.0\.0\.1"),
+    ("192.0.2.1", 7860, r"C-FLAG\] --host: not an address of this machine"),
+    ("127.0.0.1", None, r"E-PORT\] --port: the port is already in use; found 127\.0\.0\.1:\d+"),
 ])  # fmt: skip
 def test_an_address_that_cannot_be_served(monkeypatch, host, port, message):
     monkeypatch.setattr(serve, "load", lambda _: pytest.fail("the model was loaded"))

@@ -129,7 +129,7 @@ def test_resumed_run_ends_in_the_same_bytes(trained, parts, tmp_path):
     shutil.rmtree(again / "checkpoint-2")
     shutil.copytree(trained / "checkpoint-2" / "adapter", again / "checkpoint-3" / "adapter")  # left by a killed save
     line = refused(flags(parts, again, **TWO_RANKS, resume=True, lora_alpha=1, per_device_train_batch_size=4))
-    assert "lora_alpha: this call differs from the run" in line and "--allow_change lora_alpha" in line
+    assert "lora_alpha: the settings differ from those of the run" in line and "--allow_change lora_alpha" in line
     launch(flags(parts, again, **TWO_RANKS, resume=True))
     for name in STATE:
         assert (again / "checkpoint-2" / name).read_bytes() == (trained / "checkpoint-2" / name).read_bytes(), name

@@ -29,8 +29,8 @@ def test_a_verdict_never_says_equal():
     text = says([0.01, -0.01, 0.004])  # mean 0.00133, t(0.975; 2) · s/√3 = 4.3027 · 0.0102632/1.7320508
     assert text == "no difference to LoRA above 0.0269 was seen"
     assert 0.00133333 + 4.302653 * 0.010263203 / math.sqrt(3) == pytest.approx(0.0268, abs=1e-4)
-    assert says([0.0, 0.0]) == "2 differences of exactly +0.0000: no spread to judge them by"
-    assert says([0.3]) == "one seed in common with LoRA: nothing can be said"
+    assert says([0.0, 0.0]) == "2 differences of exactly +0.0000: no spread to test against"
+    assert says([0.3]) == "one seed in common with LoRA: no verdict"
     assert verdict("LoRA", LOSS, None, 0, 0) == "no result"
 
 
@@ -45,7 +45,7 @@ def test_many_arms_are_corrected_for():
     values = [0.10, 0.16, 0.04, 0.13]  # p = 0.025 alone
     assert says(values).startswith("worse than LoRA")
     assert says(values, others=3) == (
-        "no difference to LoRA above 0.1891 was seen (its interval leaves out 0, but not after Holm's correction)"
+        "no difference to LoRA above 0.1891 was seen (its interval excludes 0, but not after Holm's correction)"
     )
 
 
@@ -76,9 +76,7 @@ def test_diverged_and_missing_seeds_are_counted(made):
     lora, mosl = collect(study, runs).rows
     assert lora.mean == pytest.approx(3.4 / 3) and lora.deviation == pytest.approx(0.152753, abs=1e-6)
     assert mosl.values == {1: 0.9} and mosl.missing == (2, 3) and mosl.diverged == (2,)
-    assert mosl.verdict == (
-        "one seed in common with LoRA: nothing can be said; 1 of 3 seeds diverged; 1 of 3 seeds missing"
-    )
+    assert mosl.verdict == ("one seed in common with LoRA: no verdict; 1 of 3 seeds diverged; 1 of 3 seeds missing")
 
 
 def test_the_last_or_the_best_value_of_a_metric(made):
@@ -116,7 +114,7 @@ def test_tuning_waits_for_runs_that_are_missing_and_names_an_edge(made):
     study, runs = made({**lora, **mosl}, tune=tune)
     first, second = choose(study, runs)
     assert (first.best, first.note) == ("2e-3", "") and first.curve == {"1e-3": 3, "2e-3": 2, "4e-3": 4}
-    assert second.best == "1e-3" and second.note == "1e-3 is at the edge of the values tried: extend them"
+    assert second.best == "1e-3" and second.note == "1e-3 is at the edge of the grid: extend it"
     (runs[0].folder / DONE).unlink()
     first, second = choose(study, runs)
     assert first.best == "" and first.note == f"not tuned: {runs[0].name} missing" and second.best == "1e-3"

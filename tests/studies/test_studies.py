@@ -81,12 +81,12 @@ def test_a_seed_and_an_arm_are_added_by_a_line(study, tmp_path):
     assert all(len(row["values"]) == 3 for row in after)
     fewer = study(seeds=["1", "2"])
     assert fewer["measures"][0]["rows"] == before  # also the correction is that of two arms
-    assert len([note for note in fewer["notes"] if "does not ask for" in note]) == 5
+    assert len([note for note in fewer["notes"] if "is not part of the study" in note]) == 5
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(study, monkeypatch):
     arms = [{"name": "LoRA", "flags": LORA}, {"name": "big", "flags": {"lora_r": "17"}}, {"name": "MoSLoRA"}]
-    with pytest.raises(Refusal, match=r"R-STUDY.*not every run is complete; found 2 failed"):
+    with pytest.raises(Refusal, match=r"R-STUDY.*some runs are not complete; found 2 failed"):
         study(arms=arms)
     report = study("--report_only", arms=arms)
     lora, big, mosl = report["measures"][0]["rows"]
@@ -103,7 +103,7 @@ def test_the_last_line_of_a_failed_runs_log(study, tmp_path, capsys):
     table = (tmp_path / "out" / "study.txt").read_text()
     assert "LoRA/seed-1: training: error[E-MEMORY] the memory of the device is not enough" in table
     assert "LoRA/seed-1: training failed, status 4: error[E-MEMORY]" in capsys.readouterr().out
-    assert "no seed in common with LoRA: nothing can be said" in table
+    assert "no seed in common with LoRA: no verdict" in table
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_the_last_line_of_a_failed_runs_log(study, tmp_path, capsys):
 )
 def test_a_changed_study_is_never_mixed(study, tmp_path, changes, difference):
     study()
-    with pytest.raises(Refusal, match=r"C-CHANGED.*4 runs were made otherwise.*" + difference):
+    with pytest.raises(Refusal, match=r"C-CHANGED.*4 runs were made with settings other than.*" + difference):
         study(**changes)
     assert len(list(tmp_path.glob("out/runs/*/*/done.json"))) == 4
 
@@ -163,7 +163,7 @@ def test_a_metric_that_only_a_log_can_tell_is_checked_when_the_first_run_has_end
     wrong = [LOSS | {"metric": "mfu"}]  # on a CPU there is none
     expected = r"measures\[0\].metric: LoRA/seed-1 has ended without this metric; found mfu; .* has: eval_loss, loss"
     with pytest.raises(
-        Refusal, match=r"C-STUDY\].*tiny.yaml:" + expected + "; fix: one that it has; what is done is kept"
+        Refusal, match=r"C-STUDY\].*tiny.yaml:" + expected + "; fix: one that it has; finished runs are kept"
     ):
         study(measures=wrong)
     done = list(tmp_path.glob("out/runs/*/*/done.json"))
@@ -267,7 +267,7 @@ def test_two_studies_do_not_share_a_folder(study, tmp_path):
 def test_gpus_are_dealt_to_runs_side_by_side():
     assert slots_of(["0", "1", "2", "3", "4"], 2, 1) == [Slot(0, ("0", "1")), Slot(1, ("2", "3"))]
     assert slots_of([], 0, 3) == [Slot(0), Slot(1), Slot(2)]
-    with pytest.raises(Refusal, match=r"--gpus: fewer GPUs than a run is to have; found 1; expected 2"):
+    with pytest.raises(Refusal, match=r"--gpus: fewer GPUs than a run needs; found 1; expected 2"):
         slots_of(["0"], 2, 1)
 
 

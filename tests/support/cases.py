@@ -23,7 +23,7 @@ CASES = {
     "D16": "<image> in running text",
     "D17": "the name of a control token in a text",
     "D18": "emoji, right-to-left text, NUL and other Unicode",
-    "D19": "half of a surrogate pair",
+    "D19": "a lone surrogate",
     "D20": "a record longer than the limit",
     "D21": "a record without a label",
     "D22": "a template that does not fit the tokenizer",

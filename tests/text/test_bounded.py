@@ -54,6 +54,6 @@ def test_a_text_that_grows_is_stopped(tiny_folder, template, said):
     tokenizer = load_tokenizer(tiny_folder("chatml"))
     tokenizer.chat_template = template
     before = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(Refusal, match=rf"the chat template cannot write a conversation; found .*{said}"):
+    with pytest.raises(Refusal, match=rf"the chat template cannot render a conversation; found .*{said}"):
         derive_template(tokenizer)
     assert resource.getrlimit(resource.RLIMIT_AS) == before

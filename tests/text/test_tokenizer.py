@@ -124,14 +124,14 @@ def edit_config(**changes):
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 WRONG = [  # what is done to the folder, the file or key in the message
-    (edit_state(lambda s: s["model"].update(type="Newer")), "the tokenizers library cannot read it; found .*; fix: "),
-    (edit_state(lambda s: s["model"].pop("vocab")), "the tokenizers library cannot read it"),
-    (edit_state(lambda s: s["model"].pop("merges")), "the tokenizers library cannot read it"),
-    (edit_state(lambda s: s["model"].update(merges=5)), "the tokenizers library cannot read it"),
-    (edit_state(lambda s: s["model"].update(merges=[5])), "the tokenizers library cannot read it"),
-    (edit_state(lambda s: s["model"].update(merges=[["a"]])), "the tokenizers library cannot read it"),
+    (edit_state(lambda s: s["model"].update(type="Newer")), "the tokenizers library cannot load it; found .*; fix: "),
+    (edit_state(lambda s: s["model"].pop("vocab")), "the tokenizers library cannot load it"),
+    (edit_state(lambda s: s["model"].pop("merges")), "the tokenizers library cannot load it"),
+    (edit_state(lambda s: s["model"].update(merges=5)), "the tokenizers library cannot load it"),
+    (edit_state(lambda s: s["model"].update(merges=[5])), "the tokenizers library cannot load it"),
+    (edit_state(lambda s: s["model"].update(merges=[["a"]])), "the tokenizers library cannot load it"),
     (edit_state(lambda s: s.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated",
-                                                  "invert": False})), "the tokenizers library cannot read it"),
+                                                  "invert": False})), "the tokenizers library cannot load it"),
     (edit_state(lambda s: s.update(model=[])), "tokenizer.json: not a tokenizer of the tokenizers library"),
     (edit_state(lambda s: s["added_tokens"][0].pop("content")), "tokenizer.json:added_tokens: not a complete token"),
     (edit_state(lambda s: s["added_tokens"].append("<x>")), "added_tokens: not a complete token; found <"),
@@ -172,11 +172,16 @@ def _sentencepiece(pieces: list[str], **numbers: int) -> pb.ModelProto:
     ("pieces", "numbers", "before", "message"),
     [
         (["a", "b"], {}, b"", None),
-        (["ab"], {}, b"ab", r"tokenizer.model:piece 3: a piece that cannot be one; found .*expected UTF-8"),
-        (["a", "x" * 5000], {}, b"", r"tokenizer.model:piece 4: a piece that cannot be one; .*at most 1024 characters"),
+        (["ab"], {}, b"ab", r"tokenizer.model:piece 3: an invalid piece; found .*expected UTF-8"),
+        (["a", "x" * 5000], {}, b"", r"tokenizer.model:piece 4: an invalid piece; .*at most 1024 characters"),
         (["a", "a"], {}, b"", r"a piece occurs twice"),
-        (["a"], {"bos_id": 4}, b"", r"tokenizer.model:bos_id: the bos token is none of the pieces; found 4; .*0 to 3"),
-        (["a"], {"eos_id": 2**31 - 1}, b"", r"tokenizer.model:eos_id: the eos token is none of the pieces"),
+        (
+            ["a"],
+            {"bos_id": 4},
+            b"",
+            r"tokenizer.model:bos_id: the bos token is not one of the pieces; found 4; .*0 to 3",
+        ),
+        (["a"], {"eos_id": 2**31 - 1}, b"", r"tokenizer.model:eos_id: the eos token is not one of the pieces"),
     ],
 )
 def test_sentencepiece_models_that_cannot_be(tmp_path, pieces, numbers, before, message):

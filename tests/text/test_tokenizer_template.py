@@ -169,7 +169,7 @@ def test_recognised_where_no_name_fits_and_said(with_template):
     assert show_labels(encoded.input_ids, encoded.labels, tokenizer) == (
         "<s>[INST] <image>×2\nWhat is it? [/INST]⟦a circle</s>⟧[INST] Sure? [/INST]⟦Yes.</s>⟧"
     )
-    with pytest.raises(Refusal, match="no place for a system turn"):
+    with pytest.raises(Refusal, match="has no system turn"):
         encode([Turn("system", "x"), *TALK[2:]], tokenizer=tokenizer, template="tokenizer")
 
 
@@ -178,23 +178,23 @@ FORGETS = SMOL.replace(SAID, SAID.replace("message['content']", "(message['conte
 THINKS = SMOL.replace(SAID, "('<think>\n' if loop.last and message['role'] == 'assistant' else '') + " + SAID)
 BAD = {
     "none": (None, r"the tokenizer has no chat template of its own; found NoneType"),
-    "a broken one": ("{% for %}", r"cannot write a conversation; found TemplateSyntaxError"),
-    "today": (SMOL.replace("helpful", "helpful on {{ strftime_now('%d') }}"), r"writes the date"),
+    "a broken one": ("{% for %}", r"cannot render a conversation; found TemplateSyntaxError"),
+    "today": (SMOL.replace("helpful", "helpful on {{ strftime_now('%d') }}"), r"contains the current date"),
     "drops earlier answers": (FORGETS, r"changes, drops or repeats the text of a turn"),
     "changes text": (SMOL.replace("message['content']", "(message['content'] | upper)"), r"changes, drops or repeats"),
     "an answer unlike its prompt": (
         SMOL.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>\n' }}"),
-        r"does not write an answer after the prompt that asks for it; found '<\|im_end\|>",
+        r"does not write an answer directly after its generation prompt; found '<\|im_end\|>",
     ),
-    "thinks in the last answer only": (THINKS, r"writes 2 turns in a way that depends on number or content"),
+    "thinks in the last answer only": (THINKS, r"output for 2 turns depends on their number or content"),
     "no stop token": (
         LOOP + "{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}"
         "{{ 'assistant: ' }}{% endif %}",
-        r"no control token ends an answer, so nothing would teach the model to stop",
+        r"no control token ends an answer, so the model would not learn to stop",
     ),
     "a mask without the stop token": (
         MARKED.replace("+ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "}}{% endgeneration %}{{ '<|im_end|>\n' }}"),
-        r"\{% generation %\} marks something else than the answer and its stop token",
+        r"\{% generation %\} marks something other than the answer and its stop token",
     ),
     "begins in two ways": (
         SMOL.replace("You are helpful<|im_end|>\n", "You are helpful<|im_end|>\nReally.\n"), r"begins in two ways"),

@@ -60,11 +60,11 @@ def test_command_line_wins_over_the_file(tmp_path):
         (["--lora_r", "many"], "invalid int value: 'many'"),
         (["--bits", "5"], r"--bits: invalid choice: 5 \(choose from 16, 4\)"),
         (["--loss_average", "batch"], r"--loss_average: invalid choice: .*tokens.*micro_batch"),
-        (["--recompute", "some"], r"--recompute: unknown way to recompute; found some; expected auto \| none \| full"),
+        (["--recompute", "some"], r"--recompute: unknown mode; found some; expected auto \| none \| full"),
         (["--resume", "True", "--overwrite", "True"], "--resume, --overwrite: a run is either continued or deleted"),
         (["--ddp_timeout", "0"], r"--ddp_timeout: out of range; found 0; expected at least 1 second"),
         (["--ddp_timeout", str(10**30)], r"--ddp_timeout: out of range"),
-        (["--bf16", "True", "--fp16", "True"], "do not go together"),
+        (["--bf16", "True", "--fp16", "True"], "inconsistent training arguments"),
         (["stray"], "a value without a flag; found stray"),
     ],
 )
@@ -164,7 +164,7 @@ def test_null_is_a_flag_that_is_not_given(tmp_path, null):
         ("run_name: a\n".encode("utf-16-le"), r"C-PARSE\] .*neither YAML nor JSON"),
         (b"", r"not a mapping of flags to values; found nothing"),
         (b"- lora_r", r"not a mapping of flags to values; found sequence"),
-        (b"lora_r: !!int 4", r"neither YAML nor JSON; found the tag tag:yaml.org,2002:int, which is not read here"),
+        (b"lora_r: !!int 4", r"neither YAML nor JSON; found the tag tag:yaml.org,2002:int, which is not supported"),
         (b"data_path: [a, null]", r"data_path: a list holds plain values only; found null"),
         (b"data_path: [[a]]", r"data_path: a list holds plain values only; found sequence"),
         (b"[a]: b", r"a key that is not text; found line 1"),
@@ -199,7 +199,7 @@ def test_yaml_that_builds_objects_is_refused(tmp_path):
 @pytest.mark.parametrize(("line", "message"), [
     ("max_steps: two", r"c\.yaml:max_steps: invalid int value: 'two'; fix: see --help$"),
     ("bits: 5", r"c\.yaml:bits: invalid choice: 5"),
-    ("recompute: some", r"c\.yaml:recompute: unknown way to recompute"),
+    ("recompute: some", r"c\.yaml:recompute: unknown mode"),
     ("push_to_hub: true", r"c\.yaml:push_to_hub: nothing is uploaded while training"),
     ("ddp_timeout: 0", r"c\.yaml:ddp_timeout: out of range"),
 ])  # fmt: skip
@@ -262,3 +262,10 @@ def test_the_global_batch_and_its_parts_agree(tmp_path):
     contradicting = r"--global_batch_size, --gradient_accumulation_steps: .*found 8 and 1; expected 8 = 2 .* × 4 accum"
     with pytest.raises(Refusal, match=contradicting):
         parse([*words, "--global_batch_size", "8", "--gradient_accumulation_steps", "1"])
+
+
+def test_one_process_does_not_share_its_batches_with_several_gpus(tmp_path, monkeypatch):
+    """As transformers would, in DataParallel, where no launcher was used; positions of labels are the whole batch's."""
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(Refusal, match=r"E-LAUNCH\] one process that sees several GPUs; found 2 GPUs; fix: .*torchrun"):
+        parse(required(tmp_path))

@@ -92,8 +92,8 @@ WRONG = {
     "shape": (lambda t, n: t.update({n: torch.zeros(2, 4)}), r"another shape; found \[2, 4\]; expected \[2, 3\]"),
     "zero-size": (lambda t, n: t.update({n: torch.zeros(0)}), r"another shape; found \[0\]; expected \[2, 3\]"),
     "dtype": (lambda t, n: t.update({n: t[n].half()}), "another dtype; found torch.float16; expected torch.float32"),
-    "NaN": (lambda t, n: t[n].fill_(float("nan")), "numbers that are not finite; fix: resume from an older"),
-    "Inf": (lambda t, n: t[n].fill_(float("inf")), "numbers that are not finite"),
+    "NaN": (lambda t, n: t[n].fill_(float("nan")), "values that are not finite; fix: resume from an older"),
+    "Inf": (lambda t, n: t[n].fill_(float("inf")), "values that are not finite"),
 }
 
 

@@ -92,22 +92,22 @@ def test_over_nf4(parts, tmp_path, monkeypatch, method):
 
 # What is refused, before anything is loaded: flags → key and reason
 REFUSED = {
-    "a mixer of LoRA": ({"method": "lora", "mixer_init": "orthogonal"}, "--mixer_init: has no effect: LoRA decides"),
+    "a mixer of LoRA": ({"method": "lora", "mixer_init": "orthogonal"}, "--mixer_init: has no effect: LoRA has a"),
     "a trained mixer that is not there": ({"method": "folded", "mixer_lr": 1e-3}, "--mixer_lr: .*trains no mixer"),
-    "a mixer of DoRA": ({"method": "dora", "train_mixer": False}, "--train_mixer: has no effect: DoRA decides"),
+    "a mixer of DoRA": ({"method": "dora", "train_mixer": False}, "--train_mixer: has no effect: DoRA has a fixed"),
     "the tower's mixer": ({"method": "flora", "vision_mixer_init": "normal"}, "--vision_mixer_init: has no effect"),
     "a rate of no mixer": ({"method": "tsmix", "mixer_lr": 1e-3}, "--mixer_lr: has no effect: .* trains no mixer"),
     "LoRA+ of LoHa": ({"method": "loha", "lora_plus_ratio": 4}, "--lora_plus_ratio: has no effect: LoHa trains no B"),
     "LoRA+ of LoRA-XS": ({"method": "loraxs", "lora_plus_ratio": 4}, "--lora_plus_ratio: .*LoRA-XS trains no B"),
     "dropout of LoKr": ({"method": "lokr", "lora_dropout": 0.1}, "--lora_dropout: has no effect: PEFT's LoKr has no"),
-    "LoHa over NF4": ({"method": "loha", "bits": 4}, "--method loha, --bits 4: .*4-bit weights are stored in another"),
-    "LoKr over NF4": ({"method": "lokr", "bits": 4}, "--method lokr, --bits 4: .*4-bit weights are stored in another"),
+    "LoHa over NF4": ({"method": "loha", "bits": 4}, "--method loha, --bits 4: .*4-bit weights are stored in a"),
+    "LoKr over NF4": ({"method": "lokr", "bits": 4}, "--method lokr, --bits 4: .*4-bit weights are stored in a"),
     "two ranks": ({"method": "adalora"}, r"--lora_r, --vision_lora_r: PEFT's AdaLoRA has one for all modules; found 4"),
     "two dropouts": ({"method": "dora", "lora_dropout": 0.1}, "--lora_dropout, --vision_lora_dropout: PEFT's DoRA"),
     "an odd rank": ({"method": "tsmix", "lora_r": 3}, "C-RANK.*--lora_r"),
     "stage 1": ({"method": "dora", "tune_mm_mlp_adapter": True}, "--method: stage 1 trains no adapters"),
     "an unknown one": ({"method": "melora"}, "--method: invalid choice: 'melora'"),
-    "a preconditioned mixer": ({"riemannian": True}, "--riemannian: has no effect: .*MoSLoRA's update is another"),
+    "a preconditioned mixer": ({"riemannian": True}, "--riemannian: has no effect: .*which MoSLoRA's update is not"),
     "no ratio": ({"lora_plus_ratio": 0}, "--lora_plus_ratio: out of range"),
 }  # fmt: skip
 
@@ -126,7 +126,7 @@ def test_adalora_cannot_be_merged_into_nf4_nor_exported_as_a_lora(parts, tmp_pat
     data = write_alpaca(tmp_path / "alpaca.json")
     given = text_flags(parts, data, method="adalora", bits=4, save_steps=2)
     train(parts, tmp_path / "run", **given)
-    with pytest.raises(Refusal, match=r"C-FLAG.*--merge_base.*AdaLoRA is merged into the original weights only"):
+    with pytest.raises(Refusal, match=r"C-FLAG.*--merge_base.*AdaLoRA can only be merged into the original weights"):
         export(tmp_path / "run", tmp_path / "out", ["llm"], merge_base="dequantized")
     assert export(tmp_path / "run", tmp_path / "out", ["llm"], prove=False)
 

@@ -265,16 +265,16 @@ def test_rounded_rotary_frequencies_stop_the_run(parts, tmp_path, monkeypatch):
 
 def test_a_batch_without_labels_is_refused():
     check_labels(1, [3])
-    with pytest.raises(Refusal, match=r"D-LABELS.*no token of this batch is trained; found records 3, 9; fix: "):
+    with pytest.raises(Refusal, match=r"D-LABELS.*no token of this batch has a label; found records 3, 9; fix: "):
         check_labels(0, [3, 9])
 
 
 # C7: nothing to train
 def test_nothing_to_train_is_refused(parts, tmp_path, monkeypatch):
-    with pytest.raises(Refusal, match="--lora_r: no adapter asked for"):
+    with pytest.raises(Refusal, match="--lora_r: no adapter to train"):
         train(parts, tmp_path / "run", lora_r=0, vision_lora_r=0)
     monkeypatch.setattr(script, "add_adapters", lambda *args: add_adapters(*args).requires_grad_(False))
-    with pytest.raises(Refusal, match="--lora_r: nothing to train; fix: ask for an adapter or for stage 1"):
+    with pytest.raises(Refusal, match="--lora_r: nothing to train; fix: train an adapter, or stage 1"):
         train(parts, tmp_path / "other")
 
 
@@ -284,5 +284,5 @@ def test_lack_of_memory_in_one_line_with_numbers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 23 * 2**30)
     refusal = out_of_memory(8)
     assert refusal.exit_status == 4
-    assert "found 24.0 GiB in all, 23.0 GiB used at most, 1.0 GiB free" in refusal.line()
+    assert "found 24.0 GiB in total, 23.0 GiB peak, 1.0 GiB free" in refusal.line()
     assert "--per_device_train_batch_size (now 8)" in refusal.line()

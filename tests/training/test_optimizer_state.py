@@ -106,6 +106,7 @@ def check_resumes(start, folder: Path, stop: int) -> None:
     whole.train(range(stop))
     masters, state = whole.train_state.masters(), whole.train_state.optimizer_state()
     write_optimizer(folder, whole.model, state, {})
+    assert whole.train_state.masters(keep=False) == whole.train_state.optimizer_state(keep=False) == {}
     again.train_state.create_optimizer_state()
     read, _ = read_optimizer(folder, again.train_state.optimizer_state())
     again.train_state.restore(masters, read, None)

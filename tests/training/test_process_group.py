@@ -50,9 +50,7 @@ def test_loopback_is_known():
 def test_a_port_in_use_is_named():
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        with pytest.raises(
-            Refusal, match=rf"MASTER_PORT: another process listens there; found 127.0.0.1:{port}; fix: "
-        ):
+        with pytest.raises(Refusal, match=rf"MASTER_PORT: the port is already in use; found 127.0.0.1:{port}; fix: "):
             tcp_store("127.0.0.1", port, 0, 2)
 
 

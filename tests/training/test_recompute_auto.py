@@ -64,7 +64,7 @@ def test_a_resumed_run_may_choose_otherwise(train_on, tmp_path, ways, capsys):
     out = capsys.readouterr().out
     assert ways == ["none", "full"] and (recorded(run), recorded(again)) == ("none", "full")
     assert "resuming from" in out and len(said(out)) == 1
-    assert said(out)[0].startswith("--recompute auto: full, because no way certainly fits; planned ")
+    assert said(out)[0].startswith("--recompute auto: full, because no mode certainly fits; planned ")
     one, other = adapter(run, 2), adapter(again, 2)
     assert all(torch.equal(one[name], other[name]) for name in one) and losses(again) == losses(run)
 
@@ -80,15 +80,15 @@ def test_what_cannot_fit_at_all_is_refused_with_the_plan_of_full(train_on, tmp_p
 def test_an_unknown_gpu_is_planned_by_its_memory(train_on, tmp_path, ways, capsys):
     train_on(LARGE, tmp_path / "run", name="a GPU of next year", max_steps=1)
     out = capsys.readouterr().out
-    assert ways == ["none"] and "; no way is faster" in said(out)[0]
-    assert "plan: fits on 1 × a GPU of next year with 80.0 GiB: " in out and "at a speed that is not known" in out
+    assert ways == ["none"] and "; no mode is faster" in said(out)[0]
+    assert "plan: fits on 1 × a GPU of next year with 80.0 GiB: " in out and "speed unknown" in out
 
 
 @pytest.mark.parametrize(
     ("flag", "why"),
     [
-        ({"use_liger_kernel": True}, "--use_liger_kernel: the planner cannot say: what Liger's kernels keep"),
-        ({"torch_compile": True}, "--torch_compile: the planner cannot say: torch.compile decides itself"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel: not supported by the planner: what Liger's kernels save"),
+        ({"torch_compile": True}, "--torch_compile: not supported by the planner: torch.compile itself decides"),
         ({}, "'NoneType'"),  # as any defect of the planner
     ],
 )
@@ -110,7 +110,7 @@ def test_on_a_gpu_everything_of_a_tiny_model_fits(parts, tmp_path):
     words = flags(parts, tmp_path / "run", recompute="auto", dataloader_num_workers=0)
     done = run([sys.executable, "scripts/train_vit_llm.py", *words])
     assert done.returncode == 0, done.stderr[-2000:]
-    assert recorded(tmp_path / "run") == "none" and "; no way is faster" in said(done.stdout)[0]
+    assert recorded(tmp_path / "run") == "none" and "; no mode is faster" in said(done.stdout)[0]
 
 
 def test_another_rank_takes_what_rank_0_has_sent(monkeypatch, capsys):
@@ -131,5 +131,5 @@ def test_the_smallest_gpu_decides_for_all_ranks(warm_server, parts, tmp_path):
     launch = run_successfully(warm_server, words, tmp_path / "launch", world=2, hooks=hooks)
     for rank in (0, 1):
         assert "layers recompute: full" in launch.printed(rank).splitlines()
-    assert "because no way certainly fits" in said(launch.printed(0))[0] and not said(launch.printed(1))
+    assert "because no mode certainly fits" in said(launch.printed(0))[0] and not said(launch.printed(1))
     assert recorded(tmp_path / "run") == "full"

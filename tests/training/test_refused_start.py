@@ -155,7 +155,7 @@ QUICK = {
     "a folder without one": (lambda parts, tmp: {"pretrain_mm_mlp_adapter": parts.images}, "no projector file in this"),
     "a tower in its place": (lambda parts, tmp: {"pretrain_mm_mlp_adapter": parts.clip}, "no projector in this"),
     "another shape": (lambda parts, tmp: {"pretrain_mm_mlp_adapter": other_projector(tmp)}, r"K-SHAPE\] .*0\.weight"),
-    "no adapter": (lambda parts, tmp: {"lora_r": 0, "vision_lora_r": 0}, "--lora_r: no adapter asked for"),
+    "no adapter": (lambda parts, tmp: {"lora_r": 0, "vision_lora_r": 0}, "--lora_r: no adapter to train"),
     "a changed setting": (lambda parts, tmp: {"resume": True, "learning_rate": 1}, "K-CHANGED.*found learning_rate 1"),
     "another LLM": (
         lambda parts, tmp: {"resume": True, "model_name_or_path": write_llm(tmp / "llm", initializer_range=0.03)},
@@ -186,7 +186,7 @@ def test_what_needs_no_data_is_refused_before_they_are_tokenised(parts, whole, t
 def test_inputs_inside_the_run_are_named_before_anything_is_loaded(parts, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")
     shutil.copytree(parts.llm, tmp_path / "run" / "llm")
-    with pytest.raises(Refusal, match=r"run/llm:--model_name_or_path: an input lies in the run folder"):
+    with pytest.raises(Refusal, match=r"run/llm:--model_name_or_path: an input is in the run folder"):
         train(parts, tmp_path / "run", overwrite=True, model_name_or_path=tmp_path / "run" / "llm")
     assert (tmp_path / "run" / "llm" / "config.json").is_file()
 

@@ -189,7 +189,7 @@ def test_checkpointing_by_either_name(arguments, name, recwarn):
     assert arguments(f"--{name}", "True", "--recompute", "selective").recompute == "selective"
     assert arguments(f"--{name}", "False", "--recompute", "auto").recompute == "auto"
     for way in ("none", "auto"):
-        with pytest.raises(Refusal, match=f"two flags that disagree; found True and {way}; fix: leave one"):
+        with pytest.raises(Refusal, match=f"two flags that disagree; found True and {way}; fix: omit one"):
             arguments(f"--{name}", "True", "--recompute", way)
     assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
 

@@ -79,7 +79,7 @@ def test_all_waiting_at_one_place():
 
 def test_a_store_that_does_not_answer():
     found = watching(rank(5, heartbeat_at=89), rank(5, heartbeat_at=89), answered=89).hung_ranks(101)
-    assert found == "the store, which rank 0 or the launcher serves, has not answered for 12 s"
+    assert found == "the store, which rank 0 or the launcher serves, has not responded for 12 s"
 
 
 def test_the_silence_of_the_store_is_blamed_on_no_rank():
@@ -98,7 +98,7 @@ def test_in_a_long_step_the_silent_rank_is_named_and_not_the_slow_one():
 
 def test_the_refusal_says_what_to_do():
     line = watching().refusal("no heartbeat for 10 s from rank 1").line()
-    assert line.startswith("error[P-RANK] the run hangs; found no heartbeat for 10 s from rank 1; fix: see")
+    assert line.startswith("error[P-RANK] the run hangs; found no heartbeat for 10 s from rank 1; fix: find")
     assert "--resume True" in line and "--ddp_timeout" in line
 
 

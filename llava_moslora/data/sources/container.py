@@ -16,7 +16,7 @@ from llava_moslora.errors import Refusal
 
 MOST_KEYS = 1000  # of a record; real ones have a few dozen
 
-# Called with the bytes of an image and the name that refusals give it; raises a Refusal if it cannot be used.
+# Called with the bytes of an image and its name in refusals; raises a Refusal if it cannot be used.
 CheckImage = Callable[[bytes, str], object]
 
 
@@ -24,7 +24,7 @@ CheckImage = Callable[[bytes, str], object]
 class ImageRef:
     """Where an image is in its data file, as the prepared data set stores it."""
 
-    at: tuple[int, int, int]  # what Container.read_image finds it by
+    at: tuple[int, int, int]  # the address for Container.read_image
     checksum: int  # CRC-32: the bytes that are trained on are the ones that were checked
     name: str
 
@@ -56,10 +56,10 @@ class CheckedImage:
 
 @dataclass(slots=True)
 class RawRecord:
-    """A record as its data file has it, not checked yet."""
+    """A record as in its data file, not checked yet."""
 
-    value: object  # what JSON or a table row holds
-    problem: str | None = None  # why it is not strict JSON, although it could be read
+    value: object  # the JSON value or table row
+    problem: str | None = None  # why it is not strict JSON, although it could be parsed
     images: dict[str, CheckedImage] = field(default_factory=dict)  # those in the data file itself, by name
     bytes_read: int = 0  # of the file so far, for a progress bar
 
@@ -109,7 +109,7 @@ class Container(ABC):
 
 
 def too_many_keys(found: Sized) -> str | None:
-    """Why an object or a row is no record; a file of all records under their ids is none."""
+    """Why an object or a row is not a record, such as a file with all records in one object, keyed by id."""
     return f"{len(found)} keys in one record, of at most {MOST_KEYS}" if len(found) > MOST_KEYS else None
 
 

@@ -1,8 +1,8 @@
 """A strict streaming reader of a JSON array, or of JSON values one after the other (JSONL).
 
-``json.load`` needs about 10 GB for an array of 1 GB; here a sliding window of the file is parsed. What ``json`` accepts
-silently (duplicate keys, ``NaN``) is reported with the value it was found in; anything that is not JSON is refused with
-its line and column.
+``json.load`` needs about 10 GB for an array of 1 GB; here a sliding window of the file is parsed. What ``json``
+silently accepts (duplicate keys, ``NaN``) is reported with the value that contains it; anything that is not JSON is
+refused with its line and column.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class JsonStream:
 
     Args:
         file: the content.
-        name: what refusals call it.
+        name: its name in refusals.
 
     Attributes:
-        bytes_read: how far into the file the reading is.
+        bytes_read: the position in the file.
 
     Raises:
         Refusal: D-PARSE (not JSON, truncated, nothing in it), D-ENC (not UTF-8), D-TYPE (not records at the top level).
@@ -62,7 +62,7 @@ class JsonStream:
         self._lines = 0  # newlines before the window
         self._column = 0  # characters of the window's first line that were read before the window
         self.bytes_read = 0
-        self._rest = b""  # bytes of a character that is not complete
+        self._rest = b""  # bytes of an incomplete character
         self._problem: str | None = None
         self._decoder = json.JSONDecoder(
             object_pairs_hook=self._object, parse_constant=self._constant, parse_int=self._integer
@@ -96,7 +96,7 @@ class JsonStream:
                 if separator == "]":
                     break
         if self._peek():
-            raise self._broken("there is more after the end of the array", self._start)
+            raise self._broken("unexpected content after the end of the array", self._start)
 
     def _value(self) -> tuple[Any, str | None]:
         self._peek()
@@ -112,13 +112,13 @@ class JsonStream:
                 if not cut:
                     raise self._broken(error.msg, error.pos) from None
                 if len(self._window) - self._start > LONGEST_VALUE:
-                    raise self._broken("a record has no end; a quote or a bracket is missing", self._start) from None
+                    raise self._broken("a record does not end; a quote or a bracket is missing", self._start) from None
                 position = error.pos - self._start  # the window is about to move
                 if not self._read_more():
                     unfinished = position >= len(self._window.rstrip()) or error.msg.startswith("Unterminated string")
                     raise (self._ended() if unfinished else self._broken(error.msg, position)) from None
             else:
-                # A number at the window's edge would be cut short, but numbers are no records and are refused anyway.
+                # A number at the window's edge would be truncated, but numbers are not records and are refused anyway.
                 self._start = end
                 return value, self._problem or (too_many_keys(value) if isinstance(value, dict) else None)
 

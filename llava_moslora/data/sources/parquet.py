@@ -1,4 +1,4 @@
-"""Parquet files: a record's keys as columns, of which some may hold the images themselves (:mod:`.table`)."""
+"""Parquet files: a record's keys are columns, some of which may contain the images themselves (:mod:`.table`)."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _read_with_images(parquet: pq.ParquetFile, file: str, check: CheckImage) -> 
                 row += 1
 
 
-@lru_cache(maxsize=2)  # neighbours in a row group are often asked for together; a group may be large
+@lru_cache(maxsize=2)  # images of a row group are often read together; a group may be large
 def _images_of_group(file: str, group: int) -> pa.Table:
     with fsspec.open(file, "rb") as stream:
         parquet = pq.ParquetFile(stream)

@@ -1,7 +1,7 @@
 """Data sets of the ``datasets`` library: a folder that ``save_to_disk`` wrote, or one of the Hugging Face Hub.
 
-``hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]`` names one of the Hub (split ``train`` by default). Only that prefix lets
-anything be downloaded, into the library's own cache.
+``hub:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]`` names one on the Hub (split ``train`` by default). Only with that prefix
+is anything downloaded, into the library's own cache.
 """
 
 from __future__ import annotations
@@ -79,14 +79,14 @@ def _image_columns(dataset: Dataset) -> list[str]:
 def _open(file: str) -> Dataset:
     """
     Raises:
-        Refusal: D-FILE, not a folder of one data set; D-PARSE, a damaged one; D-HUB, it cannot be had from the Hub.
+        Refusal: D-FILE, not a folder of one data set; D-PARSE, a damaged one; D-HUB, it cannot be loaded from the Hub.
     """
     if is_hub(file):
         return _load_from_hub(file)
     folder = Path(file)
     if (folder / SPLITS).is_file():
         splits = " or ".join(str(path.parent) for path in sorted(folder.glob(f"*/{STATE}")))
-        what, fix = "the folder holds the splits of a data set", f"name one of them: {splits}"
+        what, fix = "the folder contains several splits of a data set", f"name one of them: {splits}"
         raise Refusal("D-FILE", what, file=file, key="--data_path", fix=fix)
     if not (folder / STATE).is_file():
         what, expected = "a folder that is not a saved data set", f"{STATE} in it, as datasets' save_to_disk writes it"
@@ -97,7 +97,7 @@ def _open(file: str) -> Dataset:
 @lru_cache(maxsize=8)
 def _load_from_disk(file: str, written: int) -> Dataset:
     """``written``: when; a folder that was written again is opened again."""
-    from datasets import load_from_disk  # here: it takes seconds, and who reads records of other files needs none of it
+    from datasets import load_from_disk  # imported here: it takes seconds, and reading other files does not need it
 
     try:
         return load_from_disk(file, keep_in_memory=False)
@@ -112,7 +112,7 @@ def _load_from_hub(file: str) -> Dataset:
 
     if (match := _HUB_NAME.fullmatch(file.removeprefix(HUB))) is None:
         expected = f"{HUB}OWNER/NAME[/CONFIG][@REVISION][:SPLIT]"
-        what, fix = "not a data set of the Hub", "see its name on its page"
+        what, fix = "not the name of a data set on the Hub", "copy the name from its page"
         raise Refusal("D-HUB", what, file=file, key="--data_path", expected=expected, fix=fix)
     asked = match.groupdict()
     try:

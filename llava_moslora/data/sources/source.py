@@ -1,10 +1,10 @@
 """A source: what one entry of ``--data_path`` names, as data files of one container or several.
 
-It is either one local data file, or a folder that ``datasets`` saved, whose images are files of their own in the image
-folder; or *shards*: files that hold records together with their images, on disk or wherever fsspec reaches. Each shard
-is read once, front to back, and its records and images are checked then. The data cache stores the records' tokens and
-where their images are (``ImageRef``), so training on shards is shuffled and resumed exactly as on plain files, on any
-number of ranks. Only files that cannot be read by position are refused: a compressed tar, a Parquet file with huge row
+It is either one local data file, or a folder saved by ``datasets``, whose images are separate files in the image
+folder; or *shards*: files that contain records together with their images, on disk or at any fsspec URL. Each shard is
+read once, front to back, and its records and images are checked then. The data cache stores the records' tokens and
+the addresses of their images (``ImageRef``), so training on shards is shuffled and resumed exactly as on plain files,
+on any number of ranks. Only files without random access are refused: a compressed tar, a Parquet file with huge row
 groups.
 """
 
@@ -44,7 +44,7 @@ class Source:
 
     @cached_property
     def is_sharded(self) -> bool:
-        """Whether its images are in its own files: a URL, a pattern, a tar, Parquet or a data set with images."""
+        """Whether its images are in its data files: a URL, a pattern, a tar, Parquet or a data set with images."""
         return "://" in self.name or _is_pattern(self.name) or container_of(self.name).holds_images(self.name)
 
     @cached_property
@@ -74,7 +74,7 @@ class Source:
         return [system.unstrip_protocol(file) if "://" in self.name else file for file in sorted(found)]
 
     def version(self) -> Iterator[bytes]:
-        """Bytes that differ where the source's records do: the file's content, of shards their sizes and versions.
+        """Bytes that change with the source's records: a hash of the file; for shards their sizes and versions.
 
         Raises:
             Refusal: D-FILE.
@@ -108,8 +108,8 @@ def read_image(shard: str, ref: ImageRef, *, record: int, record_id: str | None)
     }
     try:
         data = container_of(shard).read_image(shard, ref.at)
-    except (OSError, IndexError, NotImplementedError) as error:  # the last: a folder that is gone is no data set's
-        fix = "is the shard still where it was when it was prepared?"
+    except (OSError, IndexError, NotImplementedError) as error:  # the last: a folder that is gone is no data set
+        fix = "check that the shard is still where it was when it was prepared"
         raise Refusal("I-MISSING", "the image cannot be read from its shard", found=error, fix=fix, **where) from None
     if zlib.crc32(data) != ref.checksum:
         raise Refusal("I-CHANGED", "the shard changed after it was prepared", fix="prepare the data again", **where)
@@ -117,7 +117,7 @@ def read_image(shard: str, ref: ImageRef, *, record: int, record_id: str | None)
 
 
 def _version_of(shard: str) -> list:
-    """Size, and what its storage knows a version by; the shard is not read."""
+    """Size, and the storage's version identifier; the shard is not read."""
     system, path = url_to_fs(shard)
     info = system.info(path)
     return [shard, info["size"], info["mtime"] if "mtime" in info else system.ukey(path)]

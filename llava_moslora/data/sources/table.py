@@ -16,7 +16,7 @@ ROWS, ROWS_WITH_IMAGES = 1024, 32  # read at once
 
 
 def image_columns(schema: pa.Schema) -> list[str]:
-    """The columns of images, in the order in which the images of a row are numbered: ``image`` first."""
+    """The image columns, in the order in which the images of a row are numbered: ``image`` first."""
     return sorted((column.name for column in schema if _holds_images(column.type)), key=lambda name: name != "image")
 
 
@@ -29,11 +29,11 @@ def _holds_images(kind: pa.DataType) -> bool:
 def record_of_row(
     row: dict, columns: Sequence[str], file: str, at: tuple[int, int], check: CheckImage | None
 ) -> RawRecord:
-    """A row without its null columns, with the names of its images in their places.
+    """A row without its null columns, with image names in place of the images.
 
     Args:
-        columns: those of images. at: where the row is in ``file``; an image's place adds its number in the row.
-        check: for every image; None where there are no such columns.
+        columns: image columns. at: address of the row in ``file``; an image's address adds its number in the row.
+        check: for every image; None if there are no such columns.
     """
     record = {name: value for name, value in row.items() if value is not None}
     images: dict[str, CheckedImage] = {}
@@ -67,7 +67,7 @@ def _checked(image: dict, name: str, file: str, at: tuple[int, int, int], check:
     assert check is not None, "there are columns of images"
     if image.get("bytes") is None and image.get("path"):
         missing = Refusal(
-            "I-MISSING", "an image's name without its bytes", file=file, key="image", found=name,
+            "I-MISSING", "an image name without the bytes", file=file, key="image", found=name,
             fix="write the data with the images in it: datasets' to_parquet and save_to_disk do",
         )  # fmt: skip
         return CheckedImage(ImageRef(at, 0, name), missing)

@@ -40,7 +40,7 @@ class Tar(Container):
                         records += JsonStream(cast(BinaryIO, content), f"{file}:{member.name}")
                         continue
                     if member.name in images:
-                        what, fix = "two members have the same name", "write the shard with each name once"
+                        what, fix = "two members have the same name", "write the shard again with unique names"
                         raise Refusal("D-SHARD", what, file=file, found=member.name, fix=fix)
                     at = (member.offset_data, member.size, 0)
                     if member.size > LARGEST_IMAGE:

@@ -1,4 +1,4 @@
-"""``hf``: the merged model as one ``LlavaForConditionalGeneration`` folder, in the layout that every reader knows.
+"""``hf``: the merged model as one ``LlavaForConditionalGeneration`` folder, in the layout that all readers support.
 
 Tensors carry the names of transformers 4.36–4.51 (``language_model.model.…``, ``vision_tower.vision_model.…``), which
 later versions and vLLM rename on loading; names are made here, never taken from a live model. The processor's files
@@ -40,7 +40,7 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
     )
 
 
-# Python that asks ``model`` and ``processor``, for the model card
+# Python that uses ``model`` and ``processor``, for the model card
 ASK = """turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}]
 prompt = processor.apply_chat_template(turns, add_generation_prompt=True)
 image = Image.open("photo.jpg").convert("RGB")
@@ -53,7 +53,7 @@ TARGET = Target(
     summary=FORMATS["hf"],
     usage=f"""from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # scales images as training did
+processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")  # scales images as in training
 model = AutoModelForImageTextToText.from_pretrained(FOLDER, dtype="auto")
 {ASK}""",
     plan=plan,
@@ -82,7 +82,7 @@ def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
 
 
 def llava_config(trained: TrainedRun, dtype: torch.dtype) -> LlavaConfig:
-    """As llava-hf publishes it: the feature layer counted from the end, over a complete tower; the head untied."""
+    """As published by llava-hf: the feature layer counted from the end, over a complete tower; the head untied."""
     return LlavaConfig(
         text_config=trained.exported_llm_config(dtype),
         vision_config=trained.exported_vision_config(dtype),
@@ -101,8 +101,8 @@ def llava_config(trained: TrainedRun, dtype: torch.dtype) -> LlavaConfig:
 def write_processor(trained: TrainedRun, folder: Path) -> None:
     """Tokenizer, ``chat_template.jinja``, ``processor_config.json`` and ``preprocessor_config.json``.
 
-    Images are padded to a square first where training did so; otherwise the centre is cropped. The image processor
-    that pads came with transformers 4.49; earlier versions stop at its name instead of cropping.
+    Images are padded to a square first if training did so; otherwise the centre is cropped. The image processor
+    that pads was added in transformers 4.49; earlier versions fail on its name instead of cropping.
     """
     trained_with = trained.record.preprocessor
     own_type = trained_with["image_processor_type"]

@@ -1,6 +1,6 @@
 """``llava``: the original LLaVA's layout, ``LlavaLlamaForCausalLM`` with the tuned tower and the projector inside.
 
-LLaVA makes the vision tower from ``mm_vision_tower`` and, as ``unfreeze_mm_vision_tower`` is set, loads the weights of
+LLaVA builds the vision tower from ``mm_vision_tower`` and, as ``unfreeze_mm_vision_tower`` is set, loads the weights of
 this folder into it. It stops at the tokenizer's end token and has its templates in its own code.
 """
 
@@ -22,17 +22,17 @@ from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 
 
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
-    """Raises C-FORMAT where the original LLaVA has no class for the LLM or the vision tower, or no name for it."""
+    """Raises C-FORMAT if the original LLaVA has no class for the LLM or the vision tower, or no name for it."""
     llm_type = trained.llm_config.model_type
     if llm_type != "llama":
         raise Refusal(
             "C-FORMAT", "the original LLaVA's class is a Llama", file=trained.llm_folder, key="--format llava",
-            found=llm_type, expected="llama (InternLM2 becomes one)", fix="--format hf takes every LLM",
+            found=llm_type, expected="llama (InternLM2 becomes one)", fix="--format hf supports every LLM",
         )  # fmt: skip
     if trained.vision_spec.startswith(OPEN_CLIP):
         raise Refusal(
             "C-FORMAT", "the original LLaVA takes its tower from a transformers folder", key="--format llava",
-            found=trained.vision_spec, fix="--format hf, or train on the tower as --format vision writes it",
+            found=trained.vision_spec, fix="--format hf, or train on a tower written by --format vision",
         )  # fmt: skip
     check_clip(trained, "llava")
     projector = ("linear_1.", "model.mm_projector.0."), ("linear_2.", "model.mm_projector.2.")

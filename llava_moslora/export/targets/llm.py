@@ -1,4 +1,4 @@
-"""``llm``: the merged LLM alone, as an ordinary causal LM of transformers."""
+"""``llm``: only the merged LLM, as an ordinary causal LM of transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
 
 
 def write_files_and_modelfile(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
-    """With Ollama's ``Modelfile`` for the GGUF files that llama.cpp's converters make of the run (docs/export.md)."""
+    """With Ollama's ``Modelfile`` for the GGUF files that llama.cpp's converters write (docs/export.md)."""
     write_files(trained, folder, dtype)
     files = ["./model.gguf"] if trained.text_only else ["./model.gguf", "./mmproj.gguf"]
     if (text := modelfile(trained.template, trained.tokenizer, files)) is not None:

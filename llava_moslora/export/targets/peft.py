@@ -1,10 +1,10 @@
-"""``peft``: plain LoRA adapters, or those of PEFT's own methods, for stock PEFT, and the projector.
+"""``peft``: plain LoRA adapters, or adapters of PEFT's own methods, for stock PEFT, and the projector.
 
 Each adapter is over the part it was trained on:
 ``llm_adapter/`` is for the original LLM's folder (an InternLM2 converted by ``scripts/convert_internlm2.py``),
-``vision_adapter/`` for the original vision tower's; ``projector/`` is complete. transformers 5.6 took a level away from
-the tower's names, and PEFT leaves out adapters of unknown names with no more than a warning: earlier versions need
-``vision_adapter_transformers4/``, whose names have that level. A run on text alone has only ``llm_adapter/``.
+``vision_adapter/`` for the original vision tower's; ``projector/`` is complete. transformers 5.6 removed a level from
+the tower's names, and PEFT only warns about adapters with unknown names and ignores them: earlier versions need
+``vision_adapter_transformers4/``, whose names have that level. A text-only run has only ``llm_adapter/``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
     adapters = [adapter for adapter in adapters if adapter.layers]
     load_from = {"vision": vision, "projector": "projector"} if sees else {}
     load_from |= {a.name: a.name for a in adapters if a.name in ("llm_adapter", "vision_adapter")}
-    if not trained.is_internlm2:  # no stock library loads one: the proof loads the same weights as a Llama
+    if not trained.is_internlm2:  # no stock library loads one: the verification loads the same weights as a Llama
         load_from["llm"] = llm
 
     def write_files(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """``peft --with_base``: one plain LoRA adapter, projector included, over a complete LLaVA that is written next to it.
 
-The base is the LLaVA that the run began from. transformers 5.6 took a level away from the vision tower's names; inside
-a LLaVA the adapter's names have it, and PEFT drops it where it is not there.
+The base is the LLaVA that the run started from. transformers 5.6 removed a level from the vision tower's names; inside
+a LLaVA the adapter's names have it, and PEFT drops it if it does not exist.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ TARGET = Target(
     usage=f"""from peft import PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-processor = AutoProcessor.from_pretrained(FOLDER + "/base", backend="pil")  # scales images as training did
+processor = AutoProcessor.from_pretrained(FOLDER + "/base", backend="pil")  # scales images as in training
 base = AutoModelForImageTextToText.from_pretrained(FOLDER + "/base", dtype="auto")
 model = PeftModel.from_pretrained(base, FOLDER + "/adapter")
 {hf.ASK}""",
@@ -72,7 +72,7 @@ def composed_names(llm_layers: dict[str, LowRank]) -> dict[str, LowRank]:
 
 
 def config_of_both(layers: dict[str, LowRank]) -> LoraConfig:
-    """One configuration for LLM and vision tower: their linears share names, but not ranks or numbers of layers."""
+    """One configuration for LLM and vision tower: their linear layers share names, but not ranks or depth."""
     vision = {name: layer for name, layer in layers.items() if ".vision_tower." in name}
     llm = {name: layer for name, layer in layers.items() if name not in vision}
     config = peft_format.adapter_config(llm or vision, "base", depth=None, task=None)

@@ -1,4 +1,4 @@
-"""``projector``: the projector alone, in float32, in the layout of XTuner's releases."""
+"""``projector``: only the projector, in float32, in the layout of XTuner's releases."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles, plan_tensors, renamed
 from llava_moslora.files.disk import write_json
 
-MODEL_FILE = "modeling_projector"  # the name under which XTuner's releases carry the class
+MODEL_FILE = "modeling_projector"  # the name of the class in XTuner's releases
 
 
 def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:

@@ -1,4 +1,4 @@
-"""``vision``: the merged vision tower alone, complete, under the names that transformers 4 and 5 read."""
+"""``vision``: only the merged vision tower, complete, under names that transformers 4 and 5 read."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def weights(trained: TrainedRun, dtype: torch.dtype, folder: str = "") -> Weight
 def write_files(trained: TrainedRun, folder: Path, dtype: torch.dtype) -> None:
     config = trained.exported_vision_config(dtype)
     config.architectures = [kind_of(config).model.__name__]
-    config.vision_feature_layer = -2  # llama.cpp's converter of image encoders reads it, else it runs a layer too few
+    config.vision_feature_layer = -2  # for llama.cpp's converter, which otherwise runs a layer too few
     save_config(config, folder)
     write_json(folder / "preprocessor_config.json", trained.record.preprocessor)

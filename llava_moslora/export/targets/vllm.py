@@ -1,10 +1,10 @@
-"""``vllm``: a complete base LLaVA, and beside it the LLM's adapters as one plain LoRA, as vLLM serves them.
+"""``vllm``: a complete base LLaVA, and next to it the LLM's adapters as one plain LoRA, as vLLM serves them.
 
 vLLM keeps one base in memory for many adapters of its LLM. Trained projector and vision tower are therefore in the
-base: vLLM's ``PEFTHelper`` refuses a projector that is saved whole (``modules_to_save``), and without
-``--enable-tower-connector-lora``, which it calls experimental, it drops the tower's adapters in silence. The adapter
-has one rank and one alpha, as not every version reads patterns. Its names, ``model.language_model.layers.…``, are
-PEFT's for this base, and those that vLLM's ``LlavaForConditionalGeneration`` maps to its own.
+base: vLLM's ``PEFTHelper`` refuses ``modules_to_save``, such as the projector, and without the experimental
+``--enable-tower-connector-lora`` it silently drops the tower's adapters. The adapter has one rank and one alpha, as not
+every version supports patterns. Its names, ``model.language_model.layers.…``, are PEFT's for this base, and those that
+vLLM's ``LlavaForConditionalGeneration`` maps to its own.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from llava_moslora.export.trained_run import TrainedRun
 from llava_moslora.export.writer import WeightFiles
 from llava_moslora.models.names import PARTS
 
-MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank of vLLM 0.33 can be
+MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank in vLLM 0.33
 MERGED = ("vision_tower", "projector")
 
 
 def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
-    """Raises C-FORMAT for a run without adapters in the LLM, or of a rank that vLLM does not take."""
+    """Raises C-FORMAT for a run without adapters in the LLM, or with a rank that vLLM does not support."""
     check_adapters(trained, "vllm")
     check_lora(trained, "vllm")
     layers = composed_names(fold_layers(trained.updates("llm", "lm_head")))
@@ -40,10 +40,10 @@ def plan(trained: TrainedRun, dtype: torch.dtype) -> ExportPlan:
         )  # fmt: skip
     config = peft_format.adapter_config(layers, "base", depth=None, task=None)
     assert not config.rank_pattern and not config.alpha_pattern, "one rank and one alpha in the whole LLM"
-    config.target_modules = "|".join(target_patterns(layers))  # names of linears alone would also match the tower's
+    config.target_modules = "|".join(target_patterns(layers))  # unqualified layer names would also match the tower's
     if config.r > MAX_LORA_RANKS[-1]:
         raise Refusal(
-            "C-FORMAT", "vLLM takes no adapter of this rank", file=trained.run, key="--format vllm", found=config.r,
+            "C-FORMAT", "vLLM does not support this rank", file=trained.run, key="--format vllm", found=config.r,
             expected=f"at most {MAX_LORA_RANKS[-1]}", fix="--format hf; vLLM serves it as it is",
         )  # fmt: skip
 
@@ -74,5 +74,5 @@ print(llm.chat(turns, lora_request=LoRARequest("tuned", 1, FOLDER + "/adapter"))
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest ``--max-lora-rank`` that takes an adapter of ``rank``."""
+    """The smallest ``--max-lora-rank`` for an adapter of ``rank``."""
     return next(most for most in MAX_LORA_RANKS if most >= rank)

@@ -33,8 +33,8 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
     check_clip(trained, "xtuner_adapters")
     if trained.vision_spec.startswith(OPEN_CLIP):
         raise Refusal(
-            "C-FORMAT", "adapters need a tower's folder as their base", key="--format xtuner_adapters",
-            found=trained.vision_spec, fix="--format xtuner, which holds the tower",
+            "C-FORMAT", "adapters need a vision tower folder as their base", key="--format xtuner_adapters",
+            found=trained.vision_spec, fix="--format xtuner, which contains the tower",
         )  # fmt: skip
     check_lora(trained, "xtuner_adapters")
     layers = trained.loras("llm", "lm_head")
@@ -49,7 +49,7 @@ def plan(trained: TrainedRun, _: torch.dtype) -> ExportPlan:
     }
     adapters = {part: adapter for part, adapter in adapters.items() if adapter.layers}
     load_from = {"llm": llm, "vision": vision, "projector": "projector"}
-    not_provable = "not possible: the adapters are for InternLM2's own code, which is never run here"
+    not_provable = "not possible: the adapters need InternLM2's custom code, which is never run here"
 
     def write_files(folder: Path) -> None:
         for adapter in adapters.values():

@@ -1,6 +1,6 @@
-"""Statistics of the adapters in training: singular values of the mixers, size of the update ΔW, norms of the gradients.
+"""Adapter statistics during training: singular values of the mixers, norm of ΔW, gradient norms.
 
-Shapes: r rank, k and n width of an adapted linear's input and output.
+Shapes: r rank, k and n width of an adapted linear layer's input and output.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ LOG_NAMES = {
 
 class AdapterStats(TrainerCallback):
     """Every ``steps`` steps logs, for each part (llm, vision, head; unet, text_encoder, text_encoder_2) and over
-    its adapted linears:
+    its adapted linear layers:
 
     - ``mixer/PART/largest``, ``smallest``: largest and smallest singular value of all mixers;
     - ``mixer/PART/rank``: their mean effective rank, exp of the entropy of the squared singular values' shares;
-    - ``delta/PART``: ‖ΔW‖ of all linears together; ``delta_largest/PART``: the largest of one linear;
-    - ``weight/PART/KIND`` in place of these where the method is not this package's layer: norm of each kind of tensor
-      that is trained, such as ``hada_w1_a``;
+    - ``delta/PART``: ‖ΔW‖ of all layers together; ``delta_largest/PART``: the largest of one layer;
+    - ``weight/PART/KIND`` in place of these if the method does not use this package's layer: norm of each kind of
+      trained tensor, such as ``hada_w1_a``;
     - ``gradient/PART/FACTOR`` and ``gradient/projector``: norm of the global batch's gradient, before clipping.
     """
 
@@ -45,7 +45,7 @@ class AdapterStats(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         if self.trainer.engine is not None:
-            # accelerate runs DeepSpeed's backward and step in one call: the gradient exists only between them
+            # accelerate runs DeepSpeed's backward and step in one call: gradients exist only in between
             _call_before(self.trainer.engine, "step", self._measure_gradients)
         else:
             method = "_clip_grad_norm" if args.max_grad_norm > 0 else "_get_grad_norm"
@@ -62,7 +62,7 @@ class AdapterStats(TrainerCallback):
 
     def _measure_gradients(self) -> None:
         if (self.trainer.state.global_step + 1) % self.steps == 0:
-            scale = 1.0  # fp16's loss is scaled, and its gradients with it until the step
+            scale = 1.0  # with fp16 the loss is scaled, and so are the gradients until the step
             if self.trainer.engine is not None and self.trainer.engine.fp16_enabled():
                 scale = self.trainer.engine.optimizer.loss_scaler.cur_scale
             norms = gradient_norms(self.trainer.model, full_gradient)
@@ -81,7 +81,7 @@ def _call_before(target: object, method: str, action: Callable[[], None]) -> Non
 
 
 def mixer_and_update_stats(model: nn.Module, full: Callable[[nn.Parameter], Tensor]) -> dict[str, float]:
-    """The figures of :class:`AdapterStats` without the gradients. Collective under ZeRO-3.
+    """The statistics of :class:`AdapterStats` without the gradients. Collective under ZeRO-3.
 
     Args:
         full: returns a parameter's unpartitioned value, float32.
@@ -102,7 +102,7 @@ def mixer_and_update_stats(model: nn.Module, full: Callable[[nn.Parameter], Tens
                 shares = values**2 / (values**2).sum()
                 ranks.append(math.exp(float(-(shares * shares.clamp_min(1e-12).log()).sum())))
                 a = mixer @ a
-            # ‖BWA‖² = tr(BᵀB · WA AᵀWᵀ): r×r, whatever the linear's size
+            # ‖BWA‖² = tr(BᵀB · WA AᵀWᵀ): r×r, whatever the layer's size
             square = float(((b.T @ b) * (a @ a.T)).sum())
             squares.append(layer.scaling[ADAPTER_NAME] ** 2 * max(square, 0.0))
         if largest:
@@ -145,7 +145,7 @@ def adapted_layers(model: nn.Module, part: str) -> Iterator[Any]:  # MosLoraLaye
 
 
 def full_weight(parameter: nn.Parameter) -> Tensor:
-    """The float32 master under DeepSpeed, the parameter itself elsewhere; a frozen mixer has no master."""
+    """The float32 master weight under DeepSpeed, else the parameter itself; a frozen mixer has no master weight."""
     if parameter.requires_grad and (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):
         from deepspeed.utils import safe_get_full_fp32_param  # imported here: not needed without DeepSpeed
 

@@ -83,7 +83,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _curve(rows: Sequence[dict], name: str) -> Curve:
-    """The finite values of a figure; those that are not are texts in the log."""
+    """The finite values of a metric; others are strings in the log."""
     return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
 
 

@@ -1,7 +1,7 @@
 """Early stopping: the run ends when its evaluations no longer improve.
 
-Transformers' own callback keeps a counter, which a resumed run would begin again. Here it is counted from the log of
-evaluations, which every checkpoint has.
+Transformers' own callback keeps a counter, which a resumed run would reset. Here it is computed from the log of
+evaluations, which every checkpoint contains.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from transformers.trainer_utils import SaveStrategy
 
 
 class EarlyStopping(TrainerCallback):
-    """Ends the run after ``patience`` evaluations in a row without one that is better than the best before it by more
-    than ``threshold``; its last step is saved, and a line says why it ended. An evaluation before the first step does
-    not count.
+    """Ends the run after ``patience`` evaluations in a row that do not improve on the best before them by more than
+    ``threshold``; the last step is saved, and a line says why it ended. An evaluation before the first step does not
+    count.
 
     The metric is ``metric_for_best_model``, better as ``greater_is_better`` says.
     """

@@ -1,9 +1,11 @@
-"""Where the figures of a logged step go: ``metrics.jsonl`` and TensorBoard in the run folder, and the progress bar."""
+"""Writes logged metrics: to ``metrics.jsonl`` and TensorBoard in the run folder, and to the progress bar."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -13,7 +15,7 @@ from llava_moslora.files.disk import naming
 from llava_moslora.runs.log import METRICS_FILE, append_row, delete_rows_after
 
 TENSORBOARD_FOLDER = "tensorboard"
-# what the progress bar shows besides loss and learning rate: label, key in the log, format
+# shown in the progress bar besides loss and learning rate: label, key in the log, format
 FIGURES = (
     ("tok/s", "tokens_per_second", "{:.0f}"),
     ("rec/s", "samples_per_second", "{:.2f}"),
@@ -35,18 +37,20 @@ class MetricsWriter(TrainerCallback):
     def __init__(self, run: Path, *, tensorboard: bool):
         self.file, self.tensorboard = run / METRICS_FILE, tensorboard
         self.writer: SummaryWriter | None = None
+        self.thread_hook = threading.excepthook
 
     def on_train_begin(self, args, state, control, **_):
         if not state.is_world_process_zero:
             return
-        last = state.global_step or -1  # a run that begins evaluates step 0 again
+        last = state.global_step or -1  # a new run evaluates step 0 again
         delete_rows_after(self.file, last)
         if self.tensorboard:
-            leave_errors_to_flush()
+            self.thread_hook = threading.excepthook
+            threading.excepthook = leave_errors_to_flush(self.thread_hook)
             self.writer = SummaryWriter(self.file.parent / TENSORBOARD_FOLDER, purge_step=last + 1)
 
     def on_log(self, args, state, control, logs=None, **_):
-        if not state.is_world_process_zero or "train_runtime" in logs:  # the Trainer's closing summary is of no step
+        if not state.is_world_process_zero or "train_runtime" in logs:  # the Trainer's final summary belongs to no step
             return
         append_row(self.file, {"step": state.global_step, **logs})
         if self.writer is not None:
@@ -58,29 +62,29 @@ class MetricsWriter(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         if self.writer is not None:
             self.writer.close()
+            threading.excepthook = self.thread_hook
 
 
-def leave_errors_to_flush() -> None:
-    """TensorBoard's writer, a thread, keeps its error, such as of a full disk, for the next ``flush``; its traceback
-    would only be printed besides."""
-    others = threading.excepthook
+def leave_errors_to_flush(others: Callable[[Any], object]) -> Callable[[threading.ExceptHookArgs], None]:
+    """A ``threading.excepthook`` that prints no traceback of TensorBoard's writer thread: the next ``flush`` raises its
+    error, such as of a full disk. Errors of other threads go to ``others``."""
 
     def hook(failed: threading.ExceptHookArgs) -> None:
         if type(failed.thread).__name__ != "_AsyncWriterThread":
             others(failed)
 
-    threading.excepthook = hook
+    return hook
 
 
 def tensorboard_name(name: str) -> str:
-    """``eval_loss`` → ``eval/loss``, ``loss`` → ``train/loss``, as transformers does; with a slash as it is."""
+    """``eval_loss`` → ``eval/loss``, ``loss`` → ``train/loss``, as transformers does; names with a slash unchanged."""
     if "/" in name:
         return name
     return name.replace("_", "/", 1) if name.startswith("eval_") else f"train/{name}"
 
 
 class ProgressBar(TrainerCallback):
-    """A bar on the main process, in place of the Trainer's own, and a line per evaluation."""
+    """A progress bar on the main process, in place of the Trainer's, and a line per evaluation."""
 
     def __init__(self):
         self.bar: tqdm | None = None

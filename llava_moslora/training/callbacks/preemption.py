@@ -1,7 +1,7 @@
 """Preemption: on SIGTERM or SIGINT the step is finished, a checkpoint published, and every rank exits with status 75.
 
-Launchers pass SIGTERM to their processes one after the other, with 30 seconds of grace: so the first rank that receives
-a signal stops all ranks, after the same step.
+Launchers forward SIGTERM to their processes one after the other, with a grace period of 30 seconds: so the first rank
+that receives a signal stops all ranks, after the same step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class EvaluationInterrupted(Exception):
 
 
 class Preemption(TrainerCallback):
-    """Handles :data:`SIGNALS` of this process from its construction on."""
+    """Handles :data:`SIGNALS` of this process from construction on."""
 
     def __init__(self):
         self.received: str | None = None  # the signal this process was sent
@@ -37,12 +37,12 @@ class Preemption(TrainerCallback):
         self.evaluation_left = False  # of the last step, for the resumed run
         self._group = None  # all ranks, on the CPU: the all-reduce of every step does not wait for a GPU
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as set by nohup
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame) -> None:
         name = signal.Signals(number).name
-        if self.interrupted:  # exiting already; a launcher ends the other ranks when the first has exited
+        if self.interrupted:  # already exiting; a launcher ends the other ranks when the first has exited
             raise SystemExit(EXIT_STATUS["P"])
         if not self.training:
             _print_from_handler(f"{name} outside the training loop: exiting at once; start again with --resume True")
@@ -51,7 +51,7 @@ class Preemption(TrainerCallback):
             self.received, self.received_at = name, time.monotonic()
             _print_from_handler(f"{name}: finishing the step and publishing a checkpoint; {name} again ends at once")
         elif name == self.received and time.monotonic() > self.received_at + 1:
-            # The same one again: the user does not want to wait. (Ctrl-C reaches a process twice: from the terminal,
+            # The same signal again: the user does not want to wait. (Ctrl-C reaches a process twice: from the terminal,
             # and as SIGTERM from the launcher.) A checkpoint that is being written is not lost: it does not exist yet.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -93,7 +93,7 @@ class Preemption(TrainerCallback):
         self._leave_evaluation(control)
 
     def _leave_evaluation(self, control) -> None:
-        """An evaluation that is due is the resumed run's."""
+        """A due evaluation is left to the resumed run."""
         self.evaluation_left |= control.should_evaluate
         control.should_evaluate = False
 

@@ -1,8 +1,8 @@
-"""Experiment trackers (``--report_to wandb mlflow trackio``): one chart there per run folder, also after a resume.
+"""Experiment trackers (``--report_to wandb mlflow trackio``): one tracker run per run folder, also after a resume.
 
-What is logged is transformers' doing: every row of ``metrics.jsonl`` and the Trainer's arguments. This module starts
-the trackers before the first step, adds the run's other settings, and keeps the name by which a resumed run finds its
-chart, in ``trackers.json`` of the run folder.
+transformers' integrations log every row of ``metrics.jsonl`` and the Trainer's arguments. This module starts the
+trackers before the first step, adds the run's other settings, and saves the id with which a resumed run continues its
+tracker run, in ``trackers.json`` in the run folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava_moslora.runs.record import read_run
 
 TRACKERS_FILE = "trackers.json"
 CALLBACKS = {"wandb": WandbCallback, "mlflow": MLflowCallback, "trackio": TrackioCallback}
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # on its import MLflow would report that it is used
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow would send telemetry on import
 LONGEST_TAG = 5000  # characters, of MLflow's tags
 FIXES = {
     "wandb": "wandb login, or WANDB_MODE=offline in the environment",
@@ -48,7 +48,7 @@ def start_trackers(trainer: Trainer, run: Path) -> None:
     for tracker, callback in [(t, c) for t, kind in CALLBACKS.items() for c in callbacks if type(c) is kind]:
         try:
             names[tracker] = STARTS[tracker](trainer, callback, names.get(tracker), _settings(run))
-        except Exception as error:  # each library has its own classes of errors, and some of other libraries
+        except Exception as error:  # each library raises its own exception types, and some of other libraries
             found = f"{type(error).__name__}: {' '.join(str(error).split())}"
             key = f"--report_to {tracker}"
             raise Refusal("E-TRACKER", "cannot be started", key=key, found=found, fix=FIXES[tracker]) from error
@@ -56,7 +56,7 @@ def start_trackers(trainer: Trainer, run: Path) -> None:
 
 
 def _settings(run: Path) -> dict[str, Any]:
-    """The settings of ``run.json`` that the Trainer's arguments lack: ``adapter.lora_r`` → 64."""
+    """The settings of ``run.json`` that are not among the Trainer's arguments: ``adapter.lora_r`` → 64."""
     record = read_run(run, None)
     groups: dict[str, Any] = {"model": record.model, "data": record.data, "adapter": record.adapter}
     return {f"{name}.{key}": value for name, group in groups.items() for key, value in asdict(group).items()}
@@ -79,7 +79,7 @@ def _start_mlflow(trainer: Trainer, callback: MLflowCallback, known: str | None,
         os.environ.setdefault("MLFLOW_RUN_ID", known)
         os.environ.setdefault("MLFLOW_MAX_LOG_PARAMS", "0")  # they are there, and MLflow refuses other values
     callback.setup(trainer.args, trainer.state, trainer.model)
-    # As tags, which can be changed: a resumed run may have another data cache, say.
+    # As tags, which can be changed: a resumed run may have another data cache, for example.
     mlflow.set_tags({name: str(value)[:LONGEST_TAG] for name, value in settings.items()})
     return mlflow.active_run().info.run_id
 

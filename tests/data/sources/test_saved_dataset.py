@@ -130,7 +130,7 @@ def test_the_hub_only_where_it_is_named(with_images, prepare_files, write_json, 
         prepare_files("owner/cats")
     assert not asked
     with pytest.raises(
-        Refusal, match=r"\[D-HUB\] hub:cats:--data_path: not a data set of the Hub; expected hub:OWNER/N"
+        Refusal, match=r"\[D-HUB\] hub:cats:--data_path: not the name of a data set on the Hub; expected hub:OWNER/N"
     ):
         prepare_files("hub:cats")
 
@@ -151,9 +151,7 @@ def test_images_that_are_only_named_are_refused(prepare_files, tmp_path, image_f
     rows = [record(0) | {"images": [{"bytes": None, "path": "0.png"}]},
             record(1) | {"images": [{"bytes": (image_folder / "1.png").read_bytes(), "path": "1.png"}]}]  # fmt: skip
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
-    with pytest.raises(
-        Refusal, match=r"I-MISSING\] .*a\.parquet:record 0 id=0:image: an image's name without its bytes"
-    ):
+    with pytest.raises(Refusal, match=r"I-MISSING\] .*a\.parquet:record 0 id=0:image: an image name without the bytes"):
         prepare_files(tmp_path / "a.parquet")
 
 

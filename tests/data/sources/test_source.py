@@ -165,8 +165,8 @@ def test_what_datasets_writes(build, plain, tmp_path, images):
 
 BAD = {
     "D-EMPTY": (record(answer=" "), {}, r"s\.tar:record 1 id=r:conversations\[1\].value: the gpt turn is empty"),
-    "D-IMAGES": (record("no tag"), {}, r"s\.tar:record 1 id=r: the human turns have another number of <image>"),
-    "I-MISSING": (record(image="../0.png"), {}, r"s\.tar:record 1 id=r:image: the shard holds no such image; found"),
+    "D-IMAGES": (record("no tag"), {}, r"s\.tar:record 1 id=r: the number of <image> in the human turns differs"),
+    "I-MISSING": (record(image="../0.png"), {}, r"s\.tar:record 1 id=r:image: the shard has no such image; found"),
     "I-FORMAT": (record(image="x.png"), {"x.png": b"GIF?"}, r"s\.tar:x\.png:record 1 id=r:image: not an image"),
     "I-SIZE": (record(image="big.png"), {"big.png": b"0" * 5000}, r"big\.png:record 1 id=r:image: .* too large"),
 }  # fmt: skip
@@ -267,7 +267,7 @@ def test_links_and_devices_in_a_tar_are_not_followed(build, tmp_path):
         member = tarfile.TarInfo("r.json")
         member.size = len(data)
         archive.addfile(member, io.BytesIO(data))
-    with pytest.raises(Refusal, match=r"\[I-MISSING\] .*the shard holds no such image; found 0\.png"):
+    with pytest.raises(Refusal, match=r"\[I-MISSING\] .*the shard has no such image; found 0\.png"):
         build(tmp_path / "s.tar")
 
 

@@ -108,7 +108,7 @@ def test_the_card_names_the_rank_that_vllm_must_allow(exported):
 def test_a_rank_that_vllm_does_not_take_is_refused(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(vllm, "MAX_LORA_RANKS", (1, 2))
     trained_run(tmp_path / "run", parts.llm, parts.clip, parts.projector)
-    with pytest.raises(Refusal, match=r"C-FORMAT.*vLLM takes no adapter of this rank.*found 4.*at most 2") as refused:
+    with pytest.raises(Refusal, match=r"C-FORMAT.*vLLM does not support this rank.*found 4.*at most 2") as refused:
         export(tmp_path / "run", tmp_path / "out", ["vllm"], prove=False)
     assert "--format hf" in str(refused.value) and not (tmp_path / "out").exists()
 

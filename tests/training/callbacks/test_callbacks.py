@@ -109,7 +109,7 @@ def test_questions_of_other_columns(parts, tmp_path):
     file.write_text("\n".join([json.dumps({"dialog": TALK})] * 2))
     sample, _ = samples_of(parts, file, data_columns=["messages=dialog"])
     assert [turn.text for turn in sample.turns] == ["what colour is the shape?"] and sample.reference == "red"
-    with pytest.raises(Refusal, match=r"D-SCHEMA.*questions\.jsonl:record 0: not a record of a known format"):
+    with pytest.raises(Refusal, match=r"D-SCHEMA.*questions\.jsonl:record 0: unknown record format"):
         samples_of(parts, file)
 
 
@@ -117,9 +117,9 @@ def test_questions_of_other_columns(parts, tmp_path):
     ("record", "message"),
     [
         ({"messages": [TALK[0]]}, r"D-ROLE.*q\.jsonl:record 0:messages: the turns are not in order"),
-        ({"messages": TALK, "tools": "[]x"}, r"D-ROLE.*q\.jsonl:record 0:tools: calls of tools are not trained on"),
+        ({"messages": TALK, "tools": "[]x"}, r"D-ROLE.*q\.jsonl:record 0:tools: tool calls are not supported"),
         ({"messages": TALK, "images": ["gone.png"]}, r"I-MISSING.*there is no such image.*check --sample_image_folder"),
-        ({"messages": [TALK[0], TALK[1] | {"loss": 0}]}, r"D-LABELS.*no turn of this record is trained on"),
+        ({"messages": [TALK[0], TALK[1] | {"loss": 0}]}, r"D-LABELS.*no turn of this record is trained"),
         (None, r"D-FILE.*there is no such file; fix: check --sample_questions"),
         ([], r"D-NONE.*q\.jsonl:--sample_questions: there are no records"),
     ],
@@ -141,8 +141,8 @@ def test_too_many_questions_are_refused(parts, tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": TALK * 2}, r"D-ROLE.*q\.jsonl:record 0: this prompt template has one round"),
-        ({"messages": TALK, "images": ["0.png"]}, r"D-IMAGES.*q\.jsonl:record 0: .*there is no vision tower to see it"),
+        ({"messages": TALK * 2}, r"D-ROLE.*q\.jsonl:record 0: this prompt template has only one round"),
+        ({"messages": TALK, "images": ["0.png"]}, r"D-IMAGES.*q\.jsonl:record 0: .*but there is no vision tower"),
     ],
     ids=["two rounds", "an image"],
 )
