@@ -19,6 +19,7 @@ from pathlib import Path
 
 from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal, did_you_mean, run_script
+from llava_moslora.flags import BY_COMMAND
 
 # Command → its script and what it does.
 COMMANDS = {
@@ -90,6 +91,7 @@ def run_command(name: str, words: list[str]) -> None:
         known = [*COMMANDS, "recipes"]
         fix = did_you_mean(name, known) or "see llava-moslora --help"
         raise Refusal("C-FLAG", "unknown command", found=name, expected=" | ".join(known), fix=fix)
+    os.environ[BY_COMMAND] = "1"  # what is said to do next is such a call too
     script = str(code_root() / "scripts" / COMMANDS[name][0])
     if name == "train" and words[:1] in (["--num_gpus"], ["--num-gpus"]):
         if len(words) < 2 or not words[1].isdecimal() or int(words[1]) < 1:

@@ -122,7 +122,7 @@ class Refusal(ValueError):
         """The refusal as one printable line, without newline."""
         place = "" if self.file is None else printable(self.file)
         if self.record is not None:
-            place += f":record {self.record}"
+            place += (":" if place else "") + f"record {self.record}"
         if self.record_id is not None:
             place += f" id={printable(self.record_id)}"
         if self.key is not None:

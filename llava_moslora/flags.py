@@ -11,10 +11,12 @@ import difflib
 import json
 import os
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_moslora.errors import Refusal, did_you_mean, few
@@ -25,7 +27,23 @@ SEE_HELP = "see --help"
 HOME = re.compile(r"(--\w+=)?([\w.-]+=|open_clip:(?:[^@]*@)?)?(~/.*)", re.DOTALL)
 MOST_NAMED = 12  # unknown flags in one message
 NOT_KNOWN = object()  # the default of a flag whose value only its library knows
+BY_COMMAND = "LLAVA_MOSLORA_BY_COMMAND"  # in the environment of what the command llava-moslora started
 TRUTH = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
+
+
+def call_of(script: str, *words: object) -> str:
+    """A call of another script to paste into a shell, in the way that this one was called: by the command
+    ``llava-moslora``, or as a file of its folder.
+
+    Args:
+        script: without folder and suffix. words: its arguments, which are quoted.
+    """
+    if os.environ.get(BY_COMMAND):
+        start = ["llava-moslora", script.replace("_", "-")]
+    else:
+        beside = Path(sys.argv[0]).with_name(f"{script}.py") if Path(sys.argv[0]).name else Path()
+        start = ["python", str(beside if beside.is_file() else f"scripts/{script}.py")]
+    return shlex.join([*start, *map(str, words)])
 
 
 class ScriptParser(argparse.ArgumentParser):

@@ -40,6 +40,7 @@ from llava_moslora.diffusion.report import write_report
 from llava_moslora.diffusion.subjects import find_pictures
 from llava_moslora.diffusion.trainer import SdxlTrainer
 from llava_moslora.distributed import from_rank_0
+from llava_moslora.flags import call_of
 from llava_moslora.models.adapt import parameter_table
 from llava_moslora.runs.folder import check_resume, check_shared, check_space, open_run, write_first_files
 from llava_moslora.runs.output_dir import check_output
@@ -124,7 +125,7 @@ def main() -> None:
     print_once(f"training into {run}" if checkpoint is None else f"resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
-    print_once(f"trained: {run}; next: python scripts/export.py {run} --format diffusers --output_dir LORA")
+    print_once(f"trained: {run}; next: {call_of('export', run)} --format diffusers --output_dir LORA")
     if lock is not None:
         lock.release()
 

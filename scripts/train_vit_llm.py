@@ -15,17 +15,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from llava_moslora.errors import run_script
+from llava_moslora.errors import Refusal, run_script
 
 if __name__ == "__main__":
     run_script(lambda: None)  # a signal is one line also while the next ones are imported
 
 from llava_moslora.devices import use_expandable_segments
 from llava_moslora.noise import quiet_libraries, quiet_loading
-from llava_moslora.training.command_line import parse
+from llava_moslora.training.command_line import check_places, parse
 
-if __name__ == "__main__":  # --help and a wrong flag are answered here, before the seconds that these imports take
-    run_script(lambda: parse(sys.argv[1:], __doc__))
+if __name__ == "__main__":  # --help, a wrong flag or folder are answered here, before the seconds of these imports
+    run_script(lambda: check_places(*parse(sys.argv[1:], __doc__)))
     quiet_libraries()
     use_expandable_segments()
 
@@ -42,10 +42,12 @@ from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.data.sampler import GlobalBatchSampler
 from llava_moslora.data.split import validation_data
+from llava_moslora.defect_report import save_report
 from llava_moslora.distributed import from_rank_0
+from llava_moslora.flags import call_of
 from llava_moslora.inference.load import ChatModel
 from llava_moslora.models.adapt import add_adapters, parameter_table, train_projector_only
-from llava_moslora.models.assemble import assemble
+from llava_moslora.models.assemble import assemble, check_parts
 from llava_moslora.models.llava import Llava, TextLlm
 from llava_moslora.models.llava_folder import name_parts
 from llava_moslora.models.llm import longest_text, read_llm_config
@@ -81,10 +83,8 @@ def main() -> None:
     preemption = Preemption()  # handles SIGTERM and SIGINT from here on
 
     # 1. Read the flags, join the other ranks, and check the flags against each other
-    model_settings, data_settings, adapter_settings, training = parse(sys.argv[1:], __doc__)
-    model_settings = name_parts(model_settings)  # a complete LLaVA: its LLM, vision tower and projector
+    model_settings, data_settings, adapter_settings, training = read_flags()
     text_only = model_settings.text_only
-    adapter_settings = check_text_only(model_settings, data_settings, adapter_settings, training)
     check_launch(training)
     if training["deepspeed"]:
         process_group.join(timedelta(seconds=training["ddp_timeout"]))
@@ -101,35 +101,39 @@ def main() -> None:
     llm_config = read_llm_config(model_settings.model_name_or_path)
     image_tokens, processor, transform = (0, {}, None) if text_only else read_vision(model_settings, data_settings)
     tokenizer = load_tokenizer(model_settings.model_name_or_path, images=not text_only)
+    check_parts(model_settings, tokenizer)
     template = model_settings.version or recognise_template(tokenizer)
     print_once(f"device: {args.device_name}\nconversation template: {template}{'; text only' if text_only else ''}")
 
-    # 3. Check and tokenise the data, or find it in --data_cache
+    # 3. With --resume: refuse settings and models that differ from the run's; again below, with the data
+    model_settings = replace(model_settings, version=template)
+    settings = RunSettings(model_settings, data_settings, adapter_settings, args.as_record(), processor,
+                           global_batch_size=args.global_batch_size)  # fmt: skip
+    fingerprints: dict[str, Any] = base_fingerprints(model_settings)
+    check_resume(args, settings, fingerprints)
+
+    # 4. Check and tokenise the data, or find it in --data_cache
     prepare_alike = partial(prepare, tokenizer=tokenizer, template=template, tokens_per_image=image_tokens,
                             longest_text=longest_text(llm_config), patience=args.ddp_timeout)  # fmt: skip
     dataset = prepare_alike(data_settings)
     trained, validation, keys = validation_data(dataset, data_settings, prepare_alike, seed=args.batches["seed"])
     print_once(summary(dataset) if validation is None else f"{summary(dataset)}\n{validation.summary()}")
     sampler = GlobalBatchSampler.of(dataset, data_settings, records=trained, **args.batches)
-    plan, seen = plan_first(model_settings, data_settings, adapter_settings, args, dataset, trained)
+    planned = cache(partial(make_plan, model_settings, data_settings, adapter_settings, args, dataset, trained,
+                            smallest_memory(args.device)))  # fmt: skip
+    seen = check_and_decide(planned, args)
     samples = read_samples_of(args, data_settings, tokenizer, template, image_tokens)
 
-    # 4. Refuse inputs that differ between ranks; with --resume, settings and inputs that differ from the run's
-    model_settings = replace(model_settings, version=template)
-    settings = RunSettings(model_settings, data_settings, adapter_settings, args.as_record(), processor,
-                           global_batch_size=args.global_batch_size)  # fmt: skip
-    fingerprints = base_fingerprints(model_settings) | keys
+    settings.training, fingerprints = args.as_record(), fingerprints | keys  # --recompute auto is decided
     check_same_inputs(settings, fingerprints, len(dataset))
-    if main_process:
-        check_resume(args, settings, fingerprints)
+    check_resume(args, settings, fingerprints)
 
     # 5. Load the model, add what is trained, create trainer and optimizer
     model = build_model(model_settings, adapter_settings, args, tokenizer)
     print_once(parameter_table(model))
-    trainer = MosLoraTrainer(
-        model, args, train_dataset=dataset, sampler=sampler, facts=fingerprints, callbacks=[preemption, seen],
-        data_collator=Collator.of(data_settings, tokenizer, transform, packing=args.packing), eval_dataset=validation,
-    )  # fmt: skip
+    collate = Collator.of(data_settings, tokenizer, transform, packing=args.packing)
+    trainer = MosLoraTrainer(model, args, train_dataset=dataset, sampler=sampler, data_collator=collate,
+                             eval_dataset=validation, facts=fingerprints, callbacks=[preemption, seen])  # fmt: skip
     trainer.add_callback(sample_answers(args, samples, ChatModel(model, tokenizer, template, transform)))
     trainer.create_optimizer()  # before the first file is written: --optim may be refused
 
@@ -138,19 +142,25 @@ def main() -> None:
     if main_process:
         lock, checkpoint = open_run(args, settings, fingerprints, inputs)
         check_space(run, trained_count(model), checkpoints=1 + (checkpoint is None) + (validation is not None))
-        report = partial(write_report, dataset=dataset, settings=data_settings, tokenizer=tokenizer, rows=trained,
-                         batch_size=args.per_device_train_batch_size)  # fmt: skip
-        write_first_files(args, settings, tokenizer, report, inputs)
+        write_run(args, settings, tokenizer, dataset, trained, inputs)
     check_shared(run)
     checkpoint = from_rank_0(checkpoint)
 
     # 7. Train
     print_once(opening_line(args, checkpoint))
-    advice_where_memory_ends(plan)(trainer.train)(None if checkpoint is None else str(checkpoint))
+    with advice_where_memory_ends(planned):
+        trainer.train(None if checkpoint is None else str(checkpoint))
     preemption.refuse_if_interrupted(run)
     print_once(closing_line(run, trainer.state, " --format llm" if text_only else ""))
     if lock is not None:
         lock.release()
+
+
+def read_flags() -> tuple[ModelSettings, DataSettings, AdapterSettings, dict[str, Any]]:
+    """Those of the command line; of a complete LLaVA with its LLM, vision tower and projector."""
+    model, data, adapter, training = parse(sys.argv[1:], __doc__)
+    model = name_parts(model)
+    return model, data, check_text_only(model, data, adapter, training), training
 
 
 def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str, Any], ImageTransform]:
@@ -160,18 +170,15 @@ def read_vision(model: ModelSettings, data: DataSettings) -> tuple[int, dict[str
     return image_tokens, processor, ImageTransform.from_settings(processor, data)
 
 
-def plan_first(*settings: Any) -> tuple[Callable[[], Plan | None], SeenSteps]:
-    """:func:`make_plan` of these, made once, and what sets it beside the first steps. ``--recompute auto`` is decided,
-    for all ranks. The plan's first line is printed, or what cannot fit refused, before anything is loaded."""
-    args = settings[3]
-    given = [*settings, smallest_memory(args.device)]
-    planned = cache(partial(make_plan, *given))
+def check_and_decide(planned: Callable[[], Plan | None], args: TrainingArguments) -> SeenSteps:
+    """Print the plan's first line or refuse what cannot fit, before anything is loaded, and decide ``--recompute auto``
+    for all ranks (``args.recompute``); the callback sets the plan next to the first steps. Only rank 0 plans."""
     plan = planned() if args.process_index == 0 else None
     if args.recompute == AUTO:
         args.recompute = from_rank_0(decide_recompute(plan, args) if args.process_index == 0 else None)
     if plan is not None and args.plan_check:
         print(check_plan(plan))
-    return planned, SeenSteps(args.run_folder, None if plan is None or plan.request.stands_for else plan)
+    return SeenSteps(args.run_folder, None if plan is None or plan.request.stands_for else plan)
 
 
 def decide_recompute(plan: Plan | None, args: TrainingArguments) -> str:
@@ -199,7 +206,9 @@ def make_plan(
             memory=memory, deepspeed=deepspeed,
         )  # fmt: skip
     except Exception as error:  # a failing plan must not end training
-        print(f"{'--recompute auto: full; ' if args.recompute == AUTO else ''}no plan of the memory: {error}")
+        saved = None if isinstance(error, Refusal) else save_report(error, args.run_folder)
+        bug = "" if saved is None else f"; a bug in this package: report it with {saved}"
+        print(f"{'--recompute auto: full; ' if args.recompute == AUTO else ''}no plan of the memory: {error}{bug}")
         return None
 
 
@@ -221,6 +230,16 @@ def build_model(
         model = add_adapters(model, adapter_settings)
     set_recompute(model, args.recompute or "none")
     return model
+
+
+def write_run(
+    args: TrainingArguments, settings: RunSettings, tokenizer: PreTrainedTokenizerFast, dataset: Dataset,
+    trained: np.ndarray | None, inputs: list[tuple[str, Path]],
+) -> None:  # fmt: skip
+    """run.json, the tokenizer and the report of the data that is trained on."""
+    report = partial(write_report, dataset=dataset, settings=settings.data, tokenizer=tokenizer, rows=trained,
+                     batch_size=args.per_device_train_batch_size)  # fmt: skip
+    write_first_files(args, settings, tokenizer, report, inputs)
 
 
 def read_samples_of(
@@ -249,7 +268,7 @@ def closing_line(run: Path, state: TrainerState, form: str) -> str:
     if best:
         trained += f"; best of its checkpoints: checkpoint-{best}, {state.best_metric:.4f}"
     if best or (run / f"checkpoint-{state.global_step}").is_dir():
-        return f"{trained}; next: python scripts/export.py {run} --output_dir MERGED{form}"
+        return f"{trained}; next: {call_of('export', run)} --output_dir MERGED{form}"
     return f"{trained}; its last step, {state.global_step}, was not saved: there is nothing to export"
 
 

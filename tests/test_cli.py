@@ -7,18 +7,21 @@ import sys
 import zipfile
 from configparser import ConfigParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from llava_moslora import cli
 from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal
+from llava_moslora.flags import BY_COMMAND, call_of
 
 ROOT = Path(__file__).parents[1]
 
 
 def called(monkeypatch, *words: str) -> None:
     monkeypatch.setattr(sys, "argv", ["llava-moslora", *words])
+    monkeypatch.setenv(BY_COMMAND, "")  # what is set is undone after the test
     cli.dispatch()
 
 
@@ -45,6 +48,28 @@ def test_every_script_is_a_command():
 def test_refused(monkeypatch, words, match):
     with pytest.raises(Refusal, match=match):
         called(monkeypatch, *words)
+
+
+@pytest.mark.parametrize(("script", "words", "shown"), [
+    ("", [], "python scripts/export.py"),
+    ("scripts/train_vit_llm.py", ["runs/with space ü"], "python scripts/export.py 'runs/with space ü'"),
+    (ROOT / "scripts" / "train_vit_llm.py", [], f"python {ROOT / 'scripts' / 'export.py'}"),
+    ("elsewhere/main.py", ["a;b"], "python scripts/export.py 'a;b'"),
+])  # fmt: skip
+def test_what_to_do_next_can_be_pasted(monkeypatch, script, words, shown):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.delenv(BY_COMMAND, raising=False)
+    assert call_of("export", *words) == shown
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "--num_gpus", "2"]])
+def test_what_to_do_next_is_said_in_the_words_that_were_used(monkeypatch, words):
+    said: list[str] = []
+    monkeypatch.setattr(cli, "os", SimpleNamespace(environ=os.environ, execv=lambda *_: said.append(call_of("export"))))
+    monkeypatch.setattr(cli.runpy, "run_path", lambda *_, **__: said.append(call_of("convert_adapter", "a b")))
+    called(monkeypatch, *words)
+    assert said[-1] == "llava-moslora convert-adapter 'a b'" and all(text.startswith("llava-moslora ") for text in said)
 
 
 def test_several_gpus_start_the_launcher(monkeypatch):

@@ -68,6 +68,21 @@ def test_wrong_flags_of_a_training_need_no_library(words, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    ("--model_name_or_path {0}/nowhere", r"nowhere:--model_name_or_path: no such folder; fix: check the path"),
+    ("--image_folder {0}/file", r"error[I-FOLDER] {0}/file: not a folder; fix: check --image_folder"),
+    ("--output_dir {0}", r"error[C-OUTPUT] {0}:--output_dir: the folder is not empty; found dangling, file; fix: "),
+    ("--output_dir {0}/dangling/run", r"dangling:--output_dir: a link to a place that is not there"),
+])  # fmt: skip
+def test_wrong_folders_of_a_training_need_no_library(tmp_path, words, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "not mounted")
+    folders = f"--model_name_or_path {tmp_path} --data_path d --output_dir {tmp_path}/run {words.format(tmp_path)}"
+    done = answer("train_vit_llm.py", *folders.split())
+    assert done.returncode == 2 and message.format(tmp_path) in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
 def test_the_package_is_imported_without_libraries():
     done = python("import llava_moslora; print(llava_moslora.__version__)")
     assert done.returncode == 0, done.stderr

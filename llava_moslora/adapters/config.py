@@ -27,6 +27,7 @@ from peft.utils.other import get_pattern_key
 
 from llava_moslora.config import MIXER_INITS
 from llava_moslora.errors import Refusal
+from llava_moslora.flags import call_of
 
 PEFT_TYPE = "MOSLORA"  # ``peft_type`` in adapter_config.json
 # Everything that replaces B·A, changes the base weight by B·A, or adds a second factor next to it is undefined (or
@@ -230,7 +231,7 @@ class MosLoraConfig(LoraConfig):
             raise Refusal(
                 "K-ADAPTER", "not the configuration of a MoSLoRA adapter in training form", key="peft_type",
                 found=kwargs.get("peft_type"), expected=PEFT_TYPE,
-                fix="convert the folder: python scripts/convert_adapter.py",
+                fix=f"convert the folder: {call_of('convert_adapter')}",
             )  # fmt: skip
         return super().from_peft_type(**kwargs)
 

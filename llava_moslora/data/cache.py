@@ -42,6 +42,7 @@ COUNTS = {
     "with_images": "with images",
     "tokens": "tokens",
     "left_out": "left out, too long",
+    "problems": "left out, bad",
     "turns_dropped": "too long, without their last turns",
     "answers_cut": "too long, their answer cut",
     "turns_not_trained": "answers not trained on",
@@ -147,14 +148,21 @@ def reports_of(dataset: Dataset) -> list[dict]:
 
 
 def summary(dataset: Dataset) -> str:
-    """For the log: a line per source with its detected record format, and a line with all counts."""
-    lines = [f"record format of {report['file']}: {_names(report['formats'])}" for report in reports_of(dataset)]
+    """For the log: a line per source with its detected record format, one with the file that lists its bad records, and
+    a line with all counts."""
+    lines = []
+    for folder in folders_of(dataset):
+        report = report_in(folder)
+        lines.append(f"record format of {report['file']}: {_names(report['formats'])}")
+        if problems := report["problems"]:
+            lines.append(f"bad records of {report['file']}: {len(problems):,}, listed in {folder / REPORT}")
     return "\n".join([*lines, f"data: {in_words(report_of(dataset))}"])
 
 
 def in_words(report: Mapping[str, Any]) -> str:
     """The counts of a report on one line; zeros are omitted, except of ``records`` and ``kept``."""
-    counts = {words: report.get(name, 0) for name, words in COUNTS.items()}
+    found = {name: len(value) if name == "problems" else value for name, value in report.items()}
+    counts = {words: found.get(name, 0) for name, words in COUNTS.items()}
     return "  ".join(f"{words}: {n:,}" for words, n in counts.items() if n or words in ("records", "kept"))
 
 

@@ -21,6 +21,8 @@ from PIL import Image, ImageOps
 from llava_moslora.errors import Refusal
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+# How a file of FORMATS begins
+SIGNATURE = re.compile(rb"\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|GIF8[79]a|BM|II\*\0|MM\0\*", re.DOTALL)
 SMALLER = "make it smaller, or remove the record"
 MAX_PIXELS = 50_000_000
 MAX_ASPECT = 200  # with more, the short side is less than two of a tower's 336 pixels
@@ -96,7 +98,7 @@ def _decode(image: Image.Image, path: str | Path, where: dict) -> Image.Image:
     except Refusal:
         raise
     except Exception as error:  # invalid bytes make Pillow raise nearly anything: OSError, SyntaxError, struct.error
-        found, fix = f"{type(error).__name__}: {error}", "copy or download it again"
+        found, fix = str(error) or None, "copy or download it again"
         raise Refusal("I-DECODE", "the image is damaged", file=path, found=found, fix=fix, **where) from None
 
 
@@ -107,11 +109,14 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
         what = "images are read from the image folder, never from a URL"
         raise Refusal("I-PATH", what, found=name, fix="download them first", **where)
     lexical = os.path.normpath(name)
-    if "\0" in name or "\\" in name or os.path.isabs(name) or lexical.split(os.sep)[0] == "..":
+    if "\0" in name or "\\" in name or lexical.split(os.sep)[0] == "..":
         expected = f"a relative name with forward slashes, below {root}"
         what, fix = "the name leads out of the image folder", "use such a name, or another --image_folder"
         raise Refusal("I-PATH", what, found=name, expected=expected, fix=fix, **where)
-    path = root / lexical
+    if os.path.isabs(name) and not _lies_below(lexical, root):
+        what, fix = "an absolute path outside --image_folder", "name the folder that it lies in, or relative names"
+        raise Refusal("I-PATH", what, found=name, expected=f"a file below {root}", fix=fix, **where)
+    path = root / lexical  # an absolute name stays as it is
     try:
         real_root, real = Path(os.path.realpath(root)), Path(os.path.realpath(path, strict=True))
         if not follow_links and not real.is_relative_to(real_root):
@@ -134,6 +139,11 @@ def _resolve(name: str, root: str | Path, where: dict, follow_links: bool) -> Pa
     return path
 
 
+def _lies_below(path: str, root: Path) -> bool:
+    """Whether an absolute path lies in ``root`` as it is written, or where links lead."""
+    return Path(path).is_relative_to(root.absolute()) or Path(os.path.realpath(path)).is_relative_to(root.resolve())
+
+
 def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Image:
     """The image with its header read; ``path`` names it."""
     try:
@@ -145,12 +155,15 @@ def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Ima
     except PermissionError as error:
         found, fix = error.strerror, "give this user permission to read it"
         raise Refusal("I-FILE", "the image cannot be read", file=path, found=found, fix=fix, **where) from None
-    except Exception as error:  # see load_image
-        empty = (source.getbuffer().nbytes if isinstance(source, io.BytesIO) else source.stat().st_size) == 0
+    except Exception:  # see load_image
+        start = _first_bytes(source)
+        if SIGNATURE.match(start):
+            what, fix = "the image is truncated or damaged", "copy or download it again"
+            raise Refusal("I-DECODE", what, file=path, fix=fix, **where) from None
         raise Refusal(
-            "I-FORMAT", "the file is empty" if empty else "not an image in a known format", file=path,
-            found=None if empty else type(error).__name__, expected=" | ".join(FORMATS),
-            fix="copy or download it again" if empty else "convert it, or copy it again", **where,
+            "I-FORMAT", "not an image in a known format" if start else "the file is empty", file=path,
+            expected=" | ".join(FORMATS), fix=f"{'convert it, or copy' if start else 'copy or download'} it again",
+            **where,
         ) from None  # fmt: skip
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -164,6 +177,13 @@ def _open(source: Path | io.BytesIO, path: str | Path, where: dict) -> Image.Ima
         what, fix = "the image is too narrow", "crop it, or remove the record"
         raise Refusal("I-SHAPE", what, file=path, found=found, expected=expected, fix=fix, **where)
     return image
+
+
+def _first_bytes(source: Path | io.BytesIO) -> bytes:
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()[:16]
+    with source.open("rb") as file:
+        return file.read(16)
 
 
 def _to_rgb(image: Image.Image, path: str | Path, where: dict) -> Image.Image:

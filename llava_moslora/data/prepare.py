@@ -35,12 +35,11 @@ from llava_moslora.data.cache import (
 from llava_moslora.data.cache_lock import PATIENCE, locked, report_progress
 from llava_moslora.data.formats import column_names
 from llava_moslora.data.images import check_image
+from llava_moslora.data.problems import log_problems, refusal_of
 from llava_moslora.data.sources.source import Source
-from llava_moslora.data.tokenise import RECORDS_PER_PART, as_problem, build_parts, check_image_files
+from llava_moslora.data.tokenise import RECORDS_PER_PART, as_problem, build_parts, check_image_files, naming_data
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import check_template
-
-LOGGED_PROBLEMS = 20  # all of them are in the report
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +82,8 @@ def prepare(
     _check_ranges(settings)
     column_names(settings.data_columns)
     if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
-        raise Refusal("I-FOLDER", "there is no such folder", file=settings.image_folder, fix="check --image_folder")
+        what = "not a folder" if Path(settings.image_folder).exists() else "there is no such folder"
+        raise Refusal("I-FOLDER", what, file=settings.image_folder, fix="check --image_folder")
     sources = [Source(name) for name in settings.data_path]
     has_images = settings.image_folder is not None or any(source.is_sharded for source in sources)
     _check_length(settings.model_max_length, tokens_per_image if has_images else 0, longest_text)
@@ -167,7 +167,7 @@ def _prepare_source(preparation: Preparation, cache: Path, patience: float) -> P
     problems = report["problems"]
     if settings.on_bad_record == "fail":  # the refusal is about the first of them, as it is now
         problems = _recheck_images(problems[:1], preparation)[0] + problems[1:]
-    if (refusal := _refusal(problems, report["records"], settings)) is not None:
+    if (refusal := refusal_of(problems, report["records"], settings)) is not None:
         raise refusal
     return target
 
@@ -218,7 +218,7 @@ def _check_images_in_new_folder(preparation: Preparation, target: Path) -> None:
         what = "the records have images but no image folder was given"
         raise Refusal("I-FOLDER", what, file=name, fix="give --image_folder")
     log.info("%s: its images were checked in %s; checking them in %s", name, report["image_folder"], here)
-    first, bad = _check_images_of_rows(target, settings)
+    first, bad = _check_images_of_rows(target, settings, name)
     if first is not None and settings.on_bad_record == "fail":
         more = f" (and {bad - 1} more images cannot be used)" if bad > 1 else ""
         raise Refusal(**(vars(first) | {"what": first.what + more}))
@@ -230,8 +230,8 @@ def _check_images_in_new_folder(preparation: Preparation, target: Path) -> None:
         write_json(target / REPORT, report | {"problems": problems, "image_folder": here})
 
 
-def _check_images_of_rows(target: Path, settings: DataSettings) -> tuple[Refusal | None, int]:
-    """The refusal of the first image file of a cache that cannot be used, and how many cannot."""
+def _check_images_of_rows(target: Path, settings: DataSettings, source: str) -> tuple[Refusal | None, int]:
+    """The refusal of the first image file of a cache of ``source`` that cannot be used, and how many cannot."""
     first, bad = None, 0
     for part in arrow_files(target):
         report_progress(target)
@@ -241,7 +241,8 @@ def _check_images_of_rows(target: Path, settings: DataSettings) -> tuple[Refusal
             where = {"record": row["record"], "record_id": row["id"]}
             for name in row["images"]:
                 try:
-                    check_image(name, settings.image_folder, follow_links=settings.follow_image_links, **where)
+                    with naming_data(source):
+                        check_image(name, settings.image_folder, follow_links=settings.follow_image_links, **where)
                 except Refusal as refusal:
                     first, bad = first or refusal, bad + 1
     return first, bad
@@ -286,9 +287,8 @@ def _build(preparation: Preparation, target: Path) -> None:
         counts["duplicate_ids"] = _count_duplicate_ids([staging / f"{part['name']}.arrow" for part in parts])
     if counts["duplicate_ids"]:
         log.warning("%s: %d records have the id of an earlier one", name, counts["duplicate_ids"])
-    refusal = _refusal(problems, counts["records"], settings)
-    for problem in problems[int(refusal is not None) : LOGGED_PROBLEMS]:  # the first one is the refusal itself
-        log.error("%s", problem["line"])
+    refusal = refusal_of(problems, counts["records"], settings)
+    log_problems(problems, target / REPORT if refusal is None else None)
     with using(target.parent):
         for number in {problem["part"] for problem in problems}:  # will be checked again in the next build
             (staging / f"{number:06d}.json").unlink()
@@ -306,7 +306,7 @@ def _build(preparation: Preparation, target: Path) -> None:
             stray.unlink()
         write_json(staging / REPORT, report)
         publish(staging, target)
-    log.info("prepared %s: %s", name, in_words(counts))
+    log.info("prepared %s: %s", name, in_words(report))
 
 
 def _open_staging(preparation: Preparation, target: Path) -> Path:
@@ -331,16 +331,3 @@ def _count_duplicate_ids(files: list[Path]) -> int:
         ids.update(Dataset.from_file(str(file))["id"][:])
     del ids[""]
     return ids.total() - len(ids)
-
-
-def _refusal(problems: list[dict], records: int, settings: DataSettings) -> Refusal | None:
-    """The refusal of the first bad record, with the number of the others, if the policy does not allow so many."""
-    quarantine, share = settings.on_bad_record == "quarantine", settings.max_bad_share
-    if not problems or (quarantine and len(problems) <= share * records):
-        return None
-    parts = dict(problems[0]["refusal"])
-    if quarantine:
-        parts["fix"] = f"this is more than the share of {share:g} allowed by --max_bad_share"
-    if len(problems) > 1:
-        parts["what"] += f" (and {len(problems) - 1} more of {records} records cannot be used)"
-    return Refusal(**parts)

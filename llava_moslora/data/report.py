@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +44,9 @@ def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int, ro
     )
     names, shards = dataset["images"][:], dataset["shard"][:]
     images = [names[row] for row in rows]
+    folder = os.path.abspath(settings.image_folder or "")
     first = [
-        None if not given else ImageRef.parse(given[0]).name if shards[row] else given[0]
+        None if not given else ImageRef.parse(given[0]).name if shards[row] else _below(folder, given[0])
         for given, row in zip(images, rows, strict=True)
     ]
     source = np.asarray(["text" if name is None else name.split("/")[0] if "/" in name else "." for name in first])
@@ -87,6 +89,11 @@ def data_report(dataset: Dataset, *, settings: DataSettings, batch_size: int, ro
         },
         "trained_per_record": {"all": histogram(trained, np.quantile(trained, 0.99))},
     }
+
+
+def _below(folder: str, name: str) -> str:
+    """An absolute name as a relative one, where it is written below ``folder``."""
+    return name.removeprefix(folder).lstrip("/") if os.path.isabs(name) else name
 
 
 def padding_waste(sampler: GlobalBatchSampler, lengths: np.ndarray) -> float:

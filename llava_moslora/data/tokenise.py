@@ -294,7 +294,17 @@ def check_image_files(names: Sequence[str], preparation: Preparation, *, record:
         if settings.image_folder is None:
             what, fix = "the record has an image but no image folder was given", "give --image_folder"
             raise Refusal("I-FOLDER", what, file=preparation.source.name, fix=fix, **where)
-        check(name, settings.image_folder, follow_links=settings.follow_image_links, **where)
+        with naming_data(preparation.source.name):
+            check(name, settings.image_folder, follow_links=settings.follow_image_links, **where)
+
+
+@contextmanager
+def naming_data(file: str) -> Iterator[None]:
+    """The refusal of an image's name, which names no file, names the data file that it is written in."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise Refusal(**{**vars(refusal), "file": refusal.file or file}) from None
 
 
 def as_problem(refusal: Refusal) -> dict:

@@ -17,6 +17,7 @@ from llava_moslora.export import output_folder
 from llava_moslora.files.disk import follow_umask, write_json
 from llava_moslora.files.manifest import MANIFEST, read_facts, sha256, write_manifest
 from llava_moslora.runs.fingerprint import check_base
+from llava_moslora.runs.output_dir import real_place
 from llava_moslora.runs.record import EXPORT, SDXL, read_run
 
 REPORT = "export_report.json"  # as of every export
@@ -47,7 +48,7 @@ def export_lora(
         Refusal: before anything is written: no run of this kind, no valid checkpoint, another or changed base, a folder
             exists, diffusers is missing. Later: E-DISK, K-PROOF.
     """
-    run, place = Path(run), Path(output).resolve()
+    run, place = Path(run), real_place(Path(output))
     record = read_run(run, SDXL)
     model: Any = record.model
     root = Path(base or record.located.model.model_name_or_path)

@@ -41,6 +41,7 @@ from llava_moslora.files.manifest import MANIFEST, sha256, write_manifest
 from llava_moslora.models.names import select_parts
 from llava_moslora.models.open_clip import PREFIX as OPEN_CLIP
 from llava_moslora.runs.hyper_parameters import hyper_parameters
+from llava_moslora.runs.output_dir import real_place
 from llava_moslora.runs.record import EXPORT, read_run
 
 # Values of --format
@@ -99,7 +100,7 @@ def export(
     """
     _check_flags(formats, with_base, merge_base)
     folders = {name: Path(output) if len(formats) == 1 else Path(output) / name for name in formats}
-    places = {name: folder.resolve() for name, folder in folders.items()}  # of a link: what it points to
+    places = {name: real_place(folder) for name, folder in folders.items()}  # of a link: what it points to
     inputs = _inputs(Path(run), read_run(run).located.model, llm, vision_tower)
     for place in places.values():
         output_folder.check_outside(place, Path(run))

@@ -20,6 +20,7 @@ from llava_moslora._version import __version__
 from llava_moslora.errors import Refusal, few, printable
 from llava_moslora.export.output_folder import has_changed, listed_files
 from llava_moslora.files.manifest import MANIFEST
+from llava_moslora.flags import call_of
 
 CARD = "README.md"
 KEPT = ".gitattributes"  # the Hub's own, in every repository
@@ -71,7 +72,7 @@ def push(folder: Path, repo: str, *, private: bool = False, overwrite: bool = Fa
             failed. The export stays as it is.
     """
     names = files_to_push(folder)
-    again = f"check token and network, then: python scripts/export.py {folder} {FLAG} {repo}"
+    again = f"check token and network, then: {call_of('export', folder, FLAG, repo)}"
     with _one_line(repo, again + (" --private" if private else "") + (" --overwrite" if overwrite else "")):
         api = HfApi()
         if (found := _look(api, repo, private, overwrite)) is None:

@@ -25,7 +25,7 @@ from llava_moslora.models.attention import set_attention
 from llava_moslora.models.llava import Llava, TextLlm, text_llm
 from llava_moslora.models.llava_folder import check_tower_is_taken
 from llava_moslora.models.llm import llm_on_meta, load_llm, mean_row, read_llm_config
-from llava_moslora.models.projector import read_projector
+from llava_moslora.models.projector import check_projector, read_projector
 from llava_moslora.models.towers import drop_unused, kind_of, tokens_per_image
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
 from llava_moslora.text.tokenizer import image_token_id
@@ -92,6 +92,24 @@ def assemble(
     left = [name for name, p in model.named_parameters() if p.is_meta]
     assert not left, f"grafting left parameters on the meta device: {left[:4]}"
     return model.requires_grad_(False), preprocessor
+
+
+def check_parts(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse parts that are missing or do not fit each other, as :func:`assemble` would, from their configurations and
+    the names and shapes of the projector's tensors: before the hours in which data are tokenised.
+
+    Raises:
+        Refusal: as :func:`assemble`.
+    """
+    folder = Path(settings.model_name_or_path)
+    llm_config = read_llm_config(folder)
+    _check_tokens(tokenizer, llm_config, folder)
+    if settings.text_only:
+        return
+    vision_width = read_vision_config(settings.tower).hidden_size
+    check_tower_is_taken(folder, settings.tower)
+    if settings.pretrain_mm_mlp_adapter is not None:
+        check_projector(settings.pretrain_mm_mlp_adapter, vision_width, llm_config.hidden_size)
 
 
 def model_on_meta(

@@ -56,6 +56,24 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
     Raises:
         Refusal: C-PATH, no such file; K-DAMAGED; K-PROJECTOR, unknown layout or function; K-SHAPE; K-FINITE.
     """
+    file, stored, names = _open_projector(path, vision_width, llm_width)
+    found = {here: stored[there].read() for here, there in names.items()}
+    for key, tensor in found.items():
+        if not torch.isfinite(tensor).all():
+            fix = "use another checkpoint"
+            raise Refusal("K-FINITE", "NaN or Inf in the projector", file=file, key=names[key], fix=fix)
+    return found
+
+
+def check_projector(path: str | Path, vision_width: int, llm_width: int) -> None:
+    """Refuse what :func:`read_projector` would, but for K-FINITE, from names and shapes alone."""
+    _open_projector(path, vision_width, llm_width)
+
+
+def _open_projector(
+    path: str | Path, vision_width: int, llm_width: int
+) -> tuple[Path, dict[str, LazyTensor], dict[str, str]]:
+    """The file, its tensors, and its name of each of :data:`KEYS`."""
     path = Path(path)
     # LLaVA's training also writes its configuration next to a projector, without the rest of the model.
     alone = any((path / name).is_file() for name in ("mm_projector.bin", "non_lora_trainables.bin"))
@@ -67,9 +85,8 @@ def read_projector(path: str | Path, vision_width: int, llm_width: int) -> dict[
         _check_config(file.parent / "config.json", vision_width, llm_width)
         stored = read_tensor_file(file)
     names = _find_names(file, stored)
-    found = {here: stored[there].read() for here, there in names.items()}
-    _check_shapes(file, found, names, vision_width, llm_width)
-    return found
+    _check_shapes(file, stored, names, vision_width, llm_width)
+    return file, stored, names
 
 
 def _find_names(file: Path, stored: dict[str, LazyTensor]) -> dict[str, str]:
@@ -117,20 +134,16 @@ def _check_config(file: Path, vision_width: int, llm_width: int) -> None:
 
 
 def _check_shapes(
-    file: Path, found: dict[str, Tensor], names: dict[str, str], vision_width: int, llm_width: int
+    file: Path, stored: dict[str, LazyTensor], names: dict[str, str], vision_width: int, llm_width: int
 ) -> None:
     shapes = [(llm_width, vision_width), (llm_width,), (llm_width, llm_width), (llm_width,)]
     for key, shape in zip(KEYS, shapes, strict=True):
-        if tuple(found[key].shape) != shape:
+        if (found := stored[names[key]].shape) != shape:
             raise Refusal(
                 "K-SHAPE", "the projector belongs to another vision tower or LLM", file=file, key=names[key],
-                found=list(found[key].shape),
-                expected=f"{list(shape)} (vision width {vision_width}, LLM width {llm_width})",
+                found=list(found), expected=f"{list(shape)} (vision width {vision_width}, LLM width {llm_width})",
                 fix="give the projector that was pretrained with this vision tower and this LLM",
             )  # fmt: skip
-        if not torch.isfinite(found[key]).all():
-            fix = "use another checkpoint"
-            raise Refusal("K-FINITE", "NaN or Inf in the projector", file=file, key=names[key], fix=fix)
 
 
 def _projector_file(path: Path) -> Path:

@@ -57,13 +57,14 @@ TRAINING = (
 def check_resume(training: TrainingSettings, settings: RunSettings, fingerprints: dict[str, Any]) -> None:
     """With ``resume``: refuse, before any weights are loaded, settings that differ from the run in ``output_dir``.
 
-    Takes no lock and reads no weights: damaged or just deleted checkpoints are handled by :func:`open_run`.
+    Takes no lock and reads no weights: damaged or just deleted checkpoints are handled by :func:`open_run`. May be
+    called before the data are read, without their fingerprints. Only rank 0 looks.
 
     Raises:
         Refusal: K-CHANGED, as :func:`open_run`; K-RUN, run.json is damaged.
     """
     run = training.run_folder
-    if not (training.resume and has_begun(run)):
+    if rank() > 0 or not (training.resume and has_begun(run)):
         return
     facts = None
     for checkpoint in checkpoints(run)[:1]:
@@ -142,11 +143,12 @@ def _refuse_changes(
     changed = {name: both for name, both in changed.items() if name not in allow_change}
     if changed:
         shown = {name: only_differing(*both) for name, both in changed.items()}
+        unread = ["data"] if "data_path" in changed and "data" not in fingerprints else []  # of other files they differ
         raise Refusal(
             "K-CHANGED", "the settings differ from those of the run to resume", file=run, key=", ".join(changed),
             found="; ".join(f"{name} {now}" for name, (_, now) in shown.items()),
             expected="; ".join(f"{name} {then}" for name, (then, _) in shown.items()),
-            fix=f"use the run's values, or --allow_change {' '.join(changed)}",
+            fix=f"use the run's values, or --allow_change {' '.join([*changed, *unread])}",
         )  # fmt: skip
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llava_moslora.config import DataSettings, TrainingSettings
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import NOT_OF_THE_PLACE, Refusal
 from llava_moslora.files.manifest import MANIFEST
 from llava_moslora.runs.checkpoints import CHECKPOINT, checkpoints
 from llava_moslora.runs.log import METRICS_FILE, read_rows
@@ -55,19 +57,63 @@ def check_output(
         Refusal: C-OUTPUT, it is no folder, cannot be written to, or holds something that is neither to be resumed nor
             to be deleted: not a run, a file that no run writes inside a run's own folders, an input.
     """
-    run, resume, overwrite = training.run_folder, training.resume, training.overwrite
-    if run.exists() and not run.is_dir():
-        raise _refusal("not a folder", run, fix="choose another path")
-    place = next(p for p in (run, *run.absolute().parents) if p.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise _refusal("cannot be written to", place, fix="choose another path, or change its permissions")
+    run = training.run_folder
+    with _cannot_be_written(run):
+        place = real_place(run)
+        if place.exists() and not place.is_dir():
+            raise _refusal("not a folder", run, fix="choose another path")
     if data is not None and _lies_in(Path(data.data_cache), run):
         raise Refusal(
             "C-OUTPUT", "the data cache is in the run folder", file=data.data_cache, key="--data_cache",
             fix="choose another --data_cache; several runs on the same data share it",
         )  # fmt: skip
-    if not run.is_dir():
-        return
+    if place.is_dir():
+        _check_content(run, training.resume, training.overwrite, inputs)
+    with _cannot_be_written(run):
+        _try_to_write(place)
+
+
+@contextmanager
+def _cannot_be_written(run: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NOT_OF_THE_PLACE:
+            raise
+        fix = "choose another path, or change its permissions"
+        raise _refusal("cannot be written to", run, found=error.strerror, fix=fix) from error
+
+
+def real_place(folder: Path) -> Path:
+    """``folder``, which need not be there, as an absolute path without links and ``..``.
+
+    Raises:
+        Refusal: C-OUTPUT, a link on the way leads nowhere: its disk is not mounted, and what is written behind it would
+            fail, or land on another one.
+    """
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if place.is_symlink() and not place.exists():
+            raise _refusal(
+                "a link to a place that is not there", place, found=os.readlink(place),
+                fix="mount its disk or mend the link, or choose another path",
+            )  # fmt: skip
+    return folder.resolve()
+
+
+def _try_to_write(place: Path) -> None:
+    """Make a hidden folder, in it the folders that are missing at ``place``, and a file; then remove them again.
+
+    Whoever else begins a run there at the same time sees no folder come and go.
+    """
+    above = next(p for p in (place, *place.parents) if p.exists())
+    with TemporaryDirectory(dir=above, prefix=".", suffix=".probe") as probe:
+        folder = Path(probe) / place.relative_to(above)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RUN).touch()
+
+
+def _check_content(run: Path, resume: bool, overwrite: bool, inputs: Iterable[tuple[str, Path]]) -> None:
+    """Refuse what is in a run folder that exists, as :func:`check_output` says."""
     if not (run / RUN).exists():
         _check_no_run(run, resume, overwrite)
         return

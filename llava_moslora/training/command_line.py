@@ -7,7 +7,9 @@ nor transformers is imported: a mistyped flag is reported before that.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 from llava_moslora.config import HEADINGS, MODEL, AdapterSettings, DataSettings, ModelSettings, TrainingSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.flags import Flag, SettingsParser, flags_of, with_home
+from llava_moslora.runs.output_dir import check_output
 from llava_moslora.training import trainer_flags
 from llava_moslora.training.config_file import read_config
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
@@ -61,17 +64,52 @@ def parse_with(parser: SettingsParser, groups: Sequence[type], argv: Sequence[st
     Raises:
         Refusal: as :func:`parse`.
     """
+    content: dict[str, str | list[str]] = {}
     argv = list(map(with_home, argv))
+    given_here = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     if file := early(argv).config:
-        argv = [*_as_flags(read_config(Path(file)), parser, file), *argv]
+        content = read_config(Path(file))
+        argv = [*_as_flags(content, parser, file), *argv]
     if (deepspeed := early(argv).deepspeed) is not None:
         read_deepspeed_config(deepspeed)  # the Trainer uses it while it parses its flags
-    values = vars(parser.parse_args(argv))
-    given = [{f.name: values.pop(f.name) for f in fields(group) if f.name in values} for group in groups]
-    del values["config"]
-    trainer_flags.check_flags(values)
-    _check_timeout(values["ddp_timeout"])
-    return [settings(**known) for settings, known in zip(groups, given, strict=True)], given[-1] | values
+    with _naming_file(file, content.keys() - given_here):
+        values = vars(parser.parse_args(argv))
+        given = [{f.name: values.pop(f.name) for f in fields(group) if f.name in values} for group in groups]
+        del values["config"]
+        trainer_flags.check_flags(values)
+        _check_timeout(values["ddp_timeout"])
+        return [settings(**known) for settings, known in zip(groups, given, strict=True)], given[-1] | values
+
+
+@contextmanager
+def _naming_file(file: str, names: Collection[str]) -> Iterator[None]:
+    """The refusal of a flag that only the file of --config gives names the file; ``names``: those flags."""
+    try:
+        yield
+    except Refusal as refusal:
+        name = (refusal.key or "").removeprefix("--")
+        if refusal.file is not None or name not in names:
+            raise
+        raise Refusal(**{**vars(refusal), "file": file, "key": name}) from refusal
+
+
+def check_places(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, training: dict[str, Any]) -> None:
+    """What can be said of a training's folders in the second before torch is imported; rank 0 alone looks at the run's.
+
+    Raises:
+        Refusal: C-PATH, no folder of the LLM; I-FOLDER; C-OUTPUT, as
+            :func:`llava_moslora.runs.output_dir.check_output`, which is asked again with the inputs.
+    """
+    if not Path(model.model_name_or_path).is_dir():
+        raise Refusal(
+            "C-PATH", "no such folder", file=model.model_name_or_path, key="--model_name_or_path",
+            fix="check the path, or download the model first: nothing is fetched at run time",
+        )  # fmt: skip
+    if data.image_folder is not None and not Path(data.image_folder).is_dir():
+        what = "not a folder" if Path(data.image_folder).exists() else "there is no such folder"
+        raise Refusal("I-FOLDER", what, file=data.image_folder, fix="check --image_folder")
+    if os.environ.get("RANK", "0") == "0":
+        check_output(TrainingSettings(**{f.name: training[f.name] for f in fields(TrainingSettings)}), (), data)
 
 
 def early(argv: Sequence[str]) -> argparse.Namespace:

@@ -62,7 +62,17 @@ def _mapping(path: Path, key: str, what: str) -> yaml.MappingNode:
     except OSError as error:
         raise Refusal("C-PATH", "cannot be read", file=path, key=key, found=error.strerror) from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise Refusal("C-PARSE", "neither YAML nor JSON", file=path, found=error) from error
+        raise Refusal("C-PARSE", "neither YAML nor JSON", file=path, found=_in_one_line(error)) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """What a parser has to say, after line and column, counted from 1 as editors do."""
+    if isinstance(error, RecursionError):
+        return "too many brackets inside each other"
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark or error.context_mark) is not None:
+        said = ", ".join(filter(None, [error.context, error.problem]))
+        return f"line {mark.line + 1}, column {mark.column + 1}: {said}"
+    return " ".join(str(error).split())
 
 
 class _TextLoader(yaml.SafeLoader):

@@ -121,6 +121,8 @@ def _check_numbers(args: TrainingArguments) -> None:
 
 
 def _check_adapters(adapter: AdapterSettings) -> None:
+    if adapter.lora_r == adapter.vision_lora_r == 0 and not adapter.tune_mm_mlp_adapter:
+        raise Refusal("C-FLAG", "no adapter to train", key="--lora_r", fix="give --lora_r or --vision_lora_r above 0")
     for prefix in ("", "vision_"):
         for name, (smallest, allowed) in ADAPTER_RANGES.items():
             check_range(prefix + name, getattr(adapter, prefix + name), smallest, allowed)

@@ -65,7 +65,7 @@ def test_errors_name_the_record(image_folder):
     with pytest.raises(Refusal, match=r"\[I-MISSING\] .*nope.png:record 41 id=abc"):
         collate([make(3), make(3, ["nope.png"], 41, "abc")])
     masked = make(3, record=42, id="abc") | {"labels": [-100] * 3}
-    with pytest.raises(Refusal, match=r"\[D-LABELS\] :record 42 id=abc: no token of this record has a label"):
+    with pytest.raises(Refusal, match=r"\[D-LABELS\] record 42 id=abc: no token of this record has a label"):
         collate([make(3), masked])
 
 

@@ -14,7 +14,7 @@ import pytest
 from llava_moslora.config import DataSettings
 from llava_moslora.data import cache, tokenise
 from llava_moslora.data import prepare as module
-from llava_moslora.data.cache import keys_of, report_of, reports_of, summary
+from llava_moslora.data.cache import folders_of, keys_of, report_of, reports_of, summary
 from llava_moslora.data.prepare import prepare
 from llava_moslora.errors import Refusal
 from llava_moslora.text.conversation import IGNORE_INDEX
@@ -219,12 +219,52 @@ def test_quarantine(build, caplog):
         build(BAD, on_bad_record="skip")
 
 
+def test_bad_records_are_counted_also_from_the_cache(build, caplog):
+    """What is kept and what is left out add up to the records, whichever run says it."""
+    records = [record(id=str(k), image="0.png" if k % 2 else "nope.png") for k in range(42)]
+    quarantine = {"on_bad_record": "quarantine", "max_bad_share": 0.5}
+    for logged in (True, False):
+        caplog.clear()
+        rows = build(records, **quarantine)
+        report = folders_of(rows)[0] / "report.json"
+        assert f"bad records of {reports_of(rows)[0]['file']}: 21, listed in {report}" in summary(rows).splitlines()
+        assert "data: records: 42  kept: 21  " in summary(rows) and "  left out, bad: 21" in summary(rows)
+        assert (f"and 1 more; all are listed in {report}" in caplog.text) == logged
+    assert "left out" not in summary(build(records[1::2]))
+
+
+def test_a_bad_record_names_the_way_without_it(build):
+    with pytest.raises(Refusal, match=r"or to train without bad records: --on_bad_record quarantine$"):
+        build([record(id=str(k), image="0.png" if k else "nope.png") for k in range(100)])
+    with pytest.raises(Refusal, match=r"bad records: --on_bad_record quarantine --max_bad_share 0.34$"):
+        build([record(id=str(k), image="0.png" if k else "nope.png") for k in range(3)])
+    with pytest.raises(Refusal) as refusal:  # nothing would be left
+        build([record(image="nope.png")])
+    assert "quarantine" not in str(refusal.value)
+
+
+def test_a_refused_name_of_an_image_names_the_data_file(build, image_folder, tmp_path):
+    names = [str(image_folder / "0.png"), "1.png"]
+    records = [record(image=name, id=str(k)) for k, name in enumerate(names)]
+    assert build(records)["images"][:] == [[name] for name in names]
+    other = shutil.copytree(image_folder, tmp_path / "others")
+    message = r"I-PATH\] {}:record 0 id=0:image: an absolute path outside --image_folder; found {}"
+    with pytest.raises(Refusal, match=message.format(tmp_path / "data.json", names[0])):
+        build(records, image_folder=other)  # from the cache
+    (image_folder / "0.png").rename(tmp_path / "0.png")
+    records[0]["image"] = str(tmp_path / "0.png")
+    with pytest.raises(Refusal, match=message.format(tmp_path / "data.json", tmp_path / "0.png")):
+        build(records)
+
+
 # D24: no records, or fewer than one global batch
 def test_refusals(build, write_json, image_folder, tmp_path):
     with pytest.raises(Refusal, match=r"\[D-NONE\] .*there are no records: 0 optimizer steps"):
         build([])
     with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*no such folder; fix: check --image_folder"):
         build([record()], image_folder=tmp_path / "nope")
+    with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*data.json: not a folder; fix: check --image_folder"):
+        build([record()], image_folder=write_json([]))
     with pytest.raises(Refusal, match=r"\[I-FOLDER\] .*record 0 id=r: the record has an image but no image folder"):
         build([record()], image_folder=None)
     with pytest.raises(Refusal, match=r"\[D-FILE\] .*no such file; fix: check --data_path"):

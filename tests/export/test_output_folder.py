@@ -152,6 +152,16 @@ def test_the_current_folder_is_not_replaced(run, out, monkeypatch):
         export(run, ".", prove=False)
 
 
+@pytest.mark.parametrize(("name", "formats"), [("dangling", ["hf"]), ("dangling/out", ["hf"]), (".", ["hf", "peft"])])
+def test_a_link_that_leads_nowhere_is_refused(run, tmp_path, name, formats):
+    """The disk behind it is not mounted: the export would land on another one."""
+    for link in ("dangling", "peft"):
+        (tmp_path / link).symlink_to(tmp_path / "not mounted")
+    message = r"C-OUTPUT\] .*/(dangling|peft):--output_dir: a link to a place that is not there; found .*not mounted"
+    refused(run, tmp_path / name, message, watched=tmp_path, formats=formats)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "peft"]
+
+
 @pytest.mark.parametrize(("number", "line"), [
     (errno.EIO, r"E-DISK\] .*\.out\.lock: the disk cannot be read or written"),
     (errno.EMFILE, r"E-FILES\] .*too many open files"),

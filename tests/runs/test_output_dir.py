@@ -1,10 +1,11 @@
 """What may lie in --output_dir, and what is never deleted there."""
 
+import errno
 import os
 
 import pytest
 
-from llava_moslora.errors import Refusal
+from llava_moslora.errors import Refusal, known_failure
 from support.run_folders import check, open_new, reopen
 
 
@@ -83,8 +84,55 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(Refusal, match=r"C-OUTPUT.*not a folder"):
         open_new(tmp_path / "file")
-    with pytest.raises(Refusal, match=r"C-OUTPUT.*cannot be written to"):
+    with pytest.raises(Refusal, match=r"C-OUTPUT.*cannot be written to; found Not a directory"):
         open_new(tmp_path / "file" / "run")
+
+
+# C13: an output folder that cannot be written
+@pytest.mark.parametrize("name", ["dangling", "dangling/run", "dangling/a/run", "deep/link/../../dangling/run"])
+def test_a_link_that_leads_nowhere_is_refused(tmp_path, name):
+    """The disk behind it is not mounted: its content would be written to another one."""
+    (tmp_path / "deep" / "link").mkdir(parents=True)
+    (tmp_path / "dangling").symlink_to("/nowhere/disk")
+    before = sorted(tmp_path.rglob("*"))
+    message = r"C-OUTPUT\] .*dangling:--output_dir: a link to a place that is not there; found /nowhere/disk; fix: "
+    for flags in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(Refusal, match=message):
+            check(tmp_path / name, **flags)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# C13: an output folder that cannot be written
+@pytest.mark.parametrize(("name", "message"), [
+    ("spare/../file", "not a folder"),  # there is no spare
+    ("/proc/x", "cannot be written to; found No such file or directory"),
+    ("/proc/self/fdinfo/x/y", "cannot be written to; found "),
+    ("x" * 300, "cannot be written to; found File name too long"),
+    ("a/" + "x" * 300, "cannot be written to; found File name too long"),
+])  # fmt: skip
+def test_what_making_the_folder_would_raise_is_refused_before(tmp_path, name, message):
+    (tmp_path / "file").touch()
+    with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:--output_dir: {message}"):
+        check(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_can_be_made_is_not_made_by_the_check(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for name in ("run", "a/b/run", "link/run", "link", "a/../run"):
+        check(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["disk", "link"]
+
+
+def test_a_full_disk_is_no_wrong_folder(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path))
+
+    monkeypatch.setattr(os, "mkdir", full)
+    with pytest.raises(OSError) as raised:
+        check(tmp_path / "run")
+    assert known_failure(raised.value).line().startswith(f"error[E-DISK] {tmp_path}: the disk is full")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

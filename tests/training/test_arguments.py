@@ -230,7 +230,10 @@ def test_null_is_a_flag_that_is_not_given(tmp_path, null):
         (b"data_path: [a, null]", r"data_path: a list holds plain values only; found null"),
         (b"data_path: [[a]]", r"data_path: a list holds plain values only; found sequence"),
         (b"[a]: b", r"a key that is not text; found line 1"),
-        (b"[" * 9000, r"neither YAML nor JSON"),
+        (b"[" * 9000, r"neither YAML nor JSON; found too many brackets inside each other$"),
+        (b"a: 1\nb: [1, 2\n", r"neither YAML nor JSON; found line 3, column 1: while parsing a flow sequence"),
+        (b"a: 1\n  b: 2\n", r"neither YAML nor JSON; found line 2, column 4: mapping values are not allowed here$"),
+        (b"a: '\x01'\n", r"neither YAML nor JSON; found unacceptable character #x0001: [^\\]*$"),
         (b"#" * (LARGEST + 1), rf"C-PARSE\] .*too large; found {LARGEST + 1} bytes; expected at most {LARGEST} bytes"),
     ],
 )
@@ -253,6 +256,22 @@ def test_yaml_that_builds_objects_is_refused(tmp_path):
     file.write_text("lora_r: !!python/object/apply:os.getpid []\n")
     with pytest.raises(Refusal, match="neither YAML nor JSON"):
         parse(["--config", str(file), *required(tmp_path)])
+
+
+@pytest.mark.parametrize(("line", "message"), [
+    ("max_steps: two", r"c\.yaml:max_steps: invalid int value: 'two'; fix: see --help$"),
+    ("bits: 5", r"c\.yaml:bits: invalid choice: 5"),
+    ("recompute: some", r"c\.yaml:recompute: unknown mode"),
+    ("push_to_hub: true", r"c\.yaml:push_to_hub: nothing is uploaded while training"),
+    ("ddp_timeout: 0", r"c\.yaml:ddp_timeout: out of range"),
+])  # fmt: skip
+def test_a_wrong_value_of_a_file_names_the_file(tmp_path, line, message):
+    (tmp_path / "c.yaml").write_text(f"{line}\n")
+    with pytest.raises(Refusal, match=message):
+        parse([*required(tmp_path), "--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text("max_steps: 2\n")
+    with pytest.raises(Refusal, match=r"C-FLAG\] --max_steps: invalid int value: 'three'"):
+        parse([*required(tmp_path), "--config", str(tmp_path / "c.yaml"), "--max-steps=three"])
 
 
 # C8: a DeepSpeed file that is missing or broken

@@ -4,7 +4,9 @@ import json
 import shutil
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from llava_moslora.errors import Refusal
 from llava_moslora.runs.record import read_run
@@ -112,7 +114,8 @@ def test_a_resume_without_a_valid_checkpoint_touches_nothing(parts, whole, tmp_p
 CHANGED = {
     "a setting": ({"learning_rate": 1e-3}, "found learning_rate 0.001; expected learning_rate 0.01"),
     "the global batch": ({"per_device_train_batch_size": 1}, "found global_batch_size 1"),
-    "the data": ({"data_path": None}, r"found data_path .*; data \['other-"),
+    "the data": ({"data_path": None}, r"found data_path .*; fix: .*--allow_change data_path data$"),
+    "the data's content": ({"data_path": None, "allow_change": "data_path"}, r"found data \['other-"),
     "the LLM": ({"model_name_or_path": None}, r"found llm .*model\.safetensors"),
 }
 
@@ -126,8 +129,8 @@ def test_a_changed_run_is_refused_before_the_llm_is_loaded(parts, whole, tmp_pat
 
     run = shutil.copytree(whole, tmp_path / "run")
     changes, message = CHANGED[case]
-    if case == "the data":
-        changes = {"data_path": tmp_path / "other.json"}
+    if "data_path" in changes:
+        changes = changes | {"data_path": tmp_path / "other.json"}
         changes["data_path"].write_text(json.dumps(json.loads(parts.data.read_text())[:-1]))
     if case == "the LLM":
         changes = {"model_name_or_path": write_llm(tmp_path / "llm", initializer_range=0.03)}
@@ -138,6 +141,46 @@ def test_a_changed_run_is_refused_before_the_llm_is_loaded(parts, whole, tmp_pat
     assert content(run) == before
     with pytest.raises(AssertionError):  # what did not change goes further
         train(parts, run, resume=True)
+
+
+def other_projector(folder):
+    """Of a tower and an LLM with other widths."""
+    shapes = {"0.weight": (12, 6), "0.bias": (12,), "2.weight": (12, 12), "2.bias": (12,)}
+    save_file({f"model.{name}": torch.zeros(shape) for name, shape in shapes.items()}, folder / "model.safetensors")
+    return folder
+
+
+QUICK = {
+    "no projector": (lambda parts, tmp: {"pretrain_mm_mlp_adapter": tmp / "nope"}, "no such file or folder"),
+    "a folder without one": (lambda parts, tmp: {"pretrain_mm_mlp_adapter": parts.images}, "no projector file in this"),
+    "a tower in its place": (lambda parts, tmp: {"pretrain_mm_mlp_adapter": parts.clip}, "no projector in this"),
+    "another shape": (lambda parts, tmp: {"pretrain_mm_mlp_adapter": other_projector(tmp)}, r"K-SHAPE\] .*0\.weight"),
+    "no adapter": (lambda parts, tmp: {"lora_r": 0, "vision_lora_r": 0}, "--lora_r: no adapter to train"),
+    "a changed setting": (lambda parts, tmp: {"resume": True, "learning_rate": 1}, "K-CHANGED.*found learning_rate 1"),
+    "another LLM": (
+        lambda parts, tmp: {"resume": True, "model_name_or_path": write_llm(tmp / "llm", initializer_range=0.03)},
+        r"K-CHANGED.*found llm .*model\.safetensors",
+    ),
+    "other data": (
+        lambda parts, tmp: {"resume": True, "data_path": parts.data.with_name("other.json")}, "K-CHANGED.*data_path",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_what_needs_no_data_is_refused_before_they_are_tokenised(parts, whole, tmp_path, monkeypatch, case):
+    """Of a data set that is not in the cache that takes hours."""
+    import scripts.train_vit_llm as script
+
+    def tokenised(*args, **settings):
+        raise AssertionError("the data would be tokenised")
+
+    monkeypatch.setattr(script, "prepare", tokenised)
+    changes, message = QUICK[case]
+    given = changes(parts, tmp_path)
+    run = shutil.copytree(whole, tmp_path / "run") if "resume" in given else tmp_path / "run"
+    with pytest.raises(Refusal, match=message):
+        train(parts, run, **given)
 
 
 def test_inputs_inside_the_run_are_named_before_anything_is_loaded(parts, whole, tmp_path):
@@ -178,9 +221,10 @@ def test_nothing_saved_is_said(parts, tmp_path, capsys):
 
 
 def test_the_last_line_says_what_to_do_next(parts, tmp_path, capsys):
-    train(parts, tmp_path / "run", max_steps=1)
+    run = tmp_path / "with space ü"
+    train(parts, run, max_steps=1)
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line == f"trained: {tmp_path / 'run'}; next: python scripts/export.py {tmp_path / 'run'} --output_dir MERGED"
+    assert line == f"trained: {run}; next: python scripts/export.py '{run}' --output_dir MERGED"
 
 
 def test_a_damaged_log_stops_no_resume(parts, whole, tmp_path, capsys):

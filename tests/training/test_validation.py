@@ -176,12 +176,15 @@ def test_early_stopping_keeps_the_best_next_to_the_newest(stopped):
         model_checkpoint(run, "checkpoint-3")
 
 
-def test_a_run_that_stopped_early_stays_stopped(parts, stopped, scripted):
+def test_a_run_that_stopped_early_stays_stopped(capsys, parts, stopped, scripted):
     run, settings = stopped
+    why = "stopped early at step 5 of 12: no better eval_loss in 3 evaluations"
+    assert capsys.readouterr().out.splitlines().count(why) == 1
     before = {path: path.read_bytes() for path in run.glob("checkpoint-*/*") if path.is_file()}
     seen = scripted()
     train(parts, run, resume=True, **settings)
     assert not seen and {path: path.read_bytes() for path in run.glob("checkpoint-*/*") if path.is_file()} == before
+    assert capsys.readouterr().out.splitlines().count(why) == 1
     changed = settings | {"early_stopping_patience": 9}
     with pytest.raises(Refusal, match=r"K-CHANGED.*early_stopping_patience.*found early_stopping_patience 9"):
         train(parts, run, resume=True, **changed)

@@ -14,7 +14,8 @@ from transformers.trainer_utils import SaveStrategy
 
 class EarlyStopping(TrainerCallback):
     """Ends the run after ``patience`` evaluations in a row that do not improve on the best before them by more than
-    ``threshold``; the last step is saved. An evaluation before the first step does not count.
+    ``threshold``; the last step is saved, and a line says why it ended. An evaluation before the first step does not
+    count.
 
     The metric is ``metric_for_best_model``, better as ``greater_is_better`` says.
     """
@@ -29,12 +30,24 @@ class EarlyStopping(TrainerCallback):
         if self._stop_if_due(args, state, control):
             control.should_save |= args.save_strategy != SaveStrategy.NO
 
+    def on_train_end(self, args, state, control, **_):
+        if state.is_world_process_zero and state.global_step < state.max_steps and self._is_due(args, state):
+            print(f"stopped early at step {state.global_step} of {state.max_steps}: no better "
+                  f"{_metric(args)} in {self.patience} evaluation{'s' * (self.patience > 1)}", flush=True)  # fmt: skip
+
     def _stop_if_due(self, args, state: TrainerState, control) -> bool:
-        name = f"eval_{args.metric_for_best_model}"
-        values = [row[name] for row in state.log_history if name in row and row["step"] > 0]
-        due = without_improvement(values, args.greater_is_better, self.threshold) >= self.patience
+        due = self._is_due(args, state)
         control.should_training_stop |= due
         return due
+
+    def _is_due(self, args, state: TrainerState) -> bool:
+        name = _metric(args)
+        values = [row[name] for row in state.log_history if name in row and row["step"] > 0]
+        return without_improvement(values, args.greater_is_better, self.threshold) >= self.patience
+
+
+def _metric(args) -> str:
+    return f"eval_{args.metric_for_best_model}"
 
 
 def without_improvement(values: Sequence[float], greater_is_better: bool, threshold: float) -> int:
