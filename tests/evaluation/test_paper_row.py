@@ -127,7 +127,7 @@ def test_what_differs_from_table_8_is_named(tmp_path, models):
 def test_another_training_than_in_table_8_is_named(tmp_path, models, changes, batch, named):
     found, sentence = recognise_row(run(tmp_path / "run", models, batch=batch, training=TABLE_8 | changes))
     assert found == "llama-3-moslora-kaiming"
-    assert sentence.endswith(f"Other than in the paper's Table 8: {named}." if named else "from its record.")
+    assert sentence.endswith(f"Different from the paper's Table 8: {named}." if named else "from its record.")
 
 
 def test_a_run_that_states_no_training_is_not_compared(tmp_path, models):
