@@ -54,7 +54,7 @@ from llava_moslora.data.cache import summary
 from llava_moslora.data.prepare import prepare
 from llava_moslora.data.report import write_report
 from llava_moslora.models.llava_folder import name_parts
-from llava_moslora.models.llm import longest_text, read_llm_config
+from llava_moslora.models.llm import check_llm_composes, longest_text, read_llm_config
 from llava_moslora.models.towers import tokens_per_image
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.text.templates import recognise_template
@@ -88,7 +88,11 @@ def main() -> None:
     if report.report_dir:
         make_report_folder(Path(report.report_dir))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    llm = Path(model.model_name_or_path)  # a tokenizer's files alone are enough here
+    llm, limit = Path(model.model_name_or_path), None
+    if (llm / "config.json").is_file():  # a tokenizer's files alone are enough here
+        llm_config = read_llm_config(llm)
+        check_llm_composes(llm_config, llm)
+        limit = longest_text(llm_config)
     tokenizer = load_tokenizer(llm, images=not model.text_only)
     template = model.version or recognise_template(tokenizer)
     print(f"conversation template: {template}")
@@ -97,7 +101,7 @@ def main() -> None:
         tokenizer=tokenizer,
         template=template,
         tokens_per_image=0 if model.text_only else tokens_per_image(read_vision_config(model.tower)),
-        longest_text=longest_text(read_llm_config(llm)) if (llm / "config.json").is_file() else None,
+        longest_text=limit,
     )
     print(summary(dataset))
     if report.report_dir:

@@ -24,7 +24,7 @@ from llava_moslora.models.adapt import add_adapters, train_projector_only
 from llava_moslora.models.attention import set_attention
 from llava_moslora.models.llava import Llava, TextLlm, text_llm
 from llava_moslora.models.llava_folder import check_tower_is_taken
-from llava_moslora.models.llm import llm_on_meta, load_llm, mean_row, read_llm_config
+from llava_moslora.models.llm import check_llm_composes, llm_on_meta, load_llm, mean_row, read_llm_config
 from llava_moslora.models.projector import check_projector, read_projector
 from llava_moslora.models.towers import drop_unused, kind_of, tokens_per_image
 from llava_moslora.models.vision import load_vision_tower, read_vision_config
@@ -99,10 +99,11 @@ def check_parts(settings: ModelSettings, tokenizer: PreTrainedTokenizerFast) -> 
     the names and shapes of the projector's tensors: before the hours in which data are tokenised.
 
     Raises:
-        Refusal: as :func:`assemble`.
+        Refusal: as :func:`assemble`; C-MODEL, an LLM whose loss is not what is trained (:func:`check_llm_composes`).
     """
     folder = Path(settings.model_name_or_path)
     llm_config = read_llm_config(folder)
+    check_llm_composes(llm_config, folder)
     _check_tokens(tokenizer, llm_config, folder)
     if settings.text_only:
         return

@@ -34,18 +34,13 @@ LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_
 def read_llm_config(folder: str | Path) -> PreTrainedConfig:
     """The LLM's configuration: for an InternLM2 folder a ``LlamaConfig``, for a complete LLaVA that of its LLM.
 
+    What is to be trained is checked by :func:`check_llm_composes` too; what was trained is read without it.
+
     Raises:
         Refusal: C-PATH, no such folder; C-MODEL, it needs custom code, is quantised, or has an architecture that
-            ``LlavaForConditionalGeneration`` cannot contain or whose own loss is not the training loss
-            (:func:`_check_composes`); K-JSON, K-CONFIG.
+            ``LlavaForConditionalGeneration`` cannot contain; K-JSON, K-CONFIG.
     """
     folder = Path(folder)
-    config = _read_config(folder)
-    _check_composes(config, folder)
-    return config
-
-
-def _read_config(folder: Path) -> PreTrainedConfig:
     file = folder / "config.json"
     if not file.is_file():
         run = folder.parent if folder.is_dir() and folder.name.startswith("checkpoint-") else folder
@@ -123,25 +118,30 @@ class _Given(BaseModelOutputWithPast):
         return None
 
 
-def _check_composes(config: PreTrainedConfig, folder: Path) -> None:
-    """Refuse an LLM that does more with tokens than embed them, or more with hidden states than ``lm_head``.
+def check_llm_composes(config: PreTrainedConfig, folder: str | Path) -> None:
+    """Refuse to train an LLM that does more with tokens than embed them, or more with hidden states than ``lm_head``.
 
     Training computes its loss, and a LLaVA its logits, from ``lm_head(model(inputs_embeds))``. Gemma 2 caps its logits,
     Cohere, Granite and MiniCPM3 scale them, and Gemma 3n looks tokens up in a second table: such a model would be
     trained on another loss than that of the model it is used as.
 
+    Args:
+        config: :func:`read_llm_config` of the same folder.
+
     Raises:
         Refusal: C-MODEL.
     """
-    llm = llm_on_meta(config, folder)
-    try:
-        why = _more_than_head(llm)
-    except Exception as error:  # a forward that needs more than hidden states between decoder and head
-        why = f"its forward on given hidden states ends with {type(error).__name__}"
+    # Whatever is drawn here is not taken from what --seed draws afterwards, such as a new projector.
+    with torch.random.fork_rng(devices=[]):
+        llm = llm_on_meta(config, Path(folder))
+        try:
+            why = _more_than_head(llm)
+        except Exception as error:  # a forward that needs more than hidden states between decoder and head
+            why = f"its forward on given hidden states ends with {type(error).__name__}"
     if why:
         raise Refusal(
             "C-MODEL", "the LLM computes more than lm_head(decoder(embeddings)), which is what is trained here",
-            file=folder / "config.json", key="model_type", found=f"{config.model_type} ({why})",
+            file=Path(folder) / "config.json", key="model_type", found=f"{config.model_type} ({why})",
             expected="llama, internlm2, mistral, qwen2, qwen3 or similar", fix="choose another LLM",
         )  # fmt: skip
 
@@ -154,13 +154,16 @@ def _more_than_head(llm: PreTrainedModel) -> str:
     """
     own = llm.get_input_embeddings()
     for name, module in llm.named_modules():
-        # A table of positions has far fewer rows than there are tokens.
-        if isinstance(module, nn.Embedding) and module is not own and module.num_embeddings > own.num_embeddings // 2:
+        if not isinstance(module, nn.Embedding) or module is own:
+            continue
+        # A table of positions has far fewer rows than there are tokens, unless the vocabulary is small.
+        of_positions = "position" in f"{name} {type(module).__name__}".lower()
+        if not of_positions and module.num_embeddings > own.num_embeddings // 2:
             return f"it looks tokens up in a second table, {name}"
     generator = torch.Generator().manual_seed(0)
     hidden = 30 * torch.randn(1, 4, 8, generator=generator)  # (B, T, D), large, so that a cap shows
-    head = nn.Linear(8, 16, bias=False)
-    head.load_state_dict({"weight": torch.randn(16, 8, generator=generator)})
+    head = nn.Linear(8, 16, bias=False, device="meta")
+    head.weight = nn.Parameter(torch.randn(16, 8, generator=generator))
     for module in llm.modules():
         if isinstance(module, PreTrainedModel) and module is not llm:
             module.forward = lambda *_, **__: _Given(last_hidden_state=hidden)

@@ -13,7 +13,7 @@ from llava_moslora.adapters.methods import METHODS
 from llava_moslora.config import AdapterSettings, DataSettings, ModelSettings
 from llava_moslora.errors import Refusal
 from llava_moslora.models.llava_folder import name_parts
-from llava_moslora.models.llm import read_llm_config
+from llava_moslora.models.llm import check_llm_composes, read_llm_config
 from llava_moslora.models.vision import read_vision_config
 from llava_moslora.planning.plan import Request, device_of
 from llava_moslora.planning.records import Records, assumed, of_dataset
@@ -74,12 +74,13 @@ def make_request(
 
     Raises:
         Refusal: C-FLAG, an unknown GPU or a number out of range; N-PLAN, a setting whose memory is not counted;
-            whatever reading the configurations refuses.
+            C-MODEL, an LLM whose loss is not what is trained; whatever reading the configurations refuses.
     """
     check_counted(training, deepspeed)
     device_name = device_of(asked.gpu)
     model = name_parts(model)
     llm = read_llm_config(model.model_name_or_path)
+    check_llm_composes(llm, model.model_name_or_path)
     tower = None if model.text_only else read_vision_config(model.tower)
     if tower is None:
         adapter = replace(adapter, vision_lora_r=0)

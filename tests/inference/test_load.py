@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from llava_moslora.errors import Refusal
 from llava_moslora.inference import load as load_module
+from llava_moslora.inference.generate import answer
 from llava_moslora.inference.load import load, load_run
+from llava_moslora.text.conversation import Turn
 from support.export_runs import newer, trained_run
-from support.tiny import write_clip, write_llm
+from support.tiny import write_clip, write_gemma2, write_llm
 
 
 @pytest.fixture
@@ -116,3 +119,16 @@ def test_a_damaged_checkpoint_is_not_tried_again(own, monkeypatch):
     with pytest.raises(FileNotFoundError, match="something else"):
         load_run(own.run)
     assert calls == [1]
+
+
+def test_an_export_of_an_llm_that_is_no_longer_trained_answers(tmp_path):
+    """The refusal of an LLM that caps its logits is of a training; greedy answers are the model's own."""
+    folder = write_gemma2(tmp_path)
+    (folder / "export.json").write_text(json.dumps({"format": "llm", "run": "run", "template": "vicuna"}))
+    chat_model = load(folder, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        found, own = (model(input_ids=ids).logits.cpu() for model in (chat_model.model.cpu(), stock))
+    assert torch.equal(found.argmax(-1), own.argmax(-1))
+    assert len(list(answer(chat_model, [([], [Turn("human", "what is it?")])], max_new_tokens=4))) == 1

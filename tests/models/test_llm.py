@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -20,16 +21,27 @@ from transformers import (
     MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    OPTConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
+from llava_moslora.config import ModelSettings
 from llava_moslora.errors import Refusal
+from llava_moslora.models.assemble import check_parts
 from llava_moslora.models.llava import text_llm
-from llava_moslora.models.llm import load_llm, longest_text, read_llm_config, read_llm_tensors, with_old_rope
-from support.tiny import write_llm
+from llava_moslora.models.llm import (
+    check_llm_composes,
+    load_llm,
+    longest_text,
+    read_llm_config,
+    read_llm_tensors,
+    with_old_rope,
+)
+from llava_moslora.text.tokenizer import load_tokenizer
+from support.tiny import write_gemma2, write_llm
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -73,7 +85,9 @@ def test_the_loss_of_an_accepted_llm_is_its_own(tmp_path, kind):
     tokens = {"eos_token_id": 1, "bos_token_id": 2, "pad_token_id": 0}
     CONFIG_MAPPING[kind](**SMALL, **ACCEPTED[kind], **tokens).save_pretrained(tmp_path)
     torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(read_llm_config(tmp_path)).eval()
+    config = read_llm_config(tmp_path)
+    check_llm_composes(config, tmp_path)
+    llm = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         llm.lm_head.weight.mul_(300)  # logits so large that a cap or a factor would show
         ids = torch.randint(3, 100, (2, 12))
@@ -104,7 +118,7 @@ def test_an_llm_that_does_more_than_its_head_is_refused(tmp_path, name):
     changes, why = REFUSED[name]
     CONFIG_MAPPING[name.split(",")[0]](**(SMALL | changes)).save_pretrained(tmp_path)
     with pytest.raises(Refusal, match=rf"C-MODEL\] .*config.json:model_type.*{re.escape(why)}") as refusal:
-        read_llm_config(tmp_path)
+        check_llm_composes(read_llm_config(tmp_path), tmp_path)
     assert refusal.value.fix
 
 
@@ -112,7 +126,31 @@ def test_the_llm_of_a_llava_is_checked_too(tmp_path):
     LlavaConfig(text_config=Gemma2Config(**SMALL, head_dim=8)).save_pretrained(tmp_path)
     save_file({"language_model.lm_head.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(Refusal, match=r"C-MODEL.*final_logit_softcapping"):
-        read_llm_config(tmp_path)
+        check_llm_composes(read_llm_config(tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_check_draws_no_random_numbers(tmp_path, kind):
+    """Or a new projector would start from other numbers than the same --seed gave before."""
+    CONFIG_MAPPING[kind](**SMALL, head_dim=8).save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    config = read_llm_config(tmp_path)
+    with pytest.raises(Refusal) if kind == "gemma2" else nullcontext():
+        check_llm_composes(config, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_positions_are_no_second_table_of_tokens(tmp_path):
+    """More rows than half of a small vocabulary has: OPT has 2050."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    OPTConfig(vocab_size=3000, word_embed_proj_dim=32, **sizes).save_pretrained(tmp_path)
+    check_llm_composes(read_llm_config(tmp_path), tmp_path)
+
+
+def test_the_parts_of_a_training_are_checked(tmp_path):
+    folder = write_gemma2(tmp_path)
+    with pytest.raises(Refusal, match=r"C-MODEL.*final_logit_softcapping"):
+        check_parts(ModelSettings(str(folder)), load_tokenizer(folder))
 
 
 @pytest.mark.parametrize("stored", ["generation_config.json", "config.json"])

@@ -17,6 +17,7 @@ from llava_moslora.training.compatible import PER_PARAMETER, PER_WEIGHT
 from support.launching import ROOT
 from support.planned import CLIP_L_336, LLAMA_3_8B
 from support.run_folders import edit_record
+from support.tiny import write_gemma2
 
 SCRIPT = str(ROOT / "scripts" / "plan.py")
 RECIPE = str(ROOT / "scripts" / "llama3_8b_moslora.sh")
@@ -190,6 +191,11 @@ def test_the_state_of_every_optimizer_that_can_be_trained_with_is_counted():
 def test_a_recipe_whose_folders_are_missing_is_refused(plan):
     with pytest.raises(Refusal, match="nowhere/llm:--model_name_or_path: no such folder"):
         plan("--gpu", "h100-80", "--config", RECIPE, LLM="nowhere/llm")
+
+
+def test_an_llm_that_is_not_trained_is_not_planned(plan, tmp_path):
+    with pytest.raises(Refusal, match=r"C-MODEL\] .*final_logit_softcapping"):
+        plan("--gpu", "h100-80", "--config", RECIPE, LLM=write_gemma2(tmp_path))
 
 
 def test_a_page_with_bars(plan, tmp_path):

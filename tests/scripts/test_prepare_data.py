@@ -8,6 +8,7 @@ from llava_moslora.config import DataSettings
 from llava_moslora.errors import Refusal
 from scripts.prepare_data import main, parse
 from support.text_runs import write_alpaca
+from support.tiny import write_gemma2
 
 REQUIRED = ["--model_name_or_path", "llm", "--data_path", "a.json", "b.json"]
 
@@ -63,3 +64,12 @@ def test_flags_of_images_and_text_are_those_of_training(parts, tmp_path, monkeyp
     with pytest.raises(Refusal, match=r"C-FLAG\] " + message):
         main()
     assert not (tmp_path / "cache").exists()  # before the work
+
+
+def test_an_llm_that_is_not_trained_is_refused_before_the_work(tmp_path, monkeypatch):
+    llm, data = write_gemma2(tmp_path / "llm"), write_alpaca(tmp_path / "alpaca.json")
+    given = ["--model_name_or_path", llm, "--data_path", data, "--data_cache", tmp_path / "cache"]
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, given)])
+    with pytest.raises(Refusal, match=r"C-MODEL\] .*final_logit_softcapping"):
+        main()
+    assert not (tmp_path / "cache").exists()

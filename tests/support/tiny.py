@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -54,6 +56,18 @@ def write_llm(folder: Path, **changes) -> Path:
         "pad_token_id": None,
     }
     LlamaForCausalLM(LlamaConfig(**(settings | changes))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_gemma2(folder: Path) -> Path:
+    """An LLM that caps its logits: it can be used, and not trained."""
+    torch.manual_seed(1)
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), **sizes, **tokens)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
