@@ -17,6 +17,10 @@ from llava_moslora.evaluation.kept import Header
 from llava_moslora.evaluation.reading import Rules
 from llava_moslora.evaluation.results import Result, read_results, write_result
 from llava_moslora.evaluation.scoring import JUDGED, score
+from llava_moslora.files.json import parse_json
+from llava_moslora.files.manifest import MANIFEST
+from llava_moslora.runs.checkpoints import CHECKPOINT
+from llava_moslora.runs.output_dir import NAMES
 from llava_moslora.runs.record import EXPORT, is_run
 
 
@@ -40,19 +44,18 @@ def check_output(folder: str, flag: str = "--output") -> None:
     Raises:
         Refusal: C-OUTPUT.
     """
-    place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
     try:
+        place = next(path for path in (Path(folder), *Path(folder).absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise _not_writable(folder, error, flag) from error
 
 
-def _not_writable(folder: str, error: OSError, flag: str) -> Refusal:
+def _not_writable(place: str | Path, error: OSError, flag: str, what: str = "this folder is not writable") -> Refusal:
     if error.errno in NOT_OF_THE_PLACE:
         raise error
-    what, fix = "this folder is not writable", "choose another"
-    return Refusal("C-OUTPUT", what, file=folder, key=flag, found=error.strerror, fix=fix)
+    return Refusal("C-OUTPUT", what, file=place, key=flag, found=error.strerror, fix="choose another")
 
 
 def writable(file: str | None, flag: str, inputs: Sequence[str | Path] = ()) -> Path | None:
@@ -62,21 +65,54 @@ def writable(file: str | None, flag: str, inputs: Sequence[str | Path] = ()) -> 
         inputs: what this command reads, and must not write over.
 
     Raises:
-        Refusal: C-OUTPUT, it is not a file, is an input, lies in a run's or an export's folder, or cannot be written.
+        Refusal: C-OUTPUT, it is not a file, is an input, is or would be among a run's or an export's own files, or
+            cannot be written.
     """
     if file is None:
         return None
-    path = Path(file).resolve()
-    if path.exists() and not path.is_file():
+    try:
+        path = Path(file).resolve()
+        path.with_name(f".{path.name or '_'}.unfinished").exists()  # the longest name of a working file
+        there = path.exists()
+    except OSError as error:  # too long a name, a loop of links, a folder that cannot be entered
+        raise _not_writable(file, error, flag, "no file can be written there") from error
+    if there and not path.is_file():
         raise Refusal("C-OUTPUT", "not a file", file=path, key=flag, fix="name a file")
-    if any(path == Path(other).resolve() or (path.exists() and path.samefile(other)) for other in inputs):  # or linked
+    if any(path == Path(other).resolve() or (there and path.samefile(other)) for other in inputs):  # or linked
         raise Refusal("C-OUTPUT", "this command reads that file", file=path, key=flag, fix="name another file")
-    if home := next((folder for folder in path.parents if is_run(folder) or (folder / EXPORT).is_file()), None):
-        what = "a run's folder" if is_run(home) else "an export's folder"
-        fix = "name a file elsewhere: nothing is written next to what belongs to it"
-        raise Refusal("C-OUTPUT", f"lies in {what}", file=path, key=flag, found=home, fix=fix)
+    for home in path.parents:
+        if what := _owner(path, home):
+            fix = f"name a file elsewhere, such as {home / 'results' / path.name}"
+            raise Refusal("C-OUTPUT", f"among the files of {what}", file=path, key=flag, found=home, fix=fix)
     new_output(str(path.parent), flag)
     return path
+
+
+def _owner(path: Path, home: Path) -> str:
+    """What ``path``, somewhere below ``home``, belongs to: "a run", "an export", or "" for neither.
+
+    A run owns what it writes, and everything in its folders. An export owns the folders in which it has files: a model
+    is read from all of a folder's files. Other subfolders are the user's.
+    """
+    below = path.relative_to(home)
+    if is_run(home) and (NAMES.fullmatch(below.parts[0]) or CHECKPOINT.fullmatch(below.parts[0])):
+        return "a run"
+    return "an export" if below.parent in _folders_of_export(home) else ""
+
+
+def _folders_of_export(folder: Path) -> set[Path]:
+    """Those in which the export in ``folder`` has files, relative to it; none where no export is."""
+    try:
+        facts = parse_json((folder / EXPORT).read_bytes())
+    except (OSError, ValueError):
+        return set()
+    if not isinstance(facts, dict) or not all(isinstance(facts.get(key), str) for key in ("format", "run")):
+        return set()  # another tool's
+    try:
+        files = list(parse_json((folder / MANIFEST).read_bytes())["files"])
+    except (OSError, ValueError, LookupError, TypeError):  # without its manifest, by hand
+        files = []
+    return {Path(), *(Path(str(name)).parent for name in files)}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from llava_moslora.errors import Refusal
 from llava_moslora.evaluation import question_file
+from llava_moslora.evaluation.output import check_output, new_output, writable
 from llava_moslora.evaluation.question_file import VqaExample
 from llava_moslora.export.export import export
 from scripts import evaluate
@@ -109,9 +110,9 @@ def test_no_other_file_is_written_over(run, parts, questions, monkeypatch, tmp_p
     assert answers.read_bytes() == first
 
     exported = tmp_path / "export"
-    exported.mkdir()
-    (exported / "export.json").write_text("{}")
-    (tmp_path / "export" / "hf").mkdir()
+    (exported / "probe").mkdir(parents=True)
+    (exported / "export.json").write_text('{"format": "hf", "run": "run"}')
+    (exported / "MANIFEST.json").write_text('{"files": {"export.json": {}, "probe/probe.py": {}}}')
     link, old, text = tmp_path / "link.json", tmp_path / "old.json", tmp_path / "text.json"
     os.link(questions, link)
     old.write_text('{"accuracy": 1.0, "answers": ["yes"]}')  # nobody knows of which model
@@ -119,15 +120,20 @@ def test_no_other_file_is_written_over(run, parts, questions, monkeypatch, tmp_p
     before = {path: path.read_bytes() for path in [*tmp_path.rglob("*"), *run.rglob("*")] if path.is_file()}
     monkeypatch.setattr(question_file, "load", loaded)
     for place, said in (
-        (run / "run.json", "lies in a run's folder"),
-        (run / "new.json", "lies in a run's folder"),
-        (run / "checkpoint-2" / "new.json", "lies in a run's folder"),
-        (exported / "hf" / "new.json", "lies in an export's folder"),
+        (run / "run.json", "among the files of a run"),
+        (run / "curves.html", "among the files of a run"),  # a training writes it
+        (run / "checkpoint-2" / "new.json", "among the files of a run"),
+        (exported / "export.json", "among the files of an export"),
+        (exported / "new.json", "among the files of an export"),
+        (exported / "probe" / "probe.py", "among the files of an export"),
+        (tmp_path / ("x" * 300), "no file can be written there; found File name too long"),
+        (tmp_path / ("x" * 250), "no file can be written there; found File name too long"),  # its lock
+        (tmp_path / ("x" * 300) / "new.json", "no file can be written there; found File name too long"),
         (questions, "this command reads that file"),
         (link, "this command reads that file"),
     ):
         for flag in ("--output", "--probe"):
-            with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: {said}.*fix: name"):
+            with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: {said}.*fix: (name|choose)"):
                 evaluated(monkeypatch, *command, flag, place)
     for place in (old, text, probe):
         with pytest.raises(Refusal, match=r":--output: a file is there, and it is no answer file .*fix: choose"):
@@ -143,6 +149,25 @@ def test_no_other_file_is_written_over(run, parts, questions, monkeypatch, tmp_p
     questions.write_text(questions.read_text().replace("is it 6?", "is it 7?"))
     with pytest.raises(Refusal, match=r":--output: answers of another evaluation; found questions "):
         evaluated(monkeypatch, *command, "--output", answers)
+
+
+def test_a_subfolder_of_a_run_or_an_export_is_the_users(run, tmp_path):
+    """As for --benchmark; and a folder of another tool is no export."""
+    exported, other = tmp_path / "export", tmp_path / "other"
+    for folder, content in ((exported, '{"format": "hf", "run": "run"}'), (other, '{"project": "of another tool"}')):
+        (folder / "hf").mkdir(parents=True)
+        (folder / "export.json").write_text(content)
+    (exported / "MANIFEST.json").write_text("no JSON")
+    for place in (run / "results" / "radar.png", exported / "results" / "a.json", other / "a.json", other / "hf" / "a"):
+        assert writable(str(place), "--radar") == place and place.parent.is_dir()
+        place.touch()
+        assert writable(str(place), "--radar") == place
+
+
+def test_too_long_a_folders_name_is_refused(tmp_path):
+    for check in (check_output, new_output):
+        with pytest.raises(Refusal, match=r"C-OUTPUT\] .*:--output: this folder is not writable; found File name too"):
+            check(str(tmp_path / ("x" * 300)))
 
 
 @pytest.mark.parametrize("size", [0, -1])
