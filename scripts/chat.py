@@ -120,9 +120,10 @@ def open_image(file: str):
     """Raises a refusal where there is no such file, or no usable image in it."""
     try:
         path = Path(file).expanduser().resolve()
-    except (ValueError, RuntimeError, OSError) as error:  # a NUL, an unknown ~user, a loop of links
+        found = path.is_file()
+    except (ValueError, RuntimeError, OSError) as error:  # a NUL, an unknown ~user, a loop of links, too long a name
         raise Refusal("I-PATH", "not a path", file=file, found=error) from error
-    if not path.is_file():
+    if not found:
         what = "a folder, not an image" if path.is_dir() else "no such image"
         raise Refusal("I-MISSING", what, file=path, fix="check the name; a relative one is from the current folder")
     return load_image(path.name, path.parent)

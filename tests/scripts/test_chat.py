@@ -28,6 +28,7 @@ def talk(monkeypatch):
     (b"caf\xe9", "error[D-TEXT] not UTF-8"),
     (b"/image ~nobody-of-this-name/a.png", "error[I-PATH] ~nobody-of-this-name/a.png: not a path"),
     (b"/image a\0b", "error[I-PATH] a\\x00b: not a path"),
+    (b"/image " + b"x" * 300, "error[I-PATH]"),
     (b"/image nothing.png", "error[I-MISSING]"),
     (b"/image .", "error[I-MISSING]"),
 ])  # fmt: skip
