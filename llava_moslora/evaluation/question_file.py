@@ -100,11 +100,13 @@ def _example(row: Any, index: int, path: Path) -> VqaExample:
         raise Refusal(
             "D-TYPE", "not a question", file=path, record=index, found=json_type(row), expected="an object", fix=EXAMPLE
         )
-    found = {key: next((name for name in names if name in row), None) for key, names in KEYS.items()}
+    # A null is as good as no key: converters of tables write it for an empty cell.
+    found = {key: next((name for name in names if row.get(name) is not None), None) for key, names in KEYS.items()}
     if missing := [key for key, name in found.items() if name is None and key != "id"]:
+        there = few((f"{name} (null)" if value is None else name for name, value in row.items()), 8)
         raise Refusal(
             "D-KEY", "a question without all of its parts", file=path, record=index, key=", ".join(missing),
-            found=few(row, 8) or "nothing", expected=", ".join(KEYS), fix=_fix(row, missing),
+            found=there or "nothing", expected=", ".join(KEYS), fix=_fix(row, missing),
         )  # fmt: skip
     for key, name in found.items():
         if key != "id" and not isinstance(row[name], str):
@@ -265,6 +267,9 @@ def check_replaceable(file: Path, facts: dict[str, Any]) -> None:
     fix = "choose another --output, or move that file away"
     if not isinstance(earlier, dict):
         what = "a file is there, and it is no answer file of an evaluation"
+        if isinstance(content, dict) and {"accuracy", "answers"} <= content.keys():
+            what = "an answer file of an earlier version, which does not say what was evaluated"
+            fix = "move or delete it, or choose another --output"
         raise Refusal("C-OUTPUT", what, file=file, key="--output", fix=fix)
     if other := [name for name in facts if earlier.get(name) != facts[name]]:
         raise Refusal(

@@ -64,7 +64,8 @@ def test_what_cannot_be_written_is_refused_before_loading(run, parts, questions,
     ('[{"id": 1, "image": "0.png", "question": "q", "answer": ["a", "b"]}]',
      r"record 0:answer: not text; found an array.*fix: of several answers \(VQAv2\) choose one"),
     ('[{"image": "0.png", "question": "q", "answer": 3}]', r"found a number; .*fix: write the answer in quotes"),
-    ('[{"id": 1, "image": null, "question": "q", "answer": "a"}]', r"record 0:image: not text; found null"),
+    ('[{"id": 1, "image": null, "question": "q", "answer": "a"}]',
+     r"record 0:image: a question without all of its parts; found id, image \(null\), question, answer; expected"),
     ('[{"image": "0.png"}]', r"record 0:question, answer: a question without all of its parts; found image; "
      r"expected id, image, question, answer; fix: \[{"),
     ('[{"id": 1, "image": "0.png", "conversations": []}]', r"fix: conversations are for --data_path"),
@@ -83,8 +84,13 @@ def test_questions_one_per_line_and_under_llavas_names(tmp_path):
     rows = [
         {"question_id": 7, "image": "0.png", "text": "q", "answer": "a", "category": "x"},
         {"image": "1.png", "question": "r", "answer": "b"},
+        {"id": None, "image": "2.png", "question": None, "text": "s", "answer": "c"},
     ]
-    expected = [VqaExample("7", "0.png", "q", "a"), VqaExample("1", "1.png", "r", "b")]
+    expected = [
+        VqaExample("7", "0.png", "q", "a"),
+        VqaExample("1", "1.png", "r", "b"),
+        VqaExample("2", "2.png", "s", "c"),
+    ]
     lines = "\n".join(map(json.dumps, rows))
     for name, content in (("a.json", json.dumps(rows)), ("a.jsonl", lines), ("b.jsonl", f"\ufeff{lines}\r\n\n")):
         (tmp_path / name).write_text(content, encoding="utf-8")
@@ -135,7 +141,9 @@ def test_no_other_file_is_written_over(run, parts, questions, monkeypatch, tmp_p
         for flag in ("--output", "--probe"):
             with pytest.raises(Refusal, match=rf"C-OUTPUT\] .*:{flag}: {said}.*fix: (name|choose)"):
                 evaluated(monkeypatch, *command, flag, place)
-    for place in (old, text, probe):
+    with pytest.raises(Refusal, match=r":--output: an answer file of an earlier version, .*; fix: move or delete it"):
+        evaluated(monkeypatch, *command, "--output", old)
+    for place in (text, probe):
         with pytest.raises(Refusal, match=r":--output: a file is there, and it is no answer file .*fix: choose"):
             evaluated(monkeypatch, *command, "--output", place)
     with pytest.raises(Refusal, match=r":--probe: a file is there, and it is no probe; fix: choose another"):
