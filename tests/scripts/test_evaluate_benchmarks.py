@@ -258,7 +258,7 @@ def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
     (["--compare", "--normalise"], r"--output: missing: --normalise needs it"),
     (["--compare", "--output", "o", "--mistakes", "3"], r"--data: missing: --mistakes needs it"),
     (["--radar", "r.png", "--data", "d"], r"--data: has no effect with --radar"),
-    (["--radar", "."], r"C-OUTPUT\] .*:--radar: not a file"),
+    (["--radar", "/proc/none/r.png"], r"C-OUTPUT\] .*:--radar: this folder is not writable"),
     (["--radar", "r.png"], r"C-PATH\] run: no results; expected a folder with NAME/score.json"),
 ])  # fmt: skip
 def test_flags_are_refused_before_loading(monkeypatch, tmp_path, words, match):
