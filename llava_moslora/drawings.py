@@ -18,11 +18,12 @@ polyline { fill: none; stroke-width: 2; } figcaption span { margin-right: 1.2em;
 def ticks_of(values: Sequence[float]) -> list[float]:
     """Round numbers from one below the smallest value to one above the largest, about six, at least two."""
     low, high = min(values), max(values)
-    spread = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    spread = high - low if high - low > 1e-9 * size else size or 1.0  # equal but for rounding: around the value
     power = 10.0 ** math.floor(math.log10(spread / 5))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= spread / 5 * (1 - 1e-9))
     first, last = math.floor(low / step), math.ceil(high / step)
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+    return [float(f"{number * step:.12g}") for number in range(first, max(last, first + 1) + 1)]
 
 
 def segment(kind: str, x1: float, y1: float, x2: float, y2: float, colour: str = "") -> str:

@@ -24,7 +24,8 @@ def nothing_set(monkeypatch):
         ("NVIDIA GeForce RTX 4090", "RTX 4090"), ("NVIDIA L40S", "L40S"), ("Tesla V100-SXM2-32GB", "V100"),
         ("NVIDIA A10G", "A10G"), ("NVIDIA GH200 480GB", "GH200"), ("AMD Instinct MI300X", "MI300X"),
         ("NVIDIA RTX A1000", None), ("NVIDIA RTX A4000", None), ("NVIDIA RTX A6000", "RTX A6000"),
-        ("NVIDIA L400", None),
+        ("NVIDIA L400", None), ("AMD Instinct MI250X", "MI250X"), ("NVIDIA GB200", "GB200"),
+        ("NVIDIA H100L 94GB", "H100L"), ("Tesla V100S-PCIE-32GB", "V100S"), ("NVIDIA A100X", "A100X"),
     ],
 )  # fmt: skip
 def test_names_that_drivers_give(name, known):
@@ -64,6 +65,6 @@ runpy.run_path("scripts/{script}", run_name="__main__")
 
 
 ARGUMENTS = {
-    "train_vit_llm.py": ["--model_name_or_path", "x", "--data_path", "x", "--output_dir", "x"],
+    "train_vit_llm.py": ["--model_name_or_path", "scripts", "--data_path", "x", "--output_dir", "x"],
     "train_sdxl.py": ["--model_name_or_path", "x", "--image_folder", "x", "--prompt", "x", "--output_dir", "x"],
 }

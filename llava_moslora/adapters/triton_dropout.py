@@ -232,11 +232,13 @@ def add_dropped(gx: Tensor, branches: list[tuple[Tensor, Tensor, Tensor, int]]) 
         return gx
     given = [value for gu, a, seed, _ in branches for value in (gu, a, *keys(seed))]
     unused = given[:4] * (3 - len(branches))
+    # So that two programs run on a multiprocessor at once; Triton for AMD knows no such option.
+    limit = {"maxnreg": 128} if len(branches) > 1 and torch.version.hip is None else {}
     with torch.cuda.device_of(gx):
         _add_dropped[_blocks(n, i)](
             gx, n, i, r, drop, *given, *unused, COUNT=len(branches),
             ROWS=ROWS, COLUMNS=2 * COLUMNS, RANK=min(_rank_block(r, gx), 64), num_warps=8, num_stages=1,
-            maxnreg=128 if len(branches) > 1 else None,  # so that two programs run on a multiprocessor at once
+            **limit,
         )  # fmt: skip
     return gx
 

@@ -33,6 +33,7 @@ UNUSABLE = {
     "torch_autocast": ("trains in another precision than the flags, the log and run.json say", "use --bf16 True"),
     "data_efficiency": ("would change the order of the records, and what is trained of them", None),
     "autotuning": ("would start other runs than the one that was asked for", "use scripts/plan.py"),
+    "bfloat16": ("is an old name of bf16", 'write "bf16": {"enabled": "auto"}'),
     "compile": ("is not for adapters", "use --torch_compile True"),
     **dict.fromkeys(
         ("datastates_ckpt", "expert_parallel", "hybrid_engine", "pipeline", "sequence_parallel_size",

@@ -292,7 +292,7 @@ def test_the_implementation_is_set_in_both_towers(implementation):
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="it is installed here")
 def test_an_implementation_that_a_part_does_not_have():
     with pytest.raises(
-        Refusal, match=r"C-MODEL\] --attn_implementation: a part .*; found flash_attention_2: .*; fix: sdpa"
+        Refusal, match=r"C-MODEL\] --attn_implementation: a part .*; found flash_attention_2: .*; fix: use sdpa"
     ):
         llava_of(FAMILIES["llama"], "flash_attention_2")
 

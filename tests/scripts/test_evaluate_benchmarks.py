@@ -253,12 +253,12 @@ def test_two_ranks_continue_after_a_kill(runs, data, tmp_path, monkeypatch):
     (["--benchmark", "all", "--data", "missing", "--output", "o"], r"D-FILE\] missing:--data: no benchmark file found"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--mistakes", "-1"], r"--mistakes: out of range"),
     (["--benchmark", "seed", "--data", "d", "--output", "o", "--normalise"], r"--normalise: has no effect"),
-    (["--compare"], r"--compare: two results can be compared; found run"),
+    (["--compare"], r"--compare: exactly two results can be compared; found run"),
     (["--compare", "--data", "d"], r"--output: missing: --data needs it"),
     (["--compare", "--normalise"], r"--output: missing: --normalise needs it"),
     (["--compare", "--output", "o", "--mistakes", "3"], r"--data: missing: --mistakes needs it"),
     (["--radar", "r.png", "--data", "d"], r"--data: has no effect with --radar"),
-    (["--radar", "missing/r.png"], r"C-OUTPUT\] .*missing:--radar: this folder is not writable"),
+    (["--radar", "/proc/none/r.png"], r"C-OUTPUT\] .*:--radar: this folder is not writable"),
     (["--radar", "r.png"], r"C-PATH\] run: no results; expected a folder with NAME/score.json"),
 ])  # fmt: skip
 def test_flags_are_refused_before_loading(monkeypatch, tmp_path, words, match):

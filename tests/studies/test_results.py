@@ -140,7 +140,17 @@ def test_figures_place_values_on_their_scale():
 
 
 def test_ticks_hold_all_values():
-    for values in ([0.0, 0.013], [-3.0, 7.5], [1.0], [0.0], [2.5, 2.5001], [-1e-9, 1e-9]):
+    for values in (
+        [0.0, 0.013],
+        [-3.0, 7.5],
+        [1.0],
+        [0.0],
+        [2.5, 2.5001],
+        [-1e-9, 1e-9],
+        [0.0, 1e-14],
+        [3.0, 3.0000000000000004],
+        [-2e-13, -1e-13],
+    ):
         ticks = drawings.ticks_of(values)
         assert ticks[0] <= min(values) and ticks[-1] >= max(values) and 2 <= len(ticks) <= 9
         assert len(set(ticks)) == len(ticks)

@@ -18,15 +18,24 @@ def described(gib: float, name: str = H100):
     return patch.object(torch.cuda, "get_device_properties", lambda _: gpu)
 
 
-def planned_on(script, gib: float, name: str = H100):
-    """``plan_first`` of scripts/train_vit_llm.py, as on this GPU."""
-    plan_first = script.plan_first
+def plan_as_on(script, gib: float, name: str = H100, replace=setattr) -> None:
+    """Let scripts/train_vit_llm.py plan as on this GPU.
 
-    def plan(*settings):
-        with described(gib, name), patch.object(type(settings[3]), "device", torch.device("cuda")):
-            return plan_first(*settings)
+    Args:
+        replace: ``setattr``, or a monkeypatch's.
+    """
+    smallest_memory, check_and_decide = script.smallest_memory, script.check_and_decide
 
-    return plan
+    def memory(_device) -> int | None:
+        with described(gib, name):
+            return smallest_memory(torch.device("cuda"))
+
+    def check(planned, args):
+        with described(gib, name), patch.object(type(args), "device", torch.device("cuda")):
+            return check_and_decide(planned, args)
+
+    replace(script, "smallest_memory", memory)
+    replace(script, "check_and_decide", check)
 
 
 def plan_on(gib: Sequence[float]) -> None:
@@ -41,4 +50,4 @@ def plan_on(gib: Sequence[float]) -> None:
         set_recompute(model, way)
 
     train_vit_llm.set_recompute = set_and_say
-    train_vit_llm.plan_first = planned_on(train_vit_llm, gib[int(os.environ.get("RANK", "0"))])
+    plan_as_on(train_vit_llm, gib[int(os.environ.get("RANK", "0"))])

@@ -1,8 +1,11 @@
 """--recompute auto in a training: decided once for all ranks, recorded, said, and free to differ after a resume."""
 
 import json
+import re
 import shutil
 import sys
+from functools import cache, partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 import scripts.train_vit_llm as script
 from llava_moslora.config import AUTO
 from llava_moslora.errors import Refusal
-from support.described_gpus import H100, described, planned_on
+from support.described_gpus import H100, described, plan_as_on
 from support.launching import flags, run
 from support.training_runs import adapter, losses, train
 from support.zero_runs import run_successfully, settings
@@ -41,7 +44,7 @@ def train_on(parts, monkeypatch):
 
     def start(gib: float, run, name: str = H100, **changes) -> None:
         with monkeypatch.context() as patched:
-            patched.setattr(script, "plan_first", planned_on(script, gib, name))
+            plan_as_on(script, gib, name, patched.setattr)
             train(parts, run, recompute="auto", **changes)
 
     return start
@@ -89,20 +92,24 @@ def test_an_unknown_gpu_is_planned_by_its_memory(train_on, tmp_path, ways, capsy
     [
         ({"use_liger_kernel": True}, "--use_liger_kernel: not supported by the planner: what Liger's kernels save"),
         ({"torch_compile": True}, "--torch_compile: not supported by the planner: torch.compile itself decides"),
-        ({}, "'NoneType'"),  # as any defect of the planner
+        ({}, "'NoneType'"),  # as any defect of the planner, of which a report is saved
     ],
 )
-def test_where_the_planner_cannot_say_all_is_recomputed(flag, why, capsys):
+def test_where_the_planner_cannot_say_all_is_recomputed(flag, why, capsys, tmp_path, monkeypatch):
     """In one line, with the reason."""
+    monkeypatch.chdir(tmp_path)
     given = {"recompute": AUTO, "device": torch.device("cuda"), "deepspeed": None, "world_size": 1, "process_index": 0}
     given |= {"plan_check": True, "run_folder": None, "gradient_accumulation_steps": 1} | flag
     given |= {"per_device_train_batch_size": 1}
     args = SimpleNamespace(**given)
     with described(LARGE):
-        planned, _ = script.plan_first(None, None, None, args, None, None)  # no settings: not even read, or a defect
+        planned = cache(partial(script.make_plan, None, None, None, args, None, None, LARGE))  # no settings: a defect
+        script.check_and_decide(planned, args)
     assert args.recompute == "full" and planned() is None
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("--recompute auto: full; no plan of the memory: ") and why in line
+    saved = re.search(r"; a bug in this package: report it with (.*)", line)
+    assert bool(saved) == (not flag) and (saved is None or "Traceback" in Path(saved[1]).read_text())
 
 
 @pytest.mark.gpu
@@ -119,7 +126,7 @@ def test_another_rank_takes_what_rank_0_has_sent(monkeypatch, capsys):
         recompute=AUTO, device=torch.device("cuda"), process_index=1, plan_check=True, run_folder=None
     )
     with described(LARGE):
-        script.plan_first(None, None, None, args, None, None)
+        script.check_and_decide(lambda: pytest.fail("only rank 0 plans"), args)
     assert args.recompute == "every:2" and not capsys.readouterr().out
 
 

@@ -356,6 +356,7 @@ ELASTIC = {"enabled": True, "max_train_batch_size": 8, "micro_batch_sizes": [1, 
     [
         (ZERO_2 | {"gradient_cliping": 1.0}, r"gradient_cliping: unknown key.*; fix: did you mean gradient_clipping\?"),
         (ZERO_2 | {"x-ours": 1}, r"x-ours: unknown key, which DeepSpeed would ignore; fix: remove it"),
+        (ZERO_2 | {"bfloat16": {"enabled": True}}, r"bfloat16: is an old name of bf16; .* write .*auto"),
         (ZERO_2 | {"elasticity": ELASTIC}, r"elasticity: DeepSpeed has removed this; fix: remove elasticity from"),
         (ZERO_2 | {"progressive_layer_drop": {"enabled": True}}, "progressive_layer_drop: DeepSpeed has removed"),
         (ZERO_2 | {"curriculum_learning": {"enabled": True}}, "curriculum_learning: DeepSpeed has removed"),

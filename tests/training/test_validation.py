@@ -327,6 +327,8 @@ def test_curves_show_both_losses_and_the_best(evaluated):
 def test_curves_of_any_log():
     assert smooth([2.0]) == [pytest.approx(2.0)] and smooth([1.0, 1.0, 1.0]) == [pytest.approx(1.0)] * 3
     assert "nothing was logged yet" in curves_page([], None, "run")
+    for value in (0.0, 2.7182818284590455, 1e-13):  # the same at every step: a learning rate of 0
+        assert "<svg" in curves_page([{"step": step, "loss": value} for step in (1, 2, 3)], None, "run")
     many = [{"step": k, "loss": 1 / k} for k in range(1, 5001)]
     page = curves_page([*many, {"step": 5001, "loss": "nan"}, {"step": 5000, "eval_loss": 0.5}], None, "a <run>")
     assert len(page) < 80_000 and "a &lt;run&gt;" in page and "eval_loss" in page
