@@ -196,6 +196,12 @@ class AdapterSettings(Settings):
         train_mixer = self.train_mixer if self.vision_train_mixer is None else self.vision_train_mixer
         return self._tower("vision_", self.vision_mixer_init or self.mixer_init, train_mixer)
 
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether an adapter drops anything; stage 1 has none."""
+        towers = () if self.tune_mm_mlp_adapter else (self.llm, self.vision)
+        return any(tower is not None and tower.lora_dropout > 0 for tower in towers)
+
     def _tower(self, prefix: str, mixer_init: str, train_mixer: bool) -> TowerAdapter | None:
         r, alpha, dropout, targets = (
             getattr(self, f"{prefix}lora_{name}") for name in ("r", "alpha", "dropout", "target_modules")

@@ -56,3 +56,8 @@ class SdxlAdapterSettings(Settings):
     train_text_encoder: bool = setting(False, "adapters in both text encoders too")
     snr_gamma: float | None = setting(None, "min-SNR weighting of the loss; 5 is usual", group=TRAINING)
     prior_loss_weight: float = setting(1.0, "weight of the class pictures' loss", group=TRAINING)
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether the adapters drop anything."""
+        return self.lora_dropout > 0

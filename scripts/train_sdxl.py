@@ -91,7 +91,7 @@ def main() -> None:
                            global_batch_size=args.global_batch_size, kind=SDXL)  # fmt: skip
     contents = {name: sorted(picture.content for picture in some) for name, some in sets.items()}
     fingerprints = folder.fingerprints() | {"pictures": contents}
-    check_same_inputs(settings, fingerprints, len(pictures))
+    check_same_inputs(settings, fingerprints | {"records": len(pictures)})
     if main_process:
         check_output(args, inputs, data)
         check_resume(args, settings, fingerprints)

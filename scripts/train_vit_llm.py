@@ -72,7 +72,7 @@ from llava_moslora.training.callbacks.sample_answers import Sample, SampleAnswer
 from llava_moslora.training.deepspeed_config import read_deepspeed_config
 from llava_moslora.training.launch import check_launch
 from llava_moslora.training.optimizer_state import trained_count
-from llava_moslora.training.same_on_ranks import check_same_inputs, check_same_settings
+from llava_moslora.training.same_on_ranks import check_same_inputs, check_same_settings, data_read
 from llava_moslora.training.text_only import check_text_only
 from llava_moslora.training.trainer import MosLoraTrainer
 from llava_moslora.training.validate import check
@@ -124,8 +124,8 @@ def main() -> None:
     seen = check_and_decide(planned, args)
     samples = read_samples_of(args, data_settings, tokenizer, template, image_tokens)
 
+    check_same_inputs(settings, fingerprints | data_read(dataset, trained, validation))
     settings.training, fingerprints = args.as_record(), fingerprints | keys  # --recompute auto is decided
-    check_same_inputs(settings, fingerprints, len(dataset))
     check_resume(args, settings, fingerprints)
 
     # 5. Load the model, add what is trained, create trainer and optimizer

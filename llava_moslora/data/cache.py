@@ -196,6 +196,16 @@ def keys_of(dataset: Dataset, rows: np.ndarray | None = None) -> list[str]:
     return [f"{folder.name}-{digest}" for folder, digest in zip(folders_of(dataset), digests, strict=True)]
 
 
+def content_digest(dataset: Dataset, rows: np.ndarray) -> str:
+    """Of the records in ``rows``, int64[n]: what they say and how long they are, in order. Names, places and times of
+    their files do not count, as they do in :func:`keys_of`."""
+    digest = hashlib.sha256()
+    for name in ("source", "record", "hash", "length", "trained"):
+        column = np.asarray(dataset[name][:], dtype=np.uint64)[rows]
+        digest.update(f"{name} {len(column)}".encode() + column.tobytes())
+    return digest.hexdigest()[:20]
+
+
 def find_damage(folder: Path) -> str | None:
     """What is damaged in a finished cache, or ``None`` if every byte is as it was when it was built."""
     if (report := read_report(folder)) is None:

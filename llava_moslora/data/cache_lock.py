@@ -87,8 +87,8 @@ def _acquire(lock: FileLock, target: Path, name: str, patience: float) -> None:
 
 
 def _progress(target: Path) -> list[tuple[str, int]]:
-    """What changes with every part that is written: the times of the cache's folders. They are compared with earlier
-    ones only, not with this host's clock. The lock itself is left out: waiting touches it."""
+    """What changes with every part that is written, and while one is built: the times of the cache's folders. They are
+    compared with earlier ones only, not with this host's clock. The lock itself is left out: waiting touches it."""
     found = []
     for path in glob.glob(f"{glob.escape(str(target))}*"):
         with suppress(FileNotFoundError):

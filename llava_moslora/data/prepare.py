@@ -159,10 +159,10 @@ def _prepare_source(preparation: Preparation, cache: Path, patience: float) -> P
             if reason := _reason_to_build(target, preparation):  # another rank may have built it while this one waited
                 if target.exists():
                     log.warning("%s: rebuilding its data cache: %s", name, reason)
-                _build(preparation, target)
+                _build(preparation, target, patience)
     if _image_folder(settings) != report_in(target)["image_folder"]:
         with locked(target, name, patience):
-            _check_images_in_new_folder(preparation, target)
+            _check_images_in_new_folder(preparation, target, patience)
     report = report_in(target)
     problems = report["problems"]
     if settings.on_bad_record == "fail":  # the refusal is about the first of them, as it is now
@@ -204,7 +204,7 @@ def _recheck_images(problems: list[dict], preparation: Preparation) -> tuple[lis
     return current, usable
 
 
-def _check_images_in_new_folder(preparation: Preparation, target: Path) -> None:
+def _check_images_in_new_folder(preparation: Preparation, target: Path, patience: float) -> None:
     """Check the images of a cache, which were checked in another folder, once in this one.
 
     Raises:
@@ -223,7 +223,7 @@ def _check_images_in_new_folder(preparation: Preparation, target: Path) -> None:
         more = f" (and {bad - 1} more images cannot be used)" if bad > 1 else ""
         raise Refusal(**(vars(first) | {"what": first.what + more}))
     if first is not None:  # different records are skipped here
-        _build(preparation, target)
+        _build(preparation, target, patience)
         return
     with using(target.parent):
         problems = _recheck_images(report["problems"], preparation)[0]
@@ -263,8 +263,8 @@ def _count_through_shards(folder: Path, rows: Dataset) -> np.ndarray:
     return records
 
 
-def _build(preparation: Preparation, target: Path) -> None:
-    """Build the cache ``target`` in a staging folder and publish it.
+def _build(preparation: Preparation, target: Path, patience: float) -> None:
+    """Build the cache ``target`` in a staging folder and publish it; others wait ``patience`` seconds for progress.
 
     Raises:
         Refusal: a problem that the policy does not allow; D-NONE, no record is left; C-TEMPLATE, E-DISK.
@@ -277,7 +277,7 @@ def _build(preparation: Preparation, target: Path) -> None:
     problems: list[dict] = []
     shards: dict[str, int] = {}
     parts: list[dict] = []
-    for part in build_parts(preparation, staging, settings.preprocessing_num_workers):
+    for part in build_parts(preparation, staging, settings.preprocessing_num_workers, every=min(10, patience / 4)):
         counts.update(part["counts"])
         formats.update(part["formats"])
         shards |= {part["shard"]: part["counts"]["records"]} if part["shard"] else {}

@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count, islice
 from multiprocessing import get_context
@@ -63,8 +64,11 @@ class Part:
     result: dict | None = None  # of a part that an earlier build finished
 
 
-def build_parts(preparation: Preparation, staging: Path, processes: int) -> Iterator[dict]:
+def build_parts(preparation: Preparation, staging: Path, processes: int, every: float = 10.0) -> Iterator[dict]:
     """Build the parts that are missing in ``staging``; yields what :func:`_build_part` returned for each, in order.
+
+    Args:
+        every: seconds after which a process that is inside a part, such as a shard of hours, touches ``staging``.
 
     Raises:
         Refusal: D-PARSE and the like, of the file as a whole; E-DISK; E-WORKER, a process was killed.
@@ -75,7 +79,7 @@ def build_parts(preparation: Preparation, staging: Path, processes: int) -> Iter
         paths = [staging / f"{number:06d}" for number in range(len(source.shards))]
         parts = (Part(k, path, (), source.shards[k], _finished(path)) for k, path in enumerate(paths))
         with tqdm(total=len(source.shards), unit="shard", desc=name) as bar:
-            for result in _map_in_order(parts, preparation, processes):
+            for result in _map_in_order(parts, preparation, processes, every):
                 bar.update()
                 yield result
         return
@@ -84,17 +88,17 @@ def build_parts(preparation: Preparation, staging: Path, processes: int) -> Iter
     with tqdm(
         total=sum(map(os.path.getsize, container.files(source.name))), unit="B", unit_scale=True, desc=name
     ) as bar:
-        for result in _map_in_order(_parts_of_file(records, staging, bar), preparation, processes):
+        for result in _map_in_order(_parts_of_file(records, staging, bar), preparation, processes, every):
             yield result
 
 
-def _map_in_order(parts: Iterator[Part], preparation: Preparation, processes: int) -> Iterator[dict]:
+def _map_in_order(parts: Iterator[Part], preparation: Preparation, processes: int, every: float) -> Iterator[dict]:
     if processes == 1:
-        _start_worker(preparation)
+        _start_worker(preparation, every)
         yield from map(_build_part, parts)
         return
     try:
-        with ProcessPoolExecutor(processes, get_context("fork"), _start_worker, (preparation,)) as pool:
+        with ProcessPoolExecutor(processes, get_context("fork"), _start_worker, (preparation, every)) as pool:
             waiting: deque[Future] = deque()
             for part in parts:
                 waiting.append(pool.submit(_build_part, part))
@@ -134,9 +138,9 @@ def _finished(path: Path) -> dict | None:
 _worker: _Worker  # of this process
 
 
-def _start_worker(preparation: Preparation) -> None:
+def _start_worker(preparation: Preparation, every: float) -> None:
     global _worker
-    _worker = _Worker(preparation)
+    _worker = _Worker(preparation, every)
 
 
 def _build_part(part: Part) -> dict:
@@ -147,7 +151,8 @@ def _build_part(part: Part) -> dict:
 class _Worker:
     """The state of one process: it tokenises one part after the other."""
 
-    def __init__(self, preparation: Preparation):
+    def __init__(self, preparation: Preparation, every: float):
+        self.every, self.touched = every, time.monotonic()
         self.preparation, self.settings = preparation, preparation.settings
         self.columns = column_names(self.settings.data_columns)
         self.encoder = ConversationEncoder(preparation.tokenizer, preparation.template)
@@ -163,6 +168,7 @@ class _Worker:
         file = part.shard or self.preparation.source.name
         for index, raw in self._records(part):
             counts["records"] += 1
+            self._report_progress(part)
             record = None
             try:
                 record = check_record(raw.value, index, file, raw.problem, self.columns)
@@ -189,7 +195,19 @@ class _Worker:
         if not part.shard:
             return iter(part.records)
         check = load_bytes if self.settings.decode_images else check_bytes
-        return enumerate(container_of(part.shard).read(part.shard, check))
+
+        def check_and_report(data: bytes, name: str) -> None:
+            self._report_progress(part)  # a tar's images are all read before its first record
+            check(data, name)
+
+        return enumerate(container_of(part.shard).read(part.shard, check_and_report))
+
+    def _report_progress(self, part: Part) -> None:
+        """To those who wait for the cache (:mod:`llava_moslora.data.cache_lock`): inside a part nothing is written."""
+        if (now := time.monotonic()) >= self.touched + self.every:
+            self.touched = now
+            with suppress(OSError):  # others may wait in vain; the cache itself is right without it
+                os.utime(part.path.parent)
 
     def _row(self, record: Record, images: list[str], shard: str, counts: Counter) -> dict | None:
         """The record's row, shortened to ``model_max_length``; ``None`` if not even its first question fits."""

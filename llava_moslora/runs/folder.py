@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,6 +53,9 @@ TRAINING = (
     *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"),
 )
 
+# Settings that change every row of the prepared data, and so their fingerprints (data.cache.cache_key)
+TOKENISED = {"model_max_length", "version", "train_on_prompt", "data_columns"}
+
 
 def check_resume(training: TrainingSettings, settings: RunSettings, fingerprints: dict[str, Any]) -> None:
     """With ``resume``: refuse, before any weights are loaded, settings that differ from the run in ``output_dir``.
@@ -72,7 +75,8 @@ def check_resume(training: TrainingSettings, settings: RunSettings, fingerprints
             facts = read_facts(checkpoint)
         except (Refusal, OSError):
             continue
-    _refuse_changes(run, changes(read_run(run, settings.kind), settings), facts, fingerprints, training.allow_change)
+    changed = changes(read_run(run, settings.kind), settings)
+    _refuse_changes(run, changed, facts, fingerprints, training.allow_change, settings)
 
 
 def open_run(
@@ -129,27 +133,46 @@ def _checkpoint_to_resume(
     if checkpoint is not None:
         facts = read_facts(checkpoint)
         check_seed(record, checkpoint, facts)
-    _refuse_changes(run, changes(record, settings), facts, fingerprints, allow_change)
+    _refuse_changes(run, changes(record, settings), facts, fingerprints, allow_change, settings)
     return checkpoint, skipped
 
 
 def _refuse_changes(
     run: Path, changed: dict[str, tuple[Any, Any]], facts: dict[str, Any] | None, fingerprints: dict[str, Any],
-    allow_change: list[str],
+    allow_change: list[str], settings: RunSettings,
 ) -> None:  # fmt: skip
     """Refuse settings that differ, and inputs that differ from the ``facts`` of a checkpoint, unless allowed."""
+    unread = [] if facts is None else _changed_with(changed, settings)
     if facts is not None:
         changed |= {name: (facts.get(name), now) for name, now in fingerprints.items() if facts.get(name) != now}
     changed = {name: both for name, both in changed.items() if name not in allow_change}
     if changed:
         shown = {name: only_differing(*both) for name, both in changed.items()}
-        unread = ["data"] if "data_path" in changed and "data" not in fingerprints else []  # of other files they differ
+        more = [name for name in unread if name not in (*fingerprints, *allow_change)]
         raise Refusal(
             "K-CHANGED", "the settings differ from those of the run to resume", file=run, key=", ".join(changed),
             found="; ".join(f"{name} {now}" for name, (_, now) in shown.items()),
             expected="; ".join(f"{name} {then}" for name, (then, _) in shown.items()),
-            fix=f"use the run's values, or --allow_change {' '.join([*changed, *unread])}",
+            fix=f"use the run's values, or --allow_change {' '.join([*changed, *more])}",
         )  # fmt: skip
+
+
+def _changed_with(changed: Collection[str], settings: RunSettings) -> list[str]:
+    """Fingerprints of data that differ too when these settings do: of ``data`` and ``validation`` those that it has."""
+    if settings.kind != LLAVA:
+        return []
+    data = settings.data
+    trained, validation = {*TOKENISED, "data_path", "validation_split", "data_share"}, {*TOKENISED, "validation_split"}
+    if data.data_share < 1:  # the seed of the order draws it
+        trained |= {"data_seed", "seed"} if settings.training_value("data_seed") is None else {"data_seed"}
+    if data.validation_split:
+        validation.add("data_path")
+    if data.eval_data_path:
+        validation.add("eval_data_path")
+    return [
+        *(["data"] if trained & set(changed) else []),
+        *(["validation"] if (data.validation_split or data.eval_data_path) and validation & set(changed) else []),
+    ]
 
 
 def only_differing(then: object, now: object) -> tuple[object, object]:
@@ -170,6 +193,8 @@ def changes(then: RunRecord, now: RunSettings) -> dict[str, tuple[Any, Any]]:
         for name in (f.name for f in fields(group_class) if f.name not in kind.free[group] | same):
             both[name] = getattr(old, name), getattr(new, name)
     both |= {name: (then.training_value(name), now.training_value(name)) for name in TRAINING}
+    if not (then.adapter.uses_dropout and now.adapter.uses_dropout):
+        del both["dropout_masks"]  # none is drawn, before or from here on
     both["global_batch_size"] = then.global_batch_size, now.global_batch_size  # however it is split
     if now.kind == LLAVA and now.training_value("loss_average") == "micro_batch":  # there the split decides the loss
         name = "per_device_train_batch_size"

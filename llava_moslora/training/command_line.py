@@ -94,7 +94,10 @@ def _naming_file(file: str, names: Collection[str]) -> Iterator[None]:
 
 
 def check_places(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, training: dict[str, Any]) -> None:
-    """What can be said of a training's folders in the second before torch is imported; rank 0 alone looks at the run's.
+    """What can be said of a training's folders in the second before torch is imported.
+
+    Rank 0 alone looks at the run's, and only where all ranks are on its host, whose launcher ends them with it. Those
+    of another host would wait for it until ``ddp_timeout``.
 
     Raises:
         Refusal: C-PATH, no folder of the LLM; I-FOLDER; C-OUTPUT, as
@@ -108,8 +111,13 @@ def check_places(model: ModelSettings, data: DataSettings, adapter: AdapterSetti
     if data.image_folder is not None and not Path(data.image_folder).is_dir():
         what = "not a folder" if Path(data.image_folder).exists() else "there is no such folder"
         raise Refusal("I-FOLDER", what, file=data.image_folder, fix="check --image_folder")
-    if os.environ.get("RANK", "0") == "0":
+    if "RANK" not in os.environ or (os.environ["RANK"] == "0" and _all_on_this_host()):
         check_output(TrainingSettings(**{f.name: training[f.name] for f in fields(TrainingSettings)}), (), data)
+
+
+def _all_on_this_host() -> bool:
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"  # torchrun's, DeepSpeed's
+    return os.environ.get("WORLD_SIZE") == local
 
 
 def early(argv: Sequence[str]) -> argparse.Namespace:

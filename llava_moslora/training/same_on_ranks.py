@@ -1,7 +1,8 @@
 """Settings and inputs are compared on all ranks before a model is loaded: what differs would train on, with another
 result, or leave the ranks waiting for each other.
 
-Paths may differ from host to host. What lies there is compared by the fingerprints that a checkpoint has too.
+Paths may differ from host to host. What lies there is compared: models by the fingerprints that a checkpoint has too,
+data by their prepared records.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
+from datasets import Dataset
+
 from llava_moslora._version import __version__
+from llava_moslora.data.cache import content_digest
+from llava_moslora.data.split import ValidationData
 from llava_moslora.distributed import from_all_ranks
 from llava_moslora.errors import Refusal
 from llava_moslora.runs.folder import only_differing
@@ -44,23 +50,30 @@ def check_same_settings(args: TrainingArguments, *groups: Any) -> None:
         values |= {f.name: getattr(group, f.name) for f in fields(group)}
     values |= {name: _given(value) for name, value in values.items() if name in PATHS}
     values |= args.as_record()
-    values |= {"sample_questions": _given(args.sample_questions)}
     content = read_deepspeed_config(args.deepspeed) if args.deepspeed else None
     compared = {name: value for name, value in values.items() if name not in FREE} | {"content of --deepspeed": content}
     _check_same(compared, "start every process with the same flags and the same version of this package")
 
 
-def check_same_inputs(settings: RunSettings, fingerprints: dict[str, Any], records: int) -> None:
+def data_read(dataset: Dataset, trained: np.ndarray, validation: ValidationData | None) -> dict[str, Any]:
+    """The data of this rank, for :func:`check_same_inputs`: the number of records, and digests of those in the rows
+    ``trained``, int64[n], and in each validation set."""
+    read: dict[str, Any] = {"records": len(dataset), "data": content_digest(dataset, trained)}
+    if validation is not None:
+        read["validation"] = [content_digest(validation.dataset, rows) for rows in validation.sets.values()]
+    return read
+
+
+def check_same_inputs(settings: RunSettings, inputs: dict[str, Any]) -> None:
     """What every rank has read: base models, data, image-processor settings, conversation template. Collective.
 
     Args:
-        settings: complete ones. fingerprints: of the inputs. records: of the data set, on this rank.
+        settings: with the conversation template. inputs: fingerprints of the models, and :func:`data_read`.
 
     Raises:
         Refusal: C-RANKS, on all ranks.
     """
-    read = {"records": records, "version": getattr(settings.model, "version", None)}
-    compared = fingerprints | read | {"image processor": settings.preprocessor}
+    compared = inputs | {"version": getattr(settings.model, "version", None), "image processor": settings.preprocessor}
     _check_same(compared, "give every process the same files: copy rank 0's to the other hosts")
 
 

@@ -1,14 +1,18 @@
 """Waiting for the process that builds a data cache: it is named, and who waits for one that stands still gives up."""
 
+import io
+import json
 import logging
 import multiprocessing
 import os
 import signal
+import tarfile
 import time
 
 import pytest
 
 from llava_moslora.data import cache_lock as module
+from llava_moslora.data import tokenise
 from llava_moslora.data.cache_lock import locked, report_progress
 from llava_moslora.errors import Refusal
 from support.zero_runs import settings
@@ -79,6 +83,47 @@ def test_a_slow_builder_is_waited_for(builder, tmp_path, way):
     with locked(tmp_path / "cache", "data.json", PATIENCE):
         assert (tmp_path / "done").exists()
     assert not (tmp_path / "cache.builder").exists()
+
+
+def _slow(work):
+    def slow(*args):
+        time.sleep(PATIENCE / 5)
+        return work(*args)
+
+    return slow
+
+
+@pytest.mark.parametrize(("slow", "processes"), [("check_record", 1), ("check_record", 2), ("check_bytes", 1)])
+def test_one_shard_that_takes_long_is_waited_for(
+    prepare_files, image_folder, tmp_path, monkeypatch, caplog, slow, processes
+):
+    """Nothing is written until its end; a tar's images are all read before its first record."""
+    image = (image_folder / "0.png").read_bytes()
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    records = [{"id": str(k), "image": f"{k}.png", "conversations": turns} for k in range(15)]
+    with tarfile.open(tmp_path / "one.tar", "w") as archive:
+        members = {f"{k}.png": image for k in range(len(records))} | {"all.json": json.dumps(records).encode()}
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    monkeypatch.setattr(module, "SAID_AFTER", 0.2)
+
+    def prepared():
+        return prepare_files(tmp_path / "one.tar", patience=PATIENCE, preprocessing_num_workers=processes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tokenise, slow, _slow(getattr(tokenise, slow)))
+        other = CONTEXT.Process(target=prepared)
+        other.start()
+    while not list((tmp_path / "cache").glob("*.builder")):
+        assert other.is_alive()
+        time.sleep(0.02)
+    with caplog.at_level(logging.WARNING):
+        assert len(prepared()) == len(records)
+    assert f"process {other.pid} on " in caplog.text  # which built it, and not this one
+    other.join(30)
+    assert other.exitcode == 0
 
 
 def test_of_many_ranks_two_say_it(builder, tmp_path, monkeypatch, caplog):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from llava_moslora.config import LOSS_AVERAGES
+from llava_moslora.config import LOSS_AVERAGES, AdapterSettings
 from llava_moslora.errors import Refusal, defect
 from llava_moslora.files import disk
 from llava_moslora.runs.checkpoints import checkpoints, lock_run, model_checkpoint, newest_checkpoint, prune
@@ -188,6 +188,34 @@ def test_pictures_of_one_size_may_be_split_otherwise(tmp_path):
         for n in (2, 1)
     )
     assert changes(then, now) == {}
+
+
+MASKS = "dropout_masks"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "compared"),
+    [
+        ({}, True),
+        ({"lora_dropout": 0.0}, True),  # the tower's are drawn
+        ({"lora_dropout": 0.0, "vision_lora_dropout": 0.0}, False),
+        ({"lora_dropout": 0.0, "vision_lora_r": 0}, False),
+        ({"tune_mm_mlp_adapter": True}, False),
+    ],
+)
+def test_masks_that_nobody_draws_may_be_others(adapter, compared):
+    """Such a run of a version with other masks is resumed as it is."""
+    now = settings()
+    now.adapter = AdapterSettings(**adapter)
+    then, now = (RunRecord(**vars(now) | {"training": now.training | {MASKS: name}}) for name in ("a", "b"))
+    assert changes(then, now) == ({MASKS: ("a", "b")} if compared else {})
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_masks_of_pictures_that_nobody_draws_may_be_others(dropout):
+    groups = SdxlSettings("sdxl"), SubjectSettings("pictures", "a cat"), SdxlAdapterSettings(lora_dropout=dropout)
+    then, now = (RunRecord(*groups, {MASKS: name}, {}, 4, kind=SDXL) for name in ("a", "b"))
+    assert changes(then, now) == ({MASKS: ("a", "b")} if dropout else {})
 
 
 def test_what_may_change_does(run):

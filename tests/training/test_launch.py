@@ -1,11 +1,13 @@
 """What a launcher has set is looked at before a process joins the others."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from llava_moslora.errors import Refusal
+from llava_moslora.training.command_line import check_places, parse
 from llava_moslora.training.launch import SWITCHES, check_launch
 
 TRAINING = {"deepspeed": "zero_configs/zero2.json", "bf16": True, "fp16": False}
@@ -89,3 +91,25 @@ def test_what_accelerates_launcher_switches_on_past_the_flags(launched, training
     launched(**changes)
     with pytest.raises(Refusal, match=rf"E-LAUNCH\] .*{re.escape(message)}"):
         check_launch(training)
+
+
+@pytest.mark.parametrize(
+    ("environment", "looks"),
+    [
+        ({}, True),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}, True),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "1"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, False),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, False),
+    ],
+)
+def test_the_run_folder_is_refused_early_where_no_other_host_waits(launched, tmp_path, environment, looks):
+    """With other hosts after all ranks have met: they would wait for rank 0 until --ddp_timeout."""
+    launched(**dict.fromkeys((*RANK_1, "LOCAL_SIZE")) | environment)
+    (tmp_path / "notes.md").touch()
+    given = parse(["--model_name_or_path", str(tmp_path), "--data_path", "d", "--output_dir", str(tmp_path)])
+    with pytest.raises(Refusal, match=r"C-OUTPUT.*the folder is not empty") if looks else nullcontext():
+        check_places(*given)

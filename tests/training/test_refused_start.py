@@ -143,6 +143,40 @@ def test_a_changed_run_is_refused_before_the_llm_is_loaded(parts, whole, tmp_pat
         train(parts, run, resume=True)
 
 
+WITH_DATA = {
+    "length": {"model_max_length": 100},
+    "share": {"data_share": 0.5},
+    "another share": {"data_share": 0.5, "seed": 1},
+    "split": {"validation_split": 0.5, "eval_on_start": True},
+    "validation file": {"eval_data_path": None, "eval_on_start": True},
+}
+
+
+@pytest.mark.parametrize("case", WITH_DATA)
+def test_the_first_refusal_names_all_that_must_be_allowed(parts, whole, tmp_path, monkeypatch, case):
+    """Also the data that are not read yet: else a second one would follow when they are tokenised."""
+    import scripts.train_vit_llm as script
+
+    def loaded(*args, **settings):
+        raise AssertionError("the LLM would be loaded")
+
+    monkeypatch.setattr(script, "assemble", loaded)
+    run = shutil.copytree(whole, tmp_path / "run")
+    changes = WITH_DATA[case]
+    if "eval_data_path" in changes:
+        changes = changes | {"eval_data_path": tmp_path / "other.json"}
+        changes["eval_data_path"].write_text(json.dumps(json.loads(parts.data.read_text())[::-1]))
+    with monkeypatch.context() as patched, pytest.raises(Refusal, match="K-CHANGED") as refusal:
+        patched.setattr(script, "prepare", loaded)
+        train(parts, run, resume=True, **changes)
+    allowed = refusal.value.fix.partition("--allow_change ")[2].split()
+    assert set(allowed) & {"data", "validation"} == {"validation file": {"validation"}}.get(case, {"data"}) | (
+        {"validation"} if case == "split" else set()
+    )
+    with pytest.raises(AssertionError):
+        train(parts, run, resume=True, allow_change=allowed, **changes)
+
+
 def other_projector(folder):
     """Of a tower and an LLM with other widths."""
     shapes = {"0.weight": (12, 6), "0.bias": (12,), "2.weight": (12, 12), "2.bias": (12,)}

@@ -100,7 +100,7 @@ def test_the_content_of_the_deepspeed_file_is_compared(tmp_path, refusal_of):
 @pytest.mark.parametrize(
     ("changed", "key", "found"),
     [
-        ({"data": ["data-1-2"]}, "data", "data ['data-1-2'] on rank 1"),
+        ({"data": "0badcafe"}, "data", "data 0badcafe on rank 1"),
         ({"llm": {"config.json": "ff"}}, "llm", "llm {'config.json': 'ff'"),
         ({"records": 3}, "records", "records 3 on rank 1"),
     ],
@@ -115,6 +115,34 @@ def test_other_inputs_are_refused_before_the_model_is_loaded(parts, tmp_path, mo
         train(parts, tmp_path / "run")
     assert found in refusal.value.line() and "copy rank 0's" in refusal.value.line()
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_data_are_compared_by_their_records(parts, tmp_path, monkeypatch):
+    """And not by the names of their files."""
+
+    class Loaded(Exception):
+        pass
+
+    def read(folder, changed_file=None) -> dict:
+        seen = []
+        for name in ("train", "eval"):
+            records = json.loads(parts.data.read_text())[:: 1 if name == "train" else -1]
+            if name == changed_file:
+                records[0]["conversations"][1]["value"] = "square"
+            (tmp_path / f"{folder}_{name}.json").write_text(json.dumps(records))
+        files = {"data_path": tmp_path / f"{folder}_train.json", "eval_data_path": tmp_path / f"{folder}_eval.json"}
+        with monkeypatch.context() as patched, pytest.raises(Loaded):
+            patched.setattr(module, "from_all_ranks", lambda values: seen.append(values) or [values])
+            patched.setattr(script, "build_model", lambda *_: (_ for _ in ()).throw(Loaded))
+            train(parts, tmp_path / "run", eval_on_start=True, **files)
+        return seen[-1]
+
+    first = read("one")
+    assert first["records"] == len(json.loads(parts.data.read_text())) and len(first["validation"]) == 1
+    assert read("another") == first
+    for file, key in (("train", "data"), ("eval", "validation")):
+        other = read(f"changed_{file}", file)
+        assert [name for name in first if other[name] != first[name]] == [key]
 
 
 @pytest.mark.slow

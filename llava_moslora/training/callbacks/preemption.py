@@ -36,6 +36,7 @@ class Preemption(TrainerCallback):
     def __init__(self):
         self.received: str | None = None  # the signal this process was sent
         self.received_at = 0.0
+        self.launcher_died = False  # no signal: the first one that is sent later does not mean "at once"
         self.training = self.stopping = self.interrupted = False
         self.evaluation_left = False  # of the last step, for the resumed run
         self.announced = False
@@ -101,10 +102,11 @@ class Preemption(TrainerCallback):
 
     def _any_received(self) -> bool:
         """Whether a rank was sent a signal. Collective."""
-        if self.received is None and self.launcher.died():
+        if self.received is None and not self.launcher_died and self.launcher.died():
             self._say("the deepspeed command has ended")
-            self.received, self.received_at = signal.SIGTERM.name, time.monotonic()
-        number = torch.tensor(0 if self.received is None else signal.Signals[self.received], dtype=torch.int32)
+            self.launcher_died = True
+        name = self.received or (signal.SIGTERM.name if self.launcher_died else None)
+        number = torch.tensor(0 if name is None else signal.Signals[name], dtype=torch.int32)
         if self._group is not None:
             distributed.all_reduce(number, distributed.ReduceOp.MAX, self._group)
         if number:

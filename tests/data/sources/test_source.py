@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import tarfile
 
 import datasets
@@ -15,7 +16,7 @@ import torch
 from PIL import Image
 
 from llava_moslora.config import DataSettings
-from llava_moslora.data.cache import keys_of, report_of
+from llava_moslora.data.cache import content_digest, keys_of, report_of
 from llava_moslora.data.collate import Collator
 from llava_moslora.data.image_transform import ImageTransform
 from llava_moslora.data.report import data_report
@@ -214,6 +215,26 @@ def test_a_shard_that_changed_is_not_trained_on(build, tmp_path, images):
     (tmp_path / "s.tar").unlink()
     with pytest.raises(Refusal, match=r"\[I-MISSING\] .*s\.tar:0\.png:record 0 id=r:image: .*cannot be read"):
         collate([rows[0]])
+
+
+@pytest.mark.parametrize("write", [write_tar, write_parquet])
+def test_copies_of_a_shard_have_the_same_content(build, tmp_path, images, write):
+    """As on two hosts: elsewhere, and copied at another time."""
+    digests, keys = [], []
+    for host, records in (
+        ("a", RECORDS),
+        ("b", RECORDS),
+        ("c", RECORDS[::-1]),
+        ("d", [*RECORDS[:-1], record(answer="Yes.")]),
+    ):
+        (tmp_path / host).mkdir()
+        shard = write(tmp_path / host / f"mix.{'tar' if write is write_tar else 'parquet'}", records, images)
+        os.utime(shard, (ord(host), ord(host)))
+        rows = build(shard)
+        digests.append(content_digest(rows, np.arange(len(rows))))
+        keys += keys_of(rows)
+    assert digests[0] == digests[1] and len(set(digests)) == 3 and len(set(keys)) == 4
+    assert content_digest(rows, np.arange(len(rows) - 1)) != digests[-1]
 
 
 def test_what_cannot_be_read_by_position_is_refused(build, tmp_path, images, monkeypatch):

@@ -106,6 +106,23 @@ def test_the_death_of_the_deepspeed_command_is_a_signal(pause, trainer, monkeypa
     assert control.should_save and control.should_training_stop
     said = capfd.readouterr().err
     assert said.startswith("the deepspeed command has ended\nSIGTERM: finishing the step")
+    assert said.count("\n") == 2
+
+
+def test_a_signal_after_the_death_of_the_command_is_the_first(pause, trainer, monkeypatch):
+    """Such as of a scheduler that ends the job: the checkpoint is still written."""
+    pause.on_train_begin(*trainer)
+    monkeypatch.setattr(pause.launcher, "died", lambda: True)
+    pause.on_step_end(*trainer)
+    now, sent, kill = time.monotonic(), [], os.kill
+    monkeypatch.setattr(time, "monotonic", lambda: now + 10)
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append(number))
+    kill(os.getpid(), signal.SIGTERM)
+    pause.on_step_end(*trainer)
+    assert sent == [] and trainer[2].should_save
+    monkeypatch.setattr(time, "monotonic", lambda: now + 20)
+    kill(os.getpid(), signal.SIGTERM)
+    assert sent == [signal.SIGTERM]
 
 
 def test_another_use_of_sigusr1_is_left_alone(pause, monkeypatch):
