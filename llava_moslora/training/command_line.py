@@ -96,13 +96,15 @@ def _naming_file(file: str, names: Collection[str]) -> Iterator[None]:
 def check_places(model: ModelSettings, data: DataSettings, adapter: AdapterSettings, training: dict[str, Any]) -> None:
     """What can be said of a training's folders in the second before torch is imported.
 
-    Rank 0 alone looks at the run's, and only where all ranks are on its host, whose launcher ends them with it. Those
-    of another host would wait for it until ``ddp_timeout``.
+    Only where all ranks are on one host, whose launcher ends them together: those of another host would wait for a rank
+    that never joins until ``ddp_timeout``. There all this is checked after joining. Rank 0 alone looks at the run's.
 
     Raises:
         Refusal: C-PATH, no folder of the LLM; I-FOLDER; C-OUTPUT, as
             :func:`llava_moslora.runs.output_dir.check_output`, which is asked again with the inputs.
     """
+    if "RANK" in os.environ and not _all_on_this_host():
+        return
     if not Path(model.model_name_or_path).is_dir():
         raise Refusal(
             "C-PATH", "no such folder", file=model.model_name_or_path, key="--model_name_or_path",
@@ -111,7 +113,7 @@ def check_places(model: ModelSettings, data: DataSettings, adapter: AdapterSetti
     if data.image_folder is not None and not Path(data.image_folder).is_dir():
         what = "not a folder" if Path(data.image_folder).exists() else "there is no such folder"
         raise Refusal("I-FOLDER", what, file=data.image_folder, fix="check --image_folder")
-    if "RANK" not in os.environ or (os.environ["RANK"] == "0" and _all_on_this_host()):
+    if os.environ.get("RANK", "0") == "0":
         check_output(TrainingSettings(**{f.name: training[f.name] for f in fields(TrainingSettings)}), (), data)
 
 
